@@ -1,0 +1,36 @@
+"""The losses as defined, on full logits. Slow and hungry; the oracle of everything in `chunked.py`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_lightning.losses.targets import IGNORE
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> Tensor:
+    """Loss of each row: (P, V) logits, (P,) targets -> (P,); 0 where the target is `IGNORE`."""
+    losses = F.cross_entropy(
+        logits, targets, ignore_index=IGNORE, label_smoothing=smoothing, reduction="none"
+    )
+    if z_loss:
+        losses = losses + z_loss * logits.logsumexp(1).square() * (targets != IGNORE)
+    return losses
+
+
+def token_order(logits: Tensor, tokens: Tensor, documents: Tensor, window: int) -> Tensor:
+    """Token-order loss of each position of one row [arXiv 2508.19228]: (T, V), (T+n,), (T+n,) -> (T,).
+
+    The score of token v is `window` minus the distance to its nearest future occurrence (0 for the next token)
+    and minus infinity for tokens that do not occur; the target is the softmax of the scores. Positions with no
+    future token in their document and window have loss 0.
+    """
+    losses = []
+    for position, row in enumerate(logits):
+        scores = torch.full_like(row, -torch.inf)
+        for distance in reversed(range(window)):
+            there = position + 1 + distance
+            if there < len(tokens) and documents[there] == documents[position]:
+                scores[tokens[there]] = window - distance
+        has_future = bool(torch.isfinite(scores).any())
+        losses.append(-(scores.softmax(0) * row.log_softmax(0)).sum() if has_future else 0 * row.sum())
+    return torch.stack(losses)

@@ -1,0 +1,59 @@
+"""Where each position stands and what it may attend to."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    """Rotary tables and attention mask of a batch of windows; `mask` None means plain causal attention."""
+
+    cos: Tensor  # (B or 1, 1, T, W)
+    sin: Tensor  # (B or 1, 1, T, W)
+    mask: Tensor | None  # (B, 1, T, T), true where attention is allowed
+
+
+def window_geometry(num_positions: int, head_width: int, theta: float, *, like: Tensor) -> Geometry:
+    """Attend causally over the whole window; positions count from its start. `like` gives dtype and device."""
+    positions = torch.arange(num_positions, device=like.device)[None]  # (1, T)
+    return Geometry(*rotary_tables(positions, head_width, theta, like=like), None)
+
+
+def document_geometry(documents: Tensor, head_width: int, theta: float, *, like: Tensor) -> Geometry:
+    """Attend causally within each document only; positions restart at every document.
+
+    Args:
+        documents: (B, T) number of the document each position belongs to; equal numbers are contiguous.
+        head_width: Width W of one attention head.
+        theta: Base of the rotary frequencies.
+        like: Tensor whose dtype and device the tables take.
+    """
+    positions = positions_in_document(documents)
+    same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
+    mask = torch.tril(same)[:, None]  # (B, 1, T, T)
+    return Geometry(*rotary_tables(positions, head_width, theta, like=like), mask)
+
+
+def positions_in_document(documents: Tensor) -> Tensor:
+    """Count positions from the first one of each document: (B, T) -> (B, T)."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def rotary_tables(positions: Tensor, head_width: int, theta: float, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, two equal halves as in HF: (B, T) -> two (B, 1, T, W)."""
+    exact = torch.promote_types(like.dtype, torch.float32)
+    exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=exact) / head_width
+    angles = positions[:, None, :, None].to(exact) * theta**-exponents  # (B, 1, T, W/2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def rotate(states: Tensor, geometry: Geometry) -> Tensor:
+    """Apply the rotary embedding to queries or keys: (B, H, T, W) -> (B, H, T, W)."""
+    first, second = states.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return states * geometry.cos + turned * geometry.sin

@@ -1,0 +1,84 @@
+"""What every head kind has in common: who reads whom, and how one offset is computed."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from mtp_lightning.model.geometry import Geometry
+from mtp_lightning.recipe.sections import HeadsSection
+
+TRUNK = 0  # the trunk's output stands in the place of an offset where heads name what they read
+
+
+class HeadContext(NamedTuple):
+    """What a head may look at besides the state that it reads."""
+
+    geometry: Geometry
+    embedded: Tensor  # (B, T+n, D) embedded tokens
+    normalize: Callable[[int, Tensor], Tensor]  # the final norm of an offset, applied to its state
+
+    def tokens_between(self, offset: int) -> Tensor:
+        """Embedding of the token just before the one this offset predicts, t+k-1 at slot t: (B, T, D)."""
+        num_positions = self.geometry.cos.shape[-2]
+        return self.embedded[:, offset - 1 : offset - 1 + num_positions]
+
+
+class Heads(nn.Module, ABC):
+    """Yields the hidden state of every offset, one at a time and in any order that respects `source`.
+
+    Each offset reads exactly one state: the trunk's output (`TRUNK`) or another offset's. That tree is all
+    that schedules, decoders and checks need to know of a head kind.
+    """
+
+    reads_tokens: ClassVar[bool] = False
+
+    def __init__(self, heads: HeadsSection) -> None:
+        super().__init__()
+        self.num_offsets = heads.num_offsets
+        self.isolates_trunk = heads.isolate_trunk
+
+    @abstractmethod
+    def source(self, offset: int) -> int:
+        """Name the offset whose state this one reads, or `TRUNK`."""
+
+    @abstractmethod
+    def forward(self, offset: int, state: Tensor, context: HeadContext) -> Tensor:
+        """Compute the hidden state of an offset from the state that it reads: (B, T, D) -> (B, T, D)."""
+
+    @abstractmethod
+    def modules_of(self, offset: int) -> Sequence[nn.Module]:
+        """List the modules whose parameters compute this offset."""
+
+    def norm_index(self, offset: int) -> int | None:
+        """Number of the final norm that this offset's state passes before the unembedding; None for no norm."""
+        return 0
+
+    @property
+    def offsets(self) -> range:
+        """All offsets, 1 to n."""
+        return range(1, self.num_offsets + 1)
+
+    @property
+    def order(self) -> list[int]:
+        """All offsets in an order in which each comes after the one it reads."""
+        ordered: list[int] = []
+        frontier = [TRUNK]
+        while frontier:
+            read = self.readers(frontier.pop(0))
+            ordered += read
+            frontier += read
+        return ordered
+
+    def readers(self, offset: int) -> list[int]:
+        """Offsets that read the state of this one."""
+        return [reader for reader in self.offsets if self.source(reader) == offset]
+
+    def subtree(self, offset: int) -> set[int]:
+        """This offset and all whose states depend on it."""
+        return {offset}.union(*(self.subtree(reader) for reader in self.readers(offset)))
+
+    def is_cut_off(self, offset: int) -> bool:
+        """Tell whether this offset's gradients stop before the state that it reads (`heads.isolate_trunk`)."""
+        return self.isolates_trunk and offset > 1 and self.source(offset) in (TRUNK, 1)

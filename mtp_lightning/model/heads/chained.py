@@ -1,0 +1,35 @@
+"""Chained heads: hidden states handed from offset to offset, no token fed in [Gloeckle 2024, appendix B]."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from mtp_lightning.model.heads.base import TRUNK, HeadContext, Heads
+from mtp_lightning.model.layers import LayerStack
+from mtp_lightning.recipe.sections import HeadsSection, ModelSection
+
+
+class ChainedHeads(Heads):
+    """One stack of layers per offset, in a chain: causal 1, 2, ... n, or anticausal n, ... 2, 1."""
+
+    def __init__(self, model: ModelSection, heads: HeadsSection, *, recompute: bool) -> None:
+        super().__init__(heads)
+        self.is_causal = heads.order == "causal"
+        self.blocks = nn.ModuleList(
+            LayerStack(model, heads.layers_per_head, recompute=recompute) for _ in self.offsets
+        )
+
+    def source(self, offset: int) -> int:
+        """Causal offsets read the one before; anticausal ones the one after, the last reads the trunk."""
+        if self.is_causal:
+            return offset - 1
+        return TRUNK if offset == self.num_offsets else offset + 1
+
+    def modules_of(self, offset: int) -> Sequence[nn.Module]:
+        """The offset's own layers."""
+        return [self.blocks[offset - 1]]
+
+    def forward(self, offset: int, state: Tensor, context: HeadContext) -> Tensor:
+        """Run the offset's layers: (B, T, D) -> (B, T, D)."""
+        hidden: Tensor = self.blocks[offset - 1](state, context.geometry)
+        return hidden

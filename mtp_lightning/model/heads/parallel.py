@@ -1,0 +1,32 @@
+"""Parallel heads: transformer layers per offset, all reading the trunk [Gloeckle 2024, section 2]."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from mtp_lightning.model.heads.base import TRUNK, HeadContext, Heads
+from mtp_lightning.model.layers import LayerStack
+from mtp_lightning.recipe.sections import HeadsSection, ModelSection
+
+
+class ParallelHeads(Heads):
+    """One stack of layers per offset on the trunk's output; the main head is the model's own last layer."""
+
+    def __init__(self, model: ModelSection, heads: HeadsSection, *, recompute: bool) -> None:
+        super().__init__(heads)
+        self.blocks = nn.ModuleList(
+            LayerStack(model, heads.layers_per_head, recompute=recompute) for _ in self.offsets
+        )
+
+    def source(self, offset: int) -> int:
+        """Every offset reads the trunk."""
+        return TRUNK
+
+    def modules_of(self, offset: int) -> Sequence[nn.Module]:
+        """The offset's own layers."""
+        return [self.blocks[offset - 1]]
+
+    def forward(self, offset: int, state: Tensor, context: HeadContext) -> Tensor:
+        """Run the offset's layers: (B, T, D) -> (B, T, D)."""
+        hidden: Tensor = self.blocks[offset - 1](state, context.geometry)
+        return hidden

@@ -1,0 +1,41 @@
+"""Recursive heads: one sequential module unrolled over all extra offsets [FastMTP 2025]."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from mtp_lightning.model.heads.base import HeadContext, Heads
+from mtp_lightning.model.heads.sequential import MtpModule
+from mtp_lightning.recipe.sections import HeadsSection, ModelSection
+
+
+class RecursiveHeads(Heads):
+    """Like sequential heads, with the same module (and module norm) for every extra offset."""
+
+    reads_tokens = True
+
+    def __init__(self, model: ModelSection, heads: HeadsSection, *, recompute: bool) -> None:
+        super().__init__(heads)
+        self.reads_normed = heads.hidden == "post_norm"
+        self.block = MtpModule(model, heads, recompute=recompute) if heads.num_offsets > 1 else None
+
+    def source(self, offset: int) -> int:
+        """Each offset reads the one before."""
+        return offset - 1
+
+    def modules_of(self, offset: int) -> Sequence[nn.Module]:
+        """The one module; none for the main head."""
+        return [] if offset == 1 or self.block is None else [self.block]
+
+    def norm_index(self, offset: int) -> int:
+        """The trunk has the model's final norm, the module its own."""
+        return min(offset - 1, 1)
+
+    def forward(self, offset: int, state: Tensor, context: HeadContext) -> Tensor:
+        """Run the module once more: (B, T, D) -> (B, T, D)."""
+        if offset == 1 or self.block is None:
+            return state
+        if self.reads_normed:
+            state = context.normalize(offset - 1, state)
+        hidden: Tensor = self.block(state, context.tokens_between(offset), context.geometry)
+        return hidden

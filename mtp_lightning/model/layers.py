@@ -1,0 +1,96 @@
+"""One transformer layer of the Llama family; module and tensor names are HF's, so that export is a renaming."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mtp_lightning.model.geometry import Geometry, rotate
+from mtp_lightning.recipe.sections import ModelSection
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention with rotary positions."""
+
+    def __init__(self, section: ModelSection) -> None:
+        super().__init__()
+        self.head_width = section.resolved_head_width
+        self.is_grouped = section.resolved_key_value_heads != section.num_attention_heads
+        inner = section.num_attention_heads * self.head_width
+        shared = section.resolved_key_value_heads * self.head_width
+        self.q_proj = nn.Linear(section.width, inner, bias=section.qkv_bias)
+        self.k_proj = nn.Linear(section.width, shared, bias=section.qkv_bias)
+        self.v_proj = nn.Linear(section.width, shared, bias=section.qkv_bias)
+        self.o_proj = nn.Linear(inner, section.width, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_width, section.norm_eps) if section.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_width, section.norm_eps) if section.qk_norm else None
+
+    def forward(self, hidden: Tensor, geometry: Geometry) -> Tensor:
+        """Mix positions: (B, T, D) -> (B, T, D)."""
+        query = self._split(self.q_proj(hidden))  # (B, H, T, W)
+        key = self._split(self.k_proj(hidden))  # (B, K, T, W)
+        value = self._split(self.v_proj(hidden))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        mixed = F.scaled_dot_product_attention(
+            rotate(query, geometry),
+            rotate(key, geometry),
+            value,
+            attn_mask=geometry.mask,
+            is_causal=geometry.mask is None,
+            enable_gqa=self.is_grouped,
+        )
+        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return output
+
+    def _split(self, projected: Tensor) -> Tensor:
+        return projected.view(*projected.shape[:-1], -1, self.head_width).transpose(1, 2)
+
+
+class Mlp(nn.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, section: ModelSection) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(section.width, section.resolved_mlp_width, bias=False)
+        self.up_proj = nn.Linear(section.width, section.resolved_mlp_width, bias=False)
+        self.down_proj = nn.Linear(section.resolved_mlp_width, section.width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Transform each position: (B, T, D) -> (B, T, D)."""
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return output
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer: attention, then feed-forward, each added to its input."""
+
+    def __init__(self, section: ModelSection) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(section.width, section.norm_eps)
+        self.self_attn = Attention(section)
+        self.post_attention_layernorm = nn.RMSNorm(section.width, section.norm_eps)
+        self.mlp = Mlp(section)
+
+    def forward(self, hidden: Tensor, geometry: Geometry) -> Tensor:
+        """Run the layer: (B, T, D) -> (B, T, D)."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), geometry)
+        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return output
+
+
+class LayerStack(nn.ModuleList):
+    """Layers run one after the other; with `recompute`, only their inputs are kept for the backward pass."""
+
+    def __init__(self, section: ModelSection, num_layers: int, *, recompute: bool) -> None:
+        super().__init__(Layer(section) for _ in range(num_layers))
+        self.recompute = recompute
+
+    def forward(self, hidden: Tensor, geometry: Geometry) -> Tensor:
+        """Run every layer: (B, T, D) -> (B, T, D)."""
+        for layer in self:
+            if self.recompute and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, geometry, use_reentrant=False)
+            else:
+                hidden = layer(hidden, geometry)
+        return hidden

@@ -1,0 +1,131 @@
+"""The whole model, and how it is built: first without memory, then initialised by one function."""
+
+import hashlib
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from mtp_lightning.model.geometry import Geometry, document_geometry, window_geometry
+from mtp_lightning.model.heads import KINDS, TRUNK, HeadContext
+from mtp_lightning.model.layers import Layer
+from mtp_lightning.model.trunk import Trunk
+from mtp_lightning.model.unembedding import Unembedding
+from mtp_lightning.recipe.layers import num_trunk_layers
+from mtp_lightning.recipe.sections import Recipe
+
+
+class MtpModel(nn.Module):
+    """Trunk, heads and unembedding of a recipe."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.section = recipe.model
+        self.num_offsets = recipe.heads.num_offsets
+        self.attends_in_document = recipe.data.attention == "document"
+        self.trunk = Trunk(
+            recipe.model, num_trunk_layers(recipe), recompute=recipe.objective.checkpoint_trunk
+        )
+        self.heads = KINDS[recipe.heads.kind](
+            recipe.model, recipe.heads, recompute=recipe.objective.checkpoint_heads
+        )
+        self.unembedding = Unembedding(recipe, self.heads)
+        self.tie_embeddings()
+
+    def tie_embeddings(self) -> None:
+        """Make embedding and unembedding one parameter where the recipe says so."""
+        if self.section.tie_embeddings:
+            self.unembedding.lm_heads[0].weight = self.trunk.embed_tokens.weight
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embed a batch of rows, or as much of them as is read: (B, T+n) -> (B, T+n, D) or (B, T, D)."""
+        if not self.heads.reads_tokens:
+            tokens = tokens[:, : tokens.shape[1] - self.num_offsets]
+        embedded: Tensor = self.trunk.embed_tokens(tokens)
+        return embedded
+
+    def geometry(self, documents: Tensor, *, like: Tensor) -> Geometry:
+        """Positions and attention mask of a batch of rows, from the documents of its (B, T+n) tokens."""
+        width, theta = self.section.resolved_head_width, self.section.rope_theta
+        num_positions = documents.shape[1] - self.num_offsets
+        if self.attends_in_document:
+            return document_geometry(documents[:, :num_positions], width, theta, like=like)
+        return window_geometry(num_positions, width, theta, like=like)
+
+    def context(self, embedded: Tensor, geometry: Geometry) -> HeadContext:
+        """What heads may look at; without a gradient path to the embedding where the trunk is isolated."""
+        if self.heads.isolates_trunk:
+            embedded = embedded.detach()
+        return HeadContext(geometry, embedded, self.unembedding.normalize)
+
+    def head(self, offset: int, source: Tensor, context: HeadContext) -> Tensor:
+        """Hidden state of one offset from the state it reads: (B, T, D) -> (B, T, D)."""
+        if self.heads.is_cut_off(offset):
+            source = source.detach()
+        hidden: Tensor = self.heads(offset, source, context)
+        return hidden
+
+    def forward(
+        self, tokens: Tensor, documents: Tensor, offsets: Collection[int] | None = None
+    ) -> dict[int, Tensor]:
+        """Hidden states in one ordinary graph, main head first: two (B, T+n) -> one (B, T, D) per offset.
+
+        `offsets` names those that are wanted (with all that they read); None means every one.
+        """
+        embedded = self.embed(tokens)
+        geometry = self.geometry(documents, like=embedded)
+        context = self.context(embedded, geometry)
+        num_positions = documents.shape[1] - self.num_offsets
+        states = {TRUNK: self.trunk(embedded[:, :num_positions], geometry)}
+        for offset in self.heads.order:
+            if offsets is None or offset in offsets:
+                states[offset] = self.head(offset, states[self.heads.source(offset)], context)
+        return {offset: states[offset] for offset in self.heads.offsets if offset in states}
+
+    def compile_layers(self) -> None:
+        """Compile every transformer layer of trunk and heads, in place, with torch.compile."""
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.compile()
+
+
+def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> MtpModel:
+    """Build the recipe's model on the meta device, allocate it on `device`, and initialise it from run.seed."""
+    with torch.device("meta"):
+        model = MtpModel(recipe)
+    model.to_empty(device=device)
+    model.tie_embeddings()
+    initialise(model, recipe)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: MtpModel, recipe: Recipe) -> None:
+    """Set every parameter from the seed and its own name, so that no parameter depends on the others' order.
+
+    Matrices are normal; those that write into the residual stream are scaled down by sqrt(2 x layers). Norms
+    start at one, biases at zero, linear heads at the identity, Medusa's maps at zero. Replicated unembeddings
+    start as copies of the first.
+    """
+    for name, parameter in model.named_parameters():
+        _initialise_parameter(name, parameter, recipe)
+    if model.unembedding.is_replicated:
+        for matrix in model.unembedding.matrices[1 : recipe.heads.num_offsets]:
+            matrix.copy_(model.unembedding.matrices[0])
+
+
+def _initialise_parameter(name: str, parameter: Tensor, recipe: Recipe) -> None:
+    if parameter.dim() == 1:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    elif name.startswith("heads.") and recipe.heads.kind == "linear":
+        nn.init.eye_(parameter)
+    elif name.startswith("heads.") and recipe.heads.kind == "medusa":
+        parameter.zero_()
+    else:
+        std = recipe.model.init_std
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * recipe.model.num_layers)
+        digest = hashlib.sha256(f"{recipe.run.seed}:{name}".encode()).digest()
+        generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
+        parameter.normal_(0.0, std, generator=generator)

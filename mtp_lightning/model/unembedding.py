@@ -1,0 +1,76 @@
+"""The unembedding: final norm and V x D matrix, the only place where the vocabulary exists."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from mtp_lightning.losses.chunked import Term, chunked_loss
+from mtp_lightning.model.heads import Heads
+from mtp_lightning.recipe.sections import Recipe
+
+
+class Unembedding(nn.Module):
+    """Final norms and unembedding matrices of all offsets: shared, or one per offset."""
+
+    def __init__(self, recipe: Recipe, heads: Heads) -> None:
+        super().__init__()
+        section = recipe.model
+        self.norm_index = {offset: heads.norm_index(offset) for offset in heads.offsets}
+        self.is_replicated = recipe.heads.unembedding == "replicated"
+        num_norms = 1 + max(index for index in self.norm_index.values() if index is not None)
+        num_matrices = recipe.heads.num_offsets if self.is_replicated else 1
+        self.norms = nn.ModuleList(nn.RMSNorm(section.width, section.norm_eps) for _ in range(num_norms))
+        self.lm_heads = nn.ModuleList(
+            nn.Linear(section.width, section.vocabulary, bias=False) for _ in range(num_matrices)
+        )
+        self.token_order = (
+            nn.Linear(section.width, section.vocabulary, bias=False)
+            if recipe.objective.token_order
+            else None
+        )
+        self.chunk_bytes = int(recipe.objective.chunk_mib * 2**20)
+
+    def normalize(self, offset: int, hidden: Tensor) -> Tensor:
+        """Apply the offset's final norm, if it has one: (B, T, D) -> (B, T, D)."""
+        index = self.norm_index[offset]
+        normed: Tensor = hidden if index is None else self.norms[index](hidden)
+        return normed
+
+    def matrix_index(self, offset: int) -> int:
+        """Index in `lm_heads` of the matrix that scores this offset."""
+        return offset - 1 if self.is_replicated else 0
+
+    def logits(self, offset: int, hidden: Tensor) -> Tensor:
+        """Score every token: (B, T, D) -> (B, T, V). For decoding and as an oracle."""
+        scores: Tensor = self.lm_heads[self.matrix_index(offset)](self.normalize(offset, hidden))
+        return scores
+
+    def forward(
+        self,
+        offsets: Sequence[int],
+        hiddens: Sequence[Tensor],
+        terms: Sequence[Term],
+        *,
+        balance_to: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the weighted loss of some offsets' hidden states in chunks; see `chunked_loss`.
+
+        Args:
+            offsets: Offset whose final norm each hidden state passes.
+            hiddens: (B, T, D) states, one per term.
+            terms: What to compute from each; their `matrix` counts the matrices as in `matrices`.
+            balance_to: RMS of the main head's loss, where it is known already.
+        """
+        normed = [
+            self.normalize(offset, hidden).flatten(0, 1)  # (B, T, D) -> (P, D)
+            for offset, hidden in zip(offsets, hiddens, strict=True)
+        ]
+        return chunked_loss(
+            normed, self.matrices, terms, chunk_bytes=self.chunk_bytes, balance_to=balance_to
+        )
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """All V x D matrices, the token-order one last."""
+        modules = [*self.lm_heads] if self.token_order is None else [*self.lm_heads, self.token_order]
+        return [module.weight for module in modules]

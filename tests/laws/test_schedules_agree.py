@@ -1,0 +1,74 @@
+"""Law 1: sequential = bridged = joint, values and gradients, for every head kind, mask, chunk and accumulation."""
+
+import pytest
+import torch
+
+from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
+
+TOLERANCE = 1e-10
+OBJECTIVES = {
+    "plain": {},
+    "smooth": {"label_smoothing": 0.1, "z_loss": 0.01},
+    "balanced": {"balance": "rms"},
+    "ordered": {"token_order": {"weight": 0.7, "window_tokens": 6}},
+    "recomputed": {"checkpoint_trunk": True, "checkpoint_heads": True},
+}
+
+
+def assert_same_step(
+    heads, objective, *, attention="window", accumulation=1, chunk_rows=5, masked=True, weights=None, model=None
+):
+    """Run both lean schedules against the joint oracle."""
+    chunk_mib = chunk_rows * 13 * 8 / 2**20
+    results = {}
+    for schedule in ("joint", "sequential", "bridged"):
+        recipe = tiny_recipe(
+            heads=heads,
+            objective={"schedule": schedule, "chunk_mib": chunk_mib} | objective,
+            data={"attention": attention},
+            model=model or {},
+            batch={"rows": 2 * accumulation, "micro_rows": 2},
+        )
+        tokens, documents, mask = tiny_rows(recipe, 2 * accumulation)
+        rows = (tokens, documents, mask if masked else None)
+        results[schedule] = gradients_of(tiny_model(recipe), recipe, rows, weights)
+    expected_losses, expected = results["joint"]
+    assert len(expected) > 20
+    for schedule in ("sequential", "bridged"):
+        losses, gradients = results[schedule]
+        for found, wanted in zip(losses, expected_losses, strict=True):
+            sums = (found.nll_sums, wanted.nll_sums)
+            torch.testing.assert_close(*sums, rtol=TOLERANCE, atol=0, equal_nan=True)
+            assert torch.equal(found.predictions, wanted.predictions)
+        assert gradients.keys() == expected.keys()
+        errors = {name: relative_error(gradients[name], expected[name]) for name in expected}
+        assert max(errors.values()) <= TOLERANCE, (schedule, errors)
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_kind_under_every_objective(kind, objective):
+    assert_same_step(HEAD_KINDS[kind], OBJECTIVES[objective], attention="document")
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+def test_every_chunk_size_and_accumulation(kind, accumulation, chunk_rows):
+    assert_same_step(HEAD_KINDS[kind], {}, accumulation=accumulation, chunk_rows=chunk_rows, masked=False)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HEAD_KINDS if kind != "anticausal"])
+def test_isolated_trunk(kind):
+    assert_same_step(HEAD_KINDS[kind] | {"isolate_trunk": True}, {})
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("weights", [[1.0, 0.0, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 0.3, 0.2, 0.1]])
+def test_offset_weights(kind, weights):
+    assert_same_step(HEAD_KINDS[kind], {"balance": "rms"}, weights=weights)
+
+
+def test_tied_biased_normed_model():
+    model = {"tie_embeddings": True, "qkv_bias": True, "qk_norm": True}
+    assert_same_step(HEAD_KINDS["sequential"], {}, model=model)
