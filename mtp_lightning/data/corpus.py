@@ -1,0 +1,120 @@
+"""From a recipe to its rows: the shards it names, or those built from its corpus into the run's cache."""
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+
+from mtp_lightning.data.build import build_shards, describe, listing_hash
+from mtp_lightning.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Split, load_manifest
+from mtp_lightning.data.progress import say
+from mtp_lightning.data.rows import Rows
+from mtp_lightning.data.sources import find_files, is_stdlib
+from mtp_lightning.data.tokenizers import build_tokenizer
+from mtp_lightning.errors import DataError
+from mtp_lightning.recipe.sections import DataSection, Recipe
+
+
+def shards_folder(recipe: Recipe) -> Path:
+    """Return the folder of the recipe's shards, whether or not they have been built yet."""
+    if recipe.data.shards is not None:
+        return Path(recipe.data.shards).expanduser()
+    return Path(recipe.run.cache).expanduser() / f"data-{_corpus_key(recipe.data)}"
+
+
+def prepare_shards(recipe: Recipe) -> Path:
+    """Build the shards of the recipe's corpus unless they are there, say which, and return their folder.
+
+    Raises:
+        DataError: The corpus cannot be built, or what is there cannot be used.
+    """
+    folder = shards_folder(recipe)
+    if recipe.data.shards is not None or (folder / MANIFEST_NAME).exists():
+        manifest = load_manifest(folder)
+        say(f"using shards {folder}: {describe(manifest)}")
+        if recipe.data.shards is None:
+            _say_if_corpus_changed(recipe.data, folder, manifest)
+    else:
+        say(f"building shards {folder} from {', '.join(recipe.data.corpus)}")
+        build_shards(
+            recipe.data.corpus,
+            folder,
+            tokenizer=recipe.data.tokenizer,
+            validation_share=recipe.data.validation_share,
+        )
+    return folder
+
+
+def open_rows(recipe: Recipe, split: Split) -> Rows:
+    """Open the rows of a split as the recipe cuts them, and check that they fit its tokenizer and model.
+
+    Raises:
+        DataError: The shards are missing, damaged, too short, of another tokenizer, or hold ids that the model
+            lacks.
+    """
+    rows = Rows(
+        shards_folder(recipe),
+        split,
+        window_tokens=recipe.data.window_tokens,
+        num_offsets=recipe.heads.num_offsets,
+    )
+    _check_tokenizer(recipe, rows.manifest)
+    check_largest_token(rows.manifest.largest_token, recipe.model.vocabulary, f"the shards in {rows.folder}")
+    return rows
+
+
+def check_largest_token(largest_token: int, vocabulary: int, where: str) -> None:
+    """Check that the model has a row of its embedding for the largest token id.
+
+    Raises:
+        DataError: It has not.
+    """
+    if largest_token >= vocabulary:
+        raise DataError(
+            f"every token id must be below model.vocabulary = {vocabulary:,}",
+            f"id {largest_token:,} in {where}",
+            f"Raise model.vocabulary to {largest_token + 1:,}, or verify the shards with `mtp data verify`",
+        )
+
+
+def _check_tokenizer(recipe: Recipe, manifest: Manifest) -> None:
+    tokenizer = build_tokenizer(recipe.data.tokenizer)
+    wanted = f"{tokenizer.name} {tokenizer.fingerprint()[:12]}"
+    found = f"{manifest.tokenizer} {manifest.tokenizer_hash[:12]}"
+    if wanted != found:
+        raise DataError(
+            f"data.tokenizer must be the tokenizer that the shards were made with, {found}",
+            wanted,
+            f"Set data.tokenizer={manifest.tokenizer}, or build the shards again with `mtp data build`",
+        )
+
+
+def _corpus_key(data: DataSection) -> str:
+    """Return a hash of all that decides the tokens but the text: a run goes on with the text it began with."""
+    needs_python = any(map(is_stdlib, data.corpus))
+    parts = {
+        "corpus": [source if is_stdlib(source) else _absolute(source) for source in data.corpus],
+        "tokenizer": build_tokenizer(data.tokenizer).fingerprint(),
+        "validation_share": data.validation_share,
+        "format_version": FORMAT_VERSION,
+        "python": f"{platform.python_implementation()} {platform.python_version()}" if needs_python else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _say_if_corpus_changed(data: DataSection, folder: Path, manifest: Manifest) -> None:
+    try:
+        files = find_files(data.corpus)
+    except DataError as error:
+        say(f"the corpus of these shards cannot be found any more: {error.found}")
+        return
+    built_at = (folder / MANIFEST_NAME).stat().st_mtime
+    newer = sum(file.path.stat().st_mtime > built_at for file in files)
+    if newer or listing_hash(files) != manifest.source_listing:
+        say(
+            f"its corpus has changed since ({newer:,} newer files); to use it, remove {folder} and start a new run"
+        )
+
+
+def _absolute(source: str) -> str:
+    return str(Path(source).expanduser().resolve())

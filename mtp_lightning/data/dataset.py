@@ -1,0 +1,116 @@
+"""Batches for training and validation: sample numbers in, tensors out."""
+
+import itertools
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mtp_lightning.data.corpus import check_largest_token
+from mtp_lightning.data.order import rows_of_samples
+from mtp_lightning.data.rows import Integers, Rows
+
+Batch = dict[str, torch.Tensor]
+
+
+def read_batch(rows: Rows, numbers: Integers) -> Batch:
+    """Read rows by number as tensors, each (B, T+n)."""
+    return {name: torch.from_numpy(array) for name, array in rows.read(numbers).items()}
+
+
+@final
+class SampleDataset(Dataset[Batch]):
+    """The endless samples of a run, fetched by the batch; it holds no position, so copies of it agree."""
+
+    def __init__(self, rows: Rows, *, seed: int) -> None:
+        self._rows = rows
+        self._seed = seed
+
+    def __getitem__(self, sample: int) -> Batch:
+        return self.__getitems__([sample])
+
+    def __getitems__(self, samples: Sequence[int]) -> Batch:
+        numbers = np.asarray(samples, dtype=np.int64)
+        return read_batch(self._rows, rows_of_samples(numbers, seed=self._seed, num_rows=len(self._rows)))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RankSlices:
+    """Endless sample numbers of one rank: its contiguous part of every global batch."""
+
+    first_sample: int
+    batch_rows: int  # over all ranks
+    rank: int
+    world_size: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.batch_rows // self.world_size
+        first = self.first_sample + self.rank * share
+        return (list(range(begin, begin + share)) for begin in itertools.count(first, self.batch_rows))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TrainingBatches:
+    """One batch per optimizer step, without end; where to begin is asked when the first batch is.
+
+    No `DataLoader` to Lightning's eyes, so that it neither wraps the sampler per rank nor counts epochs.
+    """
+
+    dataset: SampleDataset
+    slices: Callable[[], RankSlices]
+    vocabulary: int
+    workers: int = 0
+    pin_memory: bool = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.slices(),
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            pin_memory=self.pin_memory,
+            worker_init_fn=_leave_signals_to_the_parent,
+            # A fork would copy CUDA's state, running threads and the run's signal handlers.
+            multiprocessing_context="spawn" if self.workers else None,
+            generator=torch.Generator(),  # else the loader draws a seed from the run's own random numbers
+        )
+        for batch in loader:
+            check_largest_token(int(batch["tokens"].max()), self.vocabulary, "a training batch")
+            yield batch
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ValidationBatches:
+    """The same rows at every validation, in file order."""
+
+    rows: Rows
+    numbers: Integers
+    batch_rows: int
+    vocabulary: int
+
+    def __len__(self) -> int:
+        return -(-self.numbers.size // self.batch_rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for begin in range(0, self.numbers.size, self.batch_rows):
+            batch = read_batch(self.rows, self.numbers[begin : begin + self.batch_rows])
+            check_largest_token(int(batch["tokens"].max()), self.vocabulary, "a validation batch")
+            yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Collate nothing: the data set has read a whole batch."""
+    return batch
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ignore what a terminal or Slurm sends to every process of a run; the parent ends its workers itself."""
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)

@@ -1,0 +1,57 @@
+"""What the data verbs say: plain lines, and a bar where there is a terminal to draw it on."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+SECONDS_BETWEEN_LINES = 5.0
+Advance = Callable[[int], None]
+
+
+def say(text: str) -> None:
+    """Print one line as it is: never wrapped, nothing in it read as markup."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def watched(what: str, *, total_bytes: int, show: bool) -> Iterator[Advance]:
+    """Yield a function to report bytes to: a bar on a terminal, else a line now and then when it takes long."""
+    if not show:
+        yield lambda num_bytes: None
+    elif Console().is_terminal:
+        columns = (
+            TextColumn(what),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, transient=True) as progress:
+            task = progress.add_task(what, total=total_bytes)
+            yield lambda num_bytes: progress.advance(task, num_bytes)
+    else:
+        yield _line_now_and_then(what, total_bytes)
+
+
+def _line_now_and_then(what: str, total_bytes: int) -> Advance:
+    done_bytes = 0
+    said_at = time.monotonic()
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done_bytes, said_at
+        done_bytes += num_bytes
+        if time.monotonic() - said_at >= SECONDS_BETWEEN_LINES:
+            said_at = time.monotonic()
+            say(f"{what}: {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB")
+
+    return advance

@@ -1,0 +1,179 @@
+"""Where documents come from: files, folders, globs, JSONL, and the Python standard library's own source."""
+
+import json
+import os
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from mtp_lightning.errors import DataError
+
+STDLIB = "stdlib"
+# Not the library: installed packages, its tests (larger than all the rest), what the build of this Python left.
+STDLIB_LEFT_OUT = re.compile(r"(site|dist)-packages|tests?|idle_test|__pycache__|config-.*|_sysconfigdata.*")
+STDLIB_GENERATED = (
+    "encodings/",
+    "pydoc_data/",
+)  # tables and manual pages; one file of prose outweighs all else held out
+WILDCARDS = "*?["
+NUM_BYTES_SNIFFED = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """One file of a corpus."""
+
+    path: Path
+    name: str  # path relative to its source: decides order and split, so it must not depend on the machine
+    num_bytes: int
+    is_named: bool  # by the user, and not only met in a folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One piece of text that predicts nothing beyond its own end."""
+
+    name: str
+    text: bytes
+    is_binary: bool = False
+
+
+def find_files(sources: list[str]) -> list[SourceFile]:
+    """Return the files of all sources: in the order of the sources, by name within one, each file once.
+
+    A folder means every file below it that is not hidden (links to folders are not followed); a glob means the
+    files that it matches and the files below the folders that it matches; `stdlib` means every `.py` of the
+    running Python's standard library but its tests, generated tables and installed packages (10 MB in Python
+    3.11); `stdlib:NAME` means one module or package of it.
+
+    Raises:
+        DataError: A source names nothing, or nothing is left of it.
+    """
+    files: dict[Path, SourceFile] = {}
+    for source in sources:
+        for file in sorted(_files_of(source), key=lambda file: file.name):
+            files.setdefault(file.path.resolve(), file)
+    return list(files.values())
+
+
+def is_stdlib(source: str) -> bool:
+    """Tell whether a source is a keyword for the standard library, and not a path."""
+    return source == STDLIB or source.startswith(f"{STDLIB}:")
+
+
+def documents_of(file: SourceFile) -> Iterator[Document]:
+    """Yield the documents of a file: one per line of a `*.jsonl`, else the whole file as one.
+
+    A file that is not UTF-8 is taken byte for byte. A file that has a NUL byte near its beginning is marked as
+    binary, for the caller to leave out, unless the user named it.
+
+    Raises:
+        DataError: A line of a JSONL file is not an object with a string under `text`.
+    """
+    if file.path.suffix == ".jsonl":
+        yield from _documents_of_jsonl(file)
+    else:
+        text = file.path.read_bytes()
+        is_binary = not file.is_named and b"\0" in text[:NUM_BYTES_SNIFFED]
+        yield Document(name=file.name, text=text, is_binary=is_binary)
+
+
+def _documents_of_jsonl(file: SourceFile) -> Iterator[Document]:
+    with file.path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                text = _text_of_line(line, f"{file.path}, line {number}")
+                yield Document(name=f"{file.name}:{number}", text=text)
+
+
+def _text_of_line(line: bytes, place: str) -> bytes:
+    must_hold = "every line of a JSONL file must be an object with a string under 'text'"
+    remedy = "Correct or remove the line"
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise DataError(must_hold, f"{place}: {error}", remedy) from error
+    if not isinstance(entry, dict):
+        raise DataError(must_hold, f"{place}: a {type(entry).__name__}", remedy)
+    if not isinstance(entry.get("text"), str):
+        found = f"'text' is a {type(entry['text']).__name__}" if "text" in entry else f"keys {sorted(entry)}"
+        raise DataError(must_hold, f"{place}: {found}", remedy)
+    return str(entry["text"]).encode("utf-8", "surrogatepass")
+
+
+def _files_of(source: str) -> list[SourceFile]:
+    if is_stdlib(source):
+        return _files_of_stdlib(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [_source_file(path, path.parent, is_named=True)]
+    if path.is_dir():
+        files = _files_below(path, path)
+    elif any(mark in source for mark in WILDCARDS):
+        files = _files_of_glob(path)
+    else:
+        raise DataError(
+            "every entry of data.corpus must exist",
+            f"no file or folder {str(path.absolute())!r}",
+            f"Correct the path, or use {STDLIB!r} for the Python standard library's source",
+        )
+    if not files:
+        raise DataError(
+            "every entry of data.corpus must yield at least one file",
+            f"{source!r}, which yields none in {str(Path.cwd())!r}",
+            "Correct the path or pattern; hidden files are not taken",
+        )
+    return files
+
+
+def _files_of_glob(pattern: Path) -> list[SourceFile]:
+    parts = pattern.parts
+    num_plain = next(i for i, part in enumerate(parts) if any(mark in part for mark in WILDCARDS))
+    root = Path(*parts[:num_plain])
+    files = []
+    for path in root.glob(str(Path(*parts[num_plain:]))):
+        if any(part.startswith(".") for part in path.relative_to(root).parts):
+            continue
+        files += _files_below(path, root) if path.is_dir() else [_source_file(path, root, is_named=False)]
+    return files
+
+
+def _files_below(folder: Path, root: Path) -> list[SourceFile]:
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        files += [_source_file(path, root, is_named=False) for path in paths if path.is_file()]
+    return files
+
+
+def _files_of_stdlib(source: str) -> list[SourceFile]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [file for file in _files_below(root, root) if _is_library_source(file.name)]
+    if source == STDLIB:
+        wanted = [file for file in files if not file.name.startswith(STDLIB_GENERATED)]
+    else:
+        inside = source.removeprefix(f"{STDLIB}:").replace(".", "/")
+        wanted = [file for file in files if file.name == f"{inside}.py" or file.name.startswith(f"{inside}/")]
+    if not wanted:
+        modules = {file.name.removesuffix(".py").split("/")[0] for file in files}
+        near = get_close_matches(source.removeprefix(f"{STDLIB}:"), sorted(modules), n=3)
+        raise DataError(
+            f"{source!r} in data.corpus must name a part of the standard library that is written in Python",
+            f"no such source below {root}",
+            "Nearest are: " + ", ".join(f"{STDLIB}:{name}" for name in near or ["json", "email"]),
+        )
+    return wanted
+
+
+def _is_library_source(name: str) -> bool:
+    parts = name.removesuffix(".py").split("/")
+    return name.endswith(".py") and not any(STDLIB_LEFT_OUT.fullmatch(part) for part in parts)
+
+
+def _source_file(path: Path, root: Path, *, is_named: bool) -> SourceFile:
+    name = path.relative_to(root).as_posix()
+    return SourceFile(path=path, name=name, num_bytes=path.stat().st_size, is_named=is_named)

@@ -1,0 +1,114 @@
+"""Verify shards: every byte and every promise, read twice, by offset and by stock webdataset."""
+
+import hashlib
+import itertools
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from mtp_lightning.data.index import build_index, load_index
+from mtp_lightning.data.manifest import Manifest, Member, Shard, load_manifest
+from mtp_lightning.data.progress import say
+from mtp_lightning.data.rows import check_sizes
+from mtp_lightning.errors import DataError
+
+Bytes = NDArray[np.uint8]
+
+
+def verify_shards(folder: Path) -> Manifest:
+    """Check a shard folder to the last byte, say one line per shard, and return its manifest.
+
+    Checked are: sizes and hashes; that the index says what the manifest says; that stock webdataset reads the
+    very members that the offsets name; that every token id is below the vocabulary; that lengths add up to the
+    tokens; that every document ends with end-of-document.
+
+    Raises:
+        DataError: The first thing that does not hold, with shard, member and byte offset.
+    """
+    manifest = load_manifest(folder)
+    check_sizes(folder, manifest)
+    _check_index(folder, manifest)
+    for shard in manifest.shards:
+        bytes_of_shard = np.asarray(np.memmap(folder / shard.name, dtype=np.uint8, mode="r"))
+        _check_hash(bytes_of_shard, shard, manifest)
+        _check_reading(folder, bytes_of_shard, shard, manifest)
+        for member in shard.members:
+            _check_tokens(bytes_of_shard, shard, member, manifest)
+        say(f"ok  {shard.name}: {shard.num_documents:,} documents, {shard.num_tokens:,} tokens")
+    say(f"ok  {folder}: {len(manifest.shards):,} shards, fingerprint {manifest.fingerprint}")
+    return manifest
+
+
+def _check_index(folder: Path, manifest: Manifest) -> None:
+    index = load_index(folder, manifest)
+    for name, values in vars(build_index(manifest)).items():
+        if not np.array_equal(getattr(index, name), values):
+            raise _failure(f"{name} in the index of {folder} must be as in the manifest", "other numbers")
+
+
+def _check_hash(bytes_of_shard: Bytes, shard: Shard, manifest: Manifest) -> None:
+    found = hashlib.sha256(bytes_of_shard.data).hexdigest()
+    if found == shard.sha256:
+        return
+    for member in shard.members:
+        tokens, lengths = _payloads(bytes_of_shard, member, manifest)
+        if zlib.crc32(tokens.data) != member.tokens_crc32:
+            place = _place(shard, member, ".tok", member.tokens_at)
+            raise _failure(f"the {tokens.size:,} bytes from {place} on must be as written", "changed bytes")
+        if zlib.crc32(lengths.data) != member.lengths_crc32:
+            place = _place(shard, member, ".len", member.lengths_at)
+            raise _failure(f"the {lengths.size:,} bytes from {place} on must be as written", "changed bytes")
+    raise _failure(f"{shard.name} must have sha256 {shard.sha256}", f"{found}, by a tar header or padding")
+
+
+def _check_reading(folder: Path, bytes_of_shard: Bytes, shard: Shard, manifest: Manifest) -> None:
+    with (folder / shard.name).open("rb") as stream:
+        samples = group_by_keys(tar_file_expander([{"url": shard.name, "stream": stream}]))
+        for member, sample in itertools.zip_longest(shard.members, samples, fillvalue=None):
+            if member is None or sample is None or sample["__key__"] != member.key:
+                wanted = "no more members" if member is None else f"member {member.key}"
+                found = "none" if sample is None else f"member {sample['__key__']}"
+                raise _failure(f"webdataset must find {wanted} in {shard.name}", found)
+            tokens, lengths = _payloads(bytes_of_shard, member, manifest)
+            if sample.get("tok") != tokens.tobytes() or sample.get("len") != lengths.tobytes():
+                place = _place(shard, member, "", member.tokens_at)
+                raise _failure(f"webdataset must read what lies at {place}", "other bytes")
+
+
+def _check_tokens(bytes_of_shard: Bytes, shard: Shard, member: Member, manifest: Manifest) -> None:
+    payload, lengths = _payloads(bytes_of_shard, member, manifest)
+    tokens = payload.view(np.dtype(manifest.dtype).newbyteorder("<"))
+    ends = np.cumsum(lengths.view("<u4"), dtype=np.int64)
+    if ends[-1] != tokens.size:
+        place = _place(shard, member, ".len", member.lengths_at)
+        raise _failure(f"lengths at {place} must add up to the {tokens.size:,} tokens", f"{ends[-1]:,}")
+    too_large = np.flatnonzero(tokens >= manifest.vocabulary)
+    if too_large.size:
+        at = int(too_large[0])
+        place = _place(shard, member, ".tok", member.tokens_at + at * tokens.itemsize)
+        raise _failure(f"the token id at {place} must be below {manifest.vocabulary:,}", f"{tokens[at]:,}")
+    unended = ends[tokens[ends - 1] != manifest.end_of_document]
+    if unended.size:
+        at = int(unended[0]) - 1
+        place = _place(shard, member, ".tok", member.tokens_at + at * tokens.itemsize)
+        raise _failure(
+            f"a document must end with id {manifest.end_of_document} at {place}", f"id {tokens[at]}"
+        )
+
+
+def _payloads(bytes_of_shard: Bytes, member: Member, manifest: Manifest) -> tuple[Bytes, Bytes]:
+    """Return the bytes of a member's token ids and of its document lengths."""
+    num_bytes = member.num_tokens * np.dtype(manifest.dtype).itemsize
+    tokens = bytes_of_shard[member.tokens_at : member.tokens_at + num_bytes]
+    return tokens, bytes_of_shard[member.lengths_at : member.lengths_at + 4 * member.num_documents]
+
+
+def _place(shard: Shard, member: Member, suffix: str, at: int) -> str:
+    return f"{shard.name}, member {member.key}{suffix}, byte {at:,}"
+
+
+def _failure(must_hold: str, found: str) -> DataError:
+    return DataError(must_hold, found, "Copy the folder again from its source, or build the shards again")
