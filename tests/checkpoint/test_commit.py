@@ -1,0 +1,97 @@
+import signal
+from pathlib import Path
+
+import pytest
+
+from mtp_lightning.checkpoint.commit import read_pointer, remove_leftovers, retain, saving
+from mtp_lightning.checkpoint.folder import read_state, write_state
+from mtp_lightning.checkpoint.layout import complete_checkpoints, newest_complete, verify
+from mtp_lightning.checkpoint.manifest import Moment
+from tests.checkpoint.savers import FACTS, die_at_call, forkserver, save, state_of_step
+from tests.checkpoint.test_tree import is_same
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in complete_checkpoints(folder)]
+
+
+def test_a_committed_state_comes_back(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    assert is_same(read_state(tmp_path / "step-00000005"), state_of_step(5))
+
+
+def test_a_failed_save_leaves_no_trace(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt), saving(tmp_path, Moment(step=2, tokens=2), FACTS) as partial:  # noqa: PT012
+        write_state(partial, state_of_step(2))
+        raise KeyboardInterrupt
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        save(tmp_path, step, keep=99)
+    retain(tmp_path, keep=3, best="step-00000002")
+    assert steps_in(tmp_path) == [2, 4, 5, 6]
+    retain(tmp_path, keep=0, best=None)
+    assert steps_in(tmp_path) == [5, 6]
+
+
+def test_retention_counts_complete_checkpoints_only(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        save(tmp_path, step, keep=99)
+    (tmp_path / "step-00000004" / "state.json").unlink()
+    retain(tmp_path, keep=2, best=None)
+    assert steps_in(tmp_path) == [2, 3]
+
+
+def test_leftovers_go_and_everything_else_stays(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "step-00000002.partial").mkdir()
+    (tmp_path / "step-00000002.partial" / "state.json").write_text("{")
+    (tmp_path / "step-00000000.removed").mkdir()
+    (tmp_path / "last.tmp").write_text("x")
+    kept = [tmp_path / name for name in ("step-00000003.bad", "notes.partial", "mine.tmp")]
+    for path in kept:
+        path.mkdir()
+    remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "step-00000001", tmp_path / "last"])
+
+
+def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "step-00000001" / "old").write_text("from before")
+    save(tmp_path, 1)
+    verify(tmp_path / "step-00000001")
+    assert not (tmp_path / "step-00000001" / "old").exists()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["last", "step-00000001"]
+
+
+@pytest.mark.timeout(120)
+def test_a_kill_at_any_call_of_a_save_keeps_a_good_checkpoint(tmp_path: Path) -> None:
+    context = forkserver()
+    before_commit, after_commit = 0, 0
+    for fatal_call in range(1, 100):
+        folder = tmp_path / str(fatal_call)
+        for step in (1, 2):
+            save(folder, step)
+        process = context.Process(target=die_at_call, args=(folder, fatal_call, 3))
+        process.start()
+        process.join()
+        newest = newest_complete(folder)
+        assert newest is not None
+        assert is_same(read_state(newest.path), state_of_step(newest.step))
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        before_commit, after_commit = before_commit + (newest.step == 2), after_commit + (newest.step == 3)
+        assert newest.step in (2, 3)
+        remove_leftovers(folder)
+        assert not [path for path in folder.iterdir() if path.suffix]
+        save(folder, 4)
+        assert read_pointer(folder, "last") == folder / "step-00000004"
+    else:
+        pytest.fail("the save never ended")
+    assert before_commit >= 10, "four files, the manifest and the folder are synced, some twice, then renamed"
+    assert after_commit >= 4, "the parent is synced, the pointer replaced, the oldest checkpoint deleted"
