@@ -1,4 +1,4 @@
-"""Sections of a recipe: frozen, typed, torch-free. One docstring per field, shown by `mtp recipe show`."""
+"""Sections of a recipe: frozen, typed, torch-free. One docstring per field, shown by `mtp recipe show --docs`."""
 
 from typing import Annotated, Literal
 
@@ -13,7 +13,9 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """Base of all sections: unknown keys are refused, values cannot change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelSection(Section):
@@ -82,7 +84,7 @@ class HeadsSection(Section):
     hidden: Literal["post_norm", "pre_norm"] = "post_norm"
     """Hidden state that sequential and recursive modules read: after or before the final norm."""
     concatenation: Literal["embedding_first", "hidden_first"] = "embedding_first"
-    """Order of the 2D-wide input of sequential and recursive modules (DeepSeek: embedding first; MiMo: hidden first)."""
+    """Order of the 2D-wide input of sequential and recursive modules (DeepSeek: embedding first; MiMo: hidden)."""
     isolate_trunk: bool = False
     """Keep the gradients of offsets beyond the first out of the trunk."""
 
@@ -172,7 +174,7 @@ class DataSection(Section):
     """Where the tokens come from, and how windows are cut."""
 
     corpus: list[str] = Field(default=["stdlib"], min_length=1)
-    """Text to build shards from: folders, files, globs, or `stdlib` (the Python standard library's own source)."""
+    """Text to build shards from: folders, files, globs, `stdlib` (Python's own library), `stdlib:json` (a package)."""
     shards: str | None = None
     """Folder of shards made by `mtp data build`; null means: build from the corpus into run.cache when missing."""
     tokenizer: str = "byte"

@@ -1,0 +1,68 @@
+"""The command `mtp`. Each verb imports what it needs when it runs, so that help and recipe checks need no torch."""
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mtp_lightning import __version__
+from mtp_lightning.cli import bench_verbs, data_verbs, recipe_verbs
+from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
+from mtp_lightning.cli.screen import print_error, screen
+from mtp_lightning.errors import MtpError
+
+INTERRUPTED = 130
+EPILOG = "For example: mtp train recipes/quickstart.yaml run.steps=200 run.dir=runs/mine"
+
+
+class MtpGroup(TyperGroup):
+    """All verbs; failures that a user can cause or cure end as a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except MtpError as error:
+            print_error(error)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as interrupt:
+            screen(stderr=True).print("interrupted")
+            raise typer.Exit(INTERRUPTED) from interrupt
+
+
+app = typer.Typer(
+    cls=MtpGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EPILOG
+)
+app.add_typer(data_verbs.app, name="data")
+app.add_typer(recipe_verbs.app, name="recipe")
+app.add_typer(bench_verbs.app, name="bench")
+
+
+def _print_version(*, value: bool) -> None:
+    if value:
+        screen().print(f"mtp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def describe(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train multi-token prediction language models."""
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Train a recipe; given a run that was interrupted, go on where it was."""
+    loaded = open_recipe(recipe, overrides)
+    from mtp_lightning.training.fit import train
+
+    raise typer.Exit(train(loaded) or 0)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

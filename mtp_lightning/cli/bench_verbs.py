@@ -1,0 +1,66 @@
+"""`mtp bench memory | train`."""
+
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
+from mtp_lightning.recipe.sections import ObjectiveSection
+
+app = typer.Typer(no_args_is_help=True, help="Measure a training step.")
+
+OffsetsOption = Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of offsets to measure.")]
+SchedulesOption = Annotated[str, typer.Option(metavar="NAME,...", help="Schedules to measure.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")]
+
+
+@app.command()
+def memory(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    offsets: OffsetsOption = "1,2,4,8",
+    schedules: SchedulesOption = "sequential,joint",
+    json: JsonOption = None,
+) -> None:
+    """Measure the peak memory of a training step, for several numbers of offsets and schedules."""
+    numbers, names = _offsets(offsets), _schedules(schedules)
+    loaded = open_recipe(recipe, overrides)
+    from mtp_lightning.bench.memory import bench_memory
+
+    bench_memory(loaded.recipe, offsets=numbers, schedules=names, json_path=json)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    offsets: OffsetsOption = "1,2,4,8",
+    schedules: SchedulesOption = "sequential,joint",
+    json: JsonOption = None,
+) -> None:
+    """Measure the speed of training, for several numbers of offsets and schedules."""
+    numbers, names = _offsets(offsets), _schedules(schedules)
+    loaded = open_recipe(recipe, overrides)
+    from mtp_lightning.bench.speed import bench_train
+
+    bench_train(loaded.recipe, offsets=numbers, schedules=names, json_path=json)
+
+
+def _offsets(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
+        raise typer.BadParameter(
+            f"must be whole numbers >= 1 with commas between; found {text!r}", param_hint="--offsets"
+        )
+    return [int(part) for part in parts]
+
+
+def _schedules(text: str) -> list[str]:
+    known = get_args(ObjectiveSection.model_fields["schedule"].annotation)
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"must be among {', '.join(known)}; found {unknown[0]!r}", param_hint="--schedules")
+    return names

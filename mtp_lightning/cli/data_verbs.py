@@ -1,0 +1,85 @@
+"""`mtp data build | peek | verify`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
+from mtp_lightning.recipe.sections import DataSection
+
+app = typer.Typer(no_args_is_help=True, help="Build shards of tokens, look at a row, verify shards.")
+
+
+class Split(StrEnum):
+    """The two parts of the data."""
+
+    train = "train"
+    validation = "validation"
+
+
+@app.command()
+def build(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE KEY=VALUE | PATH",
+            help="A recipe; or, with --out, texts: files, folders, globs, stdlib, stdlib:json.",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: Annotated[Path | None, typer.Option(help="Folder for the shards; must not exist yet.")] = None,
+    validation_share: Annotated[
+        float | None, typer.Option(help="With --out: share of documents held out (0.03 unless given).")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="With --out: tokenizer (byte unless given).")] = None,
+) -> None:
+    """Build the shards of a recipe's corpus into its cache, or of any texts into a folder."""
+    if out is None:
+        _build_of_recipe(inputs, is_for_texts=validation_share is not None or tokenizer is not None)
+        return
+    defaults = DataSection()
+    share = defaults.validation_share if validation_share is None else validation_share
+    if not 0 < share < 1:
+        raise typer.BadParameter("must lie between 0 and 1", param_hint="--validation-share")
+    from mtp_lightning.data.build import build_shards
+
+    build_shards(inputs, out, tokenizer=tokenizer or defaults.tokenizer, validation_share=share)
+
+
+def _build_of_recipe(arguments: list[str], *, is_for_texts: bool) -> None:
+    recipe = Path(arguments[0])
+    is_recipe = recipe.suffix in (".yaml", ".yml") or (recipe / "recipe.yaml").is_file()
+    if is_for_texts or not is_recipe:
+        raise typer.BadParameter(
+            "give --out to build from texts, or else a recipe and fields to change", param_hint="PATH"
+        )
+    loaded = open_recipe(arguments[0], arguments[1:])
+    from mtp_lightning.data.corpus import prepare_shards
+
+    prepare_shards(loaded.recipe)
+
+
+@app.command()
+def peek(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    row: Annotated[int, typer.Option(min=0, help="Number of the row in its split.")] = 0,
+    split: Annotated[Split, typer.Option(help="Part of the data.")] = Split.train,
+) -> None:
+    """Print one row as a table: position, token, document, and the target of every offset."""
+    loaded = open_recipe(recipe, overrides)
+    from mtp_lightning.data.peek import peek
+
+    peek(loaded.recipe, row=row, split=split.value)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="Folder of shards.", show_default=False)]) -> None:
+    """Check every byte of a folder of shards against its manifest and index."""
+    from mtp_lightning.data.verify import verify_shards
+
+    verify_shards(folder)
