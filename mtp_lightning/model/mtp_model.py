@@ -27,9 +27,10 @@ class MtpModel(nn.Module):
         self.trunk = Trunk(
             recipe.model, num_trunk_layers(recipe), recompute=recipe.objective.checkpoint_trunk
         )
-        self.heads = KINDS[recipe.heads.kind](
-            recipe.model, recipe.heads, recompute=recipe.objective.checkpoint_heads
-        )
+        recompute = recipe.objective.checkpoint_heads
+        if recompute is None:
+            recompute = recipe.heads.kind == "recursive"
+        self.heads = KINDS[recipe.heads.kind](recipe.model, recipe.heads, recompute=recompute)
         self.unembedding = Unembedding(recipe, self.heads)
         self.tie_embeddings()
 

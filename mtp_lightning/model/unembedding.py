@@ -69,6 +69,12 @@ class Unembedding(nn.Module):
             normed, self.matrices, terms, chunk_bytes=self.chunk_bytes, balance_to=balance_to
         )
 
+    def parameters_of(self, offset: int) -> list[Tensor]:
+        """Final norm and matrix of an offset."""
+        index = self.norm_index[offset]
+        norm = [] if index is None else list(self.norms[index].parameters())
+        return [*norm, self.matrices[self.matrix_index(offset)]]
+
     @property
     def matrices(self) -> list[Tensor]:
         """All V x D matrices, the token-order one last."""

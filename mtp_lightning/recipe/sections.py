@@ -164,8 +164,9 @@ class ObjectiveSection(Section):
     """Memory that one chunk of logits may take, in MiB; sets how many positions are scored at once."""
     checkpoint_trunk: bool = False
     """Recompute the trunk's layers in the backward pass instead of keeping their activations."""
-    checkpoint_heads: bool = False
-    """Recompute the heads in the backward pass instead of keeping their activations."""
+    checkpoint_heads: bool | None = None
+    """Recompute the heads in the backward pass instead of keeping their activations; null means for kind `recursive`
+    only, whose module's layers run n-1 times on top of the trunk's."""
     compile: bool = False
     """Compile trunk layers and head blocks with torch.compile."""
 

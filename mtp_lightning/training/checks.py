@@ -1,0 +1,148 @@
+"""Two checks that every run makes of itself: are the targets right, and do gradients arrive.
+
+The field's users have lost weeks to targets shifted by one, prompts trained as answers, tokens leaking across
+documents, and heads that never changed. Both checks run on the first steps of every start and stop the run.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.errors import TrainingError
+from mtp_lightning.losses.targets import IGNORE, oracle_targets
+from mtp_lightning.model.mtp_model import MtpModel
+
+ORACLE_STEPS = 2  # steps after every start whose targets are compared
+ORACLE_ROWS = 4  # rows of each that go through the slow oracle
+
+
+def check_targets(
+    tokens: Tensor, documents: Tensor, loss_mask: Tensor | None, targets: Tensor, *, num_rows: int = ORACLE_ROWS
+) -> None:
+    """Compare fast targets, (N, B, T), with the slow oracle on the first rows of a batch.
+
+    Raises:
+        TrainingError: Naming the first row, offset and position that differ.
+    """
+    for row in range(min(num_rows, len(tokens))):
+        mask = None if loss_mask is None else loss_mask[row].tolist()
+        expected = torch.tensor(oracle_targets(tokens[row].tolist(), documents[row].tolist(), len(targets), mask))
+        found = targets[:, row].cpu()
+        if not torch.equal(found, expected):
+            offset, position = (found != expected).nonzero()[0].tolist()
+            raise TrainingError(
+                "the target of offset k at position t must be token t+k of the same document, if the loss mask allows",
+                f"{_shown(found[offset, position])} instead of {_shown(expected[offset, position])} "
+                f"at row {row}, offset {offset + 1}, position {position}",
+                "Do not train on this data path; look at the row with `mtp data peek` and report the difference.",
+            )
+
+
+def _shown(target: Tensor) -> str:
+    return "no target" if int(target) == IGNORE else f"token {int(target)}"
+
+
+def check_counts(counts: Tensor, weights: list[float]) -> None:
+    """Refuse a global batch in which an offset that has a weight has no valid target.
+
+    Raises:
+        TrainingError: Naming the offsets.
+    """
+    pairs = zip(counts.tolist(), weights, strict=True)
+    empty = [offset for offset, (count, weight) in enumerate(pairs, start=1) if weight and not count]
+    if empty:
+        raise TrainingError(
+            "every trained offset must have at least one valid target in each global batch",
+            f"none at offset {', '.join(map(str, empty))}",
+            "Raise batch.rows or data.window_tokens, predict fewer offsets (heads.num_offsets), "
+            "or look at the loss mask with `mtp data peek`.",
+        )
+
+
+class GradientArrival:
+    """Watches that every trainable parameter receives a finite, non-zero gradient and moves.
+
+    A parameter is settled by the first step at which it is expected to be trained: one that belongs to offsets of
+    weight 0 (a curriculum, say) waits until they are switched on. The whole watch ends when all are settled.
+    """
+
+    def __init__(self, model: MtpModel) -> None:
+        self.model = model
+        self.pending = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.probes: dict[str, tuple[Tensor, Tensor]] = {}  # index of the largest gradient, value before the step
+
+    def before_step(self, weights: list[float]) -> None:
+        """Look at the gradients of a step, before clipping and the optimizer.
+
+        Raises:
+            TrainingError: Naming the parameters whose gradient is missing, zero or not finite.
+        """
+        idle = self._idle(weights)
+        faults: dict[str, list[str]] = {}
+        for name, parameter in self.pending.items():
+            if name in idle:
+                continue
+            fault = self._probe(name, parameter)
+            if fault:
+                faults.setdefault(fault, []).append(name)
+        if faults:
+            raise TrainingError(
+                "every trainable parameter must receive a finite, non-zero gradient in its first optimizer step",
+                "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items()),
+                "Freeze what is not meant to train, or report the schedule, head kind and strategy that lose it.",
+            )
+
+    def after_step(self) -> None:
+        """Check that what had a gradient has moved, and stop watching it.
+
+        Raises:
+            TrainingError: Naming the parameters that have not moved.
+        """
+        still = [name for name, (index, before) in self.probes.items() if self.pending[name].view(-1)[index] == before]
+        if still:
+            raise TrainingError(
+                "every parameter with a gradient must move in an optimizer step",
+                f"no change of {_listed(still)}",
+                "Check that the optimizer holds these parameters and that their learning rate is not zero "
+                "(optimizer.lr, optimizer.lr_scale).",
+            )
+        for name in self.probes:
+            del self.pending[name]
+        self.probes.clear()
+
+    @torch.no_grad()
+    def _probe(self, name: str, parameter: Tensor) -> str | None:
+        if parameter.grad is None:
+            return "no gradient"
+        gradient = parameter.grad.view(-1)
+        if not bool(gradient.isfinite().all()):
+            return "gradient not finite"
+        index = gradient.abs().argmax()
+        if gradient[index] == 0:
+            return "gradient zero"
+        self.probes[name] = (index, parameter.view(-1)[index].clone())
+        return None
+
+    def _idle(self, weights: list[float]) -> set[str]:
+        """Parameters that serve only offsets of weight 0."""
+        heads, unembedding = self.model.heads, self.model.unembedding
+        users: dict[int, set[int]] = {}  # id of a parameter -> offsets that it serves
+        for offset in heads.offsets:
+            for parameter in self._own_parameters(offset):
+                users.setdefault(id(parameter), set()).update(heads.subtree(offset))
+            for parameter in unembedding.parameters_of(offset):
+                users.setdefault(id(parameter), set()).add(offset)
+        active = {offset for offset, weight in enumerate(weights, start=1) if weight > 0}
+        return {
+            name for name, parameter in self.model.named_parameters() if not users.get(id(parameter), active) & active
+        }
+
+    def _own_parameters(self, offset: int) -> Iterable[Tensor]:
+        for module in self.model.heads.modules_of(offset):
+            yield from module.parameters()
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

@@ -1,0 +1,187 @@
+"""The Lightning module: one training step is one optimizer step under manual optimization."""
+
+import math
+import resource
+import time
+from collections.abc import Iterator
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from mtp_lightning.errors import NonFiniteError
+from mtp_lightning.losses.targets import IGNORE, shifted_targets
+from mtp_lightning.losses.weights import offset_weights
+from mtp_lightning.model.mtp_model import MtpModel, build_model
+from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.training.checks import ORACLE_STEPS, GradientArrival, check_counts, check_targets
+from mtp_lightning.training.metrics import OffsetMetrics
+from mtp_lightning.training.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    gradient_norms,
+    learning_rate,
+    set_learning_rate,
+)
+from mtp_lightning.training.schedules import MicroBatch, Objective, evaluate, run_schedule
+
+Batch = dict[str, Tensor]
+
+
+class MtpLightningModule(L.LightningModule):
+    """Trains an `MtpModel` by the recipe's schedule.
+
+    `metrics` holds the figures of the last logged step or validation, by column name of metrics.csv; it is
+    filled right before the callbacks see the step, and emptied by the next.
+    """
+
+    model: MtpModel
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.recipe = recipe
+        self.metrics: dict[str, float] = {}
+        self.train_metrics = OffsetMetrics(recipe.heads.num_offsets)
+        self.val_metrics = OffsetMetrics(recipe.heads.num_offsets)
+
+    def configure_model(self) -> None:
+        """Build the model once, on the CPU; Lightning moves it."""
+        if not hasattr(self, "model"):
+            self.model = build_model(self.recipe)
+            if self.recipe.objective.compile:
+                self.model.compile_layers()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW in groups by role."""
+        return build_optimizer(self.model, self.recipe.optimizer)
+
+    def on_train_start(self) -> None:
+        """Begin the checks anew after every start, resumed or not."""
+        self.gradient_arrival = GradientArrival(self.model)
+        self.num_checked_steps = 0
+        self.logged_at, self.logged_step = time.monotonic(), self.global_step
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Run one optimizer step over this rank's rows of the global batch."""
+        step = self.global_step
+        self.metrics = {}
+        objective, targets = self._prepare(batch, step)
+        for micro_batch in self._micro_batches(batch, targets):
+            with self._autocast():
+                losses = run_schedule(self.model, micro_batch, objective, self._backward)
+            self.train_metrics.update(micro_batch.targets, losses)
+        norms = self._step_optimizer(objective.weights, step)
+        self.trainer.datamodule.advance(self.recipe.batch.rows)  # type: ignore[attr-defined]
+        if self._is_logged(step + 1):
+            self._log_step(step, norms)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add held-out rows to the validation metrics."""
+        targets = self._targets(batch)
+        objective = self._objective(targets, batch["documents"], [1.0] * len(targets), predicts=True)
+        for micro_batch in self._micro_batches(batch, targets):
+            with self._autocast():
+                losses = evaluate(self.model, micro_batch, objective)
+            self.val_metrics.update(micro_batch.targets, losses)
+
+    def on_validation_start(self) -> None:
+        """Stop the clock of tokens per second."""
+        self.validation_began_at = time.monotonic()
+
+    def on_validation_end(self) -> None:
+        """Let the clock of tokens per second go on."""
+        self.logged_at += time.monotonic() - self.validation_began_at
+
+    def on_validation_epoch_end(self) -> None:
+        """Publish the validation's figures and forget its sums."""
+        figures = self.val_metrics.compute()
+        self.val_metrics.reset()
+        self.metrics |= {f"val/{name}": figure for name, figure in figures.items()}
+
+    def _prepare(self, batch: Batch, step: int) -> tuple[Objective, Tensor]:
+        """Targets and objective of a step, checked on the first steps of every start."""
+        targets = self._targets(batch)
+        if self.num_checked_steps < ORACLE_STEPS:
+            check_targets(batch["tokens"], batch["documents"], batch.get("loss_mask"), targets)
+            self.num_checked_steps += 1
+        weights = offset_weights(self.recipe.objective.weights, len(targets), step, self.recipe.run.steps)
+        objective = self._objective(targets, batch["documents"], weights, predicts=self._is_logged(step + 1))
+        check_counts(objective.counts, weights)
+        return objective, targets
+
+    def _targets(self, batch: Batch) -> Tensor:
+        num_offsets = self.recipe.heads.num_offsets
+        return shifted_targets(batch["tokens"], batch["documents"], num_offsets, batch.get("loss_mask"))
+
+    def _objective(self, targets: Tensor, documents: Tensor, weights: list[float], *, predicts: bool) -> Objective:
+        num_positions = targets.shape[2]
+        num_ordered = (documents[:, :num_positions] == documents[:, 1 : num_positions + 1]).sum()
+        counts = (targets != IGNORE).sum((1, 2))
+        return Objective(self.recipe.objective, weights, counts, num_ordered, predicts)
+
+    def _micro_batches(self, batch: Batch, targets: Tensor) -> Iterator[MicroBatch]:
+        size = self.recipe.batch.micro_rows
+        for start in range(0, len(batch["tokens"]), size):
+            rows = slice(start, start + size)
+            yield MicroBatch(batch["tokens"][rows], batch["documents"][rows], targets[:, rows])
+
+    def _autocast(self) -> torch.autocast:
+        is_enabled = self.recipe.run.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_enabled)
+
+    def _backward(self, loss: Tensor) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            self.manual_backward(loss)
+
+    def _step_optimizer(self, weights: list[float], step: int) -> dict[str, Tensor]:
+        """Check, clip, step, zero: once per optimizer step. Returns the gradient norms before clipping."""
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        section = self.recipe.optimizer
+        norms = gradient_norms(self.model.named_parameters())
+        self._check_finite(norms, step)
+        self.gradient_arrival.before_step(weights)
+        if section.clip_norm is not None:
+            clip_gradients(self.model.parameters(), norms["all"], section.clip_norm)
+        set_learning_rate(optimizer.optimizer, section, learning_rate(section, step, self.recipe.run.steps))
+        optimizer.step()
+        self.gradient_arrival.after_step()
+        optimizer.zero_grad(set_to_none=True)
+        return norms
+
+    def _check_finite(self, norms: dict[str, Tensor], step: int) -> None:
+        if not math.isfinite(norms["all"].item()):
+            bad = [role for role, norm in norms.items() if not math.isfinite(norm.item()) and role != "all"]
+            raise NonFiniteError(
+                "every gradient must be finite",
+                f"a gradient of {', '.join(bad)} that is not, at step {step + 1}",
+                "The weights are as before this step and the last checkpoint is whole: "
+                "lower optimizer.lr, lengthen optimizer.warmup_steps, or use run.precision=fp32.",
+            )
+
+    def _is_logged(self, done_steps: int) -> bool:
+        """Predictions cost a pass over the logits, so they are taken on logged steps only."""
+        return done_steps % self.recipe.run.log_every_steps == 0 or done_steps == self.recipe.run.steps
+
+    def _log_step(self, step: int, norms: dict[str, Tensor]) -> None:
+        figures = self.train_metrics.compute()
+        self.train_metrics.reset()
+        recipe, now = self.recipe, time.monotonic()
+        tokens_per_step = recipe.batch.rows * recipe.data.window_tokens
+        self.metrics |= {
+            "step": step + 1,
+            "tokens": (step + 1) * tokens_per_step,
+            "lr": learning_rate(recipe.optimizer, step, recipe.run.steps),
+            **{f"train/{name}": figure for name, figure in figures.items()},
+            **{f"grad_norm/{role}": float(norm) for role, norm in norms.items()},
+            "tokens_per_s": (step + 1 - self.logged_step) * tokens_per_step / (now - self.logged_at),
+            "memory_gib": self._memory_bytes() / 2**30,
+        }
+        self.logged_at, self.logged_step = now, step + 1
+
+    def _memory_bytes(self) -> int:
+        """Peak memory so far: the device's allocator on CUDA, this process's resident set on the CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

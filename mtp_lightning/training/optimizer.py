@@ -1,0 +1,76 @@
+"""AdamW in groups by role, learning rate as a pure function of the step, gradient norms and clipping."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtp_lightning.recipe.sections import OptimizerSection
+
+ROLES = ("trunk", "heads", "unembedding")
+
+
+def role_of(parameter_name: str) -> str:
+    """Role of a parameter of `MtpModel` by its name; a tied matrix is the trunk's embedding."""
+    return parameter_name.split(".", 1)[0]
+
+
+def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
+    """Group trainable parameters by role and by whether they decay; groups without parameters are left out."""
+    groups: dict[tuple[str, bool], list[Tensor]] = {(role, decays): [] for role in ROLES for decays in (True, False)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[role_of(name), parameter.dim() > 1].append(parameter)
+    return [
+        {"params": params, "role": role, "weight_decay": section.weight_decay if decays else 0.0}
+        for (role, decays), params in groups.items()
+        if params
+    ]
+
+
+def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
+    """Build AdamW over the model's trainable parameters; learning rates are set before every step."""
+    beta1, beta2 = section.betas
+    groups = parameter_groups(model, section)
+    return torch.optim.AdamW(groups, lr=section.lr, betas=(beta1, beta2), eps=section.eps, fused=True)
+
+
+def learning_rate(section: OptimizerSection, step: int, num_steps: int) -> float:
+    """Learning rate of a 0-based step: linear warm-up to the peak, then cosine to decay_ratio x peak at the last.
+
+    >>> section = OptimizerSection(lr=1.0, warmup_steps=2, decay_ratio=0.1)
+    >>> [round(learning_rate(section, step, 5), 3) for step in range(5)]
+    [0.5, 1.0, 0.775, 0.325, 0.1]
+    """
+    if step < section.warmup_steps:
+        return section.lr * (step + 1) / section.warmup_steps
+    done = (step + 1 - section.warmup_steps) / max(1, num_steps - section.warmup_steps)
+    cosine = (1 + math.cos(math.pi * min(1.0, done))) / 2
+    return section.lr * (section.decay_ratio + (1 - section.decay_ratio) * cosine)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, section: OptimizerSection, lr: float) -> None:
+    """Give every group the learning rate of its role."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * section.lr_scale.get(group["role"], 1.0)
+
+
+def gradient_norms(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """L2 norm of the gradient of each role and of all together, by role name and `all`."""
+    gradients: dict[str, list[Tensor]] = {role: [] for role in ROLES}
+    for name, parameter in named_parameters:
+        if parameter.grad is not None:
+            gradients[role_of(name)].append(parameter.grad)
+    norms = {role: torch.nn.utils.get_total_norm(grads) for role, grads in gradients.items() if grads}
+    norms["all"] = torch.stack([norm.float() for norm in norms.values()]).norm()
+    return norms
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, clip_norm: float) -> None:
+    """Scale all gradients down so that their norm, given, is at most `clip_norm`."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    scale = (clip_norm / norm.clamp(min=clip_norm)).to(gradients[0].dtype)
+    torch._foreach_mul_(gradients, scale)
