@@ -1,0 +1,245 @@
+"""What must hold between the fields of a recipe, as one table."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mtp_lightning.errors import Fault
+from mtp_lightning.recipe.layers import num_layers_from_trunk, num_trunk_layers
+from mtp_lightning.recipe.sections import ConstantWeights, LambdaWeights, Recipe
+from mtp_lightning.recipe.words import nearest, one_of
+from mtp_lightning.recipe.yaml12 import one_line_yaml
+
+KNOWN_TOKENIZERS = ("byte",)
+LARGEST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A condition on one or several fields; the fault is reported at the first."""
+
+    fields: tuple[str, ...]
+    holds: Callable[[Recipe], bool]
+    must_hold: str
+    remedy: str | Callable[[Recipe], str]
+
+
+def check_rules(
+    recipe: Recipe, *, origins: Mapping[str, str] | None = None, suspects: Collection[str] = ()
+) -> list[Fault]:
+    """Return a fault for each rule that a recipe breaks; rules that read a field among `suspects` are passed over.
+
+    >>> recipe = Recipe.model_validate({"data": {"window_tokens": 4}})
+    >>> [fault.must_hold for fault in check_rules(recipe)]
+    ['must exceed heads.num_offsets (T > n)']
+    """
+    return [
+        _fault_from(rule, recipe, origins or {})
+        for rule in RULES
+        if not any(_touches(field, suspect) for field in rule.fields for suspect in suspects) and not rule.holds(recipe)
+    ]
+
+
+def _touches(field: str, suspect: str) -> bool:
+    return f"{field}.".startswith(f"{suspect}.") or f"{suspect}.".startswith(f"{field}.")
+
+
+def _fault_from(rule: Rule, recipe: Recipe, origins: Mapping[str, str]) -> Fault:
+    values = {field: value_at(recipe, field) for field in rule.fields}
+    written = dict.fromkeys(origins.get(field, "default") for field in rule.fields)
+    several = ", ".join(f"{field} = {one_line_yaml(value)}" for field, value in values.items())
+    return Fault(
+        path=rule.fields[0],
+        must_hold=rule.must_hold,
+        found=several if len(values) > 1 else one_line_yaml(values[rule.fields[0]]),
+        origin=", ".join(origin for origin in written if origin != "default") or "default",
+        nearest=nearest(recipe.data.tokenizer, KNOWN_TOKENIZERS) if rule.fields == ("data.tokenizer",) else None,
+        remedy=rule.remedy if isinstance(rule.remedy, str) else rule.remedy(recipe),
+    )
+
+
+def value_at(recipe: Recipe, field: str) -> Any:
+    """Return the value of a field by its dotted path.
+
+    >>> value_at(Recipe(), "heads.num_offsets")
+    4
+    """
+    value: Any = recipe
+    for name in field.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def _divisors(number: int) -> str:
+    return one_of([str(d) for d in range(1, number + 1) if number % d == 0][-8:])
+
+
+def _numbers_of_heads(width: int) -> str:
+    """List the numbers of heads that give each an even width."""
+    return _divisors(width // 2) if width % 2 == 0 else "another number"
+
+
+def _has_whole_head_width(recipe: Recipe) -> bool:
+    return recipe.model.head_width is not None or recipe.model.width % recipe.model.num_attention_heads == 0
+
+
+def _weights_fit(recipe: Recipe) -> bool:
+    weights = recipe.objective.weights
+    values = weights.values if isinstance(weights, ConstantWeights) else None
+    return values is None or len(values) == recipe.heads.num_offsets
+
+
+def _main_head_learns(recipe: Recipe) -> bool:
+    weights = recipe.objective.weights
+    return not (isinstance(weights, ConstantWeights) and weights.values) or weights.values[0] > 0
+
+
+def _interval_is_forward(recipe: Recipe) -> bool:
+    weights = recipe.objective.weights
+    if not isinstance(weights, LambdaWeights) or weights.change == "step":
+        return True
+    return weights.begins_at < weights.ends_at
+
+
+def _layers_remedy(recipe: Recipe) -> str:
+    taken = num_layers_from_trunk(recipe)
+    return (
+        f"The heads take {taken} of {recipe.model.num_layers} layers: raise model.num_layers to {taken + 1} or more, "
+        "lower heads.num_offsets, or set heads.match_parameters=false."
+    )
+
+
+def _needs_kind(field: str, default: Any, *kinds: str) -> Rule:
+    """Build the rule that a field which only some head kinds read keeps its default elsewhere."""
+    return Rule(
+        fields=(field, "heads.kind"),
+        holds=lambda recipe: recipe.heads.kind in kinds or value_at(recipe, field) == default,
+        must_hold=f"must stay {default}: only {one_of(kinds, 'and')} heads read it",
+        remedy=f"Remove {field}, or choose another heads.kind.",
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        fields=("model.width", "model.num_attention_heads"),
+        holds=_has_whole_head_width,
+        must_hold="must be divisible by model.num_attention_heads when model.head_width is null",
+        remedy=lambda recipe: (
+            f"Set model.num_attention_heads to {_numbers_of_heads(recipe.model.width)}, "
+            "change model.width, or give model.head_width."
+        ),
+    ),
+    Rule(
+        fields=("model.num_attention_heads", "model.num_key_value_heads"),
+        holds=lambda recipe: recipe.model.num_attention_heads % recipe.model.resolved_key_value_heads == 0,
+        must_hold="must be divisible by model.num_key_value_heads",
+        remedy=lambda recipe: f"Set model.num_key_value_heads to {_divisors(recipe.model.num_attention_heads)}.",
+    ),
+    Rule(
+        fields=("model.head_width", "model.width", "model.num_attention_heads"),
+        holds=lambda recipe: not _has_whole_head_width(recipe) or recipe.model.resolved_head_width % 2 == 0,
+        must_hold="must be even: rotary positions turn pairs of channels",
+        remedy=lambda recipe: (
+            f"One head is {recipe.model.resolved_head_width} wide: give an even model.head_width, "
+            "or change model.width."
+        ),
+    ),
+    Rule(
+        fields=(
+            "model.num_layers",
+            "heads.num_offsets",
+            "heads.kind",
+            "heads.layers_per_head",
+            "heads.match_parameters",
+        ),
+        holds=lambda recipe: num_trunk_layers(recipe) >= 1,
+        must_hold="must leave at least one layer to the trunk",
+        remedy=_layers_remedy,
+    ),
+    _needs_kind("heads.order", "causal", "chained"),
+    _needs_kind("heads.hidden", "post_norm", "sequential", "recursive"),
+    _needs_kind("heads.concatenation", "embedding_first", "sequential", "recursive"),
+    _needs_kind("heads.layers_per_head", 1, "parallel", "chained", "sequential", "recursive", "medusa"),
+    Rule(
+        fields=("heads.isolate_trunk", "heads.kind", "heads.order"),
+        holds=lambda recipe: (
+            not (recipe.heads.isolate_trunk and (recipe.heads.kind, recipe.heads.order) == ("chained", "anticausal"))
+        ),
+        must_hold="must be false for an anticausal chain, whose main head reads the other heads",
+        remedy="Set heads.order=causal, or heads.isolate_trunk=false.",
+    ),
+    Rule(
+        fields=("heads.unembedding", "model.tie_embeddings"),
+        holds=lambda recipe: not (recipe.heads.unembedding == "replicated" and recipe.model.tie_embeddings),
+        must_hold="must be shared when model.tie_embeddings is true: one embedding cannot be n matrices",
+        remedy="Set heads.unembedding=shared, or model.tie_embeddings=false.",
+    ),
+    Rule(
+        fields=("heads.unembedding", "heads.kind"),
+        holds=lambda recipe: (
+            not (recipe.heads.unembedding == "replicated" and recipe.heads.kind in ("sequential", "recursive"))
+        ),
+        must_hold="must be shared for sequential and recursive modules",
+        remedy="Set heads.unembedding=shared.",
+    ),
+    Rule(
+        fields=("objective.weights.values", "heads.num_offsets"),
+        holds=_weights_fit,
+        must_hold="must hold one weight per offset",
+        remedy=lambda recipe: f"Give {recipe.heads.num_offsets} weights, or null for 1 each.",
+    ),
+    Rule(
+        fields=("objective.weights.values",),
+        holds=_main_head_learns,
+        must_hold="must give the main head, which comes first, a weight above 0",
+        remedy="Raise the first weight.",
+    ),
+    Rule(
+        fields=("objective.weights.begins_at", "objective.weights.ends_at"),
+        holds=_interval_is_forward,
+        must_hold="must lie before objective.weights.ends_at",
+        remedy="Lower objective.weights.begins_at, or set objective.weights.change=step.",
+    ),
+    Rule(
+        fields=("data.tokenizer",),
+        holds=lambda recipe: recipe.data.tokenizer in KNOWN_TOKENIZERS,
+        must_hold=f"must be a known tokenizer: {one_of(KNOWN_TOKENIZERS)}",
+        remedy=f"Set data.tokenizer={KNOWN_TOKENIZERS[0]}.",
+    ),
+    Rule(
+        fields=("data.window_tokens", "heads.num_offsets"),
+        holds=lambda recipe: recipe.data.window_tokens > recipe.heads.num_offsets,
+        must_hold="must exceed heads.num_offsets (T > n)",
+        remedy="Raise data.window_tokens, or lower heads.num_offsets.",
+    ),
+    Rule(
+        fields=("data.window_tokens", "model.max_positions"),
+        holds=lambda recipe: recipe.data.window_tokens <= recipe.model.max_positions,
+        must_hold="must not exceed model.max_positions",
+        remedy="Lower data.window_tokens, or raise model.max_positions.",
+    ),
+    Rule(
+        fields=("batch.micro_rows", "batch.rows"),
+        holds=lambda recipe: recipe.batch.rows % recipe.batch.micro_rows == 0,
+        must_hold="must divide batch.rows",
+        remedy=lambda recipe: f"Set batch.micro_rows to {_divisors(recipe.batch.rows)}.",
+    ),
+    Rule(
+        fields=("optimizer.betas",),
+        holds=lambda recipe: all(0 <= beta < 1 for beta in recipe.optimizer.betas),
+        must_hold="must each be >= 0 and < 1",
+        remedy="Choose decay rates such as [0.9, 0.95].",
+    ),
+    Rule(
+        fields=("optimizer.warmup_steps", "run.steps"),
+        holds=lambda recipe: recipe.optimizer.warmup_steps < recipe.run.steps,
+        must_hold="must be less than run.steps",
+        remedy="Lower optimizer.warmup_steps, or raise run.steps.",
+    ),
+    Rule(
+        fields=("run.seed",),
+        holds=lambda recipe: recipe.run.seed <= LARGEST_SEED,
+        must_hold=f"must be at most {LARGEST_SEED}",
+        remedy="Choose a smaller seed.",
+    ),
+)

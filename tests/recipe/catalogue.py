@@ -1,0 +1,158 @@
+"""Every fault that a recipe can have: the files and the overrides that show it."""
+
+from dataclasses import dataclass, field
+
+RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder of files, of which `recipe.yaml` is loaded with overrides."""
+
+    name: str
+    text: str | bytes | None = ""
+    overrides: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def _broken(name: str, *overrides: str) -> Case:
+    """A rule broken by overrides on a recipe of defaults."""
+    return Case(name, "name: sound\n", overrides)
+
+
+FILES = (
+    Case("file_missing", None),
+    Case("file_missing_with_a_neighbour", None, files={"recipes.yaml": "name: neighbour\n"}),
+    Case("file_empty", "# only a comment\n"),
+    Case("file_is_not_text", b"\xff\xfe\x00\x01"),
+    Case("file_holds_a_list", "- model\n- heads\n"),
+    Case("file_holds_text", "just a sentence\n"),
+    Case("yaml_open_bracket", "data:\n  corpus: [src\nname: x\n"),
+    Case("yaml_tab", "model:\n\twidth: 64\n"),
+    Case("yaml_bad_indentation", "model:\n  width: 64\n num_layers: 4\n"),
+    Case("yaml_control_character", "name: x\nmodel: \x07\n"),
+    Case("yaml_two_documents", "name: a\n---\nname: b\n"),
+    Case("yaml_nested_without_end", "model: " + "[" * 3000),
+    Case("yaml_foreign_tag", "name: !!python/name:os.system\n"),
+    Case("yaml_tagged_mapping", "model: !mine {width: 64}\n"),
+    Case("yaml_tag_that_does_not_fit", "model:\n  qkv_bias: !!bool maybe\n"),
+    Case("yaml_alias_to_itself", "model: &loop\n  width: *loop\n"),
+    Case("yaml_open_quotes", "name: 'x\n"),
+    Case("yaml_missing_colon", "model:\n  width: 64\n  num_layers\n"),
+    Case("yaml_second_colon", "run:\n  dir: runs: mine\n"),
+    Case("yaml_unknown_alias", "name: *nobody\n"),
+    Case("yaml_key_that_is_a_list", "? [a, b]\n: 3\n"),
+    Case("yaml_number_too_long", f"run:\n  seed: {'9' * 5000}\n"),
+    Case("duplicate_key", "run:\n  steps: 5\n  seed: 1\n  steps: 6\n"),
+    Case("duplicate_section", "run:\n  steps: 500\nmodel:\n  width: 64\nrun:\n  seed: 1\n"),
+    Case("extends_missing_file", "extends: bases.yaml\nrun:\n  steps: 0\n", files={"base.yaml": "name: x\n"}),
+    Case("extends_two_parents", "extends: [a.yaml, b.yaml]\n"),
+    Case("extends_itself", f"extends: {RECIPE}\n"),
+    Case(
+        "extends_in_a_circle", "extends: a.yaml\n", files={"a.yaml": "extends: b.yaml\n", "b.yaml": "extends: a.yaml\n"}
+    ),
+    Case("extends_a_faulty_parent", "extends: base.yaml\n", files={"base.yaml": "# base\nrun:\n  stesp: 5\n"}),
+    Case("extends_an_empty_parent", "extends: base.yaml\n", files={"base.yaml": ""}),
+)
+
+OVERRIDES = (
+    _broken("override_without_equals_sign", "run.steps"),
+    _broken("override_without_path", "=5"),
+    _broken("override_with_empty_name", "run..steps=5"),
+    _broken("override_without_value", "run.steps="),
+    _broken("override_with_bad_yaml", "data.corpus=[src"),
+    _broken("override_split_by_the_shell", "data.corpus=[src,", "docs]"),
+    _broken("override_outside_its_section", "steps=5"),
+    _broken("override_of_extends", "extends=base.yaml"),
+    _broken("override_of_unknown_field", "run.setps=5"),
+    _broken("override_below_a_number", "run.steps.max=5"),
+    _broken("override_of_a_list_item", "data.corpus.0=src"),
+)
+
+NAMES = (
+    Case("unknown_field", "heads:\n  num_ofsets: 4\n"),
+    Case("unknown_field_far_from_any", "batch:\n  qqq: 4\n"),
+    Case("unknown_section", "modle:\n  width: 64\n"),
+    Case("field_of_another_section", "model:\n  window_tokens: 64\n"),
+    Case("field_outside_its_section", "steps: 5\n"),
+    Case("field_with_a_dotted_key", "run.steps: 5\n"),
+    Case("field_misspelt_outside_its_section", "window_tokns: 64\n"),
+    Case("field_of_another_kind", "objective:\n  weights: {kind: constant, beta: 0.5}\n"),
+    Case("unknown_field_of_a_kind", "objective:\n  weights: {kind: decay, bata: 0.5}\n"),
+    Case("unknown_kind", "objective:\n  weights: {kind: decya}\n"),
+    Case("unknown_kind_of_a_wrong_type", "objective:\n  weights: {kind: [decay]}\n"),
+    Case("missing_kind", "objective:\n  weights: {beta: 0.5}\n"),
+    Case("kind_alone", "objective:\n  weights: decay\n"),
+    Case("unknown_choice", "heads:\n  kind: paralel\n"),
+    Case("unknown_choice_far_from_any", "heads:\n  kind: 3\n"),
+    Case("unknown_key_of_a_mapping", "optimizer:\n  lr_scale: {haeds: 4}\n"),
+)
+
+VALUES = (
+    Case("text_for_whole_number", 'model:\n  width: "192"\n'),
+    Case("words_for_whole_number", "model:\n  width: wide\n"),
+    Case("fraction_for_whole_number", "model:\n  width: 192.5\n"),
+    Case("boolean_for_whole_number", "model:\n  width: true\n"),
+    Case("text_for_number", 'optimizer:\n  lr: "3e-4"\n'),
+    Case("boolean_for_number", "optimizer:\n  lr: true\n"),
+    Case("text_for_boolean", "model:\n  qkv_bias: yes\n"),
+    Case("number_for_boolean", "model:\n  qkv_bias: 1\n"),
+    Case("number_for_text", "run:\n  dir: 2026\n"),
+    Case("boolean_for_text", "name: true\n"),
+    Case("null_for_text", "name: null\n"),
+    Case("null_for_section", "model:\nrun:\n  steps: 500\n"),
+    Case("text_for_section", "model: big\n"),
+    Case("number_for_optional_section", "objective:\n  token_order: 3\n"),
+    Case("text_for_list", "data:\n  corpus: src\n"),
+    Case("number_for_list", "optimizer:\n  betas: 0.9\n"),
+    Case("wrong_item_of_list", "data:\n  corpus: [src, 3]\n"),
+    Case("wrong_item_of_optional_list", "objective:\n  weights: {kind: constant, values: [1, -1, 1, 1]}\n"),
+    Case("empty_list", "data:\n  corpus: []\n"),
+    Case("list_too_short", "optimizer:\n  betas: [0.9]\n"),
+    Case("list_for_mapping", "optimizer:\n  lr_scale: [1, 4]\n"),
+    Case("wrong_entry_of_mapping", "optimizer:\n  lr_scale: {heads: 0}\n"),
+    Case("mapping_for_number", "run:\n  steps: {max: 5}\n"),
+    Case("below_bound", "run:\n  steps: 0\n"),
+    Case("above_bound", "data:\n  validation_share: 1.0\n"),
+    Case("below_bound_in_optional_section", "objective:\n  token_order: {weight: 0}\n"),
+    Case("not_a_number", "optimizer:\n  lr: .nan\n"),
+    Case("infinite_number", "optimizer:\n  lr: 1e999\n"),
+)
+
+RULES = (
+    _broken("width_not_divisible", "model.width=30"),
+    _broken("key_value_heads_do_not_divide", "model.num_key_value_heads=3"),
+    _broken("head_width_odd", "model.head_width=31"),
+    _broken("head_width_odd_by_division", "model.width=24", "model.num_attention_heads=8"),
+    _broken("no_layer_for_the_trunk", "model.num_layers=4"),
+    _broken("no_layer_for_the_trunk_beside_the_main_head", "model.num_layers=1", "heads.match_parameters=false"),
+    _broken("no_layer_for_the_trunk_of_modules", "heads.kind=sequential", "model.num_layers=3"),
+    _broken("order_without_chain", "heads.order=anticausal"),
+    _broken("hidden_without_modules", "heads.hidden=pre_norm"),
+    _broken("concatenation_without_modules", "heads.concatenation=hidden_first"),
+    _broken("layers_per_linear_head", "heads.kind=linear", "heads.layers_per_head=2"),
+    _broken("isolated_anticausal_chain", "heads.kind=chained", "heads.order=anticausal", "heads.isolate_trunk=true"),
+    _broken("replicated_and_tied", "heads.unembedding=replicated", "model.tie_embeddings=true"),
+    _broken("replicated_modules", "heads.unembedding=replicated", "heads.kind=recursive"),
+    _broken("too_few_weights", "objective.weights={kind: constant, values: [1, 1]}"),
+    _broken("main_head_without_weight", "objective.weights={kind: constant, values: [0, 1, 1, 1]}"),
+    _broken("interval_backward", "objective.weights={kind: lambda, change: linear, begins_at: 0.5, ends_at: 0.2}"),
+    _broken("unknown_tokenizer", "data.tokenizer=bytes"),
+    _broken("window_as_short_as_offsets", "data.window_tokens=4"),
+    _broken("window_beyond_positions", "data.window_tokens=5000"),
+    _broken("micro_rows_do_not_divide", "batch.rows=12", "batch.micro_rows=8"),
+    _broken("betas_out_of_range", "optimizer.betas=[0.9, 1.0]"),
+    _broken("warmup_as_long_as_run", "run.steps=100"),
+    _broken("seed_too_large", "run.seed=4294967296"),
+)
+
+TOGETHER = (
+    Case(
+        "all_together",
+        "extends: base.yaml\nheads:\n  num_ofsets: 4\nmodel:\n  width: 30\nbatch:\n  rows: '16'\n",
+        ("run.steps", "data.window_tokens=4"),
+        {"base.yaml": "run:\n  seed: -1\n  seed: 2\n"},
+    ),
+)
+
+CASES = (*FILES, *OVERRIDES, *NAMES, *VALUES, *RULES, *TOGETHER)
