@@ -35,6 +35,11 @@ def shifted_targets(
     return torch.stack(shifted)  # (N, B, T)
 
 
+def count_targets(targets: Tensor) -> Tensor:
+    """Count the valid targets of every offset: (N, B, T) -> (N,)."""
+    return (targets != IGNORE).sum((1, 2))
+
+
 def oracle_targets(
     tokens: list[int], documents: list[int], num_offsets: int, loss_mask: list[bool] | None = None
 ) -> list[list[int]]:

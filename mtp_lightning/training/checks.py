@@ -10,33 +10,42 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import TrainingError
-from mtp_lightning.losses.targets import IGNORE, oracle_targets
+from mtp_lightning.losses.targets import IGNORE, count_targets, oracle_targets
 from mtp_lightning.model.mtp_model import MtpModel
 
 ORACLE_STEPS = 2  # steps after every start whose targets are compared
 ORACLE_ROWS = 4  # rows of each that go through the slow oracle
 
 
-def check_targets(
-    tokens: Tensor, documents: Tensor, loss_mask: Tensor | None, targets: Tensor, *, num_rows: int = ORACLE_ROWS
-) -> None:
-    """Compare fast targets, (N, B, T), with the slow oracle on the first rows of a batch.
+def check_targets(tokens: Tensor, documents: Tensor, loss_mask: Tensor | None, targets: Tensor) -> None:
+    """Compare fast targets, (N, B, T), and their counts with the slow oracle on the first rows of a batch.
 
     Raises:
-        TrainingError: Naming the first row, offset and position that differ.
+        TrainingError: Naming the first row, offset and position that differ, or the offset whose count does.
     """
-    for row in range(min(num_rows, len(tokens))):
-        mask = None if loss_mask is None else loss_mask[row].tolist()
-        expected = torch.tensor(oracle_targets(tokens[row].tolist(), documents[row].tolist(), len(targets), mask))
-        found = targets[:, row].cpu()
-        if not torch.equal(found, expected):
-            offset, position = (found != expected).nonzero()[0].tolist()
-            raise TrainingError(
-                "the target of offset k at position t must be token t+k of the same document, if the loss mask allows",
-                f"{_shown(found[offset, position])} instead of {_shown(expected[offset, position])} "
-                f"at row {row}, offset {offset + 1}, position {position}",
-                "Do not train on this data path; look at the row with `mtp data peek` and report the difference.",
-            )
+    num_rows = min(ORACLE_ROWS, len(tokens))
+    expected = torch.stack([_oracle_row(tokens, documents, loss_mask, row, len(targets)) for row in range(num_rows)], 1)
+    found = targets[:, :num_rows].cpu()  # (N, rows, T)
+    for offset, row, position in (found != expected).nonzero()[:1].tolist():
+        raise TrainingError(
+            "the target of offset k at position t must be token t+k of the same document, if the loss mask allows",
+            f"{_shown(found[offset, row, position])} instead of {_shown(expected[offset, row, position])} "
+            f"at row {row}, offset {offset + 1}, position {position}",
+            "Do not train on this data path; look at the row with `mtp data peek` and report the difference.",
+        )
+    valid = (expected != IGNORE).flatten(1).sum(1)
+    counted = count_targets(targets[:, :num_rows]).cpu()
+    for offset in (counted != valid).nonzero().flatten()[:1].tolist():
+        raise TrainingError(
+            "each offset's loss must be divided by the number of its own valid targets",
+            f"{int(counted[offset])} counted where {int(valid[offset])} are valid, at offset {offset + 1}",
+            "Do not train with this count: every gradient of the offset would be scaled by the ratio of the two.",
+        )
+
+
+def _oracle_row(tokens: Tensor, documents: Tensor, loss_mask: Tensor | None, row: int, num_offsets: int) -> Tensor:
+    mask = None if loss_mask is None else loss_mask[row].tolist()
+    return torch.tensor(oracle_targets(tokens[row].tolist(), documents[row].tolist(), num_offsets, mask))
 
 
 def _shown(target: Tensor) -> str:

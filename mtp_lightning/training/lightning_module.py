@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import NonFiniteError
-from mtp_lightning.losses.targets import IGNORE, shifted_targets
+from mtp_lightning.losses.targets import count_targets, shifted_targets
 from mtp_lightning.losses.weights import offset_weights
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.recipe.sections import Recipe
@@ -117,8 +117,7 @@ class MtpLightningModule(L.LightningModule):
     def _objective(self, targets: Tensor, documents: Tensor, weights: list[float], *, predicts: bool) -> Objective:
         num_positions = targets.shape[2]
         num_ordered = (documents[:, :num_positions] == documents[:, 1 : num_positions + 1]).sum()
-        counts = (targets != IGNORE).sum((1, 2))
-        return Objective(self.recipe.objective, weights, counts, num_ordered, predicts)
+        return Objective(self.recipe.objective, weights, count_targets(targets), num_ordered, predicts)
 
     def _micro_batches(self, batch: Batch, targets: Tensor) -> Iterator[MicroBatch]:
         size = self.recipe.batch.micro_rows

@@ -94,4 +94,4 @@ def gradients_of(
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what was expected."""
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
+    return float((found - expected).detach().norm() / expected.detach().norm().clamp(min=1e-300))

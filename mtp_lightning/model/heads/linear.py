@@ -34,4 +34,4 @@ class LinearHeads(Heads):
         if offset == 1:
             return state
         output: Tensor = self.blocks[offset - 2](state)
-        return output
+        return output.to(state.dtype)  # autocast lowers it; states stay as precise as the residual stream

@@ -27,6 +27,7 @@ class MtpModule(nn.Module):
         hidden, token = self.hnorm(state), self.enorm(embedded)
         pair = (token, hidden) if self.embedding_first else (hidden, token)
         joined = self.eh_proj(torch.cat(pair, dim=-1))  # (B, T, 2D) -> (B, T, D)
+        joined = joined.to(state.dtype)  # autocast lowers it; the residual stream stays as it was
         output: Tensor = self.layers(joined, geometry)
         return output
 

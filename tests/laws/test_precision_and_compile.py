@@ -1,0 +1,39 @@
+"""Law 1 under bf16 autocast (up to the noise of summation order) and under torch.compile."""
+
+import pytest
+import torch
+
+from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
+
+
+def step(schedule, kind, *, chunk_rows=7, order=slice(None), autocast=True, compiled=False):
+    objective = {"schedule": schedule, "chunk_mib": chunk_rows * 13 * 8 / 2**20}
+    recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective=objective, data={"window_tokens": 24})
+    model = tiny_model(recipe, torch.float32)
+    if compiled:
+        model.compile_layers()
+    tokens, documents, mask = (part[order] for part in tiny_rows(recipe, 2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        _, gradients = gradients_of(model, recipe, (tokens, documents, mask))
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_sequential_bf16_is_within_the_noise_of_joint_bf16(kind):
+    joint = step("joint", kind)
+    exact = step("joint", kind, autocast=False)
+    noise = max(relative_error(step("joint", kind, order=[1, 0]), joint), relative_error(joint, exact))
+    for schedule in ("sequential", "bridged"):
+        for chunk_rows in (5, 1000):
+            error = relative_error(step(schedule, kind, chunk_rows=chunk_rows), joint)
+            assert 0 < error < 2 * noise, (schedule, chunk_rows, error, noise)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["parallel", "causal", "sequential"])
+@pytest.mark.parametrize("schedule", ["sequential", "bridged", "joint"])
+def test_compiled_layers_have_the_same_gradients(kind, schedule):
+    plain = step(schedule, kind, autocast=False)
+    compiled = step(schedule, kind, autocast=False, compiled=True)
+    assert 0 < relative_error(compiled, plain) < 1e-5
