@@ -1,5 +1,6 @@
 """Build shards: documents in, tar shards with manifest and index out, all or nothing."""
 
+import glob
 import hashlib
 import os
 import secrets
@@ -19,6 +20,9 @@ from mtp_lightning.data.sources import Document, SourceFile, documents_of, find_
 from mtp_lightning.data.tokenizers import Tokenizer, build_tokenizer, token_dtype
 from mtp_lightning.errors import DataError
 
+AS_NAMED = ("utf-8", "surrogateescape")  # file names need not be UTF-8
+BYTES_PER_ADVANCE = 1 << 20
+
 
 def build_shards(
     sources: list[str],
@@ -32,20 +36,22 @@ def build_shards(
 ) -> Manifest:
     """Tokenize the documents of all sources into the new folder `out`; equal documents give equal bytes.
 
-    The folder appears under its name only when it is complete; when another process completes the same one
-    first, its work is kept. Which documents are held out depends on their names alone, so it survives additions
-    to the corpus.
+    The folder appears under its name only when it is complete; when the same one is there already, or another
+    process completes it first, that one is kept. Which documents are held out depends on their names alone, so
+    it survives additions to the corpus.
 
     Raises:
         DataError: A source yields nothing, a document is malformed, a split stays empty, `out` is taken, or the
             disk fails.
     """
-    _refuse_taken(out)
     files = find_files(sources)
+    _refuse_taken(out, listing_hash(files))
     began_at = time.monotonic()
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}-{secrets.token_hex(2)}")
     build = _Build(partial, build_tokenizer(tokenizer), validation_share)
-    build.open_writers(member_tokens=member_tokens, shard_bytes=shard_bytes)
+    build.begin(member_tokens=member_tokens, shard_bytes=shard_bytes)
+    if show_progress:
+        _say_unfinished(out)
     try:
         partial.mkdir(parents=True)
         with watched("building shards", total_bytes=_sum_bytes(files), show=show_progress) as advance:
@@ -56,6 +62,7 @@ def build_shards(
         remedy = "See to space and rights there, or choose another folder"
         raise DataError(f"documents must be readable and {out} writable", str(error), remedy) from error
     finally:
+        build.abandon()
         shutil.rmtree(partial, ignore_errors=True)
     if show_progress:
         say(f"built {describe(manifest)} in {time.monotonic() - began_at:.1f} s: {out}")
@@ -74,12 +81,12 @@ def describe(manifest: Manifest) -> str:
 
 def listing_hash(files: list[SourceFile]) -> str:
     """Return a hash over names and sizes, to notice cheaply that a corpus has changed."""
-    return hashlib.sha256("\n".join(f"{file.name} {file.num_bytes}" for file in files).encode()).hexdigest()
+    return hashlib.sha256("\n".join(f"{file.name} {file.num_bytes}" for file in files).encode(*AS_NAMED)).hexdigest()
 
 
 def held_out_rank(name: str) -> float:
     """Return a number in [0, 1) that depends on a document's name only; low ones are held out first."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
+    return int.from_bytes(hashlib.sha256(name.encode(*AS_NAMED)).digest()[:6], "big") / 2**48
 
 
 @final
@@ -92,11 +99,12 @@ class _Build:
         self._dtype = token_dtype(tokenizer.vocabulary)
         self._validation_share = validation_share
         self._writers: dict[Split, SplitWriter] = {}
-        self._ranks: list[float] = []
+        self._num_documents = 0
+        self._lowest_ranks: list[float] = []  # two at most
         self._skipped = Counter[str]()
         self._largest_token = tokenizer.end_of_document
 
-    def open_writers(self, *, member_tokens: int, shard_bytes: int) -> None:
+    def begin(self, *, member_tokens: int, shard_bytes: int) -> None:
         splits: tuple[Split, ...] = ("train", "validation")
         for split in splits:
             self._writers[split] = SplitWriter(
@@ -104,10 +112,14 @@ class _Build:
             )
 
     def add_files(self, files: list[SourceFile], advance: Advance) -> None:
+        num_bytes = 0
         for file in files:
             for document in documents_of(file):
                 self._add(document)
-            advance(file.num_bytes)
+                num_bytes += document.source_bytes
+                if num_bytes >= BYTES_PER_ADVANCE:
+                    advance(num_bytes)
+                    num_bytes = 0
 
     def close(self, files: list[SourceFile]) -> Manifest:
         shards = {split: writer.close() for split, writer in self._writers.items()}
@@ -128,6 +140,11 @@ class _Build:
             shards=shards["train"] + shards["validation"],
         )
 
+    def abandon(self) -> None:
+        """Let go of files that are still open; of no effect after `close`."""
+        for writer in self._writers.values():
+            writer.abandon()
+
     def _add(self, document: Document) -> None:
         if not document.text or document.is_binary:
             self._skipped["binary" if document.text else "empty"] += 1
@@ -136,11 +153,12 @@ class _Build:
         tokens = np.concatenate([self._tokenizer.encode(document.text), end], dtype=self._dtype)
         self._largest_token = max(self._largest_token, int(tokens.max()))
         rank = held_out_rank(document.name)
-        self._ranks.append(rank)
+        self._num_documents += 1
+        self._lowest_ranks = sorted([*self._lowest_ranks, rank])[:2]
         self._writers["validation" if rank < self._validation_share else "train"].add(tokens)
 
     def _refuse_empty(self, shards: dict[Split, list[Shard]], files: list[SourceFile]) -> None:
-        if not self._ranks:
+        if not self._num_documents:
             empty, binary = self._skipped["empty"], self._skipped["binary"]
             raise DataError(
                 "a corpus must hold at least one document with text",
@@ -151,42 +169,54 @@ class _Build:
             if not written:
                 raise DataError(
                     "both splits must get at least one document",
-                    f"none of {len(self._ranks):,} for {split} at data.validation_share={self._validation_share}",
-                    _share_remedy(sorted(self._ranks)),
+                    f"none of {self._num_documents:,} for {split} at data.validation_share={self._validation_share}",
+                    _share_remedy(self._lowest_ranks),
                 )
 
 
 def _share_remedy(ranks: list[float]) -> str:
     if len(ranks) == 1:
         return "Add documents; a document is never divided (JSONL has one per line)"
-    return f"Set data.validation_share={(ranks[0] + ranks[1]) / 2:.3g}, which holds out one, or add documents"
+    return f"Set data.validation_share={sum(ranks) / 2:.3g}, which holds out one of them, or add documents"
 
 
 def _sum_bytes(files: list[SourceFile]) -> int:
     return sum(file.num_bytes for file in files)
 
 
-def _refuse_taken(out: Path) -> None:
+def _refuse_taken(out: Path, source_listing: str) -> None:
+    """Refuse a folder with anything in it, unless it may turn out to be the one to be built."""
+    if (out / MANIFEST_NAME).exists() and load_manifest(out).source_listing == source_listing:
+        return
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise DataError(
-            f"shards must be built into a folder of their own ({out})",
-            "a file" if out.is_file() else f"a folder with {sum(1 for _ in out.iterdir())} entries",
-            "Remove it, or choose another folder",
-        )
+        found = "a file" if out.is_file() else f"a folder with {sum(1 for _ in out.iterdir())} entries"
+        raise _taken(out, found)
+
+
+def _taken(out: Path, found: str) -> DataError:
+    must_hold = f"shards must be built into a folder of their own ({out})"
+    return DataError(must_hold, found, "Remove it, or choose another folder")
+
+
+def _say_unfinished(out: Path) -> None:
+    for path in sorted(out.parent.glob(f"{glob.escape(out.name)}.partial-*")):
+        say(f"{path} was left by a build that was killed, unless another process is at work on it; it may be removed")
 
 
 def _commit(partial: Path, out: Path, manifest: Manifest) -> None:
     """Write what makes the folder complete and give it its name, unless an equal one has it already."""
     write_index(partial, manifest)
     (partial / MANIFEST_NAME).write_text(manifest_text(manifest))
-    for path in (partial / MANIFEST_NAME, partial):
+    for path in (*partial.iterdir(), partial):
         _fsync(path)
     try:
         partial.rename(out)  # replaces an empty folder, refuses any other
     except OSError:
-        if load_manifest(out).fingerprint != manifest.fingerprint:
-            _refuse_taken(out)
+        if not (out / MANIFEST_NAME).exists():
             raise
+        fingerprint = load_manifest(out).fingerprint
+        if fingerprint != manifest.fingerprint:
+            raise _taken(out, f"shards of fingerprint {fingerprint}, not {manifest.fingerprint}") from None
     _fsync(out.parent)
 
 

@@ -111,9 +111,7 @@ def _say_if_corpus_changed(data: DataSection, folder: Path, manifest: Manifest) 
     built_at = (folder / MANIFEST_NAME).stat().st_mtime
     newer = sum(file.path.stat().st_mtime > built_at for file in files)
     if newer or listing_hash(files) != manifest.source_listing:
-        say(
-            f"its corpus has changed since ({newer:,} newer files); to use it, remove {folder} and start a new run"
-        )
+        say(f"its corpus has changed since ({newer:,} newer files); to use it, remove {folder} and start a new run")
 
 
 def _absolute(source: str) -> str:

@@ -51,10 +51,10 @@ def load_index(folder: Path, manifest: Manifest) -> Index:
     """
     path = folder / INDEX_NAME
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             fingerprint = arrays["fingerprint"].tobytes().hex()
             index = Index(**{name: arrays[name] for name in Index.__dataclass_fields__})
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise _wrong(path, manifest, f"{type(error).__name__}: {error}") from error
     if fingerprint != manifest.fingerprint:
         raise _wrong(path, manifest, f"the index of fingerprint {fingerprint}")

@@ -40,9 +40,7 @@ def row_table(recipe: Recipe, rows: Rows, row: int) -> Table:
     num_positions, num_offsets = recipe.data.window_tokens, recipe.heads.num_offsets
     targets = targets_of_row(tokens, documents, num_offsets=num_offsets)
     rotary = _rotary_positions(documents) if recipe.data.attention == "document" else list(range(len(tokens)))
-    begins = {
-        position for position in range(1, len(tokens)) if documents[position] != documents[position - 1]
-    }
+    begins = {position for position in range(1, len(tokens)) if documents[position] != documents[position - 1]}
     tokenizer = build_tokenizer(recipe.data.tokenizer)
     table = _empty_table(recipe, rows, row)
     for position, token in enumerate(tokens):
@@ -62,9 +60,7 @@ def row_table(recipe: Recipe, rows: Rows, row: int) -> Table:
     return table
 
 
-def targets_of_row(
-    tokens: Sequence[int], documents: Sequence[int], *, num_offsets: int
-) -> list[list[int | None]]:
+def targets_of_row(tokens: Sequence[int], documents: Sequence[int], *, num_offsets: int) -> list[list[int | None]]:
     """Return for each position the target of every offset, by the definition; None where it is ignored.
 
     Offset k at position t predicts the token at t + k, and is ignored when that token is of another document.

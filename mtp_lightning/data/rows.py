@@ -102,9 +102,7 @@ class Rows:
 class _MappedShard:
     """One tar file in memory, seen as one array of token ids with the members' places in it."""
 
-    def __init__(
-        self, path: Path, dtype: np.dtype[Any], index: Index, number: int, width_tokens: int
-    ) -> None:
+    def __init__(self, path: Path, dtype: np.dtype[Any], index: Index, number: int, width_tokens: int) -> None:
         inside = index.shard == number
         self._path = path
         self._width_tokens = width_tokens

@@ -1,5 +1,6 @@
 """Writing shards: POSIX tar files that stock webdataset reads, and whose payloads can be addressed by offset."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -58,6 +59,13 @@ class SplitWriter:
             self._write_member()
         self._close_shard()
         return self._shards
+
+    def abandon(self) -> None:
+        """Let go of an unfinished shard, whatever state its disk is in; of no effect after `close`."""
+        if self._tar is not None and self._tar.fileobj is not None:
+            with contextlib.suppress(OSError):
+                self._tar.fileobj.close()
+        self._tar = None
 
     def _write_member(self) -> None:
         tokens = np.concatenate(self._documents).tobytes()

@@ -38,6 +38,7 @@ class Document:
 
     name: str
     text: bytes
+    source_bytes: int  # taken up in the file
     is_binary: bool = False
 
 
@@ -78,7 +79,7 @@ def documents_of(file: SourceFile) -> Iterator[Document]:
     else:
         text = file.path.read_bytes()
         is_binary = not file.is_named and b"\0" in text[:NUM_BYTES_SNIFFED]
-        yield Document(name=file.name, text=text, is_binary=is_binary)
+        yield Document(name=file.name, text=text, source_bytes=len(text), is_binary=is_binary)
 
 
 def _documents_of_jsonl(file: SourceFile) -> Iterator[Document]:
@@ -86,7 +87,7 @@ def _documents_of_jsonl(file: SourceFile) -> Iterator[Document]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 text = _text_of_line(line, f"{file.path}, line {number}")
-                yield Document(name=f"{file.name}:{number}", text=text)
+                yield Document(name=f"{file.name}:{number}", text=text, source_bytes=len(line))
 
 
 def _text_of_line(line: bytes, place: str) -> bytes:
@@ -135,7 +136,7 @@ def _files_of_glob(pattern: Path) -> list[SourceFile]:
     root = Path(*parts[:num_plain])
     files = []
     for path in root.glob(str(Path(*parts[num_plain:]))):
-        if any(part.startswith(".") for part in path.relative_to(root).parts):
+        if any(map(_is_passed_over, path.relative_to(root).parts)):
             continue
         files += _files_below(path, root) if path.is_dir() else [_source_file(path, root, is_named=False)]
     return files
@@ -144,10 +145,14 @@ def _files_of_glob(pattern: Path) -> list[SourceFile]:
 def _files_below(folder: Path, root: Path) -> list[SourceFile]:
     files = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
-        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        folders[:] = [name for name in folders if not _is_passed_over(name)]
+        paths = [Path(parent, name) for name in names if not _is_passed_over(name)]
         files += [_source_file(path, root, is_named=False) for path in paths if path.is_file()]
     return files
+
+
+def _is_passed_over(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
 
 
 def _files_of_stdlib(source: str) -> list[SourceFile]:

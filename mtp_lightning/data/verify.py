@@ -94,9 +94,7 @@ def _check_tokens(bytes_of_shard: Bytes, shard: Shard, member: Member, manifest:
     if unended.size:
         at = int(unended[0]) - 1
         place = _place(shard, member, ".tok", member.tokens_at + at * tokens.itemsize)
-        raise _failure(
-            f"a document must end with id {manifest.end_of_document} at {place}", f"id {tokens[at]}"
-        )
+        raise _failure(f"a document must end with id {manifest.end_of_document} at {place}", f"id {tokens[at]}")
 
 
 def _payloads(bytes_of_shard: Bytes, member: Member, manifest: Manifest) -> tuple[Bytes, Bytes]:
