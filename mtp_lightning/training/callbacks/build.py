@@ -1,0 +1,34 @@
+"""The callbacks of a run, in the order that they need."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning.pytorch.callbacks import Callback
+
+from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.training.callbacks.checkpoints import Checkpoints
+from mtp_lightning.training.callbacks.interruption import Interruption
+from mtp_lightning.training.callbacks.live import LiveView
+from mtp_lightning.training.callbacks.metrics_files import MetricsFiles
+from mtp_lightning.training.callbacks.summary import Summary
+
+
+def build_callbacks(recipe: Recipe, run_folder: Path, *, layers: Mapping[str, int]) -> list[Callback]:
+    """Make all callbacks of a run.
+
+    Rows are written before the checkpoint of their step; a Ctrl-C is answered after due saves; the summary comes
+    last, when files are written and the live view is closed.
+
+    Args:
+        recipe: the run.
+        run_folder: gets metrics.csv, tensorboard/, checkpoints/, summary.json and curves.png.
+        layers: layer counts by part, recorded in every checkpoint.
+    """
+    checkpoints = Checkpoints(recipe, run_folder / "checkpoints", layers=layers)
+    return [
+        MetricsFiles(recipe, run_folder),
+        checkpoints,
+        Interruption(checkpoints),
+        LiveView(recipe, run_folder, checkpoints),
+        Summary(recipe, run_folder, checkpoints),
+    ]

@@ -1,0 +1,167 @@
+"""Saving by step, and knowing the best."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from mtp_lightning.checkpoint.commit import partial_path, remove_leftovers, retain, saving, write_pointer
+from mtp_lightning.checkpoint.layout import complete_checkpoints, name_of_step
+from mtp_lightning.checkpoint.manifest import Moment, RunFacts, hash_recipe
+from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.training.callbacks.rng import rng_states_of_ranks, set_rng_state
+
+BEST_BY = "val/accepted_length"
+
+
+@dataclass(frozen=True, order=True)
+class Score:
+    """What makes a checkpoint the best: accepted length, then a low loss of the main head, then being later."""
+
+    accepted_length: float
+    minus_loss: float
+    step: int
+
+
+@final
+class Checkpoints(Callback):
+    """Commit a checkpoint after every `run.checkpoint_every_steps` optimizer steps and after the last one.
+
+    A due step is saved right before the next step begins (or when training ends): its validation is over by then,
+    the data position has moved, and the generators are in the very state that the next step will find. Lightning
+    offers no earlier moment that comes after both the step and a validation that may or may not follow it.
+
+    Attributes:
+        last_step: step of the newest checkpoint of this attempt.
+        best: score of the best checkpoint on disk; only those with a validation at their own step have one.
+        seconds_saving: time spent in saving, over all attempts as far as known.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, *, layers: Mapping[str, int]) -> None:
+        self.folder = folder
+        self.last_step: int | None = None
+        self.best: Score | None = None
+        self.seconds_saving = 0.0
+        self._recipe = recipe
+        self._layers = layers
+        self._due_step: int | None = None
+        self._validated: tuple[int, dict[str, float]] = (-1, {})
+        self._rng_of_ranks: list[dict[str, Any]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Clear away what an interrupted save left, and look for the best so far."""
+        if trainer.is_global_zero:
+            remove_leftovers(self.folder)
+        scores = (score_of(found.step, found.manifest.metrics) for found in complete_checkpoints(self.folder))
+        self.best = max((score for score in scores if score), default=None)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Save the step before if it is due; on the first step after a resume, restore the generators."""
+        if self._rng_of_ranks:
+            if trainer.global_rank < len(self._rng_of_ranks):
+                set_rng_state(self._rng_of_ranks[trainer.global_rank])
+            self._rng_of_ranks = []
+        if self._due_step is not None:
+            self.save(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note that a step is due."""
+        step = trainer.global_step
+        if step % self._recipe.run.checkpoint_every_steps == 0 and step != self.last_step:
+            self._due_step = step
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the validation's figures for the checkpoint of the same step."""
+        if trainer.sanity_checking:
+            return
+        metrics: Mapping[str, Any] = getattr(pl_module, "metrics", {})
+        figures = {name: float(figure) for name, figure in metrics.items() if name.startswith("val/")}
+        self._validated = (trainer.global_step, figures)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step, whether it is due or not."""
+        self.save(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Make Lightning's batch counters say: this step and its validation are over, the next has not begun.
+
+        Lightning 2.6 repeats or skips a validation, or miscounts by one per resume, depending on the hook that a
+        checkpoint was taken in. Can go when its counters no longer depend on the hook.
+        """
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for part in ("total", "current"):
+            completed = progress[part]["completed"]
+            progress[part].update(ready=completed, started=completed, processed=completed)
+        progress["is_last_batch"] = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Generators of every rank, and the time spent."""
+        return {"rng_of_ranks": rng_states_of_ranks(), "seconds_saving": self.seconds_saving}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the generators' states; they are set when the first step begins, after all set-up has drawn."""
+        self._rng_of_ranks = state_dict["rng_of_ranks"]
+        self.seconds_saving = state_dict["seconds_saving"]
+
+    def save(self, trainer: Trainer) -> None:
+        """Commit a checkpoint of the steps done so far, unless there is one; all ranks must call it.
+
+        Raises:
+            CheckpointError: it could not be written; earlier checkpoints are untouched.
+        """
+        step = trainer.global_step
+        self._due_step = None
+        if step in (0, self.last_step):
+            return
+        began_at = time.monotonic()
+        moment = self._moment(step)
+        if trainer.is_global_zero:
+            facts = RunFacts(
+                recipe_hash=hash_recipe(self._recipe),
+                num_offsets=self._recipe.heads.num_offsets,
+                layers=self._layers,
+                world_size=trainer.world_size,
+            )
+            with saving(self.folder, moment, facts) as partial:
+                trainer.save_checkpoint(partial)
+        else:
+            trainer.save_checkpoint(partial_path(self.folder, step))
+        self.last_step = step
+        self._point(trainer, moment)
+        self.seconds_saving += time.monotonic() - began_at
+
+    def _moment(self, step: int) -> Moment:
+        tokens_per_step = self._recipe.batch.rows * self._recipe.data.window_tokens
+        validated_step, figures = self._validated
+        metrics = figures if validated_step == step else {}
+        return Moment(step=step, tokens=step * tokens_per_step, metrics=metrics)
+
+    def _point(self, trainer: Trainer, moment: Moment) -> None:
+        """Update the pointers, then delete what is no longer needed."""
+        score = score_of(moment.step, moment.metrics)
+        is_best = score is not None and (self.best is None or score >= self.best)
+        if is_best:
+            self.best = score
+        if not trainer.is_global_zero:
+            return
+        write_pointer(self.folder, "last", name_of_step(moment.step))
+        if is_best:
+            write_pointer(self.folder, "best", name_of_step(moment.step))
+        best_name = name_of_step(self.best.step) if self.best else None
+        retain(self.folder, keep=self._recipe.run.keep_checkpoints, best=best_name)
+
+
+def score_of(step: int, metrics: Mapping[str, float]) -> Score | None:
+    """Score a checkpoint by the validation at its step; None without one, or where it is not a number."""
+    accepted_length = metrics.get(BEST_BY, math.nan)
+    if math.isnan(accepted_length):
+        return None
+    loss = metrics.get("val/loss_1", math.inf)
+    return Score(accepted_length, -math.inf if math.isnan(loss) else -loss, step)

@@ -1,0 +1,57 @@
+"""Ctrl-C that loses nothing."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, final
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from mtp_lightning.training.callbacks.checkpoints import Checkpoints
+
+_NOTICE = b"\nStopping after this step; a checkpoint is saved first. Ctrl-C again stops at once.\n"
+
+
+@final
+class Interruption(Callback):
+    """Answer the first Ctrl-C by finishing the step, saving a checkpoint and stopping; the second stops at once.
+
+    The stop is a KeyboardInterrupt raised between two steps, so that Lightning tears everything down as usual.
+    Only the main thread can handle signals; elsewhere this does nothing.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+        self._former: Any = None
+        self._is_asked = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over Ctrl-C."""
+        if threading.current_thread() is threading.main_thread():
+            self._former = signal.signal(signal.SIGINT, self._ask)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Stop here if asked to."""
+        if self._is_asked:
+            self._checkpoints.save(trainer)
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give Ctrl-C back."""
+        self._give_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give Ctrl-C back."""
+        self._give_back()
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        self._is_asked = True
+        self._give_back()
+        os.write(2, _NOTICE)  # not print: the signal may have come in the middle of one
+
+    def _give_back(self) -> None:
+        if self._former is not None:
+            signal.signal(signal.SIGINT, self._former)
+            self._former = None

@@ -1,0 +1,147 @@
+"""The end of a run on one screen, in one file, in one picture."""
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, final
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mtp_lightning.checkpoint.durable import replace_durably
+from mtp_lightning.checkpoint.layout import name_of_step
+from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.training.callbacks.checkpoints import Checkpoints
+from mtp_lightning.training.callbacks.metrics_table import Row, read_rows
+from mtp_lightning.training.callbacks.picture import draw_training_curves
+from mtp_lightning.training.callbacks.rendering import count, duration, number, share
+from mtp_lightning.training.progress import bits_unit
+
+
+@final
+class Summary(Callback):
+    """Write summary.json and curves.png, and print a table, when training ends or is interrupted.
+
+    The figures are those of metrics.csv, so they are there after a resume as well. The clock of an attempt starts
+    when the callback is made.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run_folder: Path, checkpoints: Checkpoints, console: Console | None = None
+    ) -> None:
+        self._recipe = recipe
+        self._run_folder = run_folder
+        self._checkpoints = checkpoints
+        self._console = console
+        self._began_at = time.monotonic()
+        self._earlier_s = 0.0
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Summarise a run that ended by itself."""
+        if trainer.is_global_zero:
+            self._summarise(trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Summarise an interrupted run; after a failure leave the screen to its message."""
+        if not trainer.is_global_zero:
+            return
+        with contextlib.suppress(OSError):  # a full disk may be what failed; its own error is on its way
+            if isinstance(exception, KeyboardInterrupt):
+                self._summarise(trainer.global_step)
+            else:
+                self._write(self._content(trainer.global_step))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Time spent until now."""
+        return {"wall_s": self._earlier_s + time.monotonic() - self._began_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the time that earlier attempts spent."""
+        self._earlier_s = state_dict["wall_s"]
+
+    def _summarise(self, step: int) -> None:
+        content = self._content(step)
+        self._write(content)
+        losses_in = f"nats per {bits_unit(self._recipe).removeprefix('bits/')}"
+        title = f"{self._recipe.name}: {self._recipe.heads.num_offsets} offsets, {count(content['tokens'])} tokens"
+        csv_path, png_path = self._run_folder / "metrics.csv", self._run_folder / "curves.png"
+        draw_training_curves(csv_path, png_path, title=title, unit=losses_in)
+        (self._console or Console()).print(summary_table(content))
+
+    def _content(self, step: int) -> dict[str, Any]:
+        recipe, checkpoints = self._recipe, self._checkpoints
+        attempt_s = time.monotonic() - self._began_at
+        last, best = checkpoints.last_step, checkpoints.best
+        rows = [row for row in read_rows(self._run_folder / "metrics.csv") if row["step"] <= step]
+        return {
+            "recipe": recipe.name,
+            "seed": recipe.run.seed,
+            "num_offsets": recipe.heads.num_offsets,
+            "is_finished": step >= recipe.run.steps,
+            "steps": step,
+            "tokens": step * recipe.batch.rows * recipe.data.window_tokens,
+            "wall_s": {"attempt": attempt_s, "total": self._earlier_s + attempt_s},
+            "checkpoints_s": checkpoints.seconds_saving,
+            "last_checkpoint": name_of_step(last) if last else None,
+            "best_checkpoint": best and {"name": name_of_step(best.step), "accepted_length": best.accepted_length},
+            "bits_unit": bits_unit(recipe),
+            "training": _figures(rows, "train", recipe.heads.num_offsets),
+            "validation": _figures(rows, "val", recipe.heads.num_offsets),
+        }
+
+    def _write(self, content: dict[str, Any]) -> None:
+        text = json.dumps(content, indent=2, allow_nan=False)
+        replace_durably(self._run_folder / "summary.json", text.encode() + b"\n")
+
+
+def _figures(rows: list[Row], split: str, num_offsets: int) -> dict[str, Any] | None:
+    """Collect the last figures of training or validation; None where there are none."""
+    row = next((row for row in reversed(rows) if f"{split}/loss_1" in row), None)
+    if row is None:
+        return None
+    figures: dict[str, Any] = {"step": row["step"], "accepted_length": _finite(row.get(f"{split}/accepted_length"))}
+    for kind in ("loss", "label_accuracy", "agreement", "conditional_acceptance", "cumulative_acceptance"):
+        names = {k: f"{split}/{kind}_{k}" for k in range(1, num_offsets + 1)}
+        figures[kind] = {str(k): _finite(row.get(name)) for k, name in names.items() if name in row}
+    losses = figures["loss"].items()
+    figures["bits"] = {k: None if loss is None else loss / math.log(2) for k, loss in losses}
+    return figures
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def summary_table(content: dict[str, Any]) -> Table:
+    """Lay out a summary: a row per offset, then the run as a whole."""
+    validation = content["validation"] or {}
+    state = "finished" if content["is_finished"] else "interrupted"
+    title = f"{content['recipe']}: {state} after {content['steps']:,} steps, {count(content['tokens'])} tokens"
+    table = Table(title=title, box=box.SIMPLE_HEAD, caption=_caption(content), caption_justify="left")
+    heads = ("offset", "val loss (nats)", content["bits_unit"], "top-1", "agrees with main", "cumulative acceptance")
+    for head in heads[: 6 if content["num_offsets"] > 1 else 4]:
+        table.add_column(head, justify="right")
+    for k in map(str, range(1, content["num_offsets"] + 1)):
+        figures = {kind: values.get(k) for kind, values in validation.items() if isinstance(values, dict)}
+        cells = [k, number(figures.get("loss")), number(figures.get("bits")), share(figures.get("label_accuracy"))]
+        if content["num_offsets"] > 1:
+            cells += [share(figures.get("agreement")), share(figures.get("cumulative_acceptance"))]
+        table.add_row(*cells)
+    return table
+
+
+def _caption(content: dict[str, Any]) -> str:
+    validation, best, wall_s = content["validation"] or {}, content["best_checkpoint"], content["wall_s"]
+    length = number(validation.get("accepted_length"), ".3f")
+    best_name = f"{best['name']} ({best['accepted_length']:.3f})" if best else "none"
+    return (
+        f"expected accepted length {length} tokens per forward\n"
+        f"best checkpoint {best_name}, last {content['last_checkpoint'] or 'none'}\n"
+        f"{duration(wall_s['total'])} in all, {content['checkpoints_s']:.1f} s of it in checkpoints; "
+        f"{duration(wall_s['attempt'])} in this attempt; seed {content['seed']}"
+    )

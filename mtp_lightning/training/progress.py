@@ -1,0 +1,70 @@
+"""How far a run is, and its latest figures."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.training.callbacks.columns import as_number
+
+
+@final
+@dataclass
+class Progress:
+    """The state behind the live view; figures are by column name of metrics.csv."""
+
+    recipe: Recipe
+    step: int = 0
+    train: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
+    validated_step: int | None = None
+    best_length: float = -math.inf
+    best_step: int | None = None
+    saved_step: int | None = None
+    began_at: float = field(default_factory=time.monotonic)
+    _clock: tuple[float, int] | None = None  # when, and after which step, the measured part of this attempt began
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.recipe.run.steps
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps so far."""
+        return self.step * self.recipe.batch.rows * self.recipe.data.window_tokens
+
+    @property
+    def eta_s(self) -> float:
+        """Seconds to the last step at this attempt's rate, validations and saves included; NaN at first."""
+        if self._clock is None or self.step <= self._clock[1]:
+            return math.nan
+        began_at, first_step = self._clock
+        rate = (self.step - first_step) / max(time.monotonic() - began_at, 1e-9)
+        return (self.total_steps - self.step) / rate
+
+    def advance(self, step: int) -> None:
+        """Note a finished step; the first of an attempt is warm-up and not measured."""
+        self.step = step
+        if self._clock is None:
+            self._clock = (time.monotonic(), step)
+
+    def take(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Take up a row of figures."""
+        numbers = {name: number for name, value in metrics.items() if (number := as_number(value)) is not None}
+        validation = {name: number for name, number in numbers.items() if name.startswith("val/")}
+        train = {name: number for name, number in numbers.items() if name not in validation}
+        if "train/loss_1" in train:
+            self.train = train
+        if validation:
+            self.validation, self.validated_step = validation, step
+        accepted_length = validation.get("val/accepted_length", math.nan)
+        if accepted_length >= self.best_length:
+            self.best_length, self.best_step = accepted_length, step
+
+
+def bits_unit(recipe: Recipe) -> str:
+    """Unit of a loss divided by ln 2."""
+    return "bits/byte" if recipe.data.tokenizer == "byte" else "bits/token"

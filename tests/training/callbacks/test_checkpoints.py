@@ -1,0 +1,260 @@
+"""Saving by step under manual optimization, the best checkpoint, and resuming."""
+
+import math
+import os
+import random
+import resource
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from mtp_lightning.checkpoint.commit import read_pointer
+from mtp_lightning.checkpoint.folder import read_state
+from mtp_lightning.checkpoint.layout import complete_checkpoints, newest_complete
+from mtp_lightning.errors import CheckpointError
+from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.training.callbacks.checkpoints import Checkpoints, score_of
+from tests.checkpoint.savers import forkserver
+from tests.training.callbacks.tiny_run import LAYERS, TinyModule, fit, tiny_recipe
+
+
+class Saves(Callback):
+    """Keeps (step, validations so far) of every save."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert checkpoint["global_step"] == trainer.global_step
+        self.seen.append((trainer.global_step, pl_module.num_validations))
+
+
+class Draws(Callback):
+    """Draws from Python's and numpy's generators in every step, as augmentations do."""
+
+    def __init__(self) -> None:
+        self.drawn: list[float] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.drawn += [random.random(), float(np.random.rand())]
+
+
+def weights(module: TinyModule) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def checkpoints_of(trainer: Trainer) -> Checkpoints:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
+
+
+@pytest.mark.parametrize(("every", "validate"), [(2, 3), (2, 2), (3, 2), (1, 1), (4, 4), (4, 2), (100, 100)])
+def test_every_due_step_is_saved_once_and_after_its_validation(tmp_path: Path, every: int, validate: int) -> None:
+    saves = Saves()
+    recipe = tiny_recipe(steps=7, checkpoint_every_steps=every, validate_every_steps=validate, keep_checkpoints=9)
+    fit(tmp_path, recipe, extra=[saves])
+    due = sorted({*range(every, 8, every), 7})
+    assert saves.seen == [(step, step // validate) for step in due]
+    found = complete_checkpoints(tmp_path / "checkpoints")
+    assert [checkpoint.step for checkpoint in found] == due
+    for checkpoint in found:
+        assert ("val/accepted_length" in checkpoint.manifest.metrics) == (checkpoint.step % validate == 0)
+        assert checkpoint.manifest.tokens == checkpoint.step * 64
+        assert checkpoint.manifest.layers == LAYERS
+        assert read_state(checkpoint.path)["global_step"] == checkpoint.step
+
+
+LENGTHS = {1: 1.5, 2: 2.5, 3: 2.0, 4: math.nan, 5: 1.0, 6: 2.2}
+
+
+def test_the_best_is_chosen_by_accepted_length_and_kept(tmp_path: Path) -> None:
+    recipe = tiny_recipe(validate_every_steps=1, checkpoint_every_steps=1)
+    trainer, _ = fit(tmp_path, recipe, module=TinyModule(recipe, LENGTHS.__getitem__))
+    folder = tmp_path / "checkpoints"
+    assert [checkpoint.step for checkpoint in complete_checkpoints(folder)] == [2, 5, 6]
+    assert read_pointer(folder, "best") == folder / "step-00000002"
+    assert read_pointer(folder, "last") == folder / "step-00000006"
+    best = checkpoints_of(trainer).best
+    assert best is not None
+    assert (best.step, best.accepted_length) == (2, 2.5)
+
+
+def test_the_best_so_far_is_known_after_a_resume(tmp_path: Path) -> None:
+    recipe = tiny_recipe(validate_every_steps=1, checkpoint_every_steps=1)
+    fit(tmp_path, recipe, module=TinyModule(recipe, LENGTHS.__getitem__), until=4)
+    (tmp_path / "checkpoints" / "best").unlink()  # only a hint
+    fit(tmp_path, recipe, module=TinyModule(recipe, LENGTHS.__getitem__))
+    assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path / "checkpoints")] == [2, 5, 6]
+
+
+def test_equal_lengths_are_decided_by_the_loss_of_the_main_head() -> None:
+    scores = [
+        score_of(1, {"val/accepted_length": 1.0, "val/loss_1": 2.0}),
+        score_of(2, {"val/accepted_length": 1.0, "val/loss_1": 1.5}),
+        score_of(3, {"val/accepted_length": 1.0, "val/loss_1": 1.6}),
+        score_of(4, {"val/accepted_length": 1.0, "val/loss_1": math.nan}),
+    ]
+    assert max(score for score in scores if score) == scores[1]
+    assert score_of(5, {"val/loss_1": 1.0}) is None
+    assert score_of(5, {"val/accepted_length": math.nan}) is None
+
+
+@pytest.mark.parametrize("validate", [1, 2, 3, 100])
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: int, validate: int) -> None:
+    recipe = tiny_recipe(validate_every_steps=validate)
+    _, whole = fit(tmp_path / "whole", recipe)
+    _, first = fit(tmp_path / "cut", recipe, until=stop)
+    trainer, second = fit(tmp_path / "cut", recipe, seed=99)
+    assert first.seen + second.seen == whole.seen
+    assert [batch_idx for _, batch_idx, _ in second.seen] == list(range(stop, 6))
+    assert first.num_validations + second.num_validations == whole.num_validations
+    assert all(map(torch.equal, weights(second), weights(whole)))
+    assert trainer.global_step == 6
+    assert trainer.fit_loop.total_batch_idx == 5
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
+    _, whole = fit(tmp_path / "whole", tiny_recipe(steps=9))
+    fit(tmp_path / "cut", tiny_recipe(steps=6))
+    _, longer = fit(tmp_path / "cut", tiny_recipe(steps=9))
+    assert [step for step, _, _ in longer.seen] == [6, 7, 8]
+    assert all(map(torch.equal, weights(longer), weights(whole)))
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
+    fit(tmp_path, tiny_recipe())
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    _, again = fit(tmp_path, tiny_recipe())
+    assert again.seen == []
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+def test_all_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    def draw(folder: Path, **options: Any) -> list[float]:
+        draws = Draws()
+        fit(folder, tiny_recipe(), extra=[draws], **options)
+        return draws.drawn
+
+    random.seed(1)
+    np.random.seed(1)
+    whole = draw(tmp_path / "whole")
+    random.seed(1)
+    np.random.seed(1)
+    first = draw(tmp_path / "cut", until=3)
+    random.seed(2)
+    np.random.seed(2)
+    assert first + draw(tmp_path / "cut") == whole
+
+
+def test_time_spent_saving_adds_up_over_attempts(tmp_path: Path) -> None:
+    trainer, _ = fit(tmp_path, tiny_recipe(), until=4)
+    earlier_s = checkpoints_of(trainer).seconds_saving
+    assert earlier_s > 0
+    # The last save's own time is not in the checkpoint that it made.
+    saved_s = read_state(tmp_path / "checkpoints" / "step-00000004")["callbacks"]["Checkpoints"]["seconds_saving"]
+    trainer, _ = fit(tmp_path, tiny_recipe())
+    assert 0 < saved_s < earlier_s
+    assert checkpoints_of(trainer).seconds_saving > saved_s
+
+
+def test_leftovers_of_a_kill_are_cleared_at_the_start(tmp_path: Path) -> None:
+    partial = tmp_path / "checkpoints" / "step-00000002.partial"
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(b"half")
+    fit(tmp_path, tiny_recipe(), until=1)
+    assert not partial.exists()
+
+
+def test_a_module_without_metrics_can_be_saved(tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    module = TinyModule(recipe)
+    module.figures = lambda *args: {}  # type: ignore[method-assign]
+    trainer, _ = fit(tmp_path, recipe, module=module)
+    assert checkpoints_of(trainer).best is None
+    assert newest_complete(tmp_path / "checkpoints") is not None
+
+
+def _train_in_child(pipe: Connection, folder: Path, recipe: Recipe, deed: Callable[[int], None] | None) -> None:
+    torch.set_num_threads(1)
+    module = TinyModule(recipe)
+    if deed:
+        module.on_step = deed
+    try:
+        fit(folder, recipe, module=module)
+    except CheckpointError as error:
+        pipe.send((error.must_hold, error.found, error.remedy))
+    else:
+        pipe.send((module.seen, [weight.numpy() for weight in weights(module)]))
+
+
+def train_in_new_process(folder: Path, recipe: Recipe, deed: Callable[[int], None] | None = None) -> Any:
+    """Train in a process of its own; None if it was killed."""
+    context = forkserver()
+    context.set_forkserver_preload(["tests.training.callbacks.test_checkpoints"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_train_in_child, args=(sender, folder, recipe, deed))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv() if receiver.poll(120) else pytest.fail("the process hangs")
+    except EOFError:
+        result = None
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if result is None else 0)
+    return result
+
+
+class KillAt:
+    """Kill this process in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, step: int) -> None:
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.timeout(180)
+def test_killed_and_resumed_in_new_processes_equals_uninterrupted(tmp_path: Path) -> None:
+    recipe = tiny_recipe(steps=12, checkpoint_every_steps=3, validate_every_steps=2)
+    whole_seen, whole_weights = train_in_new_process(tmp_path / "whole", recipe)
+    for kill_at in (2, 5, 9, 12):
+        assert train_in_new_process(tmp_path / "cut", recipe, KillAt(kill_at)) is None
+    seen, last_weights = train_in_new_process(tmp_path / "cut", recipe)
+    assert seen == whole_seen[9:], "the last kill was in step 12, the last checkpoint is of step 9"
+    assert all(map(np.array_equal, last_weights, whole_weights))
+    for name in ("metrics.csv", "checkpoints/last", "checkpoints/best"):
+        assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+class LimitFileSize:
+    """From one step on, let no file grow beyond the size of the tensors beside weights and optimizer."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, step: int) -> None:
+        if step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
+
+
+def test_a_refused_write_stops_training_with_the_earlier_checkpoint_intact(tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    must_hold, found, remedy = train_in_new_process(tmp_path, recipe, LimitFileSize(3))
+    assert "checkpoint of step 4" in must_hold
+    assert "File too large" in found
+    assert "step-00000002 is complete" in remedy
+    newest = newest_complete(tmp_path / "checkpoints")
+    assert newest is not None
+    assert newest.step == 2
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+    assert len(fit(tmp_path, recipe)[1].seen) == 4
