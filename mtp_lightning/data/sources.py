@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -112,7 +112,7 @@ def _files_of(source: str) -> list[SourceFile]:
     if path.is_file():
         return [_source_file(path, path.parent, is_named=True)]
     if path.is_dir():
-        files = _files_below(path, path)
+        files = _files_below(path, path, passed_over=_is_passed_over)
     elif any(mark in source for mark in WILDCARDS):
         files = _files_of_glob(path)
     else:
@@ -138,15 +138,18 @@ def _files_of_glob(pattern: Path) -> list[SourceFile]:
     for path in root.glob(str(Path(*parts[num_plain:]))):
         if any(map(_is_passed_over, path.relative_to(root).parts)):
             continue
-        files += _files_below(path, root) if path.is_dir() else [_source_file(path, root, is_named=False)]
+        if path.is_dir():
+            files += _files_below(path, root, passed_over=_is_passed_over)
+        else:
+            files.append(_source_file(path, root, is_named=False))
     return files
 
 
-def _files_below(folder: Path, root: Path) -> list[SourceFile]:
+def _files_below(folder: Path, root: Path, *, passed_over: Callable[[str], bool]) -> list[SourceFile]:
     files = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not _is_passed_over(name)]
-        paths = [Path(parent, name) for name in names if not _is_passed_over(name)]
+        folders[:] = [name for name in folders if not passed_over(name)]
+        paths = [Path(parent, name) for name in names if not passed_over(name)]
         files += [_source_file(path, root, is_named=False) for path in paths if path.is_file()]
     return files
 
@@ -155,9 +158,14 @@ def _is_passed_over(name: str) -> bool:
     return name.startswith(".") or name == "__pycache__"
 
 
+def _is_not_library(name: str) -> bool:
+    return _is_passed_over(name) or STDLIB_LEFT_OUT.fullmatch(name.removesuffix(".py")) is not None
+
+
 def _files_of_stdlib(source: str) -> list[SourceFile]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = [file for file in _files_below(root, root) if _is_library_source(file.name)]
+    below = _files_below(root, root, passed_over=_is_not_library)
+    files = [file for file in below if file.name.endswith(".py")]
     if source == STDLIB:
         wanted = [file for file in files if not file.name.startswith(STDLIB_GENERATED)]
     else:
@@ -172,11 +180,6 @@ def _files_of_stdlib(source: str) -> list[SourceFile]:
             "Nearest are: " + ", ".join(f"{STDLIB}:{name}" for name in near or ["json", "email"]),
         )
     return wanted
-
-
-def _is_library_source(name: str) -> bool:
-    parts = name.removesuffix(".py").split("/")
-    return name.endswith(".py") and not any(STDLIB_LEFT_OUT.fullmatch(part) for part in parts)
 
 
 def _source_file(path: Path, root: Path, *, is_named: bool) -> SourceFile:
