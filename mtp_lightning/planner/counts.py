@@ -1,0 +1,128 @@
+"""Parameters of a recipe's model by role, and how many of them each position is multiplied by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mtp_lightning.recipe.layers import num_head_layers, num_trunk_layers
+from mtp_lightning.recipe.sections import HeadsSection, ModelSection, Recipe
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of parameters: entries of matrices, which multiply a position, and of norms and biases, which do not."""
+
+    matrices: int = 0
+    vectors: int = 0
+
+    def __add__(self, other: "Weights") -> "Weights":
+        return Weights(self.matrices + other.matrices, self.vectors + other.vectors)
+
+    def __rmul__(self, times: int) -> "Weights":
+        return Weights(times * self.matrices, times * self.vectors)
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.matrices + self.vectors
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters by role; a tied matrix is the trunk's embedding."""
+
+    trunk: int
+    heads: int
+    unembedding: int
+
+    @property
+    def total(self) -> int:
+        """All parameters of the model."""
+        return self.trunk + self.heads + self.unembedding
+
+
+def parameter_counts(recipe: Recipe) -> ParameterCounts:
+    """Count the parameters that training updates and a checkpoint holds.
+
+    >>> parameter_counts(Recipe())
+    ParameterCounts(trunk=3279104, heads=3213312, unembedding=66048)
+    """
+    embedding = recipe.model.vocabulary * recipe.model.width
+    return ParameterCounts(
+        trunk=embedding + (num_trunk_layers(recipe) * layer_weights(recipe.model)).total,
+        heads=head_weights(recipe).total,
+        unembedding=unembedding_weights(recipe).total,
+    )
+
+
+def active_parameters(recipe: Recipe) -> int:
+    """Count the matrix entries that a position is multiplied by on its way to all n losses.
+
+    A matrix that is used several times counts as often: the shared unembedding once per offset, a recursive module
+    once per unrolling. The token embedding is looked up, not multiplied, and counts nothing.
+
+    >>> next_token = Recipe.model_validate({"heads": {"num_offsets": 1}})
+    >>> active_parameters(Recipe()) - active_parameters(next_token) == 3 * 257 * 256
+    True
+    """
+    num_products = recipe.heads.num_offsets + (1 if recipe.objective.token_order else 0)
+    return (
+        (num_trunk_layers(recipe) * layer_weights(recipe.model)).matrices
+        + head_runs(recipe.heads) * head_weights(recipe).matrices
+        + num_products * recipe.model.vocabulary * recipe.model.width
+    )
+
+
+def layer_weights(model: ModelSection) -> Weights:
+    """Count one transformer layer: four projections of attention, three of the SwiGLU, two norms.
+
+    >>> layer_weights(ModelSection(width=8, num_attention_heads=2, mlp_width=16))
+    Weights(matrices=640, vectors=16)
+    """
+    queries = model.num_attention_heads * model.resolved_head_width
+    keys = model.resolved_key_value_heads * model.resolved_head_width
+    biases = queries + 2 * keys if model.qkv_bias else 0
+    head_norms = 2 * model.resolved_head_width if model.qk_norm else 0
+    return Weights(
+        matrices=model.width * (2 * queries + 2 * keys + 3 * model.resolved_mlp_width),
+        vectors=2 * model.width + biases + head_norms,
+    )
+
+
+def head_weights(recipe: Recipe) -> Weights:
+    """Count what all heads together hold."""
+    besides = BESIDES_LAYERS[recipe.heads.kind](recipe.model.width, recipe.heads)
+    return num_head_layers(recipe) * layer_weights(recipe.model) + besides
+
+
+def head_runs(heads: HeadsSection) -> int:
+    """Count how often each parameter of the heads is used for one position: n - 1 times in a recursive module.
+
+    >>> head_runs(HeadsSection(kind="recursive", num_offsets=4))
+    3
+    """
+    return max(1, heads.num_offsets - 1) if heads.kind == "recursive" else 1
+
+
+def unembedding_weights(recipe: Recipe) -> Weights:
+    """Count the final norms and the V x D matrices; a tied matrix is counted with the trunk."""
+    heads = recipe.heads
+    num_matrices = heads.num_offsets if heads.unembedding == "replicated" else 1
+    num_matrices += (1 if recipe.objective.token_order else 0) - (1 if recipe.model.tie_embeddings else 0)
+    num_norms = {"sequential": heads.num_offsets, "recursive": min(2, heads.num_offsets)}.get(heads.kind, 1)
+    return Weights(num_matrices * recipe.model.vocabulary * recipe.model.width, num_norms * recipe.model.width)
+
+
+def _modules(width: int, num_modules: int) -> Weights:
+    """Projection from 2D to D and two norms of each sequential module."""
+    return num_modules * Weights(2 * width * width, 2 * width)
+
+
+BESIDES_LAYERS: dict[str, Callable[[int, HeadsSection], Weights]] = {
+    "parallel": lambda width, heads: Weights(),
+    "chained": lambda width, heads: Weights(),
+    "linear": lambda width, heads: (heads.num_offsets - 1) * Weights(width * width),
+    "medusa": lambda width, heads: (heads.num_offsets - 1) * heads.layers_per_head * Weights(width * width, width),
+    "sequential": lambda width, heads: _modules(width, heads.num_offsets - 1),
+    "recursive": lambda width, heads: _modules(width, min(1, heads.num_offsets - 1)),
+}
+"""What the heads of each kind hold besides transformer layers, from the width and the recipe's section."""

@@ -1,0 +1,68 @@
+"""Floating-point operations of a training step, counted as published model FLOPs utilisation (MFU) counts them.
+
+Forward and backward together, a position costs
+
+- 6 operations per matrix entry that it is multiplied by (2 forward, 4 backward), heads included and one V x D
+  product per offset;
+- 12 x layers x attention width x T for the products of queries with keys and of weights with values. All T positions
+  count, although a causal kernel may skip half: that is the convention of the tables that MFU is compared with;
+- nothing for the look-up of the embedding, for norms, activations, softmax and loss, and for the optimizer.
+
+What activation checkpointing computes again is not counted either: it is work, but not progress.
+"""
+
+from mtp_lightning.planner.counts import active_parameters, head_runs
+from mtp_lightning.planner.variants import with_offsets
+from mtp_lightning.recipe.layers import num_head_layers, num_trunk_layers
+from mtp_lightning.recipe.sections import Recipe
+
+
+def flops_per_position(recipe: Recipe) -> int:
+    """Count the operations for one position of one row, forward and backward.
+
+    >>> f"{flops_per_position(Recipe()):,}"
+    '46,405,632'
+    """
+    return 6 * active_parameters(recipe) + attention_flops_per_position(recipe)
+
+
+def attention_flops_per_position(recipe: Recipe) -> int:
+    """Count the operations between positions, forward and backward.
+
+    >>> attention_flops_per_position(Recipe()) == 12 * 8 * 256 * 256
+    True
+    """
+    model = recipe.model
+    num_layers = num_trunk_layers(recipe) + head_runs(recipe.heads) * num_head_layers(recipe)
+    return 12 * num_layers * model.num_attention_heads * model.resolved_head_width * recipe.data.window_tokens
+
+
+def tokens_per_step(recipe: Recipe) -> int:
+    """Count the positions of an optimizer step, over all ranks.
+
+    >>> tokens_per_step(Recipe())
+    4096
+    """
+    return recipe.batch.rows * recipe.data.window_tokens
+
+
+def flops_per_step(recipe: Recipe) -> int:
+    """Count the operations of an optimizer step, over all ranks.
+
+    >>> f"{flops_per_step(Recipe()):.2e}"
+    '1.90e+11'
+    """
+    return tokens_per_step(recipe) * flops_per_position(recipe)
+
+
+def flop_ratio(recipe: Recipe, num_offsets: int) -> float:
+    """Divide the operations with n offsets by those with one: the least that n offsets can cost.
+
+    With `heads.match_parameters` and transformer heads, the difference is n - 1 products with the V x D matrix.
+
+    >>> model = {"width": 4096, "num_layers": 32, "num_attention_heads": 32, "vocabulary": 32_000}
+    >>> recipe = Recipe.model_validate({"model": model, "data": {"window_tokens": 4096}})
+    >>> round(flop_ratio(recipe, 4), 3)
+    1.051
+    """
+    return flops_per_position(with_offsets(recipe, num_offsets)) / flops_per_position(with_offsets(recipe, 1))

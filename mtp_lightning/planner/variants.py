@@ -1,0 +1,39 @@
+"""The same recipe with another number of offsets or another schedule: the cells of a benchmark table."""
+
+from mtp_lightning.errors import Fault
+from mtp_lightning.recipe.rules import check_rules
+from mtp_lightning.recipe.sections import ConstantWeights, Recipe
+
+
+def with_offsets(recipe: Recipe, num_offsets: int) -> Recipe:
+    """Change the number of offsets; every offset gets weight 1, because one of weight 0 would not be computed.
+
+    With `heads.match_parameters` the number of layers stays what it is.
+
+    >>> with_offsets(Recipe(), 8).heads.num_offsets
+    8
+    """
+    return recipe.model_copy(
+        update={
+            "heads": recipe.heads.model_copy(update={"num_offsets": num_offsets}),
+            "objective": recipe.objective.model_copy(update={"weights": ConstantWeights()}),
+        }
+    )
+
+
+def with_schedule(recipe: Recipe, schedule: str) -> Recipe:
+    """Change the order of head forward and backward.
+
+    >>> with_schedule(Recipe(), "joint").objective.schedule
+    'joint'
+    """
+    return recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"schedule": schedule})})
+
+
+def obstacle(recipe: Recipe) -> Fault | None:
+    """Return what keeps a recipe from running, or None.
+
+    >>> obstacle(Recipe()) is None, obstacle(with_offsets(Recipe(), 8)) is None
+    (True, False)
+    """
+    return next(iter(check_rules(recipe)), None)

@@ -1,0 +1,70 @@
+"""Law 14: the planner counts the parameters of the meta-device model, for every head kind and every recipe."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mtp_lightning.model.mtp_model import MtpModel, build_model
+from mtp_lightning.planner.counts import active_parameters, parameter_counts
+from mtp_lightning.recipe.loading import load_recipe
+from mtp_lightning.training.optimizer import role_of
+from tests.support.tiny import HEAD_KINDS, tiny_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+MODELS = {
+    "plain": {},
+    "biased": {"qkv_bias": True, "qk_norm": True},
+    "tied": {"tie_embeddings": True},
+    "wide_attention": {"head_width": 10, "num_key_value_heads": 1, "mlp_width": None},
+}
+
+
+def assert_counts_match(recipe):
+    with torch.device("meta"):
+        model = MtpModel(recipe)
+    counted = dict.fromkeys(("trunk", "heads", "unembedding"), 0)
+    for name, parameter in model.named_parameters():
+        counted[role_of(name)] += parameter.numel()
+    counts = parameter_counts(recipe)
+    assert counts.total == sum(counted.values()) > 0
+    assert {role: getattr(counts, role) for role in counted} == counted
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) > 5
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe(path):
+    assert_counts_match(load_recipe(path).recipe)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [(kind, model) for kind in HEAD_KINDS for model in MODELS if (model, kind[-10:]) != ("tied", "replicated")],
+)
+@pytest.mark.parametrize("num_offsets", [1, 2, 4])
+def test_every_kind(kind, model, num_offsets):
+    heads = HEAD_KINDS[kind] | {"num_offsets": num_offsets}
+    assert_counts_match(tiny_recipe(model=MODELS[model] | {"num_layers": 9}, heads=heads))
+
+
+def test_token_order_matrix():
+    assert_counts_match(tiny_recipe(objective={"token_order": {"window_tokens": 4}}))
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_active_parameters_are_those_that_multiply(kind):
+    """Compare with the matrix products that the model really computes."""
+    recipe = tiny_recipe(model={"num_layers": 9}, heads=HEAD_KINDS[kind])
+    model = build_model(recipe)
+    length = recipe.data.window_tokens + recipe.heads.num_offsets
+    tokens = torch.zeros(2, length, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for offset, hidden in model(tokens, tokens).items():
+            model.unembedding.logits(offset, hidden)
+    by_kind = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    products = sum(flops for op, flops in by_kind.items() if "mm" in op)
+    assert products == 2 * active_parameters(recipe) * 2 * recipe.data.window_tokens
