@@ -1,6 +1,7 @@
 """Committing a checkpoint, pointing at it, and deleting old ones."""
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,11 @@ from mtp_lightning.errors import CheckpointError
 _LEFTOVER = re.compile(r"step-\d{8,}\.(partial|removed)|(last|best)\.tmp")
 
 
+def partial_path(folder: Path, step: int) -> Path:
+    """Folder that a step's checkpoint is written into before it is complete."""
+    return folder / f"{name_of_step(step)}.partial"
+
+
 @contextmanager
 def saving(folder: Path, moment: Moment, facts: RunFacts) -> Iterator[Path]:
     """Commit what the body writes into the folder that it is given, or leave no trace of it.
@@ -25,7 +31,7 @@ def saving(folder: Path, moment: Moment, facts: RunFacts) -> Iterator[Path]:
     Raises:
         CheckpointError: the system refused a write (a full disk, a quota); earlier checkpoints are untouched.
     """
-    partial = folder / (name_of_step(moment.step) + ".partial")
+    partial = partial_path(folder, moment.step)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -49,7 +55,7 @@ def _describe(partial: Path, moment: Moment, facts: RunFacts) -> Manifest:
         num_offsets=facts.num_offsets,
         layers=dict(facts.layers),
         world_size=facts.world_size,
-        metrics=dict(moment.metrics),
+        metrics={name: value for name, value in moment.metrics.items() if math.isfinite(value)},
         files={path.name: _record(path) for path in sorted(partial.iterdir())},
     )
 

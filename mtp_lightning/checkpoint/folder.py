@@ -64,6 +64,4 @@ def read_state(folder: Path) -> dict[str, Any]:
         found = f"no {Path(error.filename).name} in {folder}"
     except (ValueError, KeyError, TypeError) as error:
         found = f"{error!r} in {folder / STATE_NAME}"
-    raise DamagedCheckpointError(
-        "a checkpoint must hold all it was written with", found, "Use another checkpoint"
-    )
+    raise DamagedCheckpointError("a checkpoint must hold all it was written with", found, "Use another checkpoint")

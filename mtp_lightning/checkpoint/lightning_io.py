@@ -19,9 +19,7 @@ class SafeCheckpointIO(CheckpointIO):
     only, and checks every file against its digest first.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a checkpoint folder; not yet complete until it is committed."""
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} takes no storage_options")

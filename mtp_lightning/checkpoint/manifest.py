@@ -36,9 +36,7 @@ class Moment:
 
     step: int
     tokens: int
-    metrics: Mapping[str, float] = field(
-        default_factory=dict
-    )  # validation at this very step, where there was one
+    metrics: Mapping[str, float] = field(default_factory=dict)  # validation at this very step, where there was one
 
 
 class FileRecord(BaseModel):

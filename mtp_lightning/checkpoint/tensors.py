@@ -38,9 +38,7 @@ _DTYPE_OF_NAME = {name: dtype for dtype, name in NAME_OF_DTYPE.items()}
 
 def write_tensors(file: BinaryIO, tensors: dict[str, Tensor]) -> None:
     """Write tensors of any device and stride in safetensors format."""
-    order = sorted(
-        tensors, key=lambda name: (-tensors[name].element_size(), name)
-    )  # widest first keeps all aligned
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # widest first keeps all aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name in order:
@@ -72,9 +70,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             header = json.loads(file.read(min(header_bytes, size_bytes)))
             header.pop("__metadata__", None)
             entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-            return {
-                name: _read_tensor(file, entry, (8 + header_bytes, size_bytes)) for name, entry in entries
-            }
+            return {name: _read_tensor(file, entry, (8 + header_bytes, size_bytes)) for name, entry in entries}
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise DamagedCheckpointError(
                 "a safetensors file must be as it was written",

@@ -116,9 +116,7 @@ class _Encoder:
         if identity in self._name_of and tensor.numel():
             return self._name_of[identity]
         name = path or "value"
-        while (
-            name in self.tensors or name == "__metadata__"
-        ):  # {"a/b": …, "a": {"b": …}}; safetensors' own key
+        while name in self.tensors or name == "__metadata__":  # {"a/b": …, "a": {"b": …}}; safetensors' own key
             name += "'"
         self.tensors[name] = tensor.detach()
         self._name_of[identity] = name

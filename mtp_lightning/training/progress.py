@@ -23,7 +23,6 @@ class Progress:
     best_length: float = -math.inf
     best_step: int | None = None
     saved_step: int | None = None
-    began_at: float = field(default_factory=time.monotonic)
     _clock: tuple[float, int] | None = None  # when, and after which step, the measured part of this attempt began
 
     @property

@@ -1,3 +1,4 @@
+import os
 import signal
 from pathlib import Path
 
@@ -95,3 +96,24 @@ def test_a_kill_at_any_call_of_a_save_keeps_a_good_checkpoint(tmp_path: Path) ->
         pytest.fail("the save never ended")
     assert before_commit >= 10, "four files, the manifest and the folder are synced, some twice, then renamed"
     assert after_commit >= 4, "the parent is synced, the pointer replaced, the oldest checkpoint deleted"
+
+
+def test_everything_reaches_the_disk_before_the_name_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def recorded_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    def recorded_rename(source: str, target: str) -> None:
+        rename(source, target)
+        events.append(f"rename to {Path(target).name}")
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    with saving(tmp_path, Moment(step=1, tokens=1), FACTS) as partial:
+        write_state(partial, state_of_step(1))
+    content = {"model.safetensors", "optimizer.safetensors", "other.safetensors", "state.json"}
+    assert set(events[:-4]) == content
+    assert events[-4:] == ["MANIFEST.json", "step-00000001.partial", "rename to step-00000001", tmp_path.name]

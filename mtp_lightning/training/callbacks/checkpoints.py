@@ -37,7 +37,7 @@ class Checkpoints(Callback):
     offers no earlier moment that comes after both the step and a validation that may or may not follow it.
 
     Attributes:
-        last_step: step of the newest checkpoint of this attempt.
+        last_step: step of the newest checkpoint, the one resumed from included.
         best: score of the best checkpoint on disk; only those with a validation at their own step have one.
         seconds_saving: time spent in saving, over all attempts as far as known.
     """
@@ -59,6 +59,11 @@ class Checkpoints(Callback):
             remove_leftovers(self.folder)
         scores = (score_of(found.step, found.manifest.metrics) for found in complete_checkpoints(self.folder))
         self.best = max((score for score in scores if score), default=None)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Know the checkpoint that was resumed from, if it is one of this run."""
+        if (self.folder / name_of_step(trainer.global_step)).exists():
+            self.last_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Save the step before if it is due; on the first step after a resume, restore the generators."""

@@ -47,7 +47,7 @@ class LiveView(Callback):
         for row in read_rows(self._metrics_path):
             if row["step"] <= progress.step:
                 progress.take(row, int(row["step"]))
-        progress.saved_step = progress.step or None
+        progress.saved_step = self._checkpoints.last_step
         self._console = self._console or Console()
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(live_view(progress), console=self._console, auto_refresh=False)
@@ -88,7 +88,7 @@ class LiveView(Callback):
         now = time.monotonic()
         if self._live and (is_last or now - self._drawn_at >= SHORTEST_PAUSE_S):
             self._drawn_at = now
-            self._progress.saved_step = self._checkpoints.last_step or self._progress.saved_step
+            self._progress.saved_step = self._checkpoints.last_step
             self._live.update(live_view(self._progress), refresh=True)
 
     def _print(self, line: str) -> None:

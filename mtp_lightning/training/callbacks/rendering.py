@@ -15,25 +15,22 @@ BLANK = "-"
 
 
 def live_view(progress: Progress) -> RenderableType:
-    """Build the whole view: a row per offset, the state of the run, a bar."""
-    return Group(
-        offsets_table(progress),
-        *(Text(line, no_wrap=True, overflow="ellipsis") for line in status_lines(progress)),
-        ProgressBar(total=progress.total_steps, completed=progress.step),
-    )
+    """Build the whole view: a row per offset, the state of the run, a bar; fits 80 columns."""
+    lines = (Text(line, no_wrap=True, overflow="ellipsis") for line in status_lines(progress))
+    return Group(offsets_table(progress), *lines, _bar(progress))
 
 
 def offsets_table(progress: Progress) -> Table:
-    """Build a table with a row per offset, training beside validation."""
+    """Build a table with a row per offset, validation after training."""
     num_offsets = progress.recipe.heads.num_offsets
-    unit = bits_unit(progress.recipe).removeprefix("bits")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
-    heads = ["\noffset", "loss\nnats", f"loss\nbits{unit}", "top-1\nlabel"]
+    heads = ["\noffset", "loss\nnats", bits_unit(progress.recipe).replace("/", "\n/"), "top-1\nlabel"]
     if num_offsets > 1:
-        heads += ["agrees\nwith main", "accepted\ncond.", "accepted\ncumul."]
-    heads += ["val loss\nnats"] + (["val acc.\ncumul."] if num_offsets > 1 else [])
+        heads += ["agree\nw. main", "accept\ncond.", "accept\ncumul."]
+    heads += ["val\nloss"] + (["val\ncumul."] if num_offsets > 1 else [])
     for head in heads:
-        table.add_column(head, justify="right", style="bold" if head.startswith("val") else "", no_wrap=True)
+        style = "cyan" if head.startswith("val") else ""
+        table.add_column(head, justify="right", style=style, min_width=6, no_wrap=True)
     for k in range(1, num_offsets + 1):
         table.add_row(*_offset_row(progress, k))
     return table
@@ -41,8 +38,9 @@ def offsets_table(progress: Progress) -> Table:
 
 def _offset_row(progress: Progress, k: int) -> list[str]:
     train, validation = progress.train, progress.validation
-    loss = train.get(f"train/loss_{k}")
-    cells = [str(k), number(loss), number(loss and loss / math.log(2)), share(train.get(f"train/label_accuracy_{k}"))]
+    loss = train.get(f"train/loss_{k}", math.nan)
+    top_1 = train.get(f"train/label_accuracy_{k}")
+    cells = [str(k), number(loss), number(loss / math.log(2)), share(top_1)]
     if progress.recipe.heads.num_offsets > 1:
         kinds = ("agreement", "conditional_acceptance", "cumulative_acceptance")
         cells += [share(train.get(f"train/{kind}_{k}")) for kind in kinds]
@@ -53,21 +51,41 @@ def _offset_row(progress: Progress, k: int) -> list[str]:
 
 
 def status_lines(progress: Progress) -> list[str]:
-    """State the run in three short lines."""
+    """State the run in short lines."""
     train = progress.train
     norms = "  ".join(f"{role} {number(train.get(f'grad_norm/{role}'), '.2g')}" for role in ROLES)
-    length = number(progress.validation.get("val/accepted_length"), ".2f")
-    validated = f"{length} at step {progress.validated_step:,}" if progress.validated_step else BLANK
-    best = f" (best {progress.best_length:.2f} at {progress.best_step:,})" if progress.best_step else ""
-    saved = f"step {progress.saved_step:,}" if progress.saved_step else BLANK
-    return [
-        f"gradient norm  {norms}   lr {number(train.get('lr'), '.2e')}",
-        f"accepted length  train {number(train.get('train/accepted_length'), '.2f')}  val {validated}{best}"
-        f"   checkpoint {saved}",
-        f"step {progress.step:,}/{progress.total_steps:,}  {count(progress.tokens)} tokens"
-        f"  {count(train.get('tokens_per_s'))} tokens/s  {number(train.get('memory_gib'), '.2f')} GiB"
-        f"  ETA {duration(progress.eta_s)}",
+    lines = [
+        f"grad norm  {norms}   lr {number(train.get('lr'), '.2e')}",
+        f"{count(progress.tokens)} tokens  {count(train.get('tokens_per_s'))} tokens/s"
+        f"  {number(train.get('memory_gib'), '.2f')} GiB"
+        f"  last checkpoint {f'step {progress.saved_step:,}' if progress.saved_step else BLANK}",
     ]
+    if progress.recipe.heads.num_offsets > 1:
+        lines.insert(1, f"accepted length  {_lengths(progress)}")
+    return lines
+
+
+def _lengths(progress: Progress) -> str:
+    length = number(progress.train.get("train/accepted_length"), ".2f")
+    if progress.validated_step is None:
+        return f"train {length}  val {BLANK}"
+    validated = number(progress.validation.get("val/accepted_length"), ".2f")
+    best = f"best {progress.best_length:.2f} at step {progress.best_step:,}" if progress.best_step else BLANK
+    if progress.best_step == progress.validated_step:
+        best = "the best so far"
+    return f"train {length}  val {validated} at step {progress.validated_step:,} ({best})"
+
+
+def _bar(progress: Progress) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    for ratio in (None, 1, None):
+        grid.add_column(ratio=ratio, no_wrap=True)
+    grid.add_row(
+        Text(f"step {progress.step:,}/{progress.total_steps:,}", style="bold"),
+        ProgressBar(total=progress.total_steps, completed=progress.step),
+        f"ETA {duration(progress.eta_s)}",
+    )
+    return grid
 
 
 def plain_line(progress: Progress) -> str:

@@ -10,8 +10,9 @@ from typing import Any, final
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from mtp_lightning.checkpoint.durable import replace_durably
 from mtp_lightning.checkpoint.layout import name_of_step
@@ -40,15 +41,20 @@ class Summary(Callback):
         self._console = console
         self._began_at = time.monotonic()
         self._earlier_s = 0.0
+        self._is_training = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From now on there is something to summarise."""
+        self._is_training = trainer.is_global_zero
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Summarise a run that ended by itself."""
-        if trainer.is_global_zero:
+        if self._is_training:
             self._summarise(trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Summarise an interrupted run; after a failure leave the screen to its message."""
-        if not trainer.is_global_zero:
+        if not self._is_training:
             return
         with contextlib.suppress(OSError):  # a full disk may be what failed; its own error is on its way
             if isinstance(exception, KeyboardInterrupt):
@@ -68,10 +74,17 @@ class Summary(Callback):
         content = self._content(step)
         self._write(content)
         losses_in = f"nats per {bits_unit(self._recipe).removeprefix('bits/')}"
-        title = f"{self._recipe.name}: {self._recipe.heads.num_offsets} offsets, {count(content['tokens'])} tokens"
+        title = f"{self._recipe.name}: n = {self._recipe.heads.num_offsets}, {count(content['tokens'])} tokens"
         csv_path, png_path = self._run_folder / "metrics.csv", self._run_folder / "curves.png"
         draw_training_curves(csv_path, png_path, title=title, unit=losses_in)
-        (self._console or Console()).print(summary_table(content))
+        console = self._console or Console()
+        console.print(summary_view(content), highlight=False)
+        console.print(
+            f"files  {self._run_folder}/summary.json, curves.png, metrics.csv",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
 
     def _content(self, step: int) -> dict[str, Any]:
         recipe, checkpoints = self._recipe, self._checkpoints
@@ -117,31 +130,35 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def summary_table(content: dict[str, Any]) -> Table:
+def summary_view(content: dict[str, Any]) -> RenderableType:
     """Lay out a summary: a row per offset, then the run as a whole."""
-    validation = content["validation"] or {}
-    state = "finished" if content["is_finished"] else "interrupted"
-    title = f"{content['recipe']}: {state} after {content['steps']:,} steps, {count(content['tokens'])} tokens"
-    table = Table(title=title, box=box.SIMPLE_HEAD, caption=_caption(content), caption_justify="left")
-    heads = ("offset", "val loss (nats)", content["bits_unit"], "top-1", "agrees with main", "cumulative acceptance")
-    for head in heads[: 6 if content["num_offsets"] > 1 else 4]:
-        table.add_column(head, justify="right")
-    for k in map(str, range(1, content["num_offsets"] + 1)):
-        figures = {kind: values.get(k) for kind, values in validation.items() if isinstance(values, dict)}
-        cells = [k, number(figures.get("loss")), number(figures.get("bits")), share(figures.get("label_accuracy"))]
-        if content["num_offsets"] > 1:
-            cells += [share(figures.get("agreement")), share(figures.get("cumulative_acceptance"))]
-        table.add_row(*cells)
-    return table
-
-
-def _caption(content: dict[str, Any]) -> str:
     validation, best, wall_s = content["validation"] or {}, content["best_checkpoint"], content["wall_s"]
+    state = "finished" if content["is_finished"] else "interrupted"
     length = number(validation.get("accepted_length"), ".3f")
-    best_name = f"{best['name']} ({best['accepted_length']:.3f})" if best else "none"
-    return (
-        f"expected accepted length {length} tokens per forward\n"
-        f"best checkpoint {best_name}, last {content['last_checkpoint'] or 'none'}\n"
-        f"{duration(wall_s['total'])} in all, {content['checkpoints_s']:.1f} s of it in checkpoints; "
-        f"{duration(wall_s['attempt'])} in this attempt; seed {content['seed']}"
-    )
+    best_name = f"{best['name']} (accepted length {best['accepted_length']:.3f})" if best else "none"
+    title = f"{content['recipe']}: {state} after {content['steps']:,} steps, {count(content['tokens'])} tokens"
+    lines: list[str | Table] = [
+        f"validation at step {validation['step']:,}" if validation else "no validation yet",
+        _validation_table(content, validation),
+        f"expected accepted length  {length} tokens per forward",
+        f"best checkpoint  {best_name}",
+        f"last checkpoint  {content['last_checkpoint'] or 'none'}",
+        f"time  {duration(wall_s['total'])} in all, {duration(wall_s['attempt'])} in this attempt, "
+        f"{content['checkpoints_s']:.1f} s in checkpoints",
+    ]
+    texts: list[RenderableType] = [Text(line) if isinstance(line, str) else line for line in lines]
+    return Group("", Text(title, style="bold"), *texts)
+
+
+def _validation_table(content: dict[str, Any], validation: dict[str, Any]) -> Table:
+    kinds = ["loss", "bits", "label_accuracy", "agreement", "cumulative_acceptance"]
+    heads = ["loss\nnats", f"loss\n{content['bits_unit']}", "top-1\nlabel", "agree\nwith main", "accepted\ncumulative"]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    table.add_column("\noffset", justify="right")
+    shown = list(zip(kinds, heads, strict=True))[: None if content["num_offsets"] > 1 else 3]
+    for _, head in shown:
+        table.add_column(head, justify="right", no_wrap=True)
+    for k in map(str, range(1, content["num_offsets"] + 1)):
+        figures = ((kind, validation.get(kind, {}).get(k)) for kind, _ in shown)
+        table.add_row(k, *(number(f) if kind in ("loss", "bits") else share(f) for kind, f in figures))
+    return table
