@@ -1,0 +1,99 @@
+"""The one way into training: from a recipe to a finished run, or on from where it was."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from mtp_lightning.checkpoint.lightning_io import SafeCheckpointIO
+from mtp_lightning.data.datamodule import MtpDataModule
+from mtp_lightning.errors import TrainingError
+from mtp_lightning.recipe import LoadedRecipe, Recipe, num_head_layers, num_trunk_layers
+from mtp_lightning.training.callbacks.build import build_callbacks
+from mtp_lightning.training.lightning_module import MtpLightningModule
+from mtp_lightning.training.run_folder import Opened, opened_run_folder
+
+INTERRUPTED = 130
+
+
+def train(loaded: LoadedRecipe) -> int:
+    """Train a recipe to its end; a run folder that has a checkpoint is continued. Returns the exit code."""
+    recipe = loaded.recipe
+    with opened_run_folder(recipe) as opened:
+        if opened.checkpoint is not None and opened.checkpoint.step >= recipe.run.steps:
+            print(
+                f"{opened.path} is finished: {opened.checkpoint.step} of {recipe.run.steps} steps. "
+                "Raise run.steps to go on, or start over with run.fresh=true.",
+                flush=True,
+            )
+            return 0
+        return _fit(recipe, opened)
+
+
+def _fit(recipe: Recipe, opened: Opened) -> int:
+    _prepare_process(recipe, opened.attempt)
+    if opened.checkpoint is not None:
+        print(f"Continuing {opened.path} after step {opened.checkpoint.step} of {recipe.run.steps}", flush=True)
+    trainer = build_trainer(recipe, opened.path)
+    checkpoint = None if opened.checkpoint is None else opened.checkpoint.path
+    try:
+        trainer.fit(MtpLightningModule(recipe), datamodule=MtpDataModule(recipe), ckpt_path=checkpoint)
+    except KeyboardInterrupt:
+        print(f"Interrupted. The same command goes on: mtp train {opened.path}", flush=True)
+        return INTERRUPTED
+    return 0
+
+
+def build_trainer(recipe: Recipe, run_folder: Path) -> L.Trainer:
+    """Build the Lightning trainer of a run; everything that Lightning prints or saves by itself is off."""
+    layers = {"trunk": num_trunk_layers(recipe), "heads": num_head_layers(recipe)}
+    return L.Trainer(
+        accelerator=_accelerator(recipe),
+        devices=1,
+        precision="32-true",  # run.precision=bf16 is autocast around the forward pass alone, in the module
+        max_steps=recipe.run.steps,
+        max_epochs=-1,
+        val_check_interval=recipe.run.validate_every_steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=build_callbacks(recipe, run_folder, layers=layers),
+        plugins=[SafeCheckpointIO()],
+        use_distributed_sampler=False,
+        inference_mode=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run_folder,
+    )
+
+
+def _accelerator(recipe: Recipe) -> str:
+    has_cuda = torch.cuda.is_available()
+    if recipe.run.device == "cuda" and not has_cuda:
+        raise TrainingError(
+            "run.device=cuda needs a CUDA device and a torch that can use it",
+            f"none (torch {torch.__version__})",
+            "Give run.device=cpu, or run where there is a GPU.",
+        )
+    return "cuda" if has_cuda and recipe.run.device != "cpu" else "cpu"
+
+
+def _prepare_process(recipe: Recipe, attempt: Path) -> None:
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
+    L.seed_everything(recipe.run.seed, verbose=False)
+    _redirect_logs(attempt / "lightning.log")
+
+
+def _redirect_logs(path: Path) -> None:
+    """Keep Lightning's remarks out of the live view; they go to the attempt's log."""
+    handler = logging.FileHandler(path)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+    # One batch is one step: the loader is cheap and runs in the training process by choice (data.workers).
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*", module="lightning")

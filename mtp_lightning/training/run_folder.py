@@ -1,0 +1,157 @@
+"""The run folder: whose it is, what is in it, where to go on.
+
+recipe.yaml (resolved), metrics.csv, tensorboard/, summary.json, curves.png, checkpoints/, and for every start
+logs/attempt_<k>/ with the recipe and the environment of that start. A lock keeps a second process out.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from mtp_lightning.checkpoint.durable import replace_durably
+from mtp_lightning.checkpoint.layout import Checkpoint, newest_complete
+from mtp_lightning.errors import RunFolderError
+from mtp_lightning.recipe import Recipe, changed_fields, load_recipe, recipe_to_yaml
+
+PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "safetensors", "webdataset", "mtp_lightning")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run folder that this process may write to."""
+
+    path: Path
+    attempt: Path  # logs of this start
+    checkpoint: Checkpoint | None  # where to go on; None for a run that has no checkpoint yet
+
+
+@contextlib.contextmanager
+def opened_run_folder(recipe: Recipe) -> Iterator[Opened]:
+    """Open the recipe's run folder, new or to be continued, and hold its lock.
+
+    Raises:
+        RunFolderError: Another process holds it, it belongs to another recipe, or holds something else.
+    """
+    folder = Path(recipe.run.dir)
+    _check_writable(folder)
+    if recipe.run.fresh:
+        _move_aside(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        _check_ownership(folder, recipe)
+        checkpoint = newest_complete(folder / "checkpoints")
+        attempt = _next_attempt(folder)
+        for path in (folder / "recipe.yaml", attempt / "recipe.yaml"):
+            replace_durably(path, recipe_to_yaml(recipe).encode())
+        replace_durably(attempt / "environment.json", json.dumps(_environment(), indent=2).encode() + b"\n")
+        yield Opened(folder, attempt, checkpoint)
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise RunFolderError(
+            "run.dir must be a folder that can be written to",
+            f"{existing}, which is {'read-only' if existing.is_dir() else 'a file'}",
+            "Give another run.dir.",
+        )
+
+
+def _move_aside(folder: Path) -> None:
+    """Rename an earlier run to the first free NAME.1, NAME.2, ..., so that a fresh start overwrites nothing."""
+    if not folder.exists():
+        return
+    with _locked(folder):
+        number = next(k for k in range(1, sys.maxsize) if not folder.with_name(f"{folder.name}.{k}").exists())
+        aside = folder.with_name(f"{folder.name}.{number}")
+        folder.rename(aside)
+    print(f"Starting afresh: the earlier run is now {aside}", flush=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the kernel lets it go when the process ends, however it ends."""
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunFolderError(
+                "one process at a time may write to a run folder",
+                f"{folder} in use by {file.read().strip() or 'another process'}",
+                "Wait for it, stop it, or give another run.dir.",
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
+def _check_ownership(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder of another recipe or of no run at all; report changes that may be made on the way."""
+    if not (folder / "recipe.yaml").exists():
+        strangers = sorted(path.name for path in folder.iterdir() if path.name not in (".lock", "logs"))
+        if strangers:
+            raise RunFolderError(
+                "run.dir must be a new folder or the folder of a run",
+                f"{folder} without a recipe.yaml but with {', '.join(strangers[:5])}",
+                "Give another run.dir.",
+            )
+        return
+    changes = changed_fields(load_recipe(folder / "recipe.yaml").recipe, recipe)
+    refused = [str(change) for change in changes if change.verdict == "refuse"]
+    if refused:
+        raise RunFolderError(
+            f"a run must go on with the recipe that {folder} began with",
+            f"{len(refused)} changed field{'s' if len(refused) > 1 else ''}:\n  " + "\n  ".join(refused) + "\n",
+            "Give another run.dir, take the changes back, or start over with run.fresh=true (the old run is kept).",
+        )
+    for change in changes:
+        print(f"Changed since this run began: {change}", flush=True)
+
+
+def _next_attempt(folder: Path) -> Path:
+    logs = folder / "logs"
+    numbers = [int(path.name.removeprefix("attempt_")) for path in logs.glob("attempt_*")]
+    attempt = logs / f"attempt_{max(numbers, default=0) + 1}"
+    attempt.mkdir(parents=True)
+    return attempt
+
+
+def _environment() -> dict[str, object]:
+    return {
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "packages": {name: _version_of(name) for name in PACKAGES},
+        "git_revision": _git_revision(),
+    }
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Revision of the source tree that this package runs from, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
