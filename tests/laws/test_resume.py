@@ -1,0 +1,59 @@
+"""Law 9: killed with SIGKILL at random moments and started again = never killed; losses and weights to the bit."""
+
+import random
+
+import pytest
+
+from tests.support.runs import ROOT, figures, last_step, mtp, mtp_killed
+
+STEPS = 60
+RUN = ("run.steps=60", "run.checkpoint_every_steps=7", "run.validate_every_steps=20", "run.log_every_steps=1")
+
+
+def train(cwd, name, *extra):
+    return ("train", str(ROOT / "recipes/debug/sequential.yaml"), *RUN, f"run.dir={name}", f"run.cache={cwd}/cache", *extra)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("runs")
+    done = mtp(*train(cwd, "whole"), cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert len(figures(cwd / "whole/metrics.csv")) == STEPS
+    return cwd
+
+
+def assert_equal_runs(cwd, name):
+    final = f"checkpoints/step-{STEPS:08d}/model.safetensors"
+    assert (cwd / name / final).read_bytes() == (cwd / "whole" / final).read_bytes()
+    assert figures(cwd / name / "metrics.csv") == figures(cwd / "whole/metrics.csv")
+
+
+def kill_and_resume(cwd, name, num_kills, seed):
+    draw = random.Random(seed)
+    metrics = cwd / name / "metrics.csv"
+    for kill in range(num_kills):
+        after_step = min(STEPS - 2, last_step(metrics) + draw.randint(1, 20))
+        assert mtp_killed(*train(cwd, name), cwd=cwd, metrics=metrics, after_step=after_step, seed=kill) == -9
+    done = mtp(*train(cwd, name), cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert f"Continuing {name} after step" in done.stdout
+    assert_equal_runs(cwd, name)
+
+
+def test_killed_runs_go_on_exactly(uninterrupted):
+    kill_and_resume(uninterrupted, "killed", num_kills=2, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_many_kills(uninterrupted, seed):
+    kill_and_resume(uninterrupted, f"killed_{seed}", num_kills=5, seed=seed)
+
+
+def test_another_seed_gives_other_weights(uninterrupted):
+    """The comparison above can fail."""
+    done = mtp(*train(uninterrupted, "other", "run.seed=1"), cwd=uninterrupted)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AssertionError):
+        assert_equal_runs(uninterrupted, "other")
