@@ -1,7 +1,9 @@
 """The one way into training: from a recipe to a finished run, or on from where it was."""
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
@@ -33,16 +35,20 @@ def train(loaded: LoadedRecipe) -> int:
 
 
 def _fit(recipe: Recipe, opened: Opened) -> int:
-    _prepare_process(recipe, opened.attempt)
-    if opened.checkpoint is not None:
-        print(f"Continuing {opened.path} after step {opened.checkpoint.step} of {recipe.run.steps}", flush=True)
-    trainer = build_trainer(recipe, opened.path)
-    checkpoint = None if opened.checkpoint is None else opened.checkpoint.path
-    try:
-        trainer.fit(MtpLightningModule(recipe), datamodule=MtpDataModule(recipe), ckpt_path=checkpoint)
-    except KeyboardInterrupt:
-        print(f"Interrupted. The same command goes on: mtp train {opened.path}", flush=True)
-        return INTERRUPTED
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
+    L.seed_everything(recipe.run.seed, verbose=False)
+    checkpoint = opened.checkpoint
+    if checkpoint is not None:
+        print(f"Continuing {opened.path} after step {checkpoint.step} of {recipe.run.steps}", flush=True)
+    with _remarks_in(opened.attempt / "lightning.log"):
+        trainer = build_trainer(recipe, opened.path)
+        module, data = MtpLightningModule(recipe), MtpDataModule(recipe)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint.path if checkpoint else None)
+        except KeyboardInterrupt:
+            print(f"Interrupted. The same command goes on: mtp train {opened.path}", flush=True)
+            return INTERRUPTED
     return 0
 
 
@@ -81,19 +87,22 @@ def _accelerator(recipe: Recipe) -> str:
     return "cuda" if has_cuda and recipe.run.device != "cpu" else "cpu"
 
 
-def _prepare_process(recipe: Recipe, attempt: Path) -> None:
-    if recipe.run.threads is not None:
-        torch.set_num_threads(recipe.run.threads)
-    L.seed_everything(recipe.run.seed, verbose=False)
-    _redirect_logs(attempt / "lightning.log")
-
-
-def _redirect_logs(path: Path) -> None:
-    """Keep Lightning's remarks out of the live view; they go to the attempt's log."""
+@contextlib.contextmanager
+def _remarks_in(path: Path) -> Iterator[None]:
+    """Keep Lightning's remarks out of the live view: they go to the attempt's log."""
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    former = [(logger.handlers, logger.propagate) for logger in loggers]
     handler = logging.FileHandler(path)
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.propagate = False
-    # One batch is one step: the loader is cheap and runs in the training process by choice (data.workers).
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*", module="lightning")
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
+    with warnings.catch_warnings():
+        # One batch is one step and cheap to read: no worker is a choice (data.workers), not an oversight.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # Lightning 2.6 on torch 2.13; can go when Lightning no longer uses LeafSpec.
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+        try:
+            yield
+        finally:
+            handler.close()
+            for logger, (handlers, propagate) in zip(loggers, former, strict=True):
+                logger.handlers, logger.propagate = handlers, propagate

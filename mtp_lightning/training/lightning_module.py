@@ -75,6 +75,8 @@ class MtpLightningModule(L.LightningModule):
         self.trainer.datamodule.advance(self.recipe.batch.rows)  # type: ignore[attr-defined]
         if self._is_logged(step + 1):
             self._log_step(step, norms)
+        if step + 1 == self.recipe.run.steps:
+            self.trainer.should_stop = True  # Lightning 2.6 validates once more before it stops, whatever the interval
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add held-out rows to the validation metrics."""

@@ -1,0 +1,58 @@
+"""Every recipe runs: shrunk in width, window and steps, its own code path goes from data to a resumed checkpoint."""
+
+import json
+
+import pytest
+
+from mtp_lightning.recipe import load_recipe
+from mtp_lightning.training.fit import train
+from tests.support.runs import ROOT
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SHRINK = (
+    "model.width=32",
+    "model.num_attention_heads=4",
+    "model.mlp_width=32",
+    "data.corpus=[stdlib:json]",
+    "data.validation_share=0.2",
+    "data.window_tokens=32",
+    "batch.rows=4",
+    "batch.micro_rows=2",
+    "optimizer.warmup_steps=1",
+    "run.validation_rows=2",
+    "run.validate_every_steps=2",
+    "run.checkpoint_every_steps=2",
+    "run.log_every_steps=1",
+    "run.device=cpu",
+    "run.threads=1",
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_there_are_recipes():
+    assert ROOT / "recipes/quickstart.yaml" in RECIPES
+    assert len(RECIPES) >= 9
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_recipe_trains_and_goes_on(path, cache, tmp_path):
+    def run(steps):
+        overrides = [*SHRINK, f"run.steps={steps}", f"run.dir={tmp_path}/run", f"run.cache={cache}"]
+        assert train(load_recipe(path, overrides)) == 0
+        return json.loads((tmp_path / "run/summary.json").read_text())
+
+    assert run(2)["steps"] == 2
+    summary = run(3)
+    assert summary["steps"] == 3
+    assert summary["validation"]["loss"]["1"] > 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_recipe_says_what_it_is_for(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any("Launch:" in line for line in header), "a recipe's header gives the command that runs it"
+    assert any("Expected:" in line for line in header), "a recipe's header gives the figure to expect"
