@@ -12,6 +12,7 @@ from mtp_lightning.recipe.yaml12 import one_line_yaml
 
 KNOWN_TOKENIZERS = ("byte",)
 LARGEST_SEED = 2**32 - 1
+LARGEST_DIVISOR = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ def value_at(recipe: Recipe, field: str) -> Any:
 
 
 def _divisors(number: int) -> str:
-    return one_of([str(d) for d in range(1, number + 1) if number % d == 0][-8:])
+    return one_of([str(d) for d in range(1, min(number, LARGEST_DIVISOR) + 1) if number % d == 0][-8:])
 
 
 def _numbers_of_heads(width: int) -> str:

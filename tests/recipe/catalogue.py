@@ -121,6 +121,7 @@ VALUES = (
 
 RULES = (
     _broken("width_not_divisible", "model.width=30"),
+    _broken("enormous_width_not_divisible", "model.width=99999999999999999999999999"),
     _broken("key_value_heads_do_not_divide", "model.num_key_value_heads=3"),
     _broken("head_width_odd", "model.head_width=31"),
     _broken("head_width_odd_by_division", "model.width=24", "model.num_attention_heads=8"),

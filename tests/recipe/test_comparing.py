@@ -1,0 +1,63 @@
+"""What differs between two recipes, and what that means for a run that is continued."""
+
+from typing import Any
+
+import pytest
+
+from mtp_lightning.recipe import RUN_FIELDS, Recipe, changed_fields, diff_recipes, recipe_hash
+from mtp_lightning.recipe.comparing import NOTED, FieldDiff, leaves
+
+DEFAULT = Recipe()
+
+
+def changed(path: str, value: Any, recipe: Any = DEFAULT) -> Any:
+    """Copy a recipe with another value at a path."""
+    name, _, rest = path.partition(".")
+    return recipe.model_copy(update={name: changed(rest, value, getattr(recipe, name)) if rest else value})
+
+
+@pytest.mark.parametrize("path", leaves(DEFAULT))
+def test_every_field_counts_or_is_named_as_free(path: str) -> None:
+    other = changed(path, 2000 if path == "run.steps" else "another")
+    is_free = path in RUN_FIELDS
+    assert [diff.path for diff in diff_recipes(DEFAULT, other)] == [path]
+    assert (recipe_hash(other) == recipe_hash(DEFAULT)) == is_free
+    assert [change.path for change in changed_fields(DEFAULT, other)] == ([] if is_free else [path])
+
+
+@pytest.mark.parametrize("names", [RUN_FIELDS, NOTED.keys()])
+def test_fields_with_a_rule_of_their_own_exist(names: Any) -> None:
+    assert set(names) <= leaves(DEFAULT).keys()
+
+
+def test_hash_counts_what_it_is_not_told_to_ignore() -> None:
+    other = changed("run.dir", "elsewhere")
+    assert recipe_hash(other) == recipe_hash(DEFAULT)
+    assert recipe_hash(other, ignore=()) != recipe_hash(DEFAULT, ignore=())
+    assert len(recipe_hash(other)) == 64
+
+
+def test_longer_run_warns_and_shorter_run_is_refused() -> None:
+    longer, shorter = (changed_fields(DEFAULT, changed("run.steps", steps))[0] for steps in (2000, 500))
+    assert (longer.verdict, shorter.verdict) == ("warn", "refuse")
+    assert str(longer).startswith("run.steps: 1000 -> 2000 (")
+    assert "learning rate" in longer.reason
+
+
+def test_another_model_is_refused_and_another_order_of_sums_is_not() -> None:
+    other = changed("batch.micro_rows", 4, changed("model.width", 128))
+    assert [(change.path, change.verdict) for change in changed_fields(DEFAULT, other)] == [
+        ("model.width", "refuse"),
+        ("batch.micro_rows", "warn"),
+    ]
+
+
+def test_sections_of_different_kinds_differ_as_a_whole() -> None:
+    other = Recipe.model_validate({"objective": {"weights": {"kind": "decay"}, "token_order": {}}})
+    assert diff_recipes(DEFAULT, other) == [
+        FieldDiff(
+            "objective.weights", {"kind": "constant", "values": None}, {"kind": "decay", "beta": 0.8, "total": None}
+        ),
+        FieldDiff("objective.token_order", None, {"weight": 1.0, "window_tokens": 256}),
+    ]
+    assert [change.verdict for change in changed_fields(DEFAULT, other)] == ["refuse", "refuse"]
