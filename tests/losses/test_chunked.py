@@ -1,0 +1,105 @@
+"""The chunked loss alone: against the definition, with any incoming scale, and with parts frozen."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtp_lightning.losses import reference
+from mtp_lightning.losses.chunked import Term, chunk_rows, chunked_loss
+from mtp_lightning.losses.scores import CrossEntropy, TokenOrder
+from mtp_lightning.losses.targets import IGNORE
+
+
+def tensors(num_rows=11, width=5, vocabulary=7):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_rows, width, generator=generator, dtype=torch.float64, requires_grad=True)
+    matrix = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(vocabulary, (num_rows,), generator=generator)
+    targets[::3] = IGNORE
+    return hidden, matrix, targets
+
+
+def lean(hidden, matrix, targets, *, chunk_bytes, smoothing=0.0, z_loss=0.0, coefficient=0.5):
+    score = CrossEntropy(targets, smoothing=smoothing, z_loss=z_loss, predicts=True)
+    term = Term(0, score, torch.tensor(coefficient, dtype=torch.float64))
+    return chunked_loss([hidden], [matrix], [term], chunk_bytes=chunk_bytes), score, term
+
+
+@given(
+    chunk_bytes=st.integers(1, 700),
+    smoothing=st.sampled_from([0.0, 0.1, 0.9]),
+    z_loss=st.sampled_from([0.0, 0.1]),
+    scale=st.sampled_from([1.0, 0.25, -3.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_chunked_is_the_definition_at_any_incoming_scale(chunk_bytes, smoothing, z_loss, scale):
+    hidden, matrix, targets = tensors()
+    loss, score, term = lean(hidden, matrix, targets, chunk_bytes=chunk_bytes, smoothing=smoothing, z_loss=z_loss)
+    found = torch.autograd.grad(scale * loss, [hidden, matrix])
+    rows = reference.cross_entropy(hidden @ matrix.T, targets, smoothing, z_loss)
+    expected = torch.autograd.grad(scale * 0.5 * rows.sum(), [hidden, matrix])
+    torch.testing.assert_close(loss, 0.5 * rows.sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(term.square_sum, rows.square().sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(score.predictions, (hidden @ matrix.T).argmax(1))
+    plain = reference.cross_entropy(hidden @ matrix.T, targets, 0.0, 0.0).sum()
+    torch.testing.assert_close(score.nll_sum, plain.detach(), rtol=1e-12, atol=0)
+
+
+def test_extreme_logits_stay_finite():
+    hidden, matrix, targets = tensors()
+    loss, _, _ = lean(hidden * 1e4, matrix, targets, chunk_bytes=200)
+    gradients = torch.autograd.grad(loss, [hidden, matrix])
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "matrix"])
+def test_frozen_parts_get_no_gradient(frozen):
+    hidden, matrix, targets = tensors()
+    (hidden if frozen == "hidden" else matrix).requires_grad_(False)
+    loss, _, _ = lean(hidden, matrix, targets, chunk_bytes=200)
+    loss.backward()
+    assert (hidden.grad is None) == (frozen == "hidden")
+    assert (matrix.grad is None) == (frozen == "matrix")
+
+
+def test_without_gradients_nothing_is_kept():
+    hidden, matrix, targets = tensors()
+    with torch.no_grad():
+        loss, _, _ = lean(hidden, matrix, targets, chunk_bytes=200)
+    assert not loss.requires_grad
+
+
+def test_a_second_backward_is_refused_rather_than_wrong():
+    hidden, matrix, targets = tensors()
+    loss, _, _ = lean(hidden, matrix, targets, chunk_bytes=200)
+    (0.25 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
+@pytest.mark.parametrize("window", [1, 3, 50])
+@pytest.mark.parametrize("chunk_bytes", [1, 400, 10**6])
+def test_token_order_is_the_definition(window, chunk_bytes):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(6, (2, 9), generator=generator)
+    documents = torch.tensor([[0] * 4 + [1] * 5, [0] * 8 + [1]])
+    num_offsets, num_positions = 2, 7
+    logits = torch.randn(2, num_positions, 6, generator=generator, dtype=torch.float64)
+    matrix = torch.eye(6, dtype=torch.float64, requires_grad=True)
+    hidden = logits.flatten(0, 1).requires_grad_()
+    term = Term(0, TokenOrder(tokens, documents, num_offsets, window), torch.tensor(1.0, dtype=torch.float64))
+    loss = chunked_loss([hidden], [matrix], [term], chunk_bytes=chunk_bytes)
+    rows = [reference.token_order(*row, window).sum() for row in zip(hidden.view(2, 7, 6), tokens, documents, strict=True)]
+    expected = torch.stack(rows).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (loss, expected)), rtol=1e-10, atol=1e-14)
+
+
+def test_chunks_keep_to_the_budget():
+    assert chunk_rows(2048, 32000, torch.float32, 64 * 2**20) == 512
+    assert chunk_rows(2048, 32000, torch.bfloat16, 64 * 2**20) == 256
+    assert chunk_rows(10, 32000, torch.float32, 1) == 1
+    assert chunk_rows(10, 7, torch.float32, 10**9) == 10
