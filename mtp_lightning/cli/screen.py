@@ -13,6 +13,7 @@ from mtp_lightning.errors import Fault, MtpError, RecipeError
 
 UNBOUNDED = 10_000
 LABEL_WIDTH = 9
+NARROWEST = 20
 
 
 def screen(*, stderr: bool = False) -> Console:
@@ -38,7 +39,7 @@ def error_lines(error: MtpError, width: int) -> list[Text]:
         num_faults = len(error.faults)
         headline = _paragraph("error: ", f"{num_faults} fault{'s' if num_faults > 1 else ''} to correct", 0, width)
         return headline + [line for fault in error.faults for line in fault_lines(fault, width)]
-    parts = {"found": error.found, "remedy": error.remedy}
+    parts = {"found": error.found, "remedy": f"{error.remedy.rstrip('.')}."}
     return _paragraph("error: ", error.must_hold, 0, width) + _labelled(parts, 2, width)
 
 
@@ -61,11 +62,18 @@ def _labelled(parts: Mapping[str, str | None], indent: int, width: int) -> list[
 def _paragraph(
     label: str, text: str, indent: int, width: int, *, style: str = "", label_style: str = "bold red"
 ) -> list[Text]:
-    """Wrap text with a hanging indent under its label; paths and other long words stay whole."""
+    """Wrap text with a hanging indent under its label; paths and other long words stay whole, and so do lines."""
     hanging = " " * (indent + len(label))
-    wrapped = textwrap.wrap(
-        " ".join(text.split()), max(width - len(hanging), 20), break_long_words=False, break_on_hyphens=False
-    )
+    room = max(width - len(hanging), NARROWEST)
+    wrapped = [part for line in text.strip().splitlines() for part in _wrap(line, room)]
     first, *others = wrapped or [""]
     head = Text.assemble(" " * indent, (label, label_style), (first, style))
     return [head, *(Text.assemble(hanging, (line, style)) for line in others)]
+
+
+def _wrap(line: str, room: int) -> list[str]:
+    """Wrap one line; what it continues in is indented as it is."""
+    own_indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.wrap(
+        line, room, subsequent_indent=own_indent, break_long_words=False, break_on_hyphens=False, tabsize=4
+    )
