@@ -11,7 +11,8 @@ RUN = ("run.steps=60", "run.checkpoint_every_steps=7", "run.validate_every_steps
 
 
 def train(cwd, name, *extra):
-    return ("train", str(ROOT / "recipes/debug/sequential.yaml"), *RUN, f"run.dir={name}", f"run.cache={cwd}/cache", *extra)
+    recipe = str(ROOT / "recipes/debug/sequential.yaml")
+    return ("train", recipe, *RUN, f"run.dir={name}", f"run.cache={cwd}/cache", *extra)
 
 
 @pytest.fixture(scope="module")

@@ -92,8 +92,8 @@ def test_token_order_is_the_definition(window, chunk_bytes):
     hidden = logits.flatten(0, 1).requires_grad_()
     term = Term(0, TokenOrder(tokens, documents, num_offsets, window), torch.tensor(1.0, dtype=torch.float64))
     loss = chunked_loss([hidden], [matrix], [term], chunk_bytes=chunk_bytes)
-    rows = [reference.token_order(*row, window).sum() for row in zip(hidden.view(2, 7, 6), tokens, documents, strict=True)]
-    expected = torch.stack(rows).sum()
+    rows = zip(hidden.view(2, 7, 6), tokens, documents, strict=True)
+    expected = torch.stack([reference.token_order(*row, window).sum() for row in rows]).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (loss, expected)), rtol=1e-10, atol=1e-14)
 

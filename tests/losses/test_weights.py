@@ -51,8 +51,14 @@ def test_curricula():
     assert reverse[-1] == [1, 0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "spec", [ConstantWeights(), DecayWeights(kind="decay"), LambdaWeights(kind="lambda"), CurriculumWeights(kind="curriculum")]
-)
+EVERY_SPEC = [
+    ConstantWeights(),
+    DecayWeights(kind="decay"),
+    LambdaWeights(kind="lambda"),
+    CurriculumWeights(kind="curriculum"),
+]
+
+
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=lambda spec: spec.kind)
 def test_one_offset_has_weight_one(spec):
     assert set(map(tuple, over_run(spec, n=1))) == {(1.0,)}
