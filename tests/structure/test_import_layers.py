@@ -1,0 +1,85 @@
+"""Imports go downwards only; heavy libraries enter at one place."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.structure.source import FILES, PACKAGE, imports_of
+
+LAYERS = (
+    ("errors",),
+    ("recipe",),
+    ("planner",),
+    ("launch",),
+    ("data", "losses"),
+    ("model",),
+    ("checkpoint", "decode"),
+    ("training",),
+    ("evaluation",),
+    ("bench",),
+    ("cli", "debug"),
+)
+"""From the bottom up; rooms of one layer do not know each other."""
+
+STRANGERS = {("model", "data")}
+"""Not below one another in the plan of the house, though a layer lies between."""
+
+
+def room_of(path: Path) -> str:
+    """Return the room of the house that a file lies in."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def below(room: str) -> set[str]:
+    """Return the rooms that a room may import."""
+    level = next(level for level, rooms in enumerate(LAYERS) if room in rooms)
+    lower = {other for rooms in LAYERS[:level] for other in rooms}
+    return {room} | {other for other in lower if (room, other) not in STRANGERS}
+
+
+def rooms_imported(path: Path) -> list[tuple[int, str]]:
+    """List the rooms that a file imports, with the lines."""
+    names = [(line, name.split(".")) for line, name in imports_of(path)]
+    return [(line, parts[1]) for line, parts in names if parts[0] == PACKAGE.name and len(parts) > 1]
+
+
+def test_every_file_lies_in_a_room_of_the_plan() -> None:
+    rooms = {room for layer in LAYERS for room in layer} | {"__init__", "__main__"}
+    assert {room_of(path) for path in FILES} <= rooms
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downwards(path: Path) -> None:
+    room = room_of(path)
+    if room in ("__init__", "__main__"):
+        return
+    allowed = below(room) | {"__version__"}
+    assert not [f"line {line}: {other}" for line, other in rooms_imported(path) if other not in allowed]
+
+
+def test_the_plan_of_the_house_is_read_right() -> None:
+    paper = {"errors", "recipe", "planner", "launch"}
+    assert below("recipe") == {"recipe", "errors"}
+    assert below("data") == paper | {"data"}
+    assert below("model") == paper | {"model", "losses"}
+    assert below("training") >= {"checkpoint", "data", "model", "losses"}
+
+
+def test_the_package_itself_imports_none_of_its_rooms() -> None:
+    assert rooms_imported(PACKAGE / "__init__.py") == []
+
+
+@pytest.mark.parametrize(("library", "most_files"), [("deepspeed", 1), ("transformers", 1)])
+def test_library_is_imported_in_one_file(library: str, most_files: int) -> None:
+    files = {path for path in FILES for _, name in imports_of(path) if name.split(".")[0] == library}
+    assert len(files) <= most_files
+
+
+def test_webdataset_is_imported_in_one_package() -> None:
+    rooms = {room_of(path) for path in FILES for _, name in imports_of(path) if name.split(".")[0] == "webdataset"}
+    assert rooms == {"data"}
+
+
+def test_imports_are_found_at_all() -> None:
+    assert ("data", "recipe") in {(room_of(path), other) for path in FILES for _, other in rooms_imported(path)}
+    assert len(FILES) > 50
