@@ -8,6 +8,7 @@ from typing import Any, final
 
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.callbacks.columns import as_number
+from mtp_lightning.training.callbacks.score import Score, score_of
 
 
 @final
@@ -20,8 +21,7 @@ class Progress:
     train: dict[str, float] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
     validated_step: int | None = None
-    best_length: float = -math.inf
-    best_step: int | None = None
+    best: Score | None = None
     saved_step: int | None = None
     _clock: tuple[float, int] | None = None  # when, and after which step, the measured part of this attempt began
 
@@ -59,9 +59,9 @@ class Progress:
             self.train = train
         if validation:
             self.validation, self.validated_step = validation, step
-        accepted_length = validation.get("val/accepted_length", math.nan)
-        if accepted_length >= self.best_length:
-            self.best_length, self.best_step = accepted_length, step
+        score = score_of(step, validation)
+        if score and score.beats(self.best):
+            self.best = score
 
 
 def bits_unit(recipe: Recipe) -> str:

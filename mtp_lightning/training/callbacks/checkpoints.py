@@ -1,9 +1,7 @@
 """Saving by step, and knowing the best."""
 
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -15,17 +13,7 @@ from mtp_lightning.checkpoint.layout import complete_checkpoints, name_of_step
 from mtp_lightning.checkpoint.manifest import Moment, RunFacts, hash_recipe
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.callbacks.rng import rng_states_of_ranks, set_rng_state
-
-BEST_BY = "val/accepted_length"
-
-
-@dataclass(frozen=True, order=True)
-class Score:
-    """What makes a checkpoint the best: accepted length, then a low loss of the main head, then being later."""
-
-    accepted_length: float
-    minus_loss: float
-    step: int
+from mtp_lightning.training.callbacks.score import Score, score_of
 
 
 @final
@@ -38,7 +26,7 @@ class Checkpoints(Callback):
 
     Attributes:
         last_step: step of the newest checkpoint, the one resumed from included.
-        best: score of the best checkpoint on disk; only those with a validation at their own step have one.
+        best: score of the best checkpoint on disk; only one with a validation at its own step has a score.
         seconds_saving: time spent in saving, over all attempts as far as known.
     """
 
@@ -57,8 +45,9 @@ class Checkpoints(Callback):
         """Clear away what an interrupted save left, and look for the best so far."""
         if trainer.is_global_zero:
             remove_leftovers(self.folder)
-        scores = (score_of(found.step, found.manifest.metrics) for found in complete_checkpoints(self.folder))
-        self.best = max((score for score in scores if score), default=None)
+        for found in complete_checkpoints(self.folder):
+            score = score_of(found.step, found.manifest.metrics)
+            self.best = score if score and score.beats(self.best) else self.best
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Know the checkpoint that was resumed from, if it is one of this run."""
@@ -151,7 +140,7 @@ class Checkpoints(Callback):
     def _point(self, trainer: Trainer, moment: Moment) -> None:
         """Update the pointers, then delete what is no longer needed."""
         score = score_of(moment.step, moment.metrics)
-        is_best = score is not None and (self.best is None or score >= self.best)
+        is_best = score is not None and score.beats(self.best)
         if is_best:
             self.best = score
         if not trainer.is_global_zero:
@@ -161,12 +150,3 @@ class Checkpoints(Callback):
             write_pointer(self.folder, "best", name_of_step(moment.step))
         best_name = name_of_step(self.best.step) if self.best else None
         retain(self.folder, keep=self._recipe.run.keep_checkpoints, best=best_name)
-
-
-def score_of(step: int, metrics: Mapping[str, float]) -> Score | None:
-    """Score a checkpoint by the validation at its step; None without one, or where it is not a number."""
-    accepted_length = metrics.get(BEST_BY, math.nan)
-    if math.isnan(accepted_length):
-        return None
-    loss = metrics.get("val/loss_1", math.inf)
-    return Score(accepted_length, -math.inf if math.isnan(loss) else -loss, step)

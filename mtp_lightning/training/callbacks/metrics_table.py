@@ -65,7 +65,7 @@ def read_rows(path: Path) -> list[Row]:
     """Read the rows of a metrics.csv without their empty cells; a row that a kill cut short is left out."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
     complete = [line for line in lines if line.endswith("\n")]
     header, *cells = csv.reader(complete) if complete else [[]]
     return [row for values in cells if len(values) == len(header) and "step" in (row := _row(header, values))]

@@ -70,10 +70,11 @@ def _lengths(progress: Progress) -> str:
     if progress.validated_step is None:
         return f"train {length}  val {BLANK}"
     validated = number(progress.validation.get("val/accepted_length"), ".2f")
-    best = f"best {progress.best_length:.2f} at step {progress.best_step:,}" if progress.best_step else BLANK
-    if progress.best_step == progress.validated_step:
-        best = "the best so far"
-    return f"train {length}  val {validated} at step {progress.validated_step:,} ({best})"
+    best = progress.best
+    so_far = f"best {best.accepted_length:.2f} at step {best.step:,}" if best else f"best {BLANK}"
+    if best and best.step == progress.validated_step:
+        so_far = "the best so far"
+    return f"train {length}  val {validated} at step {progress.validated_step:,} ({so_far})"
 
 
 def _bar(progress: Progress) -> Table:

@@ -21,7 +21,7 @@ from mtp_lightning.checkpoint.folder import read_state
 from mtp_lightning.checkpoint.layout import complete_checkpoints, newest_complete
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.training.callbacks.checkpoints import Checkpoints, score_of
+from mtp_lightning.training.callbacks.checkpoints import Checkpoints
 from tests.checkpoint.savers import forkserver
 from tests.training.callbacks.tiny_run import LAYERS, TinyModule, fit, tiny_recipe
 
@@ -94,16 +94,26 @@ def test_the_best_so_far_is_known_after_a_resume(tmp_path: Path) -> None:
     assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path / "checkpoints")] == [2, 5, 6]
 
 
-def test_equal_lengths_are_decided_by_the_loss_of_the_main_head() -> None:
-    scores = [
-        score_of(1, {"val/accepted_length": 1.0, "val/loss_1": 2.0}),
-        score_of(2, {"val/accepted_length": 1.0, "val/loss_1": 1.5}),
-        score_of(3, {"val/accepted_length": 1.0, "val/loss_1": 1.6}),
-        score_of(4, {"val/accepted_length": 1.0, "val/loss_1": math.nan}),
-    ]
-    assert max(score for score in scores if score) == scores[1]
-    assert score_of(5, {"val/loss_1": 1.0}) is None
-    assert score_of(5, {"val/accepted_length": math.nan}) is None
+def test_the_first_step_of_an_untrained_model_is_not_the_best(tmp_path: Path) -> None:
+    recipe = tiny_recipe(validate_every_steps=1, checkpoint_every_steps=1, steps=4)
+    figures = {1: (4.0, 3.0), 2: (1.5, 2.0), 3: (2.0, 1.95), 4: (1.8, 1.9)}
+    module = TinyModule(recipe)
+    module.figures = lambda split, losses, step: {  # type: ignore[method-assign]
+        f"{split}/accepted_length": figures[step][0],
+        f"{split}/loss_1": figures[step][1],
+    }
+    trainer, _ = fit(tmp_path, recipe, module=module)
+    best = checkpoints_of(trainer).best
+    assert best is not None
+    assert best.step == 3
+    assert read_pointer(tmp_path / "checkpoints", "best") == tmp_path / "checkpoints" / "step-00000003"
+
+
+def test_figures_that_are_not_finite_leave_a_checkpoint_readable(tmp_path: Path) -> None:
+    recipe = tiny_recipe(validate_every_steps=2)
+    fit(tmp_path, recipe, module=TinyModule(recipe, lambda step: math.nan))
+    assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path / "checkpoints")] == [4, 6]
+    assert "val/accepted_length" not in complete_checkpoints(tmp_path / "checkpoints")[0].manifest.metrics
 
 
 @pytest.mark.parametrize("validate", [1, 2, 3, 100])

@@ -91,7 +91,9 @@ def test_rows_are_on_disk_as_soon_as_the_next_step_begins(tmp_path: Path) -> Non
     assert found == [[], [], [2], [2, 3], [2, 3, 4], [2, 3, 4]]
 
 
-@pytest.mark.parametrize("torn", ["1", "12", "12,", "12,34,0.5", "12,34,0.5,0.25", '1"2,3,4,5\n', "x,1,2,3\n"])
+@pytest.mark.parametrize(
+    "torn", ["1", "12", "12,", "12,34,0.5", "12,34,0.5,0.25", "12,34\n", "\0\0\0\n", '1"2,3,4,5\n', "x,1,2,3\n"]
+)
 def test_a_row_cut_short_by_a_kill_is_left_out(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text(",".join(COLUMNS) + "\n10,100,0.5,\n" + torn)

