@@ -6,7 +6,6 @@ from typing import Annotated, get_args
 import typer
 
 from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
-from mtp_lightning.recipe.sections import ObjectiveSection
 
 app = typer.Typer(no_args_is_help=True, help="Measure a training step.")
 
@@ -59,6 +58,8 @@ def _offsets(text: str) -> list[int]:
 
 
 def _schedules(text: str) -> list[str]:
+    from mtp_lightning.recipe.sections import ObjectiveSection
+
     known = get_args(ObjectiveSection.model_fields["schedule"].annotation)
     names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in known]:

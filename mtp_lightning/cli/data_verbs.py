@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
-from mtp_lightning.recipe.sections import DataSection
 
 app = typer.Typer(no_args_is_help=True, help="Build shards of tokens, look at a row, verify shards.")
 
@@ -40,6 +39,8 @@ def build(
     if out is None:
         _build_of_recipe(inputs, is_for_texts=validation_share is not None or tokenizer is not None)
         return
+    from mtp_lightning.recipe.sections import DataSection
+
     defaults = DataSection()
     share = defaults.validation_share if validation_share is None else validation_share
     if not 0 < share < 1:

@@ -1,13 +1,14 @@
 """The RECIPE argument of every verb: a recipe file, or the folder of an earlier run."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mtp_lightning.errors import RunFolderError
-from mtp_lightning.recipe.loading import LoadedRecipe, load_recipe
-from mtp_lightning.recipe.yaml12 import one_line_yaml
+
+if TYPE_CHECKING:
+    from mtp_lightning.recipe.loading import LoadedRecipe
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the folder of an earlier run.", show_default=False)
@@ -22,8 +23,11 @@ OverridesArgument = Annotated[
 ]
 
 
-def open_recipe(recipe: str, overrides: list[str] | None = None) -> LoadedRecipe:
+def open_recipe(recipe: str, overrides: list[str] | None = None) -> "LoadedRecipe":
     """Load a recipe file, or the recipe of a run folder with `run.dir` set to that folder."""
+    from mtp_lightning.recipe.loading import load_recipe
+    from mtp_lightning.recipe.yaml12 import one_line_yaml
+
     path = Path(recipe)
     if not path.is_dir():
         return load_recipe(path, overrides or [])

@@ -1,22 +1,10 @@
 """`mtp recipe show | check | diff`."""
 
-import textwrap
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
-from mtp_lightning.cli.screen import screen
-from mtp_lightning.errors import Fault, RecipeError
-from mtp_lightning.recipe.comparing import diff_recipes
-from mtp_lightning.recipe.loading import LoadedRecipe
-from mtp_lightning.recipe.schema import place_at
-from mtp_lightning.recipe.writing import yaml_lines
-from mtp_lightning.recipe.yaml12 import one_line_yaml
-
-ORIGIN_COLUMN = 44
+from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and compare recipes.")
 
@@ -30,35 +18,9 @@ def show(
     docs: Annotated[bool, typer.Option("--docs", help="Say of each field what it means.")] = False,
 ) -> None:
     """Print the resolved recipe: every field, as YAML that is itself a valid recipe."""
-    loaded = open_recipe(recipe, overrides)
-    console = screen()
-    for line, path in yaml_lines(loaded.recipe):
-        for comment in _doc_comments(path, line, console.width) if docs else ():
-            console.print(comment)
-        console.print(_with_origin(line, loaded, path) if origin else _coloured(line))
+    from mtp_lightning.cli.recipe_pages import print_recipe
 
-
-def _coloured(line: str) -> Text:
-    key, colon, value = line.partition(":")
-    return Text.assemble((key, "blue"), colon, value)
-
-
-def _with_origin(line: str, loaded: LoadedRecipe, path: str) -> Text:
-    origin = loaded.origins.get(path)
-    if origin is None:
-        return _coloured(line)
-    style = "dim" if origin == "default" else "green"
-    padding = " " * max(ORIGIN_COLUMN - len(line), 1)
-    return Text.assemble(_coloured(line), padding, (f"# {origin}", style))
-
-
-def _doc_comments(path: str, line: str, width: int) -> list[Text]:
-    place = place_at(path.split("."))
-    words = place.field.description if place and place.field else None
-    indent = " " * (len(line) - len(line.lstrip()))
-    room = max(width - len(indent) - 2, 20)
-    comments = [Text(f"{indent}# {part}", style="dim") for part in textwrap.wrap(words or "", room)]
-    return [Text(), *comments] if line.endswith(":") else comments
+    print_recipe(recipe, overrides, with_origins=origin, with_docs=docs)
 
 
 @app.command()
@@ -69,25 +31,9 @@ def check(
     ],
 ) -> None:
     """Check recipes: a line for each, then every fault of the faulty ones. Exit code 2 if there are any."""
-    overrides = [argument for argument in recipes if "=" in argument and not Path(argument).exists()]
-    files = [argument for argument in recipes if argument not in overrides]
-    faults: dict[Fault, None] = {}
-    console = screen()
-    for file in files:
-        own = _faults_of(file, overrides)
-        faults.update(dict.fromkeys(own))
-        verdict = Text.assemble(("faulty  ", "bold red"), file, f"  ({len(own)})") if own else None
-        console.print(verdict or Text.assemble(("ok      ", "green"), file))
-    if faults:
-        raise RecipeError(list(faults))
+    from mtp_lightning.cli.recipe_pages import print_verdicts
 
-
-def _faults_of(file: str, overrides: list[str]) -> list[Fault]:
-    try:
-        open_recipe(file, overrides)
-    except RecipeError as error:
-        return error.faults
-    return []
+    print_verdicts(recipes)
 
 
 @app.command()
@@ -96,11 +42,6 @@ def diff(
     b: Annotated[str, typer.Argument(metavar="B", help="Another.", show_default=False)],
 ) -> None:
     """Print the fields in which two resolved recipes differ."""
-    differences = diff_recipes(open_recipe(a).recipe, open_recipe(b).recipe)
-    console = screen()
-    if not differences:
-        console.print("no field differs")
-    width = max((len(difference.path) for difference in differences), default=0)
-    for difference in differences:
-        old, new = (one_line_yaml(value) for value in (difference.a, difference.b))
-        console.print(Text.assemble(f"{difference.path:<{width}}  ", (old, "red"), " -> ", (new, "green")))
+    from mtp_lightning.cli.recipe_pages import print_differences
+
+    print_differences(a, b)
