@@ -47,8 +47,10 @@ def opened_run_folder(recipe: Recipe) -> Iterator[Opened]:
         _move_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        _check_ownership(folder, recipe)
         checkpoint = newest_complete(folder / "checkpoints")
+        _check_ownership(folder)
+        if checkpoint is not None:
+            _check_changes(folder, recipe)
         attempt = _next_attempt(folder)
         for path in (folder / "recipe.yaml", attempt / "recipe.yaml"):
             replace_durably(path, recipe_to_yaml(recipe).encode())
@@ -96,17 +98,19 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_ownership(folder: Path, recipe: Recipe) -> None:
-    """Refuse a folder of another recipe or of no run at all; report changes that may be made on the way."""
-    if not (folder / "recipe.yaml").exists():
-        strangers = sorted(path.name for path in folder.iterdir() if path.name not in (".lock", "logs"))
-        if strangers:
-            raise RunFolderError(
-                "run.dir must be a new folder or the folder of a run",
-                f"{folder} without a recipe.yaml but with {', '.join(strangers[:5])}",
-                "Give another run.dir.",
-            )
-        return
+def _check_ownership(folder: Path) -> None:
+    """Refuse a folder that holds something else than a run."""
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in (".lock", "logs"))
+    if strangers and not (folder / "recipe.yaml").exists():
+        raise RunFolderError(
+            "run.dir must be a new folder or the folder of a run",
+            f"{folder} without a recipe.yaml but with {', '.join(strangers[:5])}",
+            "Give another run.dir.",
+        )
+
+
+def _check_changes(folder: Path, recipe: Recipe) -> None:
+    """Refuse to go on from a checkpoint of another recipe; report changes that may be made on the way."""
     changes = changed_fields(load_recipe(folder / "recipe.yaml").recipe, recipe)
     refused = [str(change) for change in changes if change.verdict == "refuse"]
     if refused:

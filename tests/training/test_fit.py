@@ -64,6 +64,12 @@ def test_a_changed_recipe_is_reported_field_by_field(run, capsys):
     assert "Continuing run after step 11 of 13" in printed
 
 
+def test_a_run_without_a_checkpoint_may_be_corrected(run):
+    with pytest.raises(DataError):
+        run("data.corpus=[nowhere.txt]")
+    assert run() == 0
+
+
 def test_a_fresh_start_overwrites_nothing(run, tmp_path, capsys):
     run()
     first = (tmp_path / "run/metrics.csv").read_bytes()
