@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mtp_lightning.losses.scores import Score
 
+Grad = Tensor | None  # buffer of a gradient, where one is wanted
+
 
 @dataclass
 class Term:
@@ -94,7 +96,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for index, (term, hidden) in enumerate(zip(plan.terms, hiddens, strict=True)):
                 grad = torch.empty_like(hidden) if needs[plan.num_matrices + index] else None
                 into = matrix_grads[term.matrix]
-                total += _run_term(plan, term, hidden.to(dtype), cast[term.matrix], grad, into)
+                total += _run_term(plan, term, hidden.to(dtype), cast[term.matrix], (grad, into))
                 hidden_grads.append(grad)
         ctx.save_for_backward(
             *(g if g is None else g.to(m.dtype) for g, m in zip(matrix_grads, matrices, strict=True)),
@@ -113,10 +115,9 @@ def _compute_dtype(matrix: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrix.dtype
 
 
-def _run_term(
-    plan: _Plan, term: Term, hidden: Tensor, matrix: Tensor, grad: Tensor | None, into: Tensor | None
-) -> Tensor:
-    """Run one term: fill `grad`, add to `into`, return the weighted loss sum."""
+def _run_term(plan: _Plan, term: Term, hidden: Tensor, matrix: Tensor, grads: tuple[Grad, Grad]) -> Tensor:
+    """Run one term: fill the gradient of `hidden`, add to that of `matrix`, return the weighted loss sum."""
+    grad, into = grads
     if term.count is None:
         _run_chunks(plan, term, hidden, matrix, (grad, into, term.coefficient))
         return term.coefficient * term.loss_sum
@@ -134,11 +135,7 @@ def _run_term(
 
 
 def _run_chunks(
-    plan: _Plan,
-    term: Term,
-    hidden: Tensor,
-    matrix: Tensor,
-    outputs: tuple[Tensor | None, Tensor | None, Tensor],
+    plan: _Plan, term: Term, hidden: Tensor, matrix: Tensor, outputs: tuple[Grad, Grad, Tensor]
 ) -> None:
     """Score one term chunk by chunk, gradients multiplied by the given coefficient."""
     grad, into, coefficient = outputs
