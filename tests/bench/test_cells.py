@@ -1,0 +1,42 @@
+"""Which recipes a benchmark measures."""
+
+import doctest
+
+import pytest
+
+from mtp_lightning.bench import cells, showing, speed
+from mtp_lightning.bench.cells import build_cells, describe_matching, impossible
+from tests.bench.shapes import quick_recipe
+
+
+def test_numbers_of_offsets_that_leave_no_trunk_are_explained():
+    grid = build_cells(quick_recipe(), [1, 4, 8], ["sequential", "joint"])
+    assert [cell.num_offsets for cell in grid if cell.obstacle is None] == [1, 1]
+    remarks = impossible(grid)
+    assert [remark.split()[0] for remark in remarks] == ["n=4", "n=8"]
+    assert "model.num_layers must leave at least one layer to the trunk" in remarks[0]
+    assert "raise model.num_layers to 5 or more" in remarks[0]
+
+
+def test_a_window_shorter_than_the_offsets_is_explained():
+    grid = build_cells(quick_recipe(kind="linear"), [16], ["sequential"])
+    assert "T > n" in impossible(grid)[0]
+
+
+@pytest.mark.parametrize(
+    ("heads", "said"),
+    [
+        ({}, "Equal total layers"),
+        ({"match_parameters": False}, "NOT at equal total layers"),
+        ({"kind": "medusa"}, "the trunk has 4 at every n"),
+    ],
+)
+def test_matching_is_said(heads, said):
+    assert said in describe_matching(quick_recipe(**heads))
+
+
+@pytest.mark.parametrize("module", [cells, showing, speed])
+def test_examples(module):
+    failed, tried = doctest.testmod(module)
+    assert tried > 0
+    assert failed == 0

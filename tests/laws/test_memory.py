@@ -1,0 +1,136 @@
+"""Memory does not grow with n, and no schedule but joint ever holds a (T, V) tensor.
+
+Counted on tensors without data at the full shape, which takes seconds, and measured for real in processes of their
+own, as `mtp bench memory` does. The two agree, which is what makes resident memory a measure of tensors.
+"""
+
+import pytest
+
+from mtp_lightning.bench.memory import run_probe
+from mtp_lightning.planner.variants import with_offsets, with_schedule
+from mtp_lightning.recipe.sections import Recipe
+from tests.support.live_tensors import count_schedule
+
+KINDS = {
+    "parallel": {"kind": "parallel"},
+    "linear": {"kind": "linear"},
+    "causal": {"kind": "chained"},
+    "anticausal": {"kind": "chained", "order": "anticausal"},
+    "sequential": {"kind": "sequential"},
+    "recursive": {"kind": "recursive"},
+    "medusa": {"kind": "medusa"},
+}
+CHAINED = ("causal", "anticausal", "sequential", "recursive")
+OBJECTIVES = {
+    "plain": {},
+    "smooth": {"label_smoothing": 0.1, "z_loss": 1e-4},
+    "balanced": {"balance": "rms"},
+    "ordered": {"token_order": {"window_tokens": 64}},
+    "recomputed": {"checkpoint_trunk": True, "checkpoint_heads": True},
+}
+MOST_GROWTH = 1.15
+WORKSPACE_BYTES = 12 * 2**20  # what libraries may take beside the tensors, or have taken before
+
+
+def full_recipe(heads, objective=None, precision="fp32"):
+    """The shape that the claim is made for."""
+    return Recipe.model_validate(
+        {
+            "model": {"width": 256, "num_layers": 10, "vocabulary": 32_000},
+            "heads": heads | {"num_offsets": 8},
+            "objective": objective or {},
+            "data": {"window_tokens": 2048},
+            "batch": {"rows": 1, "micro_rows": 1},
+            "run": {"precision": precision, "threads": 1, "device": "cpu"},
+        }
+    )
+
+
+def small_recipe():
+    """A shape that is measured in seconds and shows the same."""
+    return Recipe.model_validate(
+        {
+            "model": {"width": 64, "num_layers": 10, "num_attention_heads": 4, "vocabulary": 8000},
+            "heads": {"num_offsets": 8},
+            "objective": {"chunk_mib": 4.0},
+            "data": {"window_tokens": 1024},
+            "batch": {"rows": 1, "micro_rows": 1},
+            "run": {"threads": 1, "device": "cpu"},
+        }
+    )
+
+
+def counted_peak(recipe):
+    live, state_bytes = count_schedule(recipe)
+    return live.peak_bytes + state_bytes
+
+
+def measured_peak(recipe):
+    result = run_probe(recipe)
+    assert "failure" not in result, result
+    return result["peak_bytes"]
+
+
+def allowed_growth(kind, recipe):
+    """Chained kinds may add the hidden states of their offsets."""
+    hidden_bytes = 4 * recipe.data.window_tokens * recipe.model.width
+    return recipe.heads.num_offsets * hidden_bytes if kind in CHAINED else 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_joint_holds_positions_by_vocabulary(kind):
+    recipe = full_recipe(KINDS[kind])
+    positions_by_vocabulary = recipe.data.window_tokens * recipe.model.vocabulary
+    largest = {
+        schedule: count_schedule(with_schedule(recipe, schedule))[0].largest_numel
+        for schedule in ("sequential", "bridged", "joint")
+    }
+    assert largest["joint"] == positions_by_vocabulary
+    assert max(largest["sequential"], largest["bridged"]) <= positions_by_vocabulary / 4
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "bridged"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_objective_holds_positions_by_vocabulary(objective, precision, schedule):
+    recipe = with_schedule(full_recipe({}, OBJECTIVES[objective], precision), schedule)
+    largest = count_schedule(recipe)[0].largest_numel
+    assert largest <= recipe.data.window_tokens * recipe.model.vocabulary / 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counted_peak_does_not_grow_with_offsets(kind):
+    recipe = full_recipe(KINDS[kind])
+    assert counted_peak(recipe) <= MOST_GROWTH * counted_peak(with_offsets(recipe, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counted_peak_stays_far_below_joint(kind):
+    recipe = full_recipe(KINDS[kind])
+    assert counted_peak(recipe) < counted_peak(with_schedule(recipe, "joint")) / 3
+
+
+def test_measured_peak_is_the_counted_one_and_does_not_grow():
+    recipe = small_recipe()
+    one = measured_peak(with_offsets(recipe, 1))
+    sequential = measured_peak(recipe)
+    joint = measured_peak(with_schedule(recipe, "joint"))
+    assert sequential <= MOST_GROWTH * one
+    assert sequential < joint / 3
+    assert sequential == pytest.approx(counted_peak(recipe), abs=WORKSPACE_BYTES)
+    assert joint == pytest.approx(counted_peak(with_schedule(recipe, "joint")), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_measured_peak_at_the_full_shape(kind):
+    recipe = full_recipe(KINDS[kind])
+    one, eight = measured_peak(with_offsets(recipe, 1)), measured_peak(recipe)
+    assert eight <= MOST_GROWTH * one + allowed_growth(kind, recipe)
+    assert eight == pytest.approx(counted_peak(recipe), rel=0.05)
+
+
+@pytest.mark.slow
+def test_measured_peak_stays_far_below_joint_at_the_full_shape():
+    recipe = full_recipe({})
+    assert measured_peak(recipe) < measured_peak(with_schedule(recipe, "joint")) / 3
