@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mtp_lightning.recipe.sections import Recipe, Section
+from mtp_lightning.recipe.sections import Recipe, Section, StrategySection
 from mtp_lightning.recipe.yaml12 import one_line_yaml
 
 Verdict = Literal["warn", "refuse"]
@@ -29,6 +29,7 @@ RUN_FIELDS = frozenset(
 """Fields that say where and how a run is carried out, not what it computes."""
 
 REORDERED = "the same sums in another order: the numbers agree up to rounding"
+OTHER_RANKS = "the same sums over other ranks: the numbers agree up to rounding"
 NOTED: dict[str, str] = {
     "batch.micro_rows": REORDERED,
     "objective.schedule": REORDERED,
@@ -38,6 +39,7 @@ NOTED: dict[str, str] = {
     "objective.compile": REORDERED,
     "data.shards": "the shards may have moved; their fingerprint is compared instead",
     "run.validation_rows": "validation figures from here on are of other rows",
+    **{f"strategy.{name}": OTHER_RANKS for name in StrategySection.model_fields},
 }
 """Fields that may change on resume, and what the user should know about it."""
 

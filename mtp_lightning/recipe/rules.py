@@ -6,7 +6,7 @@ from typing import Any
 
 from mtp_lightning.errors import Fault
 from mtp_lightning.recipe.layers import num_layers_from_trunk, num_trunk_layers
-from mtp_lightning.recipe.sections import ConstantWeights, LambdaWeights, Recipe
+from mtp_lightning.recipe.sections import ConstantWeights, LambdaWeights, Recipe, StrategySection
 from mtp_lightning.recipe.words import nearest, one_of
 from mtp_lightning.recipe.yaml12 import one_line_yaml
 
@@ -108,6 +108,25 @@ def _layers_remedy(recipe: Recipe) -> str:
         f"The heads take {taken} of {recipe.model.num_layers} layers: raise model.num_layers to {taken + 1} or more, "
         "lower heads.num_offsets, or set heads.match_parameters=false."
     )
+
+
+def _global_rows_divide(recipe: Recipe) -> bool:
+    """Leave the case of micro_rows that do not even divide rows to the rule about these two."""
+    rows, micro_rows = recipe.batch.rows, recipe.batch.micro_rows
+    is_other_fault = recipe.strategy.kind == "single" or rows % micro_rows != 0
+    return is_other_fault or rows % (recipe.strategy.num_ranks * micro_rows) == 0
+
+
+def _rows_remedy(recipe: Recipe) -> str:
+    num_ranks, rows = recipe.strategy.num_ranks, recipe.batch.rows
+    if rows % num_ranks:
+        nearest_multiple = max(1, round(rows / num_ranks)) * num_ranks
+        return f"Each of {num_ranks} ranks takes an equal share: set batch.rows to {nearest_multiple}, or change strategy."
+    return f"Each of {num_ranks} ranks takes {rows // num_ranks}: set batch.micro_rows to {_divisors(rows // num_ranks)}."
+
+
+def _offloads(strategy: StrategySection, *places: str) -> bool:
+    return strategy.offload_optimizer in places or strategy.offload_parameters in places
 
 
 def _needs_kind(field: str, default: Any, *kinds: str) -> Rule:
@@ -242,5 +261,42 @@ RULES: tuple[Rule, ...] = (
         holds=lambda recipe: recipe.run.seed <= LARGEST_SEED,
         must_hold=f"must be at most {LARGEST_SEED}",
         remedy="Choose a smaller seed.",
+    ),
+    Rule(
+        fields=(
+            "batch.rows",
+            "strategy.num_nodes",
+            "strategy.ranks_per_node",
+            "batch.micro_rows",
+        ),
+        holds=_global_rows_divide,
+        must_hold="must be a multiple of the ranks (strategy.num_nodes x ranks_per_node) times batch.micro_rows",
+        remedy=_rows_remedy,
+    ),
+    Rule(
+        fields=("strategy.kind", "strategy.num_nodes", "strategy.ranks_per_node"),
+        holds=lambda recipe: recipe.strategy.kind != "single" or recipe.strategy.num_ranks == 1,
+        must_hold="must be zero1, zero2 or zero3 for more than one rank",
+        remedy="Set strategy.kind=zero2, or one node and one rank per node.",
+    ),
+    Rule(
+        fields=("strategy.kind", "strategy.offload_optimizer", "strategy.offload_parameters"),
+        holds=lambda recipe: recipe.strategy.kind != "single" or not _offloads(recipe.strategy, "cpu", "nvme"),
+        must_hold="must be zero1, zero2 or zero3 to offload: DeepSpeed does it",
+        remedy="Set strategy.kind=zero2 (zero3 for parameters), or offload nothing.",
+    ),
+    Rule(
+        fields=("strategy.offload_parameters", "strategy.kind"),
+        holds=lambda recipe: (
+            recipe.strategy.offload_parameters == "none" or recipe.strategy.kind in ("single", "zero3")
+        ),
+        must_hold="must be none unless strategy.kind is zero3, which alone shards the parameters",
+        remedy="Set strategy.kind=zero3, or strategy.offload_parameters=none.",
+    ),
+    Rule(
+        fields=("strategy.nvme_path", "strategy.offload_optimizer", "strategy.offload_parameters"),
+        holds=lambda recipe: recipe.strategy.nvme_path is not None or not _offloads(recipe.strategy, "nvme"),
+        must_hold="must name a folder on a local disk to offload to nvme",
+        remedy="Give strategy.nvme_path, or offload to cpu.",
     ),
 )

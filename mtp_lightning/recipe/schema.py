@@ -83,6 +83,8 @@ class Place:
                 return Place(names, options_of(field.annotation, field.metadata), field)
             if option.entry and (name in option.keys or not option.keys):
                 return Place(names, options_of(option.entry))
+            if option.type is Any:
+                return Place(names, (option,))
         return None
 
 

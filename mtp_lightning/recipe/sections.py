@@ -1,6 +1,6 @@
 """Sections of a recipe: frozen, typed, torch-free. One docstring per field, shown by `mtp recipe show --docs`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -251,6 +251,30 @@ class RunSection(Section):
     """Newest checkpoints to keep, besides the best by accepted length."""
 
 
+class StrategySection(Section):
+    """How a model is spread over ranks."""
+
+    kind: Literal["single", "zero1", "zero2", "zero3"] = "single"
+    """One rank, or DeepSpeed ZeRO: shard the optimizer's state (1), gradients too (2), parameters too (3)."""
+    num_nodes: PositiveInt = 1
+    """Machines."""
+    ranks_per_node: PositiveInt = 1
+    """Ranks (GPUs) per node."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's state lives when it is not on the GPU."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where sharded parameters live between uses when they are not on the GPU; zero3 only."""
+    nvme_path: str | None = None
+    """Folder on a local disk for what is offloaded to nvme."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Raw DeepSpeed keys merged over the generated configuration."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks on all nodes."""
+        return self.num_nodes * self.ranks_per_node
+
+
 class Recipe(Section):
     """A whole run as a value."""
 
@@ -270,3 +294,5 @@ class Recipe(Section):
     """AdamW and its schedule."""
     run: RunSection = RunSection()
     """Folder, length, logging."""
+    strategy: StrategySection = StrategySection()
+    """Ranks, and what is sharded over them."""

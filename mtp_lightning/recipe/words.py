@@ -40,7 +40,7 @@ def _allowed_by(option: Option) -> str:
     if option.choices:
         return one_of(option.choices)
     if get_origin(option.type) is dict:
-        return f"a mapping from {one_of(option.keys)} to {_entries(option)[1]}"
+        return f"a mapping from {one_of(option.keys or ['names'])} to {_entries(option)[1]}"
     if get_origin(option.type) is list:
         return f"a list of {_entries(option)[1]}{_length(option)}"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
@@ -50,6 +50,8 @@ def _allowed_by(option: Option) -> str:
 def _entries(option: Option) -> tuple[str, str]:
     """Describe one entry and several entries of a list or mapping."""
     entry = options_of(option.entry)[0]
+    if entry.type is Any:
+        return "anything", "anything"
     plural = {int: "whole numbers", float: "numbers", str: "texts"}[entry.type]
     return _allowed_by(entry), f"{plural}{_bounds(entry)}"
 

@@ -24,8 +24,14 @@ def _values(option: Option) -> st.SearchStrategy[Any]:
         longest = next((limit.max_length for limit in option.limits if isinstance(limit, annotated_types.MaxLen)), 3)
         return st.lists(_any_of(option.entry), min_size=shortest, max_size=longest)
     if get_origin(option.type) is dict:
-        return st.dictionaries(st.sampled_from(option.keys), _any_of(option.entry))
+        return st.dictionaries(st.sampled_from(option.keys) if option.keys else st.text(), _any_of(option.entry))
+    if option.type is Any:
+        return st.recursive(st.none() | st.booleans() | st.integers() | st.text(), _nested, max_leaves=4)
     return _scalars(option)
+
+
+def _nested(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3)
 
 
 def _sections(section: type[Section]) -> st.SearchStrategy[dict[str, Any]]:

@@ -111,6 +111,7 @@ VALUES = (
     Case("list_too_short", "optimizer:\n  betas: [0.9]\n"),
     Case("list_for_mapping", "optimizer:\n  lr_scale: [1, 4]\n"),
     Case("wrong_entry_of_mapping", "optimizer:\n  lr_scale: {heads: 0}\n"),
+    Case("text_for_free_mapping", "strategy:\n  deepspeed: fast\n"),
     Case("mapping_for_number", "run:\n  steps: {max: 5}\n"),
     Case("below_bound", "run:\n  steps: 0\n"),
     Case("above_bound", "data:\n  validation_share: 1.0\n"),
@@ -145,6 +146,12 @@ RULES = (
     _broken("betas_out_of_range", "optimizer.betas=[0.9, 1.0]"),
     _broken("warmup_as_long_as_run", "run.steps=100"),
     _broken("seed_too_large", "run.seed=4294967296"),
+    _broken("ranks_do_not_divide_rows", "strategy.kind=zero2", "strategy.ranks_per_node=6", "batch.micro_rows=1"),
+    _broken("micro_rows_of_all_ranks_do_not_divide_rows", "strategy.kind=zero3", "strategy.num_nodes=2"),
+    _broken("several_ranks_without_zero", "strategy.ranks_per_node=4"),
+    _broken("offload_without_zero", "strategy.offload_optimizer=cpu"),
+    _broken("parameters_offloaded_under_zero2", "strategy.kind=zero2", "strategy.offload_parameters=cpu"),
+    _broken("nvme_without_path", "strategy.kind=zero1", "strategy.offload_optimizer=nvme"),
 )
 
 TOGETHER = (
