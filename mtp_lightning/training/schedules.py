@@ -62,9 +62,21 @@ class OffsetLosses(NamedTuple):
     predictions: Tensor | None  # (N, B, T) argmax of every offset
 
 
-def run_schedule(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
-    """Add the gradients of one micro-batch to the parameters, in the order that the recipe names."""
-    return SCHEDULES[objective.section.schedule](model, batch, objective, backward)
+def run_schedule(
+    model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward, last: Backward | None = None
+) -> OffsetLosses:
+    """Add the gradients of one micro-batch to the parameters, in the order that the recipe names.
+
+    Args:
+        model: The model.
+        batch: Rows that go through it together.
+        objective: What their loss is made of.
+        backward: Called with a scalar for every backward pass but the last one.
+        last: Called for the last backward pass, which reaches the trunk; `backward` where not given.
+    """
+    loss, terms = SCHEDULES[objective.section.schedule](model, batch, objective, backward)
+    (last or backward)(loss)
+    return terms.losses()
 
 
 def needed_offsets(model: MtpModel, objective: Objective) -> list[int]:
@@ -103,6 +115,15 @@ class _Terms:
         coefficient = weight / self.objective.num_ordered.to(self.objective.coefficients.dtype).clamp(min=1)
         return Term(len(self.model.unembedding.matrices) - 1, score, coefficient)
 
+    def record(self, offset: int, logits: Tensor) -> None:
+        """Note an offset's plain loss and predictions from its full logits, (P, V)."""
+        score = CrossEntropy(
+            self.batch.targets[offset - 1].flatten(), smoothing=0.0, z_loss=0.0, predicts=self.objective.predicts
+        )
+        score.nll_sum = reference.cross_entropy(logits, score.targets, 0.0, 0.0).sum()
+        score.predictions = logits.argmax(-1) if self.objective.predicts else None
+        self.scores[offset] = score
+
     def losses(self) -> OffsetLosses:
         """Collect what the terms have seen."""
         shape = self.batch.targets.shape[1:]
@@ -116,7 +137,10 @@ class _Terms:
         return OffsetLosses(sums, predictions)
 
 
-def sequential(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
+Pending = tuple[Tensor, _Terms]  # scalar of the last backward pass, still to be run, and what was measured
+
+
+def sequential(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> Pending:
     """Walk the tree of heads from the far end; no two heads' logits ever exist together."""
     embedded = model.embed(batch.tokens)
     geometry = model.geometry(batch.documents, like=embedded)
@@ -126,8 +150,7 @@ def sequential(model: MtpModel, batch: MicroBatch, objective: Objective, backwar
     last = _pulled(state, walk.descend(TRUNK, state))
     if leaf.grad is not None:
         last = last + _pulled(embedded, leaf)
-    backward(last)
-    return walk.terms.losses()
+    return last, walk.terms
 
 
 class _Walk:
@@ -174,7 +197,7 @@ def _pulled(state: Tensor, leaf: Tensor) -> Tensor:
     return (state * gradient).sum()
 
 
-def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
+def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> Pending:
     """Keep all heads' hidden states, compute every chunked loss in one node, go backward once."""
     terms = _Terms(model, batch, objective)
     hiddens = model(batch.tokens, batch.documents, needed_offsets(model, objective))
@@ -184,37 +207,31 @@ def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: 
             offsets.append(offset)
             states.append(hidden)
             parts.append(term)
-    backward(model.unembedding(offsets, states, parts))
-    return terms.losses()
+    return model.unembedding(offsets, states, parts), terms
 
 
-def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
+def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> Pending:
     """Compute the loss as defined, on full logits of every head: the oracle of the other two."""
-    section = objective.section
-    sums = torch.full_like(objective.coefficients, torch.nan)
-    predictions = torch.full_like(batch.targets, IGNORE) if objective.predicts else None
+    section, terms = objective.section, _Terms(model, batch, objective)
     total: Tensor | float = 0.0
     main_rms: Tensor | float = 1.0
     hiddens = model(batch.tokens, batch.documents, needed_offsets(model, objective))
     for offset, hidden in hiddens.items():
-        logits = model.unembedding.logits(offset, hidden)  # (B, T, V)
-        flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        logits = model.unembedding.logits(offset, hidden).flatten(0, 1)  # (P, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = batch.targets[offset - 1].flatten()
-        losses = reference.cross_entropy(flat, targets, section.label_smoothing, section.z_loss)
+        losses = reference.cross_entropy(logits, targets, section.label_smoothing, section.z_loss)
         factor = objective.coefficients[offset - 1]
         if objective.is_balanced:
             rms = torch.sqrt(losses.detach().square().sum() / (targets != IGNORE).sum().clamp(min=1))
             main_rms = rms if offset == 1 else main_rms
             factor = factor * main_rms / rms
         total = total + factor * losses.sum()
-        sums[offset - 1] = reference.cross_entropy(flat.detach(), targets, 0.0, 0.0).sum()
-        if predictions is not None:
-            predictions[offset - 1] = logits.detach().argmax(-1)
+        terms.record(offset, logits.detach())
     if section.token_order is not None:
         total = total + _joint_token_order(model, batch, objective, hiddens[1])
     assert isinstance(total, Tensor)
-    backward(total)
-    return OffsetLosses(sums, predictions)
+    return total, terms
 
 
 def _joint_token_order(model: MtpModel, batch: MicroBatch, objective: Objective, hidden: Tensor) -> Tensor:
