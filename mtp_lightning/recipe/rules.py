@@ -120,9 +120,10 @@ def _global_rows_divide(recipe: Recipe) -> bool:
 def _rows_remedy(recipe: Recipe) -> str:
     num_ranks, rows = recipe.strategy.num_ranks, recipe.batch.rows
     if rows % num_ranks:
-        nearest_multiple = max(1, round(rows / num_ranks)) * num_ranks
-        return f"Each of {num_ranks} ranks takes an equal share: set batch.rows to {nearest_multiple}, or change strategy."
-    return f"Each of {num_ranks} ranks takes {rows // num_ranks}: set batch.micro_rows to {_divisors(rows // num_ranks)}."
+        multiple = max(1, round(rows / num_ranks)) * num_ranks
+        return f"Each of {num_ranks} ranks takes an equal share: set batch.rows to {multiple}, or change strategy."
+    share = rows // num_ranks
+    return f"Each of {num_ranks} ranks takes {share}: set batch.micro_rows to {_divisors(share)}."
 
 
 def _offloads(strategy: StrategySection, *places: str) -> bool:
