@@ -58,6 +58,7 @@ def test_a_file_cut_short_is_named(tmp_path: Path, kept_bytes: int) -> None:
 def _report_growth(pipe: Connection, tensor_mib: int, count: int) -> None:
     torch.set_num_threads(1)
     strided = {str(index): torch.ones(2, tensor_mib * 2**17).T for index in range(count)}  # float32, not contiguous
+    write_tensors(open("/dev/null", "wb"), {"first": torch.ones(2, 2).T})  # noqa: SIM115, PTH123
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     write_tensors(open("/dev/null", "wb"), strided)  # noqa: SIM115, PTH123
     pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
@@ -71,7 +72,7 @@ def test_writing_holds_one_tensor_at_a_time() -> None:
     assert receiver.poll(60)
     growth_mib = receiver.recv()
     process.join()
-    assert growth_mib < 30, "a copy of one tensor takes 16 MiB, of all 128"
+    assert growth_mib < 48, "a copy of one tensor takes 16 MiB (the C library may keep one more), of all 128"
 
 
 def test_equal_content_gives_equal_bytes() -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.training.callbacks.checkpoints import Checkpoints
 
-_NOTICE = b"\nStopping after this step; a checkpoint is saved first. Ctrl-C again stops at once.\n"
+_NOTICE = "Stopping after this step, with a checkpoint. Ctrl-C again stops at once."
 
 
 @final
@@ -49,7 +49,9 @@ class Interruption(Callback):
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self._is_asked = True
         self._give_back()
-        os.write(2, _NOTICE)  # not print: the signal may have come in the middle of one
+        # Not print: the signal may have come in the middle of one. In place of the last line of a live view.
+        notice = f"\r{_NOTICE}\x1b[K" if os.isatty(2) else f"{_NOTICE}\n"
+        os.write(2, notice.encode())
 
     def _give_back(self) -> None:
         if self._former is not None:

@@ -15,9 +15,12 @@ BLANK = "-"
 
 
 def live_view(progress: Progress) -> RenderableType:
-    """Build the whole view: a row per offset, the state of the run, a bar; fits 80 columns."""
+    """Build the whole view: a row per offset, a bar, the state of the run; fits 80 columns.
+
+    The last line is not the bar, which fills its line: a terminal echoes ^C behind the cursor.
+    """
     lines = (Text(line, no_wrap=True, overflow="ellipsis") for line in status_lines(progress))
-    return Group(offsets_table(progress), *lines, _bar(progress))
+    return Group(offsets_table(progress), _bar(progress), *lines)
 
 
 def offsets_table(progress: Progress) -> Table:

@@ -1,3 +1,4 @@
+import doctest
 import io
 import math
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
+from mtp_lightning.training.callbacks import columns, rendering
 from mtp_lightning.training.callbacks.checkpoints import Checkpoints
 from mtp_lightning.training.callbacks.columns import metric_columns
 from mtp_lightning.training.callbacks.live import SHORTEST_PAUSE_S, LiveView
@@ -57,7 +59,8 @@ def test_every_figure_of_an_offset_is_in_its_row() -> None:
     assert "grad norm  trunk 0.12  heads 0.12  unembedding 0.12  all 0.12   lr 9.80e-04" in lines
     assert "accepted length  train 1.23  val 2.35 at step 299 (the best so far)" in [line.strip() for line in lines]
     assert any("1.23M tokens/s  123.46 GiB  last checkpoint step 299" in line for line in lines)
-    assert lines[-1].startswith("step 299/300")
+    assert lines[6].startswith("step 299/300")
+    assert len(lines[-1]) < 77, "room for an echoed ^C behind the cursor"
 
 
 def test_losses_of_other_tokenizers_are_bits_per_token() -> None:
@@ -117,7 +120,7 @@ def test_figures_of_before_are_shown_after_a_resume(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True)
     view = LiveView(recipe, tmp_path, checkpoints, console)
     fit(tmp_path, recipe, extra=[view], until=5)
-    first_frame = console.file.getvalue().split("ETA")[0]  # type: ignore[attr-defined]
+    first_frame = console.file.getvalue().split("GiB")[0]  # type: ignore[attr-defined]
     assert "at step 3 (the best so far)" in first_frame
 
 
@@ -157,6 +160,13 @@ def test_a_terminal_gets_a_table_in_place_at_a_bounded_rate(tmp_path: Path) -> N
 )
 def test_counts_have_three_digits(value: float | None, text: str) -> None:
     assert count(value) == text
+
+
+def test_examples_in_docstrings_hold() -> None:
+    for module in (rendering, columns):
+        result = doctest.testmod(module)
+        assert result.attempted > 0
+        assert result.failed == 0
 
 
 def test_durations_are_read_at_a_glance() -> None:
