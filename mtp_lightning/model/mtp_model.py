@@ -67,7 +67,7 @@ class MtpModel(nn.Module):
         hidden: Tensor = self.heads(offset, source, context)
         return hidden
 
-    def forward(
+    def hidden_states(
         self, tokens: Tensor, documents: Tensor, offsets: Collection[int] | None = None
     ) -> dict[int, Tensor]:
         """Hidden states in one ordinary graph, main head first: two (B, T+n) -> one (B, T, D) per offset.

@@ -200,7 +200,7 @@ def _pulled(state: Tensor, leaf: Tensor) -> Tensor:
 def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> Pending:
     """Keep all heads' hidden states, compute every chunked loss in one node, go backward once."""
     terms = _Terms(model, batch, objective)
-    hiddens = model(batch.tokens, batch.documents, needed_offsets(model, objective))
+    hiddens = model.hidden_states(batch.tokens, batch.documents, needed_offsets(model, objective))
     offsets, states, parts = [], [], []
     for offset, hidden in hiddens.items():
         for term in terms.of(offset):
@@ -215,7 +215,7 @@ def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Ba
     section, terms = objective.section, _Terms(model, batch, objective)
     total: Tensor | float = 0.0
     main_rms: Tensor | float = 1.0
-    hiddens = model(batch.tokens, batch.documents, needed_offsets(model, objective))
+    hiddens = model.hidden_states(batch.tokens, batch.documents, needed_offsets(model, objective))
     for offset, hidden in hiddens.items():
         logits = model.unembedding.logits(offset, hidden).flatten(0, 1)  # (P, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -250,7 +250,7 @@ def _joint_token_order(model: MtpModel, batch: MicroBatch, objective: Objective,
 def evaluate(model: MtpModel, batch: MicroBatch, objective: Objective) -> OffsetLosses:
     """Losses and predictions of every offset, one after the other, without gradients."""
     terms = _Terms(model, batch, objective)
-    for offset, hidden in model(batch.tokens, batch.documents).items():
+    for offset, hidden in model.hidden_states(batch.tokens, batch.documents).items():
         part = terms.of(offset)[:1]
         model.unembedding([offset], [hidden], part)
     return terms.losses()

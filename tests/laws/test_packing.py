@@ -14,12 +14,12 @@ def test_a_packed_document_is_computed_as_if_alone(kind):
     n = recipe.heads.num_offsets
     tokens = torch.randint(13, (1, 12 + n), generator=torch.Generator().manual_seed(3))
     documents = torch.tensor([[0] * 5 + [1] * (7 + n)])
-    packed = model(tokens, documents)
-    alone = model(tokens[:, 5:], documents[:, 5:])
+    packed = model.hidden_states(tokens, documents)
+    alone = model.hidden_states(tokens[:, 5:], documents[:, 5:])
     for offset in packed:
         torch.testing.assert_close(packed[offset][:, 5:], alone[offset], rtol=1e-10, atol=1e-12)
     window = tiny_model(recipe.model_copy(update={"data": recipe.data.model_copy(update={"attention": "window"})}))
-    difference = (window(tokens, documents)[1][:, 5:] - alone[1]).abs().max()
+    difference = (window.hidden_states(tokens, documents)[1][:, 5:] - alone[1]).abs().max()
     assert difference > 1e-3
 
 
@@ -36,7 +36,7 @@ def test_no_state_looks_ahead(kind):
     n, T = recipe.heads.num_offsets, recipe.data.window_tokens
     tokens = torch.randint(13, (1, T + n), generator=torch.Generator().manual_seed(4))
     documents = torch.zeros_like(tokens)
-    before = model(tokens, documents)
+    before = model.hidden_states(tokens, documents)
     for position in (2, 5):
         changed = tokens.clone()
         changed[:, position:] = (changed[:, position:] + 1) % 13

@@ -63,7 +63,7 @@ def test_active_parameters_are_those_that_multiply(kind):
     length = recipe.data.window_tokens + recipe.heads.num_offsets
     tokens = torch.zeros(2, length, dtype=torch.long)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        for offset, hidden in model(tokens, tokens).items():
+        for offset, hidden in model.hidden_states(tokens, tokens).items():
             model.unembedding.logits(offset, hidden)
     by_kind = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     products = sum(flops for op, flops in by_kind.items() if "mm" in op)
