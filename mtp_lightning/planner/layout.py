@@ -1,0 +1,89 @@
+"""How an optimizer step is cut into micro-batches and spread over GPUs."""
+
+import math
+from dataclasses import dataclass, replace
+
+from mtp_lightning.recipe.sections import Recipe
+
+FP32 = 4
+BF16 = 2
+STAGES = {"single": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What memory and time depend on besides the model."""
+
+    stage: int = 3  # of ZeRO; 0: every GPU holds everything
+    num_gpus: int
+    gpus_per_node: int = 8
+    micro_rows: int
+    num_micro_batches: int = 1  # per optimizer step
+    precision: str = "bf16"
+    schedule: str = "sequential"
+    chunk_bytes: float = math.inf  # of logits
+    recomputes_trunk: bool = False
+    recomputes_heads: bool = False
+    offload_optimizer: str = "none"
+    offload_parameters: str = "none"
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number in matrix products and in kept activations."""
+        return FP32 if self.precision == "fp32" else BF16
+
+    @property
+    def is_autocast(self) -> bool:
+        """Say whether weights stay fp32 and are cast where they are used; ZeRO keeps them in bf16 beside a master."""
+        return self.stage == 0 and self.precision == "bf16"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight as the model holds it, and of its gradient."""
+        return FP32 if self.is_autocast else self.compute_bytes
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step over all GPUs."""
+        return self.num_gpus * self.micro_rows * self.num_micro_batches
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines."""
+        return -(-self.num_gpus // self.gpus_per_node)
+
+    def shards(self, stage: int) -> int:
+        """Count the parts that something which ZeRO shards from `stage` on is split into."""
+        return self.num_gpus if self.stage >= stage else 1
+
+    def with_rows(self, micro_rows: int, rows_per_gpu: int) -> "Layout":
+        """Cut the same rows of a GPU into other micro-batches."""
+        return replace(self, micro_rows=micro_rows, num_micro_batches=-(-rows_per_gpu // micro_rows))
+
+
+def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
+    """Describe a recipe's step, on as many GPUs as its strategy says or on another number.
+
+    >>> layout_of(Recipe()).num_micro_batches
+    1
+    """
+    strategy, objective = recipe.strategy, recipe.objective
+    gpus = num_gpus or strategy.num_ranks
+    stage = STAGES[strategy.kind]
+    rows_per_gpu = max(1, recipe.batch.rows // gpus)
+    micro_rows = min(recipe.batch.micro_rows, rows_per_gpu)
+    recomputes_heads = objective.checkpoint_heads
+    return Layout(
+        stage=stage,
+        num_gpus=gpus,
+        gpus_per_node=min(gpus, max(strategy.ranks_per_node, 8 if num_gpus else 1)),
+        micro_rows=micro_rows,
+        num_micro_batches=-(-rows_per_gpu // micro_rows),
+        precision=recipe.run.precision,
+        schedule=objective.schedule,
+        chunk_bytes=objective.chunk_mib * 2**20,
+        recomputes_trunk=objective.checkpoint_trunk,
+        recomputes_heads=recipe.heads.kind == "recursive" if recomputes_heads is None else recomputes_heads,
+        offload_optimizer=strategy.offload_optimizer,
+        offload_parameters=strategy.offload_parameters,
+    )

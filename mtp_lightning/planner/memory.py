@@ -1,0 +1,149 @@
+"""Bytes per GPU, by component.
+
+Weights, gradients and optimizer state follow from ZeRO's definition; activations are counted tensor by tensor from
+what the backward pass of `model/layers.py` reads. Buffers are DeepSpeed's defaults.
+"""
+
+from dataclasses import dataclass, fields
+
+from mtp_lightning.planner.layout import BF16, FP32, Layout
+from mtp_lightning.planner.shape import Layer, Shape
+
+GIB = 2**30
+MASTER_AND_MOMENTS = 3 * FP32  # per parameter
+MOMENTS = 2 * FP32
+BUCKET_ENTRIES = 5e8  # DeepSpeed: reduce_bucket_size; two of them while one is being sent
+LIVE_ENTRIES = 1e9  # DeepSpeed: stage3_max_live_parameters
+CONTEXT_BYTES = 1.25 * GIB  # CUDA context, cuBLAS workspaces, NCCL
+FRAGMENTATION = 0.03  # of what the allocator manages
+BOUNDARY_STATES = 8  # (P, D) tensors around the heads: trunk output, its leaf and gradient, hidden, normed, their gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one GPU, and what is offloaded from it."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    trunk_activations: float
+    head_activations: float
+    logits: float
+    unembedding_gradient: float
+    gathered_weights: float
+    reduction_buckets: float
+    overhead: float
+    offloaded: float = 0.0
+
+    @property
+    def state(self) -> float:
+        """What stays between steps."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """Everything on the GPU."""
+        return sum(getattr(self, field.name) for field in fields(self)) - self.offloaded
+
+
+def memory(shape: Shape, layout: Layout) -> Memory:
+    """Count the peak of a training step."""
+    state, offloaded = _state(shape, layout)
+    working = _activations(shape, layout) | _buffers(shape, layout)
+    managed = sum(state.values()) + sum(working.values())
+    return Memory(**state, **working, overhead=CONTEXT_BYTES + FRAGMENTATION * managed, offloaded=offloaded)
+
+
+def most_micro_rows(shape: Shape, layout: Layout, limit_bytes: float) -> int:
+    """Find the largest micro-batch that fits, in rows; 0 if not even one row does."""
+
+    def fits(rows: int) -> bool:
+        return memory(shape, layout.with_rows(rows, rows)).total <= limit_bytes
+
+    low, high = 0, 1
+    while fits(high) and high < 2**20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _state(shape: Shape, layout: Layout) -> tuple[dict[str, float], float]:
+    """Return weights, gradients and optimizer state on the GPU, and the bytes that live elsewhere."""
+    total = shape.parameters.total
+    weights = layout.weight_bytes * total / layout.shards(3)
+    gradients = layout.weight_bytes * total / layout.shards(2)
+    per_parameter = MASTER_AND_MOMENTS if layout.stage else MOMENTS
+    optimizer = per_parameter * total / layout.shards(1)
+    offloaded = 0.0
+    if layout.offload_optimizer != "none":
+        offloaded, optimizer = optimizer, 0.0
+    if layout.offload_parameters != "none":
+        offloaded, weights = offloaded + weights, 0.0
+    return {"weights": weights, "gradients": gradients, "optimizer": optimizer}, offloaded
+
+
+def layer_bytes(layer: Layer, layout: Layout) -> int:
+    """Count what one layer keeps for its backward pass, in bytes per position.
+
+    Two inputs of norms, inputs of the projections (under autocast a cast copy for each of the five), queries, keys,
+    values and mixed values, and the states of the feed-forward.
+    """
+    copies = 5 if layout.is_autocast else 2
+    attention = 2 * layer.query_width + 2 * layer.key_width
+    in_compute = copies * layer.width + attention + layer.mlp_states
+    return 2 * layout.weight_bytes * layer.width + layout.compute_bytes * in_compute
+
+
+def _activations(shape: Shape, layout: Layout) -> dict[str, float]:
+    positions = layout.micro_rows * shape.window_tokens
+    layer = layer_bytes(shape.layer, layout)
+    residual = layout.weight_bytes * shape.layer.width
+    trunk = _stack(shape.num_trunk_layers, layer, residual, recomputes=layout.recomputes_trunk)
+    head_layers = shape.heads.runs * shape.heads.num_layers
+    alive = head_layers if _all_heads_alive(shape, layout) else -(-head_layers // shape.heads.num_offsets)
+    heads = _stack(alive, layer, residual, recomputes=layout.recomputes_heads) + BOUNDARY_STATES * residual
+    mask = 4 * layout.micro_rows * shape.window_tokens**2 if shape.attends_in_document else 0
+    return {
+        "trunk_activations": positions * trunk + mask,
+        "head_activations": positions * heads,
+        "logits": _logits(shape, layout),
+    }
+
+
+def _all_heads_alive(shape: Shape, layout: Layout) -> bool:
+    return shape.heads.is_chain or layout.schedule != "sequential"
+
+
+def _stack(num_layers: int, layer: float, residual: float, *, recomputes: bool) -> float:
+    """Count a stack's kept bytes per position: everything, or the layers' inputs and one layer being recomputed."""
+    if recomputes and num_layers:
+        return num_layers * residual + layer
+    return num_layers * layer
+
+
+def _logits(shape: Shape, layout: Layout) -> float:
+    """Count the logits: one chunk of fp32 with its low-precision copies; in the joint schedule those of all offsets.
+
+    Joint keeps logits, their fp32 copy and log-probabilities of every offset, and one gradient.
+    """
+    low = 0 if layout.compute_bytes == FP32 else layout.compute_bytes
+    entries = layout.micro_rows * shape.window_tokens * shape.vocabulary
+    if layout.schedule == "joint":
+        return float(entries * (shape.num_products * (2 * FP32 + low) + FP32 + low))
+    return min(layout.chunk_bytes, float(entries * (FP32 + 2 * low)))
+
+
+def _buffers(shape: Shape, layout: Layout) -> dict[str, float]:
+    total = shape.parameters.total
+    together = shape.num_matrices if _all_heads_alive(shape, layout) else 1
+    casts = BF16 if layout.is_autocast else 0
+    is_sharded = layout.stage == 3 and layout.num_gpus > 1
+    live = min(total, max(LIVE_ENTRIES, 2 * shape.layer.matrices + shape.matrix))
+    buckets = 2 * min(total, BUCKET_ENTRIES) if layout.stage else 0
+    return {
+        "unembedding_gradient": together * shape.matrix * (FP32 + layout.weight_bytes + casts),
+        "gathered_weights": layout.weight_bytes * live if is_sharded else casts * total,
+        "reduction_buckets": layout.weight_bytes * buckets,
+    }

@@ -1,0 +1,151 @@
+"""Seconds per optimizer step on known hardware.
+
+A micro-batch costs
+
+- matrix products at a fitted share of the device's peak;
+- products between positions (attention, half of them skipped by a causal kernel), at another fitted share;
+- everything else, which waits for memory: kept activations are taken to cross the memory bus a fixed number of times,
+  and so are logits. That is what makes narrow models less efficient;
+- communication, of which a fitted share cannot hide behind computing.
+
+An optimizer step adds the update, which waits for memory as well. Checkpointing adds a forward pass.
+"""
+
+from dataclasses import dataclass
+
+from mtp_lightning.planner.hardware import Hardware
+from mtp_lightning.planner.layout import BF16, FP32, Layout
+from mtp_lightning.planner.memory import layer_bytes
+from mtp_lightning.planner.shape import Shape
+
+MEMORY_EFFICIENCY = 0.85  # of the data sheet's bandwidth, in a long copy
+ACTIVATION_PASSES = 6  # forward: written, read, and once more between unfused operations; backward: read, its gradient written, read
+RECOMPUTE_PASSES = 2
+LOGIT_BYTES = 30  # per entry: out of the product, to fp32, two passes of softmax, back to bf16, into two products
+UPDATE_BYTES = 30  # per parameter: master, two moments and gradient read, three written back, weight written
+FORWARD_ATTENTION = 4  # operations per position, layer, query channel and attended position
+BACKWARD_ATTENTION = 10  # five products instead of two: scores are computed again [FlashAttention-2]
+GIGA = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Where the time of an optimizer step goes, in seconds."""
+
+    products_s: float
+    attention_s: float
+    memory_bound_s: float
+    communication_s: float  # that is not hidden
+    update_s: float
+
+    @property
+    def compute_s(self) -> float:
+        """Forward and backward passes without communication."""
+        return self.products_s + self.attention_s + self.memory_bound_s
+
+    @property
+    def total_s(self) -> float:
+        """The whole step."""
+        return self.compute_s + self.communication_s + self.update_s
+
+
+def step_time(shape: Shape, layout: Layout, hardware: Hardware) -> StepTime:
+    """Predict the time of an optimizer step."""
+    times = layout.num_micro_batches
+    products, attention = _products_s(shape, layout, hardware), _attention_s(shape, layout, hardware)
+    memory_bound = _memory_bound_s(shape, layout, hardware)
+    compute = times * (products + attention + memory_bound)
+    network = communication_s(shape, layout, hardware)
+    exposed = max(0.0, network - compute) + hardware.exposed_communication * min(network, compute)
+    return StepTime(
+        products_s=times * products,
+        attention_s=times * attention,
+        memory_bound_s=times * memory_bound,
+        communication_s=exposed,
+        update_s=_update_s(shape, layout, hardware),
+    )
+
+
+def _positions(shape: Shape, layout: Layout) -> int:
+    return layout.micro_rows * shape.window_tokens
+
+
+def _recomputed(shape: Shape, layout: Layout) -> tuple[int, int]:
+    """Return the layers, and the matrix entries in them, that a position passes a second time.
+
+    Recomputing stops at the last state that is needed, the input of a layer's last matrix.
+    """
+    trunk = shape.num_trunk_layers if layout.recomputes_trunk else 0
+    heads = shape.heads.runs * shape.heads.num_layers if layout.recomputes_heads else 0
+    last = shape.layer.mlp_width * shape.layer.width
+    return trunk + heads, (trunk + heads) * (shape.layer.matrices - last)
+
+
+def _products_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
+    _, again = _recomputed(shape, layout)
+    operations = _positions(shape, layout) * (6 * shape.active_parameters + 2 * again)
+    return operations / (hardware.peak(layout.precision) * hardware.product_efficiency)
+
+
+def _attention_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
+    again, _ = _recomputed(shape, layout)
+    attended = shape.window_tokens * (1 if shape.attends_in_document else 0.5)
+    per_channel = (FORWARD_ATTENTION + BACKWARD_ATTENTION) * shape.num_layer_runs + FORWARD_ATTENTION * again
+    operations = _positions(shape, layout) * per_channel * shape.layer.query_width * attended
+    return operations / (hardware.peak(layout.precision) * hardware.attention_efficiency)
+
+
+def _memory_bound_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
+    again, _ = _recomputed(shape, layout)
+    passes = ACTIVATION_PASSES * shape.num_layer_runs + RECOMPUTE_PASSES * again
+    logits = LOGIT_BYTES * shape.num_products * shape.vocabulary
+    moved = _positions(shape, layout) * (passes * layer_bytes(shape.layer, layout) + logits)
+    return moved / (hardware.memory_bytes_per_s * MEMORY_EFFICIENCY)
+
+
+def communication_bytes(shape: Shape, layout: Layout) -> dict[str, float]:
+    """Count what each GPU sends per optimizer step, by collective.
+
+    ZeRO-1 reduces gradients once per step, ZeRO-2 with every micro-batch, and both hand out new weights once.
+    ZeRO-3 gathers weights for every forward and for every backward pass.
+    """
+    whole = layout.weight_bytes * shape.parameters.total * (layout.num_gpus - 1) / layout.num_gpus
+    micro_batches = layout.num_micro_batches
+    gathers = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[layout.stage]
+    reductions = {0: 0, 1: 1, 2: micro_batches, 3: micro_batches}[layout.stage]
+    return {"gather_weights": gathers * whole, "reduce_gradients": reductions * whole}
+
+
+def communication_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
+    """Time that transfers take when nothing hides them: bandwidth of a ring, latency of its hops, offloaded weights."""
+    fetched = 0.0
+    if layout.offload_parameters != "none":
+        own = layout.weight_bytes * shape.parameters.total / layout.num_gpus
+        fetched = 2 * layout.num_micro_batches * own / hardware.host_link_bytes_per_s
+    if layout.num_gpus == 1 or layout.stage == 0:
+        return fetched
+    sent = sum(communication_bytes(shape, layout).values())
+    between_nodes = layout.num_nodes > 1
+    bandwidth = min(hardware.node_bytes_per_s, hardware.link_bytes_per_s) if between_nodes else hardware.link_bytes_per_s
+    node_hops = layout.num_nodes if between_nodes else 0
+    latency = node_hops * hardware.node_hop_s + (layout.num_gpus - layout.num_nodes) * hardware.link_hop_s
+    return fetched + sent / bandwidth + _num_collectives(shape, layout) * latency
+
+
+def _num_collectives(shape: Shape, layout: Layout) -> float:
+    num_layers = shape.num_trunk_layers + shape.heads.num_layers + 1
+    if layout.stage == 3:
+        return 3.0 * num_layers * layout.num_micro_batches
+    buckets = -(-shape.parameters.total // 500_000_000)
+    return float(buckets * (1 + (layout.num_micro_batches if layout.stage == 2 else 1)))
+
+
+def _update_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
+    own = shape.parameters.total / layout.shards(1)
+    if layout.offload_optimizer == "none":
+        return UPDATE_BYTES * own / (hardware.memory_bytes_per_s * MEMORY_EFFICIENCY)
+    to_host = 2 * BF16 * own / hardware.host_link_bytes_per_s
+    share = min(layout.num_gpus, layout.gpus_per_node)  # GPUs of a node share its memory and its disks
+    at_host = UPDATE_BYTES * own * share / hardware.host_memory_bytes_per_s
+    on_disk = 6 * FP32 * own * share / hardware.disk_bytes_per_s if layout.offload_optimizer == "nvme" else 0.0
+    return to_host + at_host + on_disk
