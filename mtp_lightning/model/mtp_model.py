@@ -58,14 +58,14 @@ class MtpModel(nn.Module):
         """What heads may look at; without a gradient path to the embedding where the trunk is isolated."""
         if self.heads.isolates_trunk:
             embedded = embedded.detach()
-        return HeadContext(geometry, embedded, self.unembedding.normalize)
+        return HeadContext(geometry, embedded)
 
-    def head(self, offset: int, source: Tensor, context: HeadContext) -> Tensor:
-        """Hidden state of one offset from the state it reads: (B, T, D) -> (B, T, D)."""
+    def read(self, offset: int, state: Tensor) -> Tensor:
+        """What an offset reads of the state of its source, normed or cut off: (B, T, D) -> (B, T, D)."""
         if self.heads.is_cut_off(offset):
-            source = source.detach()
-        hidden: Tensor = self.heads(offset, source, context)
-        return hidden
+            state = state.detach()
+        norm = self.heads.reads_norm_of(offset)
+        return state if norm is None else self.unembedding.normalize(norm, state)
 
     def hidden_states(
         self, tokens: Tensor, documents: Tensor, offsets: Collection[int] | None = None
@@ -81,7 +81,8 @@ class MtpModel(nn.Module):
         states = {TRUNK: self.trunk(embedded[:, :num_positions], geometry)}
         for offset in self.heads.order:
             if offsets is None or offset in offsets:
-                states[offset] = self.head(offset, states[self.heads.source(offset)], context)
+                source = self.read(offset, states[self.heads.source(offset)])
+                states[offset] = self.heads(offset, source, context)
         return {offset: states[offset] for offset in self.heads.offsets if offset in states}
 
     def compile_layers(self) -> None:

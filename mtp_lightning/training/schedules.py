@@ -62,21 +62,9 @@ class OffsetLosses(NamedTuple):
     predictions: Tensor | None  # (N, B, T) argmax of every offset
 
 
-def run_schedule(
-    model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward, last: Backward | None = None
-) -> OffsetLosses:
-    """Add the gradients of one micro-batch to the parameters, in the order that the recipe names.
-
-    Args:
-        model: The model.
-        batch: Rows that go through it together.
-        objective: What their loss is made of.
-        backward: Called with a scalar for every backward pass but the last one.
-        last: Called for the last backward pass, which reaches the trunk; `backward` where not given.
-    """
-    loss, terms = SCHEDULES[objective.section.schedule](model, batch, objective, backward)
-    (last or backward)(loss)
-    return terms.losses()
+def run_schedule(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
+    """Add the gradients of one micro-batch to the parameters, in the order that the recipe names."""
+    return SCHEDULES[objective.section.schedule](model, batch, objective, backward)
 
 
 def needed_offsets(model: MtpModel, objective: Objective) -> list[int]:
@@ -137,10 +125,7 @@ class _Terms:
         return OffsetLosses(sums, predictions)
 
 
-Pending = tuple[Tensor, _Terms]  # scalar of the last backward pass, still to be run, and what was measured
-
-
-def sequential(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> Pending:
+def sequential(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
     """Walk the tree of heads from the far end; no two heads' logits ever exist together."""
     embedded = model.embed(batch.tokens)
     geometry = model.geometry(batch.documents, like=embedded)
@@ -150,7 +135,8 @@ def sequential(model: MtpModel, batch: MicroBatch, objective: Objective, backwar
     last = _pulled(state, walk.descend(TRUNK, state))
     if leaf.grad is not None:
         last = last + _pulled(embedded, leaf)
-    return last, walk.terms
+    backward(last)
+    return walk.terms.losses()
 
 
 class _Walk:
@@ -168,7 +154,7 @@ class _Walk:
         if offset == 1 and readers and self.terms.objective.is_balanced:
             self._measure_main(leaf)
         for reader in readers:
-            hidden = self.model.head(reader, leaf, self.context)
+            hidden = self.model.heads(reader, self.model.read(reader, leaf), self.context)
             gradient = self.descend(reader, hidden)
             if hidden.requires_grad:
                 self.backward(_pulled(hidden, gradient))
@@ -197,7 +183,7 @@ def _pulled(state: Tensor, leaf: Tensor) -> Tensor:
     return (state * gradient).sum()
 
 
-def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> Pending:
+def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
     """Keep all heads' hidden states, compute every chunked loss in one node, go backward once."""
     terms = _Terms(model, batch, objective)
     hiddens = model.hidden_states(batch.tokens, batch.documents, needed_offsets(model, objective))
@@ -207,10 +193,11 @@ def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: 
             offsets.append(offset)
             states.append(hidden)
             parts.append(term)
-    return model.unembedding(offsets, states, parts), terms
+    backward(model.unembedding(offsets, states, parts))
+    return terms.losses()
 
 
-def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> Pending:
+def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
     """Compute the loss as defined, on full logits of every head: the oracle of the other two."""
     section, terms = objective.section, _Terms(model, batch, objective)
     total: Tensor | float = 0.0
@@ -231,7 +218,8 @@ def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Ba
     if section.token_order is not None:
         total = total + _joint_token_order(model, batch, objective, hiddens[1])
     assert isinstance(total, Tensor)
-    return total, terms
+    backward(total)
+    return terms.losses()
 
 
 def _joint_token_order(model: MtpModel, batch: MicroBatch, objective: Objective, hidden: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def test_no_state_looks_ahead(kind):
     for position in (2, 5):
         changed = tokens.clone()
         changed[:, position:] = (changed[:, position:] + 1) % 13
-        after = model(changed, documents)
+        after = model.hidden_states(changed, documents)
         for offset, state in before.items():
             seen = max(0, position - offset + 1) if model.heads.reads_tokens else position
             torch.testing.assert_close(after[offset][:, :seen], state[:, :seen], rtol=1e-12, atol=1e-14)

@@ -87,7 +87,7 @@ def gradients_of(
     for start in range(0, len(tokens), recipe.batch.micro_rows):
         part = slice(start, start + recipe.batch.micro_rows)
         batch = MicroBatch(tokens[part], documents[part], targets[:, part])
-        losses.append(run_schedule(model, batch, objective, lambda loss: loss.backward()))
+        losses.append(run_schedule(model, batch, objective, torch.Tensor.backward))
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return losses, gradients
 

@@ -1,7 +1,7 @@
 """What every head kind has in common: who reads whom, and how one offset is computed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ class HeadContext(NamedTuple):
 
     geometry: Geometry
     embedded: Tensor  # (B, T+n, D) embedded tokens
-    normalize: Callable[[int, Tensor], Tensor]  # the final norm of an offset, applied to its state
 
     def tokens_between(self, offset: int) -> Tensor:
         """Embedding of the token just before the one this offset predicts, t+k-1 at slot t: (B, T, D)."""
@@ -45,11 +44,18 @@ class Heads(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, offset: int, state: Tensor, context: HeadContext) -> Tensor:
-        """Compute the hidden state of an offset from the state that it reads: (B, T, D) -> (B, T, D)."""
+        """Compute the hidden state of an offset from the state that it reads: (B, T, D) -> (B, T, D).
+
+        The state comes normed where `reads_norm_of` says so, which is the caller's business.
+        """
 
     @abstractmethod
     def modules_of(self, offset: int) -> Sequence[nn.Module]:
         """List the modules whose parameters compute this offset."""
+
+    def reads_norm_of(self, offset: int) -> int | None:
+        """Name the offset whose final norm the state passes before this one reads it; None for none."""
+        return None
 
     def norm_index(self, offset: int) -> int | None:
         """Number of the final norm that this offset's state passes before the unembedding; None for no norm."""

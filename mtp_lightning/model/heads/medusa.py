@@ -39,6 +39,10 @@ class MedusaHeads(Heads):
         """The offset's blocks; none for the main head."""
         return [self.blocks[offset - 2]] if offset > 1 else []
 
+    def reads_norm_of(self, offset: int) -> int | None:
+        """Blocks read the trunk's output after the final norm."""
+        return 1 if offset > 1 else None
+
     def norm_index(self, offset: int) -> int | None:
         """Only the main head's state still has to be normed."""
         return 0 if offset == 1 else None
@@ -47,5 +51,5 @@ class MedusaHeads(Heads):
         """Run the offset's blocks on the normed trunk output: (B, T, D) -> (B, T, D)."""
         if offset == 1:
             return state
-        output: Tensor = self.blocks[offset - 2](context.normalize(1, state))
+        output: Tensor = self.blocks[offset - 2](state)
         return output

@@ -27,6 +27,10 @@ class RecursiveHeads(Heads):
         """The one module; none for the main head."""
         return [] if offset == 1 or self.block is None else [self.block]
 
+    def reads_norm_of(self, offset: int) -> int | None:
+        """The norm of the offset before, with `hidden: post_norm`."""
+        return offset - 1 if offset > 1 and self.reads_normed else None
+
     def norm_index(self, offset: int) -> int:
         """The trunk has the model's final norm, the module its own."""
         return min(offset - 1, 1)
@@ -35,7 +39,5 @@ class RecursiveHeads(Heads):
         """Run the module once more: (B, T, D) -> (B, T, D)."""
         if offset == 1 or self.block is None:
             return state
-        if self.reads_normed:
-            state = context.normalize(offset - 1, state)
         hidden: Tensor = self.block(state, context.tokens_between(offset), context.geometry)
         return hidden

@@ -52,6 +52,10 @@ class SequentialHeads(Heads):
         """The offset's module; none for the main head."""
         return [self.blocks[offset - 2]] if offset > 1 else []
 
+    def reads_norm_of(self, offset: int) -> int | None:
+        """The norm of the offset before, with `hidden: post_norm`."""
+        return offset - 1 if offset > 1 and self.reads_normed else None
+
     def norm_index(self, offset: int) -> int:
         """The trunk has the model's final norm, every module its own."""
         return offset - 1
@@ -60,7 +64,5 @@ class SequentialHeads(Heads):
         """Run the offset's module: (B, T, D) -> (B, T, D)."""
         if offset == 1:
             return state
-        if self.reads_normed:
-            state = context.normalize(offset - 1, state)
         hidden: Tensor = self.blocks[offset - 2](state, context.tokens_between(offset), context.geometry)
         return hidden
