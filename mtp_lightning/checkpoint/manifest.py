@@ -1,16 +1,14 @@
 """What a complete checkpoint says about itself."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.recipe.sections import Recipe
 
 MANIFEST_NAME = "MANIFEST.json"
 FORMAT_VERSION = 1
@@ -110,9 +108,3 @@ def _unreadable(path: Path, what: str) -> DamagedCheckpointError:
         f"{what} in {path}",
         "Use another checkpoint",
     )
-
-
-def hash_recipe(recipe: Recipe) -> str:
-    """Digest of everything in a recipe except where it runs (`run.dir`, `run.cache`, `run.fresh`)."""
-    content: dict[str, Any] = recipe.model_dump(mode="json", exclude={"run": {"dir", "cache", "fresh"}})
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

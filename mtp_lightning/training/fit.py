@@ -46,7 +46,7 @@ def _fit(recipe: Recipe, opened: Opened) -> int:
         module, data = MtpLightningModule(recipe), MtpDataModule(recipe)
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint.path if checkpoint else None)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Lightning 2.6 turns the first into the second
             print(f"Interrupted. The same command goes on: mtp train {opened.path}", flush=True)
             return INTERRUPTED
     return 0

@@ -4,6 +4,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import lightning as L
 import torch
@@ -93,7 +94,21 @@ class MtpLightningModule(L.LightningModule):
 
     def on_validation_end(self) -> None:
         """Let the clock of tokens per second go on."""
-        self.logged_at += time.monotonic() - self.validation_began_at
+        self.exclude_time(time.monotonic() - self.validation_began_at)
+
+    def exclude_time(self, spent_s: float) -> None:
+        """Leave time that went into something else than training out of tokens per second."""
+        self.logged_at += spent_s
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what has been measured since the last logged step, so that a resumed run logs the same figures."""
+        sums = self.train_metrics.metric_state
+        checkpoint["train_metrics"] = {name: value for name, value in sums.items() if isinstance(value, Tensor)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on measuring where the checkpoint was taken."""
+        for name, value in checkpoint["train_metrics"].items():
+            setattr(self.train_metrics, name, value)
 
     def on_validation_epoch_end(self) -> None:
         """Publish the validation's figures and forget its sums."""

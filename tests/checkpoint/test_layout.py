@@ -6,9 +6,8 @@ import pytest
 
 from mtp_lightning.checkpoint.commit import read_pointer
 from mtp_lightning.checkpoint.layout import complete_checkpoints, newest_complete, verify
-from mtp_lightning.checkpoint.manifest import DamagedCheckpointError, hash_recipe
+from mtp_lightning.checkpoint.manifest import DamagedCheckpointError
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.recipe.sections import Recipe
 from tests.checkpoint.savers import save
 
 
@@ -115,12 +114,3 @@ def test_pointers_name_complete_checkpoints_only(folder: Path) -> None:
     assert read_pointer(folder, "best") is None
     cut(folder / "step-00000002" / "state.json")
     assert read_pointer(folder, "last") is None
-
-
-def test_the_recipe_hash_ignores_where_a_run_lives() -> None:
-    def with_run(**values: object) -> Recipe:
-        recipe = Recipe()
-        return recipe.model_copy(update={"run": recipe.run.model_copy(update=values)})
-
-    assert hash_recipe(with_run(dir="elsewhere", fresh=True)) == hash_recipe(Recipe())
-    assert hash_recipe(with_run(seed=1)) != hash_recipe(Recipe())

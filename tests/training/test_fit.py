@@ -3,6 +3,10 @@
 import fcntl
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -10,7 +14,7 @@ from mtp_lightning.checkpoint.layout import complete_checkpoints
 from mtp_lightning.errors import CheckpointError, DataError, NonFiniteError, RunFolderError
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
-from tests.support.runs import ROOT, figures
+from tests.support.runs import ROOT, figures, last_step
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +129,24 @@ def test_data_of_another_corpus_is_refused_on_resume(run, tmp_path, cache):
     [other] = set(cache.glob("data-*")) - {first}
     with pytest.raises(CheckpointError, match="fingerprint"):
         run("run.steps=20", f"data.shards={other}")
+
+
+def test_ctrl_c_ends_with_its_own_code_and_a_checkpoint(tmp_path, cache):
+    command = "from mtp_lightning.cli import main; main()"
+    settings = ("run.steps=5000", "run.log_every_steps=1", "run.dir=run", f"run.cache={cache}")
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, "train", str(ROOT / "recipes/debug/parallel.yaml"), *settings],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while last_step(tmp_path / "run/metrics.csv") < 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "The same command goes on" in output
+    [checkpoint] = complete_checkpoints(tmp_path / "run/checkpoints")
+    assert checkpoint.step >= 3

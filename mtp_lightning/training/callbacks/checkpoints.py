@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.checkpoint.commit import partial_path, remove_leftovers, retain, saving, write_pointer
 from mtp_lightning.checkpoint.layout import complete_checkpoints, name_of_step
-from mtp_lightning.checkpoint.manifest import Moment, RunFacts, hash_recipe
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.checkpoint.manifest import Moment, RunFacts
+from mtp_lightning.recipe import Recipe, recipe_hash
 from mtp_lightning.training.callbacks.rng import rng_states_of_ranks, set_rng_state
 from mtp_lightning.training.callbacks.score import Score, score_of
 
@@ -118,7 +118,7 @@ class Checkpoints(Callback):
         moment = self._moment(step)
         if trainer.is_global_zero:
             facts = RunFacts(
-                recipe_hash=hash_recipe(self._recipe),
+                recipe_hash=recipe_hash(self._recipe),
                 num_offsets=self._recipe.heads.num_offsets,
                 layers=self._layers,
                 world_size=trainer.world_size,
@@ -129,7 +129,11 @@ class Checkpoints(Callback):
             trainer.save_checkpoint(partial_path(self.folder, step))
         self.last_step = step
         self._point(trainer, moment)
-        self.seconds_saving += time.monotonic() - began_at
+        spent_s = time.monotonic() - began_at
+        self.seconds_saving += spent_s
+        exclude_time = getattr(trainer.lightning_module, "exclude_time", None)
+        if exclude_time is not None:
+            exclude_time(spent_s)
 
     def _moment(self, step: int) -> Moment:
         tokens_per_step = self._recipe.batch.rows * self._recipe.data.window_tokens
