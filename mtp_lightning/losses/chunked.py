@@ -152,6 +152,7 @@ def _run_chunks(
             grad[rows] = (slope @ matrix) * factor  # (C, D)
         if into is not None:
             _add_product(into, slope, hidden[rows] * factor)
+        del logits, slope  # else this chunk lives until the next one has been made
 
 
 def _add_product(into: Tensor, slope: Tensor, hidden: Tensor) -> None:
