@@ -7,6 +7,7 @@ from mtp_lightning.recipe.sections import Recipe
 
 FP32 = 4
 BF16 = 2
+GPUS_PER_NODE = 8  # where a recipe does not say
 STAGES = {"single": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 
 
@@ -64,21 +65,23 @@ class Layout:
 def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
     """Describe a recipe's step, on as many GPUs as its strategy says or on another number.
 
-    >>> layout_of(Recipe()).num_micro_batches
-    1
+    The rows of a step stay what they are; micro-batches shrink where a GPU's share leaves no other way. On several
+    GPUs `single` becomes ZeRO-1, which is data parallelism with its optimizer shared out.
+
+    >>> layout_of(Recipe()).num_micro_batches, layout_of(Recipe(), 4).micro_rows
+    (1, 4)
     """
     strategy, objective = recipe.strategy, recipe.objective
     gpus = num_gpus or strategy.num_ranks
-    stage = STAGES[strategy.kind]
-    rows_per_gpu = max(1, recipe.batch.rows // gpus)
-    micro_rows = min(recipe.batch.micro_rows, rows_per_gpu)
+    rows_per_gpu = -(-recipe.batch.rows // gpus)
+    micro_rows = max(rows for rows in range(1, recipe.batch.micro_rows + 1) if rows_per_gpu % rows == 0)
     recomputes_heads = objective.checkpoint_heads
     return Layout(
-        stage=stage,
+        stage=max(STAGES[strategy.kind], 1 if gpus > 1 else 0),
         num_gpus=gpus,
-        gpus_per_node=min(gpus, max(strategy.ranks_per_node, 8 if num_gpus else 1)),
+        gpus_per_node=strategy.ranks_per_node if strategy.num_ranks > 1 else GPUS_PER_NODE,
         micro_rows=micro_rows,
-        num_micro_batches=-(-rows_per_gpu // micro_rows),
+        num_micro_batches=rows_per_gpu // micro_rows,
         precision=recipe.run.precision,
         schedule=objective.schedule,
         chunk_bytes=objective.chunk_mib * 2**20,

@@ -16,7 +16,7 @@ BUCKET_ENTRIES = 5e8  # DeepSpeed: reduce_bucket_size; two of them while one is 
 LIVE_ENTRIES = 1e9  # DeepSpeed: stage3_max_live_parameters
 CONTEXT_BYTES = 1.25 * GIB  # CUDA context, cuBLAS workspaces, NCCL
 FRAGMENTATION = 0.03  # of what the allocator manages
-BOUNDARY_STATES = 8  # (P, D) tensors around the heads: trunk output, its leaf and gradient, hidden, normed, their gradients
+BOUNDARY_STATES = 8  # (P, D) tensors around a head: the leaf it reads, hidden, normed and cast, and their gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Memory:
     @property
     def total(self) -> float:
         """Everything on the GPU."""
-        return sum(getattr(self, field.name) for field in fields(self)) - self.offloaded
+        return float(sum(getattr(self, field.name) for field in fields(self))) - self.offloaded
 
 
 def memory(shape: Shape, layout: Layout) -> Memory:

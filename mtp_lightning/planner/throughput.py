@@ -8,6 +8,7 @@ A micro-batch costs
   and so are logits. That is what makes narrow models less efficient;
 - communication, of which a fitted share cannot hide behind computing.
 
+Where all this is shorter than the host needs to launch the kernels one by one, the host sets the pace.
 An optimizer step adds the update, which waits for memory as well. Checkpointing adds a forward pass.
 """
 
@@ -19,13 +20,14 @@ from mtp_lightning.planner.memory import layer_bytes
 from mtp_lightning.planner.shape import Shape
 
 MEMORY_EFFICIENCY = 0.85  # of the data sheet's bandwidth, in a long copy
-ACTIVATION_PASSES = 6  # forward: written, read, and once more between unfused operations; backward: read, its gradient written, read
+ACTIVATION_PASSES = 6  # written, read, read again by an unfused neighbour; then read, its gradient written and read
 RECOMPUTE_PASSES = 2
 LOGIT_BYTES = 30  # per entry: out of the product, to fp32, two passes of softmax, back to bf16, into two products
 UPDATE_BYTES = 30  # per parameter: master, two moments and gradient read, three written back, weight written
 FORWARD_ATTENTION = 4  # operations per position, layer, query channel and attended position
 BACKWARD_ATTENTION = 10  # five products instead of two: scores are computed again [FlashAttention-2]
-GIGA = 1e9
+LAUNCHES_PER_LAYER = 120  # kernels of a layer, forward and backward, when nothing is fused
+LAUNCH_S = 6e-6  # per kernel, eager
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +37,14 @@ class StepTime:
     products_s: float
     attention_s: float
     memory_bound_s: float
+    launch_s: float  # waiting for the host, beyond the three above
     communication_s: float  # that is not hidden
     update_s: float
 
     @property
     def compute_s(self) -> float:
         """Forward and backward passes without communication."""
-        return self.products_s + self.attention_s + self.memory_bound_s
+        return self.products_s + self.attention_s + self.memory_bound_s + self.launch_s
 
     @property
     def total_s(self) -> float:
@@ -52,15 +55,16 @@ class StepTime:
 def step_time(shape: Shape, layout: Layout, hardware: Hardware) -> StepTime:
     """Predict the time of an optimizer step."""
     times = layout.num_micro_batches
-    products, attention = _products_s(shape, layout, hardware), _attention_s(shape, layout, hardware)
-    memory_bound = _memory_bound_s(shape, layout, hardware)
-    compute = times * (products + attention + memory_bound)
+    parts = [times * part(shape, layout, hardware) for part in (_products_s, _attention_s, _memory_bound_s)]
+    launches = times * LAUNCH_S * LAUNCHES_PER_LAYER * (shape.num_layer_runs + 1)
+    compute = max(launches, sum(parts))
     network = communication_s(shape, layout, hardware)
     exposed = max(0.0, network - compute) + hardware.exposed_communication * min(network, compute)
     return StepTime(
-        products_s=times * products,
-        attention_s=times * attention,
-        memory_bound_s=times * memory_bound,
+        products_s=parts[0],
+        attention_s=parts[1],
+        memory_bound_s=parts[2],
+        launch_s=compute - sum(parts),
         communication_s=exposed,
         update_s=_update_s(shape, layout, hardware),
     )
@@ -126,7 +130,9 @@ def communication_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
         return fetched
     sent = sum(communication_bytes(shape, layout).values())
     between_nodes = layout.num_nodes > 1
-    bandwidth = min(hardware.node_bytes_per_s, hardware.link_bytes_per_s) if between_nodes else hardware.link_bytes_per_s
+    bandwidth = hardware.link_bytes_per_s
+    if between_nodes:  # all links of a node carry the ring together
+        bandwidth = min(bandwidth, hardware.node_bytes_per_s)
     node_hops = layout.num_nodes if between_nodes else 0
     latency = node_hops * hardware.node_hop_s + (layout.num_gpus - layout.num_nodes) * hardware.link_hop_s
     return fetched + sent / bandwidth + _num_collectives(shape, layout) * latency

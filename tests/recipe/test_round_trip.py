@@ -39,8 +39,8 @@ def test_recipe_has_a_header_that_says_what_it_is_for(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_recipe_takes_the_overrides_of_every_run(path: Path) -> None:
-    recipe = load_recipe(path, ["run.dir=elsewhere", "run.seed=7", "run.steps=1_000"]).recipe
-    assert (recipe.run.dir, recipe.run.seed, recipe.run.steps) == ("elsewhere", 7, 1000)
+    recipe = load_recipe(path, ["run.dir=elsewhere", "run.seed=7", "run.steps=5_000"]).recipe
+    assert (recipe.run.dir, recipe.run.seed, recipe.run.steps) == ("elsewhere", 7, 5000)
 
 
 @settings(max_examples=50, deadline=None)

@@ -13,6 +13,8 @@ SHRINK = (
     "model.width=32",
     "model.num_attention_heads=4",
     "model.mlp_width=32",
+    "data.shards=null",
+    "data.workers=0",
     "data.corpus=[stdlib:json]",
     "data.validation_share=0.2",
     "data.window_tokens=32",
@@ -25,12 +27,24 @@ SHRINK = (
     "run.log_every_steps=1",
     "run.device=cpu",
     "run.threads=1",
+    "strategy.kind=single",
+    "strategy.num_nodes=1",
+    "strategy.ranks_per_node=1",
 )
+DEEPEST = 16
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+def shrink_further(path):
+    """Cut a recipe of full size to bytes, and to the layers that its heads need and one more."""
+    recipe = load_recipe(path).recipe
+    if recipe.model.num_layers <= DEEPEST:
+        return []
+    return ["model.vocabulary=257", f"model.num_layers={recipe.heads.num_offsets + 1}"]
 
 
 def test_there_are_recipes():
@@ -41,7 +55,8 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 def test_recipe_trains_and_goes_on(path, cache, tmp_path):
     def run(steps):
-        overrides = [*SHRINK, f"run.steps={steps}", f"run.dir={tmp_path}/run", f"run.cache={cache}"]
+        own = [f"run.steps={steps}", f"run.dir={tmp_path}/run", f"run.cache={cache}"]
+        overrides = [*SHRINK, *shrink_further(path), *own]
         assert train(load_recipe(path, overrides)) == 0
         return json.loads((tmp_path / "run/summary.json").read_text())
 

@@ -32,6 +32,7 @@ def test_torch_free_packages_load_nothing_heavy() -> None:
         ["recipe", "check", "recipes/quickstart.yaml"],
         ["recipe", "show", "recipes/quickstart.yaml"],
         ["train", "recipes/nowhere.yaml"],
+        ["plan", "recipes/quickstart.yaml"],
     ],
     ids=" ".join,
 )

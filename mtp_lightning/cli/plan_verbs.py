@@ -1,0 +1,29 @@
+"""`mtp plan`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    gpu: Annotated[str, typer.Option(help="Type of GPU: A100-40, A100-80, H100, H200 or B200.")] = "H100",
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Number of GPUs (as the recipe's strategy says, unless given).")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")] = None,
+) -> None:
+    """Work out memory, time and cost of a run before it starts; needs no GPU and no torch."""
+    loaded = open_recipe(recipe, overrides)
+    from mtp_lightning.cli.plan_screen import print_plan, write_plan
+    from mtp_lightning.planner.report import build_plan
+
+    made = build_plan(loaded.recipe, gpu, gpus)
+    print_plan(made)
+    if json:
+        write_plan(made, json)

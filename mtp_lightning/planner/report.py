@@ -1,0 +1,162 @@
+"""A recipe's plan: everything that `mtp plan` shows, as plain values."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from mtp_lightning.errors import MtpError
+from mtp_lightning.planner.flops import flops_per_position, flops_per_step, tokens_per_step
+from mtp_lightning.planner.hardware import Hardware, hardware
+from mtp_lightning.planner.layout import STAGES, Layout, layout_of
+from mtp_lightning.planner.memory import Memory, memory, most_micro_rows
+from mtp_lightning.planner.shape import Shape, shape_of
+from mtp_lightning.planner.throughput import StepTime, communication_bytes, step_time
+from mtp_lightning.recipe.sections import Recipe
+
+SCALES = (8, 16, 32, 64, 128, 256, 512, 1024)
+DAY_S = 86_400
+HOUR_S = 3_600
+KINDS = {stage: kind for kind, stage in STAGES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A way to run the recipe, in figures."""
+
+    layout: Layout
+    memory: Memory
+    fits: bool
+    most_micro_rows: int
+    time: StepTime
+    communication_bytes: dict[str, float]  # that each GPU sends per step
+    tokens_per_s: float  # per GPU
+    mfu: float
+    days: float
+
+    @property
+    def kind(self) -> str:
+        """Kind of strategy."""
+        return KINDS[self.layout.stage]
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU time of the whole run."""
+        return self.days * DAY_S / HOUR_S * self.layout.num_gpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A recipe on paper: as it is, and with one thing changed at a time."""
+
+    recipe: Recipe
+    hardware: Hardware
+    shape: Shape
+    tokens_per_step: int
+    flops_per_step: int
+    total_tokens: int
+    total_flops: int
+    chosen: Variant
+    strategies: tuple[Variant, ...]  # ZeRO stages and offloading
+    checkpointing: tuple[Variant, ...]  # trunk and heads recomputed or not
+    scales: tuple[Variant | None, ...]  # numbers of GPUs in SCALES; None: the rows cannot be shared out evenly
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "hardware": asdict(self.hardware),
+            "parameters": asdict(self.shape.parameters) | {"total": self.shape.parameters.total},
+            "tokens_per_step": self.tokens_per_step,
+            "flops_per_step": self.flops_per_step,
+            "total_tokens": self.total_tokens,
+            "total_flops": self.total_flops,
+            "chosen": variant_as_json(self.chosen),
+            "strategies": [variant_as_json(variant) for variant in self.strategies],
+            "checkpointing": [variant_as_json(variant) for variant in self.checkpointing],
+            "scales": [
+                {"num_gpus": num_gpus} | (variant_as_json(variant) if variant else {"shares_rows_evenly": False})
+                for num_gpus, variant in zip(SCALES, self.scales, strict=True)
+            ],
+        }
+
+
+def variant_as_json(variant: Variant) -> dict[str, Any]:
+    """Return plain values, with what follows from them."""
+    values = asdict(variant)
+    values["layout"]["kind"] = variant.kind
+    values["memory"]["total"] = variant.memory.total
+    values["time"]["total_s"] = variant.time.total_s
+    return values | {"gpu_hours": variant.gpu_hours}
+
+
+def build_plan(recipe: Recipe, gpu: str = "H100", num_gpus: int | None = None) -> Plan:
+    """Put a recipe on paper, on as many GPUs as its strategy says or on another number.
+
+    >>> plan = build_plan(Recipe())
+    >>> plan.chosen.fits, plan.tokens_per_step
+    (True, 4096)
+    """
+    _check_share(recipe.batch.rows, num_gpus or 1)
+    device, shape, layout = hardware(gpu), shape_of(recipe), layout_of(recipe, num_gpus)
+
+    def variant(changed: Layout) -> Variant:
+        return build_variant(recipe, shape, changed, device)
+
+    return Plan(
+        recipe=recipe,
+        hardware=device,
+        shape=shape,
+        tokens_per_step=tokens_per_step(recipe),
+        flops_per_step=flops_per_step(recipe),
+        total_tokens=tokens_per_step(recipe) * recipe.run.steps,
+        total_flops=flops_per_step(recipe) * recipe.run.steps,
+        chosen=variant(layout),
+        strategies=tuple(variant(changed) for changed in _strategies(layout)),
+        checkpointing=tuple(
+            variant(replace(layout, recomputes_trunk=trunk, recomputes_heads=heads))
+            for trunk in (False, True)
+            for heads in (False, True)
+        ),
+        scales=tuple(
+            None if recipe.batch.rows % scale else variant(layout_of(recipe, scale)) for scale in SCALES
+        ),
+    )
+
+
+def build_variant(recipe: Recipe, shape: Shape, layout: Layout, device: Hardware) -> Variant:
+    """Work one way of running out."""
+    needed, time = memory(shape, layout), step_time(shape, layout, device)
+    tokens = layout.rows_per_step * shape.window_tokens / layout.num_gpus
+    per_gpu = tokens / time.total_s
+    return Variant(
+        layout=layout,
+        memory=needed,
+        fits=needed.total <= device.memory_bytes,
+        most_micro_rows=most_micro_rows(shape, layout, device.memory_bytes),
+        time=time,
+        communication_bytes=communication_bytes(shape, layout),
+        tokens_per_s=per_gpu,
+        mfu=per_gpu * flops_per_position(recipe) / device.peak(layout.precision),
+        days=tokens_per_step(recipe) * recipe.run.steps / (per_gpu * layout.num_gpus) / DAY_S,
+    )
+
+
+def _check_share(num_rows: int, num_gpus: int) -> None:
+    if num_rows % num_gpus:
+        shares = [str(count) for count in SCALES if num_rows % count == 0]
+        raise MtpError(
+            "the rows of a step (batch.rows) must be a multiple of the number of GPUs",
+            f"{num_rows:,} rows for {num_gpus:,} GPUs",
+            f"Take {' or '.join(shares[-2:])} GPUs, or change batch.rows." if shares else "Change batch.rows.",
+        )
+
+
+def _strategies(layout: Layout) -> list[Layout]:
+    """List the stages that make a difference, then those that need less of the GPU because the host holds a part."""
+    stages = (1, 2, 3) if layout.num_gpus > 1 else (0,)
+    on_gpu = [replace(layout, stage=stage, offload_optimizer="none", offload_parameters="none") for stage in stages]
+    on_host = [
+        replace(layout, stage=2, offload_optimizer="cpu", offload_parameters="none"),
+        replace(layout, stage=3, offload_optimizer="cpu", offload_parameters="cpu"),
+    ]
+    known = [*on_gpu, *on_host]
+    return known if layout in known else [*known, layout]
