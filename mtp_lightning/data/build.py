@@ -150,12 +150,14 @@ class _Build:
             self._skipped["binary" if document.text else "empty"] += 1
             return
         end = np.array([self._tokenizer.end_of_document], dtype=self._dtype)
-        tokens = np.concatenate([self._tokenizer.encode(document.text), end], dtype=self._dtype)
+        prompt = self._tokenizer.encode(document.prompt)
+        tokens = np.concatenate([prompt, self._tokenizer.encode(document.text), end], dtype=self._dtype)
         self._largest_token = max(self._largest_token, int(tokens.max()))
         rank = held_out_rank(document.name)
         self._num_documents += 1
         self._lowest_ranks = sorted([*self._lowest_ranks, rank])[:2]
-        self._writers["validation" if rank < self._validation_share else "train"].add(tokens)
+        writer = self._writers["validation" if rank < self._validation_share else "train"]
+        writer.add(tokens, prompt_tokens=prompt.size)
 
     def _refuse_empty(self, shards: dict[Split, list[Shard]], files: list[SourceFile]) -> None:
         if not self._num_documents:

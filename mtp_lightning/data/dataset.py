@@ -14,28 +14,39 @@ from mtp_lightning.data.corpus import check_largest_token
 from mtp_lightning.data.order import rows_of_samples
 from mtp_lightning.data.rows import Integers, Rows
 
+Arrays = dict[str, Integers]
 Batch = dict[str, torch.Tensor]
 
 
-def read_batch(rows: Rows, numbers: Integers) -> Batch:
-    """Read rows by number as tensors, each (B, T+n)."""
-    return {name: torch.from_numpy(array) for name, array in rows.read(numbers).items()}
+def tensors_of(arrays: Arrays, *, vocabulary: int, pin_memory: bool = False) -> Batch:
+    """Return rows as tensors, each (B, T+n).
+
+    Raises:
+        DataError: A token id is not below the vocabulary.
+    """
+    check_largest_token(int(arrays["tokens"].max()), vocabulary, "a batch")
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin_memory else tensors
 
 
 @final
-class SampleDataset(Dataset[Batch]):
-    """The endless samples of a run, fetched by the batch; it holds no position, so copies of it agree."""
+class SampleDataset(Dataset[Arrays]):
+    """The endless samples of a run, fetched by the batch; it holds no position, so copies of it agree.
+
+    Fetches arrays and not tensors: arrays take no shared memory between processes, and a worker that ends while its
+    sending thread is inside torch aborts (torch 2.13 on Python 3.11: "terminate called without an active exception").
+    """
 
     def __init__(self, rows: Rows, *, seed: int) -> None:
         self._rows = rows
         self._seed = seed
 
-    def __getitem__(self, sample: int) -> Batch:
+    def __getitem__(self, sample: int) -> Arrays:
         return self.__getitems__([sample])
 
-    def __getitems__(self, samples: Sequence[int]) -> Batch:
+    def __getitems__(self, samples: Sequence[int]) -> Arrays:
         numbers = np.asarray(samples, dtype=np.int64)
-        return read_batch(self._rows, rows_of_samples(numbers, seed=self._seed, num_rows=len(self._rows)))
+        return self._rows.read(rows_of_samples(numbers, seed=self._seed, num_rows=len(self._rows)))
 
 
 @final
@@ -74,15 +85,13 @@ class TrainingBatches:
             batch_sampler=self.slices(),
             num_workers=self.workers,
             collate_fn=_as_it_is,
-            pin_memory=self.pin_memory,
             worker_init_fn=_leave_signals_to_the_parent,
             # A fork would copy CUDA's state, running threads and the run's signal handlers.
             multiprocessing_context="spawn" if self.workers else None,
             generator=torch.Generator(),  # else the loader draws a seed from the run's own random numbers
         )
-        for batch in loader:
-            check_largest_token(int(batch["tokens"].max()), self.vocabulary, "a training batch")
-            yield batch
+        for arrays in loader:
+            yield tensors_of(arrays, vocabulary=self.vocabulary, pin_memory=self.pin_memory)
 
 
 @final
@@ -100,9 +109,8 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for begin in range(0, self.numbers.size, self.batch_rows):
-            batch = read_batch(self.rows, self.numbers[begin : begin + self.batch_rows])
-            check_largest_token(int(batch["tokens"].max()), self.vocabulary, "a validation batch")
-            yield batch
+            arrays = self.rows.read(self.numbers[begin : begin + self.batch_rows])
+            yield tensors_of(arrays, vocabulary=self.vocabulary)
 
 
 def _as_it_is(batch: Any) -> Any:

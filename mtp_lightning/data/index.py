@@ -23,6 +23,7 @@ class Index:
     num_tokens: Offsets
     lengths_at: Offsets
     num_documents: Offsets
+    mask_at: Offsets  # -1 for a member without a mask
 
 
 def build_index(manifest: Manifest) -> Index:
@@ -34,6 +35,7 @@ def build_index(manifest: Manifest) -> Index:
         num_tokens=_offsets([member.num_tokens for _, member in members]),
         lengths_at=_offsets([member.lengths_at for _, member in members]),
         num_documents=_offsets([member.num_documents for _, member in members]),
+        mask_at=_offsets([-1 if member.mask_at is None else member.mask_at for _, member in members]),
     )
 
 

@@ -21,7 +21,11 @@ class _Frozen(BaseModel):
 
 
 class Member(_Frozen):
-    """A run of whole documents in a shard: `KEY.tok` (token ids) followed by `KEY.len` (document lengths)."""
+    """A run of whole documents in a shard: `KEY.tok` (token ids), `KEY.len` (document lengths), maybe `KEY.msk`.
+
+    The mask has a byte per token: 1 where it may be a target, 0 where it is only read (a prompt). A member
+    without one has targets only.
+    """
 
     key: str
     tokens_at: int  # byte offset of the token ids in the shard file
@@ -30,6 +34,8 @@ class Member(_Frozen):
     lengths_at: int  # byte offset of the document lengths in the shard file
     num_documents: int
     lengths_crc32: int
+    mask_at: int | None = None  # byte offset of the loss mask in the shard file
+    mask_crc32: int | None = None
 
 
 class Shard(_Frozen):
@@ -78,6 +84,10 @@ class Manifest(_Frozen):
     def shards_of(self, split: Split) -> list[Shard]:
         """Return the shards of one split, in order."""
         return [shard for shard in self.shards if shard.split == split]
+
+    def is_masked(self, split: Split) -> bool:
+        """Tell whether some token of a split is only read."""
+        return any(member.mask_at is not None for shard in self.shards_of(split) for member in shard.members)
 
     def num_tokens(self, split: Split) -> int:
         """Return the number of tokens in one split."""

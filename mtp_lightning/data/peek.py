@@ -38,7 +38,8 @@ def row_table(recipe: Recipe, rows: Rows, row: int) -> Table:
     batch = rows.read(np.array([row]))
     tokens, documents = batch["tokens"][0].tolist(), batch["documents"][0].tolist()
     num_positions, num_offsets = recipe.data.window_tokens, recipe.heads.num_offsets
-    targets = targets_of_row(tokens, documents, num_offsets=num_offsets)
+    loss_mask = batch["loss_mask"][0].tolist() if "loss_mask" in batch else [True] * len(tokens)
+    targets = targets_of_row(tokens, documents, loss_mask, num_offsets=num_offsets)
     rotary = _rotary_positions(documents) if recipe.data.attention == "document" else list(range(len(tokens)))
     begins = {position for position in range(1, len(tokens)) if documents[position] != documents[position - 1]}
     tokenizer = build_tokenizer(recipe.data.tokenizer)
@@ -53,27 +54,31 @@ def row_table(recipe: Recipe, rows: Rows, row: int) -> Table:
             str(documents[position]),
             "" if is_target_only else str(rotary[position]),
             *([_shown(target, tokenizer) for target in own] or [Text()] * num_offsets),
-            "target only" if is_target_only else _reason(own),
+            "target only" if is_target_only else _reason(own, documents[position : position + num_offsets + 1]),
             style="dim" if is_target_only else None,
             end_section=position + 1 == num_positions or position + 1 in begins,
         )
     return table
 
 
-def targets_of_row(tokens: Sequence[int], documents: Sequence[int], *, num_offsets: int) -> list[list[int | None]]:
+def targets_of_row(
+    tokens: Sequence[int], documents: Sequence[int], loss_mask: Sequence[bool], *, num_offsets: int
+) -> list[list[int | None]]:
     """Return for each position the target of every offset, by the definition; None where it is ignored.
 
-    Offset k at position t predicts the token at t + k, and is ignored when that token is of another document.
+    Offset k at position t predicts the token at t + k, and is ignored when that token is of another document or
+    of a prompt (`loss_mask` false).
 
-    >>> targets_of_row([5, 6, 7, 8], [0, 0, 1, 1], num_offsets=2)
+    >>> targets_of_row([5, 6, 7, 8], [0, 0, 1, 1], [True] * 4, num_offsets=2)
     [[6, None], [None, None]]
     """
     targets: list[list[int | None]] = []
     for position in range(len(tokens) - num_offsets):
         own: list[int | None] = []
         for offset in range(1, num_offsets + 1):
-            is_inside = documents[position] == documents[position + offset]
-            own.append(tokens[position + offset] if is_inside else None)
+            there = position + offset
+            is_target = documents[position] == documents[there] and loss_mask[there]
+            own.append(tokens[there] if is_target else None)
         targets.append(own)
     return targets
 
@@ -83,7 +88,7 @@ def _empty_table(recipe: Recipe, rows: Rows, row: int) -> Table:
     shape = f"T = {num_positions}, n = {num_offsets}"
     table = Table(
         title=f"{rows.split} row {row:,} of {len(rows):,}: {shape}\n{rows.describe(row)}",
-        caption=f"{IGNORED} ignored target: it is of another document",
+        caption=f"{IGNORED} ignored target: it is of another document (boundary) or only read (prompt)",
         box=HORIZONTALS,
         padding=(0, 1, 0, 0),
         title_justify="left",
@@ -104,12 +109,13 @@ def _shown(token: int | None, tokenizer: Tokenizer) -> Text:
     return Text(IGNORED, style="dim") if token is None else Text(tokenizer.printable(token))
 
 
-def _reason(targets: list[int | None]) -> str:
-    """Say which offsets are ignored; once one crosses a boundary, so do all further ones."""
+def _reason(targets: list[int | None], documents: Sequence[int]) -> str:
+    """Say which offsets are ignored and why; once one crosses a boundary, so do all further ones."""
     offsets = [offset for offset, target in enumerate(targets, start=1) if target is None]
-    if not offsets:
-        return ""
-    return f"{_span(offsets[0], offsets[-1])}: boundary"
+    beyond = [offset for offset in offsets if documents[offset] != documents[0]]
+    prompt = [offset for offset in offsets if offset not in beyond]
+    reasons = {"prompt": prompt, "boundary": beyond}
+    return ", ".join(f"{_span(own[0], own[-1])}: {reason}" for reason, own in reasons.items() if own)
 
 
 def _span(first: int, last: int) -> str:

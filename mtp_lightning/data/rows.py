@@ -40,6 +40,7 @@ class Rows:
         shard_tokens = np.array([self.manifest.shards[i].num_tokens for i in self._numbers], dtype=np.int64)
         num_rows = np.maximum(0, (shard_tokens - self.width_tokens) // window_tokens + 1)
         self._first_rows = np.concatenate([[0], np.cumsum(num_rows)])
+        self._is_masked = self.manifest.is_masked(split)
         self._mapped: dict[int, _MappedShard] = {}
         self._refuse_none(int(shard_tokens.max(initial=0)))
 
@@ -50,17 +51,24 @@ class Rows:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": {}}
 
-    def read(self, rows: Integers) -> dict[str, Integers]:
-        """Read rows as `tokens` and `documents`, both (B, T+n); documents are numbered 0, 1, 2, … within each row."""
+    def read(self, rows: Integers) -> dict[str, NDArray[Any]]:
+        """Read rows as `tokens` and `documents`, both (B, T+n); documents are numbered 0, 1, 2, … within each row.
+
+        Where the split has prompts there is a `loss_mask` too, true for tokens that may be targets.
+        """
         places, starts = self._locate(rows)
         tokens = np.empty((rows.size, self.width_tokens), dtype=np.int64)  # (B, T+n)
         documents = np.empty_like(tokens)
+        masks = np.empty(tokens.shape, dtype=np.bool_) if self._is_masked else None
         for place in np.unique(places):
             inside = np.flatnonzero(places == place)
             shard = self._map(int(place))
             tokens[inside] = shard.tokens(starts[inside])
             documents[inside] = shard.documents(starts[inside])
-        return {"tokens": tokens, "documents": documents}
+            if masks is not None:
+                masks[inside] = shard.loss_mask(starts[inside])
+        batch: dict[str, NDArray[Any]] = {"tokens": tokens, "documents": documents}
+        return batch if masks is None else {**batch, "loss_mask": masks}
 
     def describe(self, row: int) -> str:
         """Return the place of a row in words: shard, member, first token in it."""
@@ -111,6 +119,7 @@ class _MappedShard:
         self._words_at = index.tokens_at[inside] // dtype.itemsize
         self._lengths_at = index.lengths_at[inside]
         self._num_documents = index.num_documents[inside]
+        self._mask_at = index.mask_at[inside]
         self._words = np.asarray(np.memmap(path, dtype=dtype, mode="r"))
         self._windows = np.lib.stride_tricks.sliding_window_view(self._words, width_tokens)
 
@@ -136,6 +145,14 @@ class _MappedShard:
         begins = np.zeros((starts.size, self._width_tokens), dtype=np.int64)  # (B, T+n)
         begins[window, end - starts[window]] = 1
         return np.cumsum(begins, axis=1)
+
+    def loss_mask(self, starts: Integers) -> NDArray[np.bool_]:
+        """Return for each token of those windows whether it may be a target."""
+        positions = starts[:, None] + np.arange(self._width_tokens)  # (B, T+n)
+        member = np.searchsorted(self._first_tokens, positions, side="right") - 1
+        has_mask = self._mask_at[member] >= 0
+        at = np.where(has_mask, self._mask_at[member] + positions - self._first_tokens[member], 0)
+        return np.where(has_mask, self._words.view(np.uint8)[at] == 1, True)
 
     def describe(self, start: int, name: str) -> str:
         member = int(np.searchsorted(self._first_tokens, start, side="right")) - 1

@@ -34,14 +34,15 @@ class SplitWriter:
         self._member_tokens = member_tokens
         self._shard_bytes = shard_bytes
         self._documents: list[TokenArray] = []
+        self._prompts: list[int] = []  # tokens at the beginning of each document that are no targets
         self._num_tokens = 0
         self._num_members = 0
         self._members: list[Member] = []  # of the open shard
         self._shards: list[Shard] = []
         self._tar: tarfile.TarFile | None = None
 
-    def add(self, tokens: TokenArray) -> None:
-        """Append one document, its end-of-document id included."""
+    def add(self, tokens: TokenArray, *, prompt_tokens: int = 0) -> None:
+        """Append one document, its end-of-document id included; its first `prompt_tokens` are no targets."""
         if tokens.size > MOST_DOCUMENT_TOKENS:
             raise DataError(
                 f"a document must have at most {MOST_DOCUMENT_TOKENS:,} tokens",
@@ -49,6 +50,7 @@ class SplitWriter:
                 "Split the file, or give it as JSONL with a document per line",
             )
         self._documents.append(tokens)
+        self._prompts.append(prompt_tokens)
         self._num_tokens += tokens.size
         if self._num_tokens >= self._member_tokens:
             self._write_member()
@@ -81,12 +83,23 @@ class SplitWriter:
             lengths_at=_append(self._tar, f"{key}.len", lengths),
             num_documents=len(self._documents),
             lengths_crc32=zlib.crc32(lengths),
+            **self._append_mask(self._tar, key),
         )
         self._members.append(member)
         self._num_members += 1
-        self._documents, self._num_tokens = [], 0
+        self._documents, self._prompts, self._num_tokens = [], [], 0
         if self._tar.offset >= self._shard_bytes:
             self._close_shard()
+
+    def _append_mask(self, tar: tarfile.TarFile, key: str) -> dict[str, int]:
+        """Append the loss mask of the open member, if it needs one."""
+        if not any(self._prompts):
+            return {}
+        masks = [np.ones(document.size, dtype=np.uint8) for document in self._documents]
+        for mask, prompt_tokens in zip(masks, self._prompts, strict=True):
+            mask[:prompt_tokens] = 0
+        payload = np.concatenate(masks).tobytes()
+        return {"mask_at": _append(tar, f"{key}.msk", payload), "mask_crc32": zlib.crc32(payload)}
 
     def _open_shard(self) -> tarfile.TarFile:
         path = self._root / self._next_name()

@@ -38,6 +38,7 @@ class Document:
 
     name: str
     text: bytes
+    prompt: bytes = b""  # text before it that is read but never a target
     source_bytes: int  # taken up in the file
     is_binary: bool = False
 
@@ -72,7 +73,7 @@ def documents_of(file: SourceFile) -> Iterator[Document]:
     binary, for the caller to leave out, unless the user named it.
 
     Raises:
-        DataError: A line of a JSONL file is not an object with a string under `text`.
+        DataError: A line of a JSONL file is not an object with strings under `text`, or `prompt` and `completion`.
     """
     if file.path.suffix == ".jsonl":
         yield from _documents_of_jsonl(file)
@@ -86,12 +87,17 @@ def _documents_of_jsonl(file: SourceFile) -> Iterator[Document]:
     with file.path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                text = _text_of_line(line, f"{file.path}, line {number}")
-                yield Document(name=f"{file.name}:{number}", text=text, source_bytes=len(line))
+                prompt, text = _texts_of_line(line, f"{file.path}, line {number}")
+                name = f"{file.name}:{number}"
+                yield Document(name=name, text=text, prompt=prompt, source_bytes=len(line))
 
 
-def _text_of_line(line: bytes, place: str) -> bytes:
-    must_hold = "every line of a JSONL file must be an object with a string under 'text'"
+def _texts_of_line(line: bytes, place: str) -> tuple[bytes, bytes]:
+    """Return what is only read and what is learnt: nothing and `text`, or `prompt` and `completion`."""
+    must_hold = (
+        "every line of a JSONL file must be an object with a string under 'text', "
+        "or with strings under 'prompt' and 'completion'"
+    )
     remedy = "Correct or remove the line"
     try:
         entry = json.loads(line)
@@ -99,10 +105,13 @@ def _text_of_line(line: bytes, place: str) -> bytes:
         raise DataError(must_hold, f"{place}: {error}", remedy) from error
     if not isinstance(entry, dict):
         raise DataError(must_hold, f"{place}: a {type(entry).__name__}", remedy)
-    if not isinstance(entry.get("text"), str):
-        found = f"'text' is a {type(entry['text']).__name__}" if "text" in entry else f"keys {sorted(entry)}"
-        raise DataError(must_hold, f"{place}: {found}", remedy)
-    return str(entry["text"]).encode("utf-8", "surrogatepass")
+    keys = ("prompt", "completion") if "completion" in entry else ("text",)
+    for key in keys:
+        if not isinstance(entry.get(key), str):
+            found = f"{key!r} is a {type(entry[key]).__name__}" if key in entry else f"keys {sorted(entry)}"
+            raise DataError(must_hold, f"{place}: {found}", remedy)
+    prompt, text = (entry.get("prompt", "") if len(keys) == 2 else ""), entry[keys[-1]]
+    return prompt.encode("utf-8", "surrogatepass"), text.encode("utf-8", "surrogatepass")
 
 
 def _files_of(source: str) -> list[SourceFile]:

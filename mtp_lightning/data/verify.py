@@ -23,7 +23,7 @@ def verify_shards(folder: Path) -> Manifest:
 
     Checked are: sizes and hashes; that the index says what the manifest says; that stock webdataset reads the
     very members that the offsets name; that every token id is below the vocabulary; that lengths add up to the
-    tokens; that every document ends with end-of-document.
+    tokens; that every document ends with end-of-document; that a loss mask is of zeros and ones.
 
     Raises:
         DataError: The first thing that does not hold, with shard, member and byte offset.
@@ -37,6 +37,7 @@ def verify_shards(folder: Path) -> Manifest:
         _check_reading(folder, bytes_of_shard, shard, manifest)
         for member in shard.members:
             _check_tokens(bytes_of_shard, shard, member, manifest)
+            _check_mask(bytes_of_shard, shard, member)
         say(f"ok  {shard.name}: {shard.num_documents:,} documents, {shard.num_tokens:,} tokens")
     say(f"ok  {folder}: {len(manifest.shards):,} shards, fingerprint {manifest.fingerprint}")
     return manifest
@@ -61,6 +62,10 @@ def _check_hash(bytes_of_shard: Bytes, shard: Shard, manifest: Manifest) -> None
         if zlib.crc32(lengths.data) != member.lengths_crc32:
             place = _place(shard, member, ".len", member.lengths_at)
             raise _failure(f"the {lengths.size:,} bytes from {place} on must be as written", "changed bytes")
+        mask = _mask(bytes_of_shard, member)
+        if mask is not None and zlib.crc32(mask.data) != member.mask_crc32:
+            place = _place(shard, member, ".msk", member.mask_at or 0)
+            raise _failure(f"the {mask.size:,} bytes from {place} on must be as written", "changed bytes")
     raise _failure(f"{shard.name} must have sha256 {shard.sha256}", f"{found}, by a tar header or padding")
 
 
@@ -73,7 +78,9 @@ def _check_reading(folder: Path, bytes_of_shard: Bytes, shard: Shard, manifest: 
                 found = "none" if sample is None else f"member {sample['__key__']}"
                 raise _failure(f"webdataset must find {wanted} in {shard.name}", found)
             tokens, lengths = _payloads(bytes_of_shard, member, manifest)
-            if sample.get("tok") != tokens.tobytes() or sample.get("len") != lengths.tobytes():
+            mask = _mask(bytes_of_shard, member)
+            wanted_bytes = (tokens.tobytes(), lengths.tobytes(), None if mask is None else mask.tobytes())
+            if (sample.get("tok"), sample.get("len"), sample.get("msk")) != wanted_bytes:
                 place = _place(shard, member, "", member.tokens_at)
                 raise _failure(f"webdataset must read what lies at {place}", "other bytes")
 
@@ -95,6 +102,20 @@ def _check_tokens(bytes_of_shard: Bytes, shard: Shard, member: Member, manifest:
         at = int(unended[0]) - 1
         place = _place(shard, member, ".tok", member.tokens_at + at * tokens.itemsize)
         raise _failure(f"a document must end with id {manifest.end_of_document} at {place}", f"id {tokens[at]}")
+
+
+def _check_mask(bytes_of_shard: Bytes, shard: Shard, member: Member) -> None:
+    mask = _mask(bytes_of_shard, member)
+    wrong = np.flatnonzero(mask > 1) if mask is not None else np.array([])
+    if mask is not None and wrong.size:
+        at = int(wrong[0])
+        place = _place(shard, member, ".msk", (member.mask_at or 0) + at)
+        raise _failure(f"the loss mask at {place} must be 0 or 1", str(mask[at]))
+
+
+def _mask(bytes_of_shard: Bytes, member: Member) -> Bytes | None:
+    """Return the bytes of a member's loss mask, if it has one."""
+    return None if member.mask_at is None else bytes_of_shard[member.mask_at : member.mask_at + member.num_tokens]
 
 
 def _payloads(bytes_of_shard: Bytes, member: Member, manifest: Manifest) -> tuple[Bytes, Bytes]:

@@ -224,7 +224,7 @@ def test_token_that_the_model_lacks_stops_the_loader(cache: Path, corpus: Path, 
     shard.write_bytes(data)
     forge(folder)  # a manifest that does not know of it
     module = build(cache, corpus, data={"workers": workers})
-    with pytest.raises(DataError, match="found id 300 in a training batch"):
+    with pytest.raises(DataError, match="found id 300 in a batch"):
         take(module, 50)
 
 

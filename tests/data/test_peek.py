@@ -33,7 +33,7 @@ def recipe(tmp_path: Path, text_corpus: Path) -> Recipe:
 def test_targets_are_the_tokens_ahead_within_the_document(lengths: list[int], num_offsets: int) -> None:
     documents = [number for number, length in enumerate(lengths) for _ in range(length)]
     tokens = [100 + position for position in range(len(documents))]
-    targets = targets_of_row(tokens, documents, num_offsets=num_offsets)
+    targets = targets_of_row(tokens, documents, [True] * len(tokens), num_offsets=num_offsets)
     assert len(targets) == max(0, len(tokens) - num_offsets)
     ends = np.cumsum(lengths)
     for position, own in enumerate(targets):

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtp_lightning.data.peek import targets_of_row
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.losses.targets import IGNORE, count_targets, oracle_targets, shifted_targets
 from mtp_lightning.training import checks
@@ -99,3 +100,17 @@ def test_zero_valid_targets_stop_the_run():
     with pytest.raises(TrainingError, match="none at offset 2, 3"):
         check_counts(count_targets(short), [1.0, 1.0, 1.0])
     check_counts(count_targets(short), [1.0, 0.0, 0.0])
+
+
+@given(rows())
+@settings(max_examples=50, deadline=None)
+def test_the_row_that_peek_shows_is_the_oracles(drawn):
+    num_offsets, tokens, documents, mask = drawn
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    for row in range(len(tokens)):
+        parts = tokens[row].tolist(), documents[row].tolist(), mask[row].tolist()
+        shown = targets_of_row(*parts, num_offsets=num_offsets)
+        defined = oracle_targets(*parts[:2], num_offsets, parts[2])
+        assert [[IGNORE if target is None else target for target in own] for own in shown] == list(
+            map(list, zip(*defined, strict=True))
+        )

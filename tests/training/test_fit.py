@@ -13,6 +13,7 @@ import pytest
 from mtp_lightning.checkpoint.layout import complete_checkpoints
 from mtp_lightning.errors import CheckpointError, DataError, NonFiniteError, RunFolderError
 from mtp_lightning.recipe import load_recipe
+from mtp_lightning.training import lightning_module
 from mtp_lightning.training.fit import train
 from tests.support.runs import ROOT, figures, last_step
 
@@ -150,3 +151,22 @@ def test_ctrl_c_ends_with_its_own_code_and_a_checkpoint(tmp_path, cache):
     assert "The same command goes on" in output
     [checkpoint] = complete_checkpoints(tmp_path / "run/checkpoints")
     assert checkpoint.step >= 3
+
+
+def test_prompts_are_never_targets(run, tmp_path, monkeypatch):
+    """Train on pairs whose prompts hold bytes that answers never hold: no target is one of them."""
+    lines = [json.dumps({"prompt": "QQQ" * (i % 5 + 1), "completion": f"answer {i} " * 8}) for i in range(200)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    seen = []
+    check = lightning_module.check_targets
+
+    def spying(tokens, documents, mask, targets):
+        seen.append((tokens, mask, targets))
+        check(tokens, documents, mask, targets)
+
+    monkeypatch.setattr(lightning_module, "check_targets", spying)
+    assert run(f"data.corpus=[{tmp_path}/pairs.jsonl]") == 0
+    tokens, mask, targets = seen[0]
+    assert (tokens == ord("Q")).any()
+    assert not (targets == ord("Q")).any()
+    assert ((tokens == ord("Q")) == ~mask).all()
