@@ -23,6 +23,7 @@ INTERRUPTED = 130
 def train(loaded: LoadedRecipe) -> int:
     """Train a recipe to its end; a run folder that has a checkpoint is continued. Returns the exit code."""
     recipe = loaded.recipe
+    _check_strategy(recipe)
     with opened_run_folder(recipe) as opened:
         if opened.checkpoint is not None and opened.checkpoint.step >= recipe.run.steps:
             print(
@@ -32,6 +33,15 @@ def train(loaded: LoadedRecipe) -> int:
             )
             return 0
         return _fit(recipe, opened)
+
+
+def _check_strategy(recipe: Recipe) -> None:
+    if recipe.strategy.kind != "single":
+        raise TrainingError(
+            "strategy.kind must be single: this version plans runs on several ranks, but trains on one device",
+            recipe.strategy.kind,
+            "Give strategy.kind=single strategy.num_nodes=1 strategy.ranks_per_node=1, or use `mtp plan`.",
+        )
 
 
 def _fit(recipe: Recipe, opened: Opened) -> int:

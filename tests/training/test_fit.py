@@ -11,7 +11,7 @@ import time
 import pytest
 
 from mtp_lightning.checkpoint.layout import complete_checkpoints
-from mtp_lightning.errors import CheckpointError, DataError, NonFiniteError, RunFolderError
+from mtp_lightning.errors import CheckpointError, DataError, NonFiniteError, RunFolderError, TrainingError
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training import lightning_module
 from mtp_lightning.training.fit import train
@@ -104,6 +104,12 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(run, tmp_path):
         run("optimizer.lr=1e30", "optimizer.clip_norm=null", "optimizer.warmup_steps=0", "run.checkpoint_every_steps=1")
     assert caught.value.exit_code == 88
     assert complete_checkpoints(tmp_path / "run/checkpoints")
+
+
+def test_several_ranks_are_refused_before_anything_is_written(run, tmp_path):
+    with pytest.raises(TrainingError, match="trains on one device"):
+        run("strategy.kind=zero2")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_vocabulary_smaller_than_a_token_is_refused_before_the_first_step(run, tmp_path):
