@@ -126,12 +126,12 @@ def _stack(num_layers: int, layer: float, residual: float, *, recomputes: bool) 
 def _logits(shape: Shape, layout: Layout) -> float:
     """Count the logits: one chunk of fp32 with its low-precision copies; in the joint schedule those of all offsets.
 
-    Joint keeps logits, their fp32 copy and log-probabilities of every offset, and one gradient.
+    Joint keeps the fp32 log-probabilities of every offset, and has three more such tensors of one offset in hand.
     """
     low = 0 if layout.compute_bytes == FP32 else layout.compute_bytes
     entries = layout.micro_rows * shape.window_tokens * shape.vocabulary
     if layout.schedule == "joint":
-        return float(entries * (shape.num_products * (2 * FP32 + low) + FP32 + low))
+        return float(entries * ((shape.num_products + 3) * FP32 + low))
     return min(layout.chunk_bytes, float(entries * (FP32 + 2 * low)))
 
 
@@ -139,11 +139,12 @@ def _buffers(shape: Shape, layout: Layout) -> dict[str, float]:
     total = shape.parameters.total
     together = shape.num_matrices if _all_heads_alive(shape, layout) else 1
     casts = BF16 if layout.is_autocast else 0
-    is_sharded = layout.stage == 3 and layout.num_gpus > 1
+    beside_sum = 0 if layout.compute_bytes == FP32 else 2 * BF16  # a chunk's product, and the matrix or gradient cast
+    is_sharded = layout.stage == 3 and (layout.num_gpus > 1 or layout.offload_parameters != "none")
     live = min(total, max(LIVE_ENTRIES, 2 * shape.layer.matrices + shape.matrix))
     buckets = 2 * min(total, BUCKET_ENTRIES) if layout.stage else 0
     return {
-        "unembedding_gradient": together * shape.matrix * (FP32 + layout.weight_bytes + casts),
+        "unembedding_gradient": together * shape.matrix * (FP32 + beside_sum),
         "gathered_weights": layout.weight_bytes * live if is_sharded else casts * total,
         "reduction_buckets": layout.weight_bytes * buckets,
     }

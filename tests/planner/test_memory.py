@@ -1,0 +1,92 @@
+"""Bytes on paper, against measured peaks and against what ZeRO promises."""
+
+from dataclasses import replace
+
+import pytest
+
+from mtp_lightning.planner.layout import Layout, layout_of
+from mtp_lightning.planner.memory import GIB, memory, most_micro_rows
+from mtp_lightning.planner.shape import shape_of
+from mtp_lightning.recipe.loading import load_recipe
+from mtp_lightning.recipe.sections import Recipe
+from tests.structure.source import ROOT
+
+MIB = 2**20
+MEASURED_MIB = {(1, "sequential"): 812, (1, "joint"): 1715, (4, "sequential"): 732, (4, "joint"): 2477}
+"""`mtp bench memory recipes/debug/memory.yaml --offsets 1,4`, torch 2.13 on a CPU: peak resident memory."""
+
+PAPER = load_recipe(ROOT / "recipes/paper/6.7b_n4.yaml").recipe
+SHAPE, LAYOUT = shape_of(PAPER), layout_of(PAPER)
+
+
+def on(**changes: object) -> Layout:
+    """The 6.7B recipe's step with something changed."""
+    return replace(LAYOUT, **changes)
+
+
+@pytest.mark.parametrize("cell", MEASURED_MIB, ids=lambda cell: f"{cell[1]}-{cell[0]}")
+def test_predicted_peak_is_near_the_measured_one(cell: tuple[int, str]) -> None:
+    num_offsets, schedule = cell
+    overrides = [f"heads.num_offsets={num_offsets}", f"objective.schedule={schedule}"]
+    recipe = load_recipe(ROOT / "recipes/debug/memory.yaml", overrides).recipe
+    needed = memory(shape_of(recipe), layout_of(recipe))
+    assert (needed.total - needed.overhead) / MIB == pytest.approx(MEASURED_MIB[cell], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("stage", "bytes_per_parameter"),
+    [(1, 2 + 2 + 12 / 64), (2, 2 + (2 + 12) / 64), (3, (2 + 2 + 12) / 64)],
+)
+def test_stages_shard_what_zero_says(stage: int, bytes_per_parameter: float) -> None:
+    assert memory(SHAPE, on(stage=stage)).state == pytest.approx(bytes_per_parameter * SHAPE.parameters.total)
+
+
+def test_one_gpu_under_autocast_holds_fp32_weights_and_their_casts() -> None:
+    needed = memory(SHAPE, on(stage=0, num_gpus=1))
+    assert needed.state == 16 * SHAPE.parameters.total
+    assert needed.gathered_weights == 2 * SHAPE.parameters.total
+
+
+def test_offload_moves_bytes_to_the_host() -> None:
+    here = memory(SHAPE, on(stage=3))
+    away = memory(SHAPE, on(stage=3, offload_optimizer="cpu", offload_parameters="cpu"))
+    assert away.offloaded == here.optimizer + here.weights
+    assert away.total == pytest.approx(here.total - 1.03 * away.offloaded)
+    assert away.optimizer == away.weights == 0
+
+
+def test_sequential_keeps_one_head_and_joint_all_logits() -> None:
+    sequential, joint = memory(SHAPE, LAYOUT), memory(SHAPE, on(schedule="joint"))
+    positions = LAYOUT.micro_rows * SHAPE.window_tokens
+    assert sequential.logits <= 64 * MIB
+    assert joint.logits >= positions * SHAPE.vocabulary * 4 * 4
+    one_head = (joint.head_activations - sequential.head_activations) / 3
+    assert sequential.head_activations > one_head > 0
+
+
+def test_chained_heads_are_alive_together() -> None:
+    chained = shape_of(Recipe.model_validate({"heads": {"kind": "chained"}}))
+    parallel = shape_of(Recipe())
+    layout = layout_of(Recipe())
+    assert memory(chained, layout).head_activations > 3 * memory(parallel, layout).head_activations / 1.5
+
+
+def test_checkpointing_keeps_inputs_of_layers_and_one_layer() -> None:
+    kept, recomputed = memory(SHAPE, LAYOUT), memory(SHAPE, on(recomputes_trunk=True))
+    inputs = LAYOUT.micro_rows * SHAPE.window_tokens * SHAPE.num_trunk_layers * 2 * SHAPE.layer.width
+    one_layer = kept.trunk_activations / SHAPE.num_trunk_layers
+    assert recomputed.trunk_activations == pytest.approx(inputs + one_layer)
+    assert recomputed.head_activations == kept.head_activations
+
+
+def test_document_attention_pays_for_its_mask() -> None:
+    masked = shape_of(PAPER.model_copy(update={"data": PAPER.data.model_copy(update={"attention": "document"})}))
+    assert memory(masked, LAYOUT).trunk_activations > memory(SHAPE, LAYOUT).trunk_activations
+
+
+def test_largest_micro_batch_fits_and_the_next_does_not() -> None:
+    limit = 79 * GIB
+    most = most_micro_rows(SHAPE, LAYOUT, limit)
+    fitting, beyond = (memory(SHAPE, LAYOUT.with_rows(rows, rows)).total for rows in (most, most + 1))
+    assert fitting <= limit < beyond
+    assert most_micro_rows(SHAPE, LAYOUT, 10 * GIB) == 0

@@ -1,0 +1,85 @@
+"""What a predicted step must obey, whatever its constants."""
+
+from dataclasses import replace
+
+import pytest
+
+from mtp_lightning.planner.flops import flops_per_position
+from mtp_lightning.planner.hardware import hardware, known_hardware
+from mtp_lightning.planner.layout import layout_of
+from mtp_lightning.planner.shape import shape_of
+from mtp_lightning.planner.throughput import communication_bytes, communication_s, step_time
+from mtp_lightning.recipe.loading import load_recipe
+from tests.structure.source import ROOT
+from tests.support.tiny import HEAD_KINDS, tiny_recipe
+
+PAPER = load_recipe(ROOT / "recipes/paper/13b_n4.yaml").recipe
+SHAPE, LAYOUT, H100 = shape_of(PAPER), layout_of(PAPER), hardware("H100")
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_shape_counts_the_operations_of_its_recipe(kind: str) -> None:
+    recipe = tiny_recipe(model={"num_layers": 9}, heads=HEAD_KINDS[kind])
+    assert shape_of(recipe).flops_per_position == flops_per_position(recipe)
+
+
+@pytest.mark.parametrize("name", known_hardware())
+def test_no_prediction_beats_the_peak(name: str) -> None:
+    device = hardware(name)
+    time = step_time(SHAPE, LAYOUT, device).total_s
+    operations = LAYOUT.rows_per_step * SHAPE.window_tokens * SHAPE.flops_per_position / LAYOUT.num_gpus
+    assert 0.1 < operations / time / device.peak("bf16") < 0.7
+
+
+def test_checkpointing_costs_less_than_a_third() -> None:
+    """A forward pass is a third of the step, and its last product is not computed again."""
+    without = step_time(SHAPE, replace(LAYOUT, recomputes_trunk=False), H100).compute_s
+    assert 1.1 < step_time(SHAPE, LAYOUT, H100).compute_s / without < 4 / 3
+
+
+def test_zero_sends_what_its_stages_say() -> None:
+    whole = 2 * SHAPE.parameters.total * 127 / 128
+    sent = {
+        stage: list(communication_bytes(SHAPE, replace(LAYOUT, stage=stage)).values()) for stage in (0, 1, 2, 3)
+    }
+    micro_batches = LAYOUT.num_micro_batches
+    assert micro_batches > 1
+    assert sent[0] == [0, 0]
+    assert sent[1] == [whole, whole]
+    assert sent[2] == [whole, micro_batches * whole]
+    assert sent[3] == [2 * micro_batches * whole, micro_batches * whole]
+
+
+def test_network_between_nodes_is_slower_than_within_one() -> None:
+    one, two = (replace(LAYOUT, num_gpus=gpus) for gpus in (8, 16))
+    assert communication_s(SHAPE, two, H100) > communication_s(SHAPE, one, H100)
+    assert communication_s(SHAPE, replace(LAYOUT, num_gpus=1), H100) == 0
+
+
+def test_more_gpus_never_make_a_gpu_faster() -> None:
+    speeds = []
+    for num_gpus in (8, 64, 256, 1024):
+        layout = layout_of(PAPER, num_gpus)
+        speeds.append(layout.rows_per_step / num_gpus / step_time(SHAPE, layout, H100).total_s)
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_offloading_costs_time() -> None:
+    plain = step_time(SHAPE, LAYOUT, H100)
+    on_cpu, on_disk = (step_time(SHAPE, replace(LAYOUT, offload_optimizer=place), H100) for place in ("cpu", "nvme"))
+    assert plain.update_s < on_cpu.update_s < on_disk.update_s
+    weights = step_time(SHAPE, replace(LAYOUT, offload_parameters="cpu"), H100)
+    assert weights.communication_s > plain.communication_s
+
+
+def test_tiny_models_wait_for_the_host() -> None:
+    recipe = load_recipe(ROOT / "recipes/quickstart.yaml").recipe
+    assert step_time(shape_of(recipe), layout_of(recipe), H100).launch_s > 0
+    assert step_time(SHAPE, LAYOUT, H100).launch_s == 0
+
+
+def test_cost_of_four_offsets_is_below_the_papers() -> None:
+    """[Gloeckle 2024, table S5] measured 1.09 for 13B with FSDP, and calls the excess removable."""
+    one = shape_of(load_recipe(ROOT / "recipes/paper/13b_n1.yaml").recipe)
+    ratio = step_time(SHAPE, LAYOUT, H100).total_s / step_time(one, LAYOUT, H100).total_s
+    assert 1 < ratio < 1.09
