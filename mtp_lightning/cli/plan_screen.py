@@ -13,6 +13,7 @@ from mtp_lightning.planner.throughput import StepTime
 from mtp_lightning.recipe.words import one_of
 
 LABEL = 13
+STOP_HOURS = 50_700  # GPU-hours between unexpected stops of Llama 3 405B's pretraining [arXiv 2407.21783]
 COMPONENTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -69,8 +70,17 @@ def _run_lines(plan: Plan) -> Text:
         "speed": f"{seconds(chosen.time.total_s)} s per step, {chosen.tokens_per_s:,.0f} tokens/s per GPU, "
         f"MFU {chosen.mfu:.1%}",
         "cost": f"{duration(chosen.days)}, {hours(chosen.gpu_hours)} GPU-hours",
+        "stops": _stops(chosen.gpu_hours),
     }
+    lines = {label: text for label, text in lines.items() if text}
     return Text("\n").join(Text.assemble((label.ljust(LABEL), "cyan"), text) for label, text in lines.items())
+
+
+def _stops(gpu_hours: float) -> str:
+    """Say how often a long run may stop unexpectedly."""
+    if gpu_hours < STOP_HOURS / 10:
+        return ""
+    return f"about {gpu_hours / STOP_HOURS:.1f} unexpected ones (Llama 3 405B: one per {STOP_HOURS:,} GPU-hours)"
 
 
 def cost_line(plan: Plan) -> str:

@@ -91,7 +91,7 @@ RUNS = (  # the constants in hardware.yaml are fitted to these
     Run("13B", 12_853_954_560, "A100-40", 8, 2048, 4, 16, True, 1668),
 )
 
-OTHER_RUNS = (  # from the same page; nothing is fitted to them
+OTHER_RUNS = (  # from the same page: no constant is fitted to them, but they were in view when the model took its form
     Run("70B", 64_862_437_376, "H100", 64, 2048, 8, 4, True, 1039),
     Run("30B", 30_019_254_272, "H100", 8, 8192, 1, 21, True, 1384),
     Run("30B", 29_989_894_144, "H100", 8, 4096, 1, 21, True, 1802),

@@ -53,9 +53,21 @@ def test_step_counts_every_row():
     assert flops_per_step(recipe) == 6 * 32 * flops_per_position(recipe)
 
 
-@pytest.mark.parametrize("name", ["counts", "flops", "hardware", "variants"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "planner.counts",
+        "planner.flops",
+        "planner.hardware",
+        "planner.layout",
+        "planner.report",
+        "planner.shape",
+        "planner.variants",
+        "cli.plan_tables",
+    ],
+)
 def test_examples(name):
-    module = importlib.import_module(f"mtp_lightning.planner.{name}")
+    module = importlib.import_module(f"mtp_lightning.{name}")
     failed, tried = doctest.testmod(module)
     assert tried > 0
     assert failed == 0
