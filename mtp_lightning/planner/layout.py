@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mtp_lightning.recipe.sections import Recipe
 
@@ -27,6 +28,8 @@ class Layout:
     recomputes_heads: bool = False
     offload_optimizer: str = "none"
     offload_parameters: str = "none"
+    bucket_entries: float = 5e8  # reduced together; two such buckets, one being sent (DeepSpeed: reduce_bucket_size)
+    live_entries: float = 1e9  # gathered at once under ZeRO-3 (DeepSpeed: stage3_max_live_parameters)
 
     @property
     def compute_bytes(self) -> int:
@@ -89,4 +92,17 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
         recomputes_heads=recipe.heads.kind == "recursive" if recomputes_heads is None else recomputes_heads,
         offload_optimizer=strategy.offload_optimizer,
         offload_parameters=strategy.offload_parameters,
+        **_buffer_sizes(strategy.deepspeed.get("zero_optimization")),
     )
+
+
+def _buffer_sizes(zero_keys: Any) -> dict[str, float]:
+    """Read sizes of buffers that a recipe sets by raw DeepSpeed keys.
+
+    >>> _buffer_sizes({"reduce_bucket_size": 1000, "stage3_max_live_parameters": "auto"})
+    {'bucket_entries': 1000.0}
+    """
+    names = {"bucket_entries": "reduce_bucket_size", "live_entries": "stage3_max_live_parameters"}
+    given = zero_keys if isinstance(zero_keys, dict) else {}
+    sizes = {ours: given.get(key) for ours, key in names.items()}
+    return {ours: float(size) for ours, size in sizes.items() if isinstance(size, int | float)}

@@ -1,7 +1,7 @@
 """Bytes per GPU, by component.
 
 Weights, gradients and optimizer state follow from ZeRO's definition; activations are counted tensor by tensor from
-what the backward pass of `model/layers.py` reads. Buffers are DeepSpeed's defaults.
+what the backward pass of `model/layers.py` reads. Buffers are as large as DeepSpeed's defaults or the recipe say.
 """
 
 from dataclasses import dataclass, fields
@@ -12,8 +12,6 @@ from mtp_lightning.planner.shape import Layer, Shape
 GIB = 2**30
 MASTER_AND_MOMENTS = 3 * FP32  # per parameter
 MOMENTS = 2 * FP32
-BUCKET_ENTRIES = 5e8  # DeepSpeed: reduce_bucket_size; two of them while one is being sent
-LIVE_ENTRIES = 1e9  # DeepSpeed: stage3_max_live_parameters
 CONTEXT_BYTES = 1.25 * GIB  # CUDA context, cuBLAS workspaces, NCCL
 FRAGMENTATION = 0.03  # of what the allocator manages
 BOUNDARY_STATES = 8  # (P, D) tensors around a head: the leaf it reads, hidden, normed and cast, and their gradients
@@ -141,8 +139,8 @@ def _buffers(shape: Shape, layout: Layout) -> dict[str, float]:
     casts = BF16 if layout.is_autocast else 0
     beside_sum = 0 if layout.compute_bytes == FP32 else 2 * BF16  # a chunk's product, and the matrix or gradient cast
     is_sharded = layout.stage == 3 and (layout.num_gpus > 1 or layout.offload_parameters != "none")
-    live = min(total, max(LIVE_ENTRIES, 2 * shape.layer.matrices + shape.matrix))
-    buckets = 2 * min(total, BUCKET_ENTRIES) if layout.stage else 0
+    live = min(total, max(layout.live_entries, 2 * shape.layer.matrices + shape.matrix))
+    buckets = 2 * min(total, layout.bucket_entries) if layout.stage else 0
     return {
         "unembedding_gradient": together * shape.matrix * (FP32 + beside_sum),
         "gathered_weights": layout.weight_bytes * live if is_sharded else casts * total,

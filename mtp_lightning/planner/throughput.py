@@ -12,6 +12,7 @@ Where all this is shorter than the host needs to launch the kernels one by one, 
 An optimizer step adds the update, which waits for memory as well. Checkpointing adds a forward pass.
 """
 
+import math
 from dataclasses import dataclass
 
 from mtp_lightning.planner.hardware import Hardware
@@ -142,7 +143,7 @@ def _num_collectives(shape: Shape, layout: Layout) -> float:
     num_layers = shape.num_trunk_layers + shape.heads.num_layers + 1
     if layout.stage == 3:
         return 3.0 * num_layers * layout.num_micro_batches
-    buckets = -(-shape.parameters.total // 500_000_000)
+    buckets = math.ceil(shape.parameters.total / max(1.0, layout.bucket_entries))
     return float(buckets * (1 + (layout.num_micro_batches if layout.stage == 2 else 1)))
 
 

@@ -2,7 +2,8 @@
 
 [llm-foundry, scripts/train/benchmarking/README.md, commit 061f2c7]: PyTorch FSDP FULL_SHARD (as ZeRO-3), bf16. MPT has
 an MLP of four widths without a gate, a vocabulary of 50,368, learned positions and a tied embedding; its fused
-cross-entropy keeps the logits in bf16 and their gradient in the same place.
+cross-entropy keeps the logits in bf16 and their gradient in the same place. FSDP gathers two layers ahead of their use
+and reduces layer by layer, without DeepSpeed's buckets.
 """
 
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class Run:
             micro_rows=self.micro_rows,
             num_micro_batches=self.num_micro_batches,
             recomputes_trunk=self.recomputes,
+            bucket_entries=0,
+            live_entries=0,
             chunk_bytes=4 * self.micro_rows * self.window_tokens * VOCABULARY,
         )
 

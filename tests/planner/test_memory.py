@@ -79,6 +79,14 @@ def test_checkpointing_keeps_inputs_of_layers_and_one_layer() -> None:
     assert recomputed.head_activations == kept.head_activations
 
 
+def test_recipes_may_set_sizes_of_buffers() -> None:
+    keys = "strategy.deepspeed={zero_optimization: {reduce_bucket_size: 1e6, stage3_max_live_parameters: auto}}"
+    recipe = load_recipe(ROOT / "recipes/paper/13b_n4.yaml", [keys]).recipe
+    shape, layout = shape_of(recipe), layout_of(recipe)
+    assert memory(shape, layout).reduction_buckets == 2 * 2 * 1e6
+    assert memory(shape, layout).gathered_weights == 2 * 1e9
+
+
 def test_document_attention_pays_for_its_mask() -> None:
     masked = shape_of(PAPER.model_copy(update={"data": PAPER.data.model_copy(update={"attention": "document"})}))
     assert memory(masked, LAYOUT).trunk_activations > memory(SHAPE, LAYOUT).trunk_activations
