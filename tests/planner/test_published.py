@@ -43,7 +43,9 @@ def test_tokens_per_second_of_runs_that_nothing_was_fitted_to() -> None:
     assert errors[-1] <= 0.35
 
 
-@pytest.mark.parametrize("run", RUNS + OTHER_RUNS, ids=lambda run: f"{run.gpu}-{run.model}-{run.num_gpus}-{run.window_tokens}")
+@pytest.mark.parametrize(
+    "run", RUNS + OTHER_RUNS, ids=lambda run: f"{run.gpu}-{run.model}-{run.num_gpus}-{run.window_tokens}"
+)
 def test_published_micro_batch_fits(run: Run) -> None:
     limit = hardware(run.gpu).memory_bytes
     assert memory(run.shape, run.layout).total <= limit
