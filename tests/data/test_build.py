@@ -46,7 +46,8 @@ def test_other_documents_give_another_fingerprint(tmp_path: Path, corpus: Path) 
     assert build_tiny([str(corpus)], tmp_path / "two").fingerprint != before
 
 
-def test_tar_headers_carry_no_time_and_no_owner(shards: Path) -> None:
+def test_tar_headers_are_ustar_without_time_and_owner(shards: Path) -> None:
+    assert (shards / "train/00000.tar").read_bytes()[257:265] == b"ustar\x0000"
     with tarfile.open(shards / "train/00000.tar") as tar:
         headers = tar.getmembers()
     assert {(h.mtime, h.uid, h.gid, h.uname, h.mode) for h in headers} == {(0, 0, 0, "", 0o644)}

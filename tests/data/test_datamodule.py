@@ -1,5 +1,8 @@
 import itertools
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +85,16 @@ def test_resumed_run_sees_the_very_next_batches(cache: Path, corpus: Path, worke
     resumed = build(cache, corpus, data={"workers": 2 - workers}, batch={"rows": 8, "micro_rows": 2})
     resumed.load_state_dict(state)
     assert_equal(seen + take(resumed, 5), whole)
+
+
+def test_workers_leave_signals_to_the_parent(cache: Path, corpus: Path) -> None:
+    batches = iter(build(cache, corpus, data={"workers": 1}).train_dataloader())
+    seen = [next(batches)]
+    (worker,) = multiprocessing.active_children()
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(worker.pid or 0, name)
+    seen += itertools.islice(batches, 5)
+    assert_equal(seen, take(build(cache, corpus), 6))
 
 
 def test_position_is_read_when_the_first_batch_is_asked_for(cache: Path, corpus: Path) -> None:
