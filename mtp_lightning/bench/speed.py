@@ -161,8 +161,18 @@ def _remarks(recipe: Recipe, machine: Machine, figures: list[SpeedFigure], peak:
         "nothing computed twice counts. time / FLOP: time / n=1 over FLOP / n=1.",
         _peak_remark(machine, peak, recipe.run.precision),
         f"Measured on {machine}.",
+        *_recompute_remark(recipe),
         *_load_remark(machine),
     ]
+
+
+def _recompute_remark(recipe: Recipe) -> list[str]:
+    section, kind = recipe.objective, recipe.heads.kind
+    heads = kind == "recursive" if section.checkpoint_heads is None else section.checkpoint_heads
+    parts = [name for name, is_on in (("trunk", section.checkpoint_trunk), ("heads", heads)) if is_on]
+    if not parts:
+        return []
+    return [f"Activations of the {' and the '.join(parts)} are computed twice; that shows in time / FLOP."]
 
 
 def _load_remark(machine: Machine) -> list[str]:

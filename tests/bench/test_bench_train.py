@@ -34,6 +34,12 @@ def test_table_and_json(capsys, tmp_path):
     assert written["peak_is"] == "measured matrix product"
 
 
+@pytest.mark.parametrize(("kind", "is_said"), [("recursive", True), ("parallel", False)])
+def test_what_is_computed_twice_is_said(kind, is_said, capsys):
+    bench_train(quick_recipe(kind=kind), offsets=[2], schedules=["bridged"], json_path=None, rounds=1)
+    assert ("Activations of the heads are computed twice" in capsys.readouterr().out) == is_said
+
+
 def test_rounds_are_interleaved(monkeypatch):
     order = []
     monkeypatch.setattr(rounds, "step_seconds", lambda step, schedule: order.append(schedule) or 1.0)
