@@ -1,7 +1,7 @@
 """The vocabulary of failure: every error says what must hold, what was found, and what to do."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class MtpError(Exception):
@@ -14,6 +14,10 @@ class MtpError(Exception):
         self.found = found
         self.remedy = remedy
         super().__init__(f"{must_hold}; found {found}. {remedy}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Cross process borders (loader workers) as what it is."""
+        return type(self), (self.must_hold, self.found, self.remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,10 @@ class RecipeError(MtpError):
             f"{len(faults)} {noun} ({', '.join(fault.path for fault in faults)})",
             "Correct each as listed",
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Cross process borders with all faults."""
+        return type(self), (self.faults,)
 
 
 class DataError(MtpError):
