@@ -22,7 +22,8 @@ def test_a_failure_in_a_worker_arrives_as_what_it_is(kind):
     if kind is errors.RecipeError:
         assert caught.value.faults == [FAULT]
     else:
-        assert (caught.value.must_hold, caught.value.found, caught.value.remedy) == ("this must hold", "that", "Do this.")
+        assert caught.value.args == kind("this must hold", "that", "Do this.").args
+        assert caught.value.remedy == "Do this."
 
 
 def test_exit_codes_tell_failures_apart():
