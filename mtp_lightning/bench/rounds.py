@@ -17,6 +17,7 @@ from mtp_lightning.bench.showing import watched
 from mtp_lightning.bench.step import TrainingStep
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.planner.counts import parameter_counts
+from mtp_lightning.recipe.sections import Recipe
 
 SAMPLE_S = 0.5  # a sample is one step, or as many as fill this time
 PRODUCT_WIDTH = 2048  # of the matrix product that a CPU is measured by
@@ -36,43 +37,61 @@ class Timings:
 
 
 def time_rounds(cells: list[Cell], device: torch.device, num_rounds: int) -> Timings:
-    """Measure all cells in interleaved rounds.
-
-    Cells of one number of offsets share a model. On the CPU the models of all numbers of offsets stay in memory; on
-    CUDA they wait on the host, and the one whose turn it is has the device to itself.
-    """
-    groups: dict[int, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        groups[cell.num_offsets].append(cell)
-    _check_memory([group[0] for group in groups.values()])
+    """Measure all cells in interleaved rounds."""
     timings = Timings()
     with watched(num_rounds * len(cells)) as report:
         report("building models", done=0)
-        steps = {num_offsets: TrainingStep(group[0].recipe, device) for num_offsets, group in groups.items()}
+        stage = Stage(cells, device)
         for number in range(num_rounds):
             _sample_product(timings, device, cells[0].recipe.run.precision)
-            order = list(groups.items())[:: -1 if number % 2 else 1]
-            for num_offsets, group in order:
-                report(f"n={num_offsets}, round {number + 1} of {num_rounds}", done=_num_samples(timings))
-                _take_turn(steps[num_offsets], group[:: -1 if number % 2 else 1], timings)
+            for index, cell in enumerate(_order(cells, device)[:: -1 if number % 2 else 1]):
+                doing = f"n={cell.num_offsets} {cell.schedule}, round {number + 1} of {num_rounds}"
+                report(doing, done=number * len(cells) + index)
+                _sample_step(stage.ready(cell), cell, timings)
     return timings
 
 
-def _num_samples(timings: Timings) -> int:
-    return sum(len(samples) for samples in timings.step_s.values())
+def _order(cells: list[Cell], device: torch.device) -> list[Cell]:
+    """Put next to each other what is compared: the cells of a schedule; on CUDA those that share a model."""
+    schedules = list(dict.fromkeys(cell.schedule for cell in cells))
+    return cells if device.type == "cuda" else sorted(cells, key=lambda cell: schedules.index(cell.schedule))
 
 
-def _take_turn(step: TrainingStep, group: list[Cell], timings: Timings) -> None:
-    """Measure every schedule of one model once; first visits, and all on CUDA, begin with a step that is not timed."""
-    is_parked = step.device.type == "cuda"
-    step.to(step.device)
-    for cell in group:
-        if is_parked or not timings.step_s[cell.key]:
+class Stage:
+    """The models of all numbers of offsets, shared by their schedules.
+
+    On the CPU all stay in memory. On CUDA they wait on the host, and the one whose turn it is has the device to itself.
+    """
+
+    def __init__(self, cells: list[Cell], device: torch.device) -> None:
+        recipes = {cell.num_offsets: cell.recipe for cell in cells}
+        _check_memory(list(recipes.values()))
+        self.device, self.host = device, torch.device("cpu")
+        self.steps: dict[int, TrainingStep] = {}
+        for num_offsets, recipe in recipes.items():
+            self.steps[num_offsets] = TrainingStep(recipe, device)
+            if device != self.host:
+                self.steps[num_offsets].to(self.host)
+        self.warm: set[Key] = set()
+        self.on_device: int | None = None
+
+    def ready(self, cell: Cell) -> TrainingStep:
+        """Return the cell's model on the device, after one step that is not timed if it is cold."""
+        step = self.steps[cell.num_offsets]
+        if self.device != self.host and self.on_device != cell.num_offsets:
+            self._swap_in(cell.num_offsets)
+        if cell.key not in self.warm:
             step.run(cell.schedule, predicts=False)
-        _sample_step(step, cell, timings)
-    if is_parked:
-        step.to(torch.device("cpu"))
+            self.warm.add(cell.key)
+        return step
+
+    def _swap_in(self, num_offsets: int) -> None:
+        if self.on_device is not None:
+            self.steps[self.on_device].to(self.host)
         torch.cuda.empty_cache()
+        self.steps[num_offsets].to(self.device)
+        self.on_device = num_offsets
+        self.warm.clear()
 
 
 def _sample_step(step: TrainingStep, cell: Cell, timings: Timings) -> None:
@@ -114,9 +133,9 @@ def _sample_product(timings: Timings, device: torch.device, precision: str) -> N
     timings.product_flops_per_s.append(2 * PRODUCT_WIDTH**3 / best_s)
 
 
-def _check_memory(cells: list[Cell]) -> None:
+def _check_memory(recipes: list[Recipe]) -> None:
     """Refuse to start what cannot fit: the models of all numbers of offsets stay on the host."""
-    needed_bytes = KEPT_BYTES * sum(parameter_counts(cell.recipe).total for cell in cells)
+    needed_bytes = KEPT_BYTES * sum(parameter_counts(recipe).total for recipe in recipes)
     free_bytes = _available_bytes()
     if needed_bytes > free_bytes:
         raise TrainingError(

@@ -49,10 +49,14 @@ class TrainingStep:
         self._update()
 
     def to(self, device: torch.device) -> None:
-        """Move weights and optimizer state, to make room for another model."""
+        """Move weights, optimizer state and batch, to make room for another model."""
+        self.device = device
+        self.tokens, self.documents, self.targets = (
+            batch.to(device) for batch in (self.tokens, self.documents, self.targets)
+        )
         self.model.to(device)
         for state in self.optimizer.state.values():
-            state.update({key: value.to(device) for key, value in state.items() if value.dim() > 0})
+            state.update({key: value.to(device) for key, value in state.items()})
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
         size = self.recipe.batch.micro_rows

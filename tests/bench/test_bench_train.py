@@ -42,10 +42,16 @@ def test_what_is_computed_twice_is_said(kind, is_said, capsys):
 
 def test_rounds_are_interleaved(monkeypatch):
     order = []
-    monkeypatch.setattr(rounds, "step_seconds", lambda step, schedule: order.append(schedule) or 1.0)
+
+    def record(step, schedule):
+        order.append((step.recipe.heads.num_offsets, schedule))
+        return 1.0
+
+    monkeypatch.setattr(rounds, "step_seconds", record)
     cells = build_cells(quick_recipe(kind="linear"), [1, 2], ["sequential", "joint"])
     timings = time_rounds(cells, torch.device("cpu"), 2)
-    assert order == ["sequential", "joint"] * 2 + ["joint", "sequential"] * 2
+    once = [(1, "sequential"), (2, "sequential"), (1, "joint"), (2, "joint")]
+    assert order == once + once[::-1]
     assert all(len(samples) == 2 for samples in timings.step_s.values())
     assert len(timings.product_flops_per_s) == 2
 
