@@ -1,6 +1,7 @@
 """Law 9: killed with SIGKILL at random moments and started again = never killed; losses and weights to the bit."""
 
 import random
+from hashlib import sha256
 
 import pytest
 
@@ -24,10 +25,9 @@ def uninterrupted(tmp_path_factory):
     return cwd
 
 
-def assert_equal_runs(cwd, name):
-    final = f"checkpoints/step-{STEPS:08d}/model.safetensors"
-    assert (cwd / name / final).read_bytes() == (cwd / "whole" / final).read_bytes()
-    assert figures(cwd / name / "metrics.csv") == figures(cwd / "whole/metrics.csv")
+def final_weights(cwd, name):
+    """Digest of the last checkpoint's weights: short, so that a failed comparison is too."""
+    return sha256((cwd / name / f"checkpoints/step-{STEPS:08d}/model.safetensors").read_bytes()).hexdigest()
 
 
 def kill_and_resume(cwd, name, num_kills, seed):
@@ -39,7 +39,8 @@ def kill_and_resume(cwd, name, num_kills, seed):
     done = mtp(*train(cwd, name), cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert f"Continuing {name} after step" in done.stdout
-    assert_equal_runs(cwd, name)
+    assert final_weights(cwd, name) == final_weights(cwd, "whole")
+    assert figures(cwd / name / "metrics.csv") == figures(cwd / "whole/metrics.csv")
 
 
 def test_killed_runs_go_on_exactly(uninterrupted):
@@ -56,5 +57,5 @@ def test_another_seed_gives_other_weights(uninterrupted):
     """The comparison above can fail."""
     done = mtp(*train(uninterrupted, "other", "run.seed=1"), cwd=uninterrupted)
     assert done.returncode == 0, done.stderr
-    with pytest.raises(AssertionError):
-        assert_equal_runs(uninterrupted, "other")
+    assert final_weights(uninterrupted, "other") != final_weights(uninterrupted, "whole")
+    assert figures(uninterrupted / "other/metrics.csv") != figures(uninterrupted / "whole/metrics.csv")
