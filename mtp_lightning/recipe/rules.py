@@ -252,12 +252,6 @@ RULES: tuple[Rule, ...] = (
         remedy="Choose decay rates such as [0.9, 0.95].",
     ),
     Rule(
-        fields=("optimizer.warmup_steps", "run.steps"),
-        holds=lambda recipe: recipe.optimizer.warmup_steps < recipe.run.steps,
-        must_hold="must be less than run.steps",
-        remedy="Lower optimizer.warmup_steps, or raise run.steps.",
-    ),
-    Rule(
         fields=("run.seed",),
         holds=lambda recipe: recipe.run.seed <= LARGEST_SEED,
         must_hold=f"must be at most {LARGEST_SEED}",

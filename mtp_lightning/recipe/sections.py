@@ -213,7 +213,7 @@ class OptimizerSection(Section):
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay; norms and biases are exempt."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; a shorter run ends within it."""
     decay_ratio: Fraction = 0.1
     """Learning rate at the last step, as a share of the peak."""
     clip_norm: PositiveFloat | None = 1.0

@@ -144,7 +144,6 @@ RULES = (
     _broken("window_beyond_positions", "data.window_tokens=5000"),
     _broken("micro_rows_do_not_divide", "batch.rows=12", "batch.micro_rows=8"),
     _broken("betas_out_of_range", "optimizer.betas=[0.9, 1.0]"),
-    _broken("warmup_as_long_as_run", "run.steps=100"),
     _broken("seed_too_large", "run.seed=4294967296"),
     _broken("ranks_do_not_divide_rows", "strategy.kind=zero2", "strategy.ranks_per_node=6", "batch.micro_rows=1"),
     _broken("micro_rows_of_all_ranks_do_not_divide_rows", "strategy.kind=zero3", "strategy.num_nodes=2"),
