@@ -9,11 +9,12 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from mtp_lightning.bench.machine import describe_machine, prepare_device
+from mtp_lightning.bench.machine import describe_machine
 from mtp_lightning.bench.peak import PeakMeter
 from mtp_lightning.bench.step import TrainingStep
 from mtp_lightning.errors import MtpError
 from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.training.device import prepare_device
 
 
 def probe(recipe: Recipe) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from statistics import median, quantiles
 from rich.table import Table
 
 from mtp_lightning.bench.cells import Cell, build_cells, describe_matching, describe_shape, impossible
-from mtp_lightning.bench.machine import Machine, describe_machine, prepare_device
+from mtp_lightning.bench.machine import Machine, describe_machine
 from mtp_lightning.bench.rounds import PRODUCT_WIDTH, Key, Timings, time_rounds
 from mtp_lightning.bench.showing import add_rows, build_table, console, number, ratio, scaled, write_json
 from mtp_lightning.planner.flops import flop_ratio, flops_per_step, tokens_per_step
 from mtp_lightning.planner.hardware import peak_flops_per_s
 from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.training.device import prepare_device
 
 ROUNDS = 5
 BUSY_LOAD = 0.3

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
-import torch
 
 from mtp_lightning.checkpoint.lightning_io import SafeCheckpointIO
 from mtp_lightning.data.datamodule import MtpDataModule
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.recipe import LoadedRecipe, Recipe, num_head_layers, num_trunk_layers
 from mtp_lightning.training.callbacks.build import build_callbacks
+from mtp_lightning.training.device import prepare_device
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.run_folder import Opened, opened_run_folder
 
@@ -45,8 +45,6 @@ def _check_strategy(recipe: Recipe) -> None:
 
 
 def _fit(recipe: Recipe, opened: Opened) -> int:
-    if recipe.run.threads is not None:
-        torch.set_num_threads(recipe.run.threads)
     L.seed_everything(recipe.run.seed, verbose=False)
     checkpoint = opened.checkpoint
     if checkpoint is not None:
@@ -66,7 +64,7 @@ def build_trainer(recipe: Recipe, run_folder: Path) -> L.Trainer:
     """Build the Lightning trainer of a run; everything that Lightning prints or saves by itself is off."""
     layers = {"trunk": num_trunk_layers(recipe), "heads": num_head_layers(recipe)}
     return L.Trainer(
-        accelerator=_accelerator(recipe),
+        accelerator=prepare_device(recipe).type,
         devices=1,
         precision="32-true",  # run.precision=bf16 is autocast around the forward pass alone, in the module
         max_steps=recipe.run.steps,
@@ -84,17 +82,6 @@ def build_trainer(recipe: Recipe, run_folder: Path) -> L.Trainer:
         enable_model_summary=False,
         default_root_dir=run_folder,
     )
-
-
-def _accelerator(recipe: Recipe) -> str:
-    has_cuda = torch.cuda.is_available()
-    if recipe.run.device == "cuda" and not has_cuda:
-        raise TrainingError(
-            "run.device=cuda needs a CUDA device and a torch that can use it",
-            f"none (torch {torch.__version__})",
-            "Give run.device=cpu, or run where there is a GPU.",
-        )
-    return "cuda" if has_cuda and recipe.run.device != "cpu" else "cpu"
 
 
 @contextlib.contextmanager
