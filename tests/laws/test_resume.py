@@ -7,8 +7,8 @@ import pytest
 
 from tests.support.runs import ROOT, figures, last_step, mtp, mtp_killed
 
-STEPS = 60
-RUN = ("run.steps=60", "run.checkpoint_every_steps=7", "run.validate_every_steps=20", "run.log_every_steps=3")
+STEPS = 120
+RUN = (f"run.steps={STEPS}", "run.checkpoint_every_steps=7", "run.validate_every_steps=20", "run.log_every_steps=3")
 
 
 def train(cwd, name, *extra):
@@ -34,7 +34,7 @@ def kill_and_resume(cwd, name, num_kills, seed):
     draw = random.Random(seed)
     metrics = cwd / name / "metrics.csv"
     for kill in range(num_kills):
-        after_step = min(STEPS - 12, last_step(metrics) + draw.randint(1, 20))
+        after_step = min(STEPS // 2, last_step(metrics) + draw.randint(1, 20))  # far enough from the end to be killed
         assert mtp_killed(*train(cwd, name), cwd=cwd, metrics=metrics, after_step=after_step, seed=kill) == -9
     done = mtp(*train(cwd, name), cwd=cwd)
     assert done.returncode == 0, done.stderr
