@@ -34,7 +34,8 @@ def kill_and_resume(cwd, name, num_kills, seed):
     draw = random.Random(seed)
     metrics = cwd / name / "metrics.csv"
     for kill in range(num_kills):
-        after_step = min(STEPS // 2, last_step(metrics) + draw.randint(1, 20))  # far enough from the end to be killed
+        # After the first checkpoint, and far enough from the end for the kill to find a running process.
+        after_step = min(STEPS // 2, max(10, last_step(metrics) + draw.randint(1, 20)))
         assert mtp_killed(*train(cwd, name), cwd=cwd, metrics=metrics, after_step=after_step, seed=kill) == -9
     done = mtp(*train(cwd, name), cwd=cwd)
     assert done.returncode == 0, done.stderr
