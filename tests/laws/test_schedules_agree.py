@@ -53,8 +53,9 @@ def test_every_kind_under_every_objective(kind, objective):
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
-def test_every_chunk_size_and_accumulation(kind, accumulation, chunk_rows):
-    assert_same_step(HEAD_KINDS[kind], {}, accumulation=accumulation, chunk_rows=chunk_rows, masked=False)
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_chunk_size_mask_and_accumulation(kind, accumulation, chunk_rows, masked):
+    assert_same_step(HEAD_KINDS[kind], {}, accumulation=accumulation, chunk_rows=chunk_rows, masked=masked)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in HEAD_KINDS if kind != "anticausal"])
