@@ -1,0 +1,85 @@
+"""Offset metrics against the definitions, written out position by position."""
+
+import math
+
+import pytest
+import torch
+
+from mtp_lightning.losses.targets import IGNORE
+from mtp_lightning.training.metrics import OffsetMetrics
+from mtp_lightning.training.schedules import OffsetLosses
+
+N, B, T = 3, 2, 9
+
+
+def micro_batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(3, (N, B, T), generator=generator)
+    targets[torch.rand(N, B, T, generator=generator) < 0.2] = IGNORE
+    predictions = torch.randint(3, (N, B, T), generator=generator)
+    return targets, OffsetLosses(torch.rand(N, generator=generator) * 9, predictions)
+
+
+def by_hand(batches):
+    """Count as `training/metrics.py` defines: the main head speaks of the same token k-1 positions later."""
+    figures = {}
+    for k in range(1, N + 1):
+        valid = [
+            (targets, losses.predictions, b, t)
+            for targets, losses in batches
+            for b in range(B)
+            for t in range(T)
+            if targets[k - 1, b, t] != IGNORE
+        ]
+        figures[f"loss_{k}"] = float(sum(losses.nll_sums[k - 1] for _, losses in batches)) / len(valid)
+        right = [bool(predicted[k - 1, b, t] == targets[k - 1, b, t]) for targets, predicted, b, t in valid]
+        figures[f"label_accuracy_{k}"] = sum(right) / len(right)
+        agreeing = [bool(p[k - 1, b, t] == p[0, b, t + k - 1]) for _, p, b, t in valid if t + k - 1 < T]
+        figures[f"agreement_{k}"] = sum(agreeing) / len(agreeing)
+    del figures["agreement_1"]
+    drafts = [
+        [bool(losses.predictions[k, b, t] == losses.predictions[0, b, t + k]) for k in range(1, N)]
+        for targets, losses in batches
+        for b in range(B)
+        for t in range(T - N + 1)
+        if all(targets[k, b, t] != IGNORE for k in range(N))
+    ]
+    before = 1.0
+    for k in range(2, N + 1):
+        cumulative = sum(all(draft[: k - 1]) for draft in drafts) / len(drafts)
+        figures[f"cumulative_acceptance_{k}"] = cumulative
+        figures[f"conditional_acceptance_{k}"] = cumulative / before
+        before = cumulative
+    figures["accepted_length"] = 1 + sum(figures[f"cumulative_acceptance_{k}"] for k in range(2, N + 1))
+    return figures
+
+
+@pytest.mark.parametrize("num_batches", [1, 3, 40])
+def test_figures_are_the_definitions(num_batches):
+    batches = [micro_batch(seed) for seed in range(num_batches)]
+    metrics = OffsetMetrics(N)
+    for targets, losses in batches:
+        metrics.update(targets, losses)
+    expected = by_hand(batches)
+    found = metrics.compute()
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluations_do_not_mix():
+    metrics = OffsetMetrics(N)
+    metrics.update(*micro_batch(0))
+    metrics.reset()
+    metrics.update(*micro_batch(1))
+    assert metrics.compute() == pytest.approx(by_hand([micro_batch(1)]), rel=1e-6)
+
+
+def test_an_offset_that_was_not_computed_has_no_loss_and_no_acceptance():
+    targets, losses = micro_batch(0)
+    losses.nll_sums[2] = torch.nan
+    metrics = OffsetMetrics(N)
+    metrics.update(targets, losses)
+    figures = metrics.compute()
+    assert math.isnan(figures["loss_3"])
+    assert math.isnan(figures["agreement_3"])
+    assert math.isfinite(figures["loss_2"])
