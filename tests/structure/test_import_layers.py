@@ -11,6 +11,7 @@ LAYERS = (
     ("recipe",),
     ("planner",),
     ("launch",),
+    ("ranks",),
     ("data", "losses"),
     ("model",),
     ("checkpoint", "decode"),
@@ -58,7 +59,7 @@ def test_imports_go_downwards(path: Path) -> None:
 
 
 def test_the_plan_of_the_house_is_read_right() -> None:
-    paper = {"errors", "recipe", "planner", "launch"}
+    paper = {"errors", "recipe", "planner", "launch", "ranks"}
     assert below("recipe") == {"recipe", "errors"}
     assert below("data") == paper | {"data"}
     assert below("model") == paper | {"model", "losses"}
