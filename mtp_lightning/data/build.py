@@ -17,7 +17,7 @@ from mtp_lightning.data.manifest import MANIFEST_NAME, Manifest, Shard, Split, l
 from mtp_lightning.data.progress import Advance, say, watched
 from mtp_lightning.data.shard_writer import MEMBER_TOKENS, SHARD_BYTES, SplitWriter
 from mtp_lightning.data.sources import Document, SourceFile, documents_of, find_files
-from mtp_lightning.data.tokenizers import Tokenizer, build_tokenizer, token_dtype
+from mtp_lightning.data.tokenizers import Tokenizer, open_tokenizer, token_dtype
 from mtp_lightning.errors import DataError
 
 AS_NAMED = ("utf-8", "surrogateescape")  # file names need not be UTF-8
@@ -48,7 +48,7 @@ def build_shards(
     _refuse_taken(out, listing_hash(files))
     began_at = time.monotonic()
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}-{secrets.token_hex(2)}")
-    build = _Build(partial, build_tokenizer(tokenizer), validation_share)
+    build = _Build(partial, open_tokenizer(tokenizer), validation_share)
     build.begin(member_tokens=member_tokens, shard_bytes=shard_bytes)
     if show_progress:
         _say_unfinished(out)

@@ -10,7 +10,7 @@ from mtp_lightning.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest,
 from mtp_lightning.data.progress import say
 from mtp_lightning.data.rows import Rows
 from mtp_lightning.data.sources import find_files, is_stdlib
-from mtp_lightning.data.tokenizers import build_tokenizer
+from mtp_lightning.data.tokenizers import Tokenizer, open_tokenizer
 from mtp_lightning.errors import DataError
 from mtp_lightning.recipe.sections import DataSection, Recipe
 
@@ -77,16 +77,30 @@ def check_largest_token(largest_token: int, vocabulary: int, where: str) -> None
         )
 
 
+def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
+    """Open the tokenizer that the recipe names.
+
+    Raises:
+        DataError: There is none, or its file or its library cannot be loaded.
+    """
+    return open_tokenizer(recipe.data.tokenizer, end_of_document=recipe.data.end_of_document)
+
+
 def _check_tokenizer(recipe: Recipe, manifest: Manifest) -> None:
-    tokenizer = build_tokenizer(recipe.data.tokenizer)
-    wanted = f"{tokenizer.name} {tokenizer.fingerprint()[:12]}"
-    found = f"{manifest.tokenizer} {manifest.tokenizer_hash[:12]}"
-    if wanted != found:
+    tokenizer = recipe_tokenizer(recipe)
+    wanted = (tokenizer.fingerprint(), tokenizer.end_of_document)
+    if wanted != (manifest.tokenizer_hash, manifest.end_of_document):
+        named = manifest.tokenizer if manifest.tokenizer == "byte" else f"the file {manifest.tokenizer} of that hash"
         raise DataError(
-            f"data.tokenizer must be the tokenizer that the shards were made with, {found}",
-            wanted,
-            f"Set data.tokenizer={manifest.tokenizer}, or build the shards again with `mtp data build`",
+            "data.tokenizer must be the tokenizer that the shards were made with, "
+            f"{_spelled(manifest.tokenizer, manifest.tokenizer_hash, manifest.end_of_document)}",
+            _spelled(tokenizer.name, *wanted),
+            f"Set data.tokenizer to {named}, or build the shards again with `mtp data build`",
         )
+
+
+def _spelled(name: str, fingerprint: str, end_of_document: int) -> str:
+    return f"{name} {fingerprint[:12]} (end of document {end_of_document})"
 
 
 def _corpus_key(data: DataSection) -> str:
@@ -94,7 +108,7 @@ def _corpus_key(data: DataSection) -> str:
     needs_python = any(map(is_stdlib, data.corpus))
     parts = {
         "corpus": [source if is_stdlib(source) else _absolute(source) for source in data.corpus],
-        "tokenizer": build_tokenizer(data.tokenizer).fingerprint(),
+        "tokenizer": open_tokenizer(data.tokenizer).fingerprint(),
         "validation_share": data.validation_share,
         "format_version": FORMAT_VERSION,
         "python": f"{platform.python_implementation()} {platform.python_version()}" if needs_python else None,

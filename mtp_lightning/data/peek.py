@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtp_lightning.data.corpus import open_rows, prepare_shards
+from mtp_lightning.data.corpus import open_rows, prepare_shards, recipe_tokenizer
 from mtp_lightning.data.manifest import Split
 from mtp_lightning.data.rows import Rows
-from mtp_lightning.data.tokenizers import Tokenizer, build_tokenizer
+from mtp_lightning.data.tokenizers import Tokenizer
 from mtp_lightning.recipe.sections import Recipe
 
 PIPED_WIDTH = 100
@@ -42,7 +42,7 @@ def row_table(recipe: Recipe, rows: Rows, row: int) -> Table:
     targets = targets_of_row(tokens, documents, loss_mask, num_offsets=num_offsets)
     rotary = _rotary_positions(documents) if recipe.data.attention == "document" else list(range(len(tokens)))
     begins = {position for position in range(1, len(tokens)) if documents[position] != documents[position - 1]}
-    tokenizer = build_tokenizer(recipe.data.tokenizer)
+    tokenizer = recipe_tokenizer(recipe)
     table = _empty_table(recipe, rows, row)
     for position, token in enumerate(tokens):
         is_target_only = position >= num_positions

@@ -14,6 +14,7 @@ Verdict = Literal["warn", "refuse"]
 RUN_FIELDS = frozenset(
     {
         "name",
+        "data.mixture_epochs",
         "data.workers",
         "run.dir",
         "run.cache",
@@ -38,6 +39,8 @@ NOTED: dict[str, str] = {
     "objective.checkpoint_heads": REORDERED,
     "objective.compile": REORDERED,
     "data.shards": "the shards may have moved; their fingerprint is compared instead",
+    "data.mixture": "the shards may have moved; their fingerprints and shares are compared instead",
+    "data.tokenizer": "the file may have moved; its hash is compared with that of the shards instead",
     "run.validation_rows": "validation figures from here on are of other rows",
     **{f"strategy.{name}": OTHER_RANKS for name in StrategySection.model_fields},
 }

@@ -6,11 +6,12 @@ from typing import Any
 
 from mtp_lightning.errors import Fault
 from mtp_lightning.recipe.layers import num_layers_from_trunk, num_trunk_layers
-from mtp_lightning.recipe.sections import ConstantWeights, LambdaWeights, Recipe, StrategySection
+from mtp_lightning.recipe.sections import MIXTURE_BLOCK_ROWS, ConstantWeights, LambdaWeights, Recipe, StrategySection
 from mtp_lightning.recipe.words import nearest, one_of
 from mtp_lightning.recipe.yaml12 import one_line_yaml
 
 KNOWN_TOKENIZERS = ("byte",)
+TOKENIZER_FILES = (".json", ".model")
 LARGEST_SEED = 2**32 - 1
 LARGEST_DIVISOR = 1024
 
@@ -130,6 +131,16 @@ def _offloads(strategy: StrategySection, *places: str) -> bool:
     return strategy.offload_optimizer in places or strategy.offload_parameters in places
 
 
+def _is_tokenizer(name: str) -> bool:
+    return name in KNOWN_TOKENIZERS or name.endswith(TOKENIZER_FILES)
+
+
+def _weights_are_near(recipe: Recipe) -> bool:
+    """Check that each source gets a row or more of a block of the mixture."""
+    weights = recipe.data.mixture.values()
+    return all(weight * MIXTURE_BLOCK_ROWS >= sum(weights) for weight in weights)
+
+
 def _needs_kind(field: str, default: Any, *kinds: str) -> Rule:
     """Build the rule that a field which only some head kinds read keeps its default elsewhere."""
     return Rule(
@@ -223,9 +234,33 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         fields=("data.tokenizer",),
-        holds=lambda recipe: recipe.data.tokenizer in KNOWN_TOKENIZERS,
-        must_hold=f"must be a known tokenizer: {one_of(KNOWN_TOKENIZERS)}",
-        remedy=f"Set data.tokenizer={KNOWN_TOKENIZERS[0]}.",
+        holds=lambda recipe: _is_tokenizer(recipe.data.tokenizer),
+        must_hold=f"must be {one_of(KNOWN_TOKENIZERS)}, or a file that ends in {one_of(TOKENIZER_FILES)}",
+        remedy=f"Set data.tokenizer={KNOWN_TOKENIZERS[0]}, or give the path of a tokenizer.json.",
+    ),
+    Rule(
+        fields=("data.end_of_document", "data.tokenizer"),
+        holds=lambda recipe: recipe.data.tokenizer not in KNOWN_TOKENIZERS or recipe.data.end_of_document is None,
+        must_hold="must be null unless data.tokenizer is a file",
+        remedy="Remove data.end_of_document.",
+    ),
+    Rule(
+        fields=("data.mixture", "data.shards"),
+        holds=lambda recipe: not recipe.data.mixture or recipe.data.shards is None,
+        must_hold="must be empty when data.shards names a folder",
+        remedy="Remove data.shards, or give its folder a weight in data.mixture.",
+    ),
+    Rule(
+        fields=("data.mixture",),
+        holds=_weights_are_near,
+        must_hold=f"must give every source at least 1 of {MIXTURE_BLOCK_ROWS} rows",
+        remedy="Raise the smallest weight, or leave the source out.",
+    ),
+    Rule(
+        fields=("data.mixture_epochs", "data.mixture"),
+        holds=lambda recipe: recipe.data.mixture_epochs.keys() <= recipe.data.mixture.keys(),
+        must_hold="must name sources of data.mixture only",
+        remedy="Spell the sources as in data.mixture.",
     ),
     Rule(
         fields=("data.window_tokens", "heads.num_offsets"),

@@ -117,7 +117,7 @@ def test_folder_without_manifest_is_not_mistaken_for_shards(tmp_path: Path, corp
 def test_shards_of_another_tokenizer_are_refused(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(tmp_path / "cache", corpus, data={"shards": str(tmp_path / "shards")})
     build_tiny([str(corpus)], tmp_path / "shards")
-    tokenizer = type(corpus_module.build_tokenizer("byte"))
+    tokenizer = type(corpus_module.open_tokenizer("byte"))
     monkeypatch.setattr(tokenizer, "fingerprint", lambda self: "0" * 64)
     with pytest.raises(
         DataError, match=r"must be the tokenizer that the shards were made with, byte .* found byte 000"

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.data.tokenizers import ByteTokenizer, build_tokenizer, token_dtype
+from mtp_lightning.data.tokenizers import ByteTokenizer, open_tokenizer, token_dtype
 from mtp_lightning.errors import DataError
 
 
@@ -29,4 +29,4 @@ def test_ids_are_stored_in_the_smallest_type_that_holds_them(vocabulary: int, dt
 
 def test_unknown_tokenizer_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(DataError, match=r"found 'bite'. Choose one of: byte"):
-        build_tokenizer("bite")
+        open_tokenizer("bite")
