@@ -1,7 +1,9 @@
 """Checkpoints that survive a kill at any moment: folders of safetensors and JSON, committed by one rename.
 
-`tree` turns nested Python values into a JSON document and named tensors; `tensors` writes and reads
-safetensors files; `folder` puts the two together; `layout` finds and verifies checkpoints; `commit` makes and
-deletes; `manifest` says what a complete one holds; `lightning_io` plugs all into a Lightning trainer.
-Nothing is ever pickled, so reading a checkpoint runs no code of its author.
+Weights and moments are shards (`shards` writes what a rank owns, `shard_reader` reads any interval, whoever wrote
+it), so a run goes on with another number of ranks or another strategy. All other state is a JSON document and the
+tensors that it names (`folder`, on top of `tree`); `tensors` is the safetensors format itself. `commit` makes a
+checkpoint out of what all ranks wrote, and deletes old ones; `layout` finds and verifies them; `manifest` says what
+a complete one holds. `loading` gives back a model, `consolidate` exports one (`exported` describes that folder).
+`lightning_io` plugs state into a Lightning trainer. Nothing is ever pickled, so reading runs no code of its author.
 """

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,8 +13,9 @@ from pathlib import Path
 from mtp_lightning import __version__
 from mtp_lightning.checkpoint.durable import replace_durably, sync_folder, write_durably
 from mtp_lightning.checkpoint.layout import check_sizes, complete_checkpoints, name_of_step
-from mtp_lightning.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, Moment, RunFacts
+from mtp_lightning.checkpoint.manifest import MANIFEST_NAME, RECIPE_NAME, FileRecord, Manifest, Moment, RunFacts
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.ranks import Ranks
 
 _LEFTOVER = re.compile(r"step-\d{8,}\.(partial|removed)|(last|best)\.tmp")
 
@@ -24,28 +25,104 @@ def partial_path(folder: Path, step: int) -> Path:
     return folder / f"{name_of_step(step)}.partial"
 
 
+def save_together(
+    ranks: Ranks, folder: Path, moment: Moment, facts: RunFacts, write: Callable[[Path], Mapping[str, FileRecord]]
+) -> Path:
+    """Commit what every rank writes as one checkpoint, or leave no trace of it; all ranks call it.
+
+    When it returns or raises, it has done so on every rank: either the checkpoint is complete, or the partial
+    folder is gone.
+
+    Args:
+        ranks: who takes part; all must see the same folder.
+        folder: where checkpoints lie.
+        moment: where in the run this is; the first rank's goes into the manifest.
+        facts: what is the same over the run; the first rank's goes into the manifest.
+        write: fills the partial folder and returns the records of the files it wrote, which must be on disk. Files
+            that no record names are forced to disk and hashed by the first rank.
+
+    Returns:
+        The committed folder.
+
+    Raises:
+        CheckpointError: the system refused a write on some rank (a full disk, a quota), or the ranks do not share the
+            folder; earlier checkpoints are untouched.
+    """
+    partial = partial_path(folder, moment.step)
+    with ranks.agreeing(), _leaving_no_trace(partial if ranks.is_first else None):
+        with ranks.agreeing(), _explaining(folder, moment.step):
+            if ranks.is_first:
+                _make_empty(partial)
+        records: Mapping[str, FileRecord] = {}
+        with ranks.agreeing(), _explaining(folder, moment.step):
+            records = write(partial)
+        records_of_ranks = ranks.gather(dict(records))
+        if ranks.is_first:
+            with _explaining(folder, moment.step):
+                _check_shared(partial, records_of_ranks)
+                _commit(
+                    partial, moment, facts, {name: record for own in records_of_ranks for name, record in own.items()}
+                )
+    return partial.with_suffix("")
+
+
 @contextmanager
 def saving(folder: Path, moment: Moment, facts: RunFacts) -> Iterator[Path]:
-    """Commit what the body writes into the folder that it is given, or leave no trace of it.
+    """Commit what the body writes into the folder that it is given, or leave no trace of it; for one process.
 
     Raises:
         CheckpointError: the system refused a write (a full disk, a quota); earlier checkpoints are untouched.
     """
     partial = partial_path(folder, moment.step)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with _leaving_no_trace(partial), _explaining(folder, moment.step):
+        _make_empty(partial)
         yield partial
-        _commit(partial, _describe(partial, moment, facts))
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise _unwritable(folder, moment.step, error) from error
+        _commit(partial, moment, facts, {})
+
+
+@contextmanager
+def _leaving_no_trace(partial: Path | None) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _describe(partial: Path, moment: Moment, facts: RunFacts) -> Manifest:
+@contextmanager
+def _explaining(folder: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(folder, step, error) from error
+
+
+def _make_empty(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _check_shared(partial: Path, records_of_ranks: list[dict[str, FileRecord]]) -> None:
+    """Check that the first rank sees what every rank says that it wrote."""
+    owner: dict[str, int] = {}
+    for rank, records in enumerate(records_of_ranks):
+        for name, record in records.items():
+            file = partial / name
+            size_bytes = file.stat().st_size if file.is_file() else None
+            if name in owner or size_bytes != record.size_bytes:
+                what = (
+                    f"written by rank {owner[name]} too" if name in owner else f"seen by rank 0 with {size_bytes} bytes"
+                )
+                raise CheckpointError(
+                    "every rank must write files of its own into one folder that all ranks share",
+                    f"{name} written by rank {rank} with {record.size_bytes} bytes, {what}, in {partial}",
+                    "Put run.dir on a file system that all nodes share",
+                )
+            owner[name] = rank
+
+
+def _describe(partial: Path, moment: Moment, facts: RunFacts, records: Mapping[str, FileRecord]) -> Manifest:
     return Manifest(
         package_version=__version__,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -55,8 +132,9 @@ def _describe(partial: Path, moment: Moment, facts: RunFacts) -> Manifest:
         num_offsets=facts.num_offsets,
         layers=dict(facts.layers),
         world_size=facts.world_size,
+        strategy=facts.strategy,
         metrics={name: value for name, value in moment.metrics.items() if math.isfinite(value)},
-        files={path.name: _record(path) for path in sorted(partial.iterdir())},
+        files={path.name: records.get(path.name) or _record(path) for path in sorted(partial.iterdir())},
     )
 
 
@@ -68,7 +146,10 @@ def _record(path: Path) -> FileRecord:
         return FileRecord(size_bytes=os.fstat(file.fileno()).st_size, sha256=digest)
 
 
-def _commit(partial: Path, manifest: Manifest) -> None:
+def _commit(partial: Path, moment: Moment, facts: RunFacts, records: Mapping[str, FileRecord]) -> None:
+    if facts.recipe_text:
+        records = {**records, RECIPE_NAME: write_durably(partial / RECIPE_NAME, facts.recipe_text.encode())}
+    manifest = _describe(partial, moment, facts, records)
     write_durably(partial / MANIFEST_NAME, manifest.model_dump_json(indent=2).encode())
     sync_folder(partial)
     final = partial.with_suffix("")

@@ -7,12 +7,14 @@ The files `last` and `best` hold the name of a checkpoint for people and scripts
 
 import hashlib
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtp_lightning.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpointError, Manifest, read_manifest
+from mtp_lightning.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpointError, FileRecord, Manifest, read_manifest
 from mtp_lightning.errors import CheckpointError
 
+BLOCK_BYTES = 2**20
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -37,7 +39,7 @@ def name_of_step(step: int) -> str:
 def complete_checkpoints(folder: Path) -> list[Checkpoint]:
     """Find the checkpoints whose manifest is in place and whose files have the right sizes, oldest first."""
     found = []
-    for path in _named_checkpoints(folder):
+    for path in named_checkpoints(folder):
         try:
             found.append(Checkpoint(path, check_sizes(path)))
         except CheckpointError:
@@ -54,7 +56,7 @@ def newest_complete(folder: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: one cannot be read for another reason than damage (permissions, a later format).
     """
-    for path in reversed(_named_checkpoints(folder)):
+    for path in reversed(named_checkpoints(folder)):
         try:
             return Checkpoint(path, verify(path))
         except DamagedCheckpointError as error:
@@ -75,10 +77,20 @@ def verify(path: Path) -> Manifest:
         CheckpointError: a file cannot be read.
     """
     manifest = check_sizes(path)
-    for name, record in manifest.files.items():
+    check_digests(path, manifest.files)
+    return manifest
+
+
+def check_digests(path: Path, files: Mapping[str, FileRecord], advance: Callable[[int], None] | None = None) -> None:
+    """Compare the content of files of a folder with their records; `advance` is told of bytes read.
+
+    Raises:
+        DamagedCheckpointError: names the file and what differs.
+        CheckpointError: a file cannot be read.
+    """
+    for name, record in files.items():
         try:
-            with (path / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = _digest_of(path / name, advance)
         except OSError as error:
             raise CheckpointError(
                 "every file of a checkpoint must be readable",
@@ -87,7 +99,17 @@ def verify(path: Path) -> Manifest:
             ) from None
         if digest != record.sha256:
             raise _difference(path / name, f"sha256 {digest[:12]}… instead of {record.sha256[:12]}…")
-    return manifest
+
+
+def _digest_of(file: Path, advance: Callable[[int], None] | None) -> str:
+    digest = hashlib.sha256()
+    memory = memoryview(bytearray(BLOCK_BYTES))
+    with file.open("rb", buffering=0) as content:
+        while num_bytes := content.readinto(memory):
+            digest.update(memory[:num_bytes])
+            if advance is not None:
+                advance(num_bytes)
+    return digest.hexdigest()
 
 
 def check_sizes(path: Path) -> Manifest:
@@ -99,13 +121,22 @@ def check_sizes(path: Path) -> Manifest:
     manifest = read_manifest(path)
     if path.name != name_of_step(manifest.step):
         raise _difference(path / MANIFEST_NAME, f"step {manifest.step} in a folder called {path.name}")
-    for name, record in manifest.files.items():
+    check_files(path, manifest.files)
+    return manifest
+
+
+def check_files(path: Path, files: Mapping[str, FileRecord]) -> None:
+    """Compare the names and sizes of files of a folder with their records.
+
+    Raises:
+        DamagedCheckpointError: names the file and what differs.
+    """
+    for name, record in files.items():
         file = path / name
         if not file.is_file():
             raise _difference(file, "no such file")
         if (size_bytes := file.stat().st_size) != record.size_bytes:
             raise _difference(file, f"{size_bytes} bytes instead of {record.size_bytes}")
-    return manifest
 
 
 def _difference(file: Path, what: str) -> DamagedCheckpointError:
@@ -114,7 +145,7 @@ def _difference(file: Path, what: str) -> DamagedCheckpointError:
     )
 
 
-def _named_checkpoints(folder: Path) -> list[Path]:
+def named_checkpoints(folder: Path) -> list[Path]:
     """List folders with a checkpoint's final name, oldest first."""
     steps = {
         path: int(match[1])

@@ -4,14 +4,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mtp_lightning.errors import CheckpointError
 
 MANIFEST_NAME = "MANIFEST.json"
-FORMAT_VERSION = 1
+RECIPE_NAME = "recipe.yaml"
+FORMAT_VERSION = 2
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -26,6 +27,8 @@ class RunFacts:
     num_offsets: int
     layers: Mapping[str, int]  # e.g. {"trunk": 5, "heads": 3}
     world_size: int = 1
+    strategy: str = "single"  # single, zero1, zero2 or zero3: who held what; any other can read the checkpoint
+    recipe_text: str = ""  # the resolved recipe as YAML; goes into every checkpoint as recipe.yaml, unless empty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ class Manifest(BaseModel):
     num_offsets: int
     layers: dict[str, int]
     world_size: int
+    strategy: str
     metrics: dict[str, float]
     files: dict[str, FileRecord]
 
@@ -71,7 +75,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
     Raises:
         DamagedCheckpointError: the manifest is missing or is not one.
-        CheckpointError: it was written in a later format than this version knows.
+        CheckpointError: it was written in another format than this version reads.
     """
     path = checkpoint / MANIFEST_NAME
     try:
@@ -88,18 +92,25 @@ def read_manifest(checkpoint: Path) -> Manifest:
         ) from None
     except ValueError as error:
         raise _unreadable(path, str(error)) from None
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"the format version of a checkpoint must be at most {FORMAT_VERSION}",
-            f"{version} in {path}",
-            "Upgrade mtp_lightning",
-        )
+    _check_version(content, path)
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise _unreadable(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _check_version(content: Any, path: Path) -> None:
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        writer = f", written by mtp_lightning {content.get('package_version', 'of unknown version')}"
+        raise CheckpointError(
+            f"the format version of a checkpoint must be {FORMAT_VERSION}",
+            f"{version} in {path}{writer}",
+            "Upgrade mtp_lightning"
+            if version > FORMAT_VERSION
+            else "Use the version that wrote it, or start over with run.fresh=true",
+        )
 
 
 def _unreadable(path: Path, what: str) -> DamagedCheckpointError:

@@ -7,13 +7,15 @@ lets OSError through. Reading is into memory of its own, not a map: a file can g
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtp_lightning.checkpoint.manifest import DamagedCheckpointError
+from mtp_lightning.checkpoint.durable import Recorder
+from mtp_lightning.checkpoint.manifest import DamagedCheckpointError, FileRecord
 
 NAME_OF_DTYPE = {
     torch.bool: "BOOL",
@@ -33,32 +35,60 @@ NAME_OF_DTYPE = {
     torch.float64: "F64",
     torch.complex64: "C64",
 }
+BLOCK_BYTES = 2**24  # of values that are read, checked or converted at a time where a tensor may be large
 _DTYPE_OF_NAME = {name: dtype for dtype, name in NAME_OF_DTYPE.items()}
 
 
-def write_tensors(file: BinaryIO, tensors: dict[str, Tensor]) -> None:
-    """Write tensors of any device and stride in safetensors format."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # widest first keeps all aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+class Entry(NamedTuple):
+    """Where a tensor lies in a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int  # position of the first byte, counted from the file's beginning
+    end: int
+
+
+class Header(NamedTuple):
+    """What a safetensors file says before its first tensor."""
+
+    entries: dict[str, Entry]  # in the order in which the tensors lie
+    metadata: dict[str, str]
+
+
+def build_header(
+    forms: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[str]]:
+    """Build the first bytes of a file from the tensors' dtypes and shapes; return the order to write them in too."""
+    order = sorted(forms, key=lambda name: (-forms[name][0].itemsize, name))  # widest first keeps all aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name in order:
-        tensor = tensors[name]
-        end = position + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": NAME_OF_DTYPE[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
+        dtype, shape = forms[name]
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAME_OF_DTYPE[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def write_tensors(
+    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> FileRecord:
+    """Write tensors of any device and stride in safetensors format; holds a copy of one at a time.
+
+    The digest is taken on the way: no second read.
+    """
+    recorder = Recorder(file)
+    header, order = build_header({name: (one.dtype, one.shape) for name, one in tensors.items()}, metadata)
+    recorder.write(header)
     for name in order:
-        file.write(_memory(tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()))
+        recorder.write(memory_of(tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()))
+    return recorder.record
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file into CPU memory.
+def read_header(path: Path) -> Header:
+    """Read what a safetensors file says about its tensors.
 
     Raises:
         DamagedCheckpointError: the file ends early or is not in this format.
@@ -68,29 +98,57 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         try:
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(header_bytes, size_bytes)))
-            header.pop("__metadata__", None)
+            metadata = header.pop("__metadata__", {})
             entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-            return {name: _read_tensor(file, entry, (8 + header_bytes, size_bytes)) for name, entry in entries}
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise DamagedCheckpointError(
-                "a safetensors file must be as it was written",
-                f"{error!r} in {path}",
-                "Use another checkpoint",
-            ) from None
+            data = (8 + header_bytes, size_bytes)
+            return Header({name: _parse_entry(entry, data) for name, entry in entries}, metadata)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _unreadable(path, repr(error)) from None
 
 
-def _read_tensor(file: BinaryIO, entry: dict[str, Any], data: tuple[int, int]) -> Tensor:
-    """Read one tensor of a file whose tensors lie between two positions."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file into CPU memory.
+
+    Raises:
+        DamagedCheckpointError: the file ends early or is not in this format.
+    """
+    entries = read_header(path).entries
+    tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
+    with path.open("rb") as file:
+        for name, entry in entries.items():
+            read_into(tensors[name], file, entry.begin)
+    return tensors
+
+
+def read_into(tensor: Tensor, file: BinaryIO, position: int) -> None:
+    """Fill a contiguous CPU tensor from the bytes at a position of a file.
+
+    Raises:
+        DamagedCheckpointError: the file ends before that.
+    """
+    file.seek(position)
+    num_bytes = file.readinto(memory_of(tensor))  # type: ignore[attr-defined]
+    if num_bytes != tensor.numel() * tensor.element_size():
+        raise _unreadable(Path(file.name), f"an end {num_bytes} bytes after position {position}")
+
+
+def _parse_entry(entry: dict[str, Any], data: tuple[int, int]) -> Entry:
+    """Check one entry of a file whose tensors lie between two positions."""
     begin, end = (data[0] + offset for offset in entry["data_offsets"])
-    dtype, shape = _DTYPE_OF_NAME[entry["dtype"]], entry["shape"]
+    dtype, shape = _DTYPE_OF_NAME[entry["dtype"]], tuple(entry["shape"])
     if not data[0] <= begin <= end <= data[1] or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"bytes {begin} to {end} of {data[1]} for shape {shape} of {dtype}")
-    tensor = torch.empty(shape, dtype=dtype)
-    file.seek(begin)
-    file.readinto(_memory(tensor))  # type: ignore[attr-defined]
-    return tensor
+        raise ValueError(f"bytes {begin} to {end} of {data[1]} for shape {list(shape)} of {dtype}")
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError(f"shape {list(shape)} at bytes {begin} to {end}")
+    return Entry(dtype, shape, begin, end)
 
 
-def _memory(tensor: Tensor) -> memoryview:
+def _unreadable(path: Path, found: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        "a safetensors file must be as it was written", f"{found} in {path}", "Use another checkpoint"
+    )
+
+
+def memory_of(tensor: Tensor) -> memoryview:
     """Bytes of a contiguous CPU tensor, without a copy."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
-from mtp_lightning.checkpoint.commit import remove_leftovers, retain, saving, write_pointer
-from mtp_lightning.checkpoint.folder import write_state
+from mtp_lightning.checkpoint.commit import remove_leftovers, retain, save_together, write_pointer
+from mtp_lightning.checkpoint.folder import read_state, write_state
 from mtp_lightning.checkpoint.layout import newest_complete
-from mtp_lightning.checkpoint.manifest import Moment, RunFacts
+from mtp_lightning.checkpoint.manifest import FileRecord, Moment, RunFacts
+from mtp_lightning.checkpoint.shard_reader import ShardReader
+from mtp_lightning.checkpoint.shards import Piece, shard_name, write_pieces
+from mtp_lightning.ranks import Ranks
 
-FACTS = RunFacts(recipe_hash="abc", num_offsets=4, layers={"trunk": 5, "heads": 3})
+FACTS = RunFacts(recipe_hash="abc", num_offsets=4, layers={"trunk": 5, "heads": 3}, recipe_text="name: abc\n")
 
 
 def forkserver() -> Any:
@@ -23,21 +26,42 @@ def forkserver() -> Any:
     return context
 
 
-def state_of_step(step: int, *, width: int = 128) -> dict[str, Any]:
+def state_of_step(step: int) -> dict[str, Any]:
     """Make a state whose every value tells its step."""
-    weights = {f"layer{index}": torch.full((width, width), float(step)) for index in range(3)}
-    return {
-        "global_step": step,
-        "state_dict": weights,
-        "optimizer_states": [{"state": {0: {"exp_avg": torch.full((width,), float(step))}}}],
-        "rng": torch.full((16,), step % 251, dtype=torch.uint8),
-    }
+    return {"global_step": step, "rng": torch.full((16,), step % 251, dtype=torch.uint8)}
+
+
+def pieces_of_step(step: int, *, width: int = 128) -> list[Piece]:
+    """Make whole parameters whose every value tells its step."""
+    values = torch.full((width * width,), float(step))
+    return [Piece(f"layer{k}", (width, width), 0, values, {"exp_avg": values + k}, float(step)) for k in range(3)]
+
+
+def write_step(partial: Path, step: int) -> dict[str, FileRecord]:
+    """Fill a partial folder as the only rank does."""
+    return write_pieces(partial, pieces_of_step(step), 0, 1) | write_state(partial, state_of_step(step))
+
+
+def shards(num_ranks: int) -> list[str]:
+    """Name the shards of a checkpoint of so many ranks."""
+    return [shard_name(part, rank, num_ranks) for part in ("model", "optimizer") for rank in range(num_ranks)]
+
+
+def check_step(checkpoint: Path, step: int) -> None:
+    """Check that every value of a checkpoint tells its step."""
+    state, reader = read_state(checkpoint), ShardReader(checkpoint)
+    assert state["global_step"] == step
+    assert torch.equal(state["rng"], state_of_step(step)["rng"])
+    assert reader.names == tuple(piece.name for piece in pieces_of_step(step))
+    for piece in pieces_of_step(step):
+        assert torch.equal(reader.read(piece.name), piece.weight)
+        assert torch.equal(reader.read(piece.name, "exp_avg"), piece.moments["exp_avg"])
+        assert reader.step(piece.name) == step
 
 
 def save(folder: Path, step: int, *, keep: int = 2, best: str | None = None) -> None:
     """Save one checkpoint as training does."""
-    with saving(folder, Moment(step=step, tokens=step * 64), FACTS) as partial:
-        write_state(partial, state_of_step(step))
+    save_together(Ranks(), folder, Moment(step=step, tokens=step * 64), FACTS, lambda part: write_step(part, step))
     write_pointer(folder, "last", f"step-{step:08d}")
     retain(folder, keep=keep, best=best)
 

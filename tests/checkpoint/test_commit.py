@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.checkpoint.commit import read_pointer, remove_leftovers, retain, saving
-from mtp_lightning.checkpoint.folder import read_state, write_state
+from mtp_lightning.checkpoint.commit import read_pointer, remove_leftovers, retain, save_together
 from mtp_lightning.checkpoint.layout import complete_checkpoints, newest_complete, verify
-from mtp_lightning.checkpoint.manifest import Moment
-from tests.checkpoint.savers import FACTS, die_at_call, forkserver, save, state_of_step
-from tests.checkpoint.test_tree import is_same
+from mtp_lightning.checkpoint.manifest import FileRecord, Moment
+from mtp_lightning.ranks import Ranks
+from tests.checkpoint.savers import FACTS, check_step, die_at_call, forkserver, save, shards, write_step
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -18,15 +17,19 @@ def steps_in(folder: Path) -> list[int]:
 
 def test_a_committed_state_comes_back(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    assert is_same(read_state(tmp_path / "step-00000005"), state_of_step(5))
+    check_step(tmp_path / "step-00000005", 5)
 
 
 def test_a_failed_save_leaves_no_trace(tmp_path: Path) -> None:
     save(tmp_path, 1)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(KeyboardInterrupt), saving(tmp_path, Moment(step=2, tokens=2), FACTS) as partial:  # noqa: PT012
-        write_state(partial, state_of_step(2))
+
+    def write(partial: Path) -> dict[str, FileRecord]:
+        write_step(partial, 2)
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_together(Ranks(), tmp_path, Moment(step=2, tokens=2), FACTS, write)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -82,7 +85,7 @@ def test_a_kill_at_any_call_of_a_save_keeps_a_good_checkpoint(tmp_path: Path) ->
         process.join()
         newest = newest_complete(folder)
         assert newest is not None
-        assert is_same(read_state(newest.path), state_of_step(newest.step))
+        check_step(newest.path, newest.step)
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
@@ -94,7 +97,7 @@ def test_a_kill_at_any_call_of_a_save_keeps_a_good_checkpoint(tmp_path: Path) ->
         assert read_pointer(folder, "last") == folder / "step-00000004"
     else:
         pytest.fail("the save never ended")
-    assert before_commit >= 10, "four files, the manifest and the folder are synced, some twice, then renamed"
+    assert before_commit >= 8, "six files and the folder are synced, then renamed"
     assert after_commit >= 4, "the parent is synced, the pointer replaced, the oldest checkpoint deleted"
 
 
@@ -112,8 +115,12 @@ def test_everything_reaches_the_disk_before_the_name_is_given(tmp_path: Path, mo
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "rename", recorded_rename)
-    with saving(tmp_path, Moment(step=1, tokens=1), FACTS) as partial:
-        write_state(partial, state_of_step(1))
-    content = {"model.safetensors", "optimizer.safetensors", "other.safetensors", "state.json"}
+
+    def write(partial: Path) -> dict[str, FileRecord]:
+        (partial / "notes").write_text("that no record names")
+        return write_step(partial, 1)
+
+    save_together(Ranks(), tmp_path, Moment(step=1, tokens=1), FACTS, write)
+    content = {"notes", "recipe.yaml", "other.safetensors", "state.json", *shards(1)}
     assert set(events[:-4]) == content
     assert events[-4:] == ["MANIFEST.json", "step-00000001.partial", "rename to step-00000001", tmp_path.name]

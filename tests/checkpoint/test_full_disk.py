@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtp_lightning.checkpoint.folder import read_state
 from mtp_lightning.checkpoint.layout import newest_complete
 from mtp_lightning.errors import CheckpointError
-from tests.checkpoint.savers import forkserver, save, state_of_step
-from tests.checkpoint.test_tree import is_same
+from tests.checkpoint.savers import check_step, forkserver, save
 
 
 @pytest.fixture
@@ -39,7 +37,7 @@ def check_failure(folder: Path, error: CheckpointError, reason: int, *, step: in
     assert [path.name for path in sorted(folder.iterdir())] == ["last", "step-00000001"]
     newest = newest_complete(folder)
     assert newest is not None
-    assert is_same(read_state(newest.path), state_of_step(1))
+    check_step(newest.path, 1)
 
 
 def test_a_full_disk_spares_the_previous_checkpoint(small_disk: Path) -> None:

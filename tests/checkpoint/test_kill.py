@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.checkpoint.folder import read_state
 from mtp_lightning.checkpoint.layout import newest_complete
-from tests.checkpoint.savers import forkserver, save_forever, state_of_step
-from tests.checkpoint.test_tree import is_same
+from tests.checkpoint.savers import check_step, forkserver, save_forever
 
 COMPLETE = "step-" + 8 * "[0-9]"
 
@@ -41,7 +39,7 @@ def kill_and_check(folder: Path, kills: int) -> None:
         newest = newest_complete(folder)
         assert newest is not None
         assert newest.step > step
-        assert is_same(read_state(newest.path), state_of_step(newest.step))
+        check_step(newest.path, newest.step)
         assert not any(folder.glob("*.bad"))
         step = newest.step
     assert partials > kills // 5, "many kills must fall into a save, or little was tested"

@@ -8,7 +8,7 @@ from mtp_lightning.checkpoint.commit import read_pointer
 from mtp_lightning.checkpoint.layout import complete_checkpoints, newest_complete, verify
 from mtp_lightning.checkpoint.manifest import DamagedCheckpointError
 from mtp_lightning.errors import CheckpointError
-from tests.checkpoint.savers import save
+from tests.checkpoint.savers import save, shards
 
 
 @pytest.fixture
@@ -16,6 +16,9 @@ def folder(tmp_path: Path) -> Path:
     save(tmp_path, 1, keep=9)
     save(tmp_path, 2, keep=9)
     return tmp_path
+
+
+MODEL = "model-00001-of-00001.safetensors"
 
 
 def flip_a_byte(path: Path) -> None:
@@ -26,14 +29,15 @@ def flip_a_byte(path: Path) -> None:
 
 def test_the_manifest_says_what_the_checkpoint_is(folder: Path) -> None:
     manifest = json.loads((folder / "step-00000002" / "MANIFEST.json").read_text())
-    assert set(manifest["files"]) == {"model.safetensors", "optimizer.safetensors", "other.safetensors", "state.json"}
+    assert set(manifest["files"]) == {"other.safetensors", "state.json", "recipe.yaml", *shards(1)}
     assert manifest["step"] == 2
     assert manifest["tokens"] == 128
     assert manifest["head_numbering"] == "offsets (next token included)"
     assert manifest["num_offsets"] == 4
     assert manifest["layers"] == {"trunk": 5, "heads": 3}
     assert manifest["world_size"] == 1
-    assert manifest["format_version"] == 1
+    assert manifest["strategy"] == "single"
+    assert manifest["format_version"] == 2
 
 
 def test_complete_checkpoints_are_listed_in_order_of_steps(tmp_path: Path) -> None:
@@ -47,7 +51,7 @@ def test_a_missing_folder_has_no_checkpoints(tmp_path: Path) -> None:
     assert newest_complete(tmp_path / "none") is None
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "other.safetensors", "state.json"])
+@pytest.mark.parametrize("name", [*shards(1), "other.safetensors", "state.json"])
 def test_a_flipped_byte_is_named_and_the_previous_checkpoint_taken(
     folder: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,8 +72,8 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "named"),
     [
-        (lambda path: cut(path / "model.safetensors"), "bytes instead of"),
-        (lambda path: (path / "model.safetensors").unlink(), "no such file"),
+        (lambda path: cut(path / MODEL), "bytes instead of"),
+        (lambda path: (path / MODEL).unlink(), "no such file"),
         (lambda path: (path / "MANIFEST.json").unlink(), "none in"),
         (lambda path: cut(path / "MANIFEST.json"), "MANIFEST.json"),
         (lambda path: (path / "MANIFEST.json").write_text("[]"), "MANIFEST.json"),
@@ -101,10 +105,11 @@ def test_a_second_damaged_checkpoint_of_one_step_gets_its_own_name(folder: Path)
     assert (folder / "step-00000002.bad.2").is_dir()
 
 
-def test_a_later_format_is_an_error_and_not_damage(folder: Path) -> None:
+@pytest.mark.parametrize(("version", "remedy"), [(1, "version that wrote it"), (3, "Upgrade")])
+def test_another_format_is_an_error_and_not_damage(folder: Path, version: int, remedy: str) -> None:
     path = folder / "step-00000002" / "MANIFEST.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(CheckpointError, match="Upgrade"):
+    path.write_text(path.read_text().replace('"format_version": 2', f'"format_version": {version}'))
+    with pytest.raises(CheckpointError, match=f"must be 2; found {version} in .*{remedy}"):
         newest_complete(folder)
     assert (folder / "step-00000002").is_dir()
 

@@ -48,7 +48,7 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(pickle, name, forbidden)
     path = save(tmp_path, trained_state())
     SafeCheckpointIO().load_checkpoint(path, weights_only=False)
-    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors", ".yaml"}
 
 
 def test_an_uncommitted_or_damaged_folder_is_not_loaded(tmp_path: Path) -> None:
@@ -56,10 +56,10 @@ def test_an_uncommitted_or_damaged_folder_is_not_loaded(tmp_path: Path) -> None:
     with pytest.raises(DamagedCheckpointError, match=r"MANIFEST\.json"):
         SafeCheckpointIO().load_checkpoint(tmp_path / "loose")
     path = save(tmp_path, trained_state())
-    content = bytearray((path / "model.safetensors").read_bytes())
+    content = bytearray((path / "other.safetensors").read_bytes())
     content[-1] ^= 1
-    (path / "model.safetensors").write_bytes(content)
-    with pytest.raises(DamagedCheckpointError, match=r"model\.safetensors"):
+    (path / "other.safetensors").write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=r"other\.safetensors"):
         SafeCheckpointIO().load_checkpoint(path)
 
 

@@ -1,0 +1,43 @@
+"""`mtp export`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Format(StrEnum):
+    """What can be written."""
+
+    consolidated = "consolidated"
+
+
+class Dtype(StrEnum):
+    """Types of exported weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+def export(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="Folder of a run (its newest complete checkpoint is taken), or one of its checkpoints.",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.", show_default=False)],
+    format: Annotated[
+        Format, typer.Option(help="consolidated: model.safetensors, config.json, recipe.yaml.")
+    ] = Format.consolidated,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = Dtype.fp32,
+) -> None:
+    """Write a checkpoint, however many ranks made it, as one folder that other tools can read; needs no GPU."""
+    from mtp_lightning.checkpoint.consolidate import consolidate
+
+    consolidate(path, out, dtype=dtype.value)
