@@ -69,6 +69,12 @@ class RunFolderError(MtpError):
     exit_code = 4
 
 
+class LaunchError(MtpError):
+    """Processes that cannot be started, or do not know which rank they are."""
+
+    exit_code = 6
+
+
 class TrainingError(MtpError):
     """Training reached a state that it must not go on from."""
 
@@ -79,3 +85,9 @@ class NonFiniteError(TrainingError):
     """A loss, gradient or weight is not finite."""
 
     exit_code = 88
+
+
+class DecodingError(MtpError):
+    """Prompts or settings that a model cannot generate with."""
+
+    exit_code = 6

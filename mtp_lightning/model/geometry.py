@@ -1,17 +1,30 @@
 """Where each position stands and what it may attend to."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Past(ABC):
+    """Keys and values of earlier positions, which attention goes on from."""
+
+    @abstractmethod
+    def extend(self, layer: object, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep a layer's keys and values of T new positions and return all S: two (B, K, T, W) -> two (B, K, S, W)."""
+
+
 class Geometry(NamedTuple):
-    """Rotary tables and attention mask of a batch of windows; `mask` None means plain causal attention."""
+    """Rotary tables and attention mask of a batch of windows.
+
+    `mask` None means plain causal attention over the window, or, for a single new position, all of the past.
+    """
 
     cos: Tensor  # (B or 1, 1, T, W)
     sin: Tensor  # (B or 1, 1, T, W)
-    mask: Tensor | None  # (B, 1, T, T), true where attention is allowed
+    mask: Tensor | None  # (B, 1, T, S), true where attention is allowed; S = T without a past
+    past: Past | None = None
 
 
 def window_geometry(num_positions: int, head_width: int, theta: float, *, like: Tensor) -> Geometry:

@@ -32,12 +32,15 @@ class Attention(nn.Module):
         value = self._split(self.v_proj(hidden))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, geometry), rotate(key, geometry)
+        if geometry.past is not None:
+            key, value = geometry.past.extend(self, key, value)  # (B, K, S, W)
         mixed = F.scaled_dot_product_attention(
-            rotate(query, geometry),
-            rotate(key, geometry),
+            query,
+            key,
             value,
             attn_mask=geometry.mask,
-            is_causal=geometry.mask is None,
+            is_causal=geometry.mask is None and key.shape[2] == query.shape[2],
             enable_gqa=self.is_grouped,
         )
         output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))

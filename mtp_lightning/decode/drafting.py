@@ -1,0 +1,99 @@
+"""How the heads draft. Both ways end at the last committed position and leave the heads' caches ready for the next.
+
+Offset k, computed at position p, reads its source at p and, in kinds that read tokens, token p+k-1. Its rows are
+valid while that token is committed. Every draft therefore begins at the first row of the deepest offset that is not
+valid, and recomputes from there with the true tokens what earlier drafts had guessed.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.decode.cache import Window
+from mtp_lightning.decode.session import Session
+from mtp_lightning.model.heads import HeadContext
+
+Choose = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""Turns scores (..., V) into tokens (...) and, if they are drawn, the probabilities (..., V) they were drawn by."""
+
+
+class Draft(NamedTuple):
+    """Proposed tokens."""
+
+    tokens: Tensor  # (B, K)
+    drawn_from: Tensor | None  # (B, K, V), for drafts that were drawn at random
+
+
+class _Stretch(NamedTuple):
+    """The positions that a draft computes."""
+
+    window: Window
+    states: dict[int, Tensor]  # what drafting begins from, (B, T, D)
+    last: Tensor  # (B,) index of the last committed position
+
+
+def draft_blockwise(session: Session, num_drafts: int, choose: Choose) -> Draft:
+    """Draft with heads that read no tokens: all at once, from states that the verifying forward left [Stern 2018]."""
+    tokens, drawn_from = choose(head_scores(session, num_drafts))
+    return Draft(tokens, drawn_from)
+
+
+def head_scores(session: Session, num_drafts: int) -> Tensor:
+    """Score the next tokens by offsets 2, 3, ... at the last committed position: (B, K, V)."""
+    model, offsets = session.model, range(2, 2 + num_drafts)
+    stretch = _stretch(session, offsets)
+    states, reached = stretch.states, session.lengths.clone()
+    for offset in offsets:
+        if offset in session.path:
+            continue
+        source = model.read(offset, states[model.heads.source(offset)])
+        geometry = session.cache.geometry(stretch.window, offset)
+        states[offset] = model.heads(offset, source, HeadContext(geometry, source))
+        session.valid[offset] = reached
+    last = [states[offset][session.rows, stretch.last] for offset in offsets]  # (B, D) each
+    if model.unembedding.is_replicated:
+        return torch.stack([model.unembedding.logits(k, state) for k, state in zip(offsets, last, strict=True)], 1)
+    normed = [model.unembedding.normalize(k, state) for k, state in zip(offsets, last, strict=True)]
+    scores: Tensor = model.unembedding.lm_heads[0](torch.stack(normed, 1))  # the matrix is read once for all
+    return scores
+
+
+def draft_chain(session: Session, num_drafts: int, choose: Choose) -> Draft:
+    """Draft with modules that read tokens: offset k+1 reads the token that offset k has just drafted."""
+    model, offsets = session.model, range(2, 2 + num_drafts)
+    stretch = _stretch(session, offsets)
+    states, last = stretch.states, stretch.last
+    slots = stretch.window.slots[:, :1] + torch.arange(
+        stretch.window.slots.shape[1] + model.num_offsets, device=session.device
+    )
+    known = session.tokens.gather(1, slots.clamp(max=session.cache.capacity - 1))
+    embedded = model.trunk.embed_tokens(known)  # (B, T+n, D); what is not committed yet is overwritten or not used
+    tokens, laws = [], []
+    for offset in offsets:
+        if offset not in session.path:
+            source = model.read(offset, states[model.heads.source(offset)])
+            context = HeadContext(session.cache.geometry(stretch.window, offset), embedded)
+            states[offset] = model.heads(offset, source, context)
+            session.valid[offset] = (session.lengths - (offset - 2)).clamp_(min=0)
+        token, law = choose(model.unembedding.logits(offset, states[offset][session.rows, last]))
+        embedded[session.rows, last + offset] = model.trunk.embed_tokens(token)
+        tokens.append(token)
+        laws += [] if law is None else [law]
+    return Draft(torch.stack(tokens, 1), torch.stack(laws, 1) if laws else None)
+
+
+def _stretch(session: Session, offsets: range) -> _Stretch:
+    """Open the window from the first row that is not valid to the last committed position."""
+    lengths = session.lengths
+    if session.catches_up:
+        starts = session.valid[offsets[-1]]  # deeper offsets are never ahead of shallower ones
+        facts = torch.stack((starts.min(), starts.max(), (lengths - starts).max()))
+        first, last, width = (int(fact) for fact in facts.tolist())
+    else:
+        starts, first, last, width = lengths - 1, session.shortest - 1, session.longest - 1, 1
+    window = session.cache.window(starts, width, reach=last + width, aligned=first == last)
+    rows = session.rows[:, None]
+    states = {offset: kept[rows, window.slots] for offset, kept in session.anchors.items()}
+    return _Stretch(window, states, lengths - 1 - starts)

@@ -1,0 +1,168 @@
+"""Generation: prefill, then draft, verify, accept, until every text has ended."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.decode.adaptive import AdaptiveLength
+from mtp_lightning.decode.sampling import Sampling, draw
+from mtp_lightning.decode.session import Session, prefill
+from mtp_lightning.decode.settings import (
+    ADAPTIVE,
+    Decoder,
+    Settings,
+    check_prompts,
+    check_settings,
+    resolve_decoder,
+    resolve_draft_length,
+)
+from mtp_lightning.decode.statistics import Statistics
+from mtp_lightning.decode.steps import ChainDecoding, Decoding, Script, TreeDecoding
+from mtp_lightning.decode.stopping import Stopping
+from mtp_lightning.model.mtp_model import MtpModel
+
+
+@final
+@dataclass(frozen=True)
+class Step:
+    """What one forward gave, for every row."""
+
+    drafts: Tensor  # (B, K) proposed tokens; a tree's nodes in its order
+    accepted: Tensor  # (B,) how many were kept
+    block: Tensor  # (B, K+1) kept drafts and the token after them, then nothing of meaning
+    kept: Tensor  # (B,) tokens of the block that are part of the text; fewer than accepted + 1 at its end
+    is_active: Tensor  # (B,) rows that had not ended before
+
+
+@final
+@dataclass(frozen=True)
+class Generation:
+    """Finished texts."""
+
+    tokens: list[list[int]]  # new tokens of every prompt
+    statistics: Statistics
+    decoder: Decoder
+    prefill_s: float  # from the call to the first token of every row, the first drafts included
+    decode_s: float  # all that came after
+
+
+def generate(
+    model: MtpModel,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings | None = None,
+    *,
+    script: Script | None = None,
+    **options: Any,
+) -> Generation:
+    """Continue every prompt, all in one batch; prompts may differ in length.
+
+    Greedy text does not depend on the decoder, up to ties within rounding; sampled text has one law under all
+    decoders but `typical`.
+
+    Args:
+        model: The model, on the device and in the precision to use.
+        prompts: Token ids of each prompt.
+        settings: How to generate.
+        script: Drafts to use in place of the heads' own, to see what a given acceptance is worth.
+        options: Fields of `Settings`, instead of `settings`.
+
+    Raises:
+        DecodingError: A prompt or setting does not fit the model.
+    """
+    settings = settings or Settings(**options)
+    began_at = time.perf_counter()
+    steps: list[Step] = []
+    first_at = began_at
+    for step in stream(model, prompts, settings, script=script):
+        if not steps:
+            first_at = time.perf_counter()
+        steps.append(step)
+    ended_at = time.perf_counter()
+    return Generation(
+        tokens=texts_of(steps),
+        statistics=count(steps),
+        decoder=resolve_decoder(model, settings.decoder),
+        prefill_s=first_at - began_at,
+        decode_s=ended_at - first_at,
+    )
+
+
+def stream(
+    model: MtpModel, prompts: Sequence[Sequence[int]], settings: Settings, *, script: Script | None = None
+) -> Iterator[Step]:
+    """Check the request, then yield a step for every forward, the prompts' own first. As `generate` otherwise."""
+    decoder = resolve_decoder(model, settings.decoder)
+    check_settings(model, decoder, settings)
+    longest = resolve_draft_length(model, decoder, settings)
+    prompts = [list(prompt) for prompt in prompts]
+    check_prompts(model, prompts, settings.max_new_tokens)
+    if decoder != "tree" or settings.tree is None:
+        room = settings.max_new_tokens + 2 * (longest + 1)
+        session = Session(model, prompts, most_drafts=longest, room=room, seed=settings.seed)
+        return _steps(ChainDecoding(session, settings, decoder, script), session, settings, longest)
+    deepest = len(settings.tree.breadths)
+    room = settings.max_new_tokens + deepest + settings.tree.num_drafts + 2
+    session = Session(model, prompts, most_drafts=deepest, room=room, seed=settings.seed)
+    return _steps(TreeDecoding(session, settings, settings.tree), session, settings, deepest)
+
+
+@torch.inference_mode()
+def _steps(decoding: Decoding, session: Session, settings: Settings, longest: int) -> Iterator[Step]:
+    """Prefill, then step until every text has ended."""
+    stopping = Stopping(settings, len(session.rows), session.device)
+    adaptive = AdaptiveLength(longest) if settings.draft_length == ADAPTIVE and longest else None
+    first = _first_tokens(prefill(session), settings.sampling, session.generator)
+    session.tokens.scatter_(1, session.lengths[:, None], first)
+    yield _end_step(session, stopping, first[:, :0], torch.zeros_like(session.lengths), first)
+    while not session.all_finished:
+        began_at, num_drafts = time.perf_counter(), adaptive.choose() if adaptive else longest
+        drafts, verdict = decoding.step(num_drafts)
+        step = _end_step(session, stopping, drafts, verdict.accepted, verdict.block)
+        if adaptive is not None:
+            adaptive.observe(num_drafts, time.perf_counter() - began_at, verdict.accepted[step.is_active].tolist())
+        yield step
+
+
+def _first_tokens(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Choose the token after every prompt: (B, V) -> (B, 1)."""
+    if sampling.is_greedy:
+        return scores.argmax(-1, keepdim=True)
+    return draw(sampling.probabilities(scores), generator)[:, None]
+
+
+def _end_step(session: Session, stopping: Stopping, drafts: Tensor, accepted: Tensor, block: Tensor) -> Step:
+    is_active = ~session.is_finished
+    kept, session.is_finished = stopping.cut(block, accepted + 1, session.is_finished)
+    session.note_progress()
+    return Step(drafts, accepted, block, kept, is_active)
+
+
+def texts_of(steps: Sequence[Step]) -> list[list[int]]:
+    """Join the tokens of every row's steps."""
+    texts: list[list[int]] = [[] for _ in steps[0].kept]
+    for step in steps:
+        for text, tokens, kept in zip(texts, step.block.tolist(), step.kept.tolist(), strict=True):
+            text += tokens[:kept]
+    return texts
+
+
+def count(steps: Sequence[Step]) -> Statistics:
+    """Count what the steps of a generation, the prompts' own first, drafted, kept and emitted."""
+    num_rows = len(steps[0].kept)
+    statistics = Statistics([[] for _ in range(num_rows)], num_prompts=num_rows)
+    statistics.num_emitted_tokens = num_rows
+    for step in steps[1:]:
+        active = step.is_active.tolist()
+        rows = zip(statistics.accepted_by_row, step.accepted.tolist(), step.kept.tolist(), active, strict=True)
+        statistics.drafted_by_step.append(step.block.shape[1] - 1)
+        statistics.num_draft_tokens += step.drafts.shape[1] * sum(active)
+        for accepted_of_row, accepted, kept, is_active in rows:
+            if is_active:
+                accepted_of_row.append(accepted)
+                statistics.num_emitted_tokens += kept
+                statistics.num_cut_tokens += accepted + 1 - kept
+    return statistics

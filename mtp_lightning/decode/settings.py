@@ -1,0 +1,175 @@
+"""What a user decides about generation, and what can be refused before the model runs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, final
+
+from mtp_lightning.decode.sampling import Sampling
+from mtp_lightning.decode.tree import Tree, check_tree
+from mtp_lightning.errors import DecodingError
+from mtp_lightning.model.heads import TRUNK, Heads
+from mtp_lightning.model.mtp_model import MtpModel
+
+Decoder = Literal["auto", "greedy", "blockwise", "chain", "tree"]
+DECODERS: tuple[Decoder, ...] = ("auto", "greedy", "blockwise", "chain", "tree")
+ADAPTIVE = "adaptive"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to generate."""
+
+    max_new_tokens: int = 128
+    decoder: Decoder = "auto"  # greedy: one token per forward (sampled, with a temperature); auto: by head kind
+    draft_length: int | Literal["adaptive"] | None = None  # drafts per step; None for all n - 1
+    tree: Tree | None = None  # for decoder tree
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    draws_drafts: bool = False  # with a temperature: draw drafts from the heads, rather than take the likeliest
+    typical: bool = False  # LOSSY: keep drafts that are likely enough; the text loses the model's law
+    typical_epsilon: float = 0.09  # likely enough whatever the entropy [Medusa's generation defaults]
+    typical_delta: float = 0.3  # share of exp(-entropy) that is likely enough
+    seed: int = 0
+    stop_tokens: Sequence[int] = ()  # end a text, and are its last token
+    stop_strings: Sequence[bytes] = ()  # end a text with the token that completes one
+    spell: Callable[[Sequence[int]], bytes] | None = None  # what tokens stand for; needed for stop strings
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn."""
+        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+def applicable_decoders(model: MtpModel) -> list[Decoder]:
+    """List the decoders that fit the model's heads, the one that `auto` takes first among those that draft.
+
+    Heads that read no tokens draft all at once (blockwise) and below every branch of a tree alike; modules that read
+    tokens draft one after the other (chain), which heads that read each other's states may do, too.
+    """
+    heads = model.heads
+    if heads.num_offsets == 1:
+        return ["greedy"]
+    if heads.reads_tokens:
+        return ["greedy", "chain"]
+    if _is_chained(heads):
+        return ["greedy", "blockwise", "chain", "tree"]
+    return ["greedy", "blockwise", "tree"]
+
+
+def _is_chained(heads: Heads) -> bool:
+    return any(heads.source(offset) != TRUNK for offset in heads.offsets)
+
+
+def resolve_decoder(model: MtpModel, decoder: Decoder) -> Decoder:
+    """Choose the decoder, or check the one that was chosen.
+
+    Raises:
+        DecodingError: There is no such decoder, or it does not fit the heads.
+    """
+    applicable = applicable_decoders(model)
+    if decoder == "auto":
+        return applicable[1] if len(applicable) > 1 else "greedy"
+    if decoder not in DECODERS:
+        raise DecodingError("a decoder must be one that there is", repr(decoder), f"Choose: {', '.join(DECODERS)}")
+    if decoder not in applicable:
+        n = model.num_offsets
+        why = "one offset, which drafts nothing" if n == 1 else f"{type(model.heads).__name__} with n = {n}"
+        raise DecodingError(
+            f"decoder {decoder} must fit the model's heads", why, f"Choose: auto, {', '.join(applicable)}"
+        )
+    return decoder
+
+
+def resolve_draft_length(model: MtpModel, decoder: Decoder, settings: Settings) -> int:
+    """Say how many tokens a step drafts at most.
+
+    Raises:
+        DecodingError: The heads cannot draft as many.
+    """
+    most, wanted = model.num_offsets - 1, settings.draft_length
+    if decoder == "greedy":
+        if wanted is None:
+            return 0
+        raise DecodingError(
+            "draft_length needs a decoder that drafts",
+            f"draft_length {wanted}, with decoder greedy" + (" for a model with one offset" if most == 0 else ""),
+            "Leave draft_length away" + (", or choose another decoder" if most else ""),
+        )
+    if wanted is None or wanted == ADAPTIVE:
+        return most
+    if not isinstance(wanted, int) or not 1 <= wanted <= most:
+        raise DecodingError(
+            f"draft_length must lie in 1 to n - 1 = {most}",
+            repr(wanted),
+            f"Give at most {most}, {ADAPTIVE!r}, or leave it away to draft with every head",
+        )
+    return wanted
+
+
+def check_settings(model: MtpModel, decoder: Decoder, settings: Settings) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        DecodingError: It does not.
+    """
+    greedy = settings.sampling.is_greedy
+    checks = (
+        ("max_new_tokens must be at least 1", settings.max_new_tokens, settings.max_new_tokens >= 1),
+        ("typical acceptance needs a temperature above 0", settings.temperature, not (settings.typical and greedy)),
+        ("drawing drafts needs a temperature above 0", settings.temperature, not (settings.draws_drafts and greedy)),
+        (
+            "drawn drafts must be verified losslessly, in a chain",
+            f"decoder {decoder}, typical {settings.typical}",
+            not settings.draws_drafts or (decoder != "tree" and not settings.typical),
+        ),
+        ("typical acceptance needs drafts in a chain", "decoder tree", not (settings.typical and decoder == "tree")),
+        (
+            "stop strings need `spell`, which says what tokens stand for",
+            "none",
+            not settings.stop_strings or settings.spell is not None,
+        ),
+        ("stop strings must not be empty", "b''", all(settings.stop_strings)),
+        (
+            "decoder tree needs a tree, and no draft_length",
+            f"tree {settings.tree}, draft_length {settings.draft_length}",
+            decoder != "tree" or (settings.tree is not None and settings.draft_length is None),
+        ),
+    )
+    for must_hold, found, is_kept in checks:
+        if not is_kept:
+            raise DecodingError(must_hold, str(found), "Change one of the two")
+    if decoder == "tree" and settings.tree is not None:
+        check_tree(settings.tree, model.num_offsets, model.section.vocabulary)
+
+
+def check_prompts(model: MtpModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Refuse prompts that the model cannot go on from.
+
+    Raises:
+        DecodingError: There are none, one is empty, too long for the context, or holds an unknown token.
+    """
+    vocabulary, context = model.section.vocabulary, model.section.max_positions
+    if not prompts:
+        raise DecodingError("there must be a prompt", "none", "Give one or more, as lists of token ids")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise DecodingError(
+                "a prompt must hold a token", f"prompt {number} of {len(prompts)}, which is empty", "Give it a text"
+            )
+        if len(prompt) + max_new_tokens > context:
+            room = context - len(prompt)
+            raise DecodingError(
+                f"prompt and new tokens together must fit the context, model.max_positions = {context:,}",
+                f"prompt {number} of {len(prompts)} with {len(prompt):,} tokens, and {max_new_tokens:,} new ones",
+                f"Ask for at most {room:,} new tokens" if room > 0 else f"Cut the prompt below {context:,} tokens",
+            )
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            unknown = next(token for token in prompt if not 0 <= token < vocabulary)
+            raise DecodingError(
+                f"every token id must lie in 0 to V - 1 = {vocabulary - 1:,}",
+                f"id {unknown:,} in prompt {number} of {len(prompts)}",
+                "Encode the prompt with the tokenizer that the model was trained with",
+            )
