@@ -24,7 +24,7 @@ def build(
         list[str],
         typer.Argument(
             metavar="RECIPE KEY=VALUE | PATH",
-            help="A recipe; or, with --out, texts: files, folders, globs, stdlib, stdlib:json.",
+            help="A recipe; or, with --out, texts: files (also JSONL, .gz, .zst, Parquet), folders, globs, stdlib.",
             show_default=False,
         ),
     ],
@@ -33,11 +33,23 @@ def build(
     validation_share: Annotated[
         float | None, typer.Option(help="With --out: share of documents held out (0.03 unless given).")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="With --out: tokenizer (byte unless given).")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="With --out: byte (unless given), a tokenizer.json or a SentencePiece *.model.")
+    ] = None,
+    end_of_document: Annotated[
+        int | None, typer.Option(min=0, help="With --out: id that ends a document (the tokenizer's own unless given).")
+    ] = None,
+    deduplicate: Annotated[
+        bool, typer.Option("--deduplicate", help="With --out: leave out documents equal to an earlier one.")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="With --out: processes (as many as are of use unless given).")
+    ] = None,
 ) -> None:
     """Build the shards of a recipe's corpus into its cache, or of any texts into a folder."""
     if out is None:
-        _build_of_recipe(inputs, is_for_texts=validation_share is not None or tokenizer is not None)
+        given = (validation_share, tokenizer, end_of_document, processes)
+        _build_of_recipe(inputs, is_for_texts=deduplicate or any(option is not None for option in given))
         return
     from mtp_lightning.recipe.sections import DataSection
 
@@ -45,9 +57,15 @@ def build(
     share = defaults.validation_share if validation_share is None else validation_share
     if not 0 < share < 1:
         raise typer.BadParameter("must lie between 0 and 1", param_hint="--validation-share")
-    from mtp_lightning.data.build import build_shards
+    from mtp_lightning.data.build import BuildOptions, build_shards
 
-    build_shards(inputs, out, tokenizer=tokenizer or defaults.tokenizer, validation_share=share)
+    options = BuildOptions(
+        tokenizer=tokenizer or defaults.tokenizer,
+        end_of_document=end_of_document,
+        validation_share=share,
+        deduplicate=deduplicate,
+    )
+    build_shards(inputs, out, options, processes=processes)
 
 
 def _build_of_recipe(arguments: list[str], *, is_for_texts: bool) -> None:

@@ -1,44 +1,71 @@
 """Build shards: documents in, tar shards with manifest and index out, all or nothing."""
 
-import glob
+import dataclasses
 import hashlib
+import json
 import os
-import secrets
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import numpy as np
 
+from mtp_lightning.data import units
+from mtp_lightning.data.encoding import AS_NAMED, DIGEST_BYTES, FATES, Encoded, Settings, encode_units, split_of
 from mtp_lightning.data.index import write_index
-from mtp_lightning.data.manifest import MANIFEST_NAME, Manifest, Shard, Split, load_manifest, manifest_text
+from mtp_lightning.data.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    SPLITS,
+    Manifest,
+    Shard,
+    SourceCount,
+    Split,
+    load_manifest,
+    manifest_text,
+)
+from mtp_lightning.data.partial import Counts, Partial, claimed, say_others
 from mtp_lightning.data.progress import Advance, say, watched
-from mtp_lightning.data.shard_writer import MEMBER_TOKENS, SHARD_BYTES, SplitWriter
-from mtp_lightning.data.sources import Document, SourceFile, documents_of, find_files
-from mtp_lightning.data.tokenizers import Tokenizer, open_tokenizer, token_dtype
+from mtp_lightning.data.shard_writer import MEMBER_TOKENS, SHARD_BYTES, Mask, SplitWriter
+from mtp_lightning.data.sources import SourceFile, find_files
+from mtp_lightning.data.tokenizers import TokenArray, Tokenizer, open_tokenizer, token_dtype
 from mtp_lightning.errors import DataError
 
-AS_NAMED = ("utf-8", "surrogateescape")  # file names need not be UTF-8
-BYTES_PER_ADVANCE = 1 << 20
+BYTES_PER_PROCESS = 32 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How text becomes shards."""
+
+    tokenizer: str = "byte"
+    end_of_document: int | None = None  # the tokenizer's own unless given
+    validation_share: float
+    deduplicate: bool = False
+    member_tokens: int = MEMBER_TOKENS
+    shard_bytes: int = SHARD_BYTES
 
 
 def build_shards(
     sources: list[str],
     out: Path,
+    options: BuildOptions,
     *,
-    tokenizer: str,
-    validation_share: float,
+    processes: int | None = None,
     show_progress: bool = True,
-    member_tokens: int = MEMBER_TOKENS,
-    shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
     """Tokenize the documents of all sources into the new folder `out`; equal documents give equal bytes.
 
-    The folder appears under its name only when it is complete; when the same one is there already, or another
-    process completes it first, that one is kept. Which documents are held out depends on their names alone, so
-    it survives additions to the corpus.
+    Neither the number of processes (None: as many as the corpus keeps busy) nor an interruption changes a byte. The
+    folder appears under its name only when it is complete; until then, finished shards lie in `OUT.partial-*` and
+    are taken over when the same build is started again. When the same folder is there already, or another process
+    completes it first, that one is kept. Which documents are held out depends on their names alone, so it survives
+    additions to the corpus.
 
     Raises:
         DataError: A source yields nothing, a document is malformed, a split stays empty, `out` is taken, or the
@@ -46,34 +73,77 @@ def build_shards(
     """
     files = find_files(sources)
     _refuse_taken(out, listing_hash(files))
+    tokenizer = open_tokenizer(options.tokenizer, end_of_document=options.end_of_document)
     began_at = time.monotonic()
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}-{secrets.token_hex(2)}")
-    build = _Build(partial, open_tokenizer(tokenizer), validation_share)
-    build.begin(member_tokens=member_tokens, shard_bytes=shard_bytes)
-    if show_progress:
-        _say_unfinished(out)
+    tell: Callable[[str], None] = say if show_progress else lambda text: None
     try:
-        partial.mkdir(parents=True)
-        with watched("building shards", total_bytes=_sum_bytes(files), show=show_progress) as advance:
-            build.add_files(files, advance)
-        manifest = build.close(files)
-        _commit(partial, out, manifest)
+        with claimed(out, _identity(files, options, tokenizer), tell) as folder:
+            if folder is None:
+                return load_manifest(out)
+            if show_progress:
+                say_others(out, folder)
+            partial = Partial(folder)
+            if partial.num_kept:
+                tell(f"going on with {partial.num_kept:,} finished shards of a build that was ended")
+            build = _Build(partial, tokenizer, options, [Path(source).name for source in sources])
+            manifest = _run(build, files, out, processes=processes or _num_processes(files), show=show_progress)
     except OSError as error:
-        remedy = "See to space and rights there, or choose another folder"
+        remedy = "See to space and rights there, or choose another folder; finished shards are kept"
         raise DataError(f"documents must be readable and {out} writable", str(error), remedy) from error
-    finally:
-        build.abandon()
-        shutil.rmtree(partial, ignore_errors=True)
-    if show_progress:
-        say(f"built {describe(manifest)} in {time.monotonic() - began_at:.1f} s: {out}")
+    tell(f"built {describe(manifest)} in {time.monotonic() - began_at:.1f} s: {out}")
     return manifest
+
+
+def _run(build: "_Build", files: list[SourceFile], out: Path, *, processes: int, show: bool) -> Manifest:
+    """Carry a build out; when it fails, keep its finished shards unless the documents are at fault."""
+    is_kept = True
+    try:
+        with watched("building shards", total_bytes=_sum_bytes(files), show=show) as advance:
+            build.add_files(files, processes, advance)
+        manifest = build.close(files)
+        _commit(build.partial, out, manifest)
+    except DataError:
+        is_kept = False
+        raise
+    except BrokenProcessPool as error:
+        raise DataError(
+            "every process of a build must live to its end",
+            "one that was ended, perhaps for want of memory",
+            "Use fewer (--processes); finished shards are kept",
+        ) from error
+    finally:
+        build.abandon(is_kept=is_kept)
+    return manifest
+
+
+def _num_processes(files: list[SourceFile]) -> int:
+    """Return how many processes to use: no more than there are cores, nor than there is work."""
+    return max(1, min(len(os.sched_getaffinity(0)), _sum_bytes(files) // BYTES_PER_PROCESS))
+
+
+def _identity(files: list[SourceFile], options: BuildOptions, tokenizer: Tokenizer) -> str:
+    """Return a hash of all that decides the shards, as far as it shows without reading the documents."""
+    parts = {
+        **dataclasses.asdict(options),
+        "tokenizer": tokenizer.fingerprint(),
+        "end_of_document": tokenizer.end_of_document,
+        "format_version": FORMAT_VERSION,
+        "unit_bytes": units.UNIT_BYTES,  # the journal counts units
+        "files": [[file.path.absolute().as_posix(), file.name, file.num_bytes, file.changed_at_ns] for file in files],
+    }
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def describe(manifest: Manifest) -> str:
     """Return a phrase that says how much is in the shards, and what was left out."""
     train, held_out = manifest.num_documents("train"), manifest.num_documents("validation")
     num_tokens = manifest.num_tokens("train") + manifest.num_tokens("validation")
-    skipped = {"empty": manifest.skipped_empty, "binary": manifest.skipped_binary}
+    skipped = {
+        "empty": manifest.skipped_empty,
+        "binary": manifest.skipped_binary,
+        "not UTF-8": manifest.skipped_not_utf8,
+        "duplicate": manifest.skipped_duplicates,
+    }
     notes = [f"{count:,} {kind} skipped" for kind, count in skipped.items() if count]
     parts = [f"{train:,} documents and {held_out:,} held out", f"{num_tokens / 1e6:.2f} M tokens", *notes]
     return ", ".join(parts)
@@ -84,94 +154,126 @@ def listing_hash(files: list[SourceFile]) -> str:
     return hashlib.sha256("\n".join(f"{file.name} {file.num_bytes}" for file in files).encode(*AS_NAMED)).hexdigest()
 
 
-def held_out_rank(name: str) -> float:
-    """Return a number in [0, 1) that depends on a document's name only; low ones are held out first."""
-    return int.from_bytes(hashlib.sha256(name.encode(*AS_NAMED)).digest()[:6], "big") / 2**48
-
-
 @final
 class _Build:
     """One build on its way: a writer per split and what was counted so far."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, validation_share: float) -> None:
-        self._folder = folder
+    def __init__(self, partial: Partial, tokenizer: Tokenizer, options: BuildOptions, sources: list[str]) -> None:
+        self.partial = partial
         self._tokenizer = tokenizer
-        self._dtype = token_dtype(tokenizer.vocabulary)
-        self._validation_share = validation_share
-        self._writers: dict[Split, SplitWriter] = {}
-        self._num_documents = 0
+        self._options = options
+        self._writers = {split: self._writer(split) for split in SPLITS}
+        self._counts: Counts = dict.fromkeys(SPLITS, 0)
+        self._documents_of = [0] * len(sources)
+        self._tokens_of = [0] * len(sources)
+        self._sources = sources
         self._lowest_ranks: list[float] = []  # two at most
         self._skipped = Counter[str]()
-        self._largest_token = tokenizer.end_of_document
+        self._seen: set[bytes] = set()
 
-    def begin(self, *, member_tokens: int, shard_bytes: int) -> None:
-        splits: tuple[Split, ...] = ("train", "validation")
-        for split in splits:
-            self._writers[split] = SplitWriter(
-                self._folder, split, member_tokens=member_tokens, shard_bytes=shard_bytes
-            )
-
-    def add_files(self, files: list[SourceFile], advance: Advance) -> None:
-        num_bytes = 0
-        for file in files:
-            for document in documents_of(file):
-                self._add(document)
-                num_bytes += document.source_bytes
-                if num_bytes >= BYTES_PER_ADVANCE:
-                    advance(num_bytes)
-                    num_bytes = 0
+    def add_files(self, files: list[SourceFile], processes: int, advance: Advance) -> None:
+        settings = Settings(
+            tokenizer=self._options.tokenizer,
+            end_of_document=self._options.end_of_document,
+            validation_share=self._options.validation_share,
+            deduplicate=self._options.deduplicate,
+        )
+        stream = encode_units(units.cut_into_units(files), settings, processes=processes, known=self.partial.known)
+        for number, encoded in enumerate(stream):
+            self._add(encoded)
+            self.partial.note_unit(number, self._counts)
+            advance(encoded.unit.num_bytes)
 
     def close(self, files: list[SourceFile]) -> Manifest:
         shards = {split: writer.close() for split, writer in self._writers.items()}
         self._refuse_empty(shards, files)
         return Manifest(
-            dtype="uint16" if self._dtype.itemsize == 2 else "uint32",
+            dtype="uint16" if token_dtype(self._tokenizer.vocabulary).itemsize == 2 else "uint32",
             tokenizer=self._tokenizer.name,
             tokenizer_hash=self._tokenizer.fingerprint(),
             vocabulary=self._tokenizer.vocabulary,
             end_of_document=self._tokenizer.end_of_document,
-            largest_token=self._largest_token,
-            validation_share=self._validation_share,
+            largest_token=self.partial.largest_token,
+            validation_share=self._options.validation_share,
             source_files=len(files),
             source_bytes=_sum_bytes(files),
             source_listing=listing_hash(files),
             skipped_empty=self._skipped["empty"],
             skipped_binary=self._skipped["binary"],
+            skipped_not_utf8=self._skipped["not_utf8"] or None,
+            skipped_duplicates=self._skipped["duplicate"] if self._options.deduplicate else None,
+            sources=self._source_counts(),
             shards=shards["train"] + shards["validation"],
         )
 
-    def abandon(self) -> None:
-        """Let go of files that are still open; of no effect after `close`."""
+    def abandon(self, *, is_kept: bool) -> None:
+        """Let go of files that are still open, and of the folder if it was not given its name."""
         for writer in self._writers.values():
             writer.abandon()
+        self.partial.abandon(is_kept=is_kept)
 
-    def _add(self, document: Document) -> None:
-        if not document.text or document.is_binary:
-            self._skipped["binary" if document.text else "empty"] += 1
-            return
-        end = np.array([self._tokenizer.end_of_document], dtype=self._dtype)
-        prompt = self._tokenizer.encode(document.prompt)
-        tokens = np.concatenate([prompt, self._tokenizer.encode(document.text), end], dtype=self._dtype)
-        self._largest_token = max(self._largest_token, int(tokens.max()))
-        rank = held_out_rank(document.name)
-        self._num_documents += 1
-        self._lowest_ranks = sorted([*self._lowest_ranks, rank])[:2]
-        writer = self._writers["validation" if rank < self._validation_share else "train"]
-        writer.add(tokens, prompt_tokens=prompt.size)
+    def _add(self, encoded: Encoded) -> None:
+        ends = np.cumsum(encoded.lengths)
+        for number, fate in enumerate(encoded.fates):
+            digest = encoded.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
+            if fate or self._is_duplicate(digest):
+                self._skipped[FATES[fate] if fate else "duplicate"] += 1
+                continue
+            rank = float(encoded.ranks[number])
+            inside = slice(int(ends[number] - encoded.lengths[number]), int(ends[number]))
+            mask = None if encoded.mask is None else encoded.mask[inside]
+            num_tokens = self._write(split_of(rank, self._options.validation_share), encoded.tokens[inside], mask)
+            self._lowest_ranks = sorted([*self._lowest_ranks, rank])[:2]
+            self._documents_of[encoded.unit.source] += 1
+            self._tokens_of[encoded.unit.source] += num_tokens
+
+    def _write(self, split: Split, tokens: TokenArray, mask: Mask | None) -> int:
+        """Write a document unless it lies in a shard that was kept, and return its number of tokens."""
+        number = self._counts[split]
+        self._counts[split] += 1
+        kept = self.partial.kept_lengths[split]
+        if number < kept.size:
+            return int(kept[number])
+        self._writers[split].add(tokens, mask)
+        return tokens.size
+
+    def _is_duplicate(self, digest: bytes) -> bool:
+        if not digest:
+            return False
+        is_seen = digest in self._seen
+        self._seen.add(digest)
+        return is_seen
+
+    def _writer(self, split: Split) -> SplitWriter:
+        return SplitWriter(
+            self.partial.path,
+            split,
+            member_tokens=self._options.member_tokens,
+            shard_bytes=self._options.shard_bytes,
+            kept=self.partial.kept[split],
+            on_shard=self.partial.note_shard,
+        )
+
+    def _source_counts(self) -> list[SourceCount] | None:
+        counts = zip(self._sources, self._documents_of, self._tokens_of, strict=True)
+        if len(self._sources) == 1:
+            return None
+        return [SourceCount(name=name, num_documents=own, num_tokens=tokens) for name, own, tokens in counts]
 
     def _refuse_empty(self, shards: dict[Split, list[Shard]], files: list[SourceFile]) -> None:
-        if not self._num_documents:
-            empty, binary = self._skipped["empty"], self._skipped["binary"]
+        num_documents = sum(self._counts.values())
+        if not num_documents:
+            left_out = ", ".join(f"{self._skipped[fate]:,} {fate}" for fate in ("empty", "binary"))
             raise DataError(
                 "a corpus must hold at least one document with text",
-                f"{len(files):,} files with {empty:,} empty and {binary:,} binary documents",
+                f"{len(files):,} files with {left_out} documents",
                 "Correct data.corpus",
             )
         for split, written in shards.items():
             if not written:
                 raise DataError(
                     "both splits must get at least one document",
-                    f"none of {self._num_documents:,} for {split} at data.validation_share={self._validation_share}",
+                    f"none of {num_documents:,} for {split} at data.validation_share={self._options.validation_share}",
                     _share_remedy(self._lowest_ranks),
                 )
 
@@ -200,25 +302,22 @@ def _taken(out: Path, found: str) -> DataError:
     return DataError(must_hold, found, "Remove it, or choose another folder")
 
 
-def _say_unfinished(out: Path) -> None:
-    for path in sorted(out.parent.glob(f"{glob.escape(out.name)}.partial-*")):
-        say(f"{path} was left by a build that was killed, unless another process is at work on it; it may be removed")
-
-
-def _commit(partial: Path, out: Path, manifest: Manifest) -> None:
+def _commit(partial: Partial, out: Path, manifest: Manifest) -> None:
     """Write what makes the folder complete and give it its name, unless an equal one has it already."""
-    write_index(partial, manifest)
-    (partial / MANIFEST_NAME).write_text(manifest_text(manifest))
-    for path in (*partial.iterdir(), partial):
+    write_index(partial.path, manifest)
+    (partial.path / MANIFEST_NAME).write_text(manifest_text(manifest))
+    partial.close()
+    for path in (*partial.path.iterdir(), partial.path):
         _fsync(path)
     try:
-        partial.rename(out)  # replaces an empty folder, refuses any other
+        partial.path.rename(out)  # replaces an empty folder, refuses any other
     except OSError:
         if not (out / MANIFEST_NAME).exists():
             raise
         fingerprint = load_manifest(out).fingerprint
         if fingerprint != manifest.fingerprint:
             raise _taken(out, f"shards of fingerprint {fingerprint}, not {manifest.fingerprint}") from None
+        shutil.rmtree(partial.path)
     _fsync(out.parent)
 
 

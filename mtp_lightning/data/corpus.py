@@ -5,7 +5,7 @@ import json
 import platform
 from pathlib import Path
 
-from mtp_lightning.data.build import build_shards, describe, listing_hash
+from mtp_lightning.data.build import BuildOptions, build_shards, describe, listing_hash
 from mtp_lightning.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Split, load_manifest
 from mtp_lightning.data.progress import say
 from mtp_lightning.data.rows import Rows
@@ -36,12 +36,14 @@ def prepare_shards(recipe: Recipe) -> Path:
             _say_if_corpus_changed(recipe.data, folder, manifest)
     else:
         say(f"building shards {folder} from {', '.join(recipe.data.corpus)}")
-        build_shards(
-            recipe.data.corpus,
-            folder,
+        _check_vocabulary(recipe)
+        options = BuildOptions(
             tokenizer=recipe.data.tokenizer,
+            end_of_document=recipe.data.end_of_document,
             validation_share=recipe.data.validation_share,
+            deduplicate=recipe.data.deduplicate,
         )
+        build_shards(recipe.data.corpus, folder, options)
     return folder
 
 
@@ -73,8 +75,14 @@ def check_largest_token(largest_token: int, vocabulary: int, where: str) -> None
         raise DataError(
             f"every token id must be below model.vocabulary = {vocabulary:,}",
             f"id {largest_token:,} in {where}",
-            f"Raise model.vocabulary to {largest_token + 1:,}, or verify the shards with `mtp data verify`",
+            f"Raise model.vocabulary to {largest_token + 1:,}, or choose another tokenizer or other shards",
         )
+
+
+def _check_vocabulary(recipe: Recipe) -> None:
+    """Refuse a model too small for its tokenizer before text is tokenized."""
+    tokenizer = recipe_tokenizer(recipe)
+    check_largest_token(tokenizer.vocabulary - 1, recipe.model.vocabulary, f"the tokenizer {tokenizer.name}")
 
 
 def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -108,10 +116,12 @@ def _corpus_key(data: DataSection) -> str:
     needs_python = any(map(is_stdlib, data.corpus))
     parts = {
         "corpus": [source if is_stdlib(source) else _absolute(source) for source in data.corpus],
-        "tokenizer": open_tokenizer(data.tokenizer).fingerprint(),
+        "tokenizer": open_tokenizer(data.tokenizer, end_of_document=data.end_of_document).fingerprint(),
         "validation_share": data.validation_share,
         "format_version": FORMAT_VERSION,
         "python": f"{platform.python_implementation()} {platform.python_version()}" if needs_python else None,
+        **({"end_of_document": data.end_of_document} if data.end_of_document is not None else {}),
+        **({"deduplicate": True} if data.deduplicate else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -12,8 +12,8 @@ from mtp_lightning.errors import DataError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-SPLITS = ("train", "validation")
 Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 class _Frozen(BaseModel):
@@ -58,8 +58,19 @@ class Shard(_Frozen):
         return sum(member.num_documents for member in self.members)
 
 
+class SourceCount(_Frozen):
+    """What one of several sources of a build gave."""
+
+    name: str
+    num_documents: int
+    num_tokens: int
+
+
 class Manifest(_Frozen):
-    """All that is known about a shard folder; nothing in it depends on the machine or the time of building."""
+    """All that is known about a shard folder; nothing in it depends on the machine or the time of building.
+
+    A field that is None is not written, so folders from before it existed keep their fingerprint.
+    """
 
     format_version: Literal[1] = 1
     dtype: Literal["uint16", "uint32"]
@@ -74,12 +85,19 @@ class Manifest(_Frozen):
     source_listing: str  # sha256 over names and sizes of the source files
     skipped_empty: int
     skipped_binary: int
+    skipped_not_utf8: int | None = None
+    skipped_duplicates: int | None = None
+    sources: list[SourceCount] | None = None
     shards: list[Shard]
 
     @cached_property
     def fingerprint(self) -> str:
         """Return the sha256 of the canonical manifest; through the shards' hashes it covers every token."""
-        return fingerprint_of(self.model_dump())
+        return fingerprint_of(self.content())
+
+    def content(self) -> dict[str, Any]:
+        """Return what is written and signed."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}
 
     def shards_of(self, split: Split) -> list[Shard]:
         """Return the shards of one split, in order."""
@@ -105,7 +123,7 @@ def fingerprint_of(content: dict[str, Any]) -> str:
 
 def manifest_text(manifest: Manifest) -> str:
     """Return the text of the manifest file, the fingerprint first."""
-    return json.dumps({"fingerprint": manifest.fingerprint, **manifest.model_dump()}, indent=1) + "\n"
+    return json.dumps({"fingerprint": manifest.fingerprint, **manifest.content()}, indent=1) + "\n"
 
 
 def load_manifest(folder: Path) -> Manifest:

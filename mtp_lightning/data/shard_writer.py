@@ -6,15 +6,18 @@ import io
 import os
 import tarfile
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mtp_lightning.data.manifest import Member, Shard, Split
 from mtp_lightning.data.tokenizers import TokenArray
 from mtp_lightning.errors import DataError
 
+Mask = NDArray[np.uint8]
 MEMBER_TOKENS = 1 << 20
 SHARD_BYTES = 256 << 20
 MOST_DOCUMENT_TOKENS = 2**32 - 1  # what a length in `.len` can say
@@ -28,21 +31,33 @@ class SplitWriter:
     `shard_bytes`. Equal documents give equal bytes: the headers carry no time and no owner.
     """
 
-    def __init__(self, root: Path, split: Split, *, member_tokens: int, shard_bytes: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        split: Split,
+        *,
+        member_tokens: int,
+        shard_bytes: int,
+        kept: Sequence[Shard] = (),
+        on_shard: Callable[[Shard, int], None] = lambda shard, largest_token: None,
+    ) -> None:
+        """Begin after the shards that are `kept`; `on_shard` is told of each further one, and its largest id."""
         self._root = root
         self._split: Split = split
         self._member_tokens = member_tokens
         self._shard_bytes = shard_bytes
+        self._on_shard = on_shard
         self._documents: list[TokenArray] = []
-        self._prompts: list[int] = []  # tokens at the beginning of each document that are no targets
+        self._masks: list[Mask | None] = []
         self._num_tokens = 0
-        self._num_members = 0
+        self._num_members = sum(len(shard.members) for shard in kept)
         self._members: list[Member] = []  # of the open shard
-        self._shards: list[Shard] = []
+        self._shards: list[Shard] = list(kept)
+        self._largest_token = 0  # of the open shard
         self._tar: tarfile.TarFile | None = None
 
-    def add(self, tokens: TokenArray, *, prompt_tokens: int = 0) -> None:
-        """Append one document, its end-of-document id included; its first `prompt_tokens` are no targets."""
+    def add(self, tokens: TokenArray, mask: Mask | None = None) -> None:
+        """Append one document, its end-of-document id included; a mask has 0 for tokens that are no targets."""
         if tokens.size > MOST_DOCUMENT_TOKENS:
             raise DataError(
                 f"a document must have at most {MOST_DOCUMENT_TOKENS:,} tokens",
@@ -50,7 +65,7 @@ class SplitWriter:
                 "Split the file, or give it as JSONL with a document per line",
             )
         self._documents.append(tokens)
-        self._prompts.append(prompt_tokens)
+        self._masks.append(mask)
         self._num_tokens += tokens.size
         if self._num_tokens >= self._member_tokens:
             self._write_member()
@@ -70,7 +85,9 @@ class SplitWriter:
         self._tar = None
 
     def _write_member(self) -> None:
-        tokens = np.concatenate(self._documents).tobytes()
+        ids = np.concatenate(self._documents)
+        self._largest_token = max(self._largest_token, int(ids.max()))
+        tokens = ids.tobytes()
         lengths = np.array([document.size for document in self._documents], dtype="<u4").tobytes()
         if self._tar is None:
             self._tar = self._open_shard()
@@ -87,17 +104,18 @@ class SplitWriter:
         )
         self._members.append(member)
         self._num_members += 1
-        self._documents, self._prompts, self._num_tokens = [], [], 0
+        self._documents, self._masks, self._num_tokens = [], [], 0
         if self._tar.offset >= self._shard_bytes:
             self._close_shard()
 
     def _append_mask(self, tar: tarfile.TarFile, key: str) -> dict[str, int]:
         """Append the loss mask of the open member, if it needs one."""
-        if not any(self._prompts):
+        if all(mask is None or mask.all() for mask in self._masks):
             return {}
-        masks = [np.ones(document.size, dtype=np.uint8) for document in self._documents]
-        for mask, prompt_tokens in zip(masks, self._prompts, strict=True):
-            mask[:prompt_tokens] = 0
+        masks = [
+            np.ones(document.size, dtype=np.uint8) if mask is None else mask
+            for document, mask in zip(self._documents, self._masks, strict=True)
+        ]
         payload = np.concatenate(masks).tobytes()
         return {"mask_at": _append(tar, f"{key}.msk", payload), "mask_crc32": zlib.crc32(payload)}
 
@@ -123,7 +141,8 @@ class SplitWriter:
             members=self._members,
         )
         self._shards.append(shard)
-        self._members = []
+        self._on_shard(shard, self._largest_token)
+        self._members, self._largest_token = [], 0
 
     def _next_name(self) -> str:
         return f"{self._split}/{len(self._shards):05d}.tar"

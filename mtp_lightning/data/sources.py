@@ -1,11 +1,10 @@
-"""Where documents come from: files, folders, globs, JSONL, and the Python standard library's own source."""
+"""Where documents come from: files, folders, globs, and the Python standard library's own source."""
 
-import json
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -19,7 +18,6 @@ STDLIB_GENERATED = (
     "pydoc_data/",
 )  # tables and manual pages; one file of prose outweighs all else held out
 WILDCARDS = "*?["
-NUM_BYTES_SNIFFED = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +27,9 @@ class SourceFile:
     path: Path
     name: str  # path relative to its source: decides order and split, so it must not depend on the machine
     num_bytes: int
+    changed_at_ns: int
     is_named: bool  # by the user, and not only met in a folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """One piece of text that predicts nothing beyond its own end."""
-
-    name: str
-    text: bytes
-    prompt: bytes = b""  # text before it that is read but never a target
-    source_bytes: int  # taken up in the file
-    is_binary: bool = False
+    source: int = 0  # number of the source that it was found in
 
 
 def find_files(sources: list[str]) -> list[SourceFile]:
@@ -55,63 +44,15 @@ def find_files(sources: list[str]) -> list[SourceFile]:
         DataError: A source names nothing, or nothing is left of it.
     """
     files: dict[Path, SourceFile] = {}
-    for source in sources:
+    for number, source in enumerate(sources):
         for file in sorted(_files_of(source), key=lambda file: file.name):
-            files.setdefault(file.path.resolve(), file)
+            files.setdefault(file.path.resolve(), replace(file, source=number))
     return list(files.values())
 
 
 def is_stdlib(source: str) -> bool:
     """Tell whether a source is a keyword for the standard library, and not a path."""
     return source == STDLIB or source.startswith(f"{STDLIB}:")
-
-
-def documents_of(file: SourceFile) -> Iterator[Document]:
-    """Yield the documents of a file: one per line of a `*.jsonl`, else the whole file as one.
-
-    A file that is not UTF-8 is taken byte for byte. A file that has a NUL byte near its beginning is marked as
-    binary, for the caller to leave out, unless the user named it.
-
-    Raises:
-        DataError: A line of a JSONL file is not an object with strings under `text`, or `prompt` and `completion`.
-    """
-    if file.path.suffix == ".jsonl":
-        yield from _documents_of_jsonl(file)
-    else:
-        text = file.path.read_bytes()
-        is_binary = not file.is_named and b"\0" in text[:NUM_BYTES_SNIFFED]
-        yield Document(name=file.name, text=text, source_bytes=len(text), is_binary=is_binary)
-
-
-def _documents_of_jsonl(file: SourceFile) -> Iterator[Document]:
-    with file.path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                prompt, text = _texts_of_line(line, f"{file.path}, line {number}")
-                name = f"{file.name}:{number}"
-                yield Document(name=name, text=text, prompt=prompt, source_bytes=len(line))
-
-
-def _texts_of_line(line: bytes, place: str) -> tuple[bytes, bytes]:
-    """Return what is only read and what is learnt: nothing and `text`, or `prompt` and `completion`."""
-    must_hold = (
-        "every line of a JSONL file must be an object with a string under 'text', "
-        "or with strings under 'prompt' and 'completion'"
-    )
-    remedy = "Correct or remove the line"
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise DataError(must_hold, f"{place}: {error}", remedy) from error
-    if not isinstance(entry, dict):
-        raise DataError(must_hold, f"{place}: a {type(entry).__name__}", remedy)
-    keys = ("prompt", "completion") if "completion" in entry else ("text",)
-    for key in keys:
-        if not isinstance(entry.get(key), str):
-            found = f"{key!r} is a {type(entry[key]).__name__}" if key in entry else f"keys {sorted(entry)}"
-            raise DataError(must_hold, f"{place}: {found}", remedy)
-    prompt, text = (entry.get("prompt", "") if len(keys) == 2 else ""), entry[keys[-1]]
-    return prompt.encode("utf-8", "surrogatepass"), text.encode("utf-8", "surrogatepass")
 
 
 def _files_of(source: str) -> list[SourceFile]:
@@ -193,4 +134,5 @@ def _files_of_stdlib(source: str) -> list[SourceFile]:
 
 def _source_file(path: Path, root: Path, *, is_named: bool) -> SourceFile:
     name = path.relative_to(root).as_posix()
-    return SourceFile(path=path, name=name, num_bytes=path.stat().st_size, is_named=is_named)
+    stat = path.stat()
+    return SourceFile(path=path, name=name, num_bytes=stat.st_size, changed_at_ns=stat.st_mtime_ns, is_named=is_named)

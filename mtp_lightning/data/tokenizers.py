@@ -20,13 +20,14 @@ class Tokenizer(ABC):
     name: str
     vocabulary: int
     end_of_document: int
+    takes_any_bytes: bool = False  # else UTF-8 only
 
     @abstractmethod
     def encode(self, text: bytes) -> TokenArray:
         """Return the token ids of one document, without the end-of-document id.
 
         Raises:
-            UnicodeDecodeError: The text is not UTF-8, and the tokenizer knows characters only.
+            UnicodeDecodeError: The text is not UTF-8, and the tokenizer does not take any bytes.
         """
 
     def encode_many(self, texts: Sequence[bytes]) -> list[TokenArray]:
@@ -53,6 +54,7 @@ class ByteTokenizer(Tokenizer):
     name = "byte"
     vocabulary = 257
     end_of_document = 256
+    takes_any_bytes = True
 
     def encode(self, text: bytes) -> TokenArray:
         """Return the bytes as they are: text that is not UTF-8 is neither refused nor changed."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mtp_lightning.data.build import build_shards
+from mtp_lightning.data.build import BuildOptions, build_shards
 from mtp_lightning.data.index import write_index
 from mtp_lightning.data.manifest import Manifest, fingerprint_of
 from mtp_lightning.recipe.sections import Recipe
@@ -28,16 +28,14 @@ def write_corpus(folder: Path, *, num_documents: int = 40, seed: int = 0) -> dic
     return dict(sorted(documents.items()))
 
 
-def build_tiny(sources: list[str], out: Path, **changes: Any) -> Manifest:
+def build_tiny(
+    sources: list[str], out: Path, *, show_progress: bool = False, processes: int = 1, **changes: Any
+) -> Manifest:
     """Build with members and shards so small that a few documents fill several."""
-    options: dict[str, Any] = {
-        "tokenizer": "byte",
-        "validation_share": 0.3,
-        "show_progress": False,
-        "member_tokens": 100,
-        "shard_bytes": 4000,
-    }
-    return build_shards(sources, out, **{**options, **changes})
+    options: dict[str, Any] = {"validation_share": 0.3, "member_tokens": 100, "shard_bytes": 4000}
+    return build_shards(
+        sources, out, BuildOptions(**{**options, **changes}), processes=processes, show_progress=show_progress
+    )
 
 
 def is_held_out(name: str, share: float) -> bool:

@@ -127,6 +127,8 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path: Path, corpus: Path, m
 
 def test_vocabulary_smaller_than_a_token_id_is_refused(tmp_path: Path, corpus: Path) -> None:
     recipe = tiny_recipe(tmp_path / "cache", corpus, model={"vocabulary": 256})
-    prepare_shards(recipe)
-    with pytest.raises(DataError, match=r"below model\.vocabulary = 256; found id 256 .*Raise model.vocabulary to 257"):
+    with pytest.raises(DataError, match=r"model\.vocabulary = 256; found id 256 in the tokenizer byte\. Raise .*257"):
+        prepare_shards(recipe)
+    prepare_shards(tiny_recipe(tmp_path / "cache", corpus))
+    with pytest.raises(DataError, match=r"below model\.vocabulary = 256; found id 256 in the shards .*Raise .* to 257"):
         open_rows(recipe, "train")
