@@ -1,4 +1,4 @@
-"""`mtp data build | peek | verify`."""
+"""`mtp data build | peek | verify | stats`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
 
-app = typer.Typer(no_args_is_help=True, help="Build shards of tokens, look at a row, verify shards.")
+app = typer.Typer(no_args_is_help=True, help="Build shards of tokens, look at a row, verify and count shards.")
 
 
 class Split(StrEnum):
@@ -102,3 +102,15 @@ def verify(folder: Annotated[Path, typer.Argument(help="Folder of shards.", show
     from mtp_lightning.data.verify import verify_shards
 
     verify_shards(folder)
+
+
+@app.command()
+def stats(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of shards.", show_default=False)],
+    *,
+    picture: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the lengths into this file, too.")] = None,
+) -> None:
+    """Count documents and tokens by folder and source, and show how long the documents are."""
+    from mtp_lightning.data.stats import show_statistics
+
+    show_statistics(folders, picture=picture)

@@ -51,3 +51,17 @@ def test_empty_corpus_is_an_error(corpus: Path) -> None:
     result = mtp("data", "build", "recipe.yaml")
     assert result.exit_code == DataError.exit_code
     assert len(result.stderr.splitlines()) >= 3
+
+
+def test_shards_are_counted(corpus: Path) -> None:
+    options = ("--out", "shards", "--validation-share", "0.2", "--deduplicate", "--processes", "1")
+    assert mtp("data", "build", *options, str(corpus)).exit_code == 0
+    result = mtp("data", "stats", "shards", "--picture", "lengths.png")
+    assert result.exit_code == 0
+    assert "shards" in result.stdout
+    assert Path("lengths.png").stat().st_size > 1000
+
+
+def test_options_for_texts_need_a_folder(corpus: Path) -> None:
+    assert corpus.is_dir()
+    assert "give --out" in mtp("data", "build", "recipe.yaml", "--deduplicate").stderr
