@@ -30,8 +30,9 @@ Advance = Callable[[int], None]
 def consolidate(path: Path, out: Path, *, dtype: DtypeName = "fp32") -> None:
     """Export the weights of a run or checkpoint into a new folder, and check them there value by value.
 
-    Needs no GPU and, whatever the model's size, less than 150 MiB of memory. The bytes of model.safetensors depend on
-    the weights alone, not on the ranks that wrote them. The folder appears when it is complete, by one rename.
+    Needs no GPU and, however large the model, less than 64 MiB of memory beside the libraries' own. The bytes of
+    model.safetensors depend on the weights alone, not on the ranks that wrote them. The folder appears when it is
+    complete, by one rename.
 
     Raises:
         CheckpointError: there is nothing to export, a shard is missing or damaged (named, with the checkpoint before

@@ -102,7 +102,7 @@ def load_model(
 
     Args:
         path: run folder (its newest complete checkpoint is taken), checkpoint folder, or exported folder.
-        device: where the model shall lie; beside it, 16 MiB blocks lie in CPU memory.
+        device: where the model shall lie; beside it, 4 MiB blocks lie in CPU memory.
         dtype: type of every parameter; None takes the type that is stored.
         verify: compare digests with the manifest; costs one more read of the weights.
 

@@ -95,7 +95,7 @@ class ShardReader:
         return values
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Read a parameter's weight in consecutive blocks of at most 16 MiB; yields each with its first value."""
+        """Read a parameter's weight in consecutive blocks of at most 4 MiB; yields each with its first value."""
         length = BLOCK_BYTES // self.dtype(name).itemsize
         for start in range(0, self.numel(name), length):
             yield start, self.read(name, WEIGHT, start, min(start + length, self.numel(name)))

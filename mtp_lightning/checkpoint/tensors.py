@@ -35,7 +35,7 @@ NAME_OF_DTYPE = {
     torch.float64: "F64",
     torch.complex64: "C64",
 }
-BLOCK_BYTES = 2**24  # of values that are read, checked or converted at a time where a tensor may be large
+BLOCK_BYTES = 2**22  # of values that are read, checked or converted at a time where a tensor may be large
 _DTYPE_OF_NAME = {name: dtype for dtype, name in NAME_OF_DTYPE.items()}
 
 

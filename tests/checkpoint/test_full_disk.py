@@ -3,8 +3,6 @@
 import errno
 import os
 import resource
-import subprocess
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -14,18 +12,6 @@ import torch
 from mtp_lightning.checkpoint.layout import newest_complete
 from mtp_lightning.errors import CheckpointError
 from tests.checkpoint.savers import check_step, forkserver, save
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def check_failure(folder: Path, error: CheckpointError, reason: int, *, step: int) -> None:
