@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -64,6 +65,10 @@ class Ranks:
         if not self._is_alone:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
         return tensor
+
+    def any(self, is_so: object) -> bool:
+        """Tell whether something is so on any rank."""
+        return bool(is_so) if self._is_alone else bool(self.max(torch.tensor(int(bool(is_so)))))
 
     def wait(self) -> None:
         """Return when every rank has come here."""

@@ -10,14 +10,10 @@ from mtp_lightning.errors import NonFiniteError
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.mtp_model import build_model
 from mtp_lightning.planner.variants import with_schedule
+from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.training.optimizer import (
-    build_optimizer,
-    clip_gradients,
-    gradient_norms,
-    learning_rate,
-    set_learning_rate,
-)
+from mtp_lightning.training.fragments import gradient_norms, whole_fragments
+from mtp_lightning.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from mtp_lightning.training.schedules import MicroBatch, Objective, run_schedule
 
 
@@ -72,7 +68,7 @@ class TrainingStep:
             loss.backward()  # type: ignore[no-untyped-call]
 
     def _update(self) -> None:
-        norms = gradient_norms(self.model.named_parameters())
+        norms = gradient_norms(whole_fragments(self.model.named_parameters(), self.optimizer), Ranks())
         if not math.isfinite(norms["all"].item()):
             raise NonFiniteError(
                 "every gradient must be finite",

@@ -1,5 +1,7 @@
 """The command `mtp`. Each verb imports what it needs when it runs, so that help and recipe checks need no torch."""
 
+import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -58,6 +60,10 @@ def describe(
 def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Train a recipe; given a run that was interrupted, go on where it was."""
     loaded = open_recipe(recipe, overrides)
+    from mtp_lightning.launch.local import needs_ranks, run_ranks
+
+    if needs_ranks(loaded.recipe, os.environ):
+        raise typer.Exit(run_ranks(loaded.recipe, sys.argv[1:]))
     from mtp_lightning.training.fit import train
 
     raise typer.Exit(train(loaded) or 0)

@@ -4,7 +4,7 @@ The gradients are computed during the forward pass, chunk by chunk, and handed o
 V x D products per position, as many as any exact method needs, and memory for one chunk of logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ Grad = Tensor | None  # buffer of a gradient, where one is wanted
 class Term:
     """One hidden state's share of a loss: which matrix scores it, how, and what its sum is multiplied by."""
 
-    matrix: int  # index of the V x D matrix
+    matrix: int  # number of the V x D matrix
     score: Score
     coefficient: Tensor  # 0-dimensional
     count: Tensor | None = None  # rows that count; given, the term is balanced against the first by its RMS
@@ -35,7 +35,7 @@ class Term:
 
 def chunked_loss(
     hiddens: Sequence[Tensor],
-    matrices: Sequence[Tensor],
+    matrices: Mapping[int, Tensor],
     terms: Sequence[Term],
     *,
     chunk_bytes: int,
@@ -45,7 +45,8 @@ def chunked_loss(
 
     Args:
         hiddens: (P, D) normed hidden states, one per term.
-        matrices: (V, D) unembedding matrices.
+        matrices: (V, D) unembedding matrices by the number that terms name them by. Give those that are used: under
+            autograd every one counts as touched, and engines wait for its gradient.
         terms: What to compute; their sums are filled in.
         chunk_bytes: Memory that the logits of one chunk may take.
         balance_to: RMS that balanced terms are scaled to; None means the first term's own.
@@ -54,8 +55,9 @@ def chunked_loss(
         The weighted total, 0-dimensional. Gradients reach `hiddens` and `matrices` only; the scale of the
         incoming gradient is honoured. The node can be walked backward once.
     """
-    plan = _Plan(terms, len(matrices), chunk_bytes, balance_to, wants_gradients=torch.is_grad_enabled())
-    total: Tensor = _ChunkedLoss.apply(plan, *matrices, *hiddens)  # type: ignore[no-untyped-call]
+    numbers = list(matrices)
+    plan = _Plan(terms, numbers, chunk_bytes, balance_to, wants_gradients=torch.is_grad_enabled())
+    total: Tensor = _ChunkedLoss.apply(plan, *matrices.values(), *hiddens)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -71,7 +73,7 @@ def chunk_rows(num_rows: int, vocabulary: int, dtype: torch.dtype, chunk_bytes: 
 @dataclass
 class _Plan:
     terms: Sequence[Term]
-    num_matrices: int
+    numbers: list[int]  # of the matrices
     chunk_bytes: int
     balance_to: Tensor | None
     wants_gradients: bool  # inside the node grad mode is off, and inputs claim to need gradients even under no_grad
@@ -80,26 +82,27 @@ class _Plan:
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> Tensor:
-        matrices, hiddens = tensors[: plan.num_matrices], tensors[plan.num_matrices :]
-        used = {term.matrix for term in plan.terms}
+        num_matrices = len(plan.numbers)
+        matrices, hiddens = tensors[:num_matrices], tensors[num_matrices:]
         needs = [need and plan.wants_gradients for need in ctx.needs_input_grad[1:]]
         dtype = _compute_dtype(matrices[0])
         exact = torch.promote_types(dtype, torch.float32)
         cast = [matrix.to(dtype) for matrix in matrices]
         matrix_grads = [
-            torch.zeros_like(matrix, dtype=exact) if needs[index] and index in used else None
-            for index, matrix in enumerate(matrices)
+            torch.zeros_like(matrix, dtype=exact) if need else None
+            for matrix, need in zip(matrices, needs[:num_matrices], strict=True)
         ]
         hidden_grads = []
         total = torch.zeros((), dtype=exact, device=matrices[0].device)
         with torch.autocast(matrices[0].device.type, enabled=False):
             for index, (term, hidden) in enumerate(zip(plan.terms, hiddens, strict=True)):
-                grad = torch.empty_like(hidden) if needs[plan.num_matrices + index] else None
-                into = matrix_grads[term.matrix]
-                total += _run_term(plan, term, hidden.to(dtype), cast[term.matrix], (grad, into))
+                need, at = needs[num_matrices + index], plan.numbers.index(term.matrix)
+                grad = torch.empty_like(hidden, dtype=_kept(hidden.dtype)) if need else None
+                total += _run_term(plan, term, hidden.to(dtype), cast[at], (grad, matrix_grads[at]))
                 hidden_grads.append(grad)
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.save_for_backward(
-            *(g if g is None else g.to(m.dtype) for g, m in zip(matrix_grads, matrices, strict=True)),
+            *(g if g is None else g.to(_kept(m.dtype)) for g, m in zip(matrix_grads, matrices, strict=True)),
             *hidden_grads,
         )
         return total
@@ -107,7 +110,13 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
-        return None, *(grad if grad is None else grad.mul_(scale) for grad in ctx.saved_tensors)
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, *(grad if grad is None else grad.mul_(scale).to(dtype) for grad, dtype in pairs)
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """Type that a gradient waits in for its scale: without it, most of a half-precision gradient would underflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _compute_dtype(matrix: Tensor) -> torch.dtype:

@@ -2,7 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,19 +104,29 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> MtpModel:
     return model
 
 
+Whole = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+
+def _as_they_are(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 @torch.no_grad()
-def initialise(model: MtpModel, recipe: Recipe) -> None:
+def initialise(model: MtpModel, recipe: Recipe, *, whole: Whole = _as_they_are) -> None:
     """Set every parameter from the seed and its own name, so that no parameter depends on the others' order.
 
     Matrices are normal; those that write into the residual stream are scaled down by sqrt(2 x layers). Norms
     start at one, biases at zero, linear heads at the identity, Medusa's maps at zero. Replicated unembeddings
-    start as copies of the first.
+    start as copies of the first. `whole` makes parameters that are sharded over ranks whole for a while.
     """
     for name, parameter in model.named_parameters():
-        _initialise_parameter(name, parameter, recipe)
+        with whole([parameter]):
+            _initialise_parameter(name, parameter, recipe)
     if model.unembedding.is_replicated:
-        for matrix in model.unembedding.matrices[1 : recipe.heads.num_offsets]:
-            matrix.copy_(model.unembedding.matrices[0])
+        first, *others = model.unembedding.lm_heads.parameters()
+        for matrix in others:
+            with whole([first, matrix]):
+                matrix.copy_(first)
 
 
 def _initialise_parameter(name: str, parameter: Tensor, recipe: Recipe) -> None:
@@ -130,4 +142,6 @@ def _initialise_parameter(name: str, parameter: Tensor, recipe: Recipe) -> None:
             std /= math.sqrt(2 * recipe.model.num_layers)
         digest = hashlib.sha256(f"{recipe.run.seed}:{name}".encode()).digest()
         generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
-        parameter.normal_(0.0, std, generator=generator)
+        exact = torch.promote_types(parameter.dtype, torch.float32)
+        drawn = torch.empty(parameter.shape, dtype=exact, device=parameter.device)
+        parameter.copy_(drawn.normal_(0.0, std, generator=generator))

@@ -1,6 +1,7 @@
 """The unembedding: final norm and V x D matrix, the only place where the vocabulary exists."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -65,9 +66,9 @@ class Unembedding(nn.Module):
             self.normalize(offset, hidden).flatten(0, 1)  # (B, T, D) -> (P, D)
             for offset, hidden in zip(offsets, hiddens, strict=True)
         ]
-        return chunked_loss(
-            normed, self.matrices, terms, chunk_bytes=self.chunk_bytes, balance_to=balance_to
-        )
+        modules = self._modules_by_number
+        used = {number: modules[number].weight for number in sorted({term.matrix for term in terms})}
+        return chunked_loss(normed, used, terms, chunk_bytes=self.chunk_bytes, balance_to=balance_to)
 
     def parameters_of(self, offset: int) -> list[Tensor]:
         """Final norm and matrix of an offset."""
@@ -78,5 +79,10 @@ class Unembedding(nn.Module):
     @property
     def matrices(self) -> list[Tensor]:
         """All V x D matrices, the token-order one last."""
-        modules = [*self.lm_heads] if self.token_order is None else [*self.lm_heads, self.token_order]
-        return [module.weight for module in modules]
+        return [module.weight for module in self._modules_by_number]
+
+    @property
+    def _modules_by_number(self) -> list[nn.Linear]:
+        """What a term's `matrix` counts."""
+        extra = [] if self.token_order is None else [self.token_order]
+        return cast(list[nn.Linear], [*self.lm_heads, *extra])

@@ -25,6 +25,7 @@ RUN_FIELDS = frozenset(
         "run.validate_every_steps",
         "run.checkpoint_every_steps",
         "run.keep_checkpoints",
+        "run.checkpoint_in_background",
     }
 )
 """Fields that say where and how a run is carried out, not what it computes."""

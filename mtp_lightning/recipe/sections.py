@@ -247,8 +247,9 @@ class RunSection(Section):
     """Optimizer steps."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA when there is one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 autocast over fp32 weights."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32; bf16: autocast over fp32 weights on one device, bf16 weights beside an fp32 master under ZeRO; fp16: under
+    ZeRO on GPUs only, with loss scaling."""
     threads: PositiveInt | None = None
     """CPU threads for tensor work; null leaves torch's choice."""
     log_every_steps: PositiveInt = 10
@@ -261,6 +262,8 @@ class RunSection(Section):
     """Steps between checkpoints; there is one more after the last step."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints to keep, besides the best by accepted length."""
+    checkpoint_in_background: bool | None = None
+    """Copy the state to the host and write it while training goes on; null means: where it lies on a GPU."""
 
 
 class StrategySection(Section):

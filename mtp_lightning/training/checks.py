@@ -4,6 +4,7 @@ The field's users have lost weeks to targets shifted by one, prompts trained as 
 documents, and heads that never changed. Both checks run on the first steps of every start and stop the run.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -12,7 +13,11 @@ from torch import Tensor
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.losses.targets import IGNORE, count_targets, oracle_targets
 from mtp_lightning.model.mtp_model import MtpModel
+from mtp_lightning.ranks import Ranks
+from mtp_lightning.training.fragments import Fragment, listed
 
+_MISSING = -1.0
+_FAULTS = {_MISSING: "no gradient", math.inf: "gradient not finite", 0.0: "gradient zero"}
 ORACLE_STEPS = 2  # steps after every start whose targets are compared
 ORACLE_ROWS = 4  # rows of each that go through the slow oracle
 
@@ -73,65 +78,82 @@ class GradientArrival:
     """Watches that every trainable parameter receives a finite, non-zero gradient and moves.
 
     A parameter is settled by the first step at which it is expected to be trained: one that belongs to offsets of
-    weight 0 (a curriculum, say) waits until they are switched on. The whole watch ends when all are settled.
+    weight 0 (a curriculum, say) waits until they are switched on. The whole watch ends when all are settled. What
+    a rank holds of a parameter is a fragment of it, so ranks compare notes: all of them make the same calls.
     """
 
-    def __init__(self, model: MtpModel) -> None:
-        self.model = model
-        self.pending = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.probes: dict[str, tuple[Tensor, Tensor]] = {}  # index of the largest gradient, value before the step
+    def __init__(self, model: MtpModel, ranks: Ranks) -> None:
+        self.model, self.ranks = model, ranks
+        self.pending = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.probes: dict[str, tuple[Tensor, Tensor]] = {}  # index of the fragment's largest gradient, value there
 
-    def before_step(self, weights: list[float]) -> None:
+    def before_step(self, weights: list[float], fragments: Iterable[Fragment]) -> None:
         """Look at the gradients of a step, before clipping and the optimizer.
 
         Raises:
             TrainingError: Naming the parameters whose gradient is missing, zero or not finite.
         """
+        if not self.pending:
+            return
         idle = self._idle(weights)
+        self.watched = [name for name in self.pending if name not in idle]
+        peaks = dict.fromkeys(self.watched, _MISSING)
+        device = torch.device("cpu")
+        for fragment in fragments:
+            if fragment.name in peaks:
+                peaks[fragment.name] = max(peaks[fragment.name], self._probe(fragment))
+                device = fragment.weight.device
+        largest = self.ranks.max(torch.tensor(list(peaks.values()), dtype=torch.float64, device=device))
         faults: dict[str, list[str]] = {}
-        for name, parameter in self.pending.items():
-            if name in idle:
-                continue
-            fault = self._probe(name, parameter)
-            if fault:
-                faults.setdefault(fault, []).append(name)
+        for name, peak in zip(self.watched, largest.tolist(), strict=True):
+            if peak in _FAULTS:
+                faults.setdefault(_FAULTS[peak], []).append(name)
         if faults:
             raise TrainingError(
                 "every trainable parameter must receive a finite, non-zero gradient in its first optimizer step",
-                "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items()),
+                "; ".join(f"{fault}: {listed(names)}" for fault, names in faults.items()),
                 "Freeze what is not meant to train, or report the schedule, head kind and strategy that lose it.",
             )
 
-    def after_step(self) -> None:
+    def after_step(self, fragments: Iterable[Fragment]) -> None:
         """Check that what had a gradient has moved, and stop watching it.
 
         Raises:
             TrainingError: Naming the parameters that have not moved.
         """
-        still = [name for name, (index, before) in self.probes.items() if self.pending[name].view(-1)[index] == before]
+        if not self.pending:
+            return
+        moved = dict.fromkeys(self.watched, 0.0)
+        device = torch.device("cpu")
+        for fragment in fragments:
+            if fragment.name in self.probes:
+                index, before = self.probes[fragment.name]
+                moved[fragment.name] = float(fragment.weight[index] != before)
+                device = fragment.weight.device
+        has_moved = self.ranks.max(torch.tensor(list(moved.values()), device=device)).tolist()
+        still = [name for name, has in zip(self.watched, has_moved, strict=True) if not has]
         if still:
             raise TrainingError(
                 "every parameter with a gradient must move in an optimizer step",
-                f"no change of {_listed(still)}",
+                f"no change of {listed(still)}",
                 "Check that the optimizer holds these parameters and that their learning rate is not zero "
                 "(optimizer.lr, optimizer.lr_scale).",
             )
-        for name in self.probes:
-            del self.pending[name]
+        self.pending = [name for name in self.pending if name not in moved]
         self.probes.clear()
 
     @torch.no_grad()
-    def _probe(self, name: str, parameter: Tensor) -> str | None:
-        if parameter.grad is None:
-            return "no gradient"
-        gradient = parameter.grad.view(-1)
+    def _probe(self, fragment: Fragment) -> float:
+        """Return the largest gradient of a fragment, and remember where it is."""
+        gradient = fragment.gradient
+        if gradient is None or not gradient.numel():
+            return _MISSING
         if not bool(gradient.isfinite().all()):
-            return "gradient not finite"
+            return math.inf
         index = gradient.abs().argmax()
-        if gradient[index] == 0:
-            return "gradient zero"
-        self.probes[name] = (index, parameter.view(-1)[index].clone())
-        return None
+        if gradient[index] != 0:
+            self.probes[fragment.name] = (index, fragment.weight[index].clone())
+        return float(gradient[index].abs())
 
     def _idle(self, weights: list[float]) -> set[str]:
         """Parameters that serve only offsets of weight 0."""
@@ -151,7 +173,3 @@ class GradientArrival:
         for module in self.model.heads.modules_of(offset):
             yield from module.parameters()
 
-
-def _listed(names: list[str], most: int = 8) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import lightning as L
 
-from mtp_lightning.checkpoint.lightning_io import SafeCheckpointIO
 from mtp_lightning.data.datamodule import MtpDataModule
-from mtp_lightning.errors import TrainingError
+from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import LoadedRecipe, Recipe, num_head_layers, num_trunk_layers
 from mtp_lightning.training.callbacks.build import build_callbacks
 from mtp_lightning.training.device import prepare_device
+from mtp_lightning.training.joining import joined_ranks
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.run_folder import Opened, opened_run_folder
+from mtp_lightning.training.strategy import build_strategy
 
 INTERRUPTED = 130
 
@@ -23,31 +24,27 @@ INTERRUPTED = 130
 def train(loaded: LoadedRecipe) -> int:
     """Train a recipe to its end; a run folder that has a checkpoint is continued. Returns the exit code."""
     recipe = loaded.recipe
-    _check_strategy(recipe)
-    with opened_run_folder(recipe) as opened:
+    prepare_device(recipe)
+    with joined_ranks(recipe), opened_run_folder(recipe, Ranks()) as opened:
         if opened.checkpoint is not None and opened.checkpoint.step >= recipe.run.steps:
-            print(
-                f"{opened.path} is finished: {opened.checkpoint.step} of {recipe.run.steps} steps. "
-                "Raise run.steps to go on, or start over with run.fresh=true.",
-                flush=True,
-            )
+            _say_finished(opened, recipe)
             return 0
         return _fit(recipe, opened)
 
 
-def _check_strategy(recipe: Recipe) -> None:
-    if recipe.strategy.kind != "single":
-        raise TrainingError(
-            "strategy.kind must be single: this version plans runs on several ranks, but trains on one device",
-            recipe.strategy.kind,
-            "Give strategy.kind=single strategy.num_nodes=1 strategy.ranks_per_node=1, or use `mtp plan`.",
+def _say_finished(opened: Opened, recipe: Recipe) -> None:
+    if Ranks().is_first and opened.checkpoint is not None:
+        print(
+            f"{opened.path} is finished: {opened.checkpoint.step} of {recipe.run.steps} steps. "
+            "Raise run.steps to go on, or start over with run.fresh=true.",
+            flush=True,
         )
 
 
 def _fit(recipe: Recipe, opened: Opened) -> int:
     L.seed_everything(recipe.run.seed, verbose=False)
     checkpoint = opened.checkpoint
-    if checkpoint is not None:
+    if checkpoint is not None and Ranks().is_first:
         print(f"Continuing {opened.path} after step {checkpoint.step} of {recipe.run.steps}", flush=True)
     with _remarks_in(opened.attempt / "lightning.log"):
         trainer = build_trainer(recipe, opened.path)
@@ -55,25 +52,28 @@ def _fit(recipe: Recipe, opened: Opened) -> int:
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint.path if checkpoint else None)
         except (KeyboardInterrupt, SystemExit):  # Lightning 2.6 turns the first into the second
-            print(f"Interrupted. The same command goes on: mtp train {opened.path}", flush=True)
+            if Ranks().is_first:
+                print(f"Interrupted. The same command goes on: mtp train {opened.path}", flush=True)
             return INTERRUPTED
     return 0
 
 
 def build_trainer(recipe: Recipe, run_folder: Path) -> L.Trainer:
     """Build the Lightning trainer of a run; everything that Lightning prints or saves by itself is off."""
+    device = prepare_device(recipe)
     layers = {"trunk": num_trunk_layers(recipe), "heads": num_head_layers(recipe)}
     return L.Trainer(
-        accelerator=prepare_device(recipe).type,
-        devices=1,
-        precision="32-true",  # run.precision=bf16 is autocast around the forward pass alone, in the module
+        accelerator=device.type,
+        devices=recipe.strategy.ranks_per_node,
+        num_nodes=recipe.strategy.num_nodes,
+        strategy=build_strategy(recipe, device),
+        precision="32-true",  # run.precision is the module's business on one device, and DeepSpeed's under ZeRO
         max_steps=recipe.run.steps,
         max_epochs=-1,
         val_check_interval=recipe.run.validate_every_steps,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         callbacks=build_callbacks(recipe, run_folder, layers=layers),
-        plugins=[SafeCheckpointIO()],
         use_distributed_sampler=False,
         inference_mode=False,
         logger=False,
@@ -97,6 +97,8 @@ def _remarks_in(path: Path) -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         # Lightning 2.6 on torch 2.13; can go when Lightning no longer uses LeafSpec.
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+        # DeepSpeed 0.19 on torch 2.13; can go when it calls the collectives by their new names.
+        warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated.*")
         try:
             yield
         finally:

@@ -4,7 +4,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -13,18 +13,14 @@ from torch import Tensor
 from mtp_lightning.errors import NonFiniteError
 from mtp_lightning.losses.targets import count_targets, shifted_targets
 from mtp_lightning.losses.weights import offset_weights
-from mtp_lightning.model.mtp_model import MtpModel, build_model
+from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.checks import ORACLE_STEPS, GradientArrival, check_counts, check_targets
+from mtp_lightning.training.fragments import gradient_norms
 from mtp_lightning.training.metrics import OffsetMetrics
-from mtp_lightning.training.optimizer import (
-    build_optimizer,
-    clip_gradients,
-    gradient_norms,
-    learning_rate,
-    set_learning_rate,
-)
+from mtp_lightning.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from mtp_lightning.training.schedules import MicroBatch, Objective, evaluate, run_schedule
+from mtp_lightning.training.strategy import RunStrategy
 
 Batch = dict[str, Tensor]
 
@@ -47,11 +43,16 @@ class MtpLightningModule(L.LightningModule):
         self.val_metrics = OffsetMetrics(recipe.heads.num_offsets)
 
     def configure_model(self) -> None:
-        """Build the model once, on the CPU; Lightning moves it."""
+        """Build the model once, as the strategy wants it."""
         if not hasattr(self, "model"):
-            self.model = build_model(self.recipe)
+            self.model = self.strategy.build_model(self.recipe)
             if self.recipe.objective.compile:
                 self.model.compile_layers()
+
+    @property
+    def strategy(self) -> RunStrategy:
+        """The run's strategy."""
+        return cast(RunStrategy, self.trainer.strategy)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW in groups by role."""
@@ -59,7 +60,7 @@ class MtpLightningModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Begin the checks anew after every start, resumed or not."""
-        self.gradient_arrival = GradientArrival(self.model)
+        self.gradient_arrival = GradientArrival(self.model, self.strategy.ranks)
         self.num_checked_steps = 0
         self.logged_at, self.logged_step = time.monotonic(), self.global_step
 
@@ -68,10 +69,11 @@ class MtpLightningModule(L.LightningModule):
         step = self.global_step
         self.metrics = {}
         objective, targets = self._prepare(batch, step)
-        for micro_batch in self._micro_batches(batch, targets):
-            with self._autocast():
-                losses = run_schedule(self.model, micro_batch, objective, self._backward)
-            self.train_metrics.update(micro_batch.targets, losses)
+        with self.strategy.accumulating():
+            for micro_batch in self._micro_batches(batch, targets):
+                with self._autocast():
+                    losses = run_schedule(self.model, micro_batch, objective, self._backward)
+                self.train_metrics.update(micro_batch.targets, losses)
         norms = self._step_optimizer(objective.weights, step)
         self.trainer.datamodule.advance(self.recipe.batch.rows)  # type: ignore[attr-defined]
         if self._is_logged(step + 1):
@@ -102,13 +104,14 @@ class MtpLightningModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what has been measured since the last logged step, so that a resumed run logs the same figures."""
-        sums = self.train_metrics.metric_state
-        checkpoint["train_metrics"] = {name: value for name, value in sums.items() if isinstance(value, Tensor)}
+        sums = {name: value for name, value in self.train_metrics.metric_state.items() if isinstance(value, Tensor)}
+        checkpoint["train_metrics"] = {name: self.strategy.ranks.sum(value.clone()) for name, value in sums.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on measuring where the checkpoint was taken."""
+        """Go on measuring where the checkpoint was taken; what all ranks had measured, the first goes on with."""
         for name, value in checkpoint["train_metrics"].items():
-            setattr(self.train_metrics, name, value)
+            own = value if self.strategy.ranks.is_first else torch.zeros_like(value)
+            setattr(self.train_metrics, name, own.to(self.device))
 
     def on_validation_epoch_end(self) -> None:
         """Publish the validation's figures and forget its sums."""
@@ -134,7 +137,16 @@ class MtpLightningModule(L.LightningModule):
     def _objective(self, targets: Tensor, documents: Tensor, weights: list[float], *, predicts: bool) -> Objective:
         num_positions = targets.shape[2]
         num_ordered = (documents[:, :num_positions] == documents[:, 1 : num_positions + 1]).sum()
-        return Objective(self.recipe.objective, weights, count_targets(targets), num_ordered, predicts)
+        counts = self.strategy.ranks.sum(torch.cat((count_targets(targets), num_ordered[None])))
+        return Objective(
+            self.recipe.objective,
+            weights,
+            counts[:-1],
+            counts[-1],
+            predicts,
+            num_ranks=self.strategy.ranks.size,
+            loss_scale=self.strategy.gradient_scale,
+        )
 
     def _micro_batches(self, batch: Batch, targets: Tensor) -> Iterator[MicroBatch]:
         size = self.recipe.batch.micro_rows
@@ -143,7 +155,7 @@ class MtpLightningModule(L.LightningModule):
             yield MicroBatch(batch["tokens"][rows], batch["documents"][rows], targets[:, rows])
 
     def _autocast(self) -> torch.autocast:
-        is_enabled = self.recipe.run.precision == "bf16"
+        is_enabled = self.recipe.run.precision == "bf16" and self.recipe.strategy.kind == "single"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_enabled)
 
     def _backward(self, loss: Tensor) -> None:
@@ -152,17 +164,19 @@ class MtpLightningModule(L.LightningModule):
 
     def _step_optimizer(self, weights: list[float], step: int) -> dict[str, Tensor]:
         """Check, clip, step, zero: once per optimizer step. Returns the gradient norms before clipping."""
-        optimizer = self.optimizers()
+        optimizer, strategy, section = self.optimizers(), self.strategy, self.recipe.optimizer
         assert not isinstance(optimizer, list)
-        section = self.recipe.optimizer
-        norms = gradient_norms(self.model.named_parameters())
-        self._check_finite(norms, step)
-        self.gradient_arrival.before_step(weights)
-        if section.clip_norm is not None:
+        norms = gradient_norms(strategy.fragments(), strategy.ranks, loss_scale=strategy.gradient_scale)
+        will_skip = self.recipe.run.precision == "fp16" and not math.isfinite(norms["all"])
+        if not will_skip:  # fp16 searches for its loss scale by overflowing: DeepSpeed skips such a step
+            self._check_finite(norms, step)
+            self.gradient_arrival.before_step(weights, strategy.fragments())
+        if section.clip_norm is not None and strategy.clips_here:
             clip_gradients(self.model.parameters(), norms["all"], section.clip_norm)
         set_learning_rate(optimizer.optimizer, section, learning_rate(section, step, self.recipe.run.steps))
         optimizer.step()
-        self.gradient_arrival.after_step()
+        if not will_skip:
+            self.gradient_arrival.after_step(strategy.fragments())
         optimizer.zero_grad(set_to_none=True)
         return norms
 

@@ -1,4 +1,4 @@
-"""AdamW in groups by role, learning rate as a pure function of the step, gradient norms and clipping."""
+"""AdamW in groups by role, learning rate as a pure function of the step, clipping."""
 
 import math
 from collections.abc import Iterable
@@ -8,13 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.recipe.sections import OptimizerSection
-
-ROLES = ("trunk", "heads", "unembedding")
-
-
-def role_of(parameter_name: str) -> str:
-    """Role of a parameter of `MtpModel` by its name; a tied matrix is the trunk's embedding."""
-    return parameter_name.split(".", 1)[0]
+from mtp_lightning.training.fragments import ROLES, role_of, whole_shape
 
 
 def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
@@ -22,7 +16,7 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[s
     groups: dict[tuple[str, bool], list[Tensor]] = {(role, decays): [] for role in ROLES for decays in (True, False)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[role_of(name), parameter.dim() > 1].append(parameter)
+            groups[role_of(name), len(whole_shape(parameter)) > 1].append(parameter)
     return [
         {"params": params, "role": role, "weight_decay": section.weight_decay if decays else 0.0}
         for (role, decays), params in groups.items()
@@ -55,17 +49,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, section: OptimizerSectio
     """Give every group the learning rate of its role."""
     for group in optimizer.param_groups:
         group["lr"] = lr * section.lr_scale.get(group["role"], 1.0)
-
-
-def gradient_norms(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """L2 norm of the gradient of each role and of all together, by role name and `all`."""
-    gradients: dict[str, list[Tensor]] = {role: [] for role in ROLES}
-    for name, parameter in named_parameters:
-        if parameter.grad is not None:
-            gradients[role_of(name)].append(parameter.grad)
-    norms = {role: torch.nn.utils.get_total_norm(grads) for role, grads in gradients.items() if grads}
-    norms["all"] = torch.stack([norm.float() for norm in norms.values()]).norm()
-    return norms
 
 
 @torch.no_grad()

@@ -20,9 +20,10 @@ from pathlib import Path
 from mtp_lightning.checkpoint.durable import replace_durably
 from mtp_lightning.checkpoint.layout import Checkpoint, newest_complete
 from mtp_lightning.errors import RunFolderError
+from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, changed_fields, load_recipe, recipe_to_yaml
 
-PACKAGES = ("torch", "lightning", "torchmetrics", "numpy", "safetensors", "webdataset", "mtp_lightning")
+PACKAGES = ("torch", "lightning", "deepspeed", "torchmetrics", "numpy", "safetensors", "webdataset", "mtp_lightning")
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,22 @@ class Opened:
 
 
 @contextlib.contextmanager
-def opened_run_folder(recipe: Recipe) -> Iterator[Opened]:
-    """Open the recipe's run folder, new or to be continued, and hold its lock.
+def opened_run_folder(recipe: Recipe, ranks: Ranks) -> Iterator[Opened]:
+    """Open the recipe's run folder, new or to be continued: the first rank does it and holds its lock.
 
     Raises:
         RunFolderError: Another process holds it, it belongs to another recipe, or holds something else.
     """
+    with contextlib.ExitStack() as until_the_end:
+        opened: Opened | None = None
+        with ranks.agreeing():
+            if ranks.is_first:
+                opened = until_the_end.enter_context(_opened(recipe))
+        yield ranks.broadcast(opened)
+
+
+@contextlib.contextmanager
+def _opened(recipe: Recipe) -> Iterator[Opened]:
     folder = Path(recipe.run.dir)
     _check_writable(folder)
     if recipe.run.fresh:

@@ -41,13 +41,23 @@ class Objective:
     counts: Tensor  # (N,) valid targets of the whole global batch
     num_ordered: Tensor | None = None  # positions of the global batch that have a token-order target
     predicts: bool = False  # also take the argmax of every offset
+    num_ranks: int = 1  # that the strategy averages gradients over, where the loss is a sum over all of them
+    loss_scale: float = 1.0  # that each backward pass multiplies gradients by (fp16)
 
     @cached_property
     def coefficients(self) -> Tensor:
-        """Factor of each offset's loss sum: weight / count, (N,)."""
+        """Factor of each offset's loss sum: weight x ranks / count, (N,)."""
         exact = torch.float64 if self.counts.dtype == torch.float64 else torch.float32
         weights = torch.tensor(self.weights, dtype=exact, device=self.counts.device)
-        return weights / self.counts.clamp(min=1)
+        return self.num_ranks * weights / self.counts.clamp(min=1)
+
+    @cached_property
+    def token_order_coefficient(self) -> Tensor:
+        """Factor of the token-order loss sum, 0-dimensional."""
+        section, num_ordered = self.section.token_order, self.num_ordered
+        assert section is not None
+        assert num_ordered is not None
+        return self.num_ranks * section.weight / num_ordered.to(self.coefficients.dtype).clamp(min=1)
 
     @property
     def is_balanced(self) -> bool:
@@ -94,13 +104,12 @@ class _Terms:
         coefficient = self.objective.coefficients[offset - 1]
         terms = [Term(self.model.unembedding.matrix_index(offset), score, coefficient, count)]
         if offset == 1 and section.token_order is not None:
-            terms.append(self._token_order(section.token_order.weight, section.token_order.window_tokens))
+            terms.append(self._token_order(section.token_order.window_tokens))
         return terms
 
-    def _token_order(self, weight: float, window: int) -> Term:
-        assert self.objective.num_ordered is not None
+    def _token_order(self, window: int) -> Term:
         score = TokenOrder(self.batch.tokens, self.batch.documents, self.model.num_offsets, window)
-        coefficient = weight / self.objective.num_ordered.to(self.objective.coefficients.dtype).clamp(min=1)
+        coefficient = self.objective.token_order_coefficient
         return Term(len(self.model.unembedding.matrices) - 1, score, coefficient)
 
     def record(self, offset: int, logits: Tensor) -> None:
@@ -132,9 +141,9 @@ def sequential(model: MtpModel, batch: MicroBatch, objective: Objective, backwar
     leaf = embedded.detach().requires_grad_(model.heads.reads_tokens)
     walk = _Walk(model, model.context(leaf, geometry), _Terms(model, batch, objective), backward)
     state = model.trunk(embedded[:, : batch.targets.shape[2]], geometry)
-    last = _pulled(state, walk.descend(TRUNK, state))
+    last = walk.pulled(state, walk.descend(TRUNK, state))
     if leaf.grad is not None:
-        last = last + _pulled(embedded, leaf)
+        last = last + walk.pulled(embedded, leaf)
     backward(last)
     return walk.terms.losses()
 
@@ -156,8 +165,11 @@ class _Walk:
         for reader in readers:
             hidden = self.model.heads(reader, self.model.read(reader, leaf), self.context)
             gradient = self.descend(reader, hidden)
-            if hidden.requires_grad:
-                self.backward(_pulled(hidden, gradient))
+            if hidden is leaf:  # a main head that is the trunk's output itself, and comes before all other readers
+                assert leaf.grad is None
+                leaf.grad = gradient.grad
+            elif hidden.requires_grad:
+                self.backward(self.pulled(hidden, gradient))
         if offset != TRUNK:
             self.backward(self._loss(offset, leaf))
         return leaf
@@ -171,16 +183,21 @@ class _Walk:
             self.main_rms = terms[0].rms()
         return loss
 
+    def pulled(self, state: Tensor, leaf: Tensor) -> Tensor:
+        """Scalar whose gradient with respect to `state` is the one that `leaf` has gathered.
+
+        That one bears the loss scale already, and the coming backward pass would multiply by it once more.
+        """
+        gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+        scale = self.terms.objective.loss_scale
+        if scale != 1:
+            state, gradient = state.float(), gradient.float() / scale
+        return (state * gradient).sum()
+
     @torch.no_grad()
     def _measure_main(self, leaf: Tensor) -> None:
         """Heads that read the main head go before it: their balance needs its RMS in advance."""
         self._loss(1, leaf)
-
-
-def _pulled(state: Tensor, leaf: Tensor) -> Tensor:
-    """Scalar whose gradient with respect to `state` is the one that `leaf` has gathered."""
-    gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
-    return (state * gradient).sum()
 
 
 def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
@@ -223,15 +240,13 @@ def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Ba
 
 
 def _joint_token_order(model: MtpModel, batch: MicroBatch, objective: Objective, hidden: Tensor) -> Tensor:
-    section, num_ordered = objective.section.token_order, objective.num_ordered
-    matrix = model.unembedding.token_order
+    section, matrix = objective.section.token_order, model.unembedding.token_order
     assert section is not None
-    assert num_ordered is not None
     assert matrix is not None
     logits = matrix(model.unembedding.normalize(1, hidden)).to(objective.coefficients.dtype)
     rows = zip(logits, batch.tokens, batch.documents, strict=True)
     losses = [reference.token_order(*row, section.window_tokens).sum() for row in rows]
-    return section.weight * torch.stack(losses).sum() / num_ordered.clamp(min=1)
+    return objective.token_order_coefficient * torch.stack(losses).sum()
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from mtp_lightning.bench.step import TrainingStep
 from mtp_lightning.errors import NonFiniteError
 from mtp_lightning.training.lightning_module import MtpLightningModule
+from mtp_lightning.training.strategy import SingleStrategy
 from tests.bench.shapes import quick_recipe
 
 
@@ -36,6 +37,7 @@ def test_it_moves_the_weights_as_the_lightning_module_does(precision, tmp_path):
     module = MtpLightningModule(recipe)
     trainer = L.Trainer(
         accelerator="cpu",
+        strategy=SingleStrategy(device="cpu"),
         max_steps=1,
         logger=False,
         enable_checkpointing=False,

@@ -23,7 +23,7 @@ def tensors(num_rows=11, width=5, vocabulary=7):
 def lean(hidden, matrix, targets, *, chunk_bytes, smoothing=0.0, z_loss=0.0, coefficient=0.5):
     score = CrossEntropy(targets, smoothing=smoothing, z_loss=z_loss, predicts=True)
     term = Term(0, score, torch.tensor(coefficient, dtype=torch.float64))
-    return chunked_loss([hidden], [matrix], [term], chunk_bytes=chunk_bytes), score, term
+    return chunked_loss([hidden], {0: matrix}, [term], chunk_bytes=chunk_bytes), score, term
 
 
 @given(
@@ -91,7 +91,7 @@ def test_token_order_is_the_definition(window, chunk_bytes):
     matrix = torch.eye(6, dtype=torch.float64, requires_grad=True)
     hidden = logits.flatten(0, 1).requires_grad_()
     term = Term(0, TokenOrder(tokens, documents, num_offsets, window), torch.tensor(1.0, dtype=torch.float64))
-    loss = chunked_loss([hidden], [matrix], [term], chunk_bytes=chunk_bytes)
+    loss = chunked_loss([hidden], {0: matrix}, [term], chunk_bytes=chunk_bytes)
     rows = zip(hidden.view(2, 7, 6), tokens, documents, strict=True)
     expected = torch.stack([reference.token_order(*row, window).sum() for row in rows]).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)

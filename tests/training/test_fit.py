@@ -106,9 +106,9 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(run, tmp_path):
     assert complete_checkpoints(tmp_path / "run/checkpoints")
 
 
-def test_several_ranks_are_refused_before_anything_is_written(run, tmp_path):
-    with pytest.raises(TrainingError, match="trains on one device"):
-        run("strategy.kind=zero2")
+def test_another_number_of_processes_is_refused_before_anything_is_written(run, tmp_path):
+    with pytest.raises(TrainingError, match="1 started, 2 in the recipe"):
+        run("strategy.kind=zero2", "strategy.ranks_per_node=2", "batch.micro_rows=1")
     assert not (tmp_path / "run").exists()
 
 

@@ -1,19 +1,25 @@
 """Saving by step, and knowing the best."""
 
+import contextlib
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from mtp_lightning.checkpoint.commit import partial_path, remove_leftovers, retain, saving, write_pointer
+from mtp_lightning.checkpoint.commit import partial_path, remove_leftovers, retain, save_together, write_pointer
 from mtp_lightning.checkpoint.layout import complete_checkpoints, name_of_step
 from mtp_lightning.checkpoint.manifest import Moment, RunFacts
-from mtp_lightning.recipe import Recipe, recipe_hash
+from mtp_lightning.errors import MtpError
+from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe import Recipe, recipe_hash, recipe_to_yaml
 from mtp_lightning.training.callbacks.rng import rng_states_of_ranks, set_rng_state
 from mtp_lightning.training.callbacks.score import Score, score_of
+from mtp_lightning.training.saving import Content, Writer
+from mtp_lightning.training.strategy import RunStrategy
 
 
 @final
@@ -27,7 +33,7 @@ class Checkpoints(Callback):
     Attributes:
         last_step: step of the newest checkpoint, the one resumed from included.
         best: score of the best checkpoint on disk; only one with a validation at its own step has a score.
-        seconds_saving: time spent in saving, over all attempts as far as known.
+        seconds_saving: time that training stood still for saving, over all attempts as far as known.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, *, layers: Mapping[str, int]) -> None:
@@ -40,6 +46,7 @@ class Checkpoints(Callback):
         self._due_step: int | None = None
         self._validated: tuple[int, dict[str, float]] = (-1, {})
         self._rng_of_ranks: list[dict[str, Any]] = []
+        self._writer: Writer | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Clear away what an interrupted save left, and look for the best so far."""
@@ -82,6 +89,12 @@ class Checkpoints(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step, whether it is due or not."""
         self.save(trainer)
+        self.finish(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let a checkpoint that is being written become complete; the exception goes first if it cannot."""
+        with contextlib.suppress(MtpError):
+            self.finish(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make Lightning's batch counters say: this step and its validation are over, the next has not begun.
@@ -105,31 +118,46 @@ class Checkpoints(Callback):
         self.seconds_saving = state_dict["seconds_saving"]
 
     def save(self, trainer: Trainer) -> None:
-        """Commit a checkpoint of the steps done so far, unless there is one; all ranks must call it.
+        """Save the steps done so far, unless they are saved already; all ranks must call it.
 
         Raises:
-            CheckpointError: it could not be written; earlier checkpoints are untouched.
+            CheckpointError: it, or the one before it, could not be written; earlier checkpoints are untouched.
         """
         step = trainer.global_step
         self._due_step = None
         if step in (0, self.last_step):
             return
         began_at = time.monotonic()
+        strategy = cast(RunStrategy, trainer.strategy)
+        writer = self._writer_of(trainer)
+        writer.wait()  # before anything is copied: no two copies at a time
+        trainer.save_checkpoint(partial_path(self.folder, step))  # the strategy captures what Lightning would save
+        content = Content(strategy, copied=writer.in_background)
         moment = self._moment(step)
-        if trainer.is_global_zero:
-            facts = RunFacts(
-                recipe_hash=recipe_hash(self._recipe),
-                num_offsets=self._recipe.heads.num_offsets,
-                layers=self._layers,
-                world_size=trainer.world_size,
-            )
-            with saving(self.folder, moment, facts) as partial:
-                trainer.save_checkpoint(partial)
-        else:
-            trainer.save_checkpoint(partial_path(self.folder, step))
+        best = self._best_after(moment)
+        writer.run(partial(self._commit, strategy.ranks.size, moment, content, best))
         self.last_step = step
-        self._point(trainer, moment)
-        spent_s = time.monotonic() - began_at
+        self._account(trainer, time.monotonic() - began_at)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Return when every checkpoint is complete.
+
+        Raises:
+            CheckpointError: the last one could not be written.
+        """
+        if self._writer is not None:
+            began_at = time.monotonic()
+            self._writer.wait()
+            self._account(trainer, time.monotonic() - began_at)
+
+    def _writer_of(self, trainer: Trainer) -> Writer:
+        if self._writer is None:
+            choice = self._recipe.run.checkpoint_in_background
+            is_on_gpu = trainer.lightning_module.device.type == "cuda"
+            self._writer = Writer(in_background=is_on_gpu if choice is None else choice)
+        return self._writer
+
+    def _account(self, trainer: Trainer, spent_s: float) -> None:
         self.seconds_saving += spent_s
         exclude_time = getattr(trainer.lightning_module, "exclude_time", None)
         if exclude_time is not None:
@@ -141,16 +169,30 @@ class Checkpoints(Callback):
         metrics = figures if validated_step == step else {}
         return Moment(step=step, tokens=step * tokens_per_step, metrics=metrics)
 
-    def _point(self, trainer: Trainer, moment: Moment) -> None:
-        """Update the pointers, then delete what is no longer needed."""
+    def _best_after(self, moment: Moment) -> Score | None:
+        """Return the best score, this moment's included, and remember it."""
         score = score_of(moment.step, moment.metrics)
-        is_best = score is not None and score.beats(self.best)
-        if is_best:
+        if score is not None and score.beats(self.best):
             self.best = score
-        if not trainer.is_global_zero:
-            return
-        write_pointer(self.folder, "last", name_of_step(moment.step))
-        if is_best:
-            write_pointer(self.folder, "best", name_of_step(moment.step))
-        best_name = name_of_step(self.best.step) if self.best else None
+        return self.best
+
+    def _commit(self, num_ranks: int, moment: Moment, content: Content, best: Score | None, ranks: Ranks) -> None:
+        """Write a checkpoint with all ranks, point at it, and delete what is no longer needed."""
+        facts = RunFacts(
+            recipe_hash=recipe_hash(self._recipe),
+            num_offsets=self._recipe.heads.num_offsets,
+            layers=self._layers,
+            world_size=num_ranks,
+            strategy=self._recipe.strategy.kind,
+            recipe_text=recipe_to_yaml(self._recipe),
+        )
+        save_together(ranks, self.folder, moment, facts, content.write)
+        with ranks.agreeing():
+            if ranks.is_first:
+                self._point(name_of_step(moment.step), name_of_step(best.step) if best else None)
+
+    def _point(self, name: str, best_name: str | None) -> None:
+        write_pointer(self.folder, "last", name)
+        if name == best_name:
+            write_pointer(self.folder, "best", name)
         retain(self.folder, keep=self._recipe.run.keep_checkpoints, best=best_name)

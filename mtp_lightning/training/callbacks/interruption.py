@@ -4,12 +4,13 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any, final
+from typing import Any, cast, final
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.training.callbacks.checkpoints import Checkpoints
+from mtp_lightning.training.strategy import RunStrategy
 
 _NOTICE = "Stopping after this step, with a checkpoint. Ctrl-C again stops at once."
 
@@ -33,9 +34,10 @@ class Interruption(Callback):
             self._former = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stop here if asked to."""
-        if self._is_asked:
+        """Stop here if any rank was asked to."""
+        if cast(RunStrategy, trainer.strategy).ranks.any(self._is_asked):
             self._checkpoints.save(trainer)
+            self._checkpoints.finish(trainer)
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

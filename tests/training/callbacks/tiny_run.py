@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from mtp_lightning.checkpoint.layout import newest_complete
-from mtp_lightning.checkpoint.lightning_io import SafeCheckpointIO
 from mtp_lightning.recipe.sections import BatchSection, DataSection, HeadsSection, Recipe, RunSection
 from mtp_lightning.training.callbacks.build import build_callbacks
 from mtp_lightning.training.callbacks.summary import Summary
+from mtp_lightning.training.strategy import SingleStrategy
 
 WIDTH = 6
 LAYERS = {"trunk": 2, "heads": 1}
@@ -145,7 +145,7 @@ def fit(
         accelerator="cpu",
         devices=1,
         callbacks=[*callbacks, *(extra or [])],
-        plugins=[SafeCheckpointIO()],
+        strategy=SingleStrategy(device="cpu"),
         max_steps=until or recipe.run.steps,
         max_epochs=-1,
         val_check_interval=recipe.run.validate_every_steps,

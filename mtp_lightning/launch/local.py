@@ -1,0 +1,137 @@
+"""Ranks of one machine: started together, stopped together, heard as one."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import IO
+
+from mtp_lightning.errors import LaunchError
+from mtp_lightning.launch.seat import Seat, find_seat, free_port, local_seat
+from mtp_lightning.recipe.sections import Recipe
+
+GRACE_S = 10.0  # for the other ranks to end by themselves when one has failed, and again until they are killed
+PAUSE_S = 0.02
+TAIL_BYTES = 8_000
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def needs_ranks(recipe: Recipe, environment: Mapping[str, str]) -> bool:
+    """Tell whether this process has to start the recipe's ranks before it can train.
+
+    Raises:
+        LaunchError: The recipe's ranks are on several nodes, which only a cluster's launcher can start.
+    """
+    if recipe.strategy.num_ranks == 1 or find_seat(environment) is not None:
+        return False
+    if recipe.strategy.num_nodes > 1:
+        nodes, ranks = recipe.strategy.num_nodes, recipe.strategy.ranks_per_node
+        raise LaunchError(
+            f"the ranks of {nodes} nodes must be started by srun or torchrun, one process per rank",
+            "a single process",
+            f"Use srun --nodes={nodes} --ntasks-per-node={ranks} mtp train …, or set strategy.num_nodes=1",
+        )
+    return True
+
+
+@dataclass(frozen=True)
+class _Rank:
+    seat: Seat
+    process: "subprocess.Popen[bytes]"
+    log: IO[bytes] | None  # of all ranks but the first, whose output is the run's
+
+    @property
+    def exit_code(self) -> int | None:
+        """As a shell gives it: 128 + signal for a killed process."""
+        code = self.process.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+
+def run_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
+    """Run `mtp` with these arguments as every rank of a recipe on this machine; return the exit code of the run.
+
+    The first rank has the terminal. When a rank fails the others are stopped, and what it had said is shown if the
+    first rank has not failed in the same way. Ranks die with this process, however it dies.
+    """
+    port, num_ranks = free_port(), recipe.strategy.ranks_per_node
+    with ExitStack() as until_the_end:
+        ranks = [_start(local_seat(rank, num_ranks, port), arguments, until_the_end) for rank in range(num_ranks)]
+        with _signals_passed_on(ranks):
+            failed = _await(ranks)
+            if failed is None:
+                return 0
+            _stop(ranks)
+        code = failed.exit_code or 1
+        if failed.log is not None and ranks[0].exit_code != code:
+            print(f"Rank {failed.seat.rank} of {num_ranks} ended with exit code {code}:", file=sys.stderr)
+            sys.stderr.write(_tail(failed.log))
+        return code
+
+
+def _start(seat: Seat, arguments: Sequence[str], until_the_end: ExitStack) -> _Rank:
+    log: IO[bytes] | None = None
+    if seat.rank:
+        log = until_the_end.enter_context(tempfile.TemporaryFile())
+    threads = max(1, len(os.sched_getaffinity(0)) // seat.local_ranks)
+    libc = ctypes.CDLL(None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mtp_lightning", *arguments],
+        env={"OMP_NUM_THREADS": str(threads), **os.environ, **seat.environment},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+        preexec_fn=lambda: libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL),
+    )
+    return _Rank(seat, process, log)
+
+
+@contextmanager
+def _signals_passed_on(ranks: list[_Rank]) -> Iterator[None]:
+    """Send interrupts and terminations of this process to every rank."""
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(signum)
+
+    former = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for signum, handler in former.items():
+            signal.signal(signum, handler)
+
+
+def _await(ranks: list[_Rank]) -> _Rank | None:
+    """Wait until all ranks have ended well, or return the first that has not."""
+    while True:
+        codes = [rank.exit_code for rank in ranks]
+        failed = next((rank for rank, code in zip(ranks, codes, strict=True) if code), None)
+        if failed is not None or None not in codes:
+            return failed
+        time.sleep(PAUSE_S)
+
+
+def _stop(ranks: list[_Rank]) -> None:
+    """Let the ranks end by themselves, then ask them to, then make them."""
+    for insist in (None, signal.SIGTERM, signal.SIGKILL):
+        for rank in ranks:
+            if insist is not None and rank.process.poll() is None:
+                rank.process.send_signal(insist)
+        until = time.monotonic() + GRACE_S
+        while any(rank.process.poll() is None for rank in ranks) and time.monotonic() < until:
+            time.sleep(PAUSE_S)
+
+
+def _tail(log: IO[bytes]) -> str:
+    size = log.seek(0, os.SEEK_END)
+    log.seek(max(0, size - TAIL_BYTES))
+    return log.read().decode(errors="replace")

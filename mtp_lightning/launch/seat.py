@@ -1,0 +1,122 @@
+"""Which rank this process is, read from what started it: Slurm's srun, torchrun, or `mtp train` itself."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mtp_lightning.errors import LaunchError
+
+FIRST_PORT = 20_000  # ports from here on; the job's number picks one, so that jobs on one node do not meet
+NUM_PORTS = 12_000  # below the range that kernels give to outgoing connections
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """A process's place among the ranks of a run."""
+
+    rank: int
+    num_ranks: int
+    local_rank: int
+    local_ranks: int  # on this node
+    node: int
+    main_address: str
+    main_port: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that torch, Lightning and DeepSpeed read."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.num_ranks),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_ranks),
+            "GROUP_RANK": str(self.node),
+            "MASTER_ADDR": self.main_address,
+            "MASTER_PORT": str(self.main_port),
+        }
+
+
+def find_seat(environment: Mapping[str, str]) -> Seat | None:
+    """Read this process's seat; None where nothing has started it as one of several.
+
+    Raises:
+        LaunchError: A variable is missing or is not a number.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return _from_torchrun(environment)
+    if "SLURM_STEP_ID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
+        return _from_slurm(environment)
+    return None
+
+
+def local_seat(rank: int, num_ranks: int, port: int) -> Seat:
+    """Make a seat on this machine, where all ranks are."""
+    return Seat(
+        rank=rank,
+        num_ranks=num_ranks,
+        local_rank=rank,
+        local_ranks=num_ranks,
+        node=0,
+        main_address="127.0.0.1",
+        main_port=port,
+    )
+
+
+def free_port() -> int:
+    """Find a port of this machine that nobody listens on."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _from_torchrun(environment: Mapping[str, str]) -> Seat:
+    num_ranks = _number(environment, "WORLD_SIZE")
+    return Seat(
+        rank=_number(environment, "RANK"),
+        num_ranks=num_ranks,
+        local_rank=_number(environment, "LOCAL_RANK"),
+        local_ranks=_number(environment, "LOCAL_WORLD_SIZE", num_ranks),
+        node=_number(environment, "GROUP_RANK", 0),
+        main_address=environment.get("MASTER_ADDR", "127.0.0.1"),
+        main_port=_number(environment, "MASTER_PORT"),
+    )
+
+
+def _from_slurm(environment: Mapping[str, str]) -> Seat:
+    num_ranks = _number(environment, "SLURM_STEP_NUM_TASKS")
+    num_nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    job, step = _number(environment, "SLURM_JOB_ID", 0), _number(environment, "SLURM_STEP_ID")
+    return Seat(
+        rank=_number(environment, "SLURM_PROCID"),
+        num_ranks=num_ranks,
+        local_rank=_number(environment, "SLURM_LOCALID"),
+        local_ranks=num_ranks // num_nodes,
+        node=_number(environment, "SLURM_NODEID", 0),
+        main_address=environment.get("MASTER_ADDR") or first_host(nodes),
+        main_port=_number(environment, "MASTER_PORT", FIRST_PORT + (13 * job + step) % NUM_PORTS),
+    )
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a Slurm node list.
+
+    >>> [first_host(nodes) for nodes in ("n1,n2", "gpu[003-016,020]", "rack1-[7,9]-ib", "alone")]
+    ['n1', 'gpu003', 'rack1-7-ib', 'alone']
+    """
+    first = re.split(r",(?![^\[]*\])", nodes)[0]  # commas inside brackets separate numbers
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = environment.get(name, default)
+    try:
+        return int(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise LaunchError(
+            f"the environment variable {name} must say where among the ranks this process is",
+            "none" if value is None else repr(value),
+            "Start ranks with srun, torchrun or a plain `mtp train`, or unset RANK and WORLD_SIZE",
+        ) from None

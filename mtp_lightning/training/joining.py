@@ -1,0 +1,46 @@
+"""Joining the other ranks of a run, and leaving them."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from mtp_lightning.errors import TrainingError
+from mtp_lightning.launch.seat import find_seat, free_port, local_seat
+from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.training.device import prepare_device
+
+JOIN_TIMEOUT = timedelta(minutes=30)
+
+
+@contextlib.contextmanager
+def joined_ranks(recipe: Recipe) -> Iterator[None]:
+    """Form the process group of the recipe's ranks around the body; without ZeRO there is none.
+
+    Raises:
+        TrainingError: The number of processes that were started is not the recipe's number of ranks.
+    """
+    if recipe.strategy.kind == "single":
+        yield
+        return
+    seat = find_seat(os.environ) or local_seat(0, 1, free_port())
+    if seat.num_ranks != recipe.strategy.num_ranks:
+        raise TrainingError(
+            "as many processes must be started as the recipe has ranks (strategy.num_nodes x ranks_per_node)",
+            f"{seat.num_ranks} started, {recipe.strategy.num_ranks} in the recipe",
+            "Start that many (srun --nodes=… --ntasks-per-node=…), or change strategy.num_nodes and "
+            "strategy.ranks_per_node.",
+        )
+    os.environ.update(seat.environment)  # the names that torch, Lightning and DeepSpeed look for
+    device = prepare_device(recipe)
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others, and says so
+    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=JOIN_TIMEOUT)
+    try:
+        yield
+        Ranks().wait()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,328 @@
+"""The strategies of a run: one device, or DeepSpeed ZeRO-1, 2 and 3 over any number of ranks, on GPUs or CPUs.
+
+Head-by-head backward passes are not what DeepSpeed expects of an optimizer step, and it raises nothing when it loses
+their gradients. So each stage gathers the passes of one step in the way that is right for it:
+
+zero1  passes leave their gradients on the parameters; one reduction at the end of the step
+zero2  every pass reduces and shards what it has computed; the last adds nothing and closes the step
+zero3  as zero2, with sums that start at zero and are added to by every pass: by itself DeepSpeed overwrites a
+       parameter's gradient when it arrives a second time between two forwards of the engine
+
+What reaches the optimizer is compared with the joint schedule on one process in tests/laws/test_zero.py.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import torch
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from torch import Tensor
+
+from mtp_lightning.checkpoint.folder import read_state
+from mtp_lightning.checkpoint.shard_reader import ShardReader
+from mtp_lightning.model.mtp_model import MtpModel, build_model, initialise
+from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.training.fragments import (
+    Fragment,
+    check_names,
+    moments_of,
+    names_of,
+    provide_moments,
+    whole_fragments,
+)
+from mtp_lightning.training.zero_config import STAGES, zero_config
+
+
+class RunStrategy(ABC):
+    """What training asks of a strategy besides what Lightning does, and checkpoints that any strategy can resume."""
+
+    captured: dict[str, Any]  # Lightning's own state, from the last `save_checkpoint`
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train together."""
+        return Ranks()
+
+    @property
+    def gradient_scale(self) -> float:
+        """Factor that a backward pass multiplies gradients by."""
+        return 1.0
+
+    clips_here: bool  # False: the strategy's own optimizer step clips gradients
+
+    @abstractmethod
+    def build_model(self, recipe: Recipe) -> MtpModel:
+        """Build and initialise the model, or this rank's part of it."""
+
+    @abstractmethod
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Surround the backward passes of one optimizer step; after it, gradients are what the optimizer will use."""
+
+    @abstractmethod
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield this rank's part of every parameter, with its gradient and moments."""
+
+    @abstractmethod
+    def fill(self, reader: ShardReader) -> None:
+        """Take weights and moments from a checkpoint."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """Yield the model's parameters under the names that checkpoints know them by."""
+        return names_of(self.lightning_module)  # type: ignore[attr-defined]
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return nothing: weights are saved as fragments."""
+        return {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Return nothing: moments are saved as fragments."""
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Keep what Lightning would save; `callbacks.checkpoints` writes it, with the fragments of all ranks."""
+        self.captured = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Tell Lightning that fragments can be filled only when weights and optimizer are there."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Tell Lightning that the moments come with the weights."""
+        return False
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Fill weights and moments from a checkpoint folder; return Lightning's own state."""
+        folder = Path(checkpoint_path)
+        reader = ShardReader(folder)
+        self.fill(reader)
+        return read_state(folder) | {"state_dict": {}, "optimizer_states": []}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: Any = True) -> None:
+        """Do nothing: weights are in place since `load_checkpoint`."""
+        return
+
+
+@final
+class SingleStrategy(RunStrategy, SingleDeviceStrategy):
+    """One device and torch's own optimizer step."""
+
+    clips_here = True
+
+    def build_model(self, recipe: Recipe) -> MtpModel:
+        """Build the whole model on the CPU; Lightning moves it."""
+        return build_model(recipe)
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Let autograd add the gradients up."""
+        return nullcontext()
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield every parameter whole."""
+        return whole_fragments(self.named_parameters(), self.optimizers[0])
+
+    def fill(self, reader: ShardReader) -> None:
+        """Read every parameter whole."""
+        check_names(reader, self.named_parameters())
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                provide_moments(self.optimizers[0], parameter, reader, name)
+        for fragment in self.fragments():
+            fragment.read_from(reader)
+
+
+@final
+class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
+    """DeepSpeed ZeRO under manual optimization."""
+
+    clips_here = False
+
+    def __init__(self, recipe: Recipe, **options: Any) -> None:
+        super().__init__(config=zero_config(recipe), **options)
+        self.stage = STAGES[recipe.strategy.kind]
+
+    def setup_environment(self) -> None:
+        """Set the process group up on any device: Lightning 2.6 lets DeepSpeed run on CUDA only."""
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        """Join the other ranks; as above without the check of CUDA device numbers."""
+        if self.root_device.type == "cpu":
+            import deepspeed
+
+            # DeepSpeed 0.19 would compile a collective for CPUs at every first start, which takes a minute.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device; DeepSpeed wants a number for the CPU too."""
+        device = DDPStrategy.root_device.fget(self)  # type: ignore[attr-defined]
+        return torch.device("cpu", 0) if device.type == "cpu" else device
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's optimizer."""
+        return self.deepspeed_engine.optimizer
+
+    @property
+    def gradient_scale(self) -> float:
+        """Loss scale of fp16 at this step; 1 otherwise."""
+        engine = self.deepspeed_engine
+        return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+
+    def build_model(self, recipe: Recipe) -> MtpModel:
+        """Build the whole model, or under ZeRO-3 one module after the other, each sharded as soon as it is made."""
+        if self.stage < 3:
+            return build_model(recipe)
+        import deepspeed
+
+        model = MtpModel(recipe)
+        initialise(model, recipe, whole=partial(deepspeed.zero.GatheredParameters, modifier_rank=0))
+        return model
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Gather the backward passes of a step as the stage needs; see the top of this file.
+
+        Written for DeepSpeed 0.19.8. The sums of zero3 can go when its engine adds a parameter's gradients up that
+        arrive several times between two forwards (`micro_step_id` in stage3.py counts forwards).
+        """
+        engine, zero = self.deepspeed_engine, self._zero
+        if self.stage == 3:
+            zero.grad_partitions_flat_buffer.zero_()
+            zero.micro_step_id = 1  # 0 means: overwrite
+            yield
+        elif hasattr(zero, "_coalesce_grad_reduction") and self.stage == 1:
+            with engine.coalesce_grad_reduction():
+                yield
+        else:
+            engine.set_gradient_accumulation_boundary(False)
+            yield
+            engine.set_gradient_accumulation_boundary(True)
+            self._provide_buckets()
+            engine.allreduce_gradients()
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one backward pass through the engine."""
+        self._provide_buckets()
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def _provide_buckets(self) -> None:
+        """Let zero2 end a pass in which no parameter has a gradient, a frozen part's: DeepSpeed 0.19 fails there."""
+        if self.stage == 2:
+            self._zero.setup_buckets()
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield this rank's partition."""
+        for part in self._parts():
+            yield part.fragment(self._zero)
+
+    def _parts(self) -> "Iterator[_Part]":
+        return self._parts_of_zero3() if self.stage == 3 else self._parts_of_zero12()
+
+    def _parts_of_zero12(self) -> "Iterator[_Part]":
+        zero = self._zero
+        is_plain = hasattr(zero, "single_partition_of_fp32_groups")  # not DeepSpeed's BF16_Optimizer
+        flats = zero.single_partition_of_fp32_groups if is_plain else zero.fp32_groups_flat_partition
+        for name, p in self.named_parameters():
+            mapping = getattr(p, "_hp_mapping", None)
+            if not p.requires_grad and self.ranks.is_first:
+                yield _Part(name, p.shape, 0, p.detach().view(-1), slice(0, p.numel()), None, is_trainable=False)
+            elif mapping is not None:
+                own, at = mapping.lp_fragment_address, mapping.hp_fragment_address
+                run = slice(at.start, at.start + own.numel)
+                gradient = _partition_gradient(p, mapping, own)
+                yield _Part(name, p.shape, own.start, flats[mapping.param_group_index], run, gradient)
+
+    def _parts_of_zero3(self) -> "Iterator[_Part]":
+        zero, rank = self._zero, self.ranks.rank
+        index = {id(p): (group, place) for group, ps in enumerate(zero.fp16_groups) for place, p in enumerate(ps)}
+        for name, p in self.named_parameters():
+            start = rank * p.partition_numel()
+            numel = max(0, min(p.partition_numel(), p.ds_numel - start))
+            if not p.requires_grad:
+                own = p.ds_tensor.detach().view(-1)
+                yield _Part(name, p.ds_shape, start, own, slice(0, numel), None, is_trainable=False)
+            elif numel:
+                group, place = index[id(p)]
+                sums = zero.averaged_gradients.get(group)
+                gradient = None if sums is None else sums[place].view(-1)[:numel]
+                at = zero.grad_position[zero.get_param_id(p)][1]
+                flat = zero.fp32_partitioned_groups_flat[group]
+                yield _Part(name, p.ds_shape, start, flat, slice(at, at + numel), gradient)
+
+    @torch.no_grad()
+    def fill(self, reader: ShardReader) -> None:
+        """Read this rank's partition, then let the weights that the model computes with follow."""
+        check_names(reader, self.named_parameters())
+        zero = self._zero
+        if self.stage == 3:
+            zero.checkpoint_event_prologue()  # gathered copies would be stale
+        for part in self._parts():
+            if part.is_trainable:
+                provide_moments(zero.optimizer, part.flat, reader, part.name)
+        for fragment in self.fragments():
+            fragment.read_from(reader)
+        if self.stage < 3:
+            for name, p in self.named_parameters():
+                p.copy_(reader.read(name).view(p.shape))
+            return
+        own = {part.name: part for part in self._parts()}
+        for name, p in self.named_parameters():
+            if name in own and own[name].is_trainable:
+                run = own[name].flat[own[name].run]
+                p.ds_tensor.view(-1)[: run.numel()].copy_(run)
+        zero.checkpoint_event_epilogue()
+
+
+class _Part(NamedTuple):
+    """Where a rank's run of a parameter lies in DeepSpeed's flat tensors."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    flat: Tensor
+    run: slice
+    gradient: Tensor | None
+    is_trainable: bool = True
+
+    def fragment(self, zero: Any) -> Fragment:
+        """Cut the run out of weight and moments."""
+        state = zero.optimizer.state.get(self.flat, {}) if self.is_trainable else {}
+        moments = {key: moment.view(-1)[self.run] for key, moment in moments_of(state, self.flat).items()}
+        weight, step = self.flat.detach()[self.run], state.get("step")
+        return Fragment(self.name, self.shape, self.start, weight, self.gradient, moments, step, self.is_trainable)
+
+
+def _partition_gradient(parameter: Any, mapping: Any, own: Any) -> Tensor | None:
+    """This rank's run of a reduced gradient under ZeRO-1 and 2; None between steps."""
+    if getattr(parameter, "_hp_grad", None) is not None:  # BF16_Optimizer keeps the sum of the whole parameter
+        whole: Tensor = parameter._hp_grad
+        return whole.view(-1)[own.start : own.start + own.numel]
+    try:
+        gradient: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+    except ValueError:
+        return None
+    return gradient
+
+
+def build_strategy(recipe: Recipe, device: torch.device) -> "SingleStrategy | ZeroStrategy":
+    """Build the recipe's strategy for a kind of device."""
+    if recipe.strategy.kind == "single":
+        return SingleStrategy(device=device)
+    return ZeroStrategy(
+        recipe,
+        cluster_environment=TorchElasticEnvironment(),
+        process_group_backend="gloo" if device.type == "cpu" else None,
+    )
