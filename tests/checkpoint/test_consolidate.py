@@ -10,10 +10,10 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner, Result
 
-from mtp_lightning.checkpoint.consolidate import DTYPES, check_whole, consolidate, write_whole
+from mtp_lightning.checkpoint.consolidate import DTYPES, Advance, check_whole, consolidate, write_whole
 from mtp_lightning.checkpoint.exported import DtypeName
 from mtp_lightning.checkpoint.loading import load_model
-from mtp_lightning.checkpoint.manifest import DamagedCheckpointError
+from mtp_lightning.checkpoint.manifest import DamagedCheckpointError, FileRecord
 from mtp_lightning.checkpoint.shard_reader import WHOLE_MODEL, ShardReader
 from mtp_lightning.checkpoint.tensors import BLOCK_BYTES
 from mtp_lightning.cli import app
@@ -95,6 +95,27 @@ def test_a_written_tensor_that_differs_is_named(tmp_path: Path, dtype: torch.dty
     (tmp_path / WHOLE_MODEL).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"another b in {tmp_path}"):
         check_whole(reader, ShardReader(tmp_path), ignore)
+
+
+def test_a_written_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    reader = ShardReader(write_ranks(tmp_path / "shards", evenly({"a": torch.ones(4, 3)}, 2)))
+    safetensors.torch.save_file({"a": torch.ones(3, 4)}, tmp_path / WHOLE_MODEL)
+    with pytest.raises(CheckpointError, match=f"another a in {tmp_path}"):
+        check_whole(reader, ShardReader(tmp_path), ignore)
+
+
+def test_a_disk_that_loses_a_bit_spoils_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_run(tmp_path / "run", RECIPE, 7)
+
+    def damaging(reader: ShardReader, path: Path, dtype: torch.dtype, advance: Advance) -> FileRecord:
+        record = write_whole(reader, path, dtype, advance)
+        flip_a_byte(path)
+        return record
+
+    monkeypatch.setattr("mtp_lightning.checkpoint.consolidate.write_whole", damaging)
+    with pytest.raises(CheckpointError, match=r"another unembedding\..* in"):
+        consolidate(tmp_path / "run", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_weights_beyond_the_type_are_refused(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_the_library_sees_the_pieces_and_the_notes(tmp_path: Path) -> None:
 
 def test_empty_pieces_and_parameters_are_allowed(tmp_path: Path) -> None:
     weight, empty = torch.arange(4.0), torch.empty(0, 3)
-    ranks = [[piece("a", weight, 0, 0), piece("e", empty)], [piece("a", weight), piece("a", weight, 4, 4)]]
+    ranks = [[piece("a", weight, 0, 0, frozen=True), piece("e", empty)], [piece("a", weight), piece("a", weight, 4, 4)]]
     reader = ShardReader(write_ranks(tmp_path, ranks))
     assert is_equal(reader.read("a"), weight)
     assert reader.shape("e") == (0, 3)
@@ -219,6 +219,23 @@ def test_tensors_without_a_note_are_damage(tmp_path: Path, part: str) -> None:
     with (tmp_path / part).open("wb") as file:
         write_tensors(file, {**tensors, "exp_avg/b@3": W}, metadata)
     with pytest.raises(DamagedCheckpointError, match=r"exp_avg/b@3 of shape \[10\], of which its notes know nothing"):
+        ShardReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "found"),
+    [
+        ({"a@0": W[:5], "a@5": torch.ones(7)}, r"weight of a\[10:12\], which has 10 values, in model-00001-of-00001"),
+        ({"a": W.reshape(2, 5)}, r"a of shape \[2, 5\], of which its notes know nothing"),
+    ],
+)
+def test_tensors_of_other_sizes_than_noted_are_damage(tmp_path: Path, stored: dict[str, Tensor], found: str) -> None:
+    write_ranks(tmp_path, [[piece("a", W, frozen=True)]])
+    path = tmp_path / shards(1)[0]
+    metadata = read_header(path).metadata
+    with path.open("wb") as file:
+        write_tensors(file, stored, metadata)
+    with pytest.raises(DamagedCheckpointError, match=found):
         ShardReader(tmp_path)
 
 
