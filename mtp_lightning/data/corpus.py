@@ -1,4 +1,4 @@
-"""From a recipe to its rows: the shards it names, or those built from its corpus into the run's cache."""
+"""From a recipe to its shards: those it names, or those built from its corpus into the run's cache."""
 
 import hashlib
 import json
@@ -6,9 +6,8 @@ import platform
 from pathlib import Path
 
 from mtp_lightning.data.build import BuildOptions, build_shards, describe, listing_hash
-from mtp_lightning.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, Split, load_manifest
+from mtp_lightning.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, load_manifest
 from mtp_lightning.data.progress import say
-from mtp_lightning.data.rows import Rows
 from mtp_lightning.data.sources import find_files, is_stdlib
 from mtp_lightning.data.tokenizers import Tokenizer, open_tokenizer
 from mtp_lightning.errors import DataError
@@ -47,22 +46,14 @@ def prepare_shards(recipe: Recipe) -> Path:
     return folder
 
 
-def open_rows(recipe: Recipe, split: Split) -> Rows:
-    """Open the rows of a split as the recipe cuts them, and check that they fit its tokenizer and model.
+def check_manifest(recipe: Recipe, manifest: Manifest, folder: Path) -> None:
+    """Check that shards fit the tokenizer and the model of a recipe.
 
     Raises:
-        DataError: The shards are missing, damaged, too short, of another tokenizer, or hold ids that the model
-            lacks.
+        DataError: They are of another tokenizer, or hold ids that the model lacks.
     """
-    rows = Rows(
-        shards_folder(recipe),
-        split,
-        window_tokens=recipe.data.window_tokens,
-        num_offsets=recipe.heads.num_offsets,
-    )
-    _check_tokenizer(recipe, rows.manifest)
-    check_largest_token(rows.manifest.largest_token, recipe.model.vocabulary, f"the shards in {rows.folder}")
-    return rows
+    _check_tokenizer(recipe, manifest)
+    check_largest_token(manifest.largest_token, recipe.model.vocabulary, f"the shards in {folder}")
 
 
 def check_largest_token(largest_token: int, vocabulary: int, where: str) -> None:

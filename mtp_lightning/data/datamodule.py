@@ -1,5 +1,6 @@
 """The recipe's data as a Lightning data module; its whole position is the number of rows consumed."""
 
+import itertools
 from functools import cached_property
 from typing import Any, final
 
@@ -7,19 +8,23 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
-from mtp_lightning.data.corpus import open_rows, prepare_shards
 from mtp_lightning.data.dataset import RankSlices, SampleDataset, TrainingBatches, ValidationBatches
+from mtp_lightning.data.opening import OpenData, open_data, open_rows, prepare_data
+from mtp_lightning.data.order import Range, with_skipped, without_skipped
 from mtp_lightning.data.progress import say
-from mtp_lightning.data.rows import Rows
+from mtp_lightning.data.rows import RowSource
 from mtp_lightning.errors import CheckpointError, DataError
 from mtp_lightning.recipe.sections import Recipe
 
 STATE_VERSION = 1
+MOST_SKIP_RANGES = 20  # so that the state stays below 1 KiB
 
 
 @final
 class MtpDataModule(LightningDataModule):
     """Feed one batch per optimizer step: `tokens` and `documents`, each (R, T+n) int64, R rows on this rank.
+
+    Where some tokens may not be targets there is a `loss_mask` too, (R, T+n) bool, true for those that may.
 
     Sample i of a run is a pure function of (shards, seed, i). A step takes the next `batch.rows` samples, each
     rank a contiguous part of them, so neither ranks nor workers change what is learnt from. The position moves
@@ -30,20 +35,26 @@ class MtpDataModule(LightningDataModule):
         super().__init__()
         self._recipe = recipe
         self.rows_consumed = 0
+        self._skip_ranges: tuple[Range, ...] = ()  # of samples, which are rows consumed and rows skipped
 
     @cached_property
-    def training_rows(self) -> Rows:
+    def training_data(self) -> OpenData:
         """Open the training split."""
-        return open_rows(self._recipe, "train")
+        return open_data(self._recipe, "train")
+
+    @property
+    def training_rows(self) -> RowSource:
+        """The rows of the training split."""
+        return self.training_data.rows
 
     @cached_property
-    def validation_rows(self) -> Rows:
+    def validation_rows(self) -> RowSource:
         """Open the held-out split."""
         return open_rows(self._recipe, "validation")
 
     def prepare_data(self) -> None:
-        """Build the shards if the recipe leaves that to the run and they are missing."""
-        prepare_shards(self._recipe)
+        """Build what the recipe leaves to the run and is missing."""
+        prepare_data(self._recipe)
 
     def setup(self, stage: str) -> None:
         """Open both splits and refuse what cannot be trained on.
@@ -57,7 +68,7 @@ class MtpDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainingBatches:
         """Return this rank's part of every global batch, without end, from `rows_consumed` at first use."""
         return TrainingBatches(
-            dataset=SampleDataset(self.training_rows, seed=self._recipe.run.seed),
+            dataset=SampleDataset(self.training_rows, self.training_data.order),
             slices=self._slices,
             vocabulary=self._recipe.model.vocabulary,
             workers=self._recipe.data.workers,
@@ -67,7 +78,7 @@ class MtpDataModule(LightningDataModule):
     def val_dataloader(self) -> ValidationBatches:
         """Return this rank's part of rows that are spread evenly over the held-out split, in file order."""
         share = self._num_validation_rows // self._world_size
-        chosen = np.arange(self._num_validation_rows) * len(self.validation_rows) // self._num_validation_rows
+        chosen = self.validation_rows.spread(self._num_validation_rows)
         return ValidationBatches(
             rows=self.validation_rows,
             numbers=chosen[self._rank * share : (self._rank + 1) * share],
@@ -79,9 +90,35 @@ class MtpDataModule(LightningDataModule):
         """Count the rows of a completed optimizer step, over all ranks."""
         self.rows_consumed += rows
 
+    def skip_rows(self, first: int, count: int) -> None:
+        """Leave out rows that lie ahead: those that would be the `first` to be consumed and the `count` - 1 after it.
+
+        For going back behind a window that did harm: resume from before it, skip it, train on. Takes effect when
+        batches are next asked for from the beginning; row `first` then means the one that came after.
+
+        Raises:
+            DataError: The rows are behind the position, or the state would grow beyond bounds.
+        """
+        if first < self.rows_consumed or count < 1:
+            raise DataError(
+                f"rows to be skipped must lie ahead, from {self.rows_consumed:,} on",
+                f"{count:,} from {first:,} on",
+                "Resume from an earlier checkpoint first",
+            )
+        begin, last = without_skipped(np.array([first, first + count - 1]), self._skip_ranges).tolist()
+        ranges = with_skipped(self._skip_ranges, begin, last + 1)
+        if len(ranges) > MOST_SKIP_RANGES:
+            raise DataError(
+                f"at most {MOST_SKIP_RANGES} ranges of rows can be skipped",
+                f"{len(ranges)}",
+                "Look for the reason instead: so many harmful windows are not bad luck",
+            )
+        self._skip_ranges = tuple(ranges)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and what it is a position in."""
-        return {**self._identity(), "rows_consumed": self.rows_consumed}
+        """Return the position, and what it is a position in; below 1 KiB."""
+        skipped = [list(own) for own in self._skip_ranges]
+        return {**self._identity(), "rows_consumed": self.rows_consumed, "skip_ranges": skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a position.
@@ -105,11 +142,12 @@ class MtpDataModule(LightningDataModule):
                 "Resume from another checkpoint",
             )
         self.rows_consumed = consumed
+        self._skip_ranges = _skip_ranges_of(state_dict)
 
-    def _identity(self) -> dict[str, int | str]:
+    def _identity(self) -> dict[str, Any]:
         return {
             "version": STATE_VERSION,
-            "fingerprint": self.training_rows.manifest.fingerprint,
+            **self.training_data.identity,
             "window_tokens": self._recipe.data.window_tokens,
             "num_offsets": self._recipe.heads.num_offsets,
             "seed": self._recipe.run.seed,
@@ -131,7 +169,8 @@ class MtpDataModule(LightningDataModule):
 
     def _slices(self) -> RankSlices:
         return RankSlices(
-            first_sample=self.rows_consumed,
+            rows_consumed=self.rows_consumed,
+            skip_ranges=self._skip_ranges,
             batch_rows=self._recipe.batch.rows,
             rank=self._rank,
             world_size=self._world_size,
@@ -162,6 +201,19 @@ class MtpDataModule(LightningDataModule):
             )
         if there < asked and self._rank == 0:
             say(f"validating on {there:,} rows, not {asked:,}: {len(self.validation_rows):,} are held out")
+
+
+def _skip_ranges_of(state: dict[str, Any]) -> tuple[Range, ...]:
+    """Read the ranges of a state; states from before there were any have none."""
+    given = state.get("skip_ranges", [])
+    is_list_of_pairs = isinstance(given, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in given)
+    bounds: list[Any] = [bound for pair in given for bound in pair] if is_list_of_pairs else [None]
+    is_growing = all(type(bound) is int for bound in bounds) and all(a < b for a, b in itertools.pairwise(bounds))
+    if not is_growing:
+        raise CheckpointError(
+            "skip_ranges of a checkpoint must be pairs of growing sample numbers", repr(given), "Resume from another"
+        )
+    return tuple((begin, end) for begin, end in given)
 
 
 def _spelled(state: dict[str, Any], keys: list[str]) -> str:

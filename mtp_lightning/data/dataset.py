@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mtp_lightning.data.corpus import check_largest_token
-from mtp_lightning.data.order import rows_of_samples
-from mtp_lightning.data.rows import Integers, Rows
+from mtp_lightning.data.mapped import Integers
+from mtp_lightning.data.order import Order, Range, without_skipped
+from mtp_lightning.data.rows import RowSource
 
 Arrays = dict[str, Integers]
 Batch = dict[str, torch.Tensor]
@@ -37,16 +38,15 @@ class SampleDataset(Dataset[Arrays]):
     sending thread is inside torch aborts (torch 2.13 on Python 3.11: "terminate called without an active exception").
     """
 
-    def __init__(self, rows: Rows, *, seed: int) -> None:
+    def __init__(self, rows: RowSource, order: Order) -> None:
         self._rows = rows
-        self._seed = seed
+        self._order = order
 
     def __getitem__(self, sample: int) -> Arrays:
         return self.__getitems__([sample])
 
     def __getitems__(self, samples: Sequence[int]) -> Arrays:
-        numbers = np.asarray(samples, dtype=np.int64)
-        return self._rows.read(rows_of_samples(numbers, seed=self._seed, num_rows=len(self._rows)))
+        return self._rows.read(self._order.rows(np.asarray(samples, dtype=np.int64)))
 
 
 @final
@@ -54,15 +54,17 @@ class SampleDataset(Dataset[Arrays]):
 class RankSlices:
     """Endless sample numbers of one rank: its contiguous part of every global batch."""
 
-    first_sample: int
+    rows_consumed: int
     batch_rows: int  # over all ranks
     rank: int
     world_size: int
+    skip_ranges: tuple[Range, ...] = ()  # of samples, sorted and apart
 
     def __iter__(self) -> Iterator[list[int]]:
         share = self.batch_rows // self.world_size
-        first = self.first_sample + self.rank * share
-        return (list(range(begin, begin + share)) for begin in itertools.count(first, self.batch_rows))
+        first = self.rows_consumed + self.rank * share
+        for begin in itertools.count(first, self.batch_rows):
+            yield without_skipped(np.arange(begin, begin + share), self.skip_ranges).tolist()
 
 
 @final
@@ -99,7 +101,7 @@ class TrainingBatches:
 class ValidationBatches:
     """The same rows at every validation, in file order."""
 
-    rows: Rows
+    rows: RowSource
     numbers: Integers
     batch_rows: int
     vocabulary: int

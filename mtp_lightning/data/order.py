@@ -1,15 +1,73 @@
 """The order of the rows: a keyed bijection, so that no permutation is stored and any position is reached at once."""
 
 import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
 
 NUM_ROUNDS = 6
+ROWS = "row order 1"
 Words = NDArray[np.uint64]
+Numbers = NDArray[np.int64]
+Range = tuple[int, int]  # from the first sample to before the second
 
 
-def rows_of_samples(samples: NDArray[np.int64], *, seed: int, num_rows: int) -> NDArray[np.int64]:
+class Order(ABC):
+    """Which row each sample of a run reads: a pure function, so copies agree."""
+
+    @abstractmethod
+    def rows(self, samples: Numbers) -> Numbers:
+        """Return the row of each sample; sample numbers grow without end over the epochs."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ShuffledOrder(Order):
+    """All rows in an order of their own in every epoch."""
+
+    seed: int
+    num_rows: int
+    purpose: str = ROWS
+
+    def rows(self, samples: Numbers) -> Numbers:
+        """Return the row of each sample."""
+        return rows_of_samples(samples, seed=self.seed, num_rows=self.num_rows, purpose=self.purpose)
+
+
+def without_skipped(numbers: Numbers, ranges: Sequence[Range]) -> Numbers:
+    """Return the samples that are left to the numbers 0, 1, 2, … when ranges of samples are left out.
+
+    The ranges are sorted and apart from one another.
+
+    >>> without_skipped(np.arange(6), [(1, 3), (5, 6)]).tolist()
+    [0, 3, 4, 6, 7, 8]
+    """
+    lengths = np.array([0, *(end - begin for begin, end in ranges)], dtype=np.int64)
+    before = np.cumsum(lengths)  # samples left out before each range, and in all
+    begins = np.array([begin for begin, _ in ranges], dtype=np.int64) - before[:-1]
+    return numbers + before[np.searchsorted(begins, numbers, side="right")]
+
+
+def with_skipped(ranges: Sequence[Range], begin: int, end: int) -> list[Range]:
+    """Return the ranges with one more left out; where ranges meet they become one.
+
+    >>> with_skipped([(1, 3), (8, 9)], 3, 5)
+    [(1, 5), (8, 9)]
+    """
+    joined: list[Range] = []
+    for own in sorted([*ranges, (begin, end)]):
+        if joined and own[0] <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], own[1]))
+        else:
+            joined.append(own)
+    return joined
+
+
+def rows_of_samples(samples: Numbers, *, seed: int, num_rows: int, purpose: str = ROWS) -> Numbers:
     """Return the row that each sample of a run reads; sample numbers grow without end over the epochs.
 
     A pure function of (seed, sample, number of rows): it knows neither ranks nor workers nor what was read before.
@@ -19,18 +77,18 @@ def rows_of_samples(samples: NDArray[np.int64], *, seed: int, num_rows: int) -> 
     rows = np.empty_like(samples)
     for epoch in np.unique(epochs):
         inside = epochs == epoch
-        rows[inside] = permute(samples[inside] % num_rows, seed=seed, epoch=int(epoch), size=num_rows)
+        rows[inside] = permute(samples[inside] % num_rows, seed=seed, epoch=int(epoch), size=num_rows, purpose=purpose)
     return rows
 
 
-def permute(positions: NDArray[np.int64], *, seed: int, epoch: int, size: int) -> NDArray[np.int64]:
-    """Map positions in [0, size) to values in [0, size), one to one.
+def permute(positions: Numbers, *, seed: int, epoch: int, size: int, purpose: str = ROWS) -> Numbers:
+    """Map positions in [0, size) to values in [0, size), one to one; each purpose has orders of its own.
 
     A Feistel network over the smallest power of two that holds `size`; a value outside is sent through it again until
     it falls inside (cycle walking, fewer than two passes on average).
     """
     num_bits = max(2, (size - 1).bit_length())
-    keys = _round_keys(seed, epoch)
+    keys = _round_keys(purpose, seed, epoch)
     values = _feistel(positions.astype(np.uint64), keys, num_bits)
     outside = np.flatnonzero(values >= size)
     while outside.size:
@@ -39,8 +97,8 @@ def permute(positions: NDArray[np.int64], *, seed: int, epoch: int, size: int) -
     return values.astype(np.int64)
 
 
-def _round_keys(seed: int, epoch: int) -> Words:
-    digest = hashlib.shake_256(f"row order 1: seed {seed}, epoch {epoch}".encode()).digest(8 * NUM_ROUNDS)
+def _round_keys(purpose: str, seed: int, epoch: int) -> Words:
+    digest = hashlib.shake_256(f"{purpose}: seed {seed}, epoch {epoch}".encode()).digest(8 * NUM_ROUNDS)
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
 

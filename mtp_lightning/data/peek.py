@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtp_lightning.data.corpus import open_rows, prepare_shards, recipe_tokenizer
+from mtp_lightning.data.corpus import recipe_tokenizer
 from mtp_lightning.data.manifest import Split
-from mtp_lightning.data.rows import Rows
+from mtp_lightning.data.opening import open_rows, prepare_data
+from mtp_lightning.data.rows import RowSource
 from mtp_lightning.data.tokenizers import Tokenizer
 from mtp_lightning.recipe.sections import Recipe
 
@@ -24,7 +25,7 @@ def peek(recipe: Recipe, *, row: int, split: Split) -> None:
     Raises:
         DataError: The shards cannot be built or used, or there is no such row.
     """
-    prepare_shards(recipe)
+    prepare_data(recipe)
     rows = open_rows(recipe, split)
     console, table = Console(), row_table(recipe, rows, row)
     if not console.is_terminal:
@@ -33,7 +34,7 @@ def peek(recipe: Recipe, *, row: int, split: Split) -> None:
     console.print(table)
 
 
-def row_table(recipe: Recipe, rows: Rows, row: int) -> Table:
+def row_table(recipe: Recipe, rows: RowSource, row: int) -> Table:
     """Return the table of one row: a line per token, a rule where a document ends and where the window does."""
     batch = rows.read(np.array([row]))
     tokens, documents = batch["tokens"][0].tolist(), batch["documents"][0].tolist()
@@ -83,7 +84,7 @@ def targets_of_row(
     return targets
 
 
-def _empty_table(recipe: Recipe, rows: Rows, row: int) -> Table:
+def _empty_table(recipe: Recipe, rows: RowSource, row: int) -> Table:
     num_positions, num_offsets = recipe.data.window_tokens, recipe.heads.num_offsets
     shape = f"T = {num_positions}, n = {num_offsets}"
     table = Table(

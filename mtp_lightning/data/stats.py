@@ -12,8 +12,8 @@ from rich.table import Table
 
 from mtp_lightning.data.index import load_index
 from mtp_lightning.data.manifest import Manifest, Split, load_manifest
+from mtp_lightning.data.mapped import check_sizes
 from mtp_lightning.data.progress import say
-from mtp_lightning.data.rows import check_sizes
 from mtp_lightning.errors import DataError
 
 BAR_WIDTH = 40

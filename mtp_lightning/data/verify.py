@@ -11,8 +11,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from mtp_lightning.data.index import build_index, load_index
 from mtp_lightning.data.manifest import Manifest, Member, Shard, load_manifest
+from mtp_lightning.data.mapped import check_sizes
 from mtp_lightning.data.progress import say
-from mtp_lightning.data.rows import check_sizes
 from mtp_lightning.errors import DataError
 
 Bytes = NDArray[np.uint8]

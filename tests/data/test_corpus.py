@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from mtp_lightning.data import corpus as corpus_module
-from mtp_lightning.data.corpus import open_rows, prepare_shards, shards_folder
+from mtp_lightning.data.corpus import prepare_shards, shards_folder
+from mtp_lightning.data.opening import open_rows
 from mtp_lightning.data.verify import verify_shards
 from mtp_lightning.errors import DataError
 from tests.data.corpora import build_tiny, tiny_recipe
@@ -37,7 +38,7 @@ def test_run_goes_on_with_the_text_it_began_with_and_says_so(
 ) -> None:
     recipe = tiny_recipe(tmp_path / "cache", corpus)
     folder = prepare_shards(recipe)
-    fingerprint = open_rows(recipe, "train").manifest.fingerprint
+    fingerprint = open_rows(recipe, "train").manifests[0].fingerprint
     file = next(corpus.rglob("*.txt"))
     file.write_bytes(file.read_bytes()[::-1])
     os.utime(file, (2e9, 2e9))
@@ -49,7 +50,7 @@ def test_run_goes_on_with_the_text_it_began_with_and_says_so(
     os.utime(file, (1, 1))
     prepare_shards(recipe)
     assert "its corpus has changed since (0 newer files)" in lines_of(capsys)[-1]
-    assert open_rows(recipe, "train").manifest.fingerprint == fingerprint
+    assert open_rows(recipe, "train").manifests[0].fingerprint == fingerprint
 
 
 def test_shards_outlive_their_corpus(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

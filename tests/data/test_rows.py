@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mtp_lightning.data import rows as rows_module
+from mtp_lightning.data import mapped as mapped_module
 from mtp_lightning.data.index import write_index
 from mtp_lightning.data.manifest import Manifest, Split, load_manifest, manifest_text
 from mtp_lightning.data.rows import Rows
@@ -157,8 +157,8 @@ def test_copies_in_other_processes_map_anew(shards: Path) -> None:
 def test_no_more_shards_stay_mapped_than_allowed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Rows(shards, "train", window_tokens=8, num_offsets=3)
     expected = rows.read(np.arange(len(rows)))["tokens"]
-    monkeypatch.setattr(rows_module, "MOST_MAPPED_SHARDS", 1)
+    monkeypatch.setattr(mapped_module, "MOST_MAPPED_SHARDS", 1)
     few = Rows(shards, "train", window_tokens=8, num_offsets=3)
     assert np.array_equal(few.read(np.arange(len(rows)))["tokens"], expected)
-    assert len(few._mapped) == 1
-    assert len(rows._mapped) > 1
+    assert len(few._maps._mapped) == 1
+    assert len(rows._maps._mapped) > 1

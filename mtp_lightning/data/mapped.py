@@ -1,0 +1,135 @@
+"""Tar shards in memory: mapped when first needed, a bounded number at a time."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtp_lightning.data.index import Index, load_index
+from mtp_lightning.data.manifest import Manifest, Split, load_manifest
+from mtp_lightning.errors import DataError
+
+MOST_MAPPED_SHARDS = 256  # each keeps a file descriptor and the ends of its documents
+Integers = NDArray[np.int64]
+
+
+@final
+class ShardMaps:
+    """The shards of one split, by their place in it; copies sent to other processes map anew."""
+
+    def __init__(self, folder: Path, split: Split) -> None:
+        """Open a shard folder and check that every shard file has its size.
+
+        Raises:
+            DataError: The folder is damaged.
+        """
+        self.folder = folder
+        self.manifest = load_manifest(folder)
+        check_sizes(folder, self.manifest)
+        self.shards = self.manifest.shards_of(split)
+        self.index = load_index(folder, self.manifest)
+        self._numbers = [i for i, shard in enumerate(self.manifest.shards) if shard.split == split]
+        self._mapped: dict[int, MappedShard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": {}}
+
+    def __getitem__(self, place: int) -> "MappedShard":
+        if place not in self._mapped:
+            if len(self._mapped) >= MOST_MAPPED_SHARDS:
+                del self._mapped[next(iter(self._mapped))]
+            dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+            path = self.folder / self.shards[place].name
+            self._mapped[place] = MappedShard(path, dtype, self.index, self._numbers[place])
+        return self._mapped[place]
+
+
+@final
+class MappedShard:
+    """One tar file in memory, seen as one array of token ids with the members' places in it."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], index: Index, number: int) -> None:
+        inside = index.shard == number
+        self._first_tokens = np.concatenate([[0], np.cumsum(index.num_tokens[inside])])
+        # Payloads begin at multiples of 512 bytes, so the whole file may be seen as tokens.
+        self._words_at = index.tokens_at[inside] // dtype.itemsize
+        self._lengths_at = index.lengths_at[inside]
+        self._num_documents = index.num_documents[inside]
+        self._mask_at = index.mask_at[inside]
+        self._words = np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+    def tokens(self, starts: Integers, width: int) -> NDArray[Any]:
+        """Return the windows of a width that begin at those tokens of the shard."""
+        member = np.searchsorted(self._first_tokens, starts, side="right") - 1
+        fits = starts + width <= self._first_tokens[member + 1]
+        at = self._words_at[member] + starts - self._first_tokens[member]
+        windows = np.lib.stride_tricks.sliding_window_view(self._words, width)[np.where(fits, at, 0)]  # (B, width)
+        for crossing in np.flatnonzero(~fits):
+            windows[crossing] = self._across_members(starts[crossing], width)
+        return windows
+
+    def documents(self, starts: Integers, width: int) -> Integers:
+        """Return for each token of those windows the number of its document within the window."""
+        ends = self.document_ends
+        first = np.searchsorted(ends, starts, side="right")
+        last = np.searchsorted(ends, starts + width - 1, side="right")
+        counts = last - first
+        window = np.repeat(np.arange(starts.size), counts)
+        skipped = np.cumsum(counts) - counts
+        end = ends[np.arange(counts.sum()) - np.repeat(skipped - first, counts)]
+        begins = np.zeros((starts.size, width), dtype=np.int64)  # (B, width)
+        begins[window, end - starts[window]] = 1
+        return np.cumsum(begins, axis=1)
+
+    def loss_mask(self, starts: Integers, width: int) -> NDArray[np.bool_]:
+        """Return for each token of those windows whether it may be a target."""
+        positions = starts[:, None] + np.arange(width)  # (B, width)
+        member = np.searchsorted(self._first_tokens, positions, side="right") - 1
+        has_mask = self._mask_at[member] >= 0
+        at = np.where(has_mask, self._mask_at[member] + positions - self._first_tokens[member], 0)
+        return np.where(has_mask, self._words.view(np.uint8)[at] == 1, True)
+
+    def document_places(self) -> tuple[Integers, Integers]:
+        """Return for each document of the shard its first token and its length."""
+        ends = self.document_ends
+        begins = np.concatenate([[0], ends[:-1]])
+        return begins, ends - begins
+
+    def describe(self, start: int, name: str) -> str:
+        """Return the place of a token in words: shard, member, token in it."""
+        member = int(np.searchsorted(self._first_tokens, start, side="right")) - 1
+        return f"{name}, member {member}, token {start - int(self._first_tokens[member]):,}"
+
+    @cached_property
+    def document_ends(self) -> Integers:
+        """Return for each document of the shard the token after its last one."""
+        file = self._words.view(np.uint8)
+        lengths = [
+            file[at : at + 4 * count].view("<u4").astype(np.int64)
+            for at, count in zip(self._lengths_at, self._num_documents, strict=True)
+        ]
+        return np.cumsum(np.concatenate(lengths))
+
+    def _across_members(self, start: np.int64, width: int) -> NDArray[Any]:
+        positions = start + np.arange(width)
+        member = np.searchsorted(self._first_tokens, positions, side="right") - 1
+        words: NDArray[Any] = self._words[self._words_at[member] + positions - self._first_tokens[member]]
+        return words
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Check that every shard file is there and as long as it was written.
+
+    Raises:
+        DataError: One is not; a shard that was cut short is found here, before anything is read.
+    """
+    for shard in manifest.shards:
+        path = folder / shard.name
+        must_hold = f"shard {path} must have {shard.num_bytes:,} bytes, as its manifest says"
+        remedy = "Copy the file again from its source, or build the shards again with `mtp data build`"
+        if not path.is_file():
+            raise DataError(must_hold, "no such file", remedy)
+        if path.stat().st_size != shard.num_bytes:
+            raise DataError(must_hold, f"{path.stat().st_size:,} bytes", remedy)

@@ -1,0 +1,141 @@
+"""Several sources mixed by integer quotas in blocks of fixed length: exact weights, and no random draws."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+
+from mtp_lightning.data.manifest import Manifest
+from mtp_lightning.data.mapped import Integers
+from mtp_lightning.data.order import Numbers, Order, permute
+from mtp_lightning.data.rows import RowArrays, RowSource
+from mtp_lightning.recipe.sections import MIXTURE_BLOCK_ROWS
+
+MIXTURE = "mixture 1"
+
+
+def quotas_of(weights: Sequence[float], total: int) -> list[int]:
+    """Divide a number of rows by weights: every part is its exact share, rounded down or up, and they add up.
+
+    >>> quotas_of([1, 1, 1], 4096)
+    [1366, 1365, 1365]
+    """
+    exact = np.array(weights, dtype=np.float64) / sum(weights) * total
+    parts = np.floor(exact).astype(np.int64)
+    by_remainder = np.argsort(parts - exact, kind="stable")  # the largest remainder first
+    parts[by_remainder[: total - parts.sum()]] += 1
+    return [int(part) for part in parts]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MixedOrder(Order):
+    """The sources' own orders, interleaved: every block of `MIXTURE_BLOCK_ROWS` samples holds each one's quota.
+
+    Source s delivers its sample number b * quota + r as the r-th of its rows of block b, so how far each source is
+    at sample i is arithmetic. Within a block, which sample is whose is a keyed permutation.
+    """
+
+    seed: int
+    quotas: tuple[int, ...]  # rows per block, one per source
+    orders: tuple[Order, ...]
+    sizes: tuple[int, ...]  # rows of each source
+
+    def rows(self, samples: Numbers) -> Numbers:
+        """Return the row of each sample; rows are numbered through all sources, one source after another."""
+        sources, numbers = self.sources(samples)
+        rows = np.empty_like(samples)
+        first = 0
+        for source, (order, size) in enumerate(zip(self.orders, self.sizes, strict=True)):
+            inside = sources == source
+            rows[inside] = first + order.rows(numbers[inside])
+            first += size
+        return rows
+
+    def sources(self, samples: Numbers) -> tuple[Numbers, Numbers]:
+        """Return for each sample its source, and its number among the samples of that source."""
+        blocks = samples // MIXTURE_BLOCK_ROWS
+        places = np.empty_like(samples)
+        for block in np.unique(blocks):
+            inside = blocks == block
+            places[inside] = permute(
+                samples[inside] % MIXTURE_BLOCK_ROWS,
+                seed=self.seed,
+                epoch=int(block),
+                size=MIXTURE_BLOCK_ROWS,
+                purpose=MIXTURE,
+            )
+        ends = np.cumsum(self.quotas)
+        sources = np.searchsorted(ends, places, side="right")
+        quotas = np.array(self.quotas)[sources]
+        return sources, blocks * quotas + places - (ends[sources] - quotas)
+
+    def samples_taken(self, num_samples: int) -> list[int]:
+        """Return how many of the first so many samples each source delivers."""
+        num_blocks = num_samples // MIXTURE_BLOCK_ROWS
+        begun = self.sources(np.arange(num_blocks * MIXTURE_BLOCK_ROWS, num_samples))[0]
+        of_begun = np.bincount(begun, minlength=len(self.quotas))
+        return [num_blocks * quota + int(count) for quota, count in zip(self.quotas, of_begun, strict=True)]
+
+
+@final
+class JoinedRows(RowSource):
+    """The rows of several sources, numbered one source after another."""
+
+    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float]) -> None:
+        """Join sources of the same split and width; the weights serve to spread rows over them."""
+        self.split = sources[0].split
+        self.width_tokens = sources[0].width_tokens
+        self._sources = sources
+        self._weights = weights
+        self._first_rows = np.concatenate([[0], np.cumsum([len(source) for source in sources])])
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return int(self._first_rows[-1])
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """What the folders of all sources hold."""
+        return [manifest for source in self._sources for manifest in source.manifests]
+
+    def read(self, rows: Integers) -> RowArrays:
+        """Read rows; where one source has a mask, the others' tokens are all targets."""
+        self.refuse_outside(rows)
+        sources = np.searchsorted(self._first_rows, rows, side="right") - 1
+        parts = {}
+        for source in np.unique(sources):
+            inside = np.flatnonzero(sources == source)
+            parts[int(source)] = (inside, self._sources[source].read(rows[inside] - self._first_rows[source]))
+        shape = (rows.size, self.width_tokens)
+        names = {name: array.dtype for _, part in parts.values() for name, array in part.items()}
+        batch: RowArrays = {name: np.ones(shape, dtype=dtype) for name, dtype in names.items()}
+        for inside, part in parts.values():
+            for name, array in part.items():
+                batch[name][inside] = array
+        return batch
+
+    def describe(self, row: int) -> str:
+        """Return the source of a row and its place there."""
+        source = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        inside = self._sources[source].describe(row - int(self._first_rows[source]))
+        return f"source {source + 1} of {len(self._sources)}: {inside}"
+
+    def spread(self, num_rows: int) -> Integers:
+        """Return the numbers of so many rows: of each source by its weight, evenly; what one lacks others give."""
+        sizes = np.array([len(source) for source in self._sources])
+        taken = np.zeros_like(sizes)
+        while missing := num_rows - int(taken.sum()):
+            open_sources = np.flatnonzero(taken < sizes)
+            shares = quotas_of([self._weights[int(source)] for source in open_sources], missing)
+            taken[open_sources] = np.minimum(sizes[open_sources], taken[open_sources] + shares)
+        spreads = zip(self._sources, self._first_rows, taken, strict=False)
+        return np.concatenate([first + source.spread(int(count)) for source, first, count in spreads if count])
+
+
+def mixture_hash(fingerprints: Sequence[str], quotas: Sequence[int]) -> str:
+    """Return a hash of what is mixed and in which shares."""
+    parts = [f"{fingerprint} {quota}" for fingerprint, quota in zip(fingerprints, quotas, strict=True)]
+    return hashlib.sha256("\n".join([MIXTURE, *parts]).encode()).hexdigest()

@@ -1,0 +1,211 @@
+"""Mixtures: exact quotas, each source in an order of its own, the same for any number of ranks."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtp_lightning.data.datamodule import MtpDataModule
+from mtp_lightning.data.manifest import load_manifest
+from mtp_lightning.data.mixture import MixedOrder, quotas_of
+from mtp_lightning.data.opening import open_data, prepare_data
+from mtp_lightning.data.order import ShuffledOrder
+from mtp_lightning.data.rows import Rows
+from mtp_lightning.errors import CheckpointError, DataError
+from mtp_lightning.recipe.sections import MIXTURE_BLOCK_ROWS, Recipe
+from tests.data.corpora import END, build_tiny, tiny_recipe, write_corpus
+
+weights_lists = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
+
+
+def mixed(sizes: list[int], weights: list[float], seed: int = 3) -> MixedOrder:
+    orders = [ShuffledOrder(seed=seed, num_rows=size, purpose=f"rows of source {i}") for i, size in enumerate(sizes)]
+    quotas = quotas_of(weights, MIXTURE_BLOCK_ROWS)
+    return MixedOrder(seed=seed, quotas=tuple(quotas), orders=tuple(orders), sizes=tuple(sizes))
+
+
+@given(weights_lists, st.integers(1, 10_000))
+def test_quotas_add_up_and_are_exact_to_one(weights: list[float], total: int) -> None:
+    quotas = quotas_of(weights, total)
+    assert sum(quotas) == total
+    assert all(abs(quota - weight / sum(weights) * total) < 1 for quota, weight in zip(quotas, weights, strict=True))
+
+
+@given(weights_lists, st.integers(0, 10**9), st.integers(0, 2**32 - 1))
+def test_every_block_holds_the_quotas_exactly(weights: list[float], block: int, seed: int) -> None:
+    order = mixed([10_000] * len(weights), weights, seed)
+    samples = np.arange(block * MIXTURE_BLOCK_ROWS, (block + 1) * MIXTURE_BLOCK_ROWS)
+    sources, numbers = order.sources(samples)
+    for source, quota in enumerate(order.quotas):
+        own = np.sort(numbers[sources == source])
+        assert own.tolist() == list(range(block * quota, (block + 1) * quota))
+
+
+@given(weights_lists, st.integers(0, 20_000))
+def test_samples_of_each_source_are_counted_by_arithmetic(weights: list[float], num_samples: int) -> None:
+    order = mixed([10_000] * len(weights), weights)
+    counts = Counter(order.sources(np.arange(num_samples))[0].tolist())
+    assert order.samples_taken(num_samples) == [counts[source] for source in range(len(weights))]
+
+
+def test_every_epoch_of_a_source_visits_its_rows_once() -> None:
+    sizes, weights = [3000, 5000], [1.0, 3.0]
+    order = mixed(sizes, weights)
+    samples = np.arange(12 * MIXTURE_BLOCK_ROWS)
+    sources, numbers = order.sources(samples)
+    rows = order.rows(samples)
+    for source, first, size, quota in ((0, 0, 3000, 1024), (1, 3000, 5000, 3072)):
+        own = rows[sources == source][np.argsort(numbers[sources == source])] - first
+        assert own.size == 12 * quota
+        for epoch in range(own.size // size):
+            assert np.array_equal(np.sort(own[epoch * size : (epoch + 1) * size]), np.arange(size))
+        assert not np.array_equal(own[:size], own[size : 2 * size])
+
+
+def test_sources_are_interleaved_within_a_block() -> None:
+    sources = mixed([10_000] * 2, [1, 1]).sources(np.arange(MIXTURE_BLOCK_ROWS))[0]
+    runs = np.flatnonzero(np.diff(sources)).size
+    assert abs(runs - MIXTURE_BLOCK_ROWS / 2) < 5 * np.sqrt(MIXTURE_BLOCK_ROWS / 4)
+    assert not np.array_equal(sources, mixed([10_000] * 2, [1, 1], seed=4).sources(np.arange(MIXTURE_BLOCK_ROWS))[0])
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=1, max_size=40))
+def test_rows_do_not_depend_on_what_is_asked_for_together(samples: list[int]) -> None:
+    order = mixed([3000, 5000, 7000], [1, 2, 3])
+    together = order.rows(np.array(samples, dtype=np.int64))
+    assert [order.rows(np.array([sample], dtype=np.int64))[0] for sample in samples] == together.tolist()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three folders of shards: two of random bytes, one of chats."""
+    root = tmp_path_factory.mktemp("mixture")
+    for seed, name in enumerate(["code", "web"]):
+        write_corpus(root / f"{name}_text", num_documents=1600, seed=seed)
+        build_tiny([str(root / f"{name}_text")], root / name, member_tokens=1000, shard_bytes=30_000)
+    lines = [json.dumps({"prompt": f"ask {i}", "completion": f"answer {i * i}"}) for i in range(6000)]
+    (root / "chat.jsonl").write_text("\n".join(lines))
+    build_tiny([str(root / "chat.jsonl")], root / "chat", member_tokens=1000, shard_bytes=30_000)
+    return root
+
+
+def mixture_recipe(root: Path, weights: dict[str, float], **changes: dict[str, Any]) -> Recipe:
+    data = {"mixture": {str(root / name): weight for name, weight in weights.items()}, **changes.pop("data", {})}
+    return tiny_recipe(root / "cache", root / "none", data=data, **changes)
+
+
+def build(
+    root: Path, weights: dict[str, float], *, rank: int = 0, world_size: int = 1, **changes: Any
+) -> MtpDataModule:
+    module = MtpDataModule(mixture_recipe(root, weights, **changes))
+    module.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]
+    module.prepare_data()
+    module.setup("fit")
+    return module
+
+
+def take(module: MtpDataModule, steps: int) -> list[torch.Tensor]:
+    return [batch["tokens"] for batch in itertools.islice(module.train_dataloader(), steps)]
+
+
+def num_chats(batch: dict[str, Any]) -> int:
+    """Count rows of plain ASCII; one in 2,048 windows of random bytes looks like it, too."""
+    tokens = batch["tokens"]
+    return int(((tokens < 128) | (tokens == END)).all(axis=1).sum())
+
+
+def test_a_run_reads_each_source_as_its_share_says(folders: Path) -> None:
+    recipe = mixture_recipe(folders, {"code": 3, "chat": 1})
+    prepare_data(recipe)
+    opened = open_data(recipe, "train")
+    batch = opened.rows.read(opened.order.rows(np.arange(MIXTURE_BLOCK_ROWS)))
+    assert abs(num_chats(batch) - 1024) < 10
+    assert not batch["loss_mask"].all()
+    alone = {name: Rows(folders / name, "train", window_tokens=8, num_offsets=3) for name in ("code", "chat")}
+    known = {tuple(row) for rows in alone.values() for row in rows.read(np.arange(len(rows)))["tokens"].tolist()}
+    assert {tuple(row) for row in batch["tokens"].tolist()} <= known
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_share_the_global_batch_in_order(folders: Path, world_size: int) -> None:
+    weights = {"code": 1.0, "web": 2.0, "chat": 0.5}
+    whole = take(build(folders, weights), 4)
+    parts = [take(build(folders, weights, rank=rank, world_size=world_size), 4) for rank in range(world_size)]
+    for step in range(4):
+        assert torch.equal(torch.cat([part[step] for part in parts]), whole[step])
+
+
+def test_resumed_mixture_goes_on(folders: Path) -> None:
+    weights = {"code": 1.0, "web": 2.0}
+    whole = take(build(folders, weights), 6)
+    state = json.loads(json.dumps({**build(folders, weights).state_dict(), "rows_consumed": 24}))
+    resumed = build(folders, weights, data={"workers": 1})
+    resumed.load_state_dict(state)
+    assert all(map(torch.equal, take(resumed, 3), whole[3:]))
+
+
+def test_order_and_names_of_the_sources_decide_nothing(folders: Path, tmp_path: Path) -> None:
+    one = build(folders, {"code": 1.0, "web": 2.0})
+    (tmp_path / "moved").symlink_to(folders / "code")
+    other = MtpDataModule(
+        tiny_recipe(tmp_path, tmp_path, data={"mixture": {str(folders / "web"): 4.0, str(tmp_path / "moved"): 2.0}})
+    )
+    other.load_state_dict(one.state_dict())
+    assert all(map(torch.equal, take(one, 3), take(other, 3)))
+
+
+@pytest.mark.parametrize("weights", [{"code": 1.0, "web": 2.1}, {"code": 1.0, "chat": 2.0}, {"code": 1.0}])
+def test_another_mixture_is_refused_on_resume(folders: Path, weights: dict[str, float]) -> None:
+    state = build(folders, {"code": 1.0, "web": 2.0}).state_dict()
+    with pytest.raises(CheckpointError, match=r"mixture = .* in the recipe; found .*mixture = .* in the checkpoint"):
+        build(folders, weights).load_state_dict(state)
+
+
+def test_held_out_rows_are_spread_by_weight(folders: Path) -> None:
+    recipe = mixture_recipe(folders, {"code": 3, "chat": 1})
+    rows = open_data(recipe, "validation").rows
+    batch = rows.read(rows.spread(80))
+    assert num_chats(batch) == 20
+    assert len(set(rows.spread(len(rows)).tolist())) == len(rows)
+
+
+def test_source_with_fewer_rows_than_its_quota_is_refused(folders: Path, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "few", num_documents=20)
+    build_tiny([str(tmp_path / "few")], tmp_path / "small")
+    (tmp_path / "code").symlink_to(folders / "code")
+    with pytest.raises(
+        DataError, match=r"its share of 4,096 rows, 2,048 for .*small; found \d+ rows. Lower its weight"
+    ):
+        build(tmp_path, {"code": 1.0, "small": 1.0})
+
+
+def test_limit_of_epochs_is_held_before_the_first_step(folders: Path) -> None:
+    code = str(folders / "code")
+    num_rows = len(Rows(folders / "code", "train", window_tokens=8, num_offsets=3))
+    steps = num_rows * 2 * 2 // 8
+    limits = {"data": {"mixture_epochs": {code: 2.1}}, "run": {"steps": steps}}
+    build(folders, {"code": 1.0, "web": 1.0}, **limits)
+    limits["data"] = {"mixture_epochs": {code: 1.5}}
+    with pytest.raises(DataError, match=r"must read .*code at most 1\.5 times, .* found (1\.9|2\.0)\d times"):
+        build(folders, {"code": 1.0, "web": 1.0}, **limits)
+
+
+def test_the_same_shards_twice_are_refused(folders: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).symlink_to(folders / "code")
+    with pytest.raises(DataError, match="must be different shards; found the same in .*one and .*two"):
+        build(tmp_path, {"one": 1.0, "two": 1.0})
+
+
+def test_missing_source_is_named(folders: Path) -> None:
+    with pytest.raises(DataError, match="must have its manifest, .*nowhere"):
+        build(folders, {"code": 1.0, "nowhere": 1.0})
+    assert load_manifest(folders / "code")
