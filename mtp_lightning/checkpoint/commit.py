@@ -67,20 +67,6 @@ def save_together(
 
 
 @contextmanager
-def saving(folder: Path, moment: Moment, facts: RunFacts) -> Iterator[Path]:
-    """Commit what the body writes into the folder that it is given, or leave no trace of it; for one process.
-
-    Raises:
-        CheckpointError: the system refused a write (a full disk, a quota); earlier checkpoints are untouched.
-    """
-    partial = partial_path(folder, moment.step)
-    with _leaving_no_trace(partial), _explaining(folder, moment.step):
-        _make_empty(partial)
-        yield partial
-        _commit(partial, moment, facts, {})
-
-
-@contextmanager
 def _leaving_no_trace(partial: Path | None) -> Iterator[None]:
     try:
         yield

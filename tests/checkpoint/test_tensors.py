@@ -72,7 +72,7 @@ def test_writing_holds_one_tensor_at_a_time() -> None:
     assert receiver.poll(60)
     growth_mib = receiver.recv()
     process.join()
-    assert growth_mib < 48, "a copy of one tensor takes 16 MiB (the C library may keep one more), of all 128"
+    assert growth_mib < 72, "a copy of one tensor takes 16 MiB (the C library may keep two more), of all 128"
 
 
 def test_equal_content_gives_equal_bytes() -> None:
