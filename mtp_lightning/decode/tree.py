@@ -110,7 +110,7 @@ def check_tree(tree: Tree, num_offsets: int, vocabulary: int) -> None:
         ),
         (
             f"a tree must be at most n - 1 = {num_offsets - 1} deep",
-            max(tree.depths) if size else 0,
+            tree.parents,
             lambda: max(tree.depths) < num_offsets,
         ),
     )

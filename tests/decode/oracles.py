@@ -1,0 +1,84 @@
+"""The slow ways of decoding: no cache, whole forward passes, one token at a time; and drafts that are written down."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.decode import Settings, applicable_decoders, build_tree
+from mtp_lightning.decode.session import Session, prefill
+from mtp_lightning.model.mtp_model import MtpModel
+from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe
+
+PROMPTS = ([1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [0, 1], [12, 12, 3, 3, 1])
+LENGTH = 30
+ACCURACIES = [[0.5, 0.3, 0.1], [0.4, 0.2], [0.3, 0.2]]
+TREE = build_tree(ACCURACIES, 9)
+
+
+@functools.cache
+def model_of(kind: str, *, num_offsets: int = 4, attention: str = "window") -> MtpModel:
+    """A tiny random model in float64."""
+    heads = HEAD_KINDS[kind] | {"num_offsets": num_offsets}
+    return tiny_model(tiny_recipe(heads=heads, data={"attention": attention})).requires_grad_(requires_grad=False)
+
+
+def full_logits(model: MtpModel, tokens: list[int]) -> dict[int, Tensor]:
+    """Scores of every offset at every position from one uncached forward over a text: (T, V) each."""
+    padded = torch.tensor([tokens + [0] * model.num_offsets])
+    states = model.hidden_states(padded, torch.zeros_like(padded))
+    return {offset: model.unembedding.logits(offset, state)[0] for offset, state in states.items()}
+
+
+@functools.cache
+def plain_text(model: MtpModel, prompt: tuple[int, ...], length: int = LENGTH) -> list[int]:
+    """New tokens by the main head's first choice, a whole forward for each."""
+    tokens = list(prompt)
+    for _ in range(length):
+        tokens.append(int(full_logits(model, tokens)[1][-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def plain_texts(model: MtpModel, prompts) -> list[list[int]]:
+    """Plain text of every prompt."""
+    return [plain_text(model, tuple(prompt)) for prompt in prompts]
+
+
+def settings_of(model: MtpModel, **options) -> list[Settings]:
+    """Settings for every decoder that fits the model, plain greedy first."""
+    return [
+        Settings(decoder=decoder, tree=TREE if decoder == "tree" else None, **options)
+        for decoder in applicable_decoders(model)
+    ]
+
+
+class WrittenDrafts:
+    """Drafts of which a known number is right: `pattern[row][length % len]` tokens of the plain text, then a wrong one."""
+
+    def __init__(self, model: MtpModel, prompts, pattern: list[list[int]]) -> None:
+        self.texts = [[*prompt, *text] for prompt, text in zip(prompts, plain_texts(model, prompts), strict=True)]
+        self.pattern = pattern
+        self.vocabulary = model.section.vocabulary
+
+    def num_right(self, row: int, length: int, num_drafts: int) -> int:
+        """How many drafts of a row are right at a length."""
+        wanted = self.pattern[row][length % len(self.pattern[row])]
+        return min(wanted, num_drafts)
+
+    def __call__(self, lengths: Tensor, num_drafts: int) -> Tensor:
+        """Write the drafts: (B,) -> (B, K)."""
+        drafts = []
+        for row, length in enumerate(lengths.tolist()):
+            text = self.texts[row][length + 1 : length + 1 + num_drafts]
+            text += [0] * (num_drafts - len(text))  # behind the end of a finished text
+            right = self.num_right(row, length, num_drafts)
+            drafts.append([(token + (j == right)) % self.vocabulary for j, token in enumerate(text)])
+        return torch.tensor(drafts)
+
+
+def begun_session(model: MtpModel, prompts) -> Session:
+    """A session whose prompts have been read, each with its first new token committed."""
+    session = Session(model, prompts, most_drafts=model.num_offsets - 1, room=4 * LENGTH, seed=0)
+    session.tokens.scatter_(1, session.prompt_lengths[:, None], prefill(session).argmax(-1)[:, None])
+    session.note_progress()
+    return session

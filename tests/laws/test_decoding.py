@@ -1,0 +1,176 @@
+"""Laws 6 and 7: speculative text is plain greedy text; accepted counts are those that training predicts."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtp_lightning.decode import Settings, Tree, applicable_decoders, generate
+from mtp_lightning.decode.drafting import draft_blockwise, draft_chain
+from mtp_lightning.decode.session import verify
+from tests.decode.oracles import (
+    LENGTH,
+    PROMPTS,
+    WrittenDrafts,
+    begun_session,
+    full_logits,
+    model_of,
+    plain_texts,
+    settings_of,
+)
+from tests.support.tiny import HEAD_KINDS
+
+kinds = pytest.mark.parametrize("kind", HEAD_KINDS)
+MARGIN = 4  # tokens of the plain text kept back, so that drafts near the end can be judged
+
+
+@kinds
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5])
+def test_every_decoder_says_what_plain_greedy_says(kind, num_rows):
+    model, prompts = model_of(kind), PROMPTS[:num_rows]
+    expected = plain_texts(model, prompts)
+    for chosen in settings_of(model, max_new_tokens=LENGTH):
+        made = generate(model, prompts, chosen)
+        assert made.tokens == expected, chosen.decoder
+        assert made.statistics.is_consistent
+        assert (made.statistics.num_draft_tokens > 0) == (chosen.decoder != "greedy")
+
+
+@kinds
+def test_random_heads_are_right_at_times(kind):
+    """Without this, the law above would hold of decoders that never keep a draft."""
+    for chosen in settings_of(model_of(kind), max_new_tokens=LENGTH)[1:]:
+        assert generate(model_of(kind), PROMPTS, chosen).statistics.num_accepted_tokens > 0
+
+
+@kinds
+@given(data=st.data())
+@settings(max_examples=5, deadline=None)
+def test_any_drafts_give_the_plain_text(kind, data):
+    model = model_of(kind)
+    num_rows = data.draw(st.integers(1, len(PROMPTS)), "rows")
+    num_drafts = data.draw(st.integers(1, model.num_offsets - 1), "drafts")
+    new_tokens = data.draw(st.integers(1, LENGTH - MARGIN), "new tokens")
+    right = st.lists(st.integers(0, num_drafts), min_size=1, max_size=5)
+    pattern = data.draw(st.lists(right, min_size=num_rows, max_size=num_rows), "right drafts")
+    prompts, expected = PROMPTS[:num_rows], plain_texts(model, PROMPTS[:num_rows])
+    script = WrittenDrafts(model, prompts, pattern)
+    for decoder in set(applicable_decoders(model)) & {"blockwise", "chain"}:
+        chosen = Settings(decoder=decoder, draft_length=num_drafts, max_new_tokens=new_tokens)
+        made = generate(model, prompts, chosen, script=script)
+        assert made.tokens == [text[:new_tokens] for text in expected]
+        assert made.statistics.is_consistent
+        for row, accepted in enumerate(made.statistics.accepted_by_row):
+            length = len(prompts[row])
+            for kept in accepted:
+                assert kept == script.num_right(row, length, num_drafts)
+                length += kept + 1
+
+
+@kinds
+@pytest.mark.parametrize("num_offsets", [2, 4])
+def test_all_drafts_right_take_n_tokens_a_step(kind, num_offsets):
+    model = model_of(kind, num_offsets=num_offsets)
+    script = WrittenDrafts(model, PROMPTS, [[num_offsets]] * len(PROMPTS))
+    made = generate(model, PROMPTS, max_new_tokens=1 + 5 * num_offsets, script=script)
+    assert made.statistics.accepted_by_row == [[num_offsets - 1] * 5] * len(PROMPTS)
+    assert made.statistics.num_cut_tokens == 0
+    assert made.statistics.accepted_length == num_offsets
+
+
+@kinds
+@pytest.mark.parametrize("drafts_are", ["right", "their own"])
+def test_texts_end_at_a_stop_token_wherever_it_falls(kind, drafts_are):
+    model = model_of(kind)
+    script = WrittenDrafts(model, PROMPTS, [[3], [2, 1], [0, 3], [1], [3, 2]]) if drafts_are == "right" else None
+    amid_block = 0
+    for stop in range(0, model.section.vocabulary, 3):
+        expected = [text[: text.index(stop) + 1] if stop in text else text for text in plain_texts(model, PROMPTS)]
+        expected = [text[: LENGTH - MARGIN] for text in expected]
+        for chosen in settings_of(model, max_new_tokens=LENGTH - MARGIN, stop_tokens=[stop]):
+            made = generate(model, PROMPTS, chosen, script=script)
+            assert made.tokens == expected, chosen.decoder
+            assert made.statistics.is_consistent
+            amid_block += made.statistics.num_cut_tokens
+    assert amid_block > 0 or drafts_are == "their own"
+
+
+@kinds
+def test_texts_end_at_any_length(kind):
+    model = model_of(kind)
+    script = WrittenDrafts(model, PROMPTS, [[3]] * len(PROMPTS))
+    for new_tokens in (1, 2, 4, 5, 7):
+        expected = [text[:new_tokens] for text in plain_texts(model, PROMPTS)]
+        for chosen in settings_of(model, max_new_tokens=new_tokens):
+            assert generate(model, PROMPTS, chosen, script=script).tokens == expected
+
+
+@kinds
+@pytest.mark.parametrize("attention", ["window", "document"])
+@pytest.mark.parametrize("num_offsets", [2, 3, 4])
+def test_accepted_counts_are_those_of_a_teacher_forced_pass(kind, attention, num_offsets):
+    """Law 7. A prefix of right drafts is the true text, so the pass over the true text computed the same states."""
+    model = model_of(kind, num_offsets=num_offsets, attention=attention)
+    texts = [[*prompt, *text] for prompt, text in zip(PROMPTS, plain_texts(model, PROMPTS), strict=True)]
+    total = 0
+    for decoder in set(applicable_decoders(model)) - {"greedy", "tree"}:
+        for num_drafts in range(1, num_offsets):
+            made = generate(
+                model, PROMPTS, decoder=decoder, draft_length=num_drafts, max_new_tokens=LENGTH - num_offsets
+            )
+            for prompt, text, accepted in zip(PROMPTS, texts, made.statistics.accepted_by_row, strict=True):
+                assert accepted == predicted_counts(model, prompt, text, num_drafts)
+            total += made.statistics.num_accepted_tokens
+    assert total > 0
+
+
+def predicted_counts(model, prompt, text, num_drafts):
+    """Drafts that every step keeps, from one forward over the finished text."""
+    choices = {offset: logits.argmax(-1).tolist() for offset, logits in full_logits(model, text).items()}
+    length, end, counts = len(prompt), len(text) - model.num_offsets, []
+    while length + 1 < end:
+        right = [choices[offset][length - 1] == text[length + offset - 1] for offset in range(2, num_drafts + 2)]
+        counts.append((right + [False]).index(False))
+        length += counts[-1] + 1
+    return counts
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HEAD_KINDS if not model_of(kind).heads.reads_tokens])
+def test_a_tree_of_first_choices_is_a_chain(kind):
+    """Law 7 for trees: with one choice per head they keep what blockwise keeps; with all of them, at least that."""
+    model = model_of(kind)
+    chain = generate(model, PROMPTS, max_new_tokens=LENGTH, decoder="blockwise")
+    path = Tree((0, 1, 2), (0, 0, 0))
+    tree = generate(model, PROMPTS, max_new_tokens=LENGTH, decoder="tree", tree=path)
+    assert tree.statistics.accepted_by_row == chain.statistics.accepted_by_row
+    wide = Tree((*[0] * 13, *range(1, 14)), (*range(13), *[0] * 13))  # every token there is, at the first level
+    full = generate(model, PROMPTS, max_new_tokens=LENGTH, decoder="tree", tree=wide)
+    assert full.tokens == chain.tokens
+    assert all(kept >= 1 for row in full.statistics.accepted_by_row for kept in row)
+
+
+def test_adaptive_length_changes_no_text():
+    for kind in ("parallel", "sequential", "causal", "medusa"):
+        model = model_of(kind)
+        made = generate(model, PROMPTS, max_new_tokens=LENGTH, draft_length="adaptive")
+        assert made.tokens == plain_texts(model, PROMPTS)
+        assert len(set(made.statistics.drafted_by_step)) > 1
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential", "recursive", "causal"])
+def test_heads_catch_up_after_shorter_drafts(kind):
+    """Deeper heads that sat out some steps draft from the same states as if they had not."""
+    model = model_of(kind)
+    draft = draft_chain if model.heads.reads_tokens else draft_blockwise
+    seen = {}
+    for lengths in ([3, 0, 1, 0, 2, 3], [3, 3, 3, 3, 3, 3]):
+        session = begun_session(model, PROMPTS)
+        for num_drafts in lengths:
+            if num_drafts:
+                drafts = draft(session, num_drafts, lambda scores: (scores.argmax(-1), None)).tokens
+            choices = verify(session, drafts[:, :0]).argmax(-1)
+            session.commit(choices, torch.zeros(len(PROMPTS), dtype=torch.long))
+            session.note_progress()
+        seen[tuple(lengths)] = drafts
+    first, second = seen.values()
+    assert torch.equal(first, second)
