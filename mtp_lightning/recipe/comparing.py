@@ -14,6 +14,7 @@ Verdict = Literal["warn", "refuse"]
 RUN_FIELDS = frozenset(
     {
         "name",
+        "debug.shrink",
         "data.mixture_epochs",
         "data.workers",
         "run.dir",

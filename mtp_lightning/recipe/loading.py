@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtp_lightning.errors import Fault, RecipeError
-from mtp_lightning.recipe.checking import check_fields
+from mtp_lightning.recipe.checking import Checked, check_fields
 from mtp_lightning.recipe.comparing import leaves
 from mtp_lightning.recipe.files import read_recipe_files
 from mtp_lightning.recipe.overrides import read_overrides
 from mtp_lightning.recipe.rules import check_rules
 from mtp_lightning.recipe.schema import changes_kind, place_at
 from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.shrinking import SHRUNK, shrinking
 from mtp_lightning.recipe.tree import Node, merge
 
 
@@ -31,9 +32,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     faults: list[Fault] = []
     tree = read_recipe_files(Path(path), faults)
     is_whole = all(place_at(fault.path.split(".")) for fault in faults)  # else a file is missing: rules would mislead
-    tree = merge(tree, read_overrides(overrides, faults), replaces=changes_kind)
+    written = read_overrides(overrides, faults)
     suspects = {fault.path for fault in faults}
-    checked = check_fields(tree)
+    tree, checked = _checked(tree, written)
     origins = origins_of(checked.recipe, tree)
     faults += checked.faults
     if is_whole:
@@ -41,6 +42,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     if faults:
         raise _error(sorted(faults, key=_line))
     return LoadedRecipe(checked.recipe, origins)
+
+
+def _checked(files: Node, overrides: Node) -> tuple[Node, Checked]:
+    """Lay overrides over files and check the fields; a recipe that asks to be shrunk is shrunk in between."""
+    tree = merge(files, overrides, replaces=changes_kind)
+    checked = check_fields(tree)
+    if checked.recipe.debug.shrink:
+        small = merge(files, shrinking(checked.recipe), replaces=changes_kind)
+        tree = merge(merge(small, overrides, replaces=changes_kind), SHRUNK)
+        checked = check_fields(tree)
+    return tree, checked
 
 
 def origins_of(recipe: Recipe, tree: Node) -> dict[str, str]:

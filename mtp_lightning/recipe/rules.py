@@ -1,29 +1,19 @@
 """What must hold between the fields of a recipe, as one table."""
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mtp_lightning.errors import Fault
 from mtp_lightning.recipe.layers import num_layers_from_trunk, num_trunk_layers
-from mtp_lightning.recipe.sections import MIXTURE_BLOCK_ROWS, ConstantWeights, LambdaWeights, Recipe, StrategySection
+from mtp_lightning.recipe.rule import Rule, divisors, value_at
+from mtp_lightning.recipe.sections import MIXTURE_BLOCK_ROWS, ConstantWeights, LambdaWeights, Recipe
+from mtp_lightning.recipe.strategy_rules import STRATEGY_RULES
 from mtp_lightning.recipe.words import nearest, one_of
 from mtp_lightning.recipe.yaml12 import one_line_yaml
 
 KNOWN_TOKENIZERS = ("byte",)
 TOKENIZER_FILES = (".json", ".model")
 LARGEST_SEED = 2**32 - 1
-LARGEST_DIVISOR = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """A condition on one or several fields; the fault is reported at the first."""
-
-    fields: tuple[str, ...]
-    holds: Callable[[Recipe], bool]
-    must_hold: str
-    remedy: str | Callable[[Recipe], str]
 
 
 def check_rules(
@@ -60,25 +50,9 @@ def _fault_from(rule: Rule, recipe: Recipe, origins: Mapping[str, str]) -> Fault
     )
 
 
-def value_at(recipe: Recipe, field: str) -> Any:
-    """Return the value of a field by its dotted path.
-
-    >>> value_at(Recipe(), "heads.num_offsets")
-    4
-    """
-    value: Any = recipe
-    for name in field.split("."):
-        value = getattr(value, name, None)
-    return value
-
-
-def _divisors(number: int) -> str:
-    return one_of([str(d) for d in range(1, min(number, LARGEST_DIVISOR) + 1) if number % d == 0][-8:])
-
-
 def _numbers_of_heads(width: int) -> str:
     """List the numbers of heads that give each an even width."""
-    return _divisors(width // 2) if width % 2 == 0 else "another number"
+    return divisors(width // 2) if width % 2 == 0 else "another number"
 
 
 def _has_whole_head_width(recipe: Recipe) -> bool:
@@ -96,6 +70,24 @@ def _main_head_learns(recipe: Recipe) -> bool:
     return not (isinstance(weights, ConstantWeights) and weights.values) or weights.values[0] > 0
 
 
+def _distills_every_offset(recipe: Recipe) -> bool:
+    """Check that every extra offset has something to learn from; wrong numbers of weights are another fault."""
+    distill = recipe.objective.distill
+    if distill is None or not _fits_extras(recipe, "alpha") or not _fits_extras(recipe, "beta"):
+        return True
+    return all(distill.alpha_of(k) + distill.beta_of(k) > 0 for k in range(2, recipe.heads.num_offsets + 1))
+
+
+def _fits_extras(recipe: Recipe, name: str) -> bool:
+    distill = recipe.objective.distill
+    return distill is None or len(getattr(distill, name)) in (1, recipe.heads.num_offsets - 1)
+
+
+def _top_k_fits(recipe: Recipe) -> bool:
+    distill = recipe.objective.distill
+    return distill is None or (distill.top_k or 0) <= recipe.model.vocabulary
+
+
 def _interval_is_forward(recipe: Recipe) -> bool:
     weights = recipe.objective.weights
     if not isinstance(weights, LambdaWeights) or weights.change == "step":
@@ -109,26 +101,6 @@ def _layers_remedy(recipe: Recipe) -> str:
         f"The heads take {taken} of {recipe.model.num_layers} layers: raise model.num_layers to {taken + 1} or more, "
         "lower heads.num_offsets, or set heads.match_parameters=false."
     )
-
-
-def _global_rows_divide(recipe: Recipe) -> bool:
-    """Leave the case of micro_rows that do not even divide rows to the rule about these two."""
-    rows, micro_rows = recipe.batch.rows, recipe.batch.micro_rows
-    is_other_fault = recipe.strategy.kind == "single" or rows % micro_rows != 0
-    return is_other_fault or rows % (recipe.strategy.num_ranks * micro_rows) == 0
-
-
-def _rows_remedy(recipe: Recipe) -> str:
-    num_ranks, rows = recipe.strategy.num_ranks, recipe.batch.rows
-    if rows % num_ranks:
-        multiple = max(1, round(rows / num_ranks)) * num_ranks
-        return f"Each of {num_ranks} ranks takes an equal share: set batch.rows to {multiple}, or change strategy."
-    share = rows // num_ranks
-    return f"Each of {num_ranks} ranks takes {share}: set batch.micro_rows to {_divisors(share)}."
-
-
-def _offloads(strategy: StrategySection, *places: str) -> bool:
-    return strategy.offload_optimizer in places or strategy.offload_parameters in places
 
 
 def _is_tokenizer(name: str) -> bool:
@@ -165,7 +137,7 @@ RULES: tuple[Rule, ...] = (
         fields=("model.num_attention_heads", "model.num_key_value_heads"),
         holds=lambda recipe: recipe.model.num_attention_heads % recipe.model.resolved_key_value_heads == 0,
         must_hold="must be divisible by model.num_key_value_heads",
-        remedy=lambda recipe: f"Set model.num_key_value_heads to {_divisors(recipe.model.num_attention_heads)}.",
+        remedy=lambda recipe: f"Set model.num_key_value_heads to {divisors(recipe.model.num_attention_heads)}.",
     ),
     Rule(
         fields=("model.head_width", "model.width", "model.num_attention_heads"),
@@ -233,6 +205,42 @@ RULES: tuple[Rule, ...] = (
         remedy="Lower objective.weights.begins_at, or set objective.weights.change=step.",
     ),
     Rule(
+        fields=("objective.distill", "heads.num_offsets"),
+        holds=lambda recipe: recipe.objective.distill is None or recipe.heads.num_offsets > 1,
+        must_hold="must be null where there is only the main head: it is the teacher",
+        remedy="Raise heads.num_offsets, or set objective.distill=null.",
+    ),
+    Rule(
+        fields=("objective.distill.alpha", "heads.num_offsets"),
+        holds=lambda recipe: _fits_extras(recipe, "alpha"),
+        must_hold="must hold one weight for all extra offsets, or one for each",
+        remedy=lambda recipe: f"Give 1 weight or {recipe.heads.num_offsets - 1}.",
+    ),
+    Rule(
+        fields=("objective.distill.beta", "heads.num_offsets"),
+        holds=lambda recipe: _fits_extras(recipe, "beta"),
+        must_hold="must hold one weight for all extra offsets, or one for each",
+        remedy=lambda recipe: f"Give 1 weight or {recipe.heads.num_offsets - 1}.",
+    ),
+    Rule(
+        fields=("objective.distill.beta", "objective.distill.alpha"),
+        holds=_distills_every_offset,
+        must_hold="must be above 0 where objective.distill.alpha is 0, or an offset learns nothing",
+        remedy="Raise one of the two.",
+    ),
+    Rule(
+        fields=("objective.distill.top_k", "model.vocabulary"),
+        holds=_top_k_fits,
+        must_hold="must not exceed model.vocabulary",
+        remedy="Lower objective.distill.top_k, or set it to null for as many as there are, 10,000 at most.",
+    ),
+    Rule(
+        fields=("objective.balance", "objective.distill"),
+        holds=lambda recipe: recipe.objective.balance == "none" or recipe.objective.distill is None,
+        must_hold="must be none with objective.distill, whose alpha and beta weigh the losses",
+        remedy="Set objective.balance=none, or objective.distill=null.",
+    ),
+    Rule(
         fields=("data.tokenizer",),
         holds=lambda recipe: _is_tokenizer(recipe.data.tokenizer),
         must_hold=f"must be {one_of(KNOWN_TOKENIZERS)}, or a file that ends in {one_of(TOKENIZER_FILES)}",
@@ -278,7 +286,7 @@ RULES: tuple[Rule, ...] = (
         fields=("batch.micro_rows", "batch.rows"),
         holds=lambda recipe: recipe.batch.rows % recipe.batch.micro_rows == 0,
         must_hold="must divide batch.rows",
-        remedy=lambda recipe: f"Set batch.micro_rows to {_divisors(recipe.batch.rows)}.",
+        remedy=lambda recipe: f"Set batch.micro_rows to {divisors(recipe.batch.rows)}.",
     ),
     Rule(
         fields=("optimizer.betas",),
@@ -292,41 +300,5 @@ RULES: tuple[Rule, ...] = (
         must_hold=f"must be at most {LARGEST_SEED}",
         remedy="Choose a smaller seed.",
     ),
-    Rule(
-        fields=(
-            "batch.rows",
-            "strategy.num_nodes",
-            "strategy.ranks_per_node",
-            "batch.micro_rows",
-        ),
-        holds=_global_rows_divide,
-        must_hold="must be a multiple of the ranks (strategy.num_nodes x ranks_per_node) times batch.micro_rows",
-        remedy=_rows_remedy,
-    ),
-    Rule(
-        fields=("strategy.kind", "strategy.num_nodes", "strategy.ranks_per_node"),
-        holds=lambda recipe: recipe.strategy.kind != "single" or recipe.strategy.num_ranks == 1,
-        must_hold="must be zero1, zero2 or zero3 for more than one rank",
-        remedy="Set strategy.kind=zero2, or one node and one rank per node.",
-    ),
-    Rule(
-        fields=("strategy.kind", "strategy.offload_optimizer", "strategy.offload_parameters"),
-        holds=lambda recipe: recipe.strategy.kind != "single" or not _offloads(recipe.strategy, "cpu", "nvme"),
-        must_hold="must be zero1, zero2 or zero3 to offload: DeepSpeed does it",
-        remedy="Set strategy.kind=zero2 (zero3 for parameters), or offload nothing.",
-    ),
-    Rule(
-        fields=("strategy.offload_parameters", "strategy.kind"),
-        holds=lambda recipe: (
-            recipe.strategy.offload_parameters == "none" or recipe.strategy.kind in ("single", "zero3")
-        ),
-        must_hold="must be none unless strategy.kind is zero3, which alone shards the parameters",
-        remedy="Set strategy.kind=zero3, or strategy.offload_parameters=none.",
-    ),
-    Rule(
-        fields=("strategy.nvme_path", "strategy.offload_optimizer", "strategy.offload_parameters"),
-        holds=lambda recipe: recipe.strategy.nvme_path is not None or not _offloads(recipe.strategy, "nvme"),
-        must_hold="must name a folder on a local disk to offload to nvme",
-        remedy="Give strategy.nvme_path, or offload to cpu.",
-    ),
+    *STRATEGY_RULES,
 )

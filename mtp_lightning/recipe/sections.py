@@ -10,6 +10,8 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 MIXTURE_BLOCK_ROWS = 4096
 """Rows over which a mixture keeps its weights exactly."""
+DISTILLED_LOGITS = 10_000
+"""Largest logits of the teacher that distillation compares by default [MTP-D]."""
 
 
 class Section(BaseModel):
@@ -147,6 +149,46 @@ class TokenOrderSection(Section):
     """How many tokens ahead the order is scored; the official runs use 4096."""
 
 
+class DistillSection(Section):
+    """Self-distillation: extra offsets also learn from the main head's distribution [MTP-D, arXiv 2603.23911].
+
+    The loss of offset k becomes its weight x (alpha x cross-entropy + beta x divergence). Its teacher at position t is
+    the main head at position t+k-1, which predicts the same token; where there is none, only the cross-entropy counts.
+    """
+
+    alpha: list[NonNegativeFloat] = Field(default=[1.0], min_length=1)
+    """Weight of the cross-entropy: one for all extra offsets, or one for each."""
+    beta: list[NonNegativeFloat] = Field(default=[0.5], min_length=1)
+    """Weight of the divergence from the teacher: one for all extra offsets, or one for each."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "tv", "lk_alpha", "lk_lambda"] = "forward_kl"
+    """KL(teacher|student), KL(student|teacher), Jensen-Shannon, total variation, minus the logarithm of the overlap, or
+    a mixture of KL and total variation that shifts to the latter as the overlap grows [LK losses, arXiv 2602.23881]."""
+    lk_rate: PositiveFloat = 3.0
+    """For `lk_lambda`: the share of KL is exp(-lk_rate x overlap)."""
+    top_k: PositiveInt | None = None
+    """How many of the teacher's largest logits are compared; null means 10,000, or all where there are fewer."""
+    temperature: PositiveFloat = 1.0
+    """What both sides' logits are divided by before the softmax; the loss is not scaled back."""
+    where: Literal["all", "confident"] = "all"
+    """Every position that has a teacher, or those where its largest probability reaches `confidence`."""
+    confidence: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """For `where: confident`: the least probability."""
+    detach_teacher: bool = True
+    """Stop the gradient at the teacher; false lets the divergence change the main head too, an ablation."""
+
+    def resolved_top_k(self, vocabulary: int) -> int:
+        """Number K of logits that are compared."""
+        return min(self.top_k or DISTILLED_LOGITS, vocabulary)
+
+    def alpha_of(self, offset: int) -> float:
+        """Weight of the cross-entropy of an extra offset."""
+        return self.alpha[(offset - 2) % len(self.alpha)]
+
+    def beta_of(self, offset: int) -> float:
+        """Weight of the divergence of an extra offset."""
+        return self.beta[(offset - 2) % len(self.beta)]
+
+
 class ObjectiveSection(Section):
     """Losses and the order in which they are computed."""
 
@@ -162,6 +204,8 @@ class ObjectiveSection(Section):
     """Coefficient of the squared log-partition."""
     token_order: TokenOrderSection | None = None
     """Token-order prediction, or null."""
+    distill: DistillSection | None = None
+    """Distillation of the main head into the others, or null."""
     chunk_mib: PositiveFloat = 64.0
     """Memory that one chunk of logits may take, in MiB; sets how many positions are scored at once."""
     checkpoint_trunk: bool = False
@@ -290,6 +334,14 @@ class StrategySection(Section):
         return self.num_nodes * self.ranks_per_node
 
 
+class DebugSection(Section):
+    """Help in trying a recipe out."""
+
+    shrink: bool = False
+    """Make model, step and run small enough for a laptop, and read Python's own library; heads, schedule, precision and
+    strategy stay, and so does whatever the command line sets."""
+
+
 class Recipe(Section):
     """A whole run as a value."""
 
@@ -311,3 +363,5 @@ class Recipe(Section):
     """Folder, length, logging."""
     strategy: StrategySection = StrategySection()
     """Ranks, and what is sharded over them."""
+    debug: DebugSection = DebugSection()
+    """Trying out."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.errors import TrainingError
 from mtp_lightning.recipe.sections import OptimizerSection
 from mtp_lightning.training.fragments import ROLES, role_of, whole_shape
 
@@ -25,9 +26,20 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[s
 
 
 def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
-    """Build AdamW over the model's trainable parameters; learning rates are set before every step."""
+    """Build AdamW over the model's trainable parameters; learning rates are set before every step.
+
+    Raises:
+        TrainingError: `lr_scale` names a role without parameters to train.
+    """
     beta1, beta2 = section.betas
     groups = parameter_groups(model, section)
+    unused = sorted(section.lr_scale.keys() - {group["role"] for group in groups})
+    if unused:
+        raise TrainingError(
+            "optimizer.lr_scale may name roles that have parameters to train",
+            f"none in {', '.join(unused)}",
+            f"Remove {', '.join(f'optimizer.lr_scale.{role}' for role in unused)}.",
+        )
     return torch.optim.AdamW(groups, lr=section.lr, betas=(beta1, beta2), eps=section.eps, fused=True)
 
 

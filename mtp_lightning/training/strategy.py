@@ -207,11 +207,16 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
             with engine.coalesce_grad_reduction():
                 yield
         else:
+            for waiting in getattr(zero, "accumulated_grads_in_cpu", {}).values():
+                waiting.zero_()  # offloaded sums of the step before, which would be added to
             engine.set_gradient_accumulation_boundary(False)
             yield
             engine.set_gradient_accumulation_boundary(True)
-            self._provide_buckets()
-            engine.allreduce_gradients()
+            if getattr(zero, "cpu_offload", False):
+                zero.finalize_gradient_accumulation_boundary()
+            else:
+                self._provide_buckets()
+                engine.allreduce_gradients()
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run one backward pass through the engine."""
@@ -242,8 +247,10 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
             elif mapping is not None:
                 own, at = mapping.lp_fragment_address, mapping.hp_fragment_address
                 run = slice(at.start, at.start + own.numel)
-                gradient = _partition_gradient(p, mapping, own)
-                yield _Part(name, p.shape, own.start, flats[mapping.param_group_index], run, gradient)
+                flat = flats[mapping.param_group_index]
+                is_offloaded = getattr(zero, "cpu_offload", False)
+                gradient = _run_of(flat.grad, run) if is_offloaded else _partition_gradient(p, mapping, own)
+                yield _Part(name, p.shape, own.start, flat, run, gradient)
 
     def _parts_of_zero3(self) -> "Iterator[_Part]":
         zero, rank = self._zero, self.ranks.rank
@@ -256,11 +263,11 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
                 yield _Part(name, p.ds_shape, start, own, slice(0, numel), None, is_trainable=False)
             elif numel:
                 group, place = index[id(p)]
-                sums = zero.averaged_gradients.get(group)
-                gradient = None if sums is None else sums[place].view(-1)[:numel]
-                at = zero.grad_position[zero.get_param_id(p)][1]
-                flat = zero.fp32_partitioned_groups_flat[group]
-                yield _Part(name, p.ds_shape, start, flat, slice(at, at + numel), gradient)
+                flat, at = zero.fp32_partitioned_groups_flat[group], zero.grad_position[zero.get_param_id(p)][1]
+                run, sums = slice(at, at + numel), zero.averaged_gradients.get(group)
+                sharded = None if sums is None else _run_of(sums[place], slice(0, numel))
+                gradient = _run_of(flat.grad, run) if zero.offload_optimizer else sharded
+                yield _Part(name, p.ds_shape, start, flat, run, gradient)
 
     @torch.no_grad()
     def fill(self, reader: ShardReader) -> None:
@@ -303,6 +310,10 @@ class _Part(NamedTuple):
         moments = {key: moment.view(-1)[self.run] for key, moment in moments_of(state, self.flat).items()}
         weight, step = self.flat.detach()[self.run], state.get("step")
         return Fragment(self.name, self.shape, self.start, weight, self.gradient, moments, step, self.is_trainable)
+
+
+def _run_of(tensor: Tensor | None, run: slice) -> Tensor | None:
+    return None if tensor is None else tensor.view(-1)[run]
 
 
 def _partition_gradient(parameter: Any, mapping: Any, own: Any) -> Tensor | None:

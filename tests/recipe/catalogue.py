@@ -154,7 +154,15 @@ RULES = (
     _broken("several_ranks_without_zero", "strategy.ranks_per_node=4"),
     _broken("offload_without_zero", "strategy.offload_optimizer=cpu"),
     _broken("parameters_offloaded_under_zero2", "strategy.kind=zero2", "strategy.offload_parameters=cpu"),
-    _broken("nvme_without_path", "strategy.kind=zero1", "strategy.offload_optimizer=nvme"),
+    _broken("nvme_without_path", "strategy.kind=zero3", "strategy.offload_optimizer=nvme"),
+    _broken("offload_without_a_gpu", "strategy.kind=zero3", "strategy.offload_parameters=cpu", "run.device=cpu"),
+    _broken(
+        "deepspeed_keys_of_other_fields",
+        "strategy.kind=zero2",
+        "strategy.deepspeed={gradient_clipping: 0.5, zero_optimization: {stage: 3, reduce_bucket_size: 5}}",
+    ),
+    _broken("fp16_without_zero", "run.precision=fp16"),
+    _broken("fp16_on_the_cpu", "run.precision=fp16", "strategy.kind=zero1", "run.device=cpu"),
 )
 
 TOGETHER = (

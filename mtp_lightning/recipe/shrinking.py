@@ -1,0 +1,63 @@
+"""A recipe of any size as one that runs in a minute on a CPU, on the same code path: `debug.shrink=true`."""
+
+from typing import Any
+
+from mtp_lightning.recipe.layers import num_layers_from_trunk
+from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.tree import Node
+
+ORIGIN = "debug.shrink"
+TRUNK_LAYERS = 2
+MICRO_ROWS = 2
+MICRO_BATCHES = 2
+
+
+def shrinking(recipe: Recipe) -> Node:
+    """Return the fields that make a recipe small: size of the model and of a step, tokens at hand, a short run.
+
+    Heads, schedule, recomputation, precision and strategy stay what they are. The shrunk recipe is whole in itself:
+    it no longer says that it has to be shrunk.
+    """
+    num_ranks = recipe.strategy.num_ranks
+    model = {
+        "width": 32,
+        "num_layers": num_layers_from_trunk(recipe) + TRUNK_LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": None,
+        "head_width": None,
+        "mlp_width": 64,
+        "vocabulary": 257,
+    }
+    data = {
+        "corpus": ["stdlib:json"],
+        "shards": None,
+        "tokenizer": "byte",
+        "validation_share": 0.2,
+        "window_tokens": 8 * max(4, recipe.heads.num_offsets),
+        "workers": 0,
+    }
+    run = {
+        "steps": 20,
+        "log_every_steps": 1,
+        "validate_every_steps": 10,
+        "validation_rows": 2 * num_ranks,
+        "checkpoint_every_steps": 10,
+    }
+    fields: dict[str, dict[str, Any]] = {
+        "model": model,
+        "data": data,
+        "batch": {"rows": MICRO_BATCHES * MICRO_ROWS * num_ranks, "micro_rows": MICRO_ROWS},
+        "optimizer": {"warmup_steps": 2},
+        "run": run,
+    }
+    return _node(fields)
+
+
+def _node(value: Any) -> Node:
+    if isinstance(value, dict):
+        return Node({name: _node(entry) for name, entry in value.items()}, ORIGIN)
+    return Node([_node(item) for item in value] if isinstance(value, list) else value, ORIGIN)
+
+
+SHRUNK = _node({"debug": {"shrink": False}})
+"""Laid over everything once a recipe has been shrunk."""
