@@ -1,0 +1,102 @@
+"""The ways of training that are held against plain torch, and a tiny recipe of each."""
+
+import random
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from mtp_lightning.recipe.sections import Recipe
+
+STEPS = {"sgd": 3, "adamw": 20}
+ROWS = 12  # of a global batch: divisible by all numbers of ranks times micro-batches
+CLIP_NORM = 0.5  # below every norm that occurs
+SAMPLE = 2  # cells per stage, ranks and schedule
+STAGES = ("zero1", "zero2", "zero3")
+SCHEDULES = ("sequential", "bridged", "joint")
+HEADS: dict[str, dict[str, Any]] = {
+    "parallel": {"kind": "parallel"},
+    "chained": {"kind": "chained", "order": "causal"},
+    "sequential": {"kind": "sequential"},
+}
+UNEMBEDDINGS = ("shared", "tied", "replicated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One way of training."""
+
+    stage: str
+    ranks: int
+    schedule: str
+    accumulation: int  # micro-batches of a rank per step
+    heads: str
+    unembedding: str
+    clips: bool
+    optimizer: str = "sgd"
+
+    def __str__(self) -> str:
+        clips = "clipped" if self.clips else "unclipped"
+        rest = f"{self.heads} heads, {self.unembedding} unembedding, {self.accumulation} per step, {clips}"
+        noun = "rank" if self.ranks == 1 else "ranks"
+        return f"{self.stage}, {self.ranks} {noun}, {self.schedule}: {rest}, {self.optimizer}"
+
+    @property
+    def recipe(self) -> Recipe:
+        """A recipe of a few thousand parameters."""
+        return Recipe.model_validate(
+            {
+                "model": {
+                    "width": 16,
+                    "num_layers": 4,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "mlp_width": 24,
+                    "vocabulary": 29,
+                    "init_std": 0.1,
+                    "tie_embeddings": self.unembedding == "tied",
+                },
+                "heads": {
+                    **HEADS[self.heads],
+                    "num_offsets": 3,
+                    "unembedding": "replicated" if self.unembedding == "replicated" else "shared",
+                },
+                "objective": {"schedule": self.schedule, "chunk_mib": 11 * 29 * 4 / 2**20},  # 11 rows: ragged chunks
+                "data": {"window_tokens": 10},
+                "batch": {"rows": ROWS, "micro_rows": ROWS // (self.ranks * self.accumulation)},
+                "optimizer": {
+                    "lr": 0.1 if self.optimizer == "sgd" else 3e-3,
+                    "warmup_steps": 0,
+                    "decay_ratio": 1.0,
+                    "clip_norm": CLIP_NORM if self.clips else None,
+                },
+                "run": {"steps": STEPS[self.optimizer], "device": "cpu", "log_every_steps": 1, "threads": 1},
+                "strategy": {
+                    "kind": self.stage,
+                    "ranks_per_node": self.ranks,
+                    "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+                },
+            }
+        )
+
+
+def matrix(num_ranks: int, *, full: bool) -> list[Cell]:
+    """List the cells of a number of ranks: all, or a few of every stage and schedule."""
+    cells: list[Cell] = []
+    for stage, schedule in product(STAGES, SCHEDULES):
+        row = [
+            Cell(
+                stage=stage,
+                ranks=num_ranks,
+                schedule=schedule,
+                accumulation=accumulation,
+                heads=heads,
+                unembedding=unembedding,
+                clips=clips,
+            )
+            for heads, unembedding, accumulation, clips in product(HEADS, UNEMBEDDINGS, (1, 3), (False, True))
+            if (heads, unembedding) != ("sequential", "replicated")
+        ]
+        chosen = row if full else random.Random(f"{stage} {schedule} {num_ranks}").sample(row, SAMPLE)
+        curves = chosen[::8] if full else chosen[: schedule == SCHEDULES[0]]
+        cells += chosen + [replace(cell, optimizer="adamw") for cell in curves]
+    return cells
