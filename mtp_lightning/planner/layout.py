@@ -29,6 +29,7 @@ class Layout:
     offload_optimizer: str = "none"
     offload_parameters: str = "none"
     bucket_entries: float = 5e8  # reduced together; two such buckets, one being sent (DeepSpeed: reduce_bucket_size)
+    gradient_bytes: int = FP32  # of a number in the sum that waits for the step (DeepSpeed: grad_accum_dtype)
     live_entries: float = 1e9  # gathered at once under ZeRO-3 (DeepSpeed: stage3_max_live_parameters)
 
     @property
@@ -92,8 +93,19 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
         recomputes_heads=recipe.heads.kind == "recursive" if recomputes_heads is None else recomputes_heads,
         offload_optimizer=strategy.offload_optimizer,
         offload_parameters=strategy.offload_parameters,
+        gradient_bytes=_gradient_bytes(strategy.deepspeed.get("data_types")),
         **_buffer_sizes(strategy.deepspeed.get("zero_optimization")),
     )
+
+
+def _gradient_bytes(data_types: Any) -> int:
+    """Read what gradients accumulate in, where a recipe sets it by a raw DeepSpeed key.
+
+    >>> _gradient_bytes({"grad_accum_dtype": "bf16"}), _gradient_bytes(None)
+    (2, 4)
+    """
+    given = data_types.get("grad_accum_dtype") if isinstance(data_types, dict) else None
+    return BF16 if given in ("bf16", "fp16") else FP32
 
 
 def _buffer_sizes(zero_keys: Any) -> dict[str, float]:

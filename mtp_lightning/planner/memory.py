@@ -71,7 +71,7 @@ def _state(shape: Shape, layout: Layout) -> tuple[dict[str, float], float]:
     """Return weights, gradients and optimizer state on the GPU, and the bytes that live elsewhere."""
     total = shape.parameters.total
     weights = layout.weight_bytes * total / layout.shards(3)
-    gradients = layout.weight_bytes * total / layout.shards(2)
+    gradients = layout.gradient_bytes * total / layout.shards(2)
     per_parameter = MASTER_AND_MOMENTS if layout.stage else MOMENTS
     optimizer = per_parameter * total / layout.shards(1)
     offloaded = 0.0

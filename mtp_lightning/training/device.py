@@ -57,3 +57,9 @@ def _check_nvme(recipe: Recipe) -> None:
                 str(path) if path.exists() else f"no {path}",
                 "Give a folder on a local disk, or offload to cpu.",
             )
+        raise TrainingError(
+            "training offloads to cpu only: checkpoints cannot read what DeepSpeed has swapped to a disk yet",
+            f"strategy.offload_optimizer={strategy.offload_optimizer}, "
+            f"strategy.offload_parameters={strategy.offload_parameters}",
+            "Offload to cpu, or use more GPUs; `mtp plan` counts with nvme.",
+        )

@@ -27,7 +27,8 @@ def uninterrupted(tmp_path_factory):
 
 def final_weights(cwd, name):
     """Digest of the last checkpoint's weights: short, so that a failed comparison is too."""
-    return sha256((cwd / name / f"checkpoints/step-{STEPS:08d}/model-00001-of-00001.safetensors").read_bytes()).hexdigest()
+    checkpoint = cwd / name / f"checkpoints/step-{STEPS:08d}"
+    return sha256((checkpoint / "model-00001-of-00001.safetensors").read_bytes()).hexdigest()
 
 
 def kill_and_resume(cwd, name, num_kills, seed):

@@ -9,7 +9,7 @@ and reduces layer by layer, without DeepSpeed's buckets.
 from dataclasses import dataclass
 
 from mtp_lightning.planner.counts import ParameterCounts
-from mtp_lightning.planner.layout import Layout
+from mtp_lightning.planner.layout import BF16, Layout
 from mtp_lightning.planner.shape import Layer, Shape
 
 VOCABULARY = 50_368
@@ -56,6 +56,7 @@ class Run:
             recomputes_trunk=self.recomputes,
             bucket_entries=0,
             live_entries=0,
+            gradient_bytes=BF16,
             chunk_bytes=4 * self.micro_rows * self.window_tokens * VOCABULARY,
         )
 

@@ -35,7 +35,7 @@ def test_predicted_peak_is_near_the_measured_one(cell: tuple[int, str]) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "bytes_per_parameter"),
-    [(1, 2 + 2 + 12 / 64), (2, 2 + (2 + 12) / 64), (3, (2 + 2 + 12) / 64)],
+    [(1, 2 + 4 + 12 / 64), (2, 2 + (4 + 12) / 64), (3, (2 + 4 + 12) / 64)],
 )
 def test_stages_shard_what_zero_says(stage: int, bytes_per_parameter: float) -> None:
     assert memory(SHAPE, on(stage=stage)).state == pytest.approx(bytes_per_parameter * SHAPE.parameters.total)
