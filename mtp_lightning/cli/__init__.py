@@ -8,7 +8,15 @@ import typer
 from typer.core import TyperGroup
 
 from mtp_lightning import __version__
-from mtp_lightning.cli import bench_verbs, data_verbs, doctor_verbs, export_verbs, plan_verbs, recipe_verbs
+from mtp_lightning.cli import (
+    bench_verbs,
+    data_verbs,
+    doctor_verbs,
+    export_verbs,
+    generate_verbs,
+    plan_verbs,
+    recipe_verbs,
+)
 from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
 from mtp_lightning.cli.screen import print_error, screen
 from mtp_lightning.errors import MtpError
@@ -72,6 +80,7 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 app.command()(doctor_verbs.doctor)
 app.command()(plan_verbs.plan)
 app.command()(export_verbs.export)
+app.command()(generate_verbs.generate)
 
 
 def main() -> None:

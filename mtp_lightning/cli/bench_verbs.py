@@ -1,13 +1,14 @@
-"""`mtp bench memory | train`."""
+"""`mtp bench memory | train | decode | tree`."""
 
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 
+from mtp_lightning.cli import decode_bench_verbs
 from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
 
-app = typer.Typer(no_args_is_help=True, help="Measure a training step.")
+app = typer.Typer(no_args_is_help=True, help="Measure training and decoding.")
 
 OffsetsOption = Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of offsets to measure.")]
 SchedulesOption = Annotated[str, typer.Option(metavar="NAME,...", help="Schedules to measure.")]
@@ -46,6 +47,10 @@ def train(
     from mtp_lightning.bench.speed import bench_train
 
     bench_train(loaded.recipe, offsets=numbers, schedules=names, json_path=json)
+
+
+app.command()(decode_bench_verbs.decode)
+app.command()(decode_bench_verbs.tree)
 
 
 def _offsets(text: str) -> list[int]:

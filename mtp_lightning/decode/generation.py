@@ -46,7 +46,7 @@ class Generation:
     tokens: list[list[int]]  # new tokens of every prompt
     statistics: Statistics
     decoder: Decoder
-    prefill_s: float  # from the call to the first token of every row, the first drafts included
+    prefill_s: float  # from the call to the first token of every row
     decode_s: float  # all that came after
 
 

@@ -13,7 +13,7 @@ from mtp_lightning.model.mtp_model import MtpModel
 
 Decoder = Literal["auto", "greedy", "blockwise", "chain", "tree"]
 DECODERS: tuple[Decoder, ...] = ("auto", "greedy", "blockwise", "chain", "tree")
-ADAPTIVE = "adaptive"
+ADAPTIVE: Literal["adaptive"] = "adaptive"
 
 
 @final
