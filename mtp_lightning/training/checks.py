@@ -1,11 +1,13 @@
-"""Two checks that every run makes of itself: are the targets right, and do gradients arrive.
+"""Checks that every run makes of itself: are the targets right, do gradients arrive, and all of each.
 
 The field's users have lost weeks to targets shifted by one, prompts trained as answers, tokens leaking across
-documents, and heads that never changed. Both checks run on the first steps of every start and stop the run.
+documents, and heads that never changed. The checks run on the first steps of every start and stop the run.
 """
 
 import math
 from collections.abc import Iterable
+from functools import partial
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ _MISSING = -1.0
 _FAULTS = {_MISSING: "no gradient", math.inf: "gradient not finite", 0.0: "gradient zero"}
 ORACLE_STEPS = 2  # steps after every start whose targets are compared
 ORACLE_ROWS = 4  # rows of each that go through the slow oracle
+WAVE_ENTRIES = 2**18  # of a gradient that are looked at together
+ROUNDING, COARSE_ROUNDING = 1e-2, 5e-2  # of a gradient's norm: how far sums may lie apart; coarse below fp32
 
 
 def check_targets(tokens: Tensor, documents: Tensor, loss_mask: Tensor | None, targets: Tensor) -> None:
@@ -173,3 +177,77 @@ class GradientArrival:
         for module in self.model.heads.modules_of(offset):
             yield from module.parameters()
 
+
+class GradientSums:
+    """Watches in the first step that the optimizer receives the sum of what all backward passes have computed.
+
+    Where a strategy does not gather the passes of a step, it may keep one of the gradients of a parameter and lose
+    the others: what arrives is then neither missing nor zero. So every gradient is looked at as autograd hands it
+    out, before the strategy sees it, and its product with two waves is kept, whose frequency is drawn from the
+    parameter's name. Products add up over passes, micro-batches and ranks as gradients do; they must end as those of
+    the optimizer's gradient. Holds a few MiB for a moment; nothing is left of it after the first step.
+    """
+
+    def __init__(self, model: MtpModel, ranks: Ranks) -> None:
+        self.ranks = ranks
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.rounding = [COARSE_ROUNDING if p.dtype.itemsize < 4 else ROUNDING for p in trainable.values()]
+        device = next((p.device for p in trainable.values()), torch.device("cpu"))
+        self.noted = {name: torch.zeros(3, dtype=torch.float64, device=device) for name in trainable}
+        self.hooks = [p.register_hook(partial(self._note, name)) for name, p in trainable.items()]  # type: ignore[no-untyped-call]
+
+    def compare(self, fragments: Iterable[Fragment]) -> None:
+        """Compare the gradients of the first step, before clipping and the optimizer, with what was noted.
+
+        Raises:
+            TrainingError: Naming the parameters whose gradient is not the sum of what was computed.
+        """
+        if not self.hooks:
+            return
+        delivered = {name: torch.zeros_like(sums) for name, sums in self.noted.items()}
+        for fragment in fragments:
+            if fragment.gradient is not None:
+                products = _products(fragment.name, fragment.gradient, fragment.start)
+                delivered[fragment.name] += products.to(delivered[fragment.name].device)
+        own = torch.stack((torch.stack(list(self.noted.values())), torch.stack(list(delivered.values()))))
+        (computed, found), size = self.ranks.sum(own).cpu().unbind(), self.ranks.size  # (parameters, 3) each
+        norms = torch.maximum(computed[:, 2].sqrt() / size, found[:, 2].sqrt())
+        apart = (found - computed / size)[:, :2].abs().amax(1)
+        is_wrong = apart > norms * torch.tensor(self.rounding, dtype=torch.float64)
+        wrong = [name for name, is_so in zip(self.noted, is_wrong.tolist(), strict=True) if is_so]
+        if wrong:
+            raise TrainingError(
+                "the gradient that the optimizer uses must be the sum of those that the backward passes compute",
+                f"another one of {listed(wrong)}",
+                "Do not train with this strategy and schedule: try `mtp doctor --strategies`, remove raw keys from "
+                "strategy.deepspeed, or report it.",
+            )
+        self._end()
+
+    def forget(self) -> None:
+        """Begin anew with the next step: this one overflowed, and is skipped."""
+        for sums in self.noted.values():
+            sums.zero_()
+
+    @torch.no_grad()
+    def _note(self, name: str, gradient: Tensor) -> None:
+        self.noted[name] += _products(name, gradient.reshape(-1), 0)
+
+    def _end(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+        self.noted.clear()
+
+
+@torch.no_grad()
+def _products(name: str, values: Tensor, start: int) -> Tensor:
+    """Products of flat entries of a parameter, from `start` on, with its cosine, its sine and themselves: (3,)."""
+    frequency = 0.5 + 2 * int.from_bytes(sha256(name.encode()).digest()[:6], "big") / 2**48
+    products = torch.zeros(3, dtype=torch.float64, device=values.device)
+    for first in range(0, values.numel(), WAVE_ENTRIES):
+        part = values[first : first + WAVE_ENTRIES].double()
+        begin = start + first
+        angles = frequency * torch.arange(begin, begin + len(part), dtype=torch.float64, device=part.device)
+        products += torch.stack((part @ angles.cos(), part @ angles.sin(), part @ part))
+    return products

@@ -15,7 +15,7 @@ from mtp_lightning.losses.targets import count_targets, shifted_targets
 from mtp_lightning.losses.weights import offset_weights
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.training.checks import ORACLE_STEPS, GradientArrival, check_counts, check_targets
+from mtp_lightning.training.checks import ORACLE_STEPS, GradientArrival, GradientSums, check_counts, check_targets
 from mtp_lightning.training.fragments import gradient_norms
 from mtp_lightning.training.metrics import OffsetMetrics
 from mtp_lightning.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
@@ -61,6 +61,7 @@ class MtpLightningModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Begin the checks anew after every start, resumed or not."""
         self.gradient_arrival = GradientArrival(self.model, self.strategy.ranks)
+        self.gradient_sums = GradientSums(self.model, self.strategy.ranks)
         self.num_checked_steps = 0
         self.logged_at, self.logged_step = time.monotonic(), self.global_step
 
@@ -168,9 +169,12 @@ class MtpLightningModule(L.LightningModule):
         assert not isinstance(optimizer, list)
         norms = gradient_norms(strategy.fragments(), strategy.ranks, loss_scale=strategy.gradient_scale)
         will_skip = self.recipe.run.precision == "fp16" and not math.isfinite(norms["all"])
-        if not will_skip:  # fp16 searches for its loss scale by overflowing: DeepSpeed skips such a step
+        if will_skip:  # fp16 searches for its loss scale by overflowing: DeepSpeed skips such a step
+            self.gradient_sums.forget()
+        else:
             self._check_finite(norms, step)
             self.gradient_arrival.before_step(weights, strategy.fragments())
+            self.gradient_sums.compare(strategy.fragments())
         if section.clip_norm is not None and strategy.clips_here:
             clip_gradients(self.model.parameters(), norms["all"], section.clip_norm)
         set_learning_rate(optimizer.optimizer, section, learning_rate(section, step, self.recipe.run.steps))
