@@ -1,0 +1,29 @@
+"""Law 1 under a loss scale: whatever each backward pass multiplies by, gradients bear it once."""
+
+import pytest
+import torch
+
+from mtp_lightning.losses.targets import IGNORE, shifted_targets
+from mtp_lightning.training.schedules import MicroBatch, Objective, run_schedule
+from tests.support.tiny import HEAD_KINDS, relative_error, tiny_model, tiny_recipe, tiny_rows
+
+SCALE = 2.0**12
+
+
+def gradients(kind, schedule, scale, dtype=torch.float64):
+    recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective={"schedule": schedule, "chunk_mib": 5 * 13 * 8 / 2**20})
+    model = tiny_model(recipe, dtype)
+    tokens, documents, mask = tiny_rows(recipe, 2)
+    targets = shifted_targets(tokens, documents, recipe.heads.num_offsets, mask)
+    counts = (targets != IGNORE).sum((1, 2)).to(torch.float64)
+    objective = Objective(recipe.objective, [1.0] * len(counts), counts, loss_scale=scale)
+    run_schedule(model, MicroBatch(tokens, documents, targets), objective, lambda loss: (loss * scale).backward())
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "bridged", "joint"])
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_the_scale_arrives_once(kind, schedule):
+    expected, found = gradients(kind, "joint", 1.0), gradients(kind, schedule, SCALE)
+    for name, gradient in expected.items():
+        assert relative_error(found[name] / SCALE, gradient) < 1e-10, name
