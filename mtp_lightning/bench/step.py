@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import NonFiniteError
+from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.mtp_model import build_model
 from mtp_lightning.planner.variants import with_schedule
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.fragments import gradient_norms, whole_fragments
+from mtp_lightning.training.objective import MicroBatch, Objective
 from mtp_lightning.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
-from mtp_lightning.training.schedules import MicroBatch, Objective, run_schedule
+from mtp_lightning.training.schedules import run_schedule
 
 
 class TrainingStep:
@@ -38,7 +40,10 @@ class TrainingStep:
         """Do one optimizer step by a schedule; `predicts` also takes every offset's argmax, as logged steps do."""
         counts = (self.targets != IGNORE).sum((1, 2))
         section = with_schedule(self.recipe, schedule).objective
-        objective = Objective(section, [1.0] * len(counts), counts, counts[0], predicts)
+        teacher_counts = teacher_positions(self.targets).sum((1, 2))
+        objective = Objective(
+            section, [1.0] * len(counts), counts, counts[0], predicts, teacher_counts=teacher_counts
+        )
         for micro_batch in self._micro_batches():
             with self._autocast(enabled=self.recipe.run.precision == "bf16"):
                 run_schedule(self.model, micro_batch, objective, self._backward)

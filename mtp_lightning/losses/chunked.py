@@ -4,16 +4,18 @@ The gradients are computed during the forward pass, chunk by chunk, and handed o
 V x D products per position, as many as any exact method needs, and memory for one chunk of logits.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mtp_lightning.losses.distillation import Distillation, Slope
 from mtp_lightning.losses.scores import Score
 
 Grad = Tensor | None  # buffer of a gradient, where one is wanted
+DISTILLED_COPIES = 10  # tensors of the compared entries that distillation has in hand
 
 
 @dataclass
@@ -24,8 +26,15 @@ class Term:
     score: Score
     coefficient: Tensor  # 0-dimensional
     count: Tensor | None = None  # rows that count; given, the term is balanced against the first by its RMS
+    share: float = 1.0  # of the score beside a distillation
+    distillation: Distillation | None = None
     loss_sum: Tensor | float = 0.0
     square_sum: Tensor | float = 0.0
+
+    def total(self) -> Tensor:
+        """Score and distillation together, without the coefficient."""
+        distilled = 0.0 if self.distillation is None else self.distillation.weight * self.distillation.loss_sum
+        return torch.as_tensor(self.share * self.loss_sum + distilled)
 
     def rms(self) -> Tensor:
         """Root mean square of the row losses."""
@@ -40,6 +49,7 @@ def chunked_loss(
     *,
     chunk_bytes: int,
     balance_to: Tensor | None = None,
+    teacher: Tensor | None = None,
 ) -> Tensor:
     """Compute sum over terms of coefficient x loss sum, as one autograd node.
 
@@ -50,22 +60,34 @@ def chunked_loss(
         terms: What to compute; their sums are filled in.
         chunk_bytes: Memory that the logits of one chunk may take.
         balance_to: RMS that balanced terms are scaled to; None means the first term's own.
+        teacher: (P, D) normed hidden states of the main head, which terms with a distillation are compared with. If
+            they want a gradient, they and the teacher's matrix get one from the comparison; else neither does.
 
     Returns:
-        The weighted total, 0-dimensional. Gradients reach `hiddens` and `matrices` only; the scale of the
+        The weighted total, 0-dimensional. Gradients reach the given tensors only; the scale of the
         incoming gradient is honoured. The node can be walked backward once.
     """
     numbers = list(matrices)
+    teachers = [] if teacher is None else [teacher]
     plan = _Plan(terms, numbers, chunk_bytes, balance_to, wants_gradients=torch.is_grad_enabled())
-    total: Tensor = _ChunkedLoss.apply(plan, *matrices.values(), *hiddens)  # type: ignore[no-untyped-call]
+    inputs = (*matrices.values(), *hiddens, *teachers)
+    total: Tensor = _ChunkedLoss.apply(plan, *inputs)  # type: ignore[no-untyped-call]
     return total
 
 
-def chunk_rows(num_rows: int, vocabulary: int, dtype: torch.dtype, chunk_bytes: int) -> int:
-    """Rows per chunk within a byte budget, as even as possible; low precision keeps two extra copies."""
+def chunk_rows(
+    num_rows: int, vocabulary: int, dtype: torch.dtype, chunk_bytes: int, distillation: Distillation | None = None
+) -> int:
+    """Rows per chunk within a byte budget, as even as possible; low precision keeps two extra copies.
+
+    Distillation has the teacher's logits beside the student's, and some ten tensors of the entries it compares.
+    """
     exact = torch.promote_types(dtype, torch.float32)
     entry_bytes = exact.itemsize + (2 * dtype.itemsize if dtype != exact else 0)
-    most = max(1, chunk_bytes // (vocabulary * entry_bytes))
+    row_bytes = vocabulary * entry_bytes
+    if distillation is not None:
+        row_bytes = 2 * row_bytes + DISTILLED_COPIES * distillation.kept(vocabulary) * exact.itemsize
+    most = max(1, chunk_bytes // row_bytes)
     num_chunks = -(-num_rows // most)
     return -(-num_rows // num_chunks)
 
@@ -79,32 +101,56 @@ class _Plan:
     wants_gradients: bool  # inside the node grad mode is off, and inputs claim to need gradients even under no_grad
 
 
+@dataclass
+class _Side:
+    """Hidden states and the matrix that scores them, as the products read them, with buffers for their gradients."""
+
+    hidden: Tensor  # (P, D)
+    matrix: Tensor  # (V, D)
+    grad: Grad  # (P, D)
+    matrix_grad: Grad  # (V, D)
+
+    def logits(self, rows: slice) -> Tensor:
+        """Score some rows in full precision: (C, V)."""
+        return (self.hidden[rows] @ self.matrix.T).to(torch.promote_types(self.matrix.dtype, torch.float32))
+
+    def add(self, logits_gradient: Tensor, rows: slice, factor: Tensor) -> None:
+        """Hand on a gradient of some rows' logits, (C, V), multiplied by a factor for each row or all, (C or 1, 1)."""
+        slope = logits_gradient.to(self.matrix.dtype)
+        if self.grad is not None:
+            self.grad[rows] += (slope @ self.matrix) * factor  # (C, D)
+        if self.matrix_grad is not None:
+            _add_product(self.matrix_grad, slope, self.hidden[rows] * factor)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> Tensor:
-        num_matrices = len(plan.numbers)
+        num_matrices, num_terms = len(plan.numbers), len(plan.terms)
         matrices, hiddens = tensors[:num_matrices], tensors[num_matrices:]
         needs = [need and plan.wants_gradients for need in ctx.needs_input_grad[1:]]
         dtype = _compute_dtype(matrices[0])
         exact = torch.promote_types(dtype, torch.float32)
-        cast = [matrix.to(dtype) for matrix in matrices]
-        matrix_grads = [
-            torch.zeros_like(matrix, dtype=exact) if need else None
-            for matrix, need in zip(matrices, needs[:num_matrices], strict=True)
-        ]
-        hidden_grads = []
+        cast = {number: matrix.to(dtype) for number, matrix in zip(plan.numbers, matrices, strict=True)}
+        matrix_grads = {
+            number: torch.zeros_like(matrix, dtype=exact) if need else None
+            for number, matrix, need in zip(plan.numbers, matrices, needs[:num_matrices], strict=True)
+        }
+        hidden_grads: list[Grad] = [None] * len(hiddens)
+
+        def side(index: int, number: int) -> _Side:
+            hidden, need = hiddens[index], needs[num_matrices + index]
+            hidden_grads[index] = torch.zeros_like(hidden, dtype=_kept(hidden.dtype)) if need else None
+            return _Side(hidden.to(dtype), cast[number], hidden_grads[index], matrix_grads[number])
+
         total = torch.zeros((), dtype=exact, device=matrices[0].device)
         with torch.autocast(matrices[0].device.type, enabled=False):
-            for index, (term, hidden) in enumerate(zip(plan.terms, hiddens, strict=True)):
-                need, at = needs[num_matrices + index], plan.numbers.index(term.matrix)
-                grad = torch.empty_like(hidden, dtype=_kept(hidden.dtype)) if need else None
-                total += _run_term(plan, term, hidden.to(dtype), cast[at], (grad, matrix_grads[at]))
-                hidden_grads.append(grad)
+            teacher = _teacher_side(plan, side) if len(hiddens) > num_terms else None
+            for index, term in enumerate(plan.terms):
+                total += _run_term(plan, term, side(index, term.matrix), teacher)
         ctx.dtypes = [tensor.dtype for tensor in tensors]
-        ctx.save_for_backward(
-            *(g if g is None else g.to(_kept(m.dtype)) for g, m in zip(matrix_grads, matrices, strict=True)),
-            *hidden_grads,
-        )
+        kept = [g if g is None else g.to(_kept(m.dtype)) for g, m in zip(matrix_grads.values(), matrices, strict=True)]
+        ctx.save_for_backward(*kept, *hidden_grads)
         return total
 
     @staticmethod
@@ -112,6 +158,13 @@ class _ChunkedLoss(torch.autograd.Function):
         scale = grad_outputs[0]
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return None, *(grad if grad is None else grad.mul_(scale).to(dtype) for grad, dtype in pairs)
+
+
+def _teacher_side(plan: _Plan, side: Callable[[int, int], _Side]) -> _Side:
+    """The main head as a teacher; without a gradient of its hidden states its matrix gets none from it either."""
+    number = next(term.distillation.matrix for term in plan.terms if term.distillation is not None)
+    teacher = side(len(plan.terms), number)
+    return teacher if teacher.grad is not None else replace(teacher, matrix_grad=None)
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:
@@ -124,44 +177,56 @@ def _compute_dtype(matrix: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrix.dtype
 
 
-def _run_term(plan: _Plan, term: Term, hidden: Tensor, matrix: Tensor, grads: tuple[Grad, Grad]) -> Tensor:
-    """Run one term: fill the gradient of `hidden`, add to that of `matrix`, return the weighted loss sum."""
-    grad, into = grads
+def _run_term(plan: _Plan, term: Term, side: _Side, teacher: _Side | None) -> Tensor:
+    """Run one term: fill the gradient of its hidden states, add to that of its matrix, return the weighted loss sum."""
     if term.count is None:
-        _run_chunks(plan, term, hidden, matrix, (grad, into, term.coefficient))
-        return term.coefficient * term.loss_sum
+        _run_chunks(plan, term, side, teacher, term.coefficient)
+        return term.coefficient * term.total()
     # Balanced: the factor is known only after the last chunk, so the matrix gradient waits in a buffer of its own.
+    into = side.matrix_grad
     own = None if into is None else torch.zeros_like(into)
-    _run_chunks(plan, term, hidden, matrix, (grad, own, torch.ones_like(term.coefficient)))
+    _run_chunks(plan, term, replace(side, matrix_grad=own), None, torch.ones_like(term.coefficient))
     if plan.balance_to is None:
         plan.balance_to = term.rms()
     factor = term.coefficient * plan.balance_to / term.rms()
-    if grad is not None:
-        grad.mul_(factor)
+    if side.grad is not None:
+        side.grad.mul_(factor)
     if into is not None and own is not None:
         into.add_(own.mul_(factor))
     return factor * term.loss_sum
 
 
-def _run_chunks(
-    plan: _Plan, term: Term, hidden: Tensor, matrix: Tensor, outputs: tuple[Grad, Grad, Tensor]
-) -> None:
+def _run_chunks(plan: _Plan, term: Term, side: _Side, teacher: _Side | None, coefficient: Tensor) -> None:
     """Score one term chunk by chunk, gradients multiplied by the given coefficient."""
-    grad, into, coefficient = outputs
-    step = chunk_rows(len(hidden), len(matrix), matrix.dtype, plan.chunk_bytes)
-    for start in range(0, len(hidden), step):
-        rows = slice(start, start + step)
-        logits = (hidden[rows] @ matrix.T).to(torch.promote_types(matrix.dtype, torch.float32))  # (C, V)
+    num_rows, (vocabulary, _) = len(side.hidden), side.matrix.shape
+    step = chunk_rows(num_rows, vocabulary, side.matrix.dtype, plan.chunk_bytes, term.distillation)
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        logits = side.logits(rows)  # (C, V)
+        slope = None
+        if term.distillation is not None and teacher is not None:
+            slope = _distil(term.distillation, logits, teacher, rows, coefficient)
         losses, factor = term.score(logits, rows)
         term.loss_sum = term.loss_sum + losses.sum()
         term.square_sum = term.square_sum + losses.square().sum()
-        factor = (factor * coefficient)[:, None]  # (C, 1)
-        slope = logits.to(matrix.dtype)
-        if grad is not None:
-            grad[rows] = (slope @ matrix) * factor  # (C, D)
-        if into is not None:
-            _add_product(into, slope, hidden[rows] * factor)
+        factor = factor[:, None]  # (C, 1)
+        if slope is not None and term.distillation is not None:
+            logits.mul_(factor * term.share)
+            slope.add_to(logits, term.distillation.weight)
+            factor = torch.ones_like(factor[:1])
+        side.add(logits, rows, factor * coefficient)
         del logits, slope  # else this chunk lives until the next one has been made
+
+
+def _distil(distillation: Distillation, logits: Tensor, teacher: _Side, rows: slice, coefficient: Tensor) -> Slope:
+    """Compare a chunk with its teacher; hand on the teacher's gradient, if it gets one, and return the student's."""
+    there = distillation.teacher_rows(rows)
+    teacher_logits = teacher.logits(there)  # (m, V)
+    slope, back = distillation.compare(teacher_logits, logits, rows, both=teacher.grad is not None)
+    if back is not None:
+        back.add_to(teacher_logits.zero_(), distillation.weight)
+        teacher.add(teacher_logits, there, coefficient)
+    return slope
 
 
 def _add_product(into: Tensor, slope: Tensor, hidden: Tensor) -> None:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.losses.targets import IGNORE
+from mtp_lightning.recipe.sections import DistillSection
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> Tensor:
@@ -34,3 +35,21 @@ def token_order(logits: Tensor, tokens: Tensor, documents: Tensor, window: int) 
         has_future = bool(torch.isfinite(scores).any())
         losses.append(-(scores.softmax(0) * row.log_softmax(0)).sum() if has_future else 0 * row.sum())
     return torch.stack(losses)
+
+
+def distillation(teacher: Tensor, student: Tensor, section: DistillSection) -> Tensor:
+    """Divergence of each row's student from its teacher: two (P, V) logits -> (P,); 0 where it is not confident."""
+    kept = teacher.topk(section.resolved_top_k(teacher.shape[1])).indices
+    p, q = ((logits.gather(1, kept) / section.temperature).softmax(1) for logits in (teacher, student))
+    overlap = torch.minimum(p, q).sum(1)
+    share = (-section.lk_rate * overlap.detach()).exp()
+    losses = {
+        "forward_kl": F.kl_div(q.log(), p, reduction="none").sum(1),
+        "reverse_kl": F.kl_div(p.log(), q, reduction="none").sum(1),
+        "jsd": sum(F.kl_div(((p + q) / 2).log(), side, reduction="none").sum(1) / 2 for side in (p, q)),
+        "tv": (p - q).abs().sum(1) / 2,
+        "lk_alpha": -overlap.log(),
+    }
+    losses["lk_lambda"] = share * losses["forward_kl"] + (1 - share) * losses["tv"]
+    is_counted = p.amax(1) >= (section.confidence if section.where == "confident" else 0)
+    return torch.where(is_counted, losses[section.divergence], 0)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from mtp_lightning.losses.chunked import Term, chunked_loss
@@ -53,6 +54,7 @@ class Unembedding(nn.Module):
         terms: Sequence[Term],
         *,
         balance_to: Tensor | None = None,
+        teacher: Tensor | None = None,
     ) -> Tensor:
         """Compute the weighted loss of some offsets' hidden states in chunks; see `chunked_loss`.
 
@@ -61,14 +63,27 @@ class Unembedding(nn.Module):
             hiddens: (B, T, D) states, one per term.
             terms: What to compute from each; their `matrix` counts the matrices as in `matrices`.
             balance_to: RMS of the main head's loss, where it is known already.
+            teacher: (B, T, D) states of the main head, for terms with a distillation. Without a gradient path they,
+                the final norm and the matrix get no gradient from being compared with.
         """
         normed = [
             self.normalize(offset, hidden).flatten(0, 1)  # (B, T, D) -> (P, D)
             for offset, hidden in zip(offsets, hiddens, strict=True)
         ]
         modules = self._modules_by_number
-        used = {number: modules[number].weight for number in sorted({term.matrix for term in terms})}
-        return chunked_loss(normed, used, terms, chunk_bytes=self.chunk_bytes, balance_to=balance_to)
+        numbers = {term.matrix for term in terms}
+        used = {number: modules[number].weight for number in sorted(numbers)}
+        if teacher is not None:
+            is_taught_back = teacher.requires_grad
+            with torch.set_grad_enabled(is_taught_back and torch.is_grad_enabled()):
+                teacher = self.normalize(1, teacher).flatten(0, 1)  # (P, D)
+            number = self.matrix_index(1)
+            if number not in used:
+                matrix = modules[number].weight
+                used[number] = matrix if is_taught_back else matrix.detach()
+        return chunked_loss(
+            normed, used, terms, chunk_bytes=self.chunk_bytes, balance_to=balance_to, teacher=teacher
+        )
 
     def parameters_of(self, offset: int) -> list[Tensor]:
         """Final norm and matrix of an offset."""

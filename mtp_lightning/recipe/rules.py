@@ -205,9 +205,9 @@ RULES: tuple[Rule, ...] = (
         remedy="Lower objective.weights.begins_at, or set objective.weights.change=step.",
     ),
     Rule(
-        fields=("objective.distill", "heads.num_offsets"),
+        fields=("heads.num_offsets", "objective.distill.beta"),
         holds=lambda recipe: recipe.objective.distill is None or recipe.heads.num_offsets > 1,
-        must_hold="must be null where there is only the main head: it is the teacher",
+        must_hold="must be 2 or more with objective.distill: the main head is the teacher",
         remedy="Raise heads.num_offsets, or set objective.distill=null.",
     ),
     Rule(
@@ -235,7 +235,7 @@ RULES: tuple[Rule, ...] = (
         remedy="Lower objective.distill.top_k, or set it to null for as many as there are, 10,000 at most.",
     ),
     Rule(
-        fields=("objective.balance", "objective.distill"),
+        fields=("objective.balance", "objective.distill.beta"),
         holds=lambda recipe: recipe.objective.balance == "none" or recipe.objective.distill is None,
         must_hold="must be none with objective.distill, whose alpha and beta weigh the losses",
         remedy="Set objective.balance=none, or objective.distill=null.",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import NonFiniteError
+from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import count_targets, shifted_targets
 from mtp_lightning.losses.weights import offset_weights
 from mtp_lightning.model.mtp_model import MtpModel
@@ -18,8 +19,9 @@ from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.checks import ORACLE_STEPS, GradientArrival, GradientSums, check_counts, check_targets
 from mtp_lightning.training.fragments import gradient_norms
 from mtp_lightning.training.metrics import OffsetMetrics
+from mtp_lightning.training.objective import MicroBatch, Objective
 from mtp_lightning.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
-from mtp_lightning.training.schedules import MicroBatch, Objective, evaluate, run_schedule
+from mtp_lightning.training.schedules import evaluate, run_schedule
 from mtp_lightning.training.strategy import RunStrategy
 
 Batch = dict[str, Tensor]
@@ -138,14 +140,16 @@ class MtpLightningModule(L.LightningModule):
     def _objective(self, targets: Tensor, documents: Tensor, weights: list[float], *, predicts: bool) -> Objective:
         num_positions = targets.shape[2]
         num_ordered = (documents[:, :num_positions] == documents[:, 1 : num_positions + 1]).sum()
-        counts = self.strategy.ranks.sum(torch.cat((count_targets(targets), num_ordered[None])))
+        own = (count_targets(targets), teacher_positions(targets).sum((1, 2)), num_ordered[None])
+        counts = self.strategy.ranks.sum(torch.cat(own))
         return Objective(
             self.recipe.objective,
             weights,
-            counts[:-1],
+            counts[: len(targets)],
             counts[-1],
             predicts,
             num_ranks=self.strategy.ranks.size,
+            teacher_counts=counts[len(targets) : -1],
             loss_scale=self.strategy.gradient_scale,
         )
 

@@ -4,14 +4,19 @@ Agreement asks whether an offset's argmax equals the main head's argmax for the 
 speaks from k-1 positions later. Cumulative acceptance at k is the share of positions at which offsets 2 ... k all
 agree; conditional acceptance is cumulative(k) / cumulative(k-1); the accepted length, 1 + the sum of cumulative
 acceptances, is the number of tokens that one step of greedy self-speculation is expected to yield.
+
+Under sampling a draft is accepted with probability sum of min(p, q), the overlap of the main head's distribution p
+and the offset's q, which is one minus their total variation. Sampled acceptance at k is the mean product of the
+overlaps of offsets 2 ... k, and the sampled length is 1 + the sum of sampled acceptances. Validation measures these.
 """
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE
-from mtp_lightning.training.schedules import OffsetLosses
+from mtp_lightning.training.objective import OffsetLosses
 
 
 class OffsetMetrics(Metric):
@@ -26,6 +31,11 @@ class OffsetMetrics(Metric):
     num_comparable: Tensor
     num_accepted: Tensor
     num_drafted: Tensor
+    divergence_sum: Tensor
+    num_taught: Tensor
+    overlap_sum: Tensor
+    num_sampled: Tensor
+    sampled_sum: Tensor
 
     def __init__(self, num_offsets: int) -> None:
         super().__init__()
@@ -35,7 +45,10 @@ class OffsetMetrics(Metric):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
         for name in ("num_agreeing", "num_comparable", "num_accepted"):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
-        self.add_state("num_drafted", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("divergence_sum", "num_taught", "overlap_sum", "sampled_sum"):
+            self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
+        for name in ("num_drafted", "num_sampled"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, targets: Tensor, losses: OffsetLosses) -> None:
         """Add one micro-batch: (N, B, T) targets; losses with or without predictions."""
@@ -43,6 +56,10 @@ class OffsetMetrics(Metric):
         is_valid = (targets != IGNORE) & is_computed[:, None, None]  # (N, B, T)
         self.nll_sum += losses.nll_sums.nan_to_num().to(torch.float64)
         self.num_targets += is_valid.sum((1, 2))
+        if losses.divergence_sums is not None:
+            is_taught = ~losses.divergence_sums.isnan()
+            self.divergence_sum += losses.divergence_sums.nan_to_num().to(torch.float64)
+            self.num_taught += teacher_positions(targets).sum((1, 2)) * is_taught
         if losses.predictions is None:
             return
         self.num_predicted += is_valid.sum((1, 2))
@@ -53,6 +70,10 @@ class OffsetMetrics(Metric):
         drafted = is_comparable.all(0)  # (B, T)
         self.num_accepted += (agrees.cummin(0).values & drafted).sum((1, 2))
         self.num_drafted += drafted.sum()
+        if losses.overlaps is not None:
+            self.overlap_sum += (losses.overlaps * is_comparable).sum((1, 2))
+            self.sampled_sum += (losses.overlaps.cumprod(0) * drafted).sum((1, 2))
+            self.num_sampled += drafted.sum()
 
     def compute(self) -> dict[str, float]:
         """All figures by name, e.g. `loss_2`, `agreement_3`, `accepted_length`; NaN where nothing was counted."""
@@ -69,7 +90,19 @@ class OffsetMetrics(Metric):
             figures[f"conditional_acceptance_{k}"] = cumulative[k - 1] / cumulative[k - 2]
             figures[f"cumulative_acceptance_{k}"] = cumulative[k - 1]
         figures["accepted_length"] = cumulative.sum()
+        if self.num_taught.any():
+            figures |= _by_offset("divergence", self.divergence_sum / self.num_taught)
+        if self.num_sampled:
+            sampled = self.sampled_sum / self.num_sampled
+            figures |= _by_offset("overlap", self.overlap_sum / self.num_comparable)
+            figures |= _by_offset("sampled_acceptance", sampled)
+            figures["sampled_length"] = sampled.sum()
         return {name: float(figure) for name, figure in figures.items()}
+
+
+def _by_offset(name: str, figures: Tensor) -> dict[str, Tensor]:
+    """Name the figures of the extra offsets."""
+    return {f"{name}_{k}": figure for k, figure in enumerate(figures[1:], start=2)}
 
 
 def compare_with_main(predictions: Tensor, is_valid: Tensor) -> tuple[Tensor, Tensor]:

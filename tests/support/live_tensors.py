@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.training.schedules import MicroBatch, Objective, run_schedule
@@ -61,7 +62,9 @@ def count_schedule(recipe):
         documents = torch.zeros_like(tokens)
         targets = shifted_targets(tokens, documents, num_offsets)
         counts = (targets != IGNORE).sum((1, 2))
-        objective = Objective(recipe.objective, [1.0] * num_offsets, counts, counts[0], predicts=True)
+        teachers = teacher_positions(targets).sum((1, 2))
+        weights = [1.0] * num_offsets
+        objective = Objective(recipe.objective, weights, counts, counts[0], predicts=True, teacher_counts=teachers)
         is_low = recipe.run.precision == "bf16"
         with LiveTensors(known=model.parameters()) as live, torch.autocast("cpu", torch.bfloat16, enabled=is_low):
             run_schedule(model, MicroBatch(tokens, documents, targets), objective, lambda loss: loss.backward())

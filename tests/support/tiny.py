@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.recipe.sections import Recipe
@@ -81,6 +82,7 @@ def gradients_of(
         (targets != IGNORE).sum((1, 2)).to(torch.float64),
         num_ordered=(documents[:, 1] == documents[:, 0]).sum() + 5,
         predicts=True,
+        teacher_counts=teacher_positions(targets).sum((1, 2)).to(torch.float64),
     )
     model.zero_grad()
     losses = []

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from mtp_lightning.losses.targets import IGNORE
+from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.training.metrics import OffsetMetrics
-from mtp_lightning.training.schedules import OffsetLosses
+from mtp_lightning.training.objective import MicroBatch, Objective, OffsetLosses
+from mtp_lightning.training.schedules import evaluate
+from tests.support.tiny import tiny_model, tiny_recipe, tiny_rows
 
 N, B, T = 3, 2, 9
 
@@ -83,3 +85,59 @@ def test_an_offset_that_was_not_computed_has_no_loss_and_no_acceptance():
     assert math.isnan(figures["loss_3"])
     assert math.isnan(figures["agreement_3"])
     assert math.isfinite(figures["loss_2"])
+
+
+def test_sampled_acceptance_and_divergence_are_the_definitions():
+    batches = []
+    for seed in range(3):
+        targets, losses = micro_batch(seed)
+        generator = torch.Generator().manual_seed(seed)
+        overlaps = torch.rand(N, B, T, generator=generator)
+        overlaps[0] = 1
+        sums = torch.rand(N, generator=generator)
+        sums[0] = torch.nan
+        batches.append((targets, losses._replace(overlaps=overlaps, divergence_sums=sums)))
+    metrics = OffsetMetrics(N)
+    for targets, losses in batches:
+        metrics.update(targets, losses)
+    found = metrics.compute()
+    expected_length = 1.0
+    for k in range(2, N + 1):
+        taught = [
+            (losses.overlaps, b, t)
+            for targets, losses in batches
+            for b in range(B)
+            for t in range(T - k + 1)
+            if targets[k - 1, b, t] != IGNORE
+        ]
+        drafted = [
+            (losses.overlaps, b, t)
+            for targets, losses in batches
+            for b in range(B)
+            for t in range(T - N + 1)
+            if all(targets[j, b, t] != IGNORE for j in range(N))
+        ]
+        overlap = sum(float(o[k - 1, b, t]) for o, b, t in taught) / len(taught)
+        accepted = sum(math.prod(float(o[j, b, t]) for j in range(1, k)) for o, b, t in drafted) / len(drafted)
+        divergence = float(sum(losses.divergence_sums[k - 1] for _, losses in batches)) / len(taught)
+        assert found[f"overlap_{k}"] == pytest.approx(overlap, rel=1e-6)
+        assert found[f"sampled_acceptance_{k}"] == pytest.approx(accepted, rel=1e-6)
+        assert found[f"divergence_{k}"] == pytest.approx(divergence, rel=1e-6)
+        expected_length += accepted
+    assert found["sampled_length"] == pytest.approx(expected_length, rel=1e-6)
+
+
+def test_overlaps_are_those_of_full_logits():
+    recipe = tiny_recipe(heads={"kind": "sequential"}, objective={"distill": {}, "chunk_mib": 0.001})
+    model = tiny_model(recipe)
+    tokens, documents, mask = tiny_rows(recipe, 2)
+    targets = shifted_targets(tokens, documents, 4, mask)
+    objective = Objective(recipe.objective, [1.0] * 4, (targets != IGNORE).sum((1, 2)).double(), predicts=True)
+    losses = evaluate(model, MicroBatch(tokens, documents, targets), objective)
+    hiddens = model.hidden_states(tokens, documents)
+    p, *others = (model.unembedding.logits(k, hidden).softmax(2) for k, hidden in hiddens.items())
+    for k, q in enumerate(others, start=2):
+        expected = torch.minimum(q[:, : 1 - k], p[:, k - 1 :]).sum(2)
+        is_valid = targets[k - 1, :, : 1 - k] != IGNORE
+        torch.testing.assert_close(losses.overlaps[k - 1, :, : 1 - k][is_valid], expected[is_valid])
+    assert losses.divergence_sums is None

@@ -1,5 +1,6 @@
 """Names and order of the figures of a run."""
 
+GUARD_FIGURES = ("loss_change", "loss_change_low", "loss_change_high", "kl", "flips")
 ROLES = ("trunk", "heads", "unembedding", "all")
 
 
@@ -14,10 +15,14 @@ def metric_columns(num_offsets: int) -> list[str]:
         "tokens",
         "lr",
         *_figures("train", num_offsets),
+        *(f"train/divergence_{k}" for k in range(2, num_offsets + 1)),
         *(f"grad_norm/{role}" for role in ROLES),
         "tokens_per_s",
         "memory_gib",
         *_figures("val", num_offsets),
+        *(f"val/{kind}_{k}" for kind in ("overlap", "sampled_acceptance") for k in range(2, num_offsets + 1)),
+        "val/sampled_length",
+        *(f"guard/{name}" for name in GUARD_FIGURES),
     ]
 
 

@@ -28,6 +28,7 @@ def test_columns_are_those_promised() -> None:
         "train/conditional_acceptance_2",
         "train/cumulative_acceptance_2",
         "train/accepted_length",
+        "train/divergence_2",
         "grad_norm/trunk",
         "grad_norm/heads",
         "grad_norm/unembedding",
@@ -42,6 +43,14 @@ def test_columns_are_those_promised() -> None:
         "val/conditional_acceptance_2",
         "val/cumulative_acceptance_2",
         "val/accepted_length",
+        "val/overlap_2",
+        "val/sampled_acceptance_2",
+        "val/sampled_length",
+        "guard/loss_change",
+        "guard/loss_change_low",
+        "guard/loss_change_high",
+        "guard/kl",
+        "guard/flips",
     ]
 
 

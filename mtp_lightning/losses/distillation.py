@@ -1,0 +1,94 @@
+"""What an offset learns from the main head, a chunk of positions at a time [MTP-D, arXiv 2603.23911]."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.losses.divergences import divergence_pair
+from mtp_lightning.losses.targets import IGNORE
+from mtp_lightning.recipe.sections import DistillSection
+
+
+class Slope(NamedTuple):
+    """Gradient with respect to the logits of the entries that were compared, in the first m rows of a chunk."""
+
+    entries: Tensor | None  # (m, K) which entries; None for all
+    values: Tensor  # (m, K)
+
+    def add_to(self, logits: Tensor, weight: Tensor) -> None:
+        """Add the gradient, multiplied by a 0-dimensional weight, to that of all logits, (C, V)."""
+        part, values = logits[: len(self.values)], self.values.mul_(weight)
+        if self.entries is None:
+            part.add_(values)
+        else:
+            part.scatter_add_(1, self.entries, values)
+
+
+@dataclass
+class Distillation:
+    """The part of a term that compares an offset with its teacher, the main head some rows further on."""
+
+    section: DistillSection
+    shift: int  # rows from a position to the one where the main head predicts the same token, k-1
+    has_teacher: Tensor  # (P,)
+    weight: Tensor  # 0-dimensional: divergences count this much in units of the term's coefficient
+    matrix: int = 0  # number of the teacher's V x D matrix
+    loss_sum: Tensor | float = 0.0
+    row_losses: Tensor | None = None  # (P,) filled in where given
+
+    def teacher_rows(self, rows: slice) -> slice:
+        """Rows of the main head that teach a chunk; fewer at the end."""
+        num_rows = len(self.has_teacher)
+        return slice(min(rows.start + self.shift, num_rows), min(rows.stop + self.shift, num_rows))
+
+    def kept(self, vocabulary: int) -> int:
+        """Number K of entries that are compared."""
+        return self.section.resolved_top_k(vocabulary)
+
+    def compare(self, teacher: Tensor, student: Tensor, rows: slice, *, both: bool) -> tuple[Slope, Slope | None]:
+        """Compare a chunk's logits: teacher (m, V) with the first m rows of student (C, V), neither changed.
+
+        Returns:
+            Gradients with respect to the student's logits and, if `both`, the teacher's.
+        """
+        section, student = self.section, student[: len(teacher)]
+        index = None
+        kept, vocabulary = self.kept(teacher.shape[1]), teacher.shape[1]
+        if kept < vocabulary:
+            teacher, index = teacher.topk(kept, dim=1, sorted=False)  # (m, K)
+            student = student.gather(1, index)
+        log_p = (teacher / section.temperature).log_softmax(1)
+        log_q = (student / section.temperature).log_softmax(1)
+        counts = self.has_teacher[rows][: len(teacher)]
+        if section.where == "confident":
+            counts = counts & (log_p.amax(1) >= math.log(section.confidence))
+        divergence, mirrored = divergence_pair(section.divergence, section.lk_rate)
+        losses, slope = divergence(log_p, log_q)
+        self._record(torch.where(counts, losses, 0), rows)
+        back = _counted(mirrored(log_q, log_p)[1], counts, section) if both else None
+        return Slope(index, _counted(slope, counts, section)), None if back is None else Slope(index, back)
+
+    def _record(self, losses: Tensor, rows: slice) -> None:
+        self.loss_sum = self.loss_sum + losses.sum()
+        if self.row_losses is not None:
+            self.row_losses[rows][: len(losses)] = losses
+
+
+def _counted(slope: Tensor, counts: Tensor, section: DistillSection) -> Tensor:
+    return torch.where(counts[:, None], slope, 0).div_(section.temperature)
+
+
+def teacher_positions(targets: Tensor) -> Tensor:
+    """Tell where each offset has a teacher: (N, B, T) targets -> (N, B, T).
+
+    That is where it has a target and the main head's position t+k-1 lies within the window; it is then of the same
+    document. The main head, offset 1, has none.
+    """
+    has_teacher = targets != IGNORE
+    has_teacher[0] = False
+    for shift in range(1, len(targets)):
+        has_teacher[shift, :, -shift:] = False
+    return has_teacher

@@ -1,0 +1,145 @@
+"""Law 4: distillation is zero where student = teacher, nothing reaches the teacher. Law 1 holds with it on."""
+
+import pytest
+import torch
+
+from tests.laws.test_schedules_agree import assert_same_step
+from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tv", "lk_alpha", "lk_lambda")
+ONLY_DIVERGENCE = {"alpha": [0.0], "beta": [0.8]}
+
+
+def distill(**fields):
+    return {"distill": fields}
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("detached", [True, False])
+def test_schedules_agree_for_every_kind(kind, detached):
+    objective = distill(top_k=5, alpha=[0.6], beta=[0.9, 0.4, 0.2], detach_teacher=detached)
+    assert_same_step(HEAD_KINDS[kind], objective, attention="document")
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("detached", [True, False])
+def test_schedules_agree_for_every_divergence(divergence, detached):
+    fields = {"divergence": divergence, "temperature": 1.7, "detach_teacher": detached}
+    assert_same_step(HEAD_KINDS["sequential"], distill(**fields))
+
+
+@pytest.mark.parametrize("kind", ["parallel_replicated", "anticausal", "sequential", "recursive"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+@pytest.mark.parametrize("masked", [False, True])
+def test_schedules_agree_at_every_chunk_size_mask_and_accumulation(kind, accumulation, chunk_rows, masked):
+    fields = {"where": "confident", "confidence": 0.3, "top_k": 4}
+    assert_same_step(
+        HEAD_KINDS[kind], distill(**fields), accumulation=accumulation, chunk_rows=chunk_rows, masked=masked
+    )
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0.0, 0.5, 0.0], [1.0, 0.3, 0.2, 0.1]])
+@pytest.mark.parametrize("detached", [True, False])
+def test_schedules_agree_with_offset_weights_and_other_losses(weights, detached):
+    objective = distill(detach_teacher=detached, beta=[0.5, 0.0, 0.3]) | {"label_smoothing": 0.1, "z_loss": 0.01}
+    objective |= {"token_order": {"weight": 0.7, "window_tokens": 6}}
+    assert_same_step(HEAD_KINDS["causal"], objective, weights=weights)
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential", "medusa"])
+def test_schedules_agree_with_an_isolated_trunk(kind):
+    assert_same_step(HEAD_KINDS[kind] | {"isolate_trunk": True}, distill(detach_teacher=False))
+
+
+def test_schedules_agree_for_a_tied_model():
+    for detached in (True, False):
+        assert_same_step(HEAD_KINDS["sequential"], distill(detach_teacher=detached), model={"tie_embeddings": True})
+
+
+def step(heads, objective, *, schedule="sequential", model_fields=None, prepare=None, weights=None):
+    """Losses and gradients of one step of a tiny model in which every position has a teacher, the last ones apart."""
+    recipe = tiny_recipe(heads=heads, objective={"schedule": schedule} | objective, model=model_fields or {})
+    model = tiny_model(recipe)
+    if prepare is not None:
+        prepare(model)
+    tokens, documents, _ = tiny_rows(recipe, 2)
+    return gradients_of(model, recipe, (tokens, torch.zeros_like(documents), None), weights)
+
+
+@torch.no_grad()
+def make_constant(model):
+    """Let every offset give the same distribution everywhere: no layer writes anything, no token differs."""
+    model.trunk.embed_tokens.weight.copy_(
+        model.trunk.embed_tokens.weight[:1].expand_as(model.trunk.embed_tokens.weight)
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.zero_()
+
+
+@pytest.mark.parametrize("kind", ["parallel", "causal", "anticausal"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("detached", [True, False])
+@pytest.mark.parametrize("schedule", ["sequential", "bridged"])
+def test_zero_and_without_gradient_where_student_is_teacher(kind, divergence, detached, schedule):
+    """Alpha 0: the gradients with distillation on are those of the main head's loss alone."""
+    fields = ONLY_DIVERGENCE | {"divergence": divergence, "detach_teacher": detached}
+    losses, gradients = step(HEAD_KINDS[kind], distill(**fields), schedule=schedule, prepare=make_constant)
+    _, alone = step(HEAD_KINDS[kind], {}, schedule=schedule, prepare=make_constant, weights=[1.0, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(losses[0].divergence_sums[1:], torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-13)
+    for name, gradient in gradients.items():
+        expected = alone.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-13, msg=name)
+
+
+def test_the_constant_model_is_a_test_of_something():
+    losses, _ = step(HEAD_KINDS["parallel"], distill(**ONLY_DIVERGENCE))
+    assert losses[0].divergence_sums[1:].min() > 1
+
+
+@pytest.mark.parametrize("kind", ["parallel_replicated", "medusa_replicated"])
+@pytest.mark.parametrize("schedule", ["sequential", "bridged", "joint"])
+def test_nothing_reaches_a_teacher_of_its_own(kind, schedule):
+    """Block, matrix and (parallel) norm of the main head have the gradient of their own loss, to the last bit."""
+    fields = ONLY_DIVERGENCE | {"top_k": 5}
+    _, gradients = step(HEAD_KINDS[kind], distill(**fields), schedule=schedule)
+    _, alone = step(HEAD_KINDS[kind], {}, schedule=schedule, weights=[1.0, 0.0, 0.0, 0.0])
+    own = [name for name in alone if name.startswith(("heads.blocks.0.0.self", "unembedding.lm_heads.0"))]
+    own = own if kind.startswith("parallel") else ["unembedding.lm_heads.0.weight"]
+    assert own
+    for name in own:
+        assert torch.equal(gradients[name], alone[name]), name
+    assert not torch.equal(
+        gradients["unembedding.lm_heads.1.weight"], torch.zeros_like(gradients["unembedding.lm_heads.1.weight"])
+    )
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "bridged", "joint"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_through_a_shared_matrix_only_the_students_use_gets_gradient(schedule, tied):
+    """Compare with the same step on frozen copies of the teacher's logits, which nothing can reach."""
+    recipe = tiny_recipe(
+        heads=HEAD_KINDS["sequential"] | {"isolate_trunk": True},
+        objective={"schedule": schedule} | distill(**ONLY_DIVERGENCE, top_k=6),
+        model={"tie_embeddings": tied},
+    )
+    model, (tokens, documents, _) = tiny_model(recipe), tiny_rows(recipe, 2)
+    documents = torch.zeros_like(documents)
+    _, found = gradients_of(model, recipe, (tokens, documents, None))
+    frozen, live = model.hidden_states(tokens, documents), model.hidden_states(tokens, documents)
+    taught = model.unembedding.logits(1, frozen[1]).detach()
+    num_positions = recipe.data.window_tokens
+    loss = torch.nn.functional.cross_entropy(
+        model.unembedding.logits(1, live[1]).flatten(0, 1), tokens[:, 1 : num_positions + 1].flatten()
+    )
+    for k in range(2, 5):
+        student = model.unembedding.logits(k, live[k])[:, : num_positions - k + 1]
+        teacher = taught[:, k - 1 :]
+        kept = teacher.topk(6).indices
+        p, q = (logits.gather(2, kept).log_softmax(2) for logits in (teacher, student))
+        loss = loss + 0.8 * (p.exp() * (p - q)).sum(2).mean()
+    model.zero_grad()
+    loss.backward()
+    errors = {name: relative_error(found[name], p.grad) for name, p in model.named_parameters()}
+    assert max(errors.values()) < 1e-10, errors

@@ -1,0 +1,46 @@
+"""Distillation keeps to the memory of cross-entropy alone: no tensor of (T, V), none of (T, K), no growth with n."""
+
+import pytest
+
+from mtp_lightning.planner.variants import with_offsets, with_schedule
+from tests.laws.test_memory import KINDS, MOST_GROWTH, counted_peak, full_recipe, measured_peak
+from tests.support.live_tensors import count_schedule
+
+MOST_OVERHEAD = 1.25
+DISTILLED = {"distill": {}}
+
+
+def test_peak_and_largest_tensor_at_a_vocabulary_of_32000():
+    recipe = full_recipe(KINDS["parallel"], DISTILLED)
+    live, state_bytes = count_schedule(recipe)
+    positions, distill = recipe.data.window_tokens, recipe.objective.distill
+    assert live.peak_bytes + state_bytes <= MOST_OVERHEAD * counted_peak(full_recipe(KINDS["parallel"]))
+    assert live.largest_numel <= positions * recipe.model.vocabulary / 4
+    assert live.largest_numel < positions * distill.resolved_top_k(recipe.model.vocabulary)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"detach_teacher": False}, {"top_k": 32_000}, {"divergence": "lk_lambda"}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(kind, fields):
+    recipe = full_recipe(KINDS[kind], {"distill": fields})
+    assert counted_peak(recipe) <= MOST_OVERHEAD * counted_peak(full_recipe(KINDS[kind]))
+    assert counted_peak(recipe) <= MOST_GROWTH * counted_peak(with_offsets(recipe, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bridged(precision):
+    recipe, alone = (
+        with_schedule(full_recipe(KINDS["sequential"], objective, precision), "bridged")
+        for objective in (DISTILLED, {})
+    )
+    assert counted_peak(recipe) <= MOST_OVERHEAD * counted_peak(alone)
+
+
+@pytest.mark.slow
+def test_measured_peak_at_the_full_shape():
+    recipe = full_recipe(KINDS["parallel"], DISTILLED)
+    measured = measured_peak(recipe)
+    assert measured <= MOST_OVERHEAD * measured_peak(full_recipe(KINDS["parallel"]))
+    assert measured <= MOST_GROWTH * measured_peak(with_offsets(recipe, 2))
