@@ -93,8 +93,14 @@ class Writer:
         return Text.assemble("drafts: ", kept, ", ", rejected, "; the rest is the main head's own")
 
     def _print(self, text: str, role: str) -> None:
-        if text:
-            self.console.print(Text(*self._shown(text, role)), end="")
+        if not text:
+            return
+        shown, style = self._shown(text, role)
+        if self.console.is_terminal:
+            self.console.print(Text(shown, style), end="")  # leaves out characters that would move the cursor
+        else:
+            self.console.file.write(shown)
+            self.console.file.flush()
 
     def _shown(self, text: str, role: str) -> tuple[str, str]:
         before, after = self.marks.get(role, EMPTY)

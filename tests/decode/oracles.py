@@ -53,7 +53,7 @@ def settings_of(model: MtpModel, **options) -> list[Settings]:
 
 
 class WrittenDrafts:
-    """Drafts of which a known number is right: `pattern[row][length % len]` tokens of the plain text, then a wrong one."""
+    """Drafts of which a known number is right: `pattern[row][length % len]`; the one after those is wrong."""
 
     def __init__(self, model: MtpModel, prompts, pattern: list[list[int]]) -> None:
         self.texts = [[*prompt, *text] for prompt, text in zip(prompts, plain_texts(model, prompts), strict=True)]

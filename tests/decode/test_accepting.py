@@ -1,5 +1,7 @@
 """Rules of acceptance at their edges, and sampling's filters against their definitions."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -123,5 +125,5 @@ def test_tree_grows_where_most_is_expected():
         for parent, rank, depth in zip(tree.parents, tree.ranks, tree.depths[1:], strict=True):
             share.append(share[parent] * accuracies[depth - 1][rank])
         chances.append(share[1:])
-    assert all(later[:-1] == pytest.approx(earlier) for earlier, later in zip(chances, chances[1:], strict=False))
+    assert all(later[:-1] == pytest.approx(earlier) for earlier, later in pairwise(chances))
     assert chances[-1] == sorted(chances[-1], reverse=True)

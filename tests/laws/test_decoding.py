@@ -130,7 +130,7 @@ def predicted_counts(model, prompt, text, num_drafts):
     length, end, counts = len(prompt), len(text) - model.num_offsets, []
     while length + 1 < end:
         right = [choices[offset][length - 1] == text[length + offset - 1] for offset in range(2, num_drafts + 2)]
-        counts.append((right + [False]).index(False))
+        counts.append(([*right, False]).index(False))
         length += counts[-1] + 1
     return counts
 

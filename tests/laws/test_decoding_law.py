@@ -1,4 +1,4 @@
-"""Law 6 for sampling: what comes out has the model's law, whatever the drafts were. Chi-squared on a tiny vocabulary."""
+"""Law 6 for sampling: what comes out has the model's law, whatever the drafts were; by chi-squared."""
 
 import itertools
 

@@ -1,0 +1,163 @@
+"""`mtp generate`, from a checkpoint to text on the screen."""
+
+import io
+import json
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from mtp_lightning.checkpoint.loading import load_model
+from mtp_lightning.cli import app
+from mtp_lightning.cli.generate_screen import Writer
+from mtp_lightning.data.tokenizers import ByteTokenizer
+from mtp_lightning.decode import Settings, generate, stream
+from tests.checkpoint.runs import save_run
+from tests.support.tiny import tiny_recipe
+
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decode") / "run"
+    recipe = tiny_recipe(model={"vocabulary": 257, "init_std": 0.02}, run={"dir": str(folder)})
+    save_run(folder, recipe, step=3)
+    return folder
+
+
+def mtp(*arguments):
+    return CliRunner().invoke(app, ["generate", *map(str, arguments), "--device", "cpu"])
+
+
+def expected_text(run, prompt, **options):
+    _, model = load_model(run)
+    made = generate(model, [list(prompt)], max_new_tokens=NEW_TOKENS, stop_tokens=[256], **options)
+    return (prompt + bytes(token for token in made.tokens[0] if token < 256)).decode(errors="replace")
+
+
+@pytest.mark.parametrize("decoder", ["auto", "greedy", "blockwise"])
+def test_text_is_that_of_the_python_api(run, decoder):
+    result = mtp(run, "--prompt", "def f(", "--max-new-tokens", NEW_TOKENS, "--decoder", decoder)
+    assert result.exit_code == 0
+    assert result.stdout == expected_text(run, b"def f(") + "\n"
+    assert re.search(rf"^{NEW_TOKENS} tokens in .* tokens/s", result.stderr, re.MULTILINE)
+    assert ("verifying forwards, accepted length" in result.stderr) == (decoder != "greedy")
+
+
+def test_prompts_come_from_files(run, tmp_path):
+    (tmp_path / "lines.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt": "one"}) + "\n" + json.dumps({"text": "two"}) + "\n")
+    shown = [
+        mtp(run, "--prompts", tmp_path / name, "--max-new-tokens", NEW_TOKENS).stdout
+        for name in ("lines.txt", "lines.jsonl")
+    ]
+    assert shown[0] == shown[1] == "".join(expected_text(run, prompt) + "\n" for prompt in (b"one", b"two"))
+
+
+def test_drafting_is_compared_with_plain_decoding(run):
+    shown = mtp(run, "--prompt", "x", "--max-new-tokens", NEW_TOKENS, "--compare").stderr
+    assert re.search(r"without drafts: the same text, [\d,]+ tokens/s; drafting is \d+\.\d\d times as fast", shown)
+
+
+def test_sampling_follows_the_seed(run):
+    first, again, other = (
+        mtp(run, "--prompt", "x", "--temperature", "1", "--top-k", "50", "--seed", seed).stdout for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_text_ends_at_a_stop_string(run):
+    whole = expected_text(run, b"def f(")
+    stop = next(character for character in whole[len("def f(") + 2 :] if character.isascii())
+    shown = mtp(run, "--prompt", "def f(", "--max-new-tokens", NEW_TOKENS, "--stop", stop).stdout
+    assert shown == whole[: whole.index(stop, len("def f(")) + 1] + "\n"
+
+
+class Say:
+    """Steps of a text in which drafts are kept and rejected."""
+
+    def __init__(self, drafts, accepted, block, kept):
+        row = [[*map(ord, text)] for text in (drafts, block)]
+        self.drafts, self.block = (torch.tensor([tokens]).reshape(1, -1) for tokens in row)
+        self.accepted, self.kept = torch.tensor([accepted]), torch.tensor([kept])
+
+
+STEPS = [("", 0, "a", 1), ("bcx", 2, "bcd ", 3), ("y", 0, "e ", 1), ("fgh", 3, "fghi", 2)]
+
+
+def written(*, terminal, show_drafts):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, color_system="standard" if terminal else None)
+    writer = Writer(console, ByteTokenizer(), show_drafts=show_drafts)
+    writer.write(b"> ", "prompt")
+    for step in STEPS:
+        writer.step(Say(*step))
+    writer.end()
+    return file.getvalue()
+
+
+def test_drafts_are_coloured_on_a_terminal():
+    shown = written(terminal=True, show_drafts=True)
+    kept, rejected = re.findall("\x1b\\[32m(.*?)\x1b", shown), re.findall("\x1b\\[9;31m(.*?)\x1b", shown)
+    assert kept == ["bc", "fg"]
+    assert rejected == ["x", "y"]
+    assert re.sub("\x1b\\[9;31m.*?\x1b\\[0m|\x1b\\[[0-9;]*m", "", shown) == "> abcdefg\n"
+
+
+def test_drafts_are_marked_where_there_is_no_colour():
+    assert written(terminal=False, show_drafts=True) == "> a{bc}~x~d~y~e{fg}\n"
+    assert written(terminal=False, show_drafts=False) == "> abcdefg\n"
+
+
+def test_steps_are_written_as_they_come(run):
+    _, model = load_model(run)
+    steps = stream(model, [[1, 2, 3]], Settings(max_new_tokens=5))
+    assert int(next(steps).kept) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--prompt", ""], 6, "a prompt must hold a token"),
+        (["--prompt", "x" * 5000], 6, "must fit the context, model.max_positions = 4,096"),
+        (["--prompt", "x", "--draft-length", "4"], 6, "draft_length must lie in 1 to n - 1 = 3"),
+        (["--prompt", "x", "--decoder", "chain"], 6, "decoder chain must fit the model's heads"),
+        (["--prompt", "x", "--decoder", "tree"], 6, "decoder tree needs a tree"),
+        (["--prompt", "x", "--decoder", "tree", "--tree", "nowhere.json"], 6, "as `mtp bench tree` writes"),
+        (["--prompt", "x", "--top-k", "4"], 6, "need a temperature above 0"),
+        (["--prompts", "nowhere.txt"], 6, "the file of prompts must be readable"),
+        ([], 2, "give either --prompt TEXT or --prompts FILE"),
+        (["--prompt", "x", "--prompts", "y"], 2, "give either"),
+        (["--prompt", "x", "--draft-length", "long"], 2, "must be a whole number or adaptive"),
+    ],
+)
+def test_wrong_requests_are_refused_before_any_text(run, arguments, code, says):
+    result = mtp(run, *arguments)
+    assert result.exit_code == code
+    assert says in " ".join(result.stderr.replace("│", " ").split())
+    assert not result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", "\n\n", "must hold one; found none"),
+        ("a.jsonl", "{\n", "line 1 of"),
+        ("a.jsonl", '{"prompt": "x"}\n{"question": "y"}\n', "line 2 of"),
+        ("a.jsonl", '{"prompt": 3}\n', "line 1 of"),
+    ],
+)
+def test_files_without_prompts_are_refused(tmp_path, name, content, says):
+    from mtp_lightning.cli.prompt_files import read_prompts
+    from mtp_lightning.errors import DecodingError
+
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DecodingError, match=says):
+        read_prompts(tmp_path / name)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    assert mtp(tmp_path, "--prompt", "x").exit_code == 3
