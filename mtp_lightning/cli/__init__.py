@@ -72,9 +72,12 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 
     if needs_ranks(loaded.recipe, os.environ):
         raise typer.Exit(run_ranks(loaded.recipe, sys.argv[1:]))
-    from mtp_lightning.training.fit import train
+    from mtp_lightning.launch.stopping import StopRequest, heeding_signals
 
-    raise typer.Exit(train(loaded) or 0)
+    with heeding_signals(StopRequest()) as stop:  # before torch is loaded, which takes seconds
+        from mtp_lightning.training.fit import train
+
+        raise typer.Exit(train(loaded, stop))
 
 
 app.command()(doctor_verbs.doctor)

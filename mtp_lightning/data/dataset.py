@@ -122,5 +122,5 @@ def _as_it_is(batch: Any) -> Any:
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ignore what a terminal or Slurm sends to every process of a run; the parent ends its workers itself."""
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)

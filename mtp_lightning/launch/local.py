@@ -15,6 +15,7 @@ from typing import IO
 
 from mtp_lightning.errors import LaunchError
 from mtp_lightning.launch.seat import Seat, find_seat, free_port, local_seat
+from mtp_lightning.launch.stopping import STOP_SIGNALS
 from mtp_lightning.recipe.sections import Recipe
 
 GRACE_S = 10.0  # for the other ranks to end by themselves when one has failed, and again until they are killed
@@ -102,7 +103,7 @@ def _signals_passed_on(ranks: list[_Rank]) -> Iterator[None]:
             if rank.process.poll() is None:
                 rank.process.send_signal(signum)
 
-    former = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    former = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, *STOP_SIGNALS)}
     try:
         yield
     finally:

@@ -2,13 +2,18 @@
 
 import contextlib
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from mtp_lightning.data.datamodule import MtpDataModule
+from mtp_lightning.errors import MtpError
+from mtp_lightning.launch.stopping import INTERRUPTED, REQUEUE, StopRequest
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import LoadedRecipe, Recipe, num_head_layers, num_trunk_layers
 from mtp_lightning.training.callbacks.build import build_callbacks
@@ -18,18 +23,21 @@ from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.run_folder import Opened, opened_run_folder
 from mtp_lightning.training.strategy import build_strategy
 
-INTERRUPTED = 130
 
+def train(loaded: LoadedRecipe, stop: StopRequest | None = None) -> int:
+    """Train a recipe to its end; a run folder that has a checkpoint is continued. Returns the exit code.
 
-def train(loaded: LoadedRecipe) -> int:
-    """Train a recipe to its end; a run folder that has a checkpoint is continued. Returns the exit code."""
-    recipe = loaded.recipe
+    Args:
+        loaded: the recipe.
+        stop: where signals ask to stop; whoever makes it handles them (`heeding_signals`).
+    """
+    recipe, stop = loaded.recipe, stop or StopRequest()
     prepare_device(recipe)
     with joined_ranks(recipe), opened_run_folder(recipe, Ranks()) as opened:
         if opened.checkpoint is not None and opened.checkpoint.step >= recipe.run.steps:
             _say_finished(opened, recipe)
             return 0
-        return _fit(recipe, opened)
+        return _fit(recipe, opened, stop)
 
 
 def _say_finished(opened: Opened, recipe: Recipe) -> None:
@@ -41,28 +49,50 @@ def _say_finished(opened: Opened, recipe: Recipe) -> None:
         )
 
 
-def _fit(recipe: Recipe, opened: Opened) -> int:
+def _fit(recipe: Recipe, opened: Opened, stop: StopRequest) -> int:
     L.seed_everything(recipe.run.seed, verbose=False)
     checkpoint = opened.checkpoint
     if checkpoint is not None and Ranks().is_first:
         print(f"Continuing {opened.path} after step {checkpoint.step} of {recipe.run.steps}", flush=True)
     with _remarks_in(opened.attempt / "lightning.log"):
-        trainer = build_trainer(recipe, opened.path)
+        trainer = build_trainer(recipe, opened.path, stop)
         module, data = MtpLightningModule(recipe), MtpDataModule(recipe)
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint.path if checkpoint else None)
         except (KeyboardInterrupt, SystemExit):  # Lightning 2.6 turns the first into the second
-            if Ranks().is_first:
-                print(f"Interrupted. The same command goes on: mtp train {opened.path}", flush=True)
-            return INTERRUPTED
+            return _stopped(opened, stop.exit_code or INTERRUPTED)
+        except MtpError:
+            raise
+        except Exception:
+            if not stop.exit_code:
+                raise
+            traceback.print_exc()  # another rank has gone while this one waited for it: there is nobody to wait for
+            raise SystemExit(stop.exit_code) from None
     return 0
 
 
-def build_trainer(recipe: Recipe, run_folder: Path) -> L.Trainer:
-    """Build the Lightning trainer of a run; everything that Lightning prints or saves by itself is off."""
+def _stopped(opened: Opened, exit_code: int) -> int:
+    if Ranks().is_first:
+        what = "Stopped, to be requeued" if exit_code == REQUEUE else "Interrupted"
+        print(f"{what}. The same command goes on: mtp train {opened.path}", flush=True)
+    return exit_code
+
+
+class _NoSignals(_SignalConnector):
+    """Lightning 2.6 broadcasts to all ranks inside its handler of SIGTERM, which deadlocks if they are elsewhere.
+
+    Can go when its handlers no longer communicate.
+    """
+
+    def register_signal_handlers(self) -> None:
+        """Leave signals to `launch.stopping`."""
+
+
+def build_trainer(recipe: Recipe, run_folder: Path, stop: StopRequest | None = None) -> L.Trainer:
+    """Build the Lightning trainer of a run; everything that Lightning prints, saves or signals by itself is off."""
     device = prepare_device(recipe)
     layers = {"trunk": num_trunk_layers(recipe), "heads": num_head_layers(recipe)}
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator=device.type,
         devices=recipe.strategy.ranks_per_node,
         num_nodes=recipe.strategy.num_nodes,
@@ -73,7 +103,9 @@ def build_trainer(recipe: Recipe, run_folder: Path) -> L.Trainer:
         val_check_interval=recipe.run.validate_every_steps,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=build_callbacks(recipe, run_folder, layers=layers),
+        callbacks=build_callbacks(recipe, run_folder, layers=layers, stop=stop),
+        # not what Lightning makes of Slurm's variables: one rank of a job is a run of its own
+        plugins=[LightningEnvironment()] if recipe.strategy.kind == "single" else None,
         use_distributed_sampler=False,
         inference_mode=False,
         logger=False,
@@ -82,6 +114,8 @@ def build_trainer(recipe: Recipe, run_folder: Path) -> L.Trainer:
         enable_model_summary=False,
         default_root_dir=run_folder,
     )
+    trainer._signal_connector = _NoSignals(trainer)
+    return trainer
 
 
 @contextlib.contextmanager

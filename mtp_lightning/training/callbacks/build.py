@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lightning.pytorch.callbacks import Callback
 
+from mtp_lightning.launch.stopping import StopRequest
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.callbacks.checkpoints import Checkpoints
 from mtp_lightning.training.callbacks.interruption import Interruption
@@ -13,22 +14,25 @@ from mtp_lightning.training.callbacks.metrics_files import MetricsFiles
 from mtp_lightning.training.callbacks.summary import Summary
 
 
-def build_callbacks(recipe: Recipe, run_folder: Path, *, layers: Mapping[str, int]) -> list[Callback]:
+def build_callbacks(
+    recipe: Recipe, run_folder: Path, *, layers: Mapping[str, int], stop: StopRequest | None = None
+) -> list[Callback]:
     """Make all callbacks of a run.
 
-    Rows are written before the checkpoint of their step; a Ctrl-C is answered after due saves; the summary comes
+    Rows are written before the checkpoint of their step; a stop is answered after due saves; the summary comes
     last, when files are written and the live view is closed.
 
     Args:
         recipe: the run.
         run_folder: gets metrics.csv, tensorboard/, checkpoints/, summary.json and curves.png.
         layers: layer counts by part, recorded in every checkpoint.
+        stop: where signals ask the run to stop; without, only Ctrl-C does.
     """
     checkpoints = Checkpoints(recipe, run_folder / "checkpoints", layers=layers)
     return [
         MetricsFiles(recipe, run_folder),
         checkpoints,
-        Interruption(checkpoints),
+        Interruption(checkpoints, stop or StopRequest()),
         LiveView(recipe, run_folder, checkpoints),
         Summary(recipe, run_folder, checkpoints),
     ]

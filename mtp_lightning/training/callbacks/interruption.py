@@ -1,4 +1,4 @@
-"""Ctrl-C that loses nothing."""
+"""Ctrl-C, preemption and time limits that lose nothing."""
 
 import os
 import signal
@@ -6,36 +6,47 @@ import threading
 from types import FrameType
 from typing import Any, cast, final
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from mtp_lightning.launch.stopping import INTERRUPTED, REQUEUE, StopRequest
 from mtp_lightning.training.callbacks.checkpoints import Checkpoints
 from mtp_lightning.training.strategy import RunStrategy
 
 _NOTICE = "Stopping after this step, with a checkpoint. Ctrl-C again stops at once."
+_URGENCY = (0, INTERRUPTED, REQUEUE)
+"""Exit codes, the one that prevails last: a job that is sent away is requeued, whatever else it was asked."""
 
 
 @final
 class Interruption(Callback):
-    """Answer the first Ctrl-C by finishing the step, saving a checkpoint and stopping; the second stops at once.
+    """Answer a stop signal or the first Ctrl-C by finishing the step, saving a checkpoint and stopping.
 
-    The stop is a KeyboardInterrupt raised between two steps, so that Lightning tears everything down as usual.
-    Only the main thread can handle signals; elsewhere this does nothing.
+    Ranks agree before every step, so that all save the same one; a validation in progress is finished first, and a
+    save in the background too. More stop signals change nothing; a second Ctrl-C stops at once. The stop is a
+    KeyboardInterrupt raised between two steps, so that Lightning tears everything down as usual. Only the main thread
+    can handle signals; elsewhere Ctrl-C is left alone.
     """
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
+    def __init__(self, checkpoints: Checkpoints, stop: StopRequest) -> None:
         self._checkpoints = checkpoints
+        self._stop = stop
         self._former: Any = None
-        self._is_asked = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over Ctrl-C."""
+        """Take over Ctrl-C, and only remember other stop signals from now on."""
+        self._stop.defer()
         if threading.current_thread() is threading.main_thread():
             self._former = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop here if any rank was asked to."""
-        if cast(RunStrategy, trainer.strategy).ranks.any(self._is_asked):
+        ranks = cast(RunStrategy, trainer.strategy).ranks
+        urgency = torch.tensor(_URGENCY.index(self._stop.exit_code))
+        exit_code = _URGENCY[int(ranks.max(urgency))]
+        if exit_code:
+            self._stop.exit_code = exit_code
             self._checkpoints.save(trainer)
             self._checkpoints.finish(trainer)
             raise KeyboardInterrupt
@@ -49,7 +60,7 @@ class Interruption(Callback):
         self._give_back()
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        self._is_asked = True
+        self._stop.exit_code = self._stop.exit_code or INTERRUPTED
         self._give_back()
         # Not print: the signal may have come in the middle of one. In place of the last line of a live view.
         notice = f"\r{_NOTICE}\x1b[K" if os.isatty(2) else f"{_NOTICE}\n"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -146,6 +147,7 @@ def fit(
         devices=1,
         callbacks=[*callbacks, *(extra or [])],
         strategy=SingleStrategy(device="cpu"),
+        plugins=[LightningEnvironment()],  # where Slurm is installed Lightning would warn that it is not used
         max_steps=until or recipe.run.steps,
         max_epochs=-1,
         val_check_interval=recipe.run.validate_every_steps,

@@ -1,0 +1,61 @@
+"""Runs of `mtp train` that are sent signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.support.runs import ROOT, last_step
+
+Moment = Callable[[Path], bool]
+
+
+def start(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
+    """Start `mtp` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "mtp_lightning", *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def signalled(process: "subprocess.Popen[str]", run: Path, moment: Moment, *signals: int) -> tuple[int, str]:
+    """Send signals when the moment has come; return exit code and output."""
+    while process.poll() is None and not moment(run):
+        time.sleep(0.005)
+    for signum in signals:
+        process.send_signal(signum)
+        time.sleep(0.01)
+    output, _ = process.communicate(timeout=200)
+    return process.returncode, output
+
+
+def after_step(step: int) -> Moment:
+    """The moment when a step has been logged."""
+    return lambda run: last_step(run / "metrics.csv") >= step
+
+
+def has_begun(run: Path) -> bool:
+    """The moment when a run folder is there, long before the first step."""
+    return (run / "logs").exists()
+
+
+def saves(step: int) -> Moment:
+    """The moment when a checkpoint is being written."""
+    return lambda run: (run / f"checkpoints/step-{step:08d}.partial").exists()
+
+
+def group_signalled(process: "subprocess.Popen[str]", run: Path, moment: Moment) -> tuple[int, str]:
+    """As Slurm does: SIGTERM to every process of the step, loader workers included."""
+    while process.poll() is None and not moment(run):
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=200)
+    return process.returncode, output

@@ -1,0 +1,139 @@
+"""Law 9 for signals: sent away by SIGUSR1 or SIGTERM at any moment, exit code 85, and then as if never sent away."""
+
+import signal
+import threading
+
+import pytest
+
+from mtp_lightning.checkpoint.layout import complete_checkpoints
+from mtp_lightning.launch.stopping import REQUEUE, STOP_SIGNALS, StopRequest, heeding_signals
+from tests.launch.signalled import after_step, group_signalled, has_begun, saves, signalled, start
+from tests.support.runs import ROOT, figures, mtp
+
+STEPS = 60
+SHORT = ("run.checkpoint_every_steps=1000", "run.validate_every_steps=20", "run.log_every_steps=3")
+TWO_RANKS = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "data.attention=window")
+
+
+def train(cwd, name, *extra):
+    recipe = str(ROOT / "recipes/debug/parallel.yaml")
+    return ("train", recipe, f"run.steps={STEPS}", *SHORT, f"run.dir={name}", f"run.cache={cwd}/cache", *extra)
+
+
+@pytest.fixture(scope="module")
+def cwd(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(cwd):
+    assert mtp(*train(cwd, "whole"), cwd=cwd).returncode == 0
+    return cwd / "whole"
+
+
+def digests(run):
+    manifest = complete_checkpoints(run / "checkpoints")[-1].manifest
+    assert manifest.step == STEPS
+    return {name: record.sha256 for name, record in manifest.files.items() if name.endswith(".safetensors")}
+
+
+def assert_goes_on_as(whole, run, *extra):
+    """The same command ends the run as if it had never been stopped."""
+    done = mtp(*train(run.parent, run.name, *extra), cwd=run.parent)
+    assert done.returncode == 0, done.stderr
+    assert figures(run / "metrics.csv") == figures(whole / "metrics.csv")
+    assert digests(run) == digests(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "signals"),
+    [
+        ("usr1", [signal.SIGUSR1]),
+        pytest.param("term_and_again", [signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1], marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_stops_after_the_step_and_the_run_goes_on(cwd, whole, name, signals):
+    process = start(*train(cwd, name), cwd=cwd)
+    code, output = signalled(process, cwd / name, after_step(6), *signals)
+    assert code == REQUEUE, output
+    [stopped] = complete_checkpoints(cwd / name / "checkpoints")
+    assert 6 <= stopped.step < STEPS
+    assert output.count("with a checkpoint and exit code 85") == 1
+    assert_goes_on_as(whole, cwd / name)
+
+
+def test_before_the_first_step_there_is_nothing_to_save(cwd):
+    code, output = signalled(start(*train(cwd, "early"), cwd=cwd), cwd / "early", has_begun, signal.SIGTERM)
+    assert code == REQUEUE, output
+    assert complete_checkpoints(cwd / "early/checkpoints") == []
+
+
+@pytest.mark.slow
+def test_loader_workers_leave_the_signal_to_the_run(cwd, whole):
+    process = start(*train(cwd, "workers", "data.workers=1"), cwd=cwd)
+    code, output = group_signalled(process, cwd / "workers", after_step(6))
+    assert code == REQUEUE, output
+    assert_goes_on_as(whole, cwd / "workers")
+
+
+@pytest.mark.slow
+def test_killed_in_the_save_that_the_signal_asked_for(cwd, whole):
+    """SIGTERM without time: what was saved before is what the run goes on from."""
+    extra = ("run.checkpoint_every_steps=5",)
+    process = start(*train(cwd, "cut", *extra), cwd=cwd)
+    code, output = signalled(process, cwd / "cut", after_step(9), signal.SIGTERM, signal.SIGKILL)
+    assert code == -9, output
+    assert_goes_on_as(whole, cwd / "cut", *extra)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_signals_during_saves_and_validations(cwd, whole, seed):
+    """A save every step and a validation every second: the signal falls into one or the other."""
+    name, extra = f"busy_{seed}", ("run.checkpoint_every_steps=1", "run.checkpoint_in_background=true")
+    process = start(*train(cwd, name, *extra), cwd=cwd)
+    code, output = signalled(process, cwd / name, saves(18 + seed), signal.SIGUSR1, signal.SIGTERM)
+    assert code == REQUEUE, output
+    assert_goes_on_as(whole, cwd / name, *extra)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_ranks_stop_at_the_same_step_whoever_was_asked(cwd):
+    assert mtp(*train(cwd, "whole_2", *TWO_RANKS), cwd=cwd).returncode == 0
+    process = start(*train(cwd, "ranks", *TWO_RANKS), cwd=cwd)
+    code, output = signalled(process, cwd / "ranks", after_step(6), signal.SIGUSR1)
+    assert code == REQUEUE, output
+    assert len(complete_checkpoints(cwd / "ranks/checkpoints")) == 1
+    assert_goes_on_as(cwd / "whole_2", cwd / "ranks", *TWO_RANKS)
+
+
+def test_signals_are_remembered_once_there_is_something_to_save(capfd):
+    stop = StopRequest()
+    before = [signal.getsignal(signum) for signum in STOP_SIGNALS]
+    with heeding_signals(stop):
+        stop.defer()
+        for signum in STOP_SIGNALS:
+            signal.raise_signal(signum)
+    assert stop.exit_code == REQUEUE
+    assert [signal.getsignal(signum) for signum in STOP_SIGNALS] == before
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
+def test_signals_end_a_process_that_has_nothing_to_save():
+    with heeding_signals(StopRequest()), pytest.raises(SystemExit, match="85"):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_threads_leave_signals_alone():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run():
+        with heeding_signals(StopRequest()):
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    found: list[object] = []
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [before]
