@@ -147,7 +147,7 @@ def run_cell(cell: Cell) -> Outcome:
     )
     try:
         with Ranks().agreeing():
-            trainer.fit(module, datamodule=_RandomData(recipe, Ranks()))
+            trainer.fit(module, datamodule=RandomData(recipe, Ranks()))
     except Exception as error:
         return Outcome(cell=cell, failure=f"{type(error).__name__}: {error}")
     return comparison.outcome()
@@ -172,7 +172,7 @@ class _Module(MtpLightningModule):
 
 
 @final
-class _RandomData(L.LightningDataModule):
+class RandomData(L.LightningDataModule):
     """This rank's rows of the batches that `plain_run` sees."""
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:

@@ -1,0 +1,55 @@
+"""Law 1 under ZeRO: what reaches the optimizer on real ranks = plain torch, for every stage, schedule and head kind."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from mtp_lightning.training.parity import LOSS_TOLERANCE, RANKS, TOLERANCE, compare_strategies
+from mtp_lightning.training.parity_cells import SCHEDULES, STAGES, matrix
+from tests.support.runs import ROOT, mtp
+
+ROW = re.compile(r"^(zero\d) +(\d) +(\w+) +(\d+) +(\S+) +(\S+) +(\S+)$", re.MULTILINE)
+
+
+def test_a_sample_of_the_matrix():
+    done = mtp("doctor", "--strategies", cwd=ROOT, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = ROW.findall(done.stdout)
+    assert {(stage, int(ranks), schedule) for stage, ranks, schedule, *_ in rows} == {
+        (stage, ranks, schedule) for stage in STAGES for ranks in RANKS for schedule in SCHEDULES
+    }
+    for *_, gradients, weights, losses in rows:
+        assert 0 < float(gradients) <= TOLERANCE
+        assert 0 < float(weights) <= TOLERANCE
+        assert 0 < float(losses) <= LOSS_TOLERANCE
+    assert sum(int(num_cells) for *_, num_cells, _, _, _ in rows) >= 2 * len(rows)
+
+
+def test_the_whole_matrix_is_every_combination():
+    cells = {cell for num_ranks in RANKS for cell in matrix(num_ranks, full=True) if cell.optimizer == "sgd"}
+    heads_and_unembeddings = 3 * 3 - 1  # sequential heads share their unembedding
+    assert len(cells) == len(STAGES) * len(RANKS) * len(SCHEDULES) * 2 * heads_and_unembeddings * 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_matrix():
+    outcomes = compare_strategies(full=True)
+    assert [outcome for outcome in outcomes if not outcome.is_good] == []
+    assert {outcome.cell for outcome in outcomes} == {c for ranks in RANKS for c in matrix(ranks, full=True)}
+
+
+@pytest.mark.slow
+def test_unequal_cells_are_named_and_fail_the_command():
+    """Nothing is as near as this tolerance asks for: rounding itself must be found."""
+    code = (
+        "from mtp_lightning.training import parity; parity.TOLERANCE = 1e-9; from mtp_lightning.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "doctor", "--strategies"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1
+    assert "cells are not equal" in done.stdout
+    assert "zero1, 1 rank, sequential: " in done.stdout

@@ -1,0 +1,97 @@
+"""A rank that trains with strategies broken on purpose and prints what stopped each cell, as one line of JSON."""
+
+import json
+import sys
+from contextlib import contextmanager, nullcontext
+
+from mtp_lightning.ranks import Ranks
+from mtp_lightning.training.checks import GradientSums
+from mtp_lightning.training.joining import joined_ranks
+from mtp_lightning.training.parity import run_cell
+from mtp_lightning.training.parity_cells import STAGES, Cell
+from mtp_lightning.training.strategy import ZeroStrategy
+
+
+def leave_boundary_alone():
+    """Every backward pass is an optimizer step of its own, for all that DeepSpeed knows."""
+    ZeroStrategy.accumulating = lambda self: nullcontext()
+
+
+def let_zero3_overwrite():
+    """Gather as zero2 and zero3 do, but leave out that zero3 has to add up."""
+    sound = ZeroStrategy.accumulating
+
+    @contextmanager
+    def accumulating(self):
+        with sound(self):
+            if self.stage == 3:
+                self._zero.micro_step_id = 0
+            yield
+
+    ZeroStrategy.accumulating = accumulating
+
+
+def scale_gradients():
+    """Hand the optimizer gradients that are off by 0.01 %."""
+    sound = ZeroStrategy.accumulating
+
+    @contextmanager
+    def accumulating(self):
+        with sound(self):
+            yield
+        for fragment in self.fragments():
+            fragment.gradient.mul_(1.0001)
+
+    ZeroStrategy.accumulating = accumulating
+
+
+def check_nothing():
+    """The gradient-sum check off: what would train on without it."""
+    leave_boundary_alone()
+    GradientSums.compare = lambda self, fragments: None
+
+
+BREAKAGES = (leave_boundary_alone, let_zero3_overwrite, scale_gradients, check_nothing)
+
+
+def cells(num_ranks):
+    """Cells in which something can be lost, and per stage one in which there is only one backward pass."""
+    ways = [
+        ("sequential", 1, "parallel", "shared"),
+        ("sequential", 1, "chained", "tied"),
+        ("bridged", 3, "parallel", "replicated"),
+        ("joint", 1, "parallel", "shared"),
+    ]
+    return [
+        Cell(
+            stage=stage,
+            ranks=num_ranks,
+            schedule=schedule,
+            accumulation=accumulation,
+            heads=heads,
+            unembedding=unembedding,
+            clips=False,
+        )
+        for stage in STAGES
+        for schedule, accumulation, heads, unembedding in ways
+    ]
+
+
+def main(num_ranks):
+    chosen, sound = cells(int(num_ranks)), (ZeroStrategy.accumulating, GradientSums.compare)
+    found = {}
+    with joined_ranks(chosen[0].recipe):
+        for breakage in BREAKAGES:
+            breakage()
+            found[breakage.__name__] = [(cell, run_cell(cell)) for cell in chosen]
+            ZeroStrategy.accumulating, GradientSums.compare = sound
+        if Ranks().is_first:
+            print(json.dumps({name: [line(*pair) for pair in pairs] for name, pairs in found.items()}))
+
+
+def line(cell, outcome):
+    return cell.stage, cell.schedule, cell.unembedding, outcome.failure, outcome.gradients
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,152 @@
+"""Strategies that lose gradients stop the run by its own checks; under ZeRO-2 and 3 gradients are sharded at once."""
+
+import json
+
+import pytest
+import torch
+
+from mtp_lightning.errors import TrainingError
+from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe.layers import num_trunk_layers
+from mtp_lightning.training.checks import GradientSums, _products
+from mtp_lightning.training.fragments import whole_fragments
+from tests.support.ranked import on_ranks
+from tests.support.tiny import HEAD_KINDS, gradients_of, tiny_model, tiny_recipe, tiny_rows
+
+NO_GRADIENT = "must receive a finite, non-zero gradient"
+NOT_THE_SUM = "must be the sum of those that the backward passes compute"
+ONE_LAYER, UNEMBEDDING = 7_744, 101 * 32 + 32  # entries of a head layer of gradient_peak's model; V x D and final norm
+
+
+def broken(num_ranks):
+    """What stopped each cell of strategies broken on purpose, and how far off its gradients were, by breakage."""
+    lines = on_ranks("tests.support.broken_strategies", num_ranks, str(num_ranks)).splitlines()
+    by_breakage = json.loads(lines[-1]).items()
+    return {name: {tuple(cell): (failure, error) for *cell, failure, error in cells} for name, cells in by_breakage}
+
+
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
+def found(request):
+    return broken(request.param)
+
+
+def test_a_boundary_left_alone_stops_the_run(found):
+    for (stage, schedule, _), (failure, error) in found["leave_boundary_alone"].items():
+        if schedule == "joint":  # with one backward pass per step there is nothing to gather
+            assert not failure
+            assert error < 1e-5
+        elif schedule == "sequential" and stage != "zero3":
+            assert NO_GRADIENT in failure
+            assert "heads.blocks.0" in failure
+        else:
+            assert NOT_THE_SUM in failure
+            assert "trunk.embed_tokens.weight" in failure or "unembedding.lm_heads.0.weight" in failure
+
+
+def test_zero3_without_adding_up_stops_the_run(found):
+    cells = found["let_zero3_overwrite"]
+    wrong = {cell for cell, (failure, _) in cells.items() if NOT_THE_SUM in failure}
+    assert wrong == {cell for cell in cells if cell[0] == "zero3" and cell[1] != "joint"}
+    assert not [failure for cell, (failure, _) in cells.items() if cell not in wrong and failure]
+
+
+def test_without_the_check_of_sums_such_runs_go_on(found):
+    cells = found["check_nothing"]
+    wrong = {cell: error for cell, (failure, error) in cells.items() if not failure and cell[1] != "joint"}
+    assert ("zero3", "sequential", "shared") in wrong
+    assert min(wrong.values()) > 0.5
+
+
+def test_the_comparison_sees_a_ten_thousandth(found):
+    cells = found["scale_gradients"].values()
+    assert not [failure for failure, _ in cells if failure]  # rounding, for all that the checks know
+    assert all(0.9e-4 < error < 1e-2 for _, error in cells)
+
+
+@pytest.mark.parametrize("stage", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_no_rank_holds_gradients_of_two_heads(stage):
+    most_entries, most_heads, most_after_a_pass = peak(stage, bucket=4_000)
+    assert most_heads == 1
+    assert most_after_a_pass == 0
+    assert most_entries <= ONE_LAYER + UNEMBEDDING
+
+
+@pytest.mark.slow
+def test_zero1_does_hold_all_gradients():
+    """The count above can fail."""
+    most_entries, most_heads, most_after_a_pass = peak("zero1", bucket=4_000)
+    assert most_heads == 4
+    assert most_after_a_pass == most_entries > 5 * ONE_LAYER
+
+
+def peak(stage, bucket):
+    return json.loads(on_ranks("tests.support.gradient_peak", 2, stage, str(bucket)).splitlines()[-1])
+
+
+def after_a_step(kind="parallel", dtype=torch.float32, **sections):
+    recipe = tiny_recipe(heads=HEAD_KINDS[kind], **sections)
+    model = tiny_model(recipe, dtype)
+    watch = GradientSums(model, Ranks())
+    gradients_of(model, recipe, tiny_rows(recipe, recipe.batch.rows))
+    return model, watch
+
+
+def fragments(model):
+    return whole_fragments(model.named_parameters(), torch.optim.SGD(model.parameters()))
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_a_sound_step_is_its_sum_and_ends_the_watch(kind):
+    model, watch = after_a_step(kind, batch={"rows": 6, "micro_rows": 2})
+    assert watch.hooks
+    watch.compare(fragments(model))
+    assert not watch.hooks
+    assert not any(p._backward_hooks for p in model.parameters())
+    next(model.parameters()).grad.zero_()
+    watch.compare(fragments(model))  # nobody looks any more
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 0.9, 1.1, 4.0, -1.0])
+def test_a_parameter_whose_gradient_is_another_is_named(factor):
+    model, watch = after_a_step()
+    model.unembedding.lm_heads[0].weight.grad.mul_(factor)
+    with pytest.raises(TrainingError, match=r"another one of unembedding.lm_heads.0.weight\."):
+        watch.compare(fragments(model))
+
+
+def test_rounding_to_bf16_is_no_loss():
+    model, watch = after_a_step(dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.grad *= 1 + 2**-8 * torch.rand(parameter.shape)
+    watch.compare(fragments(model))
+
+
+def test_a_skipped_step_does_not_count():
+    model, watch = after_a_step()
+    watch.forget()
+    with pytest.raises(TrainingError, match="trunk.embed_tokens.weight"):
+        watch.compare(fragments(model))
+    model, watch = after_a_step()
+    watch.forget()
+    model.zero_grad()
+    recipe = tiny_recipe()
+    gradients_of(model, recipe, tiny_rows(recipe, 2, seed=1))
+    watch.compare(fragments(model))
+
+
+def test_products_of_fragments_add_up(monkeypatch):
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    whole = _products("name", values, 0)
+    monkeypatch.setattr("mtp_lightning.training.checks.WAVE_ENTRIES", 64)
+    parts = [_products("name", values[start:stop], start) for start, stop in ((0, 333), (333, 334), (334, 1000))]
+    torch.testing.assert_close(sum(parts), whole)
+    assert whole[2] == pytest.approx(float(values.square().sum()))
+    assert not torch.allclose(_products("other", values, 0)[:2], whole[:2])
+
+
+def test_the_peak_model_has_this_layer():
+    recipe = tiny_recipe(model={"width": 32, "mlp_width": 48, "num_layers": 8, "vocabulary": 101})
+    model = tiny_model(recipe)
+    assert num_trunk_layers(recipe) > 1
+    assert sum(p.numel() for p in model.heads.blocks[1].parameters()) == ONE_LAYER
+    assert sum(p.numel() for p in model.unembedding.parameters()) == UNEMBEDDING
