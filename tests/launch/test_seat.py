@@ -1,0 +1,122 @@
+"""Which rank a process is, read from torchrun's or Slurm's variables."""
+
+import pytest
+
+from mtp_lightning.errors import LaunchError
+from mtp_lightning.launch.seat import FIRST_PORT, NUM_PORTS, find_seat, first_host, free_port, local_seat
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "GROUP_RANK": "1",
+    "MASTER_ADDR": "node7",
+    "MASTER_PORT": "29500",
+}
+SLURM = {
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+
+
+def test_a_plain_shell_gives_no_seat():
+    assert find_seat({}) is None
+    assert find_seat({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}) is None  # inside salloc or sbatch, before srun
+    assert find_seat({"RANK": "0"}) is None
+
+
+def test_torchrun():
+    seat = find_seat(TORCHRUN)
+    assert seat.environment == TORCHRUN
+    assert (seat.rank, seat.num_ranks, seat.local_rank, seat.local_ranks, seat.node) == (5, 8, 1, 4, 1)
+
+
+def test_torchrun_of_one_node_may_say_less():
+    few = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1"}
+    seat = find_seat(few)
+    assert (seat.local_ranks, seat.node, seat.main_address) == (2, 0, "127.0.0.1")
+
+
+def test_slurm():
+    seat = find_seat(SLURM)
+    assert (seat.rank, seat.num_ranks, seat.local_rank, seat.local_ranks, seat.node) == (5, 8, 1, 4, 1)
+    assert seat.main_address == "gpu03"
+    assert FIRST_PORT <= seat.main_port < FIRST_PORT + NUM_PORTS
+
+
+def test_all_tasks_of_a_step_meet_and_two_steps_do_not():
+    tasks = [find_seat(SLURM | {"SLURM_PROCID": str(rank)}) for rank in range(8)]
+    assert len({(task.main_address, task.main_port) for task in tasks}) == 1
+    ports = {
+        find_seat(SLURM | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).main_port
+        for job in (1234, 1235, 1236)
+        for step in (0, 1)
+    }
+    assert len(ports) == 6
+
+
+def test_slurm_with_address_and_port_given():
+    seat = find_seat(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
+    assert (seat.main_address, seat.main_port) == ("10.0.0.1", 4000)
+
+
+def test_torchrun_goes_before_slurm():
+    assert find_seat(SLURM | TORCHRUN).main_port == 29500  # torchrun inside of a Slurm job
+
+
+def test_a_seat_survives_its_own_environment():
+    seat = local_seat(1, 2, 4321)
+    assert find_seat(seat.environment) == seat
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[003-016,020]", "gpu003"),
+        ("gpu[7]", "gpu7"),
+        ("gpu[7,9-12],login1", "gpu7"),
+        ("login1,gpu[7,9-12]", "login1"),
+        ("rack1-[7,9]-ib", "rack1-7-ib"),
+        ("rack[1-2]node[03-04]", "rack1node03"),
+        ("a-b-c,d", "a-b-c"),
+        ("127.0.0.1", "127.0.0.1"),
+    ],
+)
+def test_first_host(nodes, first):
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+    ("environment", "name", "found"),
+    [
+        (TORCHRUN | {"RANK": "five"}, "RANK", "'five'"),
+        (TORCHRUN | {"WORLD_SIZE": ""}, "WORLD_SIZE", "''"),
+        (TORCHRUN | {"MASTER_PORT": "1.5"}, "MASTER_PORT", "'1.5'"),
+        ({k: v for k, v in TORCHRUN.items() if k != "LOCAL_RANK"}, "LOCAL_RANK", "none"),
+        (SLURM | {"SLURM_PROCID": "x"}, "SLURM_PROCID", "'x'"),
+        ({k: v for k, v in SLURM.items() if k != "SLURM_LOCALID"}, "SLURM_LOCALID", "none"),
+    ],
+)
+def test_what_is_no_number_is_named(environment, name, found):
+    with pytest.raises(LaunchError) as caught:
+        find_seat(environment)
+    assert name in caught.value.must_hold
+    assert caught.value.found == found
+    assert "srun, torchrun" in caught.value.remedy
+
+
+def test_a_free_port_can_be_listened_on():
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", free_port()))
+        listener.listen()
