@@ -2,9 +2,10 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,20 @@ _OWN_FILES = {WHOLE_MODEL, CONFIG_NAME, RECIPE_NAME}
 Advance = Callable[[int], None]
 
 
+class WeightSource(Protocol):
+    """Named weights that can be read block by block."""
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Every parameter."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Yield a parameter's values in consecutive blocks, each with the number of its first value."""
+
+
 def consolidate(path: Path, out: Path, *, dtype: DtypeName = "fp32") -> None:
     """Export the weights of a run or checkpoint into a new folder, and check them there value by value.
 
@@ -40,7 +55,7 @@ def consolidate(path: Path, out: Path, *, dtype: DtypeName = "fp32") -> None:
     """
     checkpoint = find_checkpoint(path)
     _check_is_checkpoint(checkpoint)
-    _check_target(out)
+    check_target(out)
     with offering_another(checkpoint):
         files = model_files(checkpoint)
         read_bytes = sum(record.size_bytes for record in files.values())
@@ -49,14 +64,14 @@ def consolidate(path: Path, out: Path, *, dtype: DtypeName = "fp32") -> None:
             reader, recipe = ShardReader(checkpoint), load_recipe(checkpoint / RECIPE_NAME).recipe
             with torch.device("meta"):
                 check_tensors(MtpModel(recipe), reader)
-            with _appearing(out, size_bytes=_size_bytes(reader, DTYPES[dtype])) as partial:
+            with appearing(out, size_bytes=_size_bytes(reader, DTYPES[dtype])) as partial:
                 record = write_whole(reader, partial / WHOLE_MODEL, DTYPES[dtype], advance)
                 check_whole(reader, ShardReader(partial), advance)
                 _write_descriptions(checkpoint, partial, recipe, record, dtype=dtype)
     say(f"Exported {checkpoint} to {out}: {record.size_bytes / 1e6:,.1f} MB of {dtype} weights, checked")
 
 
-def write_whole(reader: ShardReader, path: Path, dtype: torch.dtype, advance: Advance) -> FileRecord:
+def write_whole(reader: WeightSource, path: Path, dtype: torch.dtype, advance: Advance) -> FileRecord:
     """Write all weights into one safetensors file, block by block; `advance` is told of bytes read.
 
     Raises:
@@ -74,7 +89,7 @@ def write_whole(reader: ShardReader, path: Path, dtype: torch.dtype, advance: Ad
         return recorder.record
 
 
-def check_whole(reader: ShardReader, written: ShardReader, advance: Advance) -> None:
+def check_whole(reader: WeightSource, written: ShardReader, advance: Advance) -> None:
     """Compare every byte of the written weights with those of the shards; `advance` is told of bytes read.
 
     Raises:
@@ -140,7 +155,7 @@ def _check_is_checkpoint(checkpoint: Path) -> None:
         )
 
 
-def _check_target(out: Path) -> None:
+def check_target(out: Path) -> None:
     """Refuse to overwrite anything that is not left over from an interrupted export."""
     partial = _partial_of(out)
     leftovers = {path.name for path in partial.iterdir()} if partial.is_dir() else set()
@@ -162,7 +177,7 @@ def _partial_of(out: Path) -> Path:
 
 
 @contextmanager
-def _appearing(out: Path, *, size_bytes: int) -> Iterator[Path]:
+def appearing(out: Path, *, size_bytes: int) -> Iterator[Path]:
     """Give what the body writes into the folder that it is given its name, or leave no trace of it."""
     partial = _partial_of(out)
     try:

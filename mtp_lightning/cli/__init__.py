@@ -13,6 +13,7 @@ from mtp_lightning.cli import (
     data_verbs,
     doctor_verbs,
     export_verbs,
+    extend_verbs,
     generate_verbs,
     plan_verbs,
     recipe_verbs,
@@ -83,6 +84,7 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 app.command()(doctor_verbs.doctor)
 app.command()(plan_verbs.plan)
 app.command()(export_verbs.export)
+app.command()(extend_verbs.extend)
 app.command()(generate_verbs.generate)
 
 

@@ -60,8 +60,7 @@ class Distillation:
         if kept < vocabulary:
             teacher, index = teacher.topk(kept, dim=1, sorted=False)  # (m, K)
             student = student.gather(1, index)
-        log_p = (teacher / section.temperature).log_softmax(1)
-        log_q = (student / section.temperature).log_softmax(1)
+        log_p, log_q = (_tempered(logits, section.temperature).log_softmax(1) for logits in (teacher, student))
         counts = self.has_teacher[rows][: len(teacher)]
         if section.where == "confident":
             counts = counts & (log_p.amax(1) >= math.log(section.confidence))
@@ -78,7 +77,11 @@ class Distillation:
 
 
 def _counted(slope: Tensor, counts: Tensor, section: DistillSection) -> Tensor:
-    return torch.where(counts[:, None], slope, 0).div_(section.temperature)
+    return _tempered(torch.where(counts[:, None], slope, 0), section.temperature)
+
+
+def _tempered(values: Tensor, temperature: float) -> Tensor:
+    return values if temperature == 1 else values / temperature
 
 
 def teacher_positions(targets: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mtp_lightning.recipe.sections import Recipe, Section, StrategySection
+from mtp_lightning.recipe.sections import GuardSection, Recipe, Section, StrategySection
 from mtp_lightning.recipe.yaml12 import one_line_yaml
 
 Verdict = Literal["warn", "refuse"]
@@ -27,6 +27,8 @@ RUN_FIELDS = frozenset(
         "run.checkpoint_every_steps",
         "run.keep_checkpoints",
         "run.checkpoint_in_background",
+        "run.guard",
+        *(f"run.guard.{name}" for name in GuardSection.model_fields),
     }
 )
 """Fields that say where and how a run is carried out, not what it computes."""
@@ -44,6 +46,7 @@ NOTED: dict[str, str] = {
     "data.mixture": "the shards may have moved; their fingerprints and shares are compared instead",
     "data.tokenizer": "the file may have moved; its hash is compared with that of the shards instead",
     "run.validation_rows": "validation figures from here on are of other rows",
+    "run.start_from": "read only by a run that has no checkpoint yet",
     **{f"strategy.{name}": OTHER_RANKS for name in StrategySection.model_fields},
 }
 """Fields that may change on resume, and what the user should know about it."""

@@ -88,6 +88,14 @@ def _top_k_fits(recipe: Recipe) -> bool:
     return distill is None or (distill.top_k or 0) <= recipe.model.vocabulary
 
 
+def _is_separable(recipe: Recipe) -> bool:
+    """Check that no frozen offset depends on a trained one, nor shares a module with it."""
+    heads = recipe.heads
+    return (heads.kind, heads.order) != ("chained", "anticausal") and not (
+        heads.kind == "recursive" and (heads.trainable_from or 2) > 2
+    )
+
+
 def _interval_is_forward(recipe: Recipe) -> bool:
     weights = recipe.objective.weights
     if not isinstance(weights, LambdaWeights) or weights.change == "step":
@@ -171,6 +179,24 @@ RULES: tuple[Rule, ...] = (
         ),
         must_hold="must be false for an anticausal chain, whose main head reads the other heads",
         remedy="Set heads.order=causal, or heads.isolate_trunk=false.",
+    ),
+    Rule(
+        fields=("heads.trainable_from", "heads.num_offsets"),
+        holds=lambda recipe: (recipe.heads.trainable_from or 0) <= recipe.heads.num_offsets,
+        must_hold="must be one of the offsets, or nothing trains",
+        remedy=lambda recipe: f"Set heads.trainable_from to {recipe.heads.num_offsets} or less, or to null.",
+    ),
+    Rule(
+        fields=("heads.trainable_from", "heads.kind", "heads.order"),
+        holds=lambda recipe: recipe.heads.trainable_from is None or _is_separable(recipe),
+        must_hold="must be null for an anticausal chain, at most 2 for recursive heads: frozen offsets would change",
+        remedy="Set heads.trainable_from=null, or choose another heads.kind.",
+    ),
+    Rule(
+        fields=("heads.trainable_from", "objective.token_order.weight"),
+        holds=lambda recipe: recipe.heads.trainable_from is None or recipe.objective.token_order is None,
+        must_hold="must be null with objective.token_order, a loss of the main head",
+        remedy="Set objective.token_order=null.",
     ),
     Rule(
         fields=("heads.unembedding", "model.tie_embeddings"),
@@ -293,6 +319,12 @@ RULES: tuple[Rule, ...] = (
         holds=lambda recipe: all(0 <= beta < 1 for beta in recipe.optimizer.betas),
         must_hold="must each be >= 0 and < 1",
         remedy="Choose decay rates such as [0.9, 0.95].",
+    ),
+    Rule(
+        fields=("run.guard.rows", "run.start_from"),
+        holds=lambda recipe: recipe.run.guard is None or recipe.run.start_from is not None,
+        must_hold="must be left out without run.start_from: there is no model to compare the main head with",
+        remedy="Give run.start_from, or set run.guard=null.",
     ),
     Rule(
         fields=("run.seed",),

@@ -91,6 +91,8 @@ class HeadsSection(Section):
     """Order of the 2D-wide input of sequential and recursive modules (DeepSeek: embedding first; MiMo: hidden)."""
     isolate_trunk: bool = False
     """Keep the gradients of offsets beyond the first out of the trunk."""
+    trainable_from: Annotated[int, Field(ge=2)] | None = None
+    """First offset whose head is trained; trunk, unembedding and the heads before it are frozen. Null trains all."""
 
 
 class ConstantWeights(Section):
@@ -276,6 +278,27 @@ class OptimizerSection(Section):
     """Largest norm of the whole gradient; null means no clipping."""
 
 
+class GuardSection(Section):
+    """Watches how far the main head drifts from the model that the run starts from, on fixed held-out rows."""
+
+    every_steps: PositiveInt = 100
+    """Steps between two looks."""
+    rows: Annotated[int, Field(ge=2)] = 64
+    """Held-out rows to look at."""
+    warn_loss: PositiveFloat | None = 0.01
+    """Warn when the main head's loss has surely risen by this much, in nats: the low end of its 95 % interval."""
+    stop_loss: PositiveFloat | None = 0.05
+    """Stop the run when it has surely risen by this much."""
+    warn_kl: PositiveFloat | None = None
+    """Warn at this mean KL, in nats, of the starting model from the present one."""
+    stop_kl: PositiveFloat | None = None
+    """Stop at this mean KL."""
+    warn_flips: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Warn when the likeliest token has changed at this share of positions."""
+    stop_flips: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Stop at this share."""
+
+
 class RunSection(Section):
     """Where a run lives, how long it lasts, what it writes and when."""
 
@@ -285,6 +308,10 @@ class RunSection(Section):
     """Folder for shards built from a corpus, shared between runs."""
     fresh: bool = False
     """Start over: move an earlier run in this folder aside instead of continuing it."""
+    start_from: str | None = None
+    """Run, checkpoint or exported folder whose weights a new run starts with; optimizer and data begin anew."""
+    guard: GuardSection | None = None
+    """Guard of the main head, or null; for runs that start from a model."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights and of the order of the data."""
     steps: PositiveInt = 1000

@@ -29,8 +29,10 @@ def run_schedule(model: MtpModel, batch: MicroBatch, objective: Objective, backw
 
 
 def needed_offsets(model: MtpModel, objective: Objective) -> list[int]:
-    """Offsets that have a weight, or that one with a weight depends on."""
+    """Offsets that have a weight, or that one with a weight depends on; the main head where it is compared with."""
     active = {offset for offset, weight in enumerate(objective.weights, start=1) if weight > 0}
+    if objective.predicts or objective.section.distill is not None:
+        active.add(1)  # what the others are compared with, also where it is frozen
     return [offset for offset in model.heads.offsets if model.heads.subtree(offset) & active]
 
 
@@ -93,16 +95,9 @@ class _Walk:
         if self.teacher is None or self.teacher.grad is None:
             return
         hidden = trunk
-        for offset in self._path_to_main():
+        for offset in self.model.heads.path(1):
             hidden = self.model.heads(offset, self.model.read(offset, hidden), self.context)
         self.backward(self.pulled(hidden, self.teacher))
-
-    def _path_to_main(self) -> list[int]:
-        """Offsets between the trunk and the main head, that one last."""
-        path = [1]
-        while (source := self.model.heads.source(path[0])) != TRUNK:
-            path.insert(0, source)
-        return path
 
     def _meet_teacher(self, leaf: Tensor) -> None:
         if self.terms.objective.section.distill is not None:
@@ -161,11 +156,12 @@ def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Ba
     total: Tensor | float = 0.0
     main_rms: Tensor | float = 1.0
     hiddens = model.hidden_states(batch.tokens, batch.documents, needed_offsets(model, objective))
-    main_logits = _full_logits(model, 1, hiddens[1])
+    main: Tensor | None = None
     for offset, hidden in hiddens.items():
+        logits = _full_logits(model, offset, hidden)
+        main = logits if offset == 1 and section.distill is not None else main
         if not terms.wants(hidden):
             continue
-        logits = main_logits if offset == 1 else _full_logits(model, offset, hidden)
         targets = batch.targets[offset - 1].flatten()
         losses = reference.cross_entropy(logits, targets, section.label_smoothing, section.z_loss)
         factor = objective.coefficients[offset - 1]
@@ -174,8 +170,8 @@ def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Ba
             main_rms = rms if offset == 1 else main_rms
             factor = factor * main_rms / rms
         loss = losses.sum()
-        if offset > 1 and section.distill is not None:
-            loss = section.distill.alpha_of(offset) * loss + _joint_distillation(terms, offset, main_logits, logits)
+        if main is not None and offset > 1 and section.distill is not None:
+            loss = section.distill.alpha_of(offset) * loss + _joint_distillation(terms, offset, main, logits)
         total = total + factor * loss
         terms.record(offset, logits.detach())
     if section.token_order is not None:
@@ -191,11 +187,11 @@ def _full_logits(model: MtpModel, offset: int, hidden: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _joint_distillation(terms: Terms, offset: int, main_logits: Tensor, logits: Tensor) -> Tensor | float:
+def _joint_distillation(terms: Terms, offset: int, main: Tensor, logits: Tensor) -> Tensor | float:
     distillation = terms.distillation(offset)
     if distillation is None:
         return 0.0
-    teacher = terms.teacher_of(main_logits.roll(1 - offset, 0))  # wrong where rows wrap around: no teacher there
+    teacher = terms.teacher_of(main.roll(1 - offset, 0))  # wrong where rows wrap around: no teacher there
     losses = reference.distillation(teacher, logits, distillation.section)
     total = (losses * distillation.has_teacher).sum()
     distillation.loss_sum = total.detach()

@@ -27,7 +27,8 @@ def test_every_field_counts_or_is_named_as_free(path: str) -> None:
 
 @pytest.mark.parametrize("names", [RUN_FIELDS, NOTED.keys()])
 def test_fields_with_a_rule_of_their_own_exist(names: Any) -> None:
-    assert set(names) <= leaves(DEFAULT).keys()
+    guarded = Recipe.model_validate({"run": {"guard": {}}})
+    assert set(names) <= leaves(DEFAULT).keys() | leaves(guarded).keys()
 
 
 def test_hash_counts_what_it_is_not_told_to_ignore() -> None:

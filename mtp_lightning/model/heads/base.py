@@ -81,6 +81,13 @@ class Heads(nn.Module, ABC):
         """Offsets that read the state of this one."""
         return [reader for reader in self.offsets if self.source(reader) == offset]
 
+    def path(self, offset: int) -> list[int]:
+        """Offsets that are computed one after the other on the way from the trunk to this one, which is the last."""
+        path = [offset]
+        while (source := self.source(path[0])) != TRUNK:
+            path.insert(0, source)
+        return path
+
     def subtree(self, offset: int) -> set[int]:
         """This offset and all whose states depend on it."""
         return {offset}.union(*(self.subtree(reader) for reader in self.readers(offset)))

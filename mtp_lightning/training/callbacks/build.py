@@ -11,6 +11,7 @@ from mtp_lightning.training.callbacks.checkpoints import Checkpoints
 from mtp_lightning.training.callbacks.interruption import Interruption
 from mtp_lightning.training.callbacks.live import LiveView
 from mtp_lightning.training.callbacks.metrics_files import MetricsFiles
+from mtp_lightning.training.callbacks.start import Frozen, StartFrom
 from mtp_lightning.training.callbacks.summary import Summary
 
 
@@ -30,6 +31,8 @@ def build_callbacks(
     """
     checkpoints = Checkpoints(recipe, run_folder / "checkpoints", layers=layers)
     return [
+        *([StartFrom(recipe, Path(recipe.run.start_from))] if recipe.run.start_from else []),
+        *([Frozen()] if recipe.heads.trainable_from else []),
         MetricsFiles(recipe, run_folder),
         checkpoints,
         Interruption(checkpoints, stop or StopRequest()),
