@@ -117,7 +117,9 @@ time.sleep(60)
 
 
 def test_the_same_failure_is_shown_once(launch):
-    code, _, err = ended(launch('print("bad recipe", file=sys.stderr); sys.exit(2)'))
+    code, _, err = ended(
+        launch('time.sleep(0.2 * (rank == 0)); print("bad recipe", file=sys.stderr); sys.exit(2)', grace_s=5)
+    )
     assert code == 2
     assert err == "bad recipe\n"
 
@@ -136,7 +138,14 @@ def test_a_long_message_is_cut_to_its_end(launch):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_reaches_every_rank_once(launch, tmp_path, signum):
-    process = launch("time.sleep(60)", ENDS_ON_SIGNAL="1")
+    process = launch("""
+until = time.monotonic() + 60
+while time.monotonic() < until:
+    if (folder / f"signals{rank}").exists():
+        until = min(until, time.monotonic() + 0.5)  # time for a second one
+    time.sleep(0.01)
+sys.exit(130)
+""")
     wait_for(tmp_path / "ready0", tmp_path / "ready1")
     process.send_signal(signum)
     code, _, _ = ended(process)
