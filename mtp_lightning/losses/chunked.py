@@ -120,7 +120,7 @@ class _Side:
         if self.grad is not None:
             self.grad[rows] += (slope @ self.matrix) * factor  # (C, D)
         if self.matrix_grad is not None:
-            _add_product(self.matrix_grad, slope, self.hidden[rows] * factor)
+            _add_product(self.matrix_grad, slope, self.hidden[rows], factor)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -229,9 +229,15 @@ def _distil(distillation: Distillation, logits: Tensor, teacher: _Side, rows: sl
     return slope
 
 
-def _add_product(into: Tensor, slope: Tensor, hidden: Tensor) -> None:
-    """Add slope.T @ hidden, (C, V) and (C, D), to a (V, D) buffer that may be of higher precision."""
+def _add_product(into: Tensor, slope: Tensor, hidden: Tensor, factor: Tensor) -> None:
+    """Add slope.T @ (hidden x factor), (C, V) and (C, D), to a (V, D) buffer that may be of higher precision.
+
+    Factors of a large batch are too small for half precision: there the largest becomes 1 until after the product.
+    """
     if into.dtype == slope.dtype:
-        into.addmm_(slope.T, hidden)
+        into.addmm_(slope.T, hidden * factor)
+    elif slope.dtype == torch.float16:
+        largest = factor.abs().amax().clamp(min=torch.finfo(factor.dtype).tiny)
+        into += (slope.T @ (hidden * (factor / largest)).to(slope.dtype)) * largest
     else:
-        into += slope.T @ hidden.to(slope.dtype)
+        into += slope.T @ (hidden * factor).to(slope.dtype)

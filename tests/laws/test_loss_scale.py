@@ -27,3 +27,21 @@ def test_the_scale_arrives_once(kind, schedule):
     expected, found = gradients(kind, "joint", 1.0), gradients(kind, schedule, SCALE)
     for name, gradient in expected.items():
         assert relative_error(found[name] / SCALE, gradient) < 1e-10, name
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "bridged"])
+def test_half_precision_keeps_small_gradients_until_they_are_scaled(schedule):
+    """Loss coefficients of a real batch push gradients below what fp16 can hold; the scale must come first."""
+
+    def half(scale):
+        recipe = tiny_recipe(objective={"schedule": schedule})
+        model = tiny_model(recipe, torch.float16)
+        tokens, documents, mask = tiny_rows(recipe, 2)
+        targets = shifted_targets(tokens, documents, recipe.heads.num_offsets, mask)
+        counts = torch.full((4,), 1e9)
+        objective = Objective(recipe.objective, [1.0] * 4, counts, loss_scale=scale)
+        run_schedule(model, MicroBatch(tokens, documents, targets), objective, lambda loss: (loss * scale).backward())
+        return next(p.grad for p in model.unembedding.lm_heads.parameters())
+
+    assert not half(1.0).any(), "without a scale this gradient is nothing but zeros in fp16"
+    assert half(2.0**27).count_nonzero() > 0.9 * half(2.0**27).numel()
