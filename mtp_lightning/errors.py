@@ -75,6 +75,16 @@ class LaunchError(MtpError):
     exit_code = 6
 
 
+class SiteError(LaunchError):
+    """A description of a cluster that cannot be used."""
+
+
+class BadNodeError(LaunchError):
+    """A machine that should not be trained on."""
+
+    exit_code = 86
+
+
 class TrainingError(MtpError):
     """Training reached a state that it must not go on from."""
 

@@ -17,6 +17,7 @@ from mtp_lightning.cli import (
     generate_verbs,
     plan_verbs,
     recipe_verbs,
+    submit_verbs,
 )
 from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
 from mtp_lightning.cli.screen import print_error, screen
@@ -83,6 +84,7 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 
 app.command()(doctor_verbs.doctor)
 app.command()(plan_verbs.plan)
+app.command()(submit_verbs.submit)
 app.command()(export_verbs.export)
 app.command()(extend_verbs.extend)
 app.command()(generate_verbs.generate)

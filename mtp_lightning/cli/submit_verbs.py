@@ -1,0 +1,53 @@
+"""`mtp submit`."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
+from mtp_lightning.cli.screen import screen
+
+
+def submit(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    site: Annotated[str, typer.Option(help="Name of a site in cluster/sites, or the path of its file.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script and do nothing.")] = False,
+    test_only: Annotated[bool, typer.Option("--test-only", help="Ask Slurm whether and when it could start.")] = False,
+    after: Annotated[str | None, typer.Option(metavar="JOB", help="Start when this job has ended well.")] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=V1,V2", help="A run for each value, as a job array; repeatable.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Submit what cannot fit by `mtp plan`.")] = False,
+) -> None:
+    """Submit a recipe to Slurm; site.KEY=VALUE among the overrides changes the site for this submission."""
+    from mtp_lightning.launch import scheduler
+    from mtp_lightning.launch.site import OVERRIDE, load_site
+    from mtp_lightning.launch.submission import prepare
+    from mtp_lightning.launch.sweep import folder_name, sweep_points
+
+    given = overrides or []
+    of_site = [override.removeprefix(OVERRIDE) for override in given if override.startswith(OVERRIDE)]
+    of_recipe = [override for override in given if not override.startswith(OVERRIDE)]
+    described = load_site(site, of_site)
+    points = sweep_points(sweep or []) if sweep else []
+    base = open_recipe(recipe, of_recipe).recipe
+    runs = [(folder_name(point), open_recipe(recipe, [*of_recipe, *point]).recipe) for point in points]
+    submission = prepare(base, runs, described, site, force=force)
+    print(submission.script, end="")
+    if dry_run:
+        return
+    out = screen(stderr=True)
+    if test_only:
+        with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
+            script.write(submission.script)
+            script.flush()
+            out.print(scheduler.submit(Path(script.name), after=after, is_test=True))
+        return
+    job = submission.submit(after=after)
+    out.print(f"job {job} ({described.description or site})")
+    out.print(f"logs {submission.folder}/slurm-*.out")
+    out.print(f"follow it with: mtp status {base.run.dir} --watch")

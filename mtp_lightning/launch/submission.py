@@ -1,0 +1,88 @@
+"""From recipes and a site to a job: what `mtp submit` does."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtp_lightning.errors import LaunchError
+from mtp_lightning.launch.freezing import freeze, next_folder
+from mtp_lightning.launch.placing import check_place
+from mtp_lightning.launch.sbatch import Job, Task, render
+from mtp_lightning.launch.scheduler import submit
+from mtp_lightning.launch.site import Site
+from mtp_lightning.recipe import Recipe, recipe_to_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A job that has not been submitted: its script, and the files that go with it."""
+
+    job: Job
+    script: str
+    recipes: Sequence[Recipe]
+
+    @property
+    def folder(self) -> Path:
+        """Where the submission is kept."""
+        return self.job.logs
+
+    def write(self) -> Path:
+        """Write script, recipes and circumstances; return the script's path."""
+        path = self.folder / "job.sh"
+        recipes = zip(self.job.tasks, self.recipes, strict=True)
+        files = {path: self.script} | {task.recipe: recipe_to_yaml(recipe) for task, recipe in recipes}
+        freeze(self.folder, files, {"runs": [str(task.run) for task in self.job.tasks]})
+        return path
+
+    def submit(self, *, after: str | None = None) -> str:
+        """Write everything down and hand the job to Slurm; return its id."""
+        job_id = submit(self.write(), after=after)
+        is_array = len(self.job.tasks) > 1
+        for index, task in enumerate(self.job.tasks):
+            record = {"job": f"{job_id}_{index}" if is_array else job_id, "submission": str(self.folder)}
+            path = task.run / "logs/job.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        return job_id
+
+
+def prepare(
+    recipe: Recipe, points: Sequence[tuple[str, Recipe]], site: Site, site_name: str, *, force: bool = False
+) -> Submission:
+    """Check recipes against a site and render the script that runs them.
+
+    Args:
+        recipe: the base recipe; its run.dir holds the submission.
+        points: the runs of a sweep, by the name of their folder beneath run.dir; none for a single run.
+        site: the cluster.
+        site_name: shown in the script.
+        force: submit what cannot fit by the planner.
+
+    Raises:
+        LaunchError: the recipes cannot run there.
+    """
+    base = Path(recipe.run.dir).absolute()
+    named = [(base / name, own) for name, own in points] or [(base, recipe)]
+    placed = [_at(own, folder) for folder, own in named]
+    for own in placed:
+        check_place(own, site, force=force)
+    ranks = {(own.strategy.num_nodes, own.strategy.ranks_per_node) for own in placed}
+    if len(ranks) > 1:
+        raise LaunchError("all runs of a sweep must have equally many ranks", f"{sorted(ranks)}", "Submit one by one")
+    [(num_nodes, ranks_per_node)] = ranks
+    logs = next_folder(base)
+    recipes = ["recipe.yaml"] if len(named) == 1 else [f"recipe_{index}.yaml" for index in range(len(named))]
+    job = Job(
+        name=recipe.name,
+        num_nodes=num_nodes,
+        ranks_per_node=ranks_per_node,
+        tasks=[Task(recipe=logs / file, run=folder) for file, (folder, _) in zip(recipes, named, strict=True)],
+        logs=logs,
+        cwd=Path.cwd(),
+    )
+    return Submission(job=job, script=render(job, site, site_name), recipes=placed)
+
+
+def _at(recipe: Recipe, folder: Path) -> Recipe:
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": str(folder)})})

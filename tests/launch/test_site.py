@@ -1,0 +1,118 @@
+"""Sites: what is read, and what is refused with what would have been right."""
+
+from pathlib import Path
+
+import pytest
+
+from mtp_lightning.errors import LaunchError, SiteError
+from mtp_lightning.launch.placing import check_place
+from mtp_lightning.launch.site import Site, known_sites, load_site
+from mtp_lightning.launch.sweep import folder_name, sweep_points
+from mtp_lightning.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def written(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_site_is_found_by_name_or_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_site("local") == load_site(str(ROOT / "cluster/sites/local.yaml"))
+    assert {"local", "generic-a100", "generic-h100"} <= set(known_sites())
+    (tmp_path / "cluster/sites").mkdir(parents=True)
+    (tmp_path / "cluster/sites/local.yaml").write_text("partition: mine\n")
+    assert load_site("local").partition == "mine"
+
+
+def test_values_are_read_as_meant(tmp_path: Path) -> None:
+    site = load_site(written(tmp_path, "memory: 0\ntime: 1-02:03:04\ninterconnect: {NCCL_IB_TC: 106}\n"))
+    assert (site.memory, site.time_s, site.interconnect) == ("0", 93_784, {"NCCL_IB_TC": "106"})
+    assert load_site(written(tmp_path, "time: 30\n")).time_s == 1800
+    assert load_site("local", ["time=00:20:00", "partition=urgent"]).time_s == 1200
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("partitoin: gpu\n", ["partitoin", "Did you mean partition?", "gpus_per_node", "signal_lead_s"]),
+        ("gpus_per_node: many\n", ["gpus_per_node", "integer"]),
+        ("environment: {'A; rm': x}\n", ["A; rm", "letters, digits"]),
+        ("time: soon\n", ["'soon'", "HH:MM:SS"]),
+        ("time: 5\nsignal_lead_s: 600\n", ["600 s and 300 s"]),
+        ("- a\n", ["a mapping"]),
+        ("a: [\n", ["YAML"]),
+    ],
+)
+def test_wrong_sites_are_refused(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(SiteError) as caught:
+        load_site(written(tmp_path, text))
+    assert not [word for word in words if word not in str(caught.value)]
+
+
+def test_an_unknown_site_names_the_nearest() -> None:
+    with pytest.raises(SiteError, match="Did you mean generic-h100"):
+        load_site("generic-h10")
+    with pytest.raises(SiteError, match="nowhere.yaml"):
+        load_site("nowhere.yaml")
+
+
+def recipe(**strategy: object) -> Recipe:
+    return Recipe.model_validate({"strategy": {"kind": "zero1", **strategy}, "run": {"dir": "/root-of-all/x"}})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "remedy"), [(16, "strategy.num_nodes=4 strategy.ranks_per_node=8"), (6, "a multiple of 8"), (3, "")]
+)
+def test_ranks_must_fit_the_gpus_of_a_node(ranks: int, remedy: str) -> None:
+    with pytest.raises(LaunchError, match="8 GPUs of a node") as caught:
+        check_place(recipe(num_nodes=2, ranks_per_node=ranks), Site(gpus_per_node=8))
+    assert remedy in caught.value.remedy
+
+
+def test_what_cannot_fit_is_refused_unless_forced(tmp_path: Path) -> None:
+    big = load_recipe(
+        ROOT / "recipes/paper/13b_n4.yaml",
+        [f"run.dir={tmp_path}", "strategy.num_nodes=1", "strategy.ranks_per_node=1", "strategy.kind=zero1"],
+    ).recipe
+    with pytest.raises(LaunchError, match=r"79 GiB of an H100"):
+        check_place(big, Site(gpu="H100", node_local=[]))
+    check_place(big, Site(gpu="H100", node_local=[]), force=True)
+    check_place(big, Site(gpu=None, node_local=[]))
+
+
+def test_a_folder_that_nodes_do_not_share_is_refused(tmp_path: Path) -> None:
+    here = Recipe.model_validate(
+        {"strategy": {"kind": "zero1", "num_nodes": 2, "ranks_per_node": 8}, "run": {"dir": f"{tmp_path}/run"}}
+    )
+    with pytest.raises(LaunchError, match="which every node has its own of"):
+        check_place(here, Site(node_local=[str(tmp_path)]))
+    check_place(here, Site(node_local=[str(tmp_path / "other")]))
+
+
+def test_a_run_that_would_start_over_is_refused(tmp_path: Path) -> None:
+    fresh = Recipe.model_validate({"run": {"dir": str(tmp_path), "fresh": True}})
+    with pytest.raises(LaunchError, match="start it over"):
+        check_place(fresh, Site(node_local=[]))
+
+
+def test_a_file_as_run_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LaunchError, match="a file"):
+        check_place(Recipe.model_validate({"run": {"dir": f"{tmp_path}/file/x"}}), Site())
+
+
+def test_sweeps() -> None:
+    assert sweep_points([]) == [[]]
+    assert sweep_points(["a=1,2", "b=x,y"]) == [["a=1", "b=x"], ["a=1", "b=y"], ["a=2", "b=x"], ["a=2", "b=y"]]
+    assert sweep_points(["o.betas=[0.9,0.95],[0.8,0.9]"]) == [["o.betas=[0.9,0.95]"], ["o.betas=[0.8,0.9]"]]
+    assert folder_name(["run.dir=../../etc"]) == "run.dir=.._.._etc"
+
+
+@pytest.mark.parametrize("sweep", ["a", "a=", "=1", "a=1,,2", "a=1,1"])
+def test_wrong_sweeps_are_refused(sweep: str) -> None:
+    with pytest.raises(LaunchError, match="--sweep"):
+        sweep_points([sweep])
