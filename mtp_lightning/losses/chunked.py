@@ -238,6 +238,6 @@ def _add_product(into: Tensor, slope: Tensor, hidden: Tensor, factor: Tensor) ->
         into.addmm_(slope.T, hidden * factor)
     elif slope.dtype == torch.float16:
         largest = factor.abs().amax().clamp(min=torch.finfo(factor.dtype).tiny)
-        into += (slope.T @ (hidden * (factor / largest)).to(slope.dtype)) * largest
+        into.addcmul_((slope.T @ (hidden * (factor / largest)).to(slope.dtype)).to(into.dtype), largest)
     else:
         into += slope.T @ (hidden * factor).to(slope.dtype)
