@@ -77,7 +77,7 @@ class MtpLightningModule(L.LightningModule):
         objective, targets = self._prepare(batch, step)
         with self.strategy.accumulating():
             for micro_batch in self._micro_batches(batch, targets):
-                with self._autocast():
+                with self.autocast():
                     losses = run_schedule(self.model, micro_batch, objective, self._backward)
                 self.train_metrics.update(micro_batch.targets, losses)
         norms = self._step_optimizer(objective.weights, step)
@@ -92,7 +92,7 @@ class MtpLightningModule(L.LightningModule):
         targets = self._targets(batch)
         objective = self._objective(targets, batch["documents"], [1.0] * len(targets), predicts=True)
         for micro_batch in self._micro_batches(batch, targets):
-            with self._autocast():
+            with self.autocast():
                 losses = evaluate(self.model, micro_batch, objective)
             self.val_metrics.update(micro_batch.targets, losses)
 
@@ -164,7 +164,8 @@ class MtpLightningModule(L.LightningModule):
             rows = slice(start, start + size)
             yield MicroBatch(batch["tokens"][rows], batch["documents"][rows], targets[:, rows])
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """Surround what computes with the model, in the precision of the run."""
         is_enabled = self.recipe.run.precision == "bf16" and self.recipe.strategy.kind == "single"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_enabled)
 

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from mtp_lightning.launch.stopping import StopRequest
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.callbacks.checkpoints import Checkpoints
+from mtp_lightning.training.callbacks.guard import MainHeadGuard
 from mtp_lightning.training.callbacks.interruption import Interruption
 from mtp_lightning.training.callbacks.live import LiveView
 from mtp_lightning.training.callbacks.metrics_files import MetricsFiles
@@ -33,6 +34,7 @@ def build_callbacks(
     return [
         *([StartFrom(recipe, Path(recipe.run.start_from))] if recipe.run.start_from else []),
         *([Frozen()] if recipe.heads.trainable_from else []),
+        *([MainHeadGuard(recipe, recipe.run.guard)] if recipe.run.guard else []),
         MetricsFiles(recipe, run_folder),
         checkpoints,
         Interruption(checkpoints, stop or StopRequest()),

@@ -1,6 +1,6 @@
 """Names and order of the figures of a run."""
 
-GUARD_FIGURES = ("loss_change", "loss_change_low", "loss_change_high", "kl", "flips")
+GUARD_FIGURES = ("nll_change", "nll_change_low", "nll_change_high", "kl", "flips")
 ROLES = ("trunk", "heads", "unembedding", "all")
 
 

@@ -46,9 +46,9 @@ def test_columns_are_those_promised() -> None:
         "val/overlap_2",
         "val/sampled_acceptance_2",
         "val/sampled_length",
-        "guard/loss_change",
-        "guard/loss_change_low",
-        "guard/loss_change_high",
+        "guard/nll_change",
+        "guard/nll_change_low",
+        "guard/nll_change_high",
         "guard/kl",
         "guard/flips",
     ]
