@@ -331,7 +331,7 @@ def _partition_gradient(parameter: Any, mapping: Any, own: Any) -> Tensor | None
 def build_strategy(recipe: Recipe, device: torch.device) -> "SingleStrategy | ZeroStrategy":
     """Build the recipe's strategy for a kind of device."""
     if recipe.strategy.kind == "single":
-        return SingleStrategy(device=device)
+        return SingleStrategy(device=device if device.type == "cpu" else torch.device(device.type, 0))
     return ZeroStrategy(
         recipe,
         cluster_environment=TorchElasticEnvironment(),
