@@ -1,0 +1,208 @@
+"""Law 9 under ZeRO: killed and started again = never killed, to the bit; and close to it with other ranks or stages."""
+
+import random
+import shutil
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import ROOT, figures, last_step, mtp, mtp_killed
+
+STEPS = 48
+RUN = (f"run.steps={STEPS}", "run.checkpoint_every_steps=6", "run.validate_every_steps=16", "run.log_every_steps=2")
+ELASTIC_TOLERANCE = 1e-4
+BF16_TOLERANCE = 0.02
+QUICKSTART = ("run.steps=60", "run.log_every_steps=5", "data.window_tokens=64", "batch.rows=16", "batch.micro_rows=4")
+"""Long enough for the loss to fall by a third, short enough for a minute per run."""
+
+
+def train(folder, kind, ranks, *extra):
+    return (
+        "train",
+        str(ROOT / "recipes/debug/sequential.yaml"),
+        *RUN,
+        "batch.micro_rows=2",
+        f"run.dir={folder}",
+        f"run.cache={folder.parent}/cache",
+        f"strategy.kind={kind}",
+        f"strategy.ranks_per_node={ranks}",
+        *extra,
+    )
+
+
+def to_the_end(folder, kind, ranks, *extra):
+    done = mtp(*train(folder, kind, ranks, *extra), cwd=folder.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert last_step(folder / "metrics.csv") == STEPS
+    return done
+
+
+def killed(folder, kind, ranks, *extra, seed=0, after_step=None):
+    """SIGKILL the process that started the ranks, at a random moment after a random step."""
+    metrics = folder / "metrics.csv"
+    after_step = after_step or min(STEPS // 2 + 4, max(8, last_step(metrics) + random.Random(seed).randint(1, 10)))
+    command = train(folder, kind, ranks, *extra)
+    assert mtp_killed(*command, cwd=folder.parent, metrics=metrics, after_step=after_step, seed=seed) == -9
+    assert_nobody_stays(folder)
+    assert 8 <= last_step(metrics) < STEPS
+
+
+def assert_nobody_stays(folder):
+    """Ranks die with what started them."""
+    until = time.monotonic() + 5
+    while processes_of(folder) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert processes_of(folder) == []
+
+
+def processes_of(folder):
+    argument = f"run.dir={folder}".encode()
+    return [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if argument in read_or_nothing(path)]
+
+
+def read_or_nothing(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def final_files(folder):
+    """Digests of the last checkpoint's shards: short, so that a failed comparison is too."""
+    shards = sorted((folder / f"checkpoints/step-{STEPS:08d}").glob("*.safetensors"))
+    assert len(shards) >= 2
+    return {shard.name: sha256(shard.read_bytes()).hexdigest() for shard in shards}
+
+
+def assert_same_run(folder, whole):
+    assert figures(folder / "metrics.csv") == figures(whole / "metrics.csv")
+    assert final_files(folder) == final_files(whole)
+
+
+def curves(folder):
+    """Losses of every offset at every logged step or validation, by step and column."""
+    rows = figures(folder / "metrics.csv")
+    return {
+        (row["step"], column): float(value)
+        for row in rows
+        for column, value in row.items()
+        if "/loss_" in column and value
+    }
+
+
+def assert_near(folder, whole, tolerance):
+    found, expected = curves(folder), curves(whole)
+    assert found.keys() == expected.keys()
+    assert len(expected) > 40
+    worst = max(abs(found[key] / expected[key] - 1) for key in expected)
+    assert worst <= tolerance, worst
+    return worst
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of a stage on a number of ranks, made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def run(kind, ranks):
+        path = folder / f"{kind}-{ranks}"
+        if not path.exists():
+            to_the_end(path, kind, ranks)
+        return path
+
+    return run
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_run_goes_on_exactly_and_on_one_rank_closely(whole, tmp_path):
+    folder = tmp_path / "killed"
+    killed(folder, "zero2", 2)
+    elastic = shutil.copytree(folder, tmp_path / "elastic", symlinks=True)
+    assert "Continuing" in to_the_end(folder, "zero2", 2).stdout
+    assert_same_run(folder, whole("zero2", 2))
+    assert "Continuing" in to_the_end(elastic, "zero2", 1).stdout
+    assert assert_near(elastic, whole("zero2", 2), ELASTIC_TOLERANCE) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
+def test_killed_runs_go_on_exactly(whole, tmp_path, kind):
+    folder = tmp_path / "killed"
+    for seed in range(3):
+        killed(folder, kind, 2, seed=seed)
+    assert "Continuing" in to_the_end(folder, kind, 2).stdout
+    assert_same_run(folder, whole(kind, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_killed_while_checkpoints_are_written_in_the_background(whole, tmp_path, kind):
+    folder, often = tmp_path / "killed", ("run.checkpoint_in_background=true", "run.checkpoint_every_steps=2")
+    for seed in range(2):
+        killed(folder, kind, 2, *often, seed=10 + seed)
+    to_the_end(folder, kind, 2, *often)
+    assert_same_run(folder, whole(kind, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "legs",
+    [
+        (("zero2", 2), ("zero2", 4), ("zero2", 1)),
+        (("zero3", 2), ("zero3", 4), ("zero3", 1)),
+        (("zero2", 2), ("zero3", 2), ("single", 1)),
+        (("single", 1), ("zero1", 2), ("zero3", 1)),
+    ],
+    ids=lambda legs: "-".join(f"{kind}x{ranks}" for kind, ranks in legs),
+)
+def test_other_ranks_and_stages_go_on_closely(whole, tmp_path, legs):
+    folder = tmp_path / "elastic"
+    first, second, last = legs
+    killed(folder, *first, after_step=12)
+    killed(folder, *second, after_step=28)
+    assert "Continuing" in to_the_end(folder, *last).stdout
+    assert_near(folder, whole("single", 1), ELASTIC_TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_stages_and_one_process_train_alike(whole):
+    for kind, ranks in (("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero2", 4)):
+        assert_near(whole(kind, ranks), whole("single", 1), ELASTIC_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_another_seed_is_neither_the_same_nor_near(whole, tmp_path):
+    """The comparisons above can fail."""
+    to_the_end(tmp_path / "other", "zero2", 2, "run.seed=1")
+    assert final_files(tmp_path / "other") != final_files(whole("zero2", 2))
+    with pytest.raises(AssertionError):
+        assert_near(tmp_path / "other", whole("zero2", 2), 10 * ELASTIC_TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def single_quickstart(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    quickstart(folder / "single")
+    return folder / "single"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_bf16_trains_like_fp32_on_one_process(single_quickstart, kind):
+    folder = single_quickstart.parent / kind
+    quickstart(folder, "run.precision=bf16", f"strategy.kind={kind}", "strategy.ranks_per_node=2")
+    assert assert_near(folder, single_quickstart, BF16_TOLERANCE) > 1e-5  # it did compute in bf16
+
+
+def quickstart(folder, *extra):
+    recipe = str(ROOT / "recipes/quickstart.yaml")
+    places = (f"run.dir={folder}", f"run.cache={folder.parent}/cache")
+    done = mtp("train", recipe, *QUICKSTART, *places, *extra, cwd=folder.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
