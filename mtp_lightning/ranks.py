@@ -71,8 +71,13 @@ class Ranks:
         return bool(is_so) if self._is_alone else bool(self.max(torch.tensor(int(bool(is_so)))))
 
     def wait(self) -> None:
-        """Return when every rank has come here."""
-        self.gather(None)
+        """Return when every rank has come here.
+
+        Unlike `gather` it leaves no tensor in the hands of gloo's threads: one that lets go of a Python object while
+        the interpreter shuts down ends the process with SIGABRT (torch 2.13).
+        """
+        if not self._is_alone:
+            dist.barrier(self._group)
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
