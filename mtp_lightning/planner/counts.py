@@ -54,6 +54,21 @@ def parameter_counts(recipe: Recipe) -> ParameterCounts:
     )
 
 
+def trainable_parameters(recipe: Recipe) -> int:
+    """Count the parameters that have gradients and optimizer state: all, or those that only unfrozen offsets use.
+
+    >>> heads = {"kind": "sequential", "trainable_from": 4, "match_parameters": False}
+    >>> trainable_parameters(Recipe.model_validate({"heads": heads}))
+    935168
+    """
+    first = recipe.heads.trainable_from
+    if first is None:
+        return parameter_counts(recipe).total
+    frozen = recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"num_offsets": first - 1})})
+    parts = (head_weights, unembedding_weights)
+    return sum(part(recipe).total - part(frozen).total for part in parts)
+
+
 def active_parameters(recipe: Recipe) -> int:
     """Count the matrix entries that a position is multiplied by on its way to all n losses.
 

@@ -70,10 +70,11 @@ def most_micro_rows(shape: Shape, layout: Layout, limit_bytes: float) -> int:
 def _state(shape: Shape, layout: Layout) -> tuple[dict[str, float], float]:
     """Return weights, gradients and optimizer state on the GPU, and the bytes that live elsewhere."""
     total = shape.parameters.total
+    trainable = total if shape.num_trainable is None else shape.num_trainable
     weights = layout.weight_bytes * total / layout.shards(3)
-    gradients = layout.gradient_bytes * total / layout.shards(2)
+    gradients = layout.gradient_bytes * trainable / layout.shards(2)
     per_parameter = MASTER_AND_MOMENTS if layout.stage else MOMENTS
-    optimizer = per_parameter * total / layout.shards(1)
+    optimizer = per_parameter * trainable / layout.shards(1)
     offloaded = 0.0
     if layout.offload_optimizer != "none":
         offloaded, optimizer = optimizer, 0.0

@@ -8,6 +8,7 @@ from mtp_lightning.planner.counts import (
     head_weights,
     layer_weights,
     parameter_counts,
+    trainable_parameters,
 )
 from mtp_lightning.recipe.layers import num_head_layers, num_trunk_layers
 from mtp_lightning.recipe.sections import Recipe
@@ -48,6 +49,7 @@ class Shape:
     """Everything about a model that memory and time depend on."""
 
     parameters: ParameterCounts
+    num_trainable: int | None = None  # parameters with gradients and optimizer state; None for all
     layer: Layer
     num_trunk_layers: int
     heads: Heads = Heads()
@@ -90,6 +92,7 @@ def shape_of(recipe: Recipe) -> Shape:
     extra = 1 if recipe.objective.token_order else 0
     return Shape(
         parameters=parameter_counts(recipe),
+        num_trainable=trainable_parameters(recipe),
         layer=_layer_of(recipe),
         num_trunk_layers=num_trunk_layers(recipe),
         heads=Heads(

@@ -8,15 +8,17 @@ from mtp_lightning.recipe.sections import ConstantWeights, Recipe
 def with_offsets(recipe: Recipe, num_offsets: int) -> Recipe:
     """Change the number of offsets; every offset gets weight 1, because one of weight 0 would not be computed.
 
-    With `heads.match_parameters` the number of layers stays what it is.
+    With one offset there is nothing to distil. With `heads.match_parameters` the number of layers stays what it is.
 
     >>> with_offsets(Recipe(), 8).heads.num_offsets
     8
     """
+    distill = recipe.objective.distill if num_offsets > 1 else None
+    objective = {"weights": ConstantWeights(), "distill": distill}
     return recipe.model_copy(
         update={
             "heads": recipe.heads.model_copy(update={"num_offsets": num_offsets}),
-            "objective": recipe.objective.model_copy(update={"weights": ConstantWeights()}),
+            "objective": recipe.objective.model_copy(update=objective),
         }
     )
 

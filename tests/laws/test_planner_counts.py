@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mtp_lightning.model.freezing import freeze_before
 from mtp_lightning.model.mtp_model import MtpModel, build_model
-from mtp_lightning.planner.counts import active_parameters, parameter_counts
+from mtp_lightning.planner.counts import active_parameters, parameter_counts, trainable_parameters
 from mtp_lightning.recipe.loading import load_recipe
 from mtp_lightning.training.optimizer import role_of
 from tests.support.tiny import HEAD_KINDS, tiny_recipe
@@ -49,6 +50,18 @@ def test_every_recipe(path):
 def test_every_kind(kind, model, num_offsets):
     heads = HEAD_KINDS[kind] | {"num_offsets": num_offsets}
     assert_counts_match(tiny_recipe(model=MODELS[model] | {"num_layers": 9}, heads=heads))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HEAD_KINDS if kind != "anticausal"])
+@pytest.mark.parametrize("first", [2, 4])
+def test_trainable_parameters_are_those_left_by_freezing(kind, first):
+    recipe = tiny_recipe(model={"num_layers": 9}, heads=HEAD_KINDS[kind] | {"trainable_from": first})
+    with torch.device("meta"):
+        model = MtpModel(recipe)
+    freeze_before(model, first)
+    left = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trainable_parameters(recipe) == left
+    assert (left > 0) or (kind == "recursive" and first > 2)
 
 
 def test_token_order_matrix():
