@@ -17,6 +17,7 @@ from mtp_lightning.cli import (
     generate_verbs,
     plan_verbs,
     recipe_verbs,
+    status_verbs,
     submit_verbs,
 )
 from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
@@ -85,6 +86,7 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 app.command()(doctor_verbs.doctor)
 app.command()(plan_verbs.plan)
 app.command()(submit_verbs.submit)
+app.command()(status_verbs.status)
 app.command()(export_verbs.export)
 app.command()(extend_verbs.extend)
 app.command()(generate_verbs.generate)

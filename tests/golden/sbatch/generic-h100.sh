@@ -42,7 +42,7 @@ count=0 before=
 if [[ -r $record ]]; then read -r count before <"$record"; fi
 if [[ ${SLURM_RESTART_COUNT:-0} -eq 0 || $(newest) != "$before" ]]; then count=0; else count=$((count + 1)); fi
 if ((count > max_restarts)); then
-    say "$max_restarts restarts in a row have brought no checkpoint after $before: not started again"
+    say "restarts in a row without a checkpoint after $before: $max_restarts, no more are allowed"
     exit 1
 fi
 mkdir -p "$run/logs"

@@ -1,0 +1,143 @@
+"""`mtp status`: runs at a glance."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mtp_lightning.cli import app
+from mtp_lightning.launch.run_status import RunStatus, find_runs, statuses
+from mtp_lightning.recipe import Recipe, recipe_to_yaml
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", os.environ["PATH"].split(":")[0])  # no Slurm
+
+
+def status(*arguments: object) -> Result:
+    """Run the command."""
+    return CliRunner().invoke(app, ["status", *map(str, arguments)])
+
+
+def make_run(folder: Path, *, attempts: int = 1, rows: str = "", saved: tuple[int, ...] = ()) -> Path:
+    recipe = Recipe.model_validate({"name": "mine", "run": {"steps": 100, "dir": str(folder)}})
+    for attempt in range(1, attempts + 1):
+        (folder / f"logs/attempt_{attempt}").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    (folder / "metrics.csv").write_text(f"step,tokens,train/loss_1,tokens_per_s,val/loss_1,val/accepted_length\n{rows}")
+    for step in saved:
+        (folder / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    return folder
+
+
+ROWS = "10,1000,3.5,50,,\n20,2000,3.0,100,3.25,1.75\n30,3000,2.75,200,,\n40,40"
+
+
+def only(folder: Path) -> RunStatus:
+    [found] = statuses([folder])
+    return found
+
+
+def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", attempts=3, rows=ROWS, saved=(10, 20))
+    (tmp_path / "a/checkpoints/step-00000030.partial").mkdir()
+    found = only(tmp_path)
+    assert (found.step, found.steps, found.tokens, found.tokens_per_s) == (30, 100, 3000, 200)  # half a row: none
+    assert (found.loss, found.accepted_length, found.checkpoint, found.restarts) == (3.25, 1.75, 20, 2)
+    assert (found.state, found.job, found.remaining_s) == ("stopped", None, None)
+
+
+def test_a_run_that_holds_its_lock_is_running(tmp_path: Path) -> None:
+    run = make_run(tmp_path, rows=ROWS)
+    with (run / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = only(run)
+        assert found.state == "running"
+        assert found.remaining_s == 70 * 100 / 200
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # looking has not disturbed it
+    assert only(run).state == "stopped"
+
+
+def test_a_finished_run_is_finished(tmp_path: Path) -> None:
+    make_run(tmp_path, rows="100,9000,3,50,3,2\n", saved=(100,))
+    (tmp_path / "summary.json").write_text(json.dumps({"is_finished": True}))
+    assert only(tmp_path).state == "finished"
+
+
+def test_a_submitted_run_that_has_not_begun_is_there(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/job.json").write_text('{"job": "12_1"}')
+    found = only(tmp_path)
+    assert (found.job, found.step, found.checkpoint) == ("12_1", 0, None)
+
+
+def test_slurm_knows_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        make_run(tmp_path / name, rows=ROWS)
+        (tmp_path / name / "logs/job.json").write_text(json.dumps({"job": f"7_{name == 'b':d}"}))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/squeue").write_text("#!/bin/sh\necho '7_0 RUNNING'\necho '7_1 PENDING'\n")
+    (tmp_path / "bin/squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/bin:/usr/bin")
+    assert [found.state for found in statuses([tmp_path])] == ["RUNNING", "PENDING", "RUNNING"]
+
+
+def test_damaged_files_cost_figures_and_nothing_else(tmp_path: Path) -> None:
+    run = make_run(tmp_path, rows="\x00\xff,,\n1,2\nx,y,z,a,b,c\n")
+    (run / "recipe.yaml").write_text("a: [")
+    (run / "summary.json").write_text("{")
+    found = only(run)
+    assert (found.name, found.step, found.tokens, found.loss) == ("?", 0, None, None)
+
+
+def test_the_table_shows_every_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "one", rows=ROWS, saved=(20,))
+    make_run(tmp_path / "deep/er/two")
+    text = status(tmp_path).stdout
+    [line] = [line for line in text.splitlines() if "one" in line]
+    assert line.split() == [
+        str(tmp_path / "one"),
+        "mine",
+        "-",
+        "stopped",
+        "30/100",
+        "3k",
+        "200",
+        "3.250",
+        "1.75",
+        "20",
+        "0",
+        "-",
+    ]
+    assert "two" in text
+    assert list(find_runs(tmp_path / "one")) == [tmp_path / "one"]
+
+
+def test_no_runs_is_said(tmp_path: Path) -> None:
+    result = status(tmp_path)
+    assert result.exit_code == 4
+    assert "mtp status DIR" in result.stderr
+
+
+def test_it_takes_less_than_a_second_and_no_torch(tmp_path: Path) -> None:
+    for k in range(20):
+        make_run(tmp_path / f"{k}", rows="".join(f"{k},{k},1,1,1,1\n" for k in range(5000)))
+    code = f"""
+import sys
+from mtp_lightning.cli import main
+sys.argv = ["mtp", "status", {str(tmp_path)!r}]
+try:
+    main()
+finally:
+    assert not {{"torch", "numpy", "lightning"}} & set(sys.modules)
+"""
+    used_s = os.times().children_user
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert os.times().children_user - used_s < 1
+    assert len(done.stdout.splitlines()) == 22

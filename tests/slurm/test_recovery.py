@@ -1,0 +1,94 @@
+"""The shrunken 13B recipe on 2 nodes x 2 ranks of a real Slurm: all that can happen to it ends in the same weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mtp_lightning.checkpoint.layout import complete_checkpoints
+from tests.slurm.cluster import Cluster, attempts_of, output_of
+from tests.support.runs import ROOT, figures, last_step
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+STEPS = 60
+RECIPE = (
+    str(ROOT / "recipes/paper/13b_n4.yaml"),
+    "debug.shrink=true",
+    "strategy.num_nodes=2",
+    "strategy.ranks_per_node=2",
+    f"run.steps={STEPS}",
+    "run.validate_every_steps=20",
+)
+
+
+def submit(cluster: Cluster, folder: Path, name: str, *more: str) -> str:
+    return cluster.submit(*RECIPE, f"run.dir={folder}/{name}", f"run.cache={folder}/cache", *more)
+
+
+def digests(run: Path) -> dict[str, str]:
+    """Weights and moments of every rank at the end."""
+    manifest = complete_checkpoints(run / "checkpoints")[-1].manifest
+    assert manifest.step == STEPS
+    found = {name: record.sha256 for name, record in manifest.files.items() if name.endswith(".safetensors")}
+    assert sum(name.startswith("model-") for name in found) == 4
+    return found
+
+
+def has_gone_on(run: Path, attempt: int, step: int) -> Callable[[], bool]:
+    """Say when a run is in its n-th attempt and has logged a step."""
+    return lambda: attempts_of(run) == attempt and last_step(run / "metrics.csv") >= step
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recovery")
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Cluster, folder: Path) -> Path:
+    job = submit(cluster, folder, "whole")
+    cluster.until_state(job, "COMPLETED", "FAILED")
+    assert "finished" in output_of(folder / "whole"), output_of(folder / "whole")
+    return folder / "whole"
+
+
+def test_whatever_happens_the_weights_are_those_of_an_uninterrupted_run(
+    cluster: Cluster, folder: Path, whole: Path
+) -> None:
+    run = folder / "troubled"
+    job = submit(cluster, folder, "troubled", "run.checkpoint_every_steps=5")
+
+    cluster.until(has_gone_on(run, 1, 4))  # a job of higher priority takes the nodes away
+    cluster.run("sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap", "sleep 1")
+    cluster.until(lambda: attempts_of(run) == 2)
+    assert output_of(run).count("SIGTERM: stopping after this step") == 4
+    assert "(exit code 85)" not in output_of(run)
+    preempted_at = complete_checkpoints(run / "checkpoints")[-1].step
+    assert 4 <= preempted_at < STEPS
+
+    cluster.until(has_gone_on(run, 2, preempted_at + 7))  # power cut
+    cluster.kill_node("n2")
+    cluster.until(lambda: cluster.state(job) == "PENDING")
+    cluster.revive_node("n2")
+    cluster.until(lambda: attempts_of(run) == 3)
+    killed_at = complete_checkpoints(run / "checkpoints")[-1].step
+    assert killed_at >= preempted_at
+
+    cluster.until(has_gone_on(run, 3, killed_at + 2))  # the time limit comes near: 60 s before it
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    cluster.until(lambda: cluster.state(job) == "PENDING")
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    cluster.until_state(job, "COMPLETED", "FAILED")
+    assert output_of(run).count("SIGUSR1: stopping after this step") == 4
+    assert int(cluster.job(job)["Restarts"]) == 3
+    assert attempts_of(run) == 4
+
+    assert digests(run) == digests(whole)
+    assert figures(run / "metrics.csv") == figures(whole / "metrics.csv")
+
+
+def test_another_seed_ends_in_other_weights(cluster: Cluster, folder: Path, whole: Path) -> None:
+    """The comparison above can fail."""
+    job = submit(cluster, folder, "other", "run.seed=1")
+    cluster.until_state(job, "COMPLETED", "FAILED")
+    assert digests(folder / "other") != digests(whole)
