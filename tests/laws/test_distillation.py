@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from mtp_lightning.checkpoint.loading import load_model
 from tests.laws.test_schedules_agree import assert_same_step
+from tests.support.runs import ROOT, mtp
 from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
 
+STAGES = ("zero1", "zero2", "zero3")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tv", "lk_alpha", "lk_lambda")
 ONLY_DIVERGENCE = {"alpha": [0.0], "beta": [0.8]}
 
@@ -143,3 +146,51 @@ def test_through_a_shared_matrix_only_the_students_use_gets_gradient(schedule, t
     loss.backward()
     errors = {name: relative_error(found[name], p.grad) for name, p in model.named_parameters()}
     assert max(errors.values()) < 1e-10, errors
+
+
+def low_precision_step(schedule, kind, fields, *, autocast=True):
+    recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective={"schedule": schedule} | distill(**fields))
+    tokens, documents, _ = tiny_rows(recipe, 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        _, gradients = gradients_of(tiny_model(recipe, torch.float32), recipe, (tokens, documents, None))
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+
+@pytest.mark.parametrize("kind", ["sequential", "parallel_replicated"])
+@pytest.mark.parametrize("detached", [True, False])
+def test_bf16_is_within_the_noise_of_joint_bf16(kind, detached):
+    """Slopes of cross-entropy and divergence share one product, and both keep their size."""
+    fields = {"top_k": 6, "beta": [2.0], "detach_teacher": detached}
+    joint = low_precision_step("joint", kind, fields)
+    noise = relative_error(joint, low_precision_step("joint", kind, fields, autocast=False))
+    for schedule in ("sequential", "bridged"):
+        assert 0 < relative_error(low_precision_step(schedule, kind, fields), joint) < 2 * noise
+
+
+RUN = (
+    "run.steps=4",
+    "run.validate_every_steps=4",
+    "run.checkpoint_every_steps=4",
+    "run.log_every_steps=1",
+    "run.threads=1",
+    "run.device=cpu",
+    "run.cache=cache",
+    "batch.micro_rows=2",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", ["detach_teacher: true, top_k: 100", "detach_teacher: false"])
+def test_training_on_two_ranks_is_that_on_one(tmp_path, fields):
+    """Every stage of ZeRO, with a matrix for each offset: the teacher's is used by ranks that must not wait for it."""
+    recipe = str(ROOT / "recipes/debug/chained_causal.yaml")
+    own = (*RUN, f"objective.distill={{{fields}, beta: [1.0]}}", "heads.unembedding=replicated")
+    strategies = {"single": (), **{stage: (f"strategy.kind={stage}", "strategy.ranks_per_node=2") for stage in STAGES}}
+    weights = {}
+    for name, spread in strategies.items():
+        done = mtp("train", recipe, *own, *spread, f"run.dir={name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        weights[name] = dict(load_model(tmp_path / name)[1].named_parameters())
+    for stage in STAGES:
+        for name, value in weights["single"].items():
+            torch.testing.assert_close(weights[stage][name], value, rtol=1e-3, atol=2e-4, msg=f"{stage} {name}")
