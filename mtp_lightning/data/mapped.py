@@ -60,14 +60,15 @@ class MappedShard:
         self._mask_at = index.mask_at[inside]
         self._words = np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
-    def tokens(self, starts: Integers, width: int) -> NDArray[Any]:
+    def tokens(self, starts: Integers, width: int) -> Integers:
         """Return the windows of a width that begin at those tokens of the shard."""
         member = np.searchsorted(self._first_tokens, starts, side="right") - 1
         fits = starts + width <= self._first_tokens[member + 1]
         at = self._words_at[member] + starts - self._first_tokens[member]
-        windows = np.lib.stride_tricks.sliding_window_view(self._words, width)[np.where(fits, at, 0)]  # (B, width)
-        for crossing in np.flatnonzero(~fits):
-            windows[crossing] = self._across_members(starts[crossing], width)
+        windows = np.empty((starts.size, width), dtype=np.int64)  # (B, width)
+        for line, (begin, is_whole) in enumerate(zip(at.tolist(), fits.tolist(), strict=True)):
+            # Slice by slice: widened as it is copied, which no gather does.
+            windows[line] = self._words[begin : begin + width] if is_whole else self._across(starts[line], width)
         return windows
 
     def documents(self, starts: Integers, width: int) -> Integers:
@@ -75,13 +76,13 @@ class MappedShard:
         ends = self.document_ends
         first = np.searchsorted(ends, starts, side="right")
         last = np.searchsorted(ends, starts + width - 1, side="right")
-        counts = last - first
-        window = np.repeat(np.arange(starts.size), counts)
-        skipped = np.cumsum(counts) - counts
-        end = ends[np.arange(counts.sum()) - np.repeat(skipped - first, counts)]
-        begins = np.zeros((starts.size, width), dtype=np.int64)  # (B, width)
-        begins[window, end - starts[window]] = 1
-        return np.cumsum(begins, axis=1)
+        counts = last - first + 1  # documents in each window
+        line = np.repeat(np.arange(starts.size), counts)
+        number = np.arange(line.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        end = ends[np.minimum(first[line] + number, ends.size - 1)]
+        stop = np.where(number == counts[line] - 1, width, end - starts[line])  # in the window
+        length = np.where(number == 0, stop, stop - np.concatenate([[0], stop[:-1]]))
+        return np.repeat(number, length).reshape(starts.size, width)
 
     def loss_mask(self, starts: Integers, width: int) -> NDArray[np.bool_]:
         """Return for each token of those windows whether it may be a target."""
@@ -112,7 +113,7 @@ class MappedShard:
         ]
         return np.cumsum(np.concatenate(lengths))
 
-    def _across_members(self, start: np.int64, width: int) -> NDArray[Any]:
+    def _across(self, start: np.int64, width: int) -> NDArray[Any]:
         positions = start + np.arange(width)
         member = np.searchsorted(self._first_tokens, positions, side="right") - 1
         words: NDArray[Any] = self._words[self._words_at[member] + positions - self._first_tokens[member]]
