@@ -1,4 +1,4 @@
-"""`mtp bench memory | train | decode | tree`."""
+"""`mtp bench memory | train | data | decode | tree`."""
 
 from pathlib import Path
 from typing import Annotated, get_args
@@ -51,6 +51,20 @@ def train(
 
 app.command()(decode_bench_verbs.decode)
 app.command()(decode_bench_verbs.tree)
+
+
+@app.command()
+def data(
+    *,
+    text_mb: Annotated[int, typer.Option(min=1, help="Megabytes of text to make up and build from.")] = 64,
+    tokenizer: Annotated[str | None, typer.Option(help="Measure building with this tokenizer, too.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Passes over the rows, of which the median counts.")] = 5,
+    json: JsonOption = None,
+) -> None:
+    """Measure reading and building of shards on one core, rows against np.memmap."""
+    from mtp_lightning.bench.data import bench_data
+
+    bench_data(text_mb=text_mb, tokenizer=tokenizer, repeats=repeats, json_path=json)
 
 
 def _offsets(text: str) -> list[int]:

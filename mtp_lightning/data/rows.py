@@ -113,6 +113,13 @@ class Rows(RowSource):
         batch: RowArrays = {"tokens": tokens, "documents": documents}
         return batch if masks is None else {**batch, "loss_mask": masks}
 
+    def read_tokens(self, rows: Integers) -> Integers:
+        """Read the tokens of rows alone, (B, T+n)."""
+        places, starts = self._locate(rows)
+        if np.all(places == places[0]):
+            return self._maps[int(places[0])].tokens(starts, self.width_tokens)
+        return self.read(rows)["tokens"]
+
     def describe(self, row: int) -> str:
         """Return the place of a row in words: shard, member, first token in it."""
         places, starts = self._locate(np.array([row]))
