@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_lightning.data.index import Index, load_index
-from mtp_lightning.data.manifest import Manifest, Split, load_manifest
+from mtp_lightning.data.manifest import Manifest, Shard, Split, load_manifest
 from mtp_lightning.errors import DataError
 
 MOST_MAPPED_SHARDS = 256  # each keeps a file descriptor and the ends of its documents
@@ -42,6 +42,7 @@ class ShardMaps:
                 del self._mapped[next(iter(self._mapped))]
             dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
             path = self.folder / self.shards[place].name
+            check_size(self.folder, self.shards[place])  # again: it may have been replaced since
             self._mapped[place] = MappedShard(path, dtype, self.index, self._numbers[place])
         return self._mapped[place]
 
@@ -121,16 +122,33 @@ class MappedShard:
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Check that every shard file is there and as long as it was written.
+    """Check that the shard files of a manifest are there, as long as they were written, and no others.
 
     Raises:
         DataError: One is not; a shard that was cut short is found here, before anything is read.
     """
     for shard in manifest.shards:
-        path = folder / shard.name
-        must_hold = f"shard {path} must have {shard.num_bytes:,} bytes, as its manifest says"
-        remedy = "Copy the file again from its source, or build the shards again with `mtp data build`"
-        if not path.is_file():
-            raise DataError(must_hold, "no such file", remedy)
-        if path.stat().st_size != shard.num_bytes:
-            raise DataError(must_hold, f"{path.stat().st_size:,} bytes", remedy)
+        check_size(folder, shard)
+    known = {shard.name for shard in manifest.shards}
+    strange = sorted({path.relative_to(folder).as_posix() for path in folder.glob("*/*.tar")} - known)
+    if strange:
+        raise DataError(
+            f"{folder} must hold only the shards of its manifest",
+            ", ".join(strange[:3]),
+            "Move it away, or build the shards again with `mtp data build`",
+        )
+
+
+def check_size(folder: Path, shard: Shard) -> None:
+    """Check that a shard file is there, and as long as it was written.
+
+    Raises:
+        DataError: It is not.
+    """
+    path = folder / shard.name
+    must_hold = f"shard {path} must have {shard.num_bytes:,} bytes, as its manifest says"
+    remedy = "Copy the file again from its source, or build the shards again with `mtp data build`"
+    if not path.is_file():
+        raise DataError(must_hold, "no such file", remedy)
+    if path.stat().st_size != shard.num_bytes:
+        raise DataError(must_hold, f"{path.stat().st_size:,} bytes", remedy)
