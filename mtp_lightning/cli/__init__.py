@@ -17,6 +17,7 @@ from mtp_lightning.cli import (
     generate_verbs,
     plan_verbs,
     recipe_verbs,
+    report_verbs,
     status_verbs,
     submit_verbs,
 )
@@ -49,6 +50,7 @@ app = typer.Typer(
 app.add_typer(data_verbs.app, name="data")
 app.add_typer(recipe_verbs.app, name="recipe")
 app.add_typer(bench_verbs.app, name="bench")
+app.add_typer(report_verbs.app, name="report")
 
 
 def _print_version(*, value: bool) -> None:

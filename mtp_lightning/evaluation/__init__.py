@@ -1,0 +1,1 @@
+"""Asking questions of trained models and finished runs."""

@@ -1,0 +1,157 @@
+"""Runs side by side: what each recipe reached, over its seeds, and how far the seeds leave that open."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mtp_lightning.errors import RunFolderError
+from mtp_lightning.training.callbacks.metrics_table import read_rows
+
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; from 10 on the last one is used, which is
+# too wide rather than too narrow.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+PREFIX = "val/"
+
+
+class Spread(NamedTuple):
+    """Mean over seeds, and half the width of its 95 % interval; None with a single seed."""
+
+    mean: float
+    margin: float | None
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """Figures of one run's last validation, by their columns in metrics.csv without `val/`."""
+
+    recipe: str
+    seed: int
+    tokens: int
+    num_offsets: int
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Group:
+    """All runs of one recipe."""
+
+    recipe: str
+    seeds: tuple[int, ...]
+    tokens: tuple[int, ...]  # the different numbers among its runs
+    num_offsets: int
+    figures: dict[str, Spread]
+    loss_change: Spread | None  # of the main head, against the first group, seed by seed; None without common seeds
+
+
+def read_run(folder: Path) -> RunFigures:
+    """Read what a run has reached.
+
+    Raises:
+        RunFolderError: It is no run folder, or nothing has been validated yet.
+    """
+    try:
+        summary = json.loads((folder / "summary.json").read_bytes())
+    except OSError:
+        raise _refusal(f"no summary.json in {folder}") from None
+    validated = [row for row in read_rows(folder / "metrics.csv") if f"{PREFIX}loss_1" in row]
+    if not validated:
+        raise _refusal(f"no validation in {folder / 'metrics.csv'}")
+    last = validated[-1]
+    figures = {name.removeprefix(PREFIX): value for name, value in last.items() if name.startswith(PREFIX)}
+    return RunFigures(summary["recipe"], summary["seed"], int(last["tokens"]), summary["num_offsets"], figures)
+
+
+def compare(runs: Iterable[RunFigures]) -> list[Group]:
+    """Group runs by the name of their recipe, in the order given.
+
+    Raises:
+        RunFolderError: Two runs of one recipe have the same seed, or another number of offsets.
+    """
+    by_recipe: dict[str, dict[int, RunFigures]] = {}
+    for run in runs:
+        of_seed = by_recipe.setdefault(run.recipe, {})
+        if run.seed in of_seed or any(other.num_offsets != run.num_offsets for other in of_seed.values()):
+            raise RunFolderError(
+                "runs that share a recipe's name must differ in their seed, and in nothing else",
+                f"{run.recipe} with seed {run.seed} and {run.num_offsets} offsets beside another of that name",
+                "Give the changed recipe another name (name=...), or leave one of them out.",
+            )
+        of_seed[run.seed] = run
+    first = next(iter(by_recipe.values()), {})
+    return [_group(recipe, of_seed, first) for recipe, of_seed in by_recipe.items()]
+
+
+def _group(recipe: str, runs: dict[int, RunFigures], first: dict[int, RunFigures]) -> Group:
+    names = sorted(set.intersection(*(set(run.figures) for run in runs.values())))
+    common = [seed for seed in runs if seed in first]
+    changes = [runs[seed].figures["loss_1"] - first[seed].figures["loss_1"] for seed in common]
+    return Group(
+        recipe,
+        tuple(runs),
+        tuple(sorted({run.tokens for run in runs.values()})),
+        next(iter(runs.values())).num_offsets,
+        {name: spread([run.figures[name] for run in runs.values()]) for name in names},
+        spread(changes) if changes else None,
+    )
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean of some values and half the width of its 95 % interval, by Student's t.
+
+    >>> spread([1.0, 2.0, 3.0])
+    Spread(mean=2.0, margin=2.484338208685633)
+    """
+    count = len(values)
+    mean = sum(values) / count
+    if count < 2:
+        return Spread(mean, None)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    return Spread(mean, T_95[min(count - 1, len(T_95)) - 1] * deviation / math.sqrt(count))
+
+
+def as_json(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Put groups into what JSON can hold."""
+    return [
+        {
+            "recipe": group.recipe,
+            "seeds": group.seeds,
+            "tokens": group.tokens,
+            "figures": {name: figure._asdict() for name, figure in group.figures.items()},
+            "main_head_loss_change": None if group.loss_change is None else group.loss_change._asdict(),
+        }
+        for group in groups
+    ]
+
+
+def draw(groups: Sequence[Group], path: Path) -> None:
+    """Draw cumulative acceptance by offset, left, and the main head's loss, right, with their intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for place, group in enumerate(groups):
+        offsets = range(2, group.num_offsets + 1)
+        accepted = [group.figures[f"cumulative_acceptance_{k}"] for k in offsets]
+        means, margins = [figure.mean for figure in accepted], [figure.margin or 0.0 for figure in accepted]
+        left.errorbar(list(offsets), means, yerr=margins, marker="o", capsize=3, label=group.recipe)
+        loss = group.figures["loss_1"]
+        right.errorbar([place], [loss.mean], yerr=[loss.margin or 0.0], marker="o", capsize=3)
+    left.set(title="Drafts accepted up to an offset", xlabel="offset", ylabel="share of positions")
+    right.set(title="Loss of the main head", ylabel="nats per token")
+    right.set_xticks(range(len(groups)), [group.recipe for group in groups])
+    left.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _refusal(found: str) -> RunFolderError:
+    return RunFolderError(
+        "runs to be compared must have ended, or stopped, after a validation",
+        found,
+        "Give folders of runs (run.dir), and let each reach a validation.",
+    )
