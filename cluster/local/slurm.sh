@@ -92,7 +92,7 @@ end_daemon() { # DIR NAME: by its pid file, if the process is the one that was s
     local pid
     pid=$(cat "$1/$2.pid" 2>/dev/null) || return 0
     [[ $(cat "/proc/$pid/comm" 2>/dev/null) == "$2" ]] || return 0
-    tr '\0' '\n' <"/proc/$pid/cmdline" | cat - <(tr '\0' '\n' <"/proc/$pid/environ") | grep -qF "$1" || return 0
+    [[ $(tr '\0' '\n' <"/proc/$pid/cmdline"; tr '\0' '\n' <"/proc/$pid/environ") == *"$1/"* ]] || return 0
     kill -TERM "$pid" 2>/dev/null || return 0
     within 5 test ! -e "/proc/$pid" || kill -KILL "$pid" 2>/dev/null || true
 }

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import final
 
 REQUEUE = 85
+HANG = 89
 INTERRUPTED = 130
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 """What Slurm sends before a time limit (`--signal`, by a site's choice) and at a preemption."""

@@ -27,6 +27,8 @@ RUN_FIELDS = frozenset(
         "run.checkpoint_every_steps",
         "run.keep_checkpoints",
         "run.checkpoint_in_background",
+        "run.hang_after_s",
+        "run.hang_factor",
         "run.guard",
         *(f"run.guard.{name}" for name in GuardSection.model_fields),
     }

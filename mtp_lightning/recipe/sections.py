@@ -335,6 +335,11 @@ class RunSection(Section):
     """Newest checkpoints to keep, besides the best by accepted length."""
     checkpoint_in_background: bool | None = None
     """Copy the state to the host and write it while training goes on; null means: where it lies on a GPU."""
+    hang_after_s: PositiveFloat | None = 900.0
+    """Seconds without any progress after which a rank writes its stacks and ends with exit code 89; first steps and
+    saves get six times as long; null means never."""
+    hang_factor: PositiveFloat = 10.0
+    """The same as a multiple of the median step; the longer of the two holds."""
 
 
 class StrategySection(Section):

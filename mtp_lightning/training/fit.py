@@ -16,6 +16,7 @@ from mtp_lightning.errors import MtpError
 from mtp_lightning.launch.stopping import INTERRUPTED, REQUEUE, StopRequest
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import LoadedRecipe, Recipe, num_head_layers, num_trunk_layers
+from mtp_lightning.training.bad_node import bad_node
 from mtp_lightning.training.callbacks.build import build_callbacks
 from mtp_lightning.training.device import prepare_device
 from mtp_lightning.training.joining import joined_ranks
@@ -63,7 +64,10 @@ def _fit(recipe: Recipe, opened: Opened, stop: StopRequest) -> int:
             return _stopped(opened, stop.exit_code or INTERRUPTED)
         except MtpError:
             raise
-        except Exception:
+        except Exception as error:
+            broken = bad_node(error, opened.path)
+            if broken is not None:
+                raise broken from error
             if not stop.exit_code:
                 raise
             traceback.print_exc()  # another rank has gone while this one waited for it: there is nobody to wait for

@@ -63,14 +63,14 @@ class Cluster:
         """Ask for a job's state."""
         return self.job(job)["JobState"]
 
-    def until(self, is_so: Callable[[], object], timeout_s: float = 120) -> None:
+    def until(self, is_so: Callable[[], object], timeout_s: float = 200) -> None:
         """Wait until something is so."""
         end = time.monotonic() + timeout_s
         while not is_so():
             assert time.monotonic() < end, self.run("squeue", "--states=all")
             time.sleep(0.2)
 
-    def until_state(self, job: str, *states: str, timeout_s: float = 240) -> None:
+    def until_state(self, job: str, *states: str, timeout_s: float = 300) -> None:
         """Wait until a job is in one of some states."""
         self.until(lambda: self.state(job) in states, timeout_s)
 

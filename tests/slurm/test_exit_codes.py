@@ -93,6 +93,20 @@ def test_tasks_of_an_array_are_requeued_one_by_one(cluster: Cluster, tmp_path: P
     assert stand_in.output.count("start on") == 3
 
 
+@pytest.mark.timeout(300)
+def test_time_limits_are_survived_with_the_signal_and_without(cluster: Cluster, tmp_path: Path) -> None:
+    """The first task of an array heeds the signal before the limit, the second is killed at the limit."""
+    heed = "[[ $SLURM_ARRAY_TASK_ID == 0 ]] && trap 'exit 85' USR1 || trap '' USR1"
+    stand_in = StandIn(tmp_path, f"{heed}; while :; do sleep 0.1; done", "exit 0")
+    limit = ("site.time=00:01:00", "site.signal_lead_s=20")
+    job = cluster.submit(*stand_in.arguments, *limit, "--sweep", "run.seed=1,2")
+    for task in (0, 1):
+        cluster.until_state(f"{job}_{task}", "COMPLETED", timeout_s=250)
+        assert cluster.job(f"{job}_{task}")["Restarts"] == "1"
+    assert stand_in.output.count("stopped between two steps, with a checkpoint; requeued") == 1
+    assert "DUE TO TIME LIMIT" in stand_in.output
+
+
 def test_a_dead_rank_does_not_hold_the_others(cluster: Cluster, tmp_path: Path) -> None:
     stand_in = StandIn(tmp_path, "if [[ $SLURM_PROCID == 0 ]]; then exit 1; fi; sleep 100", "exit 0")
     ranks = ("strategy.kind=zero1", "strategy.num_nodes=2", "strategy.ranks_per_node=1")

@@ -13,7 +13,9 @@ from mtp_lightning.training.callbacks.interruption import Interruption
 from mtp_lightning.training.callbacks.live import LiveView
 from mtp_lightning.training.callbacks.metrics_files import MetricsFiles
 from mtp_lightning.training.callbacks.start import Frozen, StartFrom
+from mtp_lightning.training.callbacks.stragglers import Stragglers
 from mtp_lightning.training.callbacks.summary import Summary
+from mtp_lightning.training.callbacks.watchdog import Watchdog
 
 
 def build_callbacks(
@@ -21,8 +23,9 @@ def build_callbacks(
 ) -> list[Callback]:
     """Make all callbacks of a run.
 
-    Rows are written before the checkpoint of their step; a stop is answered after due saves; the summary comes
-    last, when files are written and the live view is closed.
+    Rows are written before the checkpoint of their step; a stop is answered after due saves; the summary comes when
+    files are written and the live view is closed. Slow ranks are looked for before anything that ranks wait in, and
+    the watchdog counts a step from when all else is done.
 
     Args:
         recipe: the run.
@@ -32,6 +35,7 @@ def build_callbacks(
     """
     checkpoints = Checkpoints(recipe, run_folder / "checkpoints", layers=layers)
     return [
+        Stragglers(),
         *([StartFrom(recipe, Path(recipe.run.start_from))] if recipe.run.start_from else []),
         *([Frozen()] if recipe.heads.trainable_from else []),
         *([MainHeadGuard(recipe, recipe.run.guard)] if recipe.run.guard else []),
@@ -40,4 +44,5 @@ def build_callbacks(
         Interruption(checkpoints, stop or StopRequest()),
         LiveView(recipe, run_folder, checkpoints),
         Summary(recipe, run_folder, checkpoints),
+        Watchdog(recipe, run_folder),
     ]

@@ -1,0 +1,34 @@
+"""Errors that are a machine's fault and not the run's: the machine is named, so that the next start leaves it out."""
+
+import os
+import platform
+from pathlib import Path
+
+from mtp_lightning.errors import BadNodeError
+
+SYMPTOMS = (
+    "uncorrectable ECC",
+    "uncorrectable NVLink",
+    "hardware stack error",
+    "GPU is lost",
+    "fallen off the bus",
+    "device is in an unusable state",
+    "no CUDA-capable device",
+    "all CUDA-capable devices are busy or unavailable",
+)
+"""What CUDA says of a broken GPU. What a program can cause too, such as illegal addresses, is not among them."""
+
+
+def bad_node(error: BaseException, run_folder: Path) -> BadNodeError | None:
+    """Return the error of a broken machine and note its name in logs/bad_nodes; None for any other error."""
+    symptom = next((symptom for symptom in SYMPTOMS if symptom.lower() in str(error).lower()), None)
+    if symptom is None:
+        return None
+    node = os.environ.get("SLURMD_NODENAME") or platform.node()
+    with (run_folder / "logs/bad_nodes").open("a") as file:
+        file.write(f"{node}\n")
+    return BadNodeError(
+        "a node must have sound GPUs",
+        f"{node}: {str(error).splitlines()[0]}",
+        f"Leave {node} out (a job of `mtp submit` does so by itself) and tell who looks after it",
+    )

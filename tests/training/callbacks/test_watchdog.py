@@ -1,0 +1,96 @@
+"""Runs that hang, for real, and what they leave behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mtp_lightning.launch.stopping import HANG
+from mtp_lightning.training.callbacks.stragglers import Pace, slow_ranks
+from mtp_lightning.training.callbacks.watchdog import Watchdog
+from tests.launch.signalled import after_step, start
+from tests.support.runs import ROOT
+from tests.training.callbacks.tiny_run import TinyModule, fit, tiny_recipe
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from tests.training.callbacks.tiny_run import TinyModule, fit, tiny_recipe
+
+def hang_here(step):
+    time.sleep({sleep_s} if step == 5 else 0.01)
+
+folder = Path(sys.argv[1])
+(folder / "logs/attempt_2").mkdir(parents=True)
+recipe = tiny_recipe(hang_after_s={after_s}, hang_factor=3.0)
+module = TinyModule(recipe)
+module.on_step = hang_here
+fit(folder, recipe, module=module)
+"""
+
+
+def run_hanging(folder: Path, **values: float) -> "subprocess.CompletedProcess[str]":
+    code = HANGING.format(**values)
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_a_step_that_hangs_ends_the_process_with_its_stacks(tmp_path: Path) -> None:
+    done = run_hanging(tmp_path, sleep_s=60, after_s=1.0)
+    assert done.returncode == HANG, done.stderr
+    assert "nothing has moved for 1." in done.stderr
+    assert "in a step after step 4" in done.stderr
+    stacks = (tmp_path / "logs/attempt_2/hang_rank_0.txt").read_text()
+    assert "hang_here" in stacks
+    assert stacks.count("most recent call first") >= 2  # all threads
+
+
+def test_a_step_that_is_slow_is_let_be(tmp_path: Path) -> None:
+    assert run_hanging(tmp_path, sleep_s=1, after_s=3.0).returncode == 0
+    assert not list(tmp_path.glob("logs/*/hang*"))
+
+
+def test_a_multiple_of_the_median_holds_where_it_is_longer(tmp_path: Path) -> None:
+    recipe = tiny_recipe(hang_after_s=0.2, hang_factor=20.0)
+    module = TinyModule(recipe)
+    module.on_step = lambda step: time.sleep(1.0 if step == 5 else 0.1)
+    fit(tmp_path, recipe, module=module)  # with 0.2 s it would end here
+
+
+def test_no_limit_means_no_thread(tmp_path: Path) -> None:
+    ended: list[int] = []
+    recipe = tiny_recipe(hang_after_s=None)
+    module = TinyModule(recipe)
+    module.on_step = lambda step: time.sleep(0.1)
+    fit(tmp_path, recipe, module=module, extra=[Watchdog(recipe, tmp_path, end=ended.append)])
+    assert ended == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_rank_that_stands_still_ends_the_run(tmp_path: Path) -> None:
+    """One rank is stopped; the other waits for it in vain, and says where."""
+    recipe = str(ROOT / "recipes/debug/parallel.yaml")
+    two = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "run.steps=5000", "run.log_every_steps=1")
+    process = start("train", recipe, *two, "run.dir=run", "run.cache=cache", "run.hang_after_s=4", cwd=tmp_path)
+    while process.poll() is None and not after_step(8)(tmp_path / "run"):
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGSTOP)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == HANG, output
+    assert "rank 0 on" in output
+    assert "File" in (tmp_path / "run/logs/attempt_1/hang_rank_0.txt").read_text()
+
+
+def test_slow_ranks_are_those_far_from_the_median() -> None:
+    even = [Pace("n1", 0.010, 0.020)] * 3
+    assert slow_ranks(even) == {}
+    assert slow_ranks([*even, Pace("n2", 0.011, 0.022)]) == {}
+    assert slow_ranks([*even, Pace("n2", 0.030, 0.020)]) == {(3, "fetch_s"): pytest.approx(3)}
+    assert slow_ranks([Pace("n1", 1e-5, 0.02), Pace("n2", 9e-5, 0.02)]) == {}  # too little to matter
+    assert set(slow_ranks([Pace("n1", 0.0, 0.02), Pace("n2", 0.0, 0.05)])) == {(1, "probe_s")}
