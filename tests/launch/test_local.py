@@ -117,9 +117,8 @@ time.sleep(60)
 
 
 def test_the_same_failure_is_shown_once(launch):
-    code, _, err = ended(
-        launch('time.sleep(0.2 * (rank == 0)); print("bad recipe", file=sys.stderr); sys.exit(2)', grace_s=5)
-    )
+    says = 'time.sleep(0.2 * (rank == 0)); print("bad recipe", file=sys.stderr); sys.exit(2)'
+    code, _, err = ended(launch(says, grace_s=5))
     assert code == 2
     assert err == "bad recipe\n"
 
