@@ -78,6 +78,8 @@ class LaunchError(MtpError):
 class SiteError(LaunchError):
     """A description of a cluster that cannot be used."""
 
+    exit_code = 8
+
 
 class BadNodeError(LaunchError):
     """A machine that should not be trained on."""
@@ -100,4 +102,4 @@ class NonFiniteError(TrainingError):
 class DecodingError(MtpError):
     """Prompts or settings that a model cannot generate with."""
 
-    exit_code = 6
+    exit_code = 7
