@@ -16,6 +16,7 @@ from mtp_lightning.cli import (
     extend_verbs,
     generate_verbs,
     plan_verbs,
+    preflight_verbs,
     recipe_verbs,
     report_verbs,
     status_verbs,
@@ -87,6 +88,7 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 
 app.command()(doctor_verbs.doctor)
 app.command()(plan_verbs.plan)
+app.command()(preflight_verbs.preflight)
 app.command()(submit_verbs.submit)
 app.command()(status_verbs.status)
 app.command()(export_verbs.export)

@@ -21,6 +21,9 @@ def submit(
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V1,V2", help="A run for each value, as a job array; repeatable.")
     ] = None,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="Run mtp preflight first, and train if it passes.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Submit what cannot fit by `mtp plan`.")] = False,
 ) -> None:
     """Submit a recipe to Slurm; site.KEY=VALUE among the overrides changes the site for this submission."""
@@ -36,7 +39,7 @@ def submit(
     points = sweep_points(sweep or []) if sweep else []
     base = open_recipe(recipe, of_recipe).recipe
     runs = [(folder_name(point), open_recipe(recipe, [*of_recipe, *point]).recipe) for point in points]
-    submission = prepare(base, runs, described, site, force=force)
+    submission = prepare(base, runs, described, site, force=force, has_preflight=preflight)
     print(submission.script, end="")
     if dry_run:
         return

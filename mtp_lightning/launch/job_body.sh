@@ -26,6 +26,12 @@ echo "$count $(newest)" >"$record"
 terms=0
 trap 'terms=$((terms + 1))' TERM
 say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST from checkpoint $(newest)"
+if ((has_preflight && ${SLURM_RESTART_COUNT:-0} == 0)); then
+    if ! "${srun[@]}" "${mtp[@]}" preflight "$recipe"; then
+        say "preflight has found faults: not started"
+        exit 6
+    fi
+fi
 "${srun[@]}" "${mtp[@]}" train "$recipe" &
 step=$! seen=0
 wait "$step"
@@ -65,7 +71,7 @@ stop() {
 }
 case $code in
 0) say "finished" ;;
-85) again "stopped between two steps, with a checkpoint" ;;
+85) again "stopped, to go on from its last checkpoint" ;;
 86) again "bad node, named in $run/logs/bad_nodes" ;;
 87) stop "the data cannot be trained on (87)" ;;
 88) stop "a loss or gradient is not finite (88)" ;;

@@ -79,7 +79,7 @@ def run_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
 def _start(seat: Seat, arguments: Sequence[str], until_the_end: ExitStack) -> _Rank:
     log: IO[bytes] | None = None
     if seat.rank:
-        log = until_the_end.enter_context(tempfile.TemporaryFile())
+        log = until_the_end.enter_context(tempfile.TemporaryFile())  # noqa: SIM115, the stack is its context
     threads = max(1, len(os.sched_getaffinity(0)) // seat.local_ranks)
     libc = ctypes.CDLL(None)
     process = subprocess.Popen(

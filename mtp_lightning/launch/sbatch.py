@@ -29,6 +29,7 @@ class Job:
     tasks: Sequence[Task]
     logs: Path
     cwd: Path
+    has_preflight: bool = False  # run `mtp preflight` before the first start, and go no further if it fails
 
 
 def render(job: Job, site: Site, site_name: str) -> str:
@@ -45,7 +46,7 @@ def render(job: Job, site: Site, site_name: str) -> str:
         *_array("recipes", [str(task.recipe) for task in job.tasks]),
         *_array("runs", [str(task.run) for task in job.tasks]),
         "recipe=${recipes[${SLURM_ARRAY_TASK_ID:-0}]} run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}",
-        f"max_restarts={site.max_restarts} limit_s={site.time_s}",
+        f"max_restarts={site.max_restarts} limit_s={site.time_s} has_preflight={job.has_preflight:d}",
         f"cd {_quoted(str(job.cwd))} || exit 1",
         *_preparation(site),
         f"mtp=({_words(site.mtp)})",

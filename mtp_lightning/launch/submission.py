@@ -48,7 +48,13 @@ class Submission:
 
 
 def prepare(
-    recipe: Recipe, points: Sequence[tuple[str, Recipe]], site: Site, site_name: str, *, force: bool = False
+    recipe: Recipe,
+    points: Sequence[tuple[str, Recipe]],
+    site: Site,
+    site_name: str,
+    *,
+    force: bool = False,
+    has_preflight: bool = False,
 ) -> Submission:
     """Check recipes against a site and render the script that runs them.
 
@@ -58,6 +64,7 @@ def prepare(
         site: the cluster.
         site_name: shown in the script.
         force: submit what cannot fit by the planner.
+        has_preflight: let the job begin with `mtp preflight`.
 
     Raises:
         LaunchError: the recipes cannot run there.
@@ -80,6 +87,7 @@ def prepare(
         tasks=[Task(recipe=logs / file, run=folder) for file, (folder, _) in zip(recipes, named, strict=True)],
         logs=logs,
         cwd=Path.cwd(),
+        has_preflight=has_preflight,
     )
     return Submission(job=job, script=render(job, site, site_name), recipes=placed)
 

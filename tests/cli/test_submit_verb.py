@@ -93,6 +93,12 @@ def test_a_sweep_is_an_array_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert frozen.optimizer.lr == (1e-4, 3e-4)[index]
 
 
+def test_a_preflight_comes_first(tmp_path: Path) -> None:
+    arguments = (*SMALL, "--site", "local", "--dry-run", f"run.dir={tmp_path}/run")
+    assert "has_preflight=1\n" in submit(*arguments, "--preflight").stdout
+    assert "has_preflight=0\n" in submit(*arguments).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

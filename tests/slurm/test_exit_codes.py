@@ -56,6 +56,14 @@ def test_what_may_pass_is_requeued(cluster: Cluster, tmp_path: Path, code: int) 
     assert cluster.job(job)["Restarts"] == "1"
 
 
+def test_a_preflight_that_fails_spends_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    stand_in = StandIn(tmp_path, "[[ $1 == train ]]")
+    job = cluster.submit(*stand_in.arguments, "--preflight")
+    cluster.until_state(job, "FAILED")
+    assert stand_in.output.count("start on") == 1
+    assert "preflight has found faults" in stand_in.output
+
+
 def test_restarts_that_bring_no_checkpoint_are_limited(cluster: Cluster, tmp_path: Path) -> None:
     stand_in = StandIn(tmp_path, f"{SAVE}; exit 85", "exit 85")
     job = cluster.submit(*stand_in.arguments, "site.max_restarts=1")
@@ -103,7 +111,7 @@ def test_time_limits_are_survived_with_the_signal_and_without(cluster: Cluster, 
     for task in (0, 1):
         cluster.until_state(f"{job}_{task}", "COMPLETED", timeout_s=250)
         assert cluster.job(f"{job}_{task}")["Restarts"] == "1"
-    assert stand_in.output.count("stopped between two steps, with a checkpoint; requeued") == 1
+    assert stand_in.output.count("stopped, to go on from its last checkpoint; requeued") == 1
     assert "DUE TO TIME LIMIT" in stand_in.output
 
 
@@ -119,7 +127,7 @@ def test_a_dead_rank_does_not_hold_the_others(cluster: Cluster, tmp_path: Path) 
     ("arguments", "words"),
     [
         (("site.partition=nowhere",), "invalid partition"),
-        (("strategy.kind=zero1", "strategy.num_nodes=4"), "node configuration is not available"),
+        (("strategy.kind=zero1", "strategy.num_nodes=4", "batch.micro_rows=1"), "node configuration is not available"),
     ],
 )
 def test_what_slurm_would_refuse_is_known_before(

@@ -16,7 +16,7 @@
 recipes=(/shared/runs/13b/logs/submit_1/recipe_0.yaml)
 runs=(/shared/runs/13b)
 recipe=${recipes[${SLURM_ARRAY_TASK_ID:-0}]} run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}
-max_restarts=3 limit_s=86400
+max_restarts=3 limit_s=86400 has_preflight=0
 cd /home/me || exit 1
 export OMP_NUM_THREADS=12
 export PYTHONFAULTHANDLER=1
@@ -52,6 +52,12 @@ echo "$count $(newest)" >"$record"
 terms=0
 trap 'terms=$((terms + 1))' TERM
 say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST from checkpoint $(newest)"
+if ((has_preflight && ${SLURM_RESTART_COUNT:-0} == 0)); then
+    if ! "${srun[@]}" "${mtp[@]}" preflight "$recipe"; then
+        say "preflight has found faults: not started"
+        exit 6
+    fi
+fi
 "${srun[@]}" "${mtp[@]}" train "$recipe" &
 step=$! seen=0
 wait "$step"
@@ -91,7 +97,7 @@ stop() {
 }
 case $code in
 0) say "finished" ;;
-85) again "stopped between two steps, with a checkpoint" ;;
+85) again "stopped, to go on from its last checkpoint" ;;
 86) again "bad node, named in $run/logs/bad_nodes" ;;
 87) stop "the data cannot be trained on (87)" ;;
 88) stop "a loss or gradient is not finite (88)" ;;
