@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from mtp_lightning.recipe.layers import num_head_layers, num_trunk_layers
 from mtp_lightning.recipe.sections import HeadsSection, ModelSection, Recipe
 
+LARGEST_BUCKET = 500_000_000  # DeepSpeed's default for what is reduced together
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -67,6 +69,18 @@ def trainable_parameters(recipe: Recipe) -> int:
     frozen = recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"num_offsets": first - 1})})
     parts = (head_weights, unembedding_weights)
     return sum(part(recipe).total - part(frozen).total for part in parts)
+
+
+def bucket_entries(recipe: Recipe) -> int:
+    """Number of gradients that ranks reduce together: those of one head's layers and one unembedding matrix.
+
+    So no rank holds more gradients than these unsharded under ZeRO-2 and 3; no more than DeepSpeed's default.
+
+    >>> bucket_entries(Recipe())
+    869120
+    """
+    head = recipe.heads.layers_per_head * layer_weights(recipe.model).total
+    return min(LARGEST_BUCKET, head + recipe.model.vocabulary * recipe.model.width)
 
 
 def active_parameters(recipe: Recipe) -> int:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mtp_lightning.planner.counts import bucket_entries
 from mtp_lightning.recipe.sections import Recipe
 
 FP32 = 4
@@ -94,7 +95,7 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
         offload_optimizer=strategy.offload_optimizer,
         offload_parameters=strategy.offload_parameters,
         gradient_bytes=_gradient_bytes(strategy.deepspeed.get("data_types")),
-        **_buffer_sizes(strategy.deepspeed.get("zero_optimization")),
+        **_buffer_sizes(recipe),
     )
 
 
@@ -108,13 +109,16 @@ def _gradient_bytes(data_types: Any) -> int:
     return BF16 if given in ("bf16", "fp16") else FP32
 
 
-def _buffer_sizes(zero_keys: Any) -> dict[str, float]:
-    """Read sizes of buffers that a recipe sets by raw DeepSpeed keys.
+def _buffer_sizes(recipe: Recipe) -> dict[str, float]:
+    """Read sizes of buffers: as the configuration is generated, or as the recipe sets them by raw DeepSpeed keys.
 
-    >>> _buffer_sizes({"reduce_bucket_size": 1000, "stage3_max_live_parameters": "auto"})
+    >>> raw = {"zero_optimization": {"reduce_bucket_size": 1000, "stage3_max_live_parameters": "auto"}}
+    >>> _buffer_sizes(Recipe.model_validate({"strategy": {"kind": "zero2", "deepspeed": raw}}))
     {'bucket_entries': 1000.0}
     """
+    zero_keys = recipe.strategy.deepspeed.get("zero_optimization")
     names = {"bucket_entries": "reduce_bucket_size", "live_entries": "stage3_max_live_parameters"}
     given = zero_keys if isinstance(zero_keys, dict) else {}
-    sizes = {ours: given.get(key) for ours, key in names.items()}
+    sizes: dict[str, Any] = {"bucket_entries": bucket_entries(recipe)}
+    sizes |= {ours: given[key] for ours, key in names.items() if key in given}
     return {ours: float(size) for ours, size in sizes.items() if isinstance(size, int | float)}

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from mtp_lightning.planner.counts import parameter_counts
+from mtp_lightning.planner.counts import bucket_entries
 from mtp_lightning.recipe.sections import Recipe
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
-LARGEST_BUCKET = 500_000_000  # entries; DeepSpeed's default for what is reduced together
 
 
 def zero_config(recipe: Recipe) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def _zero_optimization(recipe: Recipe) -> dict[str, Any]:
         "stage": stage,
         "contiguous_gradients": True,
         "overlap_comm": stage == 3,  # ZeRO-1 and 2 reduce what several backward passes have left; see strategy.py
-        "reduce_bucket_size": min(LARGEST_BUCKET, parameter_counts(recipe).total),
+        "reduce_bucket_size": bucket_entries(recipe),
     }
     for what, place in (("optimizer", strategy.offload_optimizer), ("param", strategy.offload_parameters)):
         if place != "none":
