@@ -137,6 +137,8 @@ def _remarks_in(path: Path) -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         # Lightning 2.6 on torch 2.13; can go when Lightning no longer uses LeafSpec.
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+        # Lightning 2.6 says so wherever Slurm is installed, also inside ranks that srun has started.
+        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
         # DeepSpeed 0.19 on torch 2.13; can go when it calls the collectives by their new names.
         warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated.*")
         try:
