@@ -36,7 +36,7 @@ def make_run(folder: Path, *, attempts: int = 1, rows: str = "", saved: tuple[in
     return folder
 
 
-ROWS = "10,1000,3.5,50,,\n20,2000,3.0,100,3.25,1.75\n30,3000,2.75,200,,\n40,40"
+ROWS = "10,1000,3.5,50,,\n20,2000,3.0,100,3.25,1.75\n30,3000,2.75,200,,\n40,4000,2.5,210,,"
 
 
 def only(folder: Path) -> RunStatus:

@@ -59,3 +59,17 @@ def group_signalled(process: "subprocess.Popen[str]", run: Path, moment: Moment)
     os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=200)
     return process.returncode, output
+
+
+def child_signalled(process: "subprocess.Popen[str]", run: Path, moment: Moment, signum: int) -> tuple[int, str]:
+    """Send a signal to the last rank alone."""
+    while process.poll() is None and not moment(run):
+        time.sleep(0.005)
+    os.kill(children(process)[-1], signum)
+    output, _ = process.communicate(timeout=200)
+    return process.returncode, output
+
+
+def children(process: "subprocess.Popen[str]") -> list[int]:
+    """Return the processes that a process has started, in order."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]

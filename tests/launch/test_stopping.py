@@ -7,7 +7,7 @@ import pytest
 
 from mtp_lightning.checkpoint.layout import complete_checkpoints
 from mtp_lightning.launch.stopping import REQUEUE, STOP_SIGNALS, StopRequest, heeding_signals
-from tests.launch.signalled import after_step, group_signalled, has_begun, saves, signalled, start
+from tests.launch.signalled import after_step, child_signalled, group_signalled, has_begun, saves, signalled, start
 from tests.support.runs import ROOT, figures, mtp
 
 STEPS = 60
@@ -102,7 +102,7 @@ def test_signals_during_saves_and_validations(cwd, whole, seed):
 def test_two_ranks_stop_at_the_same_step_whoever_was_asked(cwd):
     assert mtp(*train(cwd, "whole_2", *TWO_RANKS), cwd=cwd).returncode == 0
     process = start(*train(cwd, "ranks", *TWO_RANKS), cwd=cwd)
-    code, output = signalled(process, cwd / "ranks", after_step(6), signal.SIGUSR1)
+    code, output = child_signalled(process, cwd / "ranks", after_step(6), signal.SIGUSR1)
     assert code == REQUEUE, output
     assert len(complete_checkpoints(cwd / "ranks/checkpoints")) == 1
     assert_goes_on_as(cwd / "whole_2", cwd / "ranks", *TWO_RANKS)

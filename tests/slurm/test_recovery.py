@@ -90,8 +90,9 @@ def test_whatever_happens_the_weights_are_those_of_an_uninterrupted_run(
     assert figures(run / "metrics.csv") == figures(whole / "metrics.csv")
 
 
-def test_another_seed_ends_in_other_weights(cluster: Cluster, folder: Path, whole: Path) -> None:
+def test_other_steps_have_other_weights(whole: Path) -> None:
     """The comparison above can fail."""
-    job = submit(cluster, folder, "other", "run.seed=1")
-    cluster.until_state(job, "COMPLETED", "FAILED")
-    assert digests(folder / "other") != digests(whole)
+    before, last = complete_checkpoints(whole / "checkpoints")[-2:]
+    shared = [name for name in last.manifest.files if name.startswith("model-")]
+    assert len(shared) == 4
+    assert not [name for name in shared if before.manifest.files[name].sha256 == last.manifest.files[name].sha256]

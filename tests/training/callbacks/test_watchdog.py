@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from mtp_lightning.launch.seat import free_port
 from mtp_lightning.launch.stopping import HANG
 from mtp_lightning.training.callbacks.stragglers import Pace, slow_ranks
 from mtp_lightning.training.callbacks.watchdog import Watchdog
-from tests.launch.signalled import after_step, start
+from tests.launch.signalled import after_step, children, start
 from tests.support.runs import ROOT
 from tests.training.callbacks.tiny_run import TinyModule, fit, tiny_recipe
 
@@ -79,8 +80,7 @@ def test_a_rank_that_stands_still_ends_the_run(tmp_path: Path) -> None:
     process = start("train", recipe, *two, "run.dir=run", "run.cache=cache", "run.hang_after_s=4", cwd=tmp_path)
     while process.poll() is None and not after_step(8)(tmp_path / "run"):
         time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGSTOP)
+    os.kill(children(process)[1], signal.SIGSTOP)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == HANG, output
     assert "rank 0 on" in output
@@ -94,3 +94,44 @@ def test_slow_ranks_are_those_far_from_the_median() -> None:
     assert slow_ranks([*even, Pace("n2", 0.030, 0.020)]) == {(3, "fetch_s"): pytest.approx(3)}
     assert slow_ranks([Pace("n1", 1e-5, 0.02), Pace("n2", 9e-5, 0.02)]) == {}  # too little to matter
     assert set(slow_ranks([Pace("n1", 0.0, 0.02), Pace("n2", 0.0, 0.05)])) == {(1, "probe_s")}
+
+
+SLOW_READER = """
+import os, sys, time
+from mtp_lightning.cli import main
+from mtp_lightning.data import dataset
+
+fetch = dataset.SampleDataset.__getitems__
+
+def fetch_slowly(self, samples):
+    time.sleep(0.2)
+    return fetch(self, samples)
+
+if os.environ["RANK"] == "1":
+    dataset.SampleDataset.__getitems__ = fetch_slowly
+sys.argv = ["mtp", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_rank_whose_storage_is_slow_is_named(tmp_path: Path) -> None:
+    fields = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "run.steps=12", "run.log_every_steps=2")
+    command = [sys.executable, "-c", SLOW_READER, "train", str(ROOT / "recipes/debug/parallel.yaml"), *fields]
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [*command, "run.dir=run", "run.cache=cache"],
+            cwd=tmp_path,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    first, second = (rank.communicate(timeout=150)[0] for rank in ranks)
+    assert "slow: rank 1 on " in first, first
+    assert "to fetch its rows" in first
+    assert "slow: " not in second
