@@ -1,4 +1,4 @@
-"""The 13B recipe's own code path on this machine, shrunk in size alone: ranks, shards, a resume, one file at the end."""
+"""The 13B recipe on its own code path, shrunk in size alone: ranks, shards, a resume, one file at the end."""
 
 import json
 
