@@ -12,7 +12,8 @@ from tests.support.runs import ROOT, figures, mtp
 
 STEPS = 60
 SHORT = ("run.checkpoint_every_steps=1000", "run.validate_every_steps=20", "run.log_every_steps=3")
-TWO_RANKS = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "data.attention=window")
+# A figure over several steps and ranks is a sum in fp32, whose order a resume within these steps changes.
+TWO_RANKS = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "run.log_every_steps=1")
 
 
 def train(cwd, name, *extra):
