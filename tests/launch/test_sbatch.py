@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.errors import LaunchError
+from mtp_lightning.errors import LaunchError, MtpError
 from mtp_lightning.launch.sbatch import Job, Task, render
 from mtp_lightning.launch.site import Container, Site, load_site
 from tests.recipe.golden import assert_golden
@@ -121,3 +121,21 @@ def test_percent_signs_of_a_path_are_not_slurms() -> None:
 
 def test_a_job_without_gpus_asks_for_none() -> None:
     assert "gpu" not in render(job(), Site(gpus_per_node=0), "x").partition("# From here on")[0]
+
+
+def subclasses(error: type[MtpError]) -> list[type[MtpError]]:
+    return [error, *(below for own in error.__subclasses__() for below in subclasses(own))]
+
+
+@pytest.mark.parametrize("code", sorted({error.exit_code for error in subclasses(MtpError)}))
+def test_a_failure_that_a_user_can_cure_is_not_tried_again(code: int) -> None:
+    """Except the general one, which a dead node can cause too, and a node's own."""
+    _, _, case = render(job(), Site(), "x").partition("case $code in")
+    stand_ins = "stop() { echo stop; }; again() { echo again; }; say() { echo ok; }"
+    done = subprocess.run(
+        ["bash", "-c", f"run=x; {stand_ins}; code={code}; case $code in {case}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == ("again" if code in (1, 86) else "stop")
