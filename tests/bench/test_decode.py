@@ -143,7 +143,7 @@ def test_shares_are_those_counted_position_by_position():
 def test_heads_that_read_tokens_have_no_tree(tmp_path):
     save_run(tmp_path, tiny_recipe(heads={"kind": "sequential"}, run={"dir": str(tmp_path)}), step=1)
     result = mtp("tree", tmp_path, "--out", tmp_path / "tree.json")
-    assert result.exit_code == 6
+    assert result.exit_code == 7
     assert "decoder tree must fit the model's heads" in result.stderr
 
 
