@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -98,4 +98,22 @@ app.command()(generate_verbs.generate)
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        from mtp_lightning.launch.seat import find_seat
+
+        if find_seat(os.environ) is None:
+            raise
+        _leave(end)
+
+
+def _leave(end: SystemExit) -> NoReturn:
+    """End one of several ranks without taking the interpreter down first.
+
+    Threads of gloo (torch 2.13) may still free tensors then, which aborts a run that has ended well with code 134. Can
+    go when `destroy_process_group` waits for them.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))

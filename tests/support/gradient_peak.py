@@ -1,6 +1,7 @@
 """A rank that trains one step and prints how many entries of unsharded gradients it held at most, as a line of JSON."""
 
 import json
+import os
 import sys
 
 import lightning as L
@@ -74,3 +75,5 @@ def main(stage, bucket):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # as `mtp` ends its ranks
