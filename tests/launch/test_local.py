@@ -199,3 +199,17 @@ def test_ranks_of_several_nodes_are_not_started_here():
         needs_ranks(recipe(kind="zero3", ranks_per_node=8, num_nodes=16), {})
     assert "16 nodes" in caught.value.must_hold
     assert "srun --nodes=16 --ntasks-per-node=8" in caught.value.remedy
+
+
+@pytest.mark.slow
+def test_a_rank_that_leaves_alone_ends_the_run(tmp_path):
+    """The first rank alone has a terminal or pipe, and somebody may close it: nobody must wait for the others."""
+    own = [f"run.dir={tmp_path}/run", f"run.cache={tmp_path}/cache", "run.steps=100000", "run.log_every_steps=1"]
+    ranks = ["strategy.kind=zero2", "strategy.ranks_per_node=2", "batch.micro_rows=2"]
+    command = [sys.executable, "-m", "mtp_lightning", "train", "recipes/debug/parallel.yaml", *own, *ranks]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
+        assert run.stdout is not None
+        while not run.stdout.readline().startswith(b"step"):
+            assert run.poll() is None
+        run.stdout.close()
+        assert run.wait(120) not in (0, None)

@@ -16,7 +16,7 @@ from mtp_lightning.checkpoint.manifest import Moment, RunFacts
 from mtp_lightning.errors import MtpError
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, recipe_hash, recipe_to_yaml
-from mtp_lightning.training.callbacks.rng import rng_states_of_ranks, set_rng_state
+from mtp_lightning.training.callbacks.rng import rng_state, set_rng_state
 from mtp_lightning.training.callbacks.score import Score, score_of
 from mtp_lightning.training.saving import Content, Writer
 from mtp_lightning.training.strategy import RunStrategy
@@ -110,7 +110,7 @@ class Checkpoints(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Generators of every rank, and the time spent."""
-        return {"rng_of_ranks": rng_states_of_ranks(), "seconds_saving": self.seconds_saving}
+        return {"rng_of_ranks": Ranks().gather(rng_state()), "seconds_saving": self.seconds_saving}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the generators' states; they are set when the first step begins, after all set-up has drawn."""

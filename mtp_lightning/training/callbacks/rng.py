@@ -24,13 +24,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     for device, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(device_state, device)
-
-
-def rng_states_of_ranks() -> list[dict[str, Any]]:
-    """Collect the generators of all ranks; every rank must call it."""
-    own = rng_state()
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [own]
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, own)
-    return states
