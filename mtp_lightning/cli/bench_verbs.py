@@ -77,7 +77,7 @@ def _offsets(text: str) -> list[int]:
 
 
 def _schedules(text: str) -> list[str]:
-    from mtp_lightning.recipe.sections import ObjectiveSection
+    from mtp_lightning.recipe.objective_sections import ObjectiveSection
 
     known = get_args(ObjectiveSection.model_fields["schedule"].annotation)
     names = [name.strip() for name in text.split(",")]

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from mtp_lightning.errors import SiteError
-from mtp_lightning.recipe.sections import PositiveInt, Section
+from mtp_lightning.recipe.section import PositiveInt, Section
 from mtp_lightning.recipe.yaml12 import RecipeYamlLoader
 
 _TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")

@@ -2,7 +2,7 @@
 
 import math
 
-from mtp_lightning.recipe.sections import (
+from mtp_lightning.recipe.objective_sections import (
     ConstantWeights,
     CurriculumWeights,
     DecayWeights,

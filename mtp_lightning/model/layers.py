@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.model.geometry import Geometry, rotate
-from mtp_lightning.recipe.sections import ModelSection
+from mtp_lightning.recipe.model_sections import ModelSection
 
 
 class Attention(nn.Module):

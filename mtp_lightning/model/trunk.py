@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.model.geometry import Geometry
 from mtp_lightning.model.layers import LayerStack
-from mtp_lightning.recipe.sections import ModelSection
+from mtp_lightning.recipe.model_sections import ModelSection
 
 
 class Trunk(nn.Module):

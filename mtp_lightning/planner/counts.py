@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mtp_lightning.recipe.layers import num_head_layers, num_trunk_layers
-from mtp_lightning.recipe.sections import HeadsSection, ModelSection, Recipe
+from mtp_lightning.recipe.model_sections import HeadsSection, ModelSection
+from mtp_lightning.recipe.sections import Recipe
 
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's default for what is reduced together
 

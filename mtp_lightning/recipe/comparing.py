@@ -6,7 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mtp_lightning.recipe.sections import GuardSection, Recipe, Section, StrategySection
+from mtp_lightning.recipe.section import Section
+from mtp_lightning.recipe.sections import GuardSection, Recipe, StrategySection
 from mtp_lightning.recipe.yaml12 import one_line_yaml
 
 Verdict = Literal["warn", "refuse"]

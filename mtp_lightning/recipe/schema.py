@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mtp_lightning.recipe.sections import Recipe, Section
+from mtp_lightning.recipe.section import Section
+from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.recipe.tree import Names, Node
 
 

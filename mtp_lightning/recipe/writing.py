@@ -1,6 +1,7 @@
 """A recipe back to YAML: every field, in the order of the sections."""
 
-from mtp_lightning.recipe.sections import Recipe, Section
+from mtp_lightning.recipe.section import Section
+from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.recipe.yaml12 import one_line_yaml
 
 

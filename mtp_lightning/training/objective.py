@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_lightning.recipe.sections import ObjectiveSection
+from mtp_lightning.recipe.objective_sections import ObjectiveSection
 
 
 class MicroBatch(NamedTuple):

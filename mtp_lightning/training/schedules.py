@@ -16,7 +16,7 @@ from mtp_lightning.losses.distillation import Distillation
 from mtp_lightning.losses.targets import IGNORE
 from mtp_lightning.model.heads import TRUNK, HeadContext
 from mtp_lightning.model.mtp_model import MtpModel
-from mtp_lightning.recipe.sections import DistillSection
+from mtp_lightning.recipe.objective_sections import DistillSection
 from mtp_lightning.training.objective import MicroBatch, Objective, OffsetLosses
 from mtp_lightning.training.terms import Terms
 

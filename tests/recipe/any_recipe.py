@@ -6,7 +6,8 @@ import annotated_types
 from hypothesis import strategies as st
 
 from mtp_lightning.recipe.schema import Option, options_of
-from mtp_lightning.recipe.sections import Recipe, Section
+from mtp_lightning.recipe.section import Section
+from mtp_lightning.recipe.sections import Recipe
 
 
 def recipes() -> st.SearchStrategy[Recipe]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mtp_lightning.errors import RecipeError
 from mtp_lightning.recipe import Recipe, load_recipe
 from mtp_lightning.recipe.comparing import leaves
-from mtp_lightning.recipe.sections import ConstantWeights, DecayWeights
+from mtp_lightning.recipe.objective_sections import ConstantWeights, DecayWeights
 
 Write = Callable[..., str]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mtp_lightning.model.geometry import Geometry
 from mtp_lightning.model.heads.base import HeadContext, Heads
 from mtp_lightning.model.layers import LayerStack
-from mtp_lightning.recipe.sections import HeadsSection, ModelSection
+from mtp_lightning.recipe.model_sections import HeadsSection, ModelSection
 
 
 class MtpModule(nn.Module):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from mtp_lightning.checkpoint.layout import newest_complete
-from mtp_lightning.recipe.sections import BatchSection, DataSection, HeadsSection, Recipe, RunSection
+from mtp_lightning.recipe.model_sections import HeadsSection
+from mtp_lightning.recipe.sections import BatchSection, DataSection, Recipe, RunSection
 from mtp_lightning.training.callbacks.build import build_callbacks
 from mtp_lightning.training.callbacks.summary import Summary
 from mtp_lightning.training.strategy import SingleStrategy
