@@ -51,7 +51,7 @@ def build(
         given = (validation_share, tokenizer, end_of_document, processes)
         _build_of_recipe(inputs, is_for_texts=deduplicate or any(option is not None for option in given))
         return
-    from mtp_lightning.recipe.sections import DataSection
+    from mtp_lightning.recipe.data_sections import DataSection
 
     defaults = DataSection()
     share = defaults.validation_share if validation_share is None else validation_share

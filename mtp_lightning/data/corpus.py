@@ -11,7 +11,8 @@ from mtp_lightning.data.progress import say
 from mtp_lightning.data.sources import find_files, is_stdlib
 from mtp_lightning.data.tokenizers import Tokenizer, open_tokenizer
 from mtp_lightning.errors import DataError
-from mtp_lightning.recipe.sections import DataSection, Recipe
+from mtp_lightning.recipe.data_sections import DataSection
+from mtp_lightning.recipe.sections import Recipe
 
 
 def shards_folder(recipe: Recipe) -> Path:

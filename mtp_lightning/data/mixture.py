@@ -11,7 +11,7 @@ from mtp_lightning.data.manifest import Manifest
 from mtp_lightning.data.mapped import Integers
 from mtp_lightning.data.order import Numbers, Order, permute
 from mtp_lightning.data.rows import RowArrays, RowSource
-from mtp_lightning.recipe.sections import MIXTURE_BLOCK_ROWS
+from mtp_lightning.recipe.data_sections import MIXTURE_BLOCK_ROWS
 
 MIXTURE = "mixture 1"
 

@@ -15,7 +15,8 @@ from mtp_lightning.data.packing import PackedRows, prepare_plan
 from mtp_lightning.data.progress import say
 from mtp_lightning.data.rows import Rows, RowSource
 from mtp_lightning.errors import DataError
-from mtp_lightning.recipe.sections import MIXTURE_BLOCK_ROWS, Recipe
+from mtp_lightning.recipe.data_sections import MIXTURE_BLOCK_ROWS
+from mtp_lightning.recipe.sections import Recipe
 
 
 @dataclass(frozen=True)

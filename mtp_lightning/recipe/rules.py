@@ -4,10 +4,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mtp_lightning.errors import Fault
+from mtp_lightning.recipe.data_sections import MIXTURE_BLOCK_ROWS
 from mtp_lightning.recipe.layers import num_layers_from_trunk, num_trunk_layers
 from mtp_lightning.recipe.objective_sections import ConstantWeights, LambdaWeights
 from mtp_lightning.recipe.rule import Rule, divisors, value_at
-from mtp_lightning.recipe.sections import MIXTURE_BLOCK_ROWS, Recipe
+from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.recipe.strategy_rules import STRATEGY_RULES
 from mtp_lightning.recipe.words import nearest, one_of
 from mtp_lightning.recipe.yaml12 import one_line_yaml

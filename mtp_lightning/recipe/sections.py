@@ -4,50 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mtp_lightning.recipe.data_sections import BatchSection, DataSection
 from mtp_lightning.recipe.model_sections import HeadsSection, ModelSection
 from mtp_lightning.recipe.objective_sections import ObjectiveSection
 from mtp_lightning.recipe.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
-
-MIXTURE_BLOCK_ROWS = 4096
-"""Rows over which a mixture keeps its weights exactly."""
-
-
-class DataSection(Section):
-    """Where the tokens come from, and how windows are cut."""
-
-    corpus: list[str] = Field(default=["stdlib"], min_length=1)
-    """Text to build shards from: folders, files, globs, `stdlib` (Python's own library), `stdlib:json` (a package)."""
-    shards: str | None = None
-    """Folder of shards made by `mtp data build`; null means: build from the corpus into run.cache when missing."""
-    mixture: dict[str, PositiveFloat] = Field(default_factory=dict)
-    """Several folders of shards and their weights, e.g. {shards/code: 1, shards/web: 3}, instead of `shards`."""
-    mixture_epochs: dict[str, PositiveFloat] = Field(default_factory=dict)
-    """How often a run may at most read through a source of the mixture, e.g. {shards/code: 4}; without, any number."""
-    tokenizer: str = "byte"
-    """Tokenizer: `byte` (256 bytes + end of document), or a file, `tokenizer.json` or a SentencePiece `*.model`."""
-    end_of_document: Annotated[int, Field(ge=0)] | None = None
-    """Id of the token that ends a document; null means the tokenizer's own."""
-    deduplicate: bool = False
-    """Leave out of a corpus every document that is equal to an earlier one."""
-    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03
-    """Share of documents held out for validation, chosen by a hash of their path."""
-    window_tokens: Annotated[int, Field(ge=2)] = 256
-    """Positions T per window; each row holds T + n tokens."""
-    packing: Literal["cut", "best_fit"] = "cut"
-    """Windows cut from the documents one after another, or filled with whole documents by best fit."""
-    attention: Literal["document", "window"] = "window"
-    """Attend within the document only (positions restart there), or over the whole window."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Loader processes per rank; 0 reads in the training process."""
-
-
-class BatchSection(Section):
-    """Rows per optimizer step, and how they are cut up."""
-
-    rows: PositiveInt = 16
-    """Rows (windows) per optimizer step, over all ranks."""
-    micro_rows: PositiveInt = 16
-    """Rows per forward and backward on one rank; must divide rows."""
 
 
 class OptimizerSection(Section):

@@ -20,7 +20,8 @@ from mtp_lightning.data.opening import open_data, prepare_data
 from mtp_lightning.data.order import ShuffledOrder
 from mtp_lightning.data.rows import Rows
 from mtp_lightning.errors import CheckpointError, DataError
-from mtp_lightning.recipe.sections import MIXTURE_BLOCK_ROWS, Recipe
+from mtp_lightning.recipe.data_sections import MIXTURE_BLOCK_ROWS
+from mtp_lightning.recipe.sections import Recipe
 from tests.data.corpora import END, build_tiny, tiny_recipe, write_corpus
 
 weights_lists = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
