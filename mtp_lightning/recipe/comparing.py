@@ -30,6 +30,8 @@ RUN_FIELDS = frozenset(
         "run.checkpoint_in_background",
         "run.hang_after_s",
         "run.hang_factor",
+        "run.nonfinite.skip_steps",
+        "run.nonfinite.rollbacks",
         "run.guard",
         *(f"run.guard.{name}" for name in GuardSection.model_fields),
     }

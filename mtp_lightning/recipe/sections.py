@@ -52,6 +52,16 @@ class GuardSection(Section):
     """Stop at this share."""
 
 
+class NonFiniteSection(Section):
+    """What a run does about a loss or gradient that is not finite."""
+
+    skip_steps: Annotated[int, Field(ge=0)] = 1
+    """Steps in a row that leave the weights as they are and the run goes on from; at one more it rolls back."""
+    rollbacks: Annotated[int, Field(ge=0, le=16)] = 3
+    """How often a run may go back to its last good checkpoint and leave the rows of those steps out; after that it ends
+    with exit code 88."""
+
+
 class RunSection(Section):
     """Where a run lives, how long it lasts, what it writes and when."""
 
@@ -93,6 +103,8 @@ class RunSection(Section):
     saves get six times as long; null means never."""
     hang_factor: PositiveFloat = 10.0
     """The same as a multiple of the median step; the longer of the two holds."""
+    nonfinite: NonFiniteSection = NonFiniteSection()
+    """What to do about a loss or gradient that is not finite."""
 
 
 class StrategySection(Section):
