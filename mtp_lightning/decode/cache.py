@@ -69,8 +69,8 @@ class Cache:
         }
         self._slots = torch.arange(capacity, device=weight.device)  # (C,)
         positions = self._slots[None]
-        cos, sin = rotary_tables(positions, section.resolved_head_width, section.rope_theta, like=weight)
-        self._cos, self._sin = cos[0, 0], sin[0, 0]  # (C, W)
+        cos, sin = rotary_tables(positions, section, like=weight)
+        self._cos, self._sin = cos[0, 0], sin[0, 0]  # (C, R)
 
     def window(self, starts: Tensor, num_positions: int, *, reach: int, aligned: bool) -> Window:
         """Open a window of consecutive positions in every row.

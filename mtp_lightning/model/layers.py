@@ -1,4 +1,4 @@
-"""One transformer layer of the Llama family; module and tensor names are HF's, so that export is a renaming."""
+"""One transformer layer of the Llama or GPT-NeoX type; names are HF's for Llama, so that export is a renaming."""
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +7,12 @@ from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.model.geometry import Geometry, rotate
 from mtp_lightning.recipe.model_sections import ModelSection
+
+
+def build_norm(section: ModelSection) -> nn.Module:
+    """Build a norm of width D."""
+    kind = nn.LayerNorm if section.norm == "layer" else nn.RMSNorm
+    return kind(section.width, section.norm_eps)
 
 
 class Attention(nn.Module):
@@ -21,7 +27,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(section.width, inner, bias=section.qkv_bias)
         self.k_proj = nn.Linear(section.width, shared, bias=section.qkv_bias)
         self.v_proj = nn.Linear(section.width, shared, bias=section.qkv_bias)
-        self.o_proj = nn.Linear(inner, section.width, bias=False)
+        self.o_proj = nn.Linear(inner, section.width, bias=section.output_bias)
         self.q_norm = nn.RMSNorm(self.head_width, section.norm_eps) if section.qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_width, section.norm_eps) if section.qk_norm else None
 
@@ -51,34 +57,39 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SwiGLU feed-forward."""
+    """Feed-forward: SwiGLU, or a GELU between two matrices."""
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(section.width, section.resolved_mlp_width, bias=False)
-        self.up_proj = nn.Linear(section.width, section.resolved_mlp_width, bias=False)
-        self.down_proj = nn.Linear(section.resolved_mlp_width, section.width, bias=False)
+        inner, bias = section.resolved_mlp_width, section.mlp_bias
+        self.gate_proj = nn.Linear(section.width, inner, bias=bias) if section.mlp == "swiglu" else None
+        self.up_proj = nn.Linear(section.width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, section.width, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Transform each position: (B, T, D) -> (B, T, D)."""
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        inner = self.up_proj(hidden)
+        inner = F.gelu(inner) if self.gate_proj is None else F.silu(self.gate_proj(hidden)) * inner
+        output: Tensor = self.down_proj(inner)
         return output
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer: attention, then feed-forward, each added to its input."""
+    """Pre-norm transformer layer: attention, then feed-forward, each added to its input; or both at once."""
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(section.width, section.norm_eps)
+        self.is_parallel = section.parallel_residual
+        self.input_layernorm = build_norm(section)
         self.self_attn = Attention(section)
-        self.post_attention_layernorm = nn.RMSNorm(section.width, section.norm_eps)
+        self.post_attention_layernorm = build_norm(section)
         self.mlp = Mlp(section)
 
     def forward(self, hidden: Tensor, geometry: Geometry) -> Tensor:
         """Run the layer: (B, T, D) -> (B, T, D)."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), geometry)
-        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        attended = hidden + self.self_attn(self.input_layernorm(hidden), geometry)
+        read = hidden if self.is_parallel else attended
+        output: Tensor = attended + self.mlp(self.post_attention_layernorm(read))
         return output
 
 

@@ -50,11 +50,10 @@ class MtpModel(nn.Module):
 
     def geometry(self, documents: Tensor, *, like: Tensor) -> Geometry:
         """Positions and attention mask of a batch of rows, from the documents of its (B, T+n) tokens."""
-        width, theta = self.section.resolved_head_width, self.section.rope_theta
         num_positions = documents.shape[1] - self.num_offsets
         if self.attends_in_document:
-            return document_geometry(documents[:, :num_positions], width, theta, like=like)
-        return window_geometry(num_positions, width, theta, like=like)
+            return document_geometry(documents[:, :num_positions], self.section, like=like)
+        return window_geometry(num_positions, self.section, like=like)
 
     def context(self, embedded: Tensor, geometry: Geometry) -> HeadContext:
         """What heads may look at; without a gradient path to the embedding where the trunk is isolated."""
@@ -121,7 +120,7 @@ def initialise(model: MtpModel, recipe: Recipe, *, whole: Whole = _as_they_are) 
     """
     for name, parameter in model.named_parameters():
         with whole([parameter]):
-            _initialise_parameter(name, parameter, recipe)
+            initialise_parameter(name, parameter, recipe)
     if model.unembedding.is_replicated:
         first, *others = model.unembedding.lm_heads.parameters()
         for matrix in others:
@@ -129,7 +128,9 @@ def initialise(model: MtpModel, recipe: Recipe, *, whole: Whole = _as_they_are) 
                 matrix.copy_(first)
 
 
-def _initialise_parameter(name: str, parameter: Tensor, recipe: Recipe) -> None:
+@torch.no_grad()
+def initialise_parameter(name: str, parameter: Tensor, recipe: Recipe) -> None:
+    """Set one parameter of the recipe's model, in place, as `initialise` says; replicated matrices apart."""
     if parameter.dim() == 1:
         parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     elif name.startswith("heads.") and recipe.heads.kind == "linear":

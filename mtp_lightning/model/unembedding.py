@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.losses.chunked import Term, chunked_loss
 from mtp_lightning.model.heads import Heads
+from mtp_lightning.model.layers import build_norm
 from mtp_lightning.recipe.sections import Recipe
 
 
@@ -21,7 +22,7 @@ class Unembedding(nn.Module):
         self.is_replicated = recipe.heads.unembedding == "replicated"
         num_norms = 1 + max(index for index in self.norm_index.values() if index is not None)
         num_matrices = recipe.heads.num_offsets if self.is_replicated else 1
-        self.norms = nn.ModuleList(nn.RMSNorm(section.width, section.norm_eps) for _ in range(num_norms))
+        self.norms = nn.ModuleList(build_norm(section) for _ in range(num_norms))
         self.lm_heads = nn.ModuleList(
             nn.Linear(section.width, section.vocabulary, bias=False) for _ in range(num_matrices)
         )

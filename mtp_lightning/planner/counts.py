@@ -103,24 +103,31 @@ def active_parameters(recipe: Recipe) -> int:
 
 
 def layer_weights(model: ModelSection) -> Weights:
-    """Count one transformer layer: four projections of attention, three of the SwiGLU, two norms.
+    """Count one transformer layer: four projections of attention, three of a SwiGLU or two of a GELU, two norms.
 
     >>> layer_weights(ModelSection(width=8, num_attention_heads=2, mlp_width=16))
     Weights(matrices=640, vectors=16)
     """
     queries = model.num_attention_heads * model.resolved_head_width
     keys = model.resolved_key_value_heads * model.resolved_head_width
-    biases = queries + 2 * keys if model.qkv_bias else 0
+    inner, width, num_inner = model.resolved_mlp_width, model.width, 2 if model.mlp == "swiglu" else 1
+    biases = (queries + 2 * keys if model.qkv_bias else 0) + (width if model.output_bias else 0)
+    biases += num_inner * inner + width if model.mlp_bias else 0
     head_norms = 2 * model.resolved_head_width if model.qk_norm else 0
     return Weights(
-        matrices=model.width * (2 * queries + 2 * keys + 3 * model.resolved_mlp_width),
-        vectors=2 * model.width + biases + head_norms,
+        matrices=width * (2 * queries + 2 * keys + (num_inner + 1) * inner),
+        vectors=2 * norm_vectors(model) + biases + head_norms,
     )
+
+
+def norm_vectors(model: ModelSection) -> int:
+    """Count the parameters of one norm of width D."""
+    return (2 if model.norm == "layer" else 1) * model.width
 
 
 def head_weights(recipe: Recipe) -> Weights:
     """Count what all heads together hold."""
-    besides = BESIDES_LAYERS[recipe.heads.kind](recipe.model.width, recipe.heads)
+    besides = BESIDES_LAYERS[recipe.heads.kind](recipe.model, recipe.heads)
     return num_head_layers(recipe) * layer_weights(recipe.model) + besides
 
 
@@ -139,20 +146,22 @@ def unembedding_weights(recipe: Recipe) -> Weights:
     num_matrices = heads.num_offsets if heads.unembedding == "replicated" else 1
     num_matrices += (1 if recipe.objective.token_order else 0) - (1 if recipe.model.tie_embeddings else 0)
     num_norms = {"sequential": heads.num_offsets, "recursive": min(2, heads.num_offsets)}.get(heads.kind, 1)
-    return Weights(num_matrices * recipe.model.vocabulary * recipe.model.width, num_norms * recipe.model.width)
+    return Weights(num_matrices * recipe.model.vocabulary * recipe.model.width, num_norms * norm_vectors(recipe.model))
 
 
-def _modules(width: int, num_modules: int) -> Weights:
+def _modules(model: ModelSection, num_modules: int) -> Weights:
     """Projection from 2D to D and two norms of each sequential module."""
-    return num_modules * Weights(2 * width * width, 2 * width)
+    return num_modules * Weights(2 * model.width**2, 2 * norm_vectors(model))
 
 
-BESIDES_LAYERS: dict[str, Callable[[int, HeadsSection], Weights]] = {
-    "parallel": lambda width, heads: Weights(),
-    "chained": lambda width, heads: Weights(),
-    "linear": lambda width, heads: (heads.num_offsets - 1) * Weights(width * width),
-    "medusa": lambda width, heads: (heads.num_offsets - 1) * heads.layers_per_head * Weights(width * width, width),
-    "sequential": lambda width, heads: _modules(width, heads.num_offsets - 1),
-    "recursive": lambda width, heads: _modules(width, min(1, heads.num_offsets - 1)),
+BESIDES_LAYERS: dict[str, Callable[[ModelSection, HeadsSection], Weights]] = {
+    "parallel": lambda model, heads: Weights(),
+    "chained": lambda model, heads: Weights(),
+    "linear": lambda model, heads: (heads.num_offsets - 1) * Weights(model.width**2),
+    "medusa": lambda model, heads: (
+        (heads.num_offsets - 1) * heads.layers_per_head * Weights(model.width**2, model.width)
+    ),
+    "sequential": lambda model, heads: _modules(model, heads.num_offsets - 1),
+    "recursive": lambda model, heads: _modules(model, min(1, heads.num_offsets - 1)),
 }
-"""What the heads of each kind hold besides transformer layers, from the width and the recipe's section."""
+"""What the heads of each kind hold besides transformer layers, from the recipe's sections."""

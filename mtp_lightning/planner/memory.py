@@ -86,13 +86,13 @@ def _state(shape: Shape, layout: Layout) -> tuple[dict[str, float], float]:
 def layer_bytes(layer: Layer, layout: Layout) -> int:
     """Count what one layer keeps for its backward pass, in bytes per position.
 
-    Two inputs of norms, inputs of the projections (under autocast a cast copy for each of the five), queries, keys,
-    values and mixed values, and the states of the feed-forward.
+    Inputs of norms, inputs of the projections (under autocast a cast copy for each of the five), queries, keys, values
+    and mixed values, and the states of the feed-forward.
     """
-    copies = 5 if layout.is_autocast else 2
+    copies = (5 if layer.is_gated else 4) if layout.is_autocast else 2
     attention = 2 * layer.query_width + 2 * layer.key_width
     in_compute = copies * layer.width + attention + layer.mlp_states
-    return 2 * layout.weight_bytes * layer.width + layout.compute_bytes * in_compute
+    return layer.num_residuals * layout.weight_bytes * layer.width + layout.compute_bytes * in_compute
 
 
 def _activations(shape: Shape, layout: Layout) -> dict[str, float]:

@@ -26,6 +26,7 @@ class Layer:
     key_width: int
     mlp_width: int
     is_gated: bool = True  # SwiGLU: three matrices, not two
+    num_residuals: int = 2  # inputs of norms: one where attention and feed-forward read the same
 
     @property
     def mlp_states(self) -> int:
@@ -118,4 +119,6 @@ def _layer_of(recipe: Recipe) -> Layer:
         query_width=model.num_attention_heads * model.resolved_head_width,
         key_width=model.resolved_key_value_heads * model.resolved_head_width,
         mlp_width=model.resolved_mlp_width,
+        is_gated=model.mlp == "swiglu",
+        num_residuals=1 if model.parallel_residual else 2,
     )

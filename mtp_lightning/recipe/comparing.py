@@ -16,6 +16,7 @@ RUN_FIELDS = frozenset(
     {
         "name",
         "debug.shrink",
+        "model.family",
         "data.mixture_epochs",
         "data.workers",
         "run.dir",

@@ -6,9 +6,26 @@ from pydantic import Field
 
 from mtp_lightning.recipe.section import PositiveFloat, PositiveInt, Section
 
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "mimo", "gpt_neox"]
+
+
+class RopeScalingSection(Section):
+    """Slower rotary frequencies, for windows longer than those that the model was first trained on."""
+
+    kind: Literal["linear", "llama3"] = "llama3"
+    """All frequencies alike, or only those whose wave is long against `original_positions` [Llama 3.1]."""
+    factor: PositiveFloat = 8.0
+    """What frequencies are divided by."""
+    low_freq_factor: PositiveFloat = 1.0
+    """For `llama3`: waves longer than original_positions / low_freq_factor are slowed down whole."""
+    high_freq_factor: PositiveFloat = 4.0
+    """For `llama3`: waves shorter than original_positions / high_freq_factor are left as they are."""
+    original_positions: PositiveInt = 8192
+    """For `llama3`: window that the model was first trained on."""
+
 
 class ModelSection(Section):
-    """Shape of the trunk: a Llama-type decoder."""
+    """Shape of the trunk: a decoder of the Llama or the GPT-NeoX type."""
 
     width: PositiveInt = 256
     """Width D of the hidden states."""
@@ -21,23 +38,40 @@ class ModelSection(Section):
     head_width: PositiveInt | None = None
     """Width of one attention head; null means width / num_attention_heads."""
     mlp_width: PositiveInt | None = None
-    """Inner width of the SwiGLU; null means 8/3 of the width, rounded up to a multiple of 64."""
+    """Inner width of the feed-forward; null means 8/3 of the width, rounded up to a multiple of 64 (GELU: 4 widths)."""
     vocabulary: PositiveInt = 257
     """Vocabulary V; must exceed every token id in the data (257 = bytes + end of document)."""
     max_positions: PositiveInt = 4096
     """Longest window the rotary positions are meant for; exported with the model."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScalingSection | None = None
+    """Scaling of the rotary frequencies (Llama 3.1), or null."""
+    rotary_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of each head's channels that the rotary positions turn, the first ones (Pythia: 0.25)."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Every norm of width D: RMSNorm, or LayerNorm with a bias (GPT-NeoX)."""
     norm_eps: PositiveFloat = 1e-5
-    """Epsilon of every RMSNorm."""
+    """Epsilon of every norm."""
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    """Feed-forward: three matrices with a gate, or two with a GELU between them (GPT-NeoX)."""
+    parallel_residual: bool = False
+    """Let attention and feed-forward of a layer read the same input and add both to it (GPT-NeoX)."""
     qkv_bias: bool = False
     """Add a bias to the query, key and value projections (Qwen2)."""
+    output_bias: bool = False
+    """Add a bias to the output projection of attention (GPT-NeoX)."""
+    mlp_bias: bool = False
+    """Add a bias to every projection of the feed-forward (GPT-NeoX)."""
     qk_norm: bool = False
     """Normalise queries and keys per head (Qwen3)."""
     tie_embeddings: bool = False
     """Use the token embedding as the unembedding matrix."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections are scaled down by sqrt(2 x layers)."""
+    family: Family | None = None
+    """Architecture that the model was imported as and is exported as (`mtp export --format hf`); null means the first
+    that it fits."""
 
     @property
     def resolved_head_width(self) -> int:
@@ -51,8 +85,14 @@ class ModelSection(Section):
 
     @property
     def resolved_mlp_width(self) -> int:
-        """Inner width of the SwiGLU."""
-        return self.mlp_width or -(-8 * self.width // (3 * 64)) * 64
+        """Inner width of the feed-forward."""
+        default = 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // (3 * 64)) * 64
+        return self.mlp_width or default
+
+    @property
+    def rotary_width(self) -> int:
+        """Channels of each head that the rotary positions turn."""
+        return int(self.resolved_head_width * self.rotary_share)
 
 
 class HeadsSection(Section):

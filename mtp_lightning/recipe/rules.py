@@ -6,6 +6,7 @@ from typing import Any
 from mtp_lightning.errors import Fault
 from mtp_lightning.recipe.data_sections import MIXTURE_BLOCK_ROWS
 from mtp_lightning.recipe.layers import num_layers_from_trunk, num_trunk_layers
+from mtp_lightning.recipe.model_rules import MODEL_RULES
 from mtp_lightning.recipe.objective_sections import ConstantWeights, LambdaWeights
 from mtp_lightning.recipe.rule import Rule, divisors, value_at
 from mtp_lightning.recipe.sections import Recipe
@@ -334,5 +335,6 @@ RULES: tuple[Rule, ...] = (
         must_hold=f"must be at most {LARGEST_SEED}",
         remedy="Choose a smaller seed.",
     ),
+    *MODEL_RULES,
     *STRATEGY_RULES,
 )

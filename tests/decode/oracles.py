@@ -8,19 +8,22 @@ from torch import Tensor
 from mtp_lightning.decode import Settings, applicable_decoders, build_tree
 from mtp_lightning.decode.session import Session, prefill
 from mtp_lightning.model.mtp_model import MtpModel
-from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe
+from tests.support.tiny import HEAD_KINDS, NEOX, tiny_model, tiny_recipe
 
 PROMPTS = ([1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [0, 1], [12, 12, 3, 3, 1])
 LENGTH = 30
+DECODED_KINDS = (*HEAD_KINDS, "parallel_neox", "sequential_neox")
 ACCURACIES = [[0.5, 0.3, 0.1], [0.4, 0.2], [0.3, 0.2]]
 TREE = build_tree(ACCURACIES, 9)
 
 
 @functools.cache
 def model_of(kind: str, *, num_offsets: int = 4, attention: str = "window") -> MtpModel:
-    """A tiny random model in float64."""
-    heads = HEAD_KINDS[kind] | {"num_offsets": num_offsets}
-    return tiny_model(tiny_recipe(heads=heads, data={"attention": attention})).requires_grad_(requires_grad=False)
+    """A tiny random model in float64, of the GPT-NeoX type where the kind is called so."""
+    heads = HEAD_KINDS[kind.removesuffix("_neox")] | {"num_offsets": num_offsets}
+    section = NEOX if kind.endswith("_neox") else {}
+    recipe = tiny_recipe(heads=heads, data={"attention": attention}, model=section)
+    return tiny_model(recipe).requires_grad_(requires_grad=False)
 
 
 def full_logits(model: MtpModel, tokens: list[int]) -> dict[int, Tensor]:

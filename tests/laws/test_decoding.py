@@ -9,6 +9,7 @@ from mtp_lightning.decode import Settings, Tree, applicable_decoders, generate
 from mtp_lightning.decode.drafting import draft_blockwise, draft_chain
 from mtp_lightning.decode.session import verify
 from tests.decode.oracles import (
+    DECODED_KINDS,
     LENGTH,
     PROMPTS,
     WrittenDrafts,
@@ -20,7 +21,7 @@ from tests.decode.oracles import (
 )
 from tests.support.tiny import HEAD_KINDS
 
-kinds = pytest.mark.parametrize("kind", HEAD_KINDS)
+kinds = pytest.mark.parametrize("kind", DECODED_KINDS)
 MARGIN = 4  # tokens of the plain text kept back, so that drafts near the end can be judged
 
 

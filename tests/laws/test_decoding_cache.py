@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 from mtp_lightning.decode.drafting import draft_blockwise, draft_chain
 from mtp_lightning.decode.session import keep_path, verify, verify_tree
 from mtp_lightning.decode.tree import TreeTables
-from tests.decode.oracles import PROMPTS, TREE, begun_session, full_logits, model_of
-from tests.support.tiny import HEAD_KINDS
+from tests.decode.oracles import DECODED_KINDS, PROMPTS, TREE, begun_session, full_logits, model_of
 
 attentions = pytest.mark.parametrize("attention", ["window", "document"])
-kinds = pytest.mark.parametrize("kind", HEAD_KINDS)
+kinds = pytest.mark.parametrize("kind", DECODED_KINDS)
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 

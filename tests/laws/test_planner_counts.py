@@ -11,11 +11,12 @@ from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.planner.counts import active_parameters, parameter_counts, trainable_parameters
 from mtp_lightning.recipe.loading import load_recipe
 from mtp_lightning.training.optimizer import role_of
-from tests.support.tiny import HEAD_KINDS, tiny_recipe
+from tests.support.tiny import HEAD_KINDS, NEOX, tiny_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 MODELS = {
     "plain": {},
+    "neox": NEOX,
     "biased": {"qkv_bias": True, "qk_norm": True},
     "tied": {"tie_embeddings": True},
     "wide_attention": {"head_width": 10, "num_key_value_heads": 1, "mlp_width": None},
@@ -68,10 +69,11 @@ def test_token_order_matrix():
     assert_counts_match(tiny_recipe(objective={"token_order": {"window_tokens": 4}}))
 
 
+@pytest.mark.parametrize("model", ["plain", "neox"])
 @pytest.mark.parametrize("kind", HEAD_KINDS)
-def test_active_parameters_are_those_that_multiply(kind):
+def test_active_parameters_are_those_that_multiply(kind, model):
     """Compare with the matrix products that the model really computes."""
-    recipe = tiny_recipe(model={"num_layers": 9}, heads=HEAD_KINDS[kind])
+    recipe = tiny_recipe(model=MODELS[model] | {"num_layers": 9}, heads=HEAD_KINDS[kind])
     model = build_model(recipe)
     length = recipe.data.window_tokens + recipe.heads.num_offsets
     tokens = torch.zeros(2, length, dtype=torch.long)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
+from tests.support.tiny import HEAD_KINDS, NEOX, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
 
 TOLERANCE = 1e-10
 OBJECTIVES = {
@@ -72,3 +72,8 @@ def test_offset_weights(kind, weights):
 def test_tied_biased_normed_model():
     model = {"tie_embeddings": True, "qkv_bias": True, "qk_norm": True}
     assert_same_step(HEAD_KINDS["sequential"], {}, model=model)
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_models_of_the_neox_type(kind):
+    assert_same_step(HEAD_KINDS[kind], OBJECTIVES["recomputed"], attention="document", model=NEOX)

@@ -128,6 +128,8 @@ RULES = (
     _broken("key_value_heads_do_not_divide", "model.num_key_value_heads=3"),
     _broken("head_width_odd", "model.head_width=31"),
     _broken("head_width_odd_by_division", "model.width=24", "model.num_attention_heads=8"),
+    _broken("rotary_share_of_an_odd_width", "model.rotary_share=0.1"),
+    _broken("rope_factors_swapped", "model.rope_scaling={low_freq_factor: 4, high_freq_factor: 1}"),
     _broken("no_layer_for_the_trunk", "model.num_layers=4"),
     _broken("no_layer_for_the_trunk_beside_the_main_head", "model.num_layers=1", "heads.match_parameters=false"),
     _broken("no_layer_for_the_trunk_of_modules", "heads.kind=sequential", "model.num_layers=3"),

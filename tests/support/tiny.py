@@ -23,6 +23,20 @@ HEAD_KINDS: dict[str, dict[str, object]] = {
     "medusa_replicated": {"kind": "medusa", "unembedding": "replicated"},
 }
 
+NEOX: dict[str, object] = {
+    "num_key_value_heads": None,
+    "head_width": 6,
+    "rotary_share": 0.4,
+    "rope_scaling": {"original_positions": 8},
+    "norm": "layer",
+    "mlp": "gelu",
+    "parallel_residual": True,
+    "qkv_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+}
+"""Everything that a model of the GPT-NeoX type does otherwise, with scaled rotary positions."""
+
 
 def tiny_recipe(**sections: dict[str, object]) -> Recipe:
     """A recipe of a few thousand parameters; keyword arguments overlay its sections."""

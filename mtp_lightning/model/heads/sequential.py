@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.model.geometry import Geometry
 from mtp_lightning.model.heads.base import HeadContext, Heads
-from mtp_lightning.model.layers import LayerStack
+from mtp_lightning.model.layers import LayerStack, build_norm
 from mtp_lightning.recipe.model_sections import HeadsSection, ModelSection
 
 
@@ -17,8 +17,8 @@ class MtpModule(nn.Module):
     def __init__(self, model: ModelSection, heads: HeadsSection, *, recompute: bool) -> None:
         super().__init__()
         self.embedding_first = heads.concatenation == "embedding_first"
-        self.enorm = nn.RMSNorm(model.width, model.norm_eps)
-        self.hnorm = nn.RMSNorm(model.width, model.norm_eps)
+        self.enorm = build_norm(model)
+        self.hnorm = build_norm(model)
         self.eh_proj = nn.Linear(2 * model.width, model.width, bias=False)
         self.layers = LayerStack(model, heads.layers_per_head, recompute=recompute)
 
