@@ -18,6 +18,7 @@ from mtp_lightning.data.dataset import RankSlices, SampleDataset, TrainingBatche
 from mtp_lightning.data.order import ShuffledOrder, permute
 from mtp_lightning.data.rows import Rows
 from mtp_lightning.data.tokenizers import open_tokenizer
+from mtp_lightning.recipe.data_sections import BatchSection
 
 WINDOW_TOKENS, NUM_OFFSETS, BATCH_ROWS = 4096, 4, 8
 WIDTH_TOKENS = WINDOW_TOKENS + NUM_OFFSETS
@@ -76,15 +77,21 @@ def _row_figures(folder: Path, repeats: int) -> dict[str, float]:
     }
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     for _, (name, read) in itertools.product(range(repeats), readers.items()):
-        seconds[name].append(_seconds(lambda read=read: [read(batch) for batch in batches]))  # type: ignore[misc]
+        seconds[name].append(_seconds(lambda read=read: _read_all(read, batches)))  # type: ignore[misc]
     rates = {name: numbers.size * WIDTH_TOKENS / median(own) for name, own in seconds.items()}
     figures = {f"{name}_mtokens_per_s": rate / 1e6 for name, rate in rates.items()}
     return {**figures, "row_tokens_to_memmap": rates["row_tokens"] / rates["memmap"]}
 
 
+def _read_all(read: Callable[[Any], Any], batches: list[Any]) -> None:
+    """Read, and keep nothing: as in training, the memory of one batch serves the next."""
+    for batch in batches:
+        read(batch)
+
+
 def _memmap_rows(flat: Any, batch: Any) -> Any:
-    """Read rows the usual way: one slice of `np.memmap` each, widened for torch."""
-    out = np.empty((batch.size, WIDTH_TOKENS), dtype=np.int64)
+    """Read rows the usual way: one slice of `np.memmap` each."""
+    out = np.empty((batch.size, WIDTH_TOKENS), dtype=flat.dtype)
     for line, row in enumerate(batch):
         out[line] = flat[row * WINDOW_TOKENS : row * WINDOW_TOKENS + WIDTH_TOKENS]
     return out
@@ -110,9 +117,9 @@ def _first_batch_s(folder: Path) -> float:
     """Wall time from a folder to the first batch of a run that goes on, as a new process would need it."""
     began_at = time.perf_counter()
     rows = Rows(folder, "train", window_tokens=WINDOW_TOKENS, num_offsets=NUM_OFFSETS)
-    slices = RankSlices(rows_consumed=10**7, batch_rows=BATCH_ROWS, rank=0, world_size=1)
+    slices = RankSlices(rows_consumed=10**7, batch=BatchSection(rows=BATCH_ROWS), rank=0, world_size=1)
     order = ShuffledOrder(seed=0, num_rows=len(rows))
-    batches = TrainingBatches(dataset=SampleDataset(rows, order), slices=lambda: slices, vocabulary=257)
+    batches = TrainingBatches(dataset=SampleDataset(rows, order, 257), slices=lambda: slices)
     next(iter(batches))
     return time.perf_counter() - began_at
 

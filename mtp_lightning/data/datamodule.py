@@ -1,6 +1,7 @@
 """The recipe's data as a Lightning data module; its whole position is the number of rows consumed."""
 
 import itertools
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, final
 
@@ -26,8 +27,8 @@ class MtpDataModule(LightningDataModule):
 
     Where some tokens may not be targets there is a `loss_mask` too, (R, T+n) bool, true for those that may.
 
-    Sample i of a run is a pure function of (shards, seed, i). A step takes the next `batch.rows` samples, each
-    rank a contiguous part of them, so neither ranks nor workers change what is learnt from. The position moves
+    Sample i of a run is a pure function of (shards, seed, i). A step takes the next `batch.rows` samples (fewer at
+    the beginning under `batch.ramp`), each rank a contiguous part of them, so neither ranks nor workers change what is learnt from. The position moves
     only by `advance`, after a step is complete: batches fetched ahead and never used are simply fetched again.
     """
 
@@ -68,9 +69,8 @@ class MtpDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainingBatches:
         """Return this rank's part of every global batch, without end, from `rows_consumed` at first use."""
         return TrainingBatches(
-            dataset=SampleDataset(self.training_rows, self.training_data.order),
+            dataset=SampleDataset(self.training_rows, self.training_data.order, self._recipe.model.vocabulary),
             slices=self._slices,
-            vocabulary=self._recipe.model.vocabulary,
             workers=self._recipe.data.workers,
             pin_memory=self._recipe.run.device != "cpu" and torch.cuda.is_available(),
         )
@@ -115,6 +115,16 @@ class MtpDataModule(LightningDataModule):
             )
         self._skip_ranges = tuple(ranges)
 
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Take up another run's position, whose rows may be of other offsets or shards; skipped rows if they are not.
+
+        Raises:
+            CheckpointError: The position is none.
+        """
+        self.rows_consumed = _rows_consumed_of(state)
+        if all(state.get(key) == value for key, value in self._identity().items()):
+            self._skip_ranges = _skip_ranges_of(state)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what it is a position in; below 1 KiB."""
         skipped = [list(own) for own in self._skip_ranges]
@@ -134,14 +144,7 @@ class MtpDataModule(LightningDataModule):
                 f"{_spelled(state_dict, wrong)} in the checkpoint",
                 "Give the recipe the values of the checkpoint, or start a new run",
             )
-        consumed = state_dict.get("rows_consumed")
-        if type(consumed) is not int or consumed < 0:
-            raise CheckpointError(
-                "rows_consumed of a checkpoint must be a count",
-                repr(consumed),
-                "Resume from another checkpoint",
-            )
-        self.rows_consumed = consumed
+        self.rows_consumed = _rows_consumed_of(state_dict)
         self._skip_ranges = _skip_ranges_of(state_dict)
 
     def _identity(self) -> dict[str, Any]:
@@ -171,18 +174,19 @@ class MtpDataModule(LightningDataModule):
         return RankSlices(
             rows_consumed=self.rows_consumed,
             skip_ranges=self._skip_ranges,
-            batch_rows=self._recipe.batch.rows,
+            batch=self._recipe.batch,
             rank=self._rank,
             world_size=self._world_size,
         )
 
     def _check_batch(self) -> None:
-        rows = self._recipe.batch.rows
-        if rows % self._world_size:
+        rows, first = self._recipe.batch.rows, self._recipe.batch.rows_at(0)
+        name = "batch.rows" if first == rows else "batch.ramp.from_rows"
+        if first % self._world_size:
             raise DataError(
-                f"batch.rows must be a multiple of the number of ranks, {self._world_size}",
-                str(rows),
-                f"Set batch.rows={-(-rows // self._world_size) * self._world_size}, or change the number of ranks",
+                f"{name} must be a multiple of the number of ranks, {self._world_size}",
+                str(first),
+                f"Set {name}={-(-first // self._world_size) * self._world_size}, or change the number of ranks",
             )
         if rows > len(self.training_rows):
             raise DataError(
@@ -203,7 +207,16 @@ class MtpDataModule(LightningDataModule):
             say(f"validating on {there:,} rows, not {asked:,}: {len(self.validation_rows):,} are held out")
 
 
-def _skip_ranges_of(state: dict[str, Any]) -> tuple[Range, ...]:
+def _rows_consumed_of(state: Mapping[str, Any]) -> int:
+    consumed = state.get("rows_consumed")
+    if type(consumed) is not int or consumed < 0:
+        raise CheckpointError(
+            "rows_consumed of a checkpoint must be a count", repr(consumed), "Resume from another checkpoint"
+        )
+    return consumed
+
+
+def _skip_ranges_of(state: Mapping[str, Any]) -> tuple[Range, ...]:
     """Read the ranges of a state; states from before there were any have none."""
     given = state.get("skip_ranges", [])
     is_list_of_pairs = isinstance(given, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in given)

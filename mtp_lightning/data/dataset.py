@@ -1,52 +1,50 @@
 """Batches for training and validation: sample numbers in, tensors out."""
 
-import itertools
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from mtp_lightning.data.corpus import check_largest_token
 from mtp_lightning.data.mapped import Integers
 from mtp_lightning.data.order import Order, Range, without_skipped
-from mtp_lightning.data.rows import RowSource
+from mtp_lightning.data.rows import RowArrays, RowSource
+from mtp_lightning.recipe.data_sections import BatchSection
 
-Arrays = dict[str, Integers]
+BATCHES_AHEAD = 2
 Batch = dict[str, torch.Tensor]
 
 
-def tensors_of(arrays: Arrays, *, vocabulary: int, pin_memory: bool = False) -> Batch:
-    """Return rows as tensors, each (B, T+n).
-
-    Raises:
-        DataError: A token id is not below the vocabulary.
-    """
-    check_largest_token(int(arrays["tokens"].max()), vocabulary, "a batch")
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+def tensors_of(arrays: RowArrays, *, pin_memory: bool = False) -> Batch:
+    """Return rows as tensors, each (B, T+n); whole numbers become int64, as torch wants indices."""
+    tensors = {name: torch.from_numpy(_widened(array)) for name, array in arrays.items()}
     return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin_memory else tensors
 
 
 @final
-class SampleDataset(Dataset[Arrays]):
+class SampleDataset(Dataset[RowArrays]):
     """The endless samples of a run, fetched by the batch; it holds no position, so copies of it agree.
 
     Fetches arrays and not tensors: arrays take no shared memory between processes, and a worker that ends while its
     sending thread is inside torch aborts (torch 2.13 on Python 3.11: "terminate called without an active exception").
     """
 
-    def __init__(self, rows: RowSource, order: Order) -> None:
+    def __init__(self, rows: RowSource, order: Order, vocabulary: int) -> None:
         self._rows = rows
         self._order = order
+        self._vocabulary = vocabulary
 
-    def __getitem__(self, sample: int) -> Arrays:
+    def __getitem__(self, sample: int) -> RowArrays:
         return self.__getitems__([sample])
 
-    def __getitems__(self, samples: Sequence[int]) -> Arrays:
-        return self._rows.read(self._order.rows(np.asarray(samples, dtype=np.int64)))
+    def __getitems__(self, samples: Sequence[int]) -> RowArrays:
+        return self._rows.read_known(self._order.rows(np.asarray(samples, dtype=np.int64)), self._vocabulary)
 
 
 @final
@@ -55,16 +53,19 @@ class RankSlices:
     """Endless sample numbers of one rank: its contiguous part of every global batch."""
 
     rows_consumed: int
-    batch_rows: int  # over all ranks
+    batch: BatchSection
     rank: int
     world_size: int
     skip_ranges: tuple[Range, ...] = ()  # of samples, sorted and apart
 
     def __iter__(self) -> Iterator[list[int]]:
-        share = self.batch_rows // self.world_size
-        first = self.rows_consumed + self.rank * share
-        for begin in itertools.count(first, self.batch_rows):
+        position = self.rows_consumed
+        while True:
+            rows = self.batch.rows_at(position)
+            share = rows // self.world_size
+            begin = position + self.rank * share
             yield without_skipped(np.arange(begin, begin + share), self.skip_ranges).tolist()
+            position += rows
 
 
 @final
@@ -77,23 +78,40 @@ class TrainingBatches:
 
     dataset: SampleDataset
     slices: Callable[[], RankSlices]
-    vocabulary: int
     workers: int = 0
     pin_memory: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
+        return self._from_workers() if self.workers else self._from_thread()
+
+    def _from_thread(self) -> Iterator[Batch]:
+        """Read the next batches while the model trains on this one."""
+        slices = iter(self.slices())
+        reader = ThreadPoolExecutor(1, thread_name_prefix="mtp-rows")
+        ahead: deque[Future[Batch]] = deque()
+        try:
+            while True:
+                while len(ahead) <= BATCHES_AHEAD:
+                    ahead.append(reader.submit(self._read, next(slices)))
+                yield ahead.popleft().result()
+        finally:
+            reader.shutdown(cancel_futures=True)
+
+    def _read(self, samples: list[int]) -> Batch:
+        return tensors_of(self.dataset.__getitems__(samples), pin_memory=self.pin_memory)
+
+    def _from_workers(self) -> Iterator[Batch]:
         loader = DataLoader(
             self.dataset,
             batch_sampler=self.slices(),
             num_workers=self.workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_leave_signals_to_the_parent,
-            # A fork would copy CUDA's state, running threads and the run's signal handlers.
-            multiprocessing_context="spawn" if self.workers else None,
+            worker_init_fn=leave_signals_to_the_parent,
+            multiprocessing_context="spawn",  # a fork would copy CUDA's state, running threads and signal handlers
             generator=torch.Generator(),  # else the loader draws a seed from the run's own random numbers
         )
         for arrays in loader:
-            yield tensors_of(arrays, vocabulary=self.vocabulary, pin_memory=self.pin_memory)
+            yield tensors_of(arrays, pin_memory=self.pin_memory)
 
 
 @final
@@ -111,16 +129,19 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for begin in range(0, self.numbers.size, self.batch_rows):
-            arrays = self.rows.read(self.numbers[begin : begin + self.batch_rows])
-            yield tensors_of(arrays, vocabulary=self.vocabulary)
+            yield tensors_of(self.rows.read_known(self.numbers[begin : begin + self.batch_rows], self.vocabulary))
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ignore what a terminal or Slurm sends to every process of a run; the parent ends its workers itself."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+
+
+def _widened(array: NDArray[Any]) -> NDArray[Any]:
+    return array if array.dtype == np.bool_ else array.astype(np.int64)
 
 
 def _as_it_is(batch: Any) -> Any:
     """Collate nothing: the data set has read a whole batch."""
     return batch
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ignore what a terminal or Slurm sends to every process of a run; the parent ends its workers itself."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)

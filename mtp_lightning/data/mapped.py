@@ -46,6 +46,11 @@ class ShardMaps:
             self._mapped[place] = MappedShard(path, dtype, self.index, self._numbers[place])
         return self._mapped[place]
 
+    def describe(self, place: int, start: int) -> str:
+        """Return the place of a token of a shard in words: file, member, token in it, byte of the file."""
+        shard = self[place]
+        return f"{shard.describe(start, str(self.folder / self.shards[place].name))}, byte {shard.byte_of(start):,}"
+
 
 @final
 class MappedShard:
@@ -61,18 +66,18 @@ class MappedShard:
         self._mask_at = index.mask_at[inside]
         self._words = np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
-    def tokens(self, starts: Integers, width: int) -> Integers:
-        """Return the windows of a width that begin at those tokens of the shard."""
+    def tokens(self, starts: Integers, width: int) -> NDArray[Any]:
+        """Return the windows of a width that begin at those tokens of the shard, in the type they are stored in."""
         member = np.searchsorted(self._first_tokens, starts, side="right") - 1
         fits = starts + width <= self._first_tokens[member + 1]
         at = self._words_at[member] + starts - self._first_tokens[member]
-        windows = np.empty((starts.size, width), dtype=np.int64)  # (B, width)
+        windows = np.empty((starts.size, width), dtype=self._words.dtype.newbyteorder("="))  # (B, width)
         for line, (begin, is_whole) in enumerate(zip(at.tolist(), fits.tolist(), strict=True)):
-            # Slice by slice: widened as it is copied, which no gather does.
+            # Slice by slice: a gather is several times slower.
             windows[line] = self._words[begin : begin + width] if is_whole else self._across(starts[line], width)
         return windows
 
-    def documents(self, starts: Integers, width: int) -> Integers:
+    def documents(self, starts: Integers, width: int) -> NDArray[np.int32]:
         """Return for each token of those windows the number of its document within the window."""
         ends = self.document_ends
         first = np.searchsorted(ends, starts, side="right")
@@ -83,7 +88,7 @@ class MappedShard:
         end = ends[np.minimum(first[line] + number, ends.size - 1)]
         stop = np.where(number == counts[line] - 1, width, end - starts[line])  # in the window
         length = np.where(number == 0, stop, stop - np.concatenate([[0], stop[:-1]]))
-        return np.repeat(number, length).reshape(starts.size, width)
+        return np.repeat(number.astype(np.int32), length).reshape(starts.size, width)
 
     def loss_mask(self, starts: Integers, width: int) -> NDArray[np.bool_]:
         """Return for each token of those windows whether it may be a target."""
@@ -103,6 +108,11 @@ class MappedShard:
         """Return the place of a token in words: shard, member, token in it."""
         member = int(np.searchsorted(self._first_tokens, start, side="right")) - 1
         return f"{name}, member {member}, token {start - int(self._first_tokens[member]):,}"
+
+    def byte_of(self, start: int) -> int:
+        """Return where a token lies in the file."""
+        member = int(np.searchsorted(self._first_tokens, start, side="right")) - 1
+        return int(self._words_at[member] + start - self._first_tokens[member]) * self._words.itemsize
 
     @cached_property
     def document_ends(self) -> Integers:

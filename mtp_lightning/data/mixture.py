@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
@@ -110,8 +110,11 @@ class JoinedRows(RowSource):
             inside = np.flatnonzero(sources == source)
             parts[int(source)] = (inside, self._sources[source].read(rows[inside] - self._first_rows[source]))
         shape = (rows.size, self.width_tokens)
-        names = {name: array.dtype for _, part in parts.values() for name, array in part.items()}
-        batch: RowArrays = {name: np.ones(shape, dtype=dtype) for name, dtype in names.items()}
+        types: dict[str, list[Any]] = {}
+        for _, part in parts.values():
+            for name, array in part.items():
+                types.setdefault(name, []).append(array.dtype)
+        batch: RowArrays = {name: np.ones(shape, dtype=np.result_type(*own)) for name, own in types.items()}
         for inside, part in parts.values():
             for name, array in part.items():
                 batch[name][inside] = array
@@ -119,9 +122,17 @@ class JoinedRows(RowSource):
 
     def describe(self, row: int) -> str:
         """Return the source of a row and its place there."""
+        source, inside = self._locate(row)
+        return f"source {source + 1} of {len(self._sources)}: {self._sources[source].describe(inside)}"
+
+    def place(self, row: int, position: int) -> str:
+        """Return the place of one token of a row in words; the file tells the source."""
+        source, inside = self._locate(row)
+        return self._sources[source].place(inside, position)
+
+    def _locate(self, row: int) -> tuple[int, int]:
         source = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        inside = self._sources[source].describe(row - int(self._first_rows[source]))
-        return f"source {source + 1} of {len(self._sources)}: {inside}"
+        return source, row - int(self._first_rows[source])
 
     def spread(self, num_rows: int) -> Integers:
         """Return the numbers of so many rows: of each source by its weight, evenly; what one lacks others give."""

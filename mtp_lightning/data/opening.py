@@ -129,7 +129,7 @@ def _refuse_twins(sources: list[_Source]) -> None:
 
 def _check_quotas(recipe: Recipe, sources: list[_Source], order: MixedOrder) -> None:
     """Refuse a source that lacks the rows of one block, or that the run would read more often than it may."""
-    taken = order.samples_taken(recipe.run.steps * recipe.batch.rows)
+    taken = order.samples_taken(recipe.batch.rows_after(recipe.run.steps))
     for source, quota, num_taken in zip(sources, order.quotas, taken, strict=True):
         num_rows = len(source.rows)
         if num_rows < quota:

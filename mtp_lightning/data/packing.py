@@ -111,8 +111,9 @@ class PackedRows(RowSource):
         """Read rows; the mask is false for padding, and for tokens that are only read."""
         self.refuse_outside(rows)
         shape = (rows.size, self.width_tokens)
-        tokens = np.full(shape, self._maps.manifest.end_of_document, dtype=np.int64)  # (B, T+n)
-        documents = np.zeros(shape, dtype=np.int64)
+        manifest = self._maps.manifest
+        tokens = np.full(shape, manifest.end_of_document, dtype=manifest.dtype)  # (B, T+n)
+        documents = np.zeros(shape, dtype=np.int32)
         mask = np.zeros(shape, dtype=np.bool_)
         for line, row in enumerate(rows):
             end = 0
@@ -136,6 +137,14 @@ class PackedRows(RowSource):
             start, length = int(self._plan.starts[piece]), int(self._plan.lengths[piece])
             names.append(f"{self._maps[place].describe(start, self._maps.shards[place].name)}: {length:,} tokens")
         return "\n".join(names)
+
+    def place(self, row: int, position: int) -> str:
+        """Return the place of one token of a row in words; padding has none."""
+        first, last = (int(bound) for bound in self._plan.first_pieces[row : row + 2])
+        ends = np.cumsum(self._plan.lengths[first:last])
+        piece = first + int(np.searchsorted(ends, position, side="right"))
+        begin = int(ends[piece - first] - self._plan.lengths[piece])
+        return self._maps.describe(int(self._plan.shards[piece]), int(self._plan.starts[piece]) + position - begin)
 
 
 def _cut(documents: _Pieces, window_tokens: int, num_offsets: int) -> tuple[_Pieces, _Pieces]:

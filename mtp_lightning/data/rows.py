@@ -33,12 +33,35 @@ class RowSource(ABC):
     def read(self, rows: Integers) -> RowArrays:
         """Read rows as `tokens` and `documents`, both (B, T+n); documents are numbered 0, 1, 2, … within each row.
 
+        Tokens have the type they are stored in, uint16 or uint32; documents are int32.
         Where some tokens may not be targets there is a `loss_mask` too, true for those that may.
         """
 
     @abstractmethod
     def describe(self, row: int) -> str:
         """Return the place of a row in words: shard, member, first token in it."""
+
+    @abstractmethod
+    def place(self, row: int, position: int) -> str:
+        """Return the place of one token of a row in words: file, member, token in it, byte of the file."""
+
+    def read_known(self, rows: Integers, vocabulary: int) -> RowArrays:
+        """Read rows for a model.
+
+        Raises:
+            DataError: A token id is not below its vocabulary; manifests say so before, unless a shard is damaged.
+        """
+        batch = self.read(rows)
+        tokens = batch["tokens"]
+        if rows.size and tokens.max() >= vocabulary:
+            line, position = (int(number) for number in np.argwhere(tokens >= vocabulary)[0])
+            raise DataError(
+                f"every token id must be below model.vocabulary = {vocabulary:,}",
+                f"id {tokens[line, position]:,} at {self.place(int(rows[line]), position)}",
+                "Its manifest promises smaller ids: copy the shard again from its source, or build the shards again; "
+                "`mtp data verify FOLDER` names all damage",
+            )
+        return batch
 
     def spread(self, num_rows: int) -> Integers:
         """Return the numbers of so many rows, spread evenly."""
@@ -97,8 +120,8 @@ class Rows(RowSource):
         """Read rows; there is a mask where the split has prompts."""
         places, starts = self._locate(rows)
         width = self.width_tokens
-        tokens = np.empty((rows.size, width), dtype=np.int64)  # (B, T+n)
-        documents = np.empty_like(tokens)
+        tokens = np.empty((rows.size, width), dtype=self.manifest.dtype)  # (B, T+n)
+        documents = np.empty(tokens.shape, dtype=np.int32)
         masks = np.empty(tokens.shape, dtype=np.bool_) if self._is_masked else None
         for place in np.unique(places):
             if masks is None and np.all(places == place):  # no second copy
@@ -113,7 +136,7 @@ class Rows(RowSource):
         batch: RowArrays = {"tokens": tokens, "documents": documents}
         return batch if masks is None else {**batch, "loss_mask": masks}
 
-    def read_tokens(self, rows: Integers) -> Integers:
+    def read_tokens(self, rows: Integers) -> NDArray[Any]:
         """Read the tokens of rows alone, (B, T+n)."""
         places, starts = self._locate(rows)
         if np.all(places == places[0]):
@@ -125,6 +148,11 @@ class Rows(RowSource):
         places, starts = self._locate(np.array([row]))
         place = int(places[0])
         return self._maps[place].describe(int(starts[0]), self._maps.shards[place].name)
+
+    def place(self, row: int, position: int) -> str:
+        """Return the place of one token of a row in words."""
+        places, starts = self._locate(np.array([row]))
+        return self._maps.describe(int(places[0]), int(starts[0]) + position)
 
     def _locate(self, rows: Integers) -> tuple[Integers, Integers]:
         """Return for each row its shard (counted within the split) and its first token there."""

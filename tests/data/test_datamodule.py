@@ -2,6 +2,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,8 +239,12 @@ def test_token_that_the_model_lacks_stops_the_loader(cache: Path, corpus: Path, 
     shard.write_bytes(data)
     forge(folder)  # a manifest that does not know of it
     module = build(cache, corpus, data={"workers": workers})
-    with pytest.raises(DataError, match="found id 300 in a batch"):
+    place = r"train/\d+\.tar, member 0, token \d+, byte [\d,]+"
+    with pytest.raises(DataError, match=rf"must be below model\.vocabulary = 257; found id 300 at .*{place}\. ") as caught:
         take(module, 50)
+    at = int(re.findall(r"byte (\d+)", caught.value.found.replace(",", ""))[-1])
+    assert data[at : at + 2] == (300).to_bytes(2, "little")
+    assert str(folder) in caught.value.found
 
 
 class Recorder(pl.LightningModule):
