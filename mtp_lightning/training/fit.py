@@ -1,10 +1,13 @@
 """The one way into training: from a recipe to a finished run, or on from where it was."""
 
 import contextlib
+import gc
 import logging
 import traceback
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -21,6 +24,8 @@ from mtp_lightning.training.callbacks.build import build_callbacks
 from mtp_lightning.training.device import prepare_device
 from mtp_lightning.training.joining import joined_ranks
 from mtp_lightning.training.lightning_module import MtpLightningModule
+from mtp_lightning.training.nonfinite import NonFiniteStreak, roll_back
+from mtp_lightning.training.phases import train_phases
 from mtp_lightning.training.run_folder import Opened, opened_run_folder
 from mtp_lightning.training.strategy import build_strategy
 
@@ -34,11 +39,30 @@ def train(loaded: LoadedRecipe, stop: StopRequest | None = None) -> int:
     """
     recipe, stop = loaded.recipe, stop or StopRequest()
     prepare_device(recipe)
-    with joined_ranks(recipe), opened_run_folder(recipe, Ranks()) as opened:
+    with joined_ranks(recipe):
+        if recipe.phases:
+            return train_phases(recipe, partial(_train_run, stop=stop))
+        return _train_run(recipe, stop)
+
+
+def _train_run(recipe: Recipe, stop: StopRequest) -> int:
+    """Train a recipe without phases, or one phase."""
+    with opened_run_folder(recipe, Ranks()) as opened:
         if opened.checkpoint is not None and opened.checkpoint.step >= recipe.run.steps:
             _say_finished(opened, recipe)
             return 0
-        return _fit(recipe, opened, stop)
+        return _fit_with_rollbacks(recipe, opened, stop)
+
+
+def _fit_with_rollbacks(recipe: Recipe, opened: Opened, stop: StopRequest) -> int:
+    """Train to the end; where too many steps in a row are not finite, go back and on without their rows."""
+    while True:
+        try:
+            return _fit(recipe, opened, stop)
+        except NonFiniteStreak as streak:
+            checkpoint = roll_back(opened.path, recipe.run.nonfinite, streak)
+        opened = replace(opened, checkpoint=checkpoint)
+        gc.collect()  # model and optimizer of before, which know each other
 
 
 def _say_finished(opened: Opened, recipe: Recipe) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.checkpoint.shard_reader import ShardReader
+from mtp_lightning.checkpoint.reader_view import Reader
 from mtp_lightning.checkpoint.shards import WEIGHT, Piece
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.ranks import Ranks
@@ -30,7 +30,7 @@ class Fragment(NamedTuple):
     is_trainable: bool
 
     @torch.no_grad()
-    def read_from(self, reader: ShardReader) -> None:
+    def read_from(self, reader: Reader) -> None:
         """Take weight and moments from a checkpoint, whoever wrote which part of them."""
         stop = self.start + self.weight.numel()
         for kind, values in {WEIGHT: self.weight, **self.moments}.items():
@@ -70,22 +70,30 @@ def whole_fragments(
         yield Fragment(name, p.shape, 0, weight, gradient, moments, state.get("step"), p.requires_grad)
 
 
-def gradient_norms(fragments: Iterable[Fragment], ranks: Ranks, *, loss_scale: float = 1.0) -> dict[str, Tensor]:
-    """L2 norm of the gradient of each role and of all together, by role name and `all`; the same on every rank."""
+def gradient_norms(
+    fragments: Iterable[Fragment], ranks: Ranks, *, loss_scale: float = 1.0, loss: Tensor | None = None
+) -> dict[str, Tensor]:
+    """L2 norm of the gradient of each role and of all together, by role name and `all`; the same on every rank.
+
+    Where this rank's loss is given, `all` is finite only if the losses of all ranks are.
+    """
     gradients: dict[str, list[Tensor]] = {}
     for fragment in fragments:
         role = gradients.setdefault(role_of(fragment.name), [])
         if fragment.gradient is not None:
             role.append(fragment.gradient)
     device = next((part.device for parts in gradients.values() for part in parts), torch.device("cpu"))
-    squares = torch.zeros(2, len(ROLES), device=device, dtype=torch.float32)  # and whether there are gradients at all
+    # Of each role, and whether it has gradients at all; one more column has a zero, or NaN if the loss is not finite.
+    squares = torch.zeros(2, len(ROLES) + 1, device=device, dtype=torch.float32)
+    if loss is not None:
+        squares[0, -1] = 0 * loss
     for index, parts in enumerate(gradients.get(role, []) for role in ROLES):
         if parts:
             squares[:, index] = torch.stack((torch.nn.utils.get_total_norm(parts).float() ** 2, squares.new_ones(())))
     squares, is_there = ranks.sum(squares).unbind()
-    norms = squares.sqrt() / loss_scale
-    of_roles = {role: norm for role, norm, is_in in zip(ROLES, norms, is_there.tolist(), strict=True) if is_in}
-    return of_roles | {"all": norms.norm()}
+    *norms, of_loss = squares.sqrt() / loss_scale
+    of_roles = {role: norm for role, norm, is_in in zip(ROLES, norms, is_there[:-1].tolist(), strict=True) if is_in}
+    return of_roles | {"all": torch.stack(norms).norm() + of_loss}
 
 
 ROLES = ("trunk", "heads", "unembedding")
@@ -101,7 +109,7 @@ def moments_of(state: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim() and v.numel() == like.numel()}
 
 
-def provide_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, reader: ShardReader, name: str) -> None:
+def provide_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, reader: Reader, name: str) -> None:
     """Give an optimizer that has not stepped yet the moments that a checkpoint has of a parameter, as zeros."""
     state = optimizer.state[parameter]
     for kind in reader.kinds(name):
@@ -112,7 +120,7 @@ def provide_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, reader:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if is_on_device else "cpu")
 
 
-def check_names(reader: ShardReader, named_parameters: Iterable[tuple[str, Any]]) -> None:
+def check_names(reader: Reader, named_parameters: Iterable[tuple[str, Any]]) -> None:
     """Refuse a checkpoint that holds other parameters, or other shapes, than the model has.
 
     Raises:

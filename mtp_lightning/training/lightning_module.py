@@ -10,7 +10,6 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from mtp_lightning.errors import NonFiniteError
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import count_targets, shifted_targets
 from mtp_lightning.losses.weights import offset_weights
@@ -20,7 +19,8 @@ from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.checks import ORACLE_STEPS, GradientArrival, GradientSums, check_counts, check_targets
 from mtp_lightning.training.fragments import gradient_norms
 from mtp_lightning.training.metrics import OffsetMetrics
-from mtp_lightning.training.objective import MicroBatch, Objective
+from mtp_lightning.training.nonfinite import SkippedSteps
+from mtp_lightning.training.objective import MicroBatch, Objective, OffsetLosses
 from mtp_lightning.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from mtp_lightning.training.schedules import evaluate, run_schedule
 from mtp_lightning.training.strategy import RunStrategy
@@ -44,6 +44,7 @@ class MtpLightningModule(L.LightningModule):
         self.metrics: dict[str, float] = {}
         self.train_metrics = OffsetMetrics(recipe.heads.num_offsets)
         self.val_metrics = OffsetMetrics(recipe.heads.num_offsets)
+        self.skipped_steps = SkippedSteps(recipe.run.nonfinite)
 
     def configure_model(self) -> None:
         """Build the model once, as the strategy wants it."""
@@ -75,12 +76,17 @@ class MtpLightningModule(L.LightningModule):
         step = self.global_step
         self.metrics = {}
         objective, targets = self._prepare(batch, step)
+        parts: list[tuple[Tensor, OffsetLosses]] = []
         with self.strategy.accumulating():
             for micro_batch in self._micro_batches(batch, targets):
                 with self.autocast():
                     losses = run_schedule(self.model, micro_batch, objective, self._backward)
-                self.train_metrics.update(micro_batch.targets, losses)
-        norms = self._step_optimizer(objective.weights, step)
+                parts.append((micro_batch.targets, losses))
+        norms = self._norms(parts, objective.weights)
+        is_finite = math.isfinite(norms["all"])
+        self._step_optimizer(norms, objective.weights, step)
+        for part in parts if is_finite else ():
+            self.train_metrics.update(*part)
         self.trainer.datamodule.advance(self.recipe.batch.rows)  # type: ignore[attr-defined]
         if self._is_logged(step + 1):
             self._log_step(step, norms)
@@ -112,12 +118,14 @@ class MtpLightningModule(L.LightningModule):
         """Keep what has been measured since the last logged step, so that a resumed run logs the same figures."""
         sums = {name: value for name, value in self.train_metrics.metric_state.items() if isinstance(value, Tensor)}
         checkpoint["train_metrics"] = {name: self.strategy.ranks.sum(value.clone()) for name, value in sums.items()}
+        checkpoint["skipped_steps"] = self.skipped_steps.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on measuring where the checkpoint was taken; what all ranks had measured, the first goes on with."""
         for name, value in checkpoint["train_metrics"].items():
             own = value if self.strategy.ranks.is_first else torch.zeros_like(value)
             setattr(self.train_metrics, name, own.to(self.device))
+        self.skipped_steps.load(checkpoint.get("skipped_steps", {}))
 
     def on_validation_epoch_end(self) -> None:
         """Publish the validation's figures and forget its sums."""
@@ -173,43 +181,57 @@ class MtpLightningModule(L.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss)
 
-    def _step_optimizer(self, weights: list[float], step: int) -> dict[str, Tensor]:
-        """Check, clip, step, zero: once per optimizer step. Returns the gradient norms before clipping."""
+    def _norms(self, parts: list[tuple[Tensor, OffsetLosses]], weights: list[float]) -> dict[str, Tensor]:
+        """Gradient norms before clipping by role; `all` is finite only if the losses of all ranks are, too."""
+        strategy = self.strategy
+        has_weight = torch.tensor(weights, device=self.device) > 0  # the others need not have been computed
+        losses = torch.stack([losses.nll_sums for _, losses in parts]).sum(0)[has_weight]
+        return gradient_norms(
+            strategy.fragments(), strategy.ranks, loss_scale=strategy.gradient_scale, loss=losses.sum()
+        )
+
+    def _step_optimizer(self, norms: dict[str, Tensor], weights: list[float], step: int) -> None:
+        """Check, clip, step, zero: once per optimizer step."""
         optimizer, strategy, section = self.optimizers(), self.strategy, self.recipe.optimizer
         assert not isinstance(optimizer, list)
-        norms = gradient_norms(strategy.fragments(), strategy.ranks, loss_scale=strategy.gradient_scale)
-        will_skip = self.recipe.run.precision == "fp16" and not math.isfinite(norms["all"])
-        if will_skip:  # fp16 searches for its loss scale by overflowing: DeepSpeed skips such a step
-            self.gradient_sums.forget()
-        else:
-            self._check_finite(norms, step)
+        is_finite = math.isfinite(norms["all"])
+        if is_finite:
+            self.skipped_steps.end()
             self.gradient_arrival.before_step(weights, strategy.fragments())
             self.gradient_sums.compare(strategy.fragments())
-        if section.clip_norm is not None and strategy.clips_here:
-            clip_gradients(self.model.parameters(), norms["all"], section.clip_norm)
+            if section.clip_norm is not None and strategy.clips_here:
+                clip_gradients(self.model.parameters(), norms["all"], section.clip_norm)
+        else:
+            self.gradient_sums.forget()
+            self._skip(norms, step)
         set_learning_rate(optimizer.optimizer, section, learning_rate(section, step, self.recipe.run.steps))
-        optimizer.step()
-        if not will_skip:
+        optimizer.step()  # counts the step, skipped or not
+        if is_finite:
             self.gradient_arrival.after_step(strategy.fragments())
         optimizer.zero_grad(set_to_none=True)
-        return norms
 
-    def _check_finite(self, norms: dict[str, Tensor], step: int) -> None:
-        if not math.isfinite(norms["all"].item()):
-            bad = [role for role, norm in norms.items() if not math.isfinite(norm.item()) and role != "all"]
-            raise NonFiniteError(
-                "every gradient must be finite",
-                f"a gradient of {', '.join(bad)} that is not, at step {step + 1}",
-                "The weights are as before this step and the last checkpoint is whole: "
-                "lower optimizer.lr, lengthen optimizer.warmup_steps, or use run.precision=fp32.",
-            )
+    def _skip(self, norms: dict[str, Tensor], step: int) -> None:
+        """Make the optimizer step leave everything as it is.
+
+        Raises:
+            NonFiniteStreak: Too many steps in a row were not finite.
+        """
+        bad = [role for role, norm in norms.items() if role != "all" and not math.isfinite(norm)]
+        if bad and self.recipe.run.precision == "fp16":
+            self.skipped_steps.total += 1  # fp16 searches for its loss scale by overflowing: DeepSpeed skips by itself
+            return
+        first = self.trainer.datamodule.rows_consumed  # type: ignore[attr-defined]
+        found = f"a gradient of {', '.join(bad)}" if bad else "a loss"
+        self.skipped_steps.add(found, step + 1, range(first, first + self.recipe.batch.rows))
+        self.strategy.discard_gradients()
 
     def _is_logged(self, done_steps: int) -> bool:
         """Predictions cost a pass over the logits, so they are taken on logged steps only."""
         return done_steps % self.recipe.run.log_every_steps == 0 or done_steps == self.recipe.run.steps
 
     def _log_step(self, step: int, norms: dict[str, Tensor]) -> None:
-        figures = self.train_metrics.compute()
+        has_any = self.train_metrics.update_called  # unless all steps since the last row were skipped, on all ranks
+        figures = self.train_metrics.compute() if has_any else {}
         self.train_metrics.reset()
         recipe, now = self.recipe, time.monotonic()
         tokens_per_step = recipe.batch.rows * recipe.data.window_tokens
@@ -219,6 +241,7 @@ class MtpLightningModule(L.LightningModule):
             "lr": learning_rate(recipe.optimizer, step, recipe.run.steps),
             **{f"train/{name}": figure for name, figure in figures.items()},
             **{f"grad_norm/{role}": float(norm) for role, norm in norms.items()},
+            "skipped_steps": self.skipped_steps.total,
             "tokens_per_s": (step + 1 - self.logged_step) * tokens_per_step / (now - self.logged_at),
             "memory_gib": self._memory_bytes() / 2**30,
         }

@@ -25,6 +25,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from torch import Tensor
 
 from mtp_lightning.checkpoint.folder import read_state
+from mtp_lightning.checkpoint.reader_view import Reader
 from mtp_lightning.checkpoint.shard_reader import ShardReader
 from mtp_lightning.model.mtp_model import MtpModel, build_model, initialise
 from mtp_lightning.ranks import Ranks
@@ -70,7 +71,11 @@ class RunStrategy(ABC):
         """Yield this rank's part of every parameter, with its gradient and moments."""
 
     @abstractmethod
-    def fill(self, reader: ShardReader) -> None:
+    def discard_gradients(self) -> None:
+        """Let the next optimizer step change neither weights nor moments."""
+
+    @abstractmethod
+    def fill(self, reader: Reader) -> None:
         """Take weights and moments from a checkpoint."""
 
     def named_parameters(self) -> Iterator[tuple[str, Any]]:
@@ -129,7 +134,11 @@ class SingleStrategy(RunStrategy, SingleDeviceStrategy):
         """Yield every parameter whole."""
         return whole_fragments(self.named_parameters(), self.optimizers[0])
 
-    def fill(self, reader: ShardReader) -> None:
+    def discard_gradients(self) -> None:
+        """Take the gradients away: an optimizer of torch passes over parameters without."""
+        self.optimizers[0].zero_grad(set_to_none=True)
+
+    def fill(self, reader: Reader) -> None:
         """Read every parameter whole."""
         check_names(reader, self.named_parameters())
         for name, parameter in self.named_parameters():
@@ -233,6 +242,14 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         for part in self._parts():
             yield part.fragment(self._zero)
 
+    def discard_gradients(self) -> None:
+        """Make every gradient NaN: DeepSpeed 0.19 then skips the step and clears what it keeps between steps."""
+        for fragment in self.fragments():
+            if fragment.gradient is not None:
+                fragment.gradient.fill_(torch.nan)
+        self._zero.check_grad_overflow = True  # else zero1 and zero2 do not look in bf16
+        self._zero.local_overflow = True  # how gradients on the host are looked at
+
     def _parts(self) -> "Iterator[_Part]":
         return self._parts_of_zero3() if self.stage == 3 else self._parts_of_zero12()
 
@@ -270,7 +287,7 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
                 yield _Part(name, p.ds_shape, start, flat, run, gradient)
 
     @torch.no_grad()
-    def fill(self, reader: ShardReader) -> None:
+    def fill(self, reader: Reader) -> None:
         """Read this rank's partition, then let the weights that the model computes with follow."""
         check_names(reader, self.named_parameters())
         zero = self._zero

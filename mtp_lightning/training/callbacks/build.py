@@ -12,6 +12,7 @@ from mtp_lightning.training.callbacks.guard import MainHeadGuard
 from mtp_lightning.training.callbacks.interruption import Interruption
 from mtp_lightning.training.callbacks.live import LiveView
 from mtp_lightning.training.callbacks.metrics_files import MetricsFiles
+from mtp_lightning.training.callbacks.rollbacks import Rollbacks
 from mtp_lightning.training.callbacks.start import Frozen, StartFrom
 from mtp_lightning.training.callbacks.stragglers import Stragglers
 from mtp_lightning.training.callbacks.summary import Summary
@@ -38,6 +39,7 @@ def build_callbacks(
         Stragglers(),
         *([StartFrom(recipe, Path(recipe.run.start_from))] if recipe.run.start_from else []),
         *([Frozen()] if recipe.heads.trainable_from else []),
+        Rollbacks(run_folder),
         *([MainHeadGuard(recipe, recipe.run.guard)] if recipe.run.guard else []),
         MetricsFiles(recipe, run_folder),
         checkpoints,

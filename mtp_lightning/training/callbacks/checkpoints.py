@@ -62,12 +62,16 @@ class Checkpoints(Callback):
             self.last_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Save the step before if it is due; on the first step after a resume, restore the generators."""
+        """Save the step before if it is due; on the first step after a resume, restore the generators.
+
+        While steps are skipped because they are not finite a save waits: the weights may be the reason.
+        """
         if self._rng_of_ranks:
             if trainer.global_rank < len(self._rng_of_ranks):
                 set_rng_state(self._rng_of_ranks[trainer.global_rank])
             self._rng_of_ranks = []
-        if self._due_step is not None:
+        skipped = getattr(pl_module, "skipped_steps", None)
+        if self._due_step is not None and not (skipped and skipped.in_row):
             self.save(trainer)
 
     def on_train_batch_end(

@@ -19,6 +19,8 @@ def metric_columns(num_offsets: int) -> list[str]:
         *(f"grad_norm/{role}" for role in ROLES),
         "tokens_per_s",
         "memory_gib",
+        "skipped_steps",
+        "rollbacks",
         *_figures("val", num_offsets),
         *(f"val/{kind}_{k}" for kind in ("overlap", "sampled_acceptance") for k in range(2, num_offsets + 1)),
         "val/sampled_length",
