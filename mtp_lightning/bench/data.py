@@ -14,7 +14,7 @@ import numpy as np
 
 from mtp_lightning.bench.showing import build_table, console, write_json
 from mtp_lightning.data.build import BuildOptions, build_shards
-from mtp_lightning.data.dataset import RankSlices, SampleDataset, TrainingBatches
+from mtp_lightning.data.dataset import RankSlices, SampleDataset, TrainingBatches, tensors_of
 from mtp_lightning.data.order import ShuffledOrder, permute
 from mtp_lightning.data.rows import Rows
 from mtp_lightning.data.tokenizers import open_tokenizer
@@ -74,6 +74,7 @@ def _row_figures(folder: Path, repeats: int) -> dict[str, float]:
         "rows": rows.read,
         "row_tokens": lambda batch: rows.read_tokens(batch),
         "memmap": lambda batch: _memmap_rows(flat, batch),
+        "batches": lambda batch: tensors_of(rows.read(batch)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     for _, (name, read) in itertools.product(range(repeats), readers.items()):
@@ -146,6 +147,7 @@ def _show(figures: dict[str, float]) -> None:
         "rows_mtokens_per_s": "rows with their documents (M tokens/s per core)",
         "row_tokens_mtokens_per_s": "rows, tokens alone (M tokens/s per core)",
         "memmap_mtokens_per_s": "rows of np.memmap (M tokens/s per core)",
+        "batches_mtokens_per_s": "rows with their documents as int64 tensors (M tokens/s per core)",
         "row_tokens_to_memmap": "rows, tokens alone / np.memmap",
         "seek_ms": "finding a row among 10^9 (ms)",
         "first_batch_s": "first batch after a resume (s)",

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from mtp_lightning.data.mapped import Integers
 from mtp_lightning.data.order import Order, Range, without_skipped
 from mtp_lightning.data.rows import RowArrays, RowSource
+from mtp_lightning.errors import MtpError
 from mtp_lightning.recipe.data_sections import BatchSection
 
 BATCHES_AHEAD = 2
@@ -28,7 +29,7 @@ def tensors_of(arrays: RowArrays, *, pin_memory: bool = False) -> Batch:
 
 
 @final
-class SampleDataset(Dataset[RowArrays]):
+class SampleDataset(Dataset[RowArrays | MtpError]):
     """The endless samples of a run, fetched by the batch; it holds no position, so copies of it agree.
 
     Fetches arrays and not tensors: arrays take no shared memory between processes, and a worker that ends while its
@@ -40,10 +41,22 @@ class SampleDataset(Dataset[RowArrays]):
         self._order = order
         self._vocabulary = vocabulary
 
-    def __getitem__(self, sample: int) -> RowArrays:
+    def __getitem__(self, sample: int) -> RowArrays | MtpError:
         return self.__getitems__([sample])
 
-    def __getitems__(self, samples: Sequence[int]) -> RowArrays:
+    def __getitems__(self, samples: Sequence[int]) -> RowArrays | MtpError:
+        """Read a batch where an exception would not arrive as what it is: in a loader process of torch."""
+        try:
+            return self.read(samples)
+        except MtpError as error:
+            return error
+
+    def read(self, samples: Sequence[int]) -> RowArrays:
+        """Read a batch.
+
+        Raises:
+            DataError: A shard is damaged, or was replaced, or holds an id that the model lacks.
+        """
         return self._rows.read_known(self._order.rows(np.asarray(samples, dtype=np.int64)), self._vocabulary)
 
 
@@ -98,7 +111,7 @@ class TrainingBatches:
             reader.shutdown(cancel_futures=True)
 
     def _read(self, samples: list[int]) -> Batch:
-        return tensors_of(self.dataset.__getitems__(samples), pin_memory=self.pin_memory)
+        return tensors_of(self.dataset.read(samples), pin_memory=self.pin_memory)
 
     def _from_workers(self) -> Iterator[Batch]:
         loader = DataLoader(
@@ -111,6 +124,8 @@ class TrainingBatches:
             generator=torch.Generator(),  # else the loader draws a seed from the run's own random numbers
         )
         for arrays in loader:
+            if isinstance(arrays, MtpError):
+                raise arrays
             yield tensors_of(arrays, pin_memory=self.pin_memory)
 
 
