@@ -2,12 +2,11 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from mtp_lightning import __version__
 from mtp_lightning.checkpoint.consolidate import DTYPES, appearing, check_target, check_whole, write_whole
@@ -16,34 +15,14 @@ from mtp_lightning.checkpoint.exported import CONFIG_NAME, DtypeName, ExportConf
 from mtp_lightning.checkpoint.layout import check_digests
 from mtp_lightning.checkpoint.loading import check_tensors, find_checkpoint, model_files, offering_another, stored_dtype
 from mtp_lightning.checkpoint.manifest import MANIFEST_NAME, RECIPE_NAME, FileRecord, read_manifest
+from mtp_lightning.checkpoint.reader_view import ReaderView
 from mtp_lightning.checkpoint.shard_reader import WHOLE_MODEL, ShardReader
 from mtp_lightning.data.progress import say, watched
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.model.extend import extended_recipe, parameter_origins
+from mtp_lightning.model.extend import parameter_origins
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe import Recipe, load_recipe, num_head_layers, num_trunk_layers, recipe_hash, recipe_to_yaml
-
-
-@final
-class RenamedReader:
-    """Weights of a checkpoint under other names, one of them under several."""
-
-    def __init__(self, reader: ShardReader, origins: Mapping[str, str]) -> None:
-        """Take for every new name the stored one."""
-        self._reader, self._origins = reader, origins
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every parameter by its new name."""
-        return tuple(self._origins)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a parameter."""
-        return self._reader.shape(self._origins[name])
-
-    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Read a parameter's values in consecutive blocks."""
-        return self._reader.blocks(self._origins[name])
+from mtp_lightning.recipe.extending import extended_recipe
 
 
 def extend_checkpoint(
@@ -76,7 +55,7 @@ def extend_checkpoint(
         extended = extended_recipe(recipe, num_offsets, group)
         with torch.device("meta"):
             check_tensors(MtpModel(recipe), reader)
-        renamed = RenamedReader(reader, parameter_origins(recipe, extended, group))
+        renamed = ReaderView(reader, parameter_origins(recipe, extended, group))
         if not train_free:
             extended = _to_be_trained(extended, recipe, out)
         read_bytes = sum(record.size_bytes for record in files.values())

@@ -15,10 +15,13 @@ from mtp_lightning.data.progress import say, watched
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe import Recipe, load_recipe
+from mtp_lightning.recipe.phase_sections import FOLDER
 
 
 def find_checkpoint(path: Path) -> Path:
     """Find the folder to read: of a run folder its newest complete checkpoint, else the folder itself.
+
+    Of a run in phases it is that of the last phase that has any.
 
     Checkpoints that are passed over because a file is missing or has a wrong size are named in a printed line.
 
@@ -26,7 +29,7 @@ def find_checkpoint(path: Path) -> Path:
         CheckpointError: this is neither a run, nor a checkpoint, nor an exported folder; or a run without a
             complete checkpoint.
     """
-    path = path.resolve()
+    path = _last_phase(path.resolve())
     if (path / MANIFEST_NAME).is_file() or (path / CONFIG_NAME).is_file():
         return path
     folder = path / "checkpoints"
@@ -52,6 +55,12 @@ def find_checkpoint(path: Path) -> Path:
         "; ".join(reasons) or f"none in {folder}",
         "Let the run go on until its first checkpoint (run.checkpoint_every_steps)",
     )
+
+
+def _last_phase(path: Path) -> Path:
+    """Return of a run in phases the last that has a checkpoint, else the path itself."""
+    begun = [saved.parents[1] for saved in path.glob(f"{FOLDER}/*/checkpoints/step-*")]
+    return max(begun, key=lambda phase: int(phase.name.partition("-")[0]), default=path)
 
 
 def model_files(folder: Path) -> dict[str, FileRecord]:

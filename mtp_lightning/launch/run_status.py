@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from mtp_lightning.launch.scheduler import job_states
+from mtp_lightning.recipe.phase_sections import FOLDER
 from mtp_lightning.recipe.yaml12 import RecipeYamlLoader
 
 DEEPEST = 4
@@ -22,7 +23,7 @@ _STEP = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """A run at a glance; None where nothing is known yet."""
+    """A run at a glance; None where nothing is known yet. Of a run in phases, figures are those of the present one."""
 
     path: Path
     name: str
@@ -69,9 +70,10 @@ def find_runs(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
 
 
 def _status_of(run: Path, job: str | None, job_state: str | None, *, is_locked: bool) -> RunStatus:
-    recipe, row = _recipe_of(run), _last_figures(run / "metrics.csv")
+    current = _current_phase(run)
+    recipe, row = _recipe_of(current), _last_figures(current / "metrics.csv")
     summary = _json(run / "summary.json")
-    saved = [int(found[1]) for path in run.glob("checkpoints/step-*") if (found := _STEP.fullmatch(path.name))]
+    saved = [int(found[1]) for path in current.glob("checkpoints/step-*") if (found := _STEP.fullmatch(path.name))]
     step, steps = int(row.get("step", 0)), recipe.get("run", {}).get("steps")
     is_finished = bool(steps) and max(saved, default=0) >= steps and bool(summary.get("is_finished"))
     return RunStatus(
@@ -88,6 +90,12 @@ def _status_of(run: Path, job: str | None, job_state: str | None, *, is_locked: 
         checkpoint=max(saved, default=None),
         restarts=max(0, len(list(run.glob("logs/attempt_*"))) - 1),
     )
+
+
+def _current_phase(run: Path) -> Path:
+    """Return the last phase that has begun, or the run itself where it has none."""
+    begun = [path.parent for path in run.glob(f"{FOLDER}/*/recipe.yaml")]
+    return max(begun, key=lambda phase: int(phase.name.partition("-")[0]), default=run)
 
 
 def _job_of(run: Path) -> str | None:

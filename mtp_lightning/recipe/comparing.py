@@ -52,7 +52,10 @@ NOTED: dict[str, str] = {
     "data.mixture": "the shards may have moved; their fingerprints and shares are compared instead",
     "data.tokenizer": "the file may have moved; its hash is compared with that of the shards instead",
     "run.validation_rows": "validation figures from here on are of other rows",
-    "run.start_from": "read only by a run that has no checkpoint yet",
+    **dict.fromkeys(
+        ("run.start_from", "run.keep_optimizer", "run.keep_position", "heads.extend"),
+        "read only by a run that has no checkpoint yet",
+    ),
     **{f"strategy.{name}": OTHER_RANKS for name in StrategySection.model_fields},
 }
 """Fields that may change on resume, and what the user should know about it."""
@@ -65,6 +68,7 @@ REASONS: dict[str, str] = {
     "batch": "the position in the data would mean another batch",
     "optimizer": "the optimizer's state comes from other settings",
     "run": "the rest of the run would compute other numbers",
+    "phases": "each phase is compared with its own checkpoints",
 }
 """Why any other field must not change on resume, by section."""
 
@@ -100,10 +104,21 @@ def leaves(section: Section, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for name in type(section).model_fields:
-        value = getattr(section, name)
-        inner = leaves(value, (*prefix, name)) if isinstance(value, Section) else {".".join((*prefix, name)): value}
-        values.update(inner)
+        values |= _leaves_of(getattr(section, name), (*prefix, name))
     return values
+
+
+def _leaves_of(value: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    if isinstance(value, Section):
+        return leaves(value, names)
+    if is_named_sections(value):
+        return {path: leaf for key, entry in value.items() for path, leaf in leaves(entry, (*names, key)).items()}
+    return {".".join(names): value}
+
+
+def is_named_sections(value: Any) -> bool:
+    """Tell whether a value is a mapping of sections by names that the user gives."""
+    return isinstance(value, dict) and any(isinstance(entry, Section) for entry in value.values())
 
 
 def diff_recipes(a: Recipe, b: Recipe) -> list[FieldDiff]:
@@ -127,6 +142,8 @@ def _diff_sections(a: Section, b: Section, prefix: tuple[str, ...]) -> list[Fiel
 
 
 def _plain(value: Any) -> Any:
+    if is_named_sections(value):
+        return {key: entry.model_dump() for key, entry in value.items()}
     return value.model_dump() if isinstance(value, Section) else value
 
 

@@ -9,6 +9,7 @@ from mtp_lightning.recipe.checking import Checked, check_fields
 from mtp_lightning.recipe.comparing import leaves
 from mtp_lightning.recipe.files import read_recipe_files
 from mtp_lightning.recipe.overrides import read_overrides
+from mtp_lightning.recipe.phases import check_phases
 from mtp_lightning.recipe.rules import check_rules
 from mtp_lightning.recipe.schema import changes_kind, place_at
 from mtp_lightning.recipe.sections import Recipe
@@ -39,6 +40,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     faults += checked.faults
     if is_whole:
         faults += check_rules(checked.recipe, origins=origins, suspects=suspects | checked.suspects)
+    if not faults:  # of the recipe as a whole, which every phase would repeat
+        faults += check_phases(checked.recipe, tree)
     if faults:
         raise _error(sorted(faults, key=_line))
     return LoadedRecipe(checked.recipe, origins)

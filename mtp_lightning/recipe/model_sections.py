@@ -118,3 +118,6 @@ class HeadsSection(Section):
     """Keep the gradients of offsets beyond the first out of the trunk."""
     trainable_from: Annotated[int, Field(ge=2)] | None = None
     """First offset whose head is trained; trunk, unembedding and the heads before it are frozen. Null trains all."""
+    extend: PositiveInt | None = None
+    """Where `run.start_from` has fewer offsets: how many of its trained heads, the last ones, the new ones are copied
+    from, again and again; null refuses such a model."""

@@ -9,6 +9,7 @@ from mtp_lightning.recipe.layers import num_layers_from_trunk, num_trunk_layers
 from mtp_lightning.recipe.model_rules import MODEL_RULES
 from mtp_lightning.recipe.objective_sections import ConstantWeights, LambdaWeights
 from mtp_lightning.recipe.rule import Rule, divisors, value_at
+from mtp_lightning.recipe.section import Section
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.recipe.strategy_rules import STRATEGY_RULES
 from mtp_lightning.recipe.words import nearest, one_of
@@ -40,7 +41,7 @@ def _touches(field: str, suspect: str) -> bool:
 
 
 def _fault_from(rule: Rule, recipe: Recipe, origins: Mapping[str, str]) -> Fault:
-    values = {field: value_at(recipe, field) for field in rule.fields}
+    values = {field: _plain(value_at(recipe, field)) for field in rule.fields}
     written = dict.fromkeys(origins.get(field, "default") for field in rule.fields)
     several = ", ".join(f"{field} = {one_line_yaml(value)}" for field, value in values.items())
     return Fault(
@@ -51,6 +52,10 @@ def _fault_from(rule: Rule, recipe: Recipe, origins: Mapping[str, str]) -> Fault
         nearest=nearest(recipe.data.tokenizer, KNOWN_TOKENIZERS) if rule.fields == ("data.tokenizer",) else None,
         remedy=rule.remedy if isinstance(rule.remedy, str) else rule.remedy(recipe),
     )
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, Section) else value
 
 
 def _numbers_of_heads(width: int) -> str:
@@ -71,6 +76,16 @@ def _weights_fit(recipe: Recipe) -> bool:
 def _main_head_learns(recipe: Recipe) -> bool:
     weights = recipe.objective.weights
     return not (isinstance(weights, ConstantWeights) and weights.values) or weights.values[0] > 0
+
+
+def _trained_offset_learns(recipe: Recipe) -> bool:
+    """Check that a run which trains some heads only gives one of them a loss."""
+    first, weights = recipe.heads.trainable_from, recipe.objective.weights
+    if first is None:
+        return True
+    if isinstance(weights, ConstantWeights):
+        return weights.values is None or any(weights.values[first - 1 :])
+    return not (isinstance(weights, LambdaWeights) and weights.start == weights.end == 0)
 
 
 def _distills_every_offset(recipe: Recipe) -> bool:
@@ -134,6 +149,16 @@ def _needs_kind(field: str, default: Any, *kinds: str) -> Rule:
     )
 
 
+def _needs_start(field: str) -> Rule:
+    """Build the rule that a field is left alone by a run that starts from nothing."""
+    return Rule(
+        fields=(field, "run.start_from"),
+        holds=lambda recipe: not value_at(recipe, field) or recipe.run.start_from is not None,
+        must_hold="must be left out without run.start_from: there is nothing to take it from",
+        remedy=f"Give run.start_from, or remove {field}.",
+    )
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         fields=("model.width", "model.num_attention_heads"),
@@ -188,6 +213,12 @@ RULES: tuple[Rule, ...] = (
         holds=lambda recipe: (recipe.heads.trainable_from or 0) <= recipe.heads.num_offsets,
         must_hold="must be one of the offsets, or nothing trains",
         remedy=lambda recipe: f"Set heads.trainable_from to {recipe.heads.num_offsets} or less, or to null.",
+    ),
+    Rule(
+        fields=("heads.trainable_from", "objective.weights"),
+        holds=_trained_offset_learns,
+        must_hold="must leave an offset that is trained and whose loss counts",
+        remedy="Give an offset from heads.trainable_from on a weight above 0.",
     ),
     Rule(
         fields=("heads.trainable_from", "heads.kind", "heads.order"),
@@ -325,10 +356,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         fields=("run.guard.rows", "run.start_from"),
-        holds=lambda recipe: recipe.run.guard is None or recipe.run.start_from is not None,
+        holds=lambda recipe: recipe.run.guard is None or recipe.run.start_from is not None or recipe.phases != {},
         must_hold="must be left out without run.start_from: there is no model to compare the main head with",
         remedy="Give run.start_from, or set run.guard=null.",
     ),
+    *(_needs_start(field) for field in ("run.keep_optimizer", "run.keep_position", "heads.extend")),
     Rule(
         fields=("run.seed",),
         holds=lambda recipe: recipe.run.seed <= LARGEST_SEED,

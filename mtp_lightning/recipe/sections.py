@@ -7,6 +7,7 @@ from pydantic import Field
 from mtp_lightning.recipe.data_sections import BatchSection, DataSection
 from mtp_lightning.recipe.model_sections import HeadsSection, ModelSection
 from mtp_lightning.recipe.objective_sections import ObjectiveSection
+from mtp_lightning.recipe.phase_sections import PhaseSection
 from mtp_lightning.recipe.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 
@@ -75,6 +76,10 @@ class RunSection(Section):
     """Run, checkpoint or exported folder whose weights a new run starts with; optimizer and data begin anew."""
     guard: GuardSection | None = None
     """Guard of the main head, or null; for runs that start from a model."""
+    keep_optimizer: bool = False
+    """Also take the optimizer's state of `start_from`; the same parameters must be trained."""
+    keep_position: bool = False
+    """Go on in the data where `start_from` stood, instead of at the beginning."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights and of the order of the data."""
     steps: PositiveInt = 1000
@@ -160,5 +165,7 @@ class Recipe(Section):
     """Folder, length, logging."""
     strategy: StrategySection = StrategySection()
     """Ranks, and what is sharded over them."""
+    phases: dict[str, PhaseSection] = Field(default_factory=dict)
+    """Stretches of the run by name, one after the other, each the recipe with changes; empty for a run of one piece."""
     debug: DebugSection = DebugSection()
     """Trying out."""

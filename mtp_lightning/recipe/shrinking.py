@@ -4,7 +4,7 @@ from typing import Any
 
 from mtp_lightning.recipe.layers import num_layers_from_trunk
 from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.recipe.tree import Node
+from mtp_lightning.recipe.tree import Node, node_of
 
 ORIGIN = "debug.shrink"
 TRUNK_LAYERS = 2
@@ -50,14 +50,8 @@ def shrinking(recipe: Recipe) -> Node:
         "optimizer": {"warmup_steps": 2},
         "run": run,
     }
-    return _node(fields)
+    return node_of(fields, ORIGIN)
 
 
-def _node(value: Any) -> Node:
-    if isinstance(value, dict):
-        return Node({name: _node(entry) for name, entry in value.items()}, ORIGIN)
-    return Node([_node(item) for item in value] if isinstance(value, list) else value, ORIGIN)
-
-
-SHRUNK = _node({"debug": {"shrink": False}})
+SHRUNK = node_of({"debug": {"shrink": False}}, ORIGIN)
 """Laid over everything once a recipe has been shrunk."""

@@ -52,6 +52,17 @@ class Node:
             yield self.origin
 
 
+def node_of(value: Any, origin: str) -> Node:
+    """Return plain values as a tree, all of one origin.
+
+    >>> node_of({"a": [1]}, "here").at(("a", "0"))
+    Node(value=1, origin='here')
+    """
+    if isinstance(value, dict):
+        return Node({name: node_of(entry, origin) for name, entry in value.items()}, origin)
+    return Node([node_of(item, origin) for item in value] if isinstance(value, list) else value, origin)
+
+
 Replaces = Callable[[Names, Node, Node], bool]
 
 

@@ -1,5 +1,6 @@
 """A recipe back to YAML: every field, in the order of the sections."""
 
+from mtp_lightning.recipe.comparing import is_named_sections
 from mtp_lightning.recipe.section import Section
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.recipe.yaml12 import one_line_yaml
@@ -26,6 +27,13 @@ def yaml_lines(section: Section, prefix: tuple[str, ...] = ()) -> list[tuple[str
         path = (*prefix, name)
         if isinstance(value, Section):
             lines += [(f"{indent}{name}:", ".".join(path)), *yaml_lines(value, path)]
+        elif is_named_sections(value):
+            lines.append((f"{indent}{name}:", ".".join(path)))
+            for key, entry in value.items():
+                lines += [
+                    (f"{indent}  {one_line_yaml(key)}:", ".".join((*path, key))),
+                    *yaml_lines(entry, (*path, key)),
+                ]
         else:
             lines.append((f"{indent}{name}: {one_line_yaml(value)}", ".".join(path)))
     return lines

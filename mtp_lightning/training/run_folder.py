@@ -61,7 +61,7 @@ def _opened(recipe: Recipe) -> Iterator[Opened]:
         checkpoint = newest_complete(folder / "checkpoints")
         _check_ownership(folder)
         if checkpoint is not None:
-            _check_changes(folder, recipe)
+            check_changes(folder, recipe)
         attempt = _next_attempt(folder)
         for path in (folder / "recipe.yaml", attempt / "recipe.yaml"):
             replace_durably(path, recipe_to_yaml(recipe).encode())
@@ -120,7 +120,7 @@ def _check_ownership(folder: Path) -> None:
         )
 
 
-def _check_changes(folder: Path, recipe: Recipe) -> None:
+def check_changes(folder: Path, recipe: Recipe) -> None:
     """Refuse to go on from a checkpoint of another recipe; report changes that may be made on the way."""
     changes = changed_fields(load_recipe(folder / "recipe.yaml").recipe, recipe)
     refused = [str(change) for change in changes if change.verdict == "refuse"]

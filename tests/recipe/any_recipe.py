@@ -58,4 +58,9 @@ def _scalars(option: Option) -> st.SearchStrategy[Any]:
             allow_nan=False,
             allow_infinity=False,
         )
-    return {int: st.integers(min_value=low), str: st.text(), bool: st.booleans(), type(None): st.none()}[option.type]
+    return {
+        int: st.integers(min_value=low, max_value=high),
+        str: st.text(),
+        bool: st.booleans(),
+        type(None): st.none(),
+    }[option.type]

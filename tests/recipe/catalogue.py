@@ -161,6 +161,8 @@ RULES = (
     _broken("micro_rows_do_not_divide", "batch.rows=12", "batch.micro_rows=8"),
     _broken("betas_out_of_range", "optimizer.betas=[0.9, 1.0]"),
     _broken("guard_without_a_start", "run.guard={}"),
+    _broken("optimizer_kept_without_a_start", "run.keep_optimizer=true", "run.keep_position=true", "heads.extend=3"),
+    _broken("trains_nothing", "heads.trainable_from=3", "objective.weights={kind: constant, values: [1, 1, 0, 0]}"),
     _broken("seed_too_large", "run.seed=4294967296"),
     _broken("ranks_do_not_divide_rows", "strategy.kind=zero2", "strategy.ranks_per_node=6", "batch.micro_rows=1"),
     _broken("micro_rows_of_all_ranks_do_not_divide_rows", "strategy.kind=zero3", "strategy.num_nodes=2"),
@@ -178,6 +180,32 @@ RULES = (
     _broken("fp16_on_the_cpu", "run.precision=fp16", "strategy.kind=zero1", "run.device=cpu"),
 )
 
+PHASES = (
+    Case(
+        "phases_with_faults_of_their_own",
+        "phases:\n"
+        "  all/heads:\n    run: {steps: 0}\n"
+        "  second:\n    keep_optimizer: true\n    heads:\n      num_offsets: 8\n      trainable_from: 9\n"
+        "  third:\n    optimizer:\n      lrr: 1\n",
+    ),
+    Case(
+        "phases_that_do_not_fit_each_other",
+        "heads: {num_offsets: 2, kind: sequential}\nphases:\n"
+        "  heads:\n    keep_optimizer: true\n    heads: {trainable_from: 2}\n"
+        "  joint:\n    keep_optimizer: true\n"
+        "  eight:\n    extend_to: 8\n    keep_optimizer: true\n"
+        "  three:\n    extend_to: 3\n"
+        "  trains_nothing:\n    heads: {trainable_from: 2}\n"
+        "    objective: {weights: {kind: lambda, start: 0, end: 0}}\n",
+    ),
+    Case("phase_with_a_foreign_section", "phases:\n  third:\n    model: {width: 8}\n"),
+    Case("phases_that_cannot_chain", "phases:\n  eight:\n    extend_to: 8\n"),
+    Case(
+        "phases_extended_beyond_the_window",
+        "heads: {num_offsets: 2, kind: sequential}\ndata: {window_tokens: 8}\nphases:\n  eight: {extend_to: 8}\n",
+    ),
+)
+
 TOGETHER = (
     Case(
         "all_together",
@@ -187,4 +215,4 @@ TOGETHER = (
     ),
 )
 
-CASES = (*FILES, *OVERRIDES, *NAMES, *VALUES, *RULES, *TOGETHER)
+CASES = (*FILES, *OVERRIDES, *NAMES, *VALUES, *RULES, *PHASES, *TOGETHER)

@@ -2,20 +2,25 @@
 
 import hashlib
 from pathlib import Path
-from typing import cast, final
+from typing import Any, cast, final
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from mtp_lightning.checkpoint.folder import STATE_NAME, read_state
 from mtp_lightning.checkpoint.layout import check_digests
 from mtp_lightning.checkpoint.loading import find_checkpoint, model_files
 from mtp_lightning.checkpoint.manifest import RECIPE_NAME
+from mtp_lightning.checkpoint.reader_view import ReaderView
 from mtp_lightning.checkpoint.shard_reader import ShardReader
+from mtp_lightning.data.datamodule import MtpDataModule
 from mtp_lightning.errors import CheckpointError, TrainingError
-from mtp_lightning.recipe import Recipe, load_recipe
+from mtp_lightning.model.extend import parameter_origins
+from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe import Recipe, load_recipe, num_trunk_layers
 from mtp_lightning.recipe.rule import value_at
-from mtp_lightning.training.fragments import check_names
+from mtp_lightning.training.fragments import check_names, listed
 from mtp_lightning.training.strategy import RunStrategy
 
 SAME_FIELDS = (
@@ -30,6 +35,7 @@ SAME_FIELDS = (
     "heads.order",
     "heads.hidden",
     "heads.concatenation",
+    "heads.layers_per_head",
     "data.attention",
 )
 """Fields that change what the same weights compute."""
@@ -37,10 +43,29 @@ SAME_FIELDS = (
 
 @final
 class StartFrom(Callback):
-    """Fill a new run with the weights of `run.start_from`; a run that has a checkpoint goes on from that instead."""
+    """Fill a new run with the weights of `run.start_from`; a run that has a checkpoint goes on from that instead.
+
+    With `heads.extend` offsets that are not there start as copies of trained ones; with `run.keep_optimizer` moments
+    come along, with `run.keep_position` the data go on where that run stood.
+    """
 
     def __init__(self, recipe: Recipe, path: Path) -> None:
         self._recipe, self._path = recipe, path
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the position in the data; one of this run's own checkpoints replaces it.
+
+        Raises:
+            CheckpointError: `run.start_from` is a model without a position.
+        """
+        if not self._recipe.run.keep_position:
+            return
+        data = cast(MtpDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        with Ranks().agreeing():
+            folder = find_checkpoint(self._path)
+            if not (folder / STATE_NAME).is_file():
+                raise _lacks("run.keep_position", "position in the data", folder)
+            data.go_on_from(read_state(folder)[type(data).__qualname__])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the weights, on every rank its part.
@@ -56,25 +81,58 @@ class StartFrom(Callback):
             if strategy.ranks.is_first:
                 check_digests(folder, model_files(folder))
                 print(f"Starting from the weights of {folder}", flush=True)
-            reader = ShardReader(folder)
-            self._check(folder, reader, strategy)
+            reader = self._view_of(folder, strategy)
         strategy.fill(reader)
 
-    def _check(self, folder: Path, reader: ShardReader, strategy: RunStrategy) -> None:
-        theirs = load_recipe(folder / RECIPE_NAME).recipe
-        pairs = {field: (value_at(theirs, field), value_at(self._recipe, field)) for field in SAME_FIELDS}
-        found = "; ".join(f"{field} {a} there and {b} here" for field, (a, b) in pairs.items() if a != b)
+    def _view_of(self, folder: Path, strategy: RunStrategy) -> ReaderView:
+        """Check what is stored, and see it as this run's model."""
+        own, theirs = self._recipe, load_recipe(folder / RECIPE_NAME).recipe
+        found = "; ".join(f"{what} {a} there and {b} here" for what, (a, b) in _compared(theirs, own).items() if a != b)
+        reader = ShardReader(folder)
+        view = ReaderView(reader, has_moments=own.run.keep_optimizer)
         if not found:
+            if own.heads.extend and theirs.heads.num_offsets < own.heads.num_offsets:
+                view = ReaderView(reader, parameter_origins(theirs, own, self._group(theirs, folder)))
             try:
-                check_names(reader, strategy.named_parameters())
-                return
+                check_names(view, strategy.named_parameters())
             except CheckpointError as error:
                 found = error.found
-        raise CheckpointError(
-            "run.start_from must name a model with the parameters and the architecture of this recipe",
-            f"{found}, in {folder}",
-            f"Take sections model and heads from {folder / RECIPE_NAME}, or leave run.start_from out",
-        )
+        if found:
+            raise CheckpointError(
+                "run.start_from must name a model with the parameters and the architecture of this recipe",
+                f"{found}, in {folder}",
+                f"Take sections model and heads from {folder / RECIPE_NAME}, or leave run.start_from out",
+            )
+        trained = (name for name, parameter in strategy.named_parameters() if parameter.requires_grad)
+        bare = [name for name in trained if own.run.keep_optimizer and len(view.kinds(name)) == 1]
+        if bare:
+            raise _lacks("run.keep_optimizer", f"optimizer's state of {listed(bare)}", folder)
+        return view
+
+    def _group(self, theirs: Recipe, folder: Path) -> int:
+        """Return how many of the last trained heads are copied."""
+        group, extra = self._recipe.heads.extend or 0, theirs.heads.num_offsets - 1
+        if group > extra:
+            raise CheckpointError(
+                "heads.extend must be at most the number of heads beyond the first in run.start_from",
+                f"heads.extend = {group}, and {extra} in {folder}",
+                "Lower heads.extend, or start from a model with more heads",
+            )
+        return group
+
+
+def _compared(theirs: Recipe, own: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Pair what must be the same in both recipes, by its name."""
+    pairs = {field: (value_at(theirs, field), value_at(own, field)) for field in SAME_FIELDS}
+    return pairs | {"layers of the trunk": (num_trunk_layers(theirs), num_trunk_layers(own))}
+
+
+def _lacks(field: str, what: str, folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"with {field} run.start_from must be a run or a checkpoint that holds it",
+        f"no {what} in {folder}",
+        f"Set {field}=false, or start from the run itself",
+    )
 
 
 @final

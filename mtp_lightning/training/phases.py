@@ -1,0 +1,60 @@
+"""A run in phases: one run after the other inside one run folder, begun, interrupted and resumed as a whole."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from mtp_lightning.checkpoint.durable import replace_durably
+from mtp_lightning.checkpoint.layout import newest_complete
+from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe import Recipe
+from mtp_lightning.recipe.phases import Phase, phases_of
+from mtp_lightning.training.run_folder import check_changes, opened_run_folder
+
+
+def train_phases(recipe: Recipe, train_one: Callable[[Recipe], int]) -> int:
+    """Train every phase that is not finished, in order; returns the exit code of the first that does not end well.
+
+    Args:
+        recipe: a recipe with phases.
+        train_one: trains one phase to its end, or on from where it was.
+
+    Raises:
+        RunFolderError: A finished phase was trained with other settings than the recipe gives it now.
+    """
+    phases, is_first = phases_of(recipe), Ranks().is_first
+    with opened_run_folder(recipe, Ranks()) as opened:
+        for phase in phases:
+            is_finished = False
+            with Ranks().agreeing():
+                if is_first:
+                    is_finished = _is_finished(phase)
+            if Ranks().broadcast(is_finished):
+                continue
+            if is_first:
+                print(f"Phase {phase.number} of {len(phases)}: {phase.name}", flush=True)
+            if code := train_one(phase.recipe):
+                return code
+        if is_first:
+            _summarise(opened.path, phases)
+    return 0
+
+
+def _is_finished(phase: Phase) -> bool:
+    folder = Path(phase.recipe.run.dir)
+    newest = newest_complete(folder / "checkpoints")
+    if newest is None or newest.step < phase.recipe.run.steps:
+        return False
+    check_changes(folder, phase.recipe)
+    return True
+
+
+def _summarise(folder: Path, phases: tuple[Phase, ...]) -> None:
+    """Write the summaries of all phases into one file, by the phase's name."""
+    summaries = {
+        phase.name: json.loads((Path(phase.recipe.run.dir) / "summary.json").read_text(encoding="utf-8"))
+        for phase in phases
+    }
+    content = {"is_finished": True, "phases": summaries}
+    replace_durably(folder / "summary.json", json.dumps(content, indent=2).encode() + b"\n")
+    print(f"All {len(phases)} phases are finished: {folder}/summary.json", flush=True)
