@@ -37,8 +37,17 @@ def attention_flops_per_position(recipe: Recipe) -> int:
     return 12 * num_layers * model.num_attention_heads * model.resolved_head_width * recipe.data.window_tokens
 
 
+def tokens_after(recipe: Recipe, steps: int) -> int:
+    """Count the positions of the first so many steps, over all ranks; a ramp begins with smaller ones.
+
+    >>> tokens_after(Recipe(), 10)
+    40960
+    """
+    return recipe.batch.rows_after(steps) * recipe.data.window_tokens
+
+
 def tokens_per_step(recipe: Recipe) -> int:
-    """Count the positions of an optimizer step, over all ranks.
+    """Count the positions of an optimizer step, over all ranks; under a ramp, of one after it.
 
     >>> tokens_per_step(Recipe())
     4096

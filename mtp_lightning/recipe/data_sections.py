@@ -103,13 +103,15 @@ class BatchSection(Section):
         return self.ramp.from_rows * (1 + rows_consumed * num_growths // self.ramp.over_rows)
 
     def rows_after(self, steps: int) -> int:
-        """Rows of that many steps from the beginning.
+        """Rows of that many steps from the beginning; costs a few operations per size of a step.
 
         >>> BatchSection(rows=16, ramp=RampSection(from_rows=4, over_rows=90)).rows_after(8 + 4 + 3 + 2)
         132
         """
-        rows, done = 0, 0
-        while done < steps and self.rows_at(rows) < self.rows:
-            rows += self.rows_at(rows)
-            done += 1
-        return rows + (steps - done) * self.rows
+        position = 0
+        while self.ramp is not None and steps > 0 and (size := self.rows_at(position)) < self.rows:
+            grown, num_growths = size // self.ramp.from_rows, self.rows // self.ramp.from_rows - 1
+            next_growth = -(-grown * self.ramp.over_rows // num_growths)  # the first position of a larger step
+            num_steps = min(steps, -(-(next_growth - position) // size))
+            position, steps = position + num_steps * size, steps - num_steps
+        return position + steps * self.rows

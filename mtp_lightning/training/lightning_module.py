@@ -15,6 +15,7 @@ from mtp_lightning.losses.targets import count_targets, shifted_targets
 from mtp_lightning.losses.weights import offset_weights
 from mtp_lightning.model.freezing import freeze_before
 from mtp_lightning.model.mtp_model import MtpModel
+from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.checks import ORACLE_STEPS, GradientArrival, GradientSums, check_counts, check_targets
 from mtp_lightning.training.fragments import gradient_norms
@@ -87,7 +88,7 @@ class MtpLightningModule(L.LightningModule):
         self._step_optimizer(norms, objective.weights, step)
         for part in parts if is_finite else ():
             self.train_metrics.update(*part)
-        self.trainer.datamodule.advance(self.recipe.batch.rows)  # type: ignore[attr-defined]
+        self.trainer.datamodule.advance(len(batch["tokens"]) * self.strategy.ranks.size)  # type: ignore[attr-defined]
         if self._is_logged(step + 1):
             self._log_step(step, norms)
         if step + 1 == self.recipe.run.steps:
@@ -222,7 +223,7 @@ class MtpLightningModule(L.LightningModule):
             return
         first = self.trainer.datamodule.rows_consumed  # type: ignore[attr-defined]
         found = f"a gradient of {', '.join(bad)}" if bad else "a loss"
-        self.skipped_steps.add(found, step + 1, range(first, first + self.recipe.batch.rows))
+        self.skipped_steps.add(found, step + 1, range(first, first + self.recipe.batch.rows_at(first)))
         self.strategy.discard_gradients()
 
     def _is_logged(self, done_steps: int) -> bool:
@@ -234,15 +235,15 @@ class MtpLightningModule(L.LightningModule):
         figures = self.train_metrics.compute() if has_any else {}
         self.train_metrics.reset()
         recipe, now = self.recipe, time.monotonic()
-        tokens_per_step = recipe.batch.rows * recipe.data.window_tokens
+        tokens, tokens_before = tokens_after(recipe, step + 1), tokens_after(recipe, self.logged_step)
         self.metrics |= {
             "step": step + 1,
-            "tokens": (step + 1) * tokens_per_step,
+            "tokens": tokens,
             "lr": learning_rate(recipe.optimizer, step, recipe.run.steps),
             **{f"train/{name}": figure for name, figure in figures.items()},
             **{f"grad_norm/{role}": float(norm) for role, norm in norms.items()},
             "skipped_steps": self.skipped_steps.total,
-            "tokens_per_s": (step + 1 - self.logged_step) * tokens_per_step / (now - self.logged_at),
+            "tokens_per_s": (tokens - tokens_before) / (now - self.logged_at),
             "memory_gib": self._memory_bytes() / 2**30,
         }
         self.logged_at, self.logged_step = now, step + 1

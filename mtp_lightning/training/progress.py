@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
+from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.callbacks.columns import as_number
 from mtp_lightning.training.callbacks.score import Score, score_of
@@ -33,7 +34,7 @@ class Progress:
     @property
     def tokens(self) -> int:
         """Tokens of all steps so far."""
-        return self.step * self.recipe.batch.rows * self.recipe.data.window_tokens
+        return tokens_after(self.recipe, self.step)
 
     @property
     def eta_s(self) -> float:

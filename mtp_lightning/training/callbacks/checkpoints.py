@@ -14,6 +14,7 @@ from mtp_lightning.checkpoint.commit import partial_path, remove_leftovers, reta
 from mtp_lightning.checkpoint.layout import complete_checkpoints, name_of_step
 from mtp_lightning.checkpoint.manifest import Moment, RunFacts
 from mtp_lightning.errors import MtpError
+from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, recipe_hash, recipe_to_yaml
 from mtp_lightning.training.callbacks.rng import rng_state, set_rng_state
@@ -168,10 +169,9 @@ class Checkpoints(Callback):
             exclude_time(spent_s)
 
     def _moment(self, step: int) -> Moment:
-        tokens_per_step = self._recipe.batch.rows * self._recipe.data.window_tokens
         validated_step, figures = self._validated
         metrics = figures if validated_step == step else {}
-        return Moment(step=step, tokens=step * tokens_per_step, metrics=metrics)
+        return Moment(step=step, tokens=tokens_after(self._recipe, step), metrics=metrics)
 
     def _best_after(self, moment: Moment) -> Score | None:
         """Return the best score, this moment's included, and remember it."""

@@ -9,6 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.errors import RunFolderError
+from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.callbacks.columns import as_number, metric_columns
 from mtp_lightning.training.callbacks.metrics_table import MetricsTable
@@ -27,7 +28,7 @@ class MetricsFiles(Callback):
 
     def __init__(self, recipe: Recipe, run_folder: Path) -> None:
         self.table = MetricsTable(run_folder / "metrics.csv", metric_columns(recipe.heads.num_offsets))
-        self._tokens_per_step = recipe.batch.rows * recipe.data.window_tokens
+        self._recipe = recipe
         self._events_folder = run_folder / "tensorboard"
         self._events: SummaryWriter | None = None
         self._row: dict[str, Any] = {}
@@ -81,7 +82,7 @@ class MetricsFiles(Callback):
         metrics: Mapping[str, Any] = getattr(pl_module, "metrics", {})
         if trainer.is_global_zero and metrics:
             step = trainer.global_step
-            self._row |= {"step": step, "tokens": step * self._tokens_per_step, **metrics}
+            self._row |= {"step": step, "tokens": tokens_after(self._recipe, step), **metrics}
 
     def _close(self) -> None:
         self.table.close()

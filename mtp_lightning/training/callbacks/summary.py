@@ -16,6 +16,7 @@ from rich.text import Text
 
 from mtp_lightning.checkpoint.durable import replace_durably
 from mtp_lightning.checkpoint.layout import name_of_step
+from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.callbacks.checkpoints import Checkpoints
 from mtp_lightning.training.callbacks.metrics_table import Row, read_rows
@@ -97,7 +98,7 @@ class Summary(Callback):
             "num_offsets": recipe.heads.num_offsets,
             "is_finished": step >= recipe.run.steps,
             "steps": step,
-            "tokens": step * recipe.batch.rows * recipe.data.window_tokens,
+            "tokens": tokens_after(recipe, step),
             "wall_s": {"attempt": attempt_s, "total": self._earlier_s + attempt_s},
             "checkpoints_s": checkpoints.seconds_saving,
             "last_checkpoint": name_of_step(last) if last else None,
