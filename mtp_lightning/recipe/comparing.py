@@ -17,6 +17,7 @@ RUN_FIELDS = frozenset(
         "name",
         "debug.shrink",
         "model.family",
+        "data.cache_gib",
         "data.mixture_epochs",
         "data.workers",
         "run.dir",

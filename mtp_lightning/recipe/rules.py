@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mtp_lightning.errors import Fault
+from mtp_lightning.recipe.data_rules import DATA_RULES
 from mtp_lightning.recipe.data_sections import MIXTURE_BLOCK_ROWS
 from mtp_lightning.recipe.layers import num_layers_from_trunk, num_trunk_layers
 from mtp_lightning.recipe.model_rules import MODEL_RULES
@@ -368,5 +369,6 @@ RULES: tuple[Rule, ...] = (
         remedy="Choose a smaller seed.",
     ),
     *MODEL_RULES,
+    *DATA_RULES,
     *STRATEGY_RULES,
 )

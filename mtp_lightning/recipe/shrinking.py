@@ -29,6 +29,8 @@ def shrinking(recipe: Recipe) -> Node:
         "vocabulary": 257,
     }
     data = {
+        "kind": "shards",
+        "stream": None,
         "corpus": ["stdlib:json"],
         "shards": None,
         "tokenizer": "byte",
@@ -46,7 +48,7 @@ def shrinking(recipe: Recipe) -> Node:
     fields: dict[str, dict[str, Any]] = {
         "model": model,
         "data": data,
-        "batch": {"rows": MICRO_BATCHES * MICRO_ROWS * num_ranks, "micro_rows": MICRO_ROWS},
+        "batch": {"rows": MICRO_BATCHES * MICRO_ROWS * num_ranks, "micro_rows": MICRO_ROWS, "ramp": None},
         "optimizer": {"warmup_steps": 2},
         "run": run,
     }

@@ -15,6 +15,9 @@ class Case:
     files: dict[str, str] = field(default_factory=dict)
 
 
+STREAM = ("data.kind=webdataset_stream", "data.stream={train: [a.tar], validation: [b.tar]}")
+
+
 def _broken(name: str, *overrides: str) -> Case:
     """A rule broken by overrides on a recipe of defaults."""
     return Case(name, "name: sound\n", overrides)
@@ -155,6 +158,11 @@ RULES = (
     _broken("end_of_document_of_bytes", "data.end_of_document=3"),
     _broken("mixture_beside_shards", "data.mixture={web: 1}", "data.shards=code"),
     _broken("mixture_with_a_tiny_weight", "data.mixture={web: 1, code: 1e-4}"),
+    _broken("stream_without_its_kind", "data.stream={train: [a.tar], validation: [b.tar]}"),
+    _broken("stream_in_an_order", *STREAM, "data.order=shards"),
+    _broken("packed_shards_from_a_url", "data.shards=s3://bucket/shards", "data.packing=best_fit"),
+    _broken("ramp_that_does_not_divide_rows", "batch.micro_rows=1", "batch.ramp={from_rows: 3, over_rows: 90}"),
+    _broken("ramp_that_ranks_cannot_share", "batch.micro_rows=4", "batch.ramp={from_rows: 2, over_rows: 90}"),
     _broken("epochs_of_another_source", "data.mixture={web: 1}", "data.mixture_epochs={code: 2}"),
     _broken("window_as_short_as_offsets", "data.window_tokens=4"),
     _broken("window_beyond_positions", "data.window_tokens=5000"),
