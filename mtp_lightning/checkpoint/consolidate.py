@@ -24,8 +24,16 @@ from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe import Recipe, load_recipe
 
 DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_OWN_FILES = {WHOLE_MODEL, CONFIG_NAME, RECIPE_NAME}
+CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+"""Small files of other programs that go with a tokenizer; the first two are one."""
+REPORT_NAME = "import.json"
+_OWN_FILES = {WHOLE_MODEL, CONFIG_NAME, RECIPE_NAME, REPORT_NAME, *CARRIED}
 Advance = Callable[[int], None]
+
+
+def name_of(dtype: torch.dtype) -> DtypeName:
+    """Name a type of weights as on the command line."""
+    return next(name for name, kept in DTYPES.items() if kept == dtype)
 
 
 class WeightSource(Protocol):

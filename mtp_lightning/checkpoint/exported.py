@@ -1,11 +1,16 @@
 """What an exported folder says about itself: config.json beside model.safetensors and recipe.yaml."""
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mtp_lightning import __version__
+from mtp_lightning.checkpoint.durable import write_durably
 from mtp_lightning.checkpoint.manifest import DamagedCheckpointError, FileRecord
+from mtp_lightning.recipe import Recipe, num_head_layers, num_trunk_layers, recipe_hash
 
 CONFIG_NAME = "config.json"
 DtypeName = Literal["fp32", "bf16", "fp16"]
@@ -51,3 +56,36 @@ def read_config(folder: Path) -> ExportConfig:
         found,
         "Export it again: mtp export CHECKPOINT --out FOLDER",
     )
+
+
+class Provenance(NamedTuple):
+    """What an exported folder says of where its weights come from."""
+
+    step: int
+    tokens: int
+    sha256: str  # of the manifest, or of whatever else describes the source
+
+    @classmethod
+    def of_file(cls, path: Path) -> "Provenance":
+        """Take a file that describes weights which were not trained here."""
+        return cls(0, 0, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def write_config(
+    folder: Path, recipe: Recipe, provenance: Provenance, files: Mapping[str, FileRecord], *, dtype: DtypeName
+) -> None:
+    """Write the config.json of a folder whose files are there."""
+    config = ExportConfig(
+        package_version=__version__,
+        model=recipe.model.model_dump(mode="json"),
+        heads=recipe.heads.model_dump(mode="json"),
+        num_offsets=recipe.heads.num_offsets,
+        layers={"trunk": num_trunk_layers(recipe), "heads": num_head_layers(recipe)},
+        step=provenance.step,
+        tokens=provenance.tokens,
+        dtype=dtype,
+        recipe_hash=recipe_hash(recipe),
+        source_manifest_sha256=provenance.sha256,
+        files=dict(files),
+    )
+    write_durably(folder / CONFIG_NAME, config.model_dump_json(indent=2).encode() + b"\n")

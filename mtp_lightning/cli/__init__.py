@@ -15,6 +15,7 @@ from mtp_lightning.cli import (
     export_verbs,
     extend_verbs,
     generate_verbs,
+    import_verbs,
     plan_verbs,
     preflight_verbs,
     recipe_verbs,
@@ -91,6 +92,7 @@ app.command()(plan_verbs.plan)
 app.command()(preflight_verbs.preflight)
 app.command()(submit_verbs.submit)
 app.command()(status_verbs.status)
+app.command("import")(import_verbs.import_model)
 app.command()(export_verbs.export)
 app.command()(extend_verbs.extend)
 app.command()(generate_verbs.generate)

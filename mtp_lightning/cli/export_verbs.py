@@ -11,6 +11,8 @@ class Format(StrEnum):
     """What can be written."""
 
     consolidated = "consolidated"
+    hf = "hf"
+    hf_mtp = "hf_mtp"
 
 
 class Dtype(StrEnum):
@@ -26,18 +28,28 @@ def export(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="Folder of a run (its newest complete checkpoint is taken), or one of its checkpoints.",
+            help="Folder of a run (its newest complete checkpoint is taken), or one of its checkpoints; for hf also an "
+            "exported or imported folder.",
             show_default=False,
         ),
     ],
     *,
     out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.", show_default=False)],
     format: Annotated[
-        Format, typer.Option(help="consolidated: model.safetensors, config.json, recipe.yaml.")
+        Format,
+        typer.Option(
+            help="consolidated: all heads, with recipe.yaml. hf: the next-token model as transformers reads it. "
+            "hf_mtp: with sequential modules beside it, under DeepSeek's names."
+        ),
     ] = Format.consolidated,
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = Dtype.fp32,
 ) -> None:
     """Write a checkpoint, however many ranks made it, as one folder that other tools can read; needs no GPU."""
-    from mtp_lightning.checkpoint.consolidate import consolidate
+    if format is Format.consolidated:
+        from mtp_lightning.checkpoint.consolidate import consolidate
 
-    consolidate(path, out, dtype=dtype.value)
+        consolidate(path, out, dtype=dtype.value)
+    else:
+        from mtp_lightning.checkpoint.exporting_hf import export_hf
+
+        export_hf(path, out, dtype=dtype.value, with_modules=format is Format.hf_mtp)

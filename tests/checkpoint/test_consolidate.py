@@ -213,9 +213,9 @@ def test_the_verb_exports(tmp_path: Path) -> None:
 
 
 def test_another_format_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
-    result = mtp_export(tmp_path, "--out", tmp_path / "out", "--format", "hf")
+    result = mtp_export(tmp_path, "--out", tmp_path / "out", "--format", "gguf")
     assert result.exit_code == 2
-    assert "'hf' is not one of 'consolidated'" in " ".join(result.stderr.replace("│", " ").split())
+    assert "'gguf' is not one of 'consolidated', 'hf', 'hf_mtp'" in " ".join(result.stderr.replace("│", " ").split())
 
 
 def test_help_loads_nothing_heavy() -> None:

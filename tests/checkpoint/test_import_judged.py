@@ -1,0 +1,100 @@
+"""transformers as the judge of import and export: the same logits, and the same folder again."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from mtp_lightning.checkpoint.exporting_hf import export_hf
+from mtp_lightning.checkpoint.importing import Wanted, import_folder
+from mtp_lightning.checkpoint.loading import load_model
+from mtp_lightning.decode import generate
+from tests.checkpoint.families import CASES, save_model
+
+transformers = pytest.importorskip(
+    "transformers", minversion="5.23", reason="needs transformers: pip install 'mtp_lightning[judge]'"
+)
+pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
+NUM_POSITIONS = 48  # beyond the window that the scaled case was "first trained on"
+TOKENS = torch.randint(13, (2, NUM_POSITIONS), generator=torch.Generator().manual_seed(1))
+UNSAID = ("_name_or_path", "transformers_version", "dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def logits_of(model, offset=1, tokens=TOKENS):
+    padded = torch.nn.functional.pad(tokens, (0, model.num_offsets))
+    state = model.hidden_states(padded, torch.zeros_like(padded))[offset]
+    return model.unembedding.logits(offset, state)
+
+
+def stored(folder):
+    return {
+        name: value
+        for path in folder.glob("*.safetensors")
+        for name, value in safetensors.torch.load_file(path).items()
+    }
+
+
+def assert_same_tensors(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("num_offsets", [1, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_the_main_head_scores_as_in_transformers(case, num_offsets, tmp_path):
+    judge = save_model(transformers, case, tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(num_offsets=num_offsets))
+    recipe, model = load_model(tmp_path / "ours")
+    assert (recipe.heads.num_offsets, recipe.heads.kind, recipe.model.num_layers) == (num_offsets, "parallel", 3)
+    expected = judge(TOKENS).logits
+    assert expected.std() > 0.3
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_export_of_an_import_is_the_folder_again(case, tmp_path):
+    save_model(transformers, case, tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(num_offsets=2))
+    export_hf(tmp_path / "ours", tmp_path / "back")
+    assert_same_tensors(stored(tmp_path / "back"), stored(tmp_path / "hf"))
+    before, after = (transformers.AutoConfig.from_pretrained(tmp_path / folder).to_dict() for folder in ("hf", "back"))
+    if "sliding_window" in before and case != "mistral":
+        before["sliding_window"] = None  # as long as the positions, or unused
+    assert {k: v for k, v in after.items() if k not in UNSAID} == {k: v for k, v in before.items() if k not in UNSAID}
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    model = load_model(tmp_path / "ours")[1]
+    torch.testing.assert_close(logits_of(model), again(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_settings_in_the_words_before_transformers_5_mean_the_same(case, tmp_path):
+    save_model(transformers, case, tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "ours", Wanted())
+    export_hf(tmp_path / "ours", tmp_path / "back")
+    assert "rope_parameters" not in json.loads((tmp_path / "back/config.json").read_text())
+    import_folder(tmp_path / "back", tmp_path / "again", Wanted())
+    assert load_model(tmp_path / "again")[0].model == load_model(tmp_path / "ours")[0].model
+
+
+@pytest.mark.parametrize("case", ["llama3", "qwen3", "gpt_neox"])
+def test_cached_decoding_says_what_transformers_says(case, tmp_path):
+    judge = save_model(transformers, case, tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(num_offsets=3))
+    prompt = [1, 2, 3, 4, 5, 6]
+    made = generate(load_model(tmp_path / "ours")[1], [prompt], max_new_tokens=40)
+    said = judge.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert made.tokens[0] == said[0, len(prompt) :].tolist()
+    assert made.statistics.num_accepted_tokens > 0
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt_neox"])
+def test_shards_and_half_precision_keep_their_bits(case, tmp_path):
+    save_model(transformers, case, tmp_path / "hf", dtype=torch.bfloat16, max_shard_size="2KB")
+    assert len([*(tmp_path / "hf").glob("*.safetensors")]) > 3
+    import_folder(tmp_path / "hf", tmp_path / "ours", Wanted())
+    assert {parameter.dtype for parameter in load_model(tmp_path / "ours")[1].parameters()} == {torch.bfloat16}
+    export_hf(tmp_path / "ours", tmp_path / "back", dtype="bf16")
+    assert_same_tensors(stored(tmp_path / "back"), stored(tmp_path / "hf"))
