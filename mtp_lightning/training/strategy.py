@@ -250,6 +250,18 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         self._zero.check_grad_overflow = True  # else zero1 and zero2 do not look in bf16
         self._zero.local_overflow = True  # how gradients on the host are looked at
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Step; under zero3 also gather what stays gathered between steps if the step was skipped.
+
+        DeepSpeed 0.19.8 does so after other steps only, and then fails with a "tracing error" in the next. Can go when
+        `_overflow_clean_up` in stage3.py gathers persistent parameters.
+        """
+        output = super().optimizer_step(*args, **kwargs)
+        persistent = getattr(self._zero, "persistent_parameters", [])
+        if self.stage == 3 and self._zero.overflow and persistent:
+            persistent[0].all_gather(persistent)
+        return output
+
     def _parts(self) -> "Iterator[_Part]":
         return self._parts_of_zero3() if self.stage == 3 else self._parts_of_zero12()
 

@@ -17,12 +17,13 @@ from mtp_lightning.data.order import ShuffledOrder
 from mtp_lightning.errors import NonFiniteError, RunFolderError
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.recipe.sections import NonFiniteSection
-from mtp_lightning.training import fit, lightning_module, nonfinite
+from mtp_lightning.training import fit, nonfinite
 from mtp_lightning.training.callbacks.checkpoints import Checkpoints
 from mtp_lightning.training.fit import train
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.nonfinite import NonFiniteStreak, SkippedSteps
 from mtp_lightning.training.strategy import SingleStrategy
+from tests.support.ranked import on_ranks
 from tests.support.runs import ROOT, figures, mtp
 
 BAD = "~"
@@ -173,39 +174,30 @@ def test_the_figures_of_several_steps_leave_the_skipped_one_out(place, seed, poi
     assert all(float(row["train/loss_1"]) < 6 for row in figures(place / "windows/metrics.csv") if row["train/loss_1"])
 
 
-def spoilt_losses(monkeypatch, step):
-    """Let the loss of one step be infinite, with gradients that are not."""
-    run_schedule, prepare = lightning_module.run_schedule, MtpLightningModule._prepare
-    steps = []
-
-    def prepared(self, batch, step):
-        steps.append(step)
-        return prepare(self, batch, step)
-
-    def run(*arguments):
-        losses = run_schedule(*arguments)
-        return losses._replace(nll_sums=losses.nll_sums * torch.inf) if steps[-1] == step else losses
-
-    monkeypatch.setattr(MtpLightningModule, "_prepare", prepared)
-    monkeypatch.setattr(lightning_module, "run_schedule", run)
+CELLS = [f"{kind}:{precision}" for kind in ("zero1", "zero2", "zero3") for precision in ("fp32", "bf16")]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["single", "zero1", "zero2", "zero3"])
-def test_an_infinite_loss_is_enough_to_skip_under_every_strategy(place, kind, precision, monkeypatch, capsys):
-    name = f"loss-{kind}-{precision}"
-    spoilt_losses(monkeypatch, step=3)
-    chosen = (f"strategy.kind={kind}", f"run.precision={precision}", "run.steps=4", "run.checkpoint_every_steps=1")
-    assert train(recipe_of(place, name, *chosen)) == 0
-    assert "Step 4 skipped: a loss is not finite" in capsys.readouterr().out
-    before, after = (complete_checkpoints(place / f"{name}/checkpoints")[k] for k in (-2, -1))
-    assert (before.step, after.step) == (3, 4)
-    old, new = ShardReader(before.path), ShardReader(after.path)
-    for parameter in old.names:
-        assert {*old.kinds(parameter)} == {"weight", "exp_avg", "exp_avg_sq"}
-        for kind_of_state in old.kinds(parameter):
-            assert torch.equal(old.read(parameter, kind_of_state), new.read(parameter, kind_of_state)), parameter
-        assert old.step(parameter) == new.step(parameter)
+@pytest.mark.parametrize(
+    ("num_ranks", "cells"),
+    [
+        (1, ["single:fp32", "single:bf16", "zero2:bf16"]),
+        pytest.param(1, CELLS, marks=pytest.mark.slow),
+        pytest.param(2, CELLS, marks=pytest.mark.slow),
+    ],
+)
+def test_an_infinite_loss_is_enough_to_skip_and_nothing_has_changed(place, tmp_path, num_ranks, cells):
+    short = (*SHORT, "run.steps=4", "run.checkpoint_every_steps=1", f"run.cache={place}/cache")
+    corpus = f"data.corpus=[{place}/texts.jsonl]"
+    out = on_ranks("tests.support.spoilt_losses", num_ranks, str(tmp_path), ",".join(cells), *short, corpus)
+    assert out.count("Step 4 skipped: a loss is not finite") == len(cells)
+    for cell in cells:
+        before, after = complete_checkpoints(tmp_path / cell.replace(":", "-") / "checkpoints")
+        assert (before.step, after.step) == (3, 4)
+        old, new = ShardReader(before.path), ShardReader(after.path)
+        for name in old.names:
+            assert set(old.kinds(name)) == {"weight", "exp_avg", "exp_avg_sq"}
+            assert all(torch.equal(old.read(name, kind), new.read(name, kind)) for kind in old.kinds(name)), name
+            assert old.step(name) == new.step(name)
 
 
 def test_a_checkpoint_that_nothing_finite_follows_is_set_aside(place, seed, monkeypatch, capsys):

@@ -1,0 +1,56 @@
+"""A rank that trains with an infinite loss in one step, whose gradients are finite; one run for each cell.
+
+Arguments: folder, corpus, cells as kind:precision, fields of the recipe.
+"""
+
+import os
+import sys
+from contextlib import nullcontext
+
+import torch
+
+from mtp_lightning.recipe import load_recipe
+from mtp_lightning.training import fit, lightning_module
+from mtp_lightning.training.joining import joined_ranks
+from mtp_lightning.training.lightning_module import MtpLightningModule
+from tests.support.runs import ROOT
+
+STEP = 3  # counted from 0
+
+
+def spoil_losses(step=STEP):
+    """Let the loss of one step be infinite on the last rank."""
+    run_schedule, prepare = lightning_module.run_schedule, MtpLightningModule._prepare
+    steps = []
+
+    def prepared(self, batch, step):
+        is_last = self.global_rank == self.trainer.world_size - 1
+        steps.append(step if is_last else -1)
+        return prepare(self, batch, step)
+
+    def run(*arguments):
+        losses = run_schedule(*arguments)
+        return losses._replace(nll_sums=losses.nll_sums * torch.inf) if steps[-1] == step else losses
+
+    MtpLightningModule._prepare = prepared
+    lightning_module.run_schedule = run
+
+
+def main(folder, cells, *fields):
+    """Train every cell into a folder of its own."""
+    spoil_losses()
+    num_ranks = os.environ["WORLD_SIZE"]
+    path = ROOT / "recipes/debug/parallel.yaml"
+    with joined_ranks(load_recipe(path, ["strategy.kind=zero1", f"strategy.ranks_per_node={num_ranks}"]).recipe):
+        fit.joined_ranks = lambda recipe: nullcontext()  # DeepSpeed does not survive the end of a process group
+        for cell in cells.split(","):
+            kind, precision = cell.split(":")
+            own = (f"strategy.kind={kind}", f"run.precision={precision}", f"run.dir={folder}/{kind}-{precision}")
+            ranks = f"strategy.ranks_per_node={num_ranks if kind != 'single' else 1}"
+            assert fit.train(load_recipe(path, [*fields, *own, ranks])) == 0
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # as `mtp` ends its ranks
