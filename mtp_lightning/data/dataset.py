@@ -57,6 +57,8 @@ class SampleDataset(Dataset[RowArrays | MtpError]):
         Raises:
             DataError: A shard is damaged, or was replaced, or holds an id that the model lacks.
         """
+        if samples:
+            self._rows.fetch_ahead(self._order.soon(samples[-1]))
         return self._rows.read_known(self._order.rows(np.asarray(samples, dtype=np.int64)), self._vocabulary)
 
 
@@ -132,7 +134,7 @@ class TrainingBatches:
 @final
 @dataclass(frozen=True, kw_only=True)
 class ValidationBatches:
-    """The same rows at every validation, in file order."""
+    """The same rows at every validation, in file order; of a mixture also their `sources`, (B,) int64."""
 
     rows: RowSource
     numbers: Integers
@@ -144,7 +146,9 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for begin in range(0, self.numbers.size, self.batch_rows):
-            yield tensors_of(self.rows.read_known(self.numbers[begin : begin + self.batch_rows], self.vocabulary))
+            numbers = self.numbers[begin : begin + self.batch_rows]
+            batch = tensors_of(self.rows.read_known(numbers, self.vocabulary))
+            yield batch | ({"sources": torch.from_numpy(self.rows.sources(numbers))} if self.rows.source_names else {})
 
 
 def leave_signals_to_the_parent(worker: int) -> None:

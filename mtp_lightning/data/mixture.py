@@ -54,6 +54,14 @@ class MixedOrder(Order):
             first += size
         return rows
 
+    def soon(self, sample: int) -> Numbers | None:
+        """Return rows out of all shards that are read at a sample and for a while after it."""
+        if self.orders[0].soon(0) is None:
+            return None
+        firsts = np.cumsum([0, *self.sizes])
+        parts = [order.soon(taken) for order, taken in zip(self.orders, self.samples_taken(sample), strict=True)]
+        return np.concatenate([first + part for first, part in zip(firsts, parts, strict=False) if part is not None])
+
     def sources(self, samples: Numbers) -> tuple[Numbers, Numbers]:
         """Return for each sample its source, and its number among the samples of that source."""
         blocks = samples // MIXTURE_BLOCK_ROWS
@@ -84,8 +92,9 @@ class MixedOrder(Order):
 class JoinedRows(RowSource):
     """The rows of several sources, numbered one source after another."""
 
-    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float]) -> None:
+    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float], names: Sequence[str]) -> None:
         """Join sources of the same split and width; the weights serve to spread rows over them."""
+        self.source_names = tuple(names)
         self.split = sources[0].split
         self.width_tokens = sources[0].width_tokens
         self._sources = sources
@@ -101,10 +110,14 @@ class JoinedRows(RowSource):
         """What the folders of all sources hold."""
         return [manifest for source in self._sources for manifest in source.manifests]
 
+    def sources(self, rows: Integers) -> Integers:
+        """Return for each row the source that it comes from."""
+        return np.searchsorted(self._first_rows, rows, side="right") - 1
+
     def read(self, rows: Integers) -> RowArrays:
         """Read rows; where one source has a mask, the others' tokens are all targets."""
         self.refuse_outside(rows)
-        sources = np.searchsorted(self._first_rows, rows, side="right") - 1
+        sources = self.sources(rows)
         parts = {}
         for source in np.unique(sources):
             inside = np.flatnonzero(sources == source)
@@ -119,6 +132,13 @@ class JoinedRows(RowSource):
             for name, array in part.items():
                 batch[name][inside] = array
         return batch
+
+    def fetch_ahead(self, rows: Integers | None) -> None:
+        """Begin to fetch what the sources lack."""
+        ends = self._first_rows[1:]
+        whose = None if rows is None else np.searchsorted(ends, rows, side="right")
+        for number, (source, first) in enumerate(zip(self._sources, self._first_rows, strict=False)):
+            source.fetch_ahead(None if rows is None else rows[whose == number] - first)
 
     def describe(self, row: int) -> str:
         """Return the source of a row and its place there."""

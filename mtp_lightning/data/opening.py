@@ -2,19 +2,23 @@
 
 import hashlib
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.data.build import describe
-from mtp_lightning.data.corpus import check_manifest, prepare_shards, shards_folder
-from mtp_lightning.data.manifest import SPLITS, Split, load_manifest
+from mtp_lightning.data.corpus import check_manifest, folder_of, prepare_named, prepare_shards, shards_folder
+from mtp_lightning.data.group_order import GroupedOrder
+from mtp_lightning.data.manifest import SPLITS, Manifest, Split
 from mtp_lightning.data.mixture import JoinedRows, MixedOrder, mixture_hash, quotas_of
-from mtp_lightning.data.order import Order, ShuffledOrder
+from mtp_lightning.data.order import ROWS, Order, ShuffledOrder
 from mtp_lightning.data.packing import PackedRows, prepare_plan
 from mtp_lightning.data.progress import say
 from mtp_lightning.data.rows import Rows, RowSource
+from mtp_lightning.data.shard_cache import GIB, ShardCache
+from mtp_lightning.data.streaming import KeptRows, tars_of
 from mtp_lightning.errors import DataError
+from mtp_lightning.recipe.data_rules import is_url
 from mtp_lightning.recipe.data_sections import MIXTURE_BLOCK_ROWS
 from mtp_lightning.recipe.sections import Recipe
 
@@ -40,15 +44,19 @@ class _Source:
 
 
 def prepare_data(recipe: Recipe) -> None:
-    """Build what the recipe leaves to the run, shards and packing plans, and say what is used.
+    """Build what the recipe leaves to the run, shards and packing plans, fetch indexes, and say what is used.
 
     Raises:
         DataError: Something cannot be built, or what is there cannot be used.
     """
+    if recipe.data.stream is not None:
+        say(
+            f"streaming {len(tars_of(recipe.data.stream.train)):,} tars; resume is not exact: a run that is started "
+            "again reads them in another order, so some documents come again early and others late"
+        )
+        return
     if recipe.data.mixture:
-        folders = [Path(name).expanduser() for name in recipe.data.mixture]
-        for folder in folders:
-            say(f"using shards {folder}: {describe(load_manifest(folder))}")
+        folders = [prepare_named(recipe, name) for name in recipe.data.mixture]
     else:
         folders = [prepare_shards(recipe)]
     if recipe.data.packing == "best_fit":
@@ -64,11 +72,14 @@ def open_data(recipe: Recipe, split: Split) -> OpenData:
         DataError: Shards are missing, damaged, too short, of another tokenizer, or hold ids that the model lacks; a
             mixture names the same shards twice, or asks more of a source than it has.
     """
+    if recipe.data.stream is not None:
+        return _open_stream(recipe, split)
     if recipe.data.mixture:
         return _open_mixture(recipe, split)
-    rows = _open_folder(recipe, shards_folder(recipe), split)
-    order = ShuffledOrder(seed=recipe.run.seed, num_rows=len(rows))
-    return OpenData(rows, order, _identity(recipe, rows.manifests[0].fingerprint))
+    name = recipe.data.shards or str(shards_folder(recipe))
+    rows = _open_source(recipe, name, split)
+    _check_cache(recipe, {name: rows})
+    return OpenData(rows, _order_of(recipe, rows), _identity(recipe, rows.manifests[0].fingerprint))
 
 
 def open_rows(recipe: Recipe, split: Split) -> RowSource:
@@ -78,18 +89,18 @@ def open_rows(recipe: Recipe, split: Split) -> RowSource:
 
 def _open_mixture(recipe: Recipe, split: Split) -> OpenData:
     sources = [
-        _Source(name, _open_folder(recipe, Path(name).expanduser(), split), weight)
+        _Source(name, _open_source(recipe, name, split), weight)
         for name, weight in recipe.data.mixture.items()
     ]
     sources.sort(key=lambda source: source.fingerprint)  # neither names nor their order decide what is read
     _refuse_twins(sources)
+    _check_cache(recipe, {source.name: source.rows for source in sources})
     weights = [source.weight for source in sources]
     order = MixedOrder(
         seed=recipe.run.seed,
         quotas=tuple(quotas_of(weights, MIXTURE_BLOCK_ROWS)),
         orders=tuple(
-            ShuffledOrder(seed=recipe.run.seed, num_rows=len(source.rows), purpose=f"rows of source {number}")
-            for number, source in enumerate(sources)
+            _order_of(recipe, source.rows, f"rows of source {number}") for number, source in enumerate(sources)
         ),
         sizes=tuple(len(source.rows) for source in sources),
     )
@@ -97,24 +108,91 @@ def _open_mixture(recipe: Recipe, split: Split) -> OpenData:
         _check_quotas(recipe, sources, order)
     fingerprints = [source.fingerprint for source in sources]
     identity = _identity(recipe, hashlib.sha256("\n".join(fingerprints).encode()).hexdigest())
-    rows = JoinedRows([source.rows for source in sources], weights)
+    rows = JoinedRows([source.rows for source in sources], weights, [source.name for source in sources])
     return OpenData(rows, order, {**identity, "mixture": mixture_hash(fingerprints, order.quotas)})
 
 
-def _open_folder(recipe: Recipe, folder: Path, split: Split) -> RowSource:
+def _open_stream(recipe: Recipe, split: Split) -> OpenData:
+    if split == "train":
+        raise DataError(
+            "rows must be numbered to be looked at one by one",
+            "data.kind = webdataset_stream",
+            "Look at split validation, or build shards of the text with `mtp data build`",
+        )
+    rows = KeptRows(recipe)
+    return OpenData(rows, ShuffledOrder(seed=recipe.run.seed, num_rows=len(rows)), {})
+
+
+def _open_source(recipe: Recipe, name: str, split: Split) -> RowSource:
+    folder = folder_of(recipe, name)
     rows: RowSource
     if recipe.data.packing == "best_fit":
         rows = PackedRows(folder, split, _cache(recipe), **_shape(recipe))
     else:
-        rows = Rows(folder, split, **_shape(recipe))
+        rows = Rows(folder, split, cache=_shard_cache(recipe, name), **_shape(recipe))
     check_manifest(recipe, rows.manifests[0], folder)
     return rows
+
+
+def _shard_cache(recipe: Recipe, name: str) -> ShardCache | None:
+    limit_bytes = int(recipe.data.cache_gib * GIB)
+    return ShardCache(name, _cache(recipe) / "remote/shards", limit_bytes=limit_bytes) if is_url(name) else None
+
+
+def _order_of(recipe: Recipe, rows: RowSource, purpose: str = ROWS) -> Order:
+    if recipe.data.order == "shards" and isinstance(rows, Rows):
+        group_shards = recipe.data.group_shards
+        return GroupedOrder(
+            seed=recipe.run.seed, shard_rows=rows.shard_rows, group_shards=group_shards, purpose=purpose
+        )
+    return ShuffledOrder(seed=recipe.run.seed, num_rows=len(rows), purpose=purpose)
+
+
+def _check_cache(recipe: Recipe, rows: dict[str, RowSource]) -> None:
+    """Refuse a cache that shards from URLs would go in and out of all the time.
+
+    Held-out shards are all read at every validation; of the others, all under order `rows`, else those of the present
+    and the next group.
+    """
+    manifests = [source.manifests[0] for name, source in rows.items() if is_url(name)]
+    all_bytes = sum(shard.num_bytes for manifest in manifests for shard in manifest.shards)
+    group_bytes = sum(_group_bytes(manifest, recipe.data.group_shards) for manifest in manifests)
+    needed, has = (all_bytes if recipe.data.order == "rows" else group_bytes) / GIB, recipe.data.cache_gib
+    if needed <= has:
+        return
+    if recipe.data.order == "rows":
+        other = f"or data.order=shards, for which {_rounded_up(group_bytes / GIB)} are enough"
+    else:
+        other = "or lower data.group_shards"
+    raise DataError(
+        f"data.cache_gib must hold the shards that rows are shuffled over (data.order={recipe.data.order})",
+        f"{has:g} GiB for {needed:.3g} GiB",
+        f"Set data.cache_gib={_rounded_up(needed)}, {other}",
+    )
+
+
+def _group_bytes(manifest: Manifest, group_shards: int) -> int:
+    held_out = sum(shard.num_bytes for shard in manifest.shards_of("validation"))
+    largest = sorted((shard.num_bytes for shard in manifest.shards_of("train")), reverse=True)
+    return held_out + sum(largest[: 2 * group_shards])
+
+
+def _rounded_up(number: float) -> str:
+    """Write a number with three digits, not less than it is."""
+    digits = max(0, 2 - math.floor(math.log10(number)))
+    return f"{math.ceil(number * 10**digits) / 10**digits:g}"
 
 
 def _identity(recipe: Recipe, fingerprint: str) -> dict[str, Any]:
     """Return what decides the rows besides n, T and the seed; states from before a field existed lack it."""
     packing = recipe.data.packing
-    return {"fingerprint": fingerprint, "mixture": None, "packing": None if packing == "cut" else packing}
+    order = None if recipe.data.order == "rows" else f"shards in groups of {recipe.data.group_shards}"
+    return {
+        "fingerprint": fingerprint,
+        "mixture": None,
+        "packing": None if packing == "cut" else packing,
+        "order": order,
+    }
 
 
 def _refuse_twins(sources: list[_Source]) -> None:

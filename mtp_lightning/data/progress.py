@@ -18,17 +18,21 @@ SECONDS_BETWEEN_LINES = 5.0
 Advance = Callable[[int], None]
 
 
-def say(text: str) -> None:
+def say(text: str, *, stderr: bool = False) -> None:
     """Print one line as it is: never wrapped, nothing in it read as markup."""
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=stderr).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def watched(what: str, *, total_bytes: int, show: bool) -> Iterator[Advance]:
-    """Yield a function to report bytes to: a bar on a terminal, else a line now and then when it takes long."""
+    """Yield a function to report bytes to: a bar on a terminal, else a line now and then when it takes long.
+
+    On stderr: stdout may be a text that goes into a pipe.
+    """
+    console = Console(stderr=True)
     if not show:
         yield lambda num_bytes: None
-    elif Console().is_terminal:
+    elif console.is_terminal:
         columns = (
             TextColumn(what),
             BarColumn(),
@@ -36,14 +40,15 @@ def watched(what: str, *, total_bytes: int, show: bool) -> Iterator[Advance]:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, transient=True) as progress:
+        with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(what, total=total_bytes)
             yield lambda num_bytes: progress.advance(task, num_bytes)
     else:
-        yield _line_now_and_then(what, total_bytes)
+        yield lines_now_and_then(what, total_bytes)
 
 
-def _line_now_and_then(what: str, total_bytes: int) -> Advance:
+def lines_now_and_then(what: str, total_bytes: int) -> Advance:
+    """Return a function to report bytes to, which prints a line now and then when it takes long."""
     done_bytes = 0
     said_at = time.monotonic()
 
@@ -52,6 +57,6 @@ def _line_now_and_then(what: str, total_bytes: int) -> Advance:
         done_bytes += num_bytes
         if time.monotonic() - said_at >= SECONDS_BETWEEN_LINES:
             said_at = time.monotonic()
-            say(f"{what}: {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB")
+            say(f"{what}: {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB", stderr=True)
 
     return advance

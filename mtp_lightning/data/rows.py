@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mtp_lightning.data.manifest import Manifest, Split
 from mtp_lightning.data.mapped import Integers, ShardMaps
+from mtp_lightning.data.shard_cache import ShardCache
 from mtp_lightning.errors import DataError
 
 RowArrays = dict[str, NDArray[Any]]
@@ -19,6 +20,7 @@ class RowSource(ABC):
 
     split: Split
     width_tokens: int  # T + n
+    source_names: tuple[str, ...] = ()  # of the sources that are mixed; none where there is one
 
     @abstractmethod
     def __len__(self) -> int:
@@ -36,6 +38,14 @@ class RowSource(ABC):
         Tokens have the type they are stored in, uint16 or uint32; documents are int32.
         Where some tokens may not be targets there is a `loss_mask` too, true for those that may.
         """
+
+    def sources(self, rows: Integers) -> Integers:
+        """Return for each row which of `source_names` it comes from, counted from 0."""
+        return np.zeros_like(rows)
+
+    def fetch_ahead(self, rows: Integers | None) -> None:
+        """Begin to fetch the shards of rows that will be read, all shards for None; local ones are there."""
+        return
 
     @abstractmethod
     def describe(self, row: int) -> str:
@@ -90,8 +100,10 @@ class Rows(RowSource):
     read before a row is asked for. Copies sent to other processes map anew.
     """
 
-    def __init__(self, folder: Path, split: Split, *, window_tokens: int, num_offsets: int) -> None:
-        """Open a shard folder and check that every shard file has its size.
+    def __init__(
+        self, folder: Path, split: Split, *, window_tokens: int, num_offsets: int, cache: ShardCache | None = None
+    ) -> None:
+        """Open a shard folder and check that every shard file has its size; with a cache, the shards come from there.
 
         Raises:
             DataError: The folder is damaged, or no shard of the split is as long as one row.
@@ -100,11 +112,11 @@ class Rows(RowSource):
         self.split = split
         self.width_tokens = window_tokens + num_offsets
         self._stride_tokens = window_tokens
-        self._maps = ShardMaps(folder, split)
+        self._maps = ShardMaps(folder, split, cache)
         self.manifest = self._maps.manifest
         shard_tokens = np.array([shard.num_tokens for shard in self._maps.shards], dtype=np.int64)
-        num_rows = np.maximum(0, (shard_tokens - self.width_tokens) // window_tokens + 1)
-        self._first_rows = np.concatenate([[0], np.cumsum(num_rows)])
+        self.shard_rows = np.maximum(0, (shard_tokens - self.width_tokens) // window_tokens + 1)
+        self._first_rows = np.concatenate([[0], np.cumsum(self.shard_rows)])
         self._is_masked = self.manifest.is_masked(split)
         self._refuse_none(int(shard_tokens.max(initial=0)))
 
@@ -144,6 +156,14 @@ class Rows(RowSource):
         if len(set(places.tolist())) == 1:
             return self._maps[int(places[0])].tokens(starts, self.width_tokens)
         return self.read(rows)["tokens"]
+
+    def fetch_ahead(self, rows: Integers | None) -> None:
+        """Begin to fetch the shards of rows that the cache lacks."""
+        if self._maps.cache is None:
+            return
+        shards = self._maps.shards
+        places = range(len(shards)) if rows is None else dict.fromkeys(self._locate(rows)[0].tolist())
+        self._maps.cache.fetch_ahead([shards[place] for place in places])
 
     def describe(self, row: int) -> str:
         """Return the place of a row in words: shard, member, first token in it."""

@@ -75,7 +75,8 @@ def _status_of(run: Path, job: str | None, job_state: str | None, *, is_locked: 
     summary = _json(run / "summary.json")
     saved = [int(found[1]) for path in current.glob("checkpoints/step-*") if (found := _STEP.fullmatch(path.name))]
     step, steps = int(row.get("step", 0)), recipe.get("run", {}).get("steps")
-    is_finished = bool(steps) and max(saved, default=0) >= steps and bool(summary.get("is_finished"))
+    has_all = bool(steps) and max(saved, default=0) >= steps
+    is_finished = bool(summary.get("is_finished")) and (has_all or (_ended_early(current) and not is_locked))
     return RunStatus(
         path=run,
         name=str(recipe.get("name", "?")),
@@ -90,6 +91,10 @@ def _status_of(run: Path, job: str | None, job_state: str | None, *, is_locked: 
         checkpoint=max(saved, default=None),
         restarts=max(0, len(list(run.glob("logs/attempt_*"))) - 1),
     )
+
+
+def _ended_early(run: Path) -> bool:
+    return bool(_json(run / "summary.json").get("ended_early"))
 
 
 def _current_phase(run: Path) -> Path:

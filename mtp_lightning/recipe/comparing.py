@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mtp_lightning.recipe.section import Section
-from mtp_lightning.recipe.sections import GuardSection, Recipe, StrategySection
+from mtp_lightning.recipe.sections import EarlyStopSection, GuardSection, Recipe, StrategySection
 from mtp_lightning.recipe.yaml12 import one_line_yaml
 
 Verdict = Literal["warn", "refuse"]
@@ -34,6 +34,8 @@ RUN_FIELDS = frozenset(
         "run.hang_factor",
         "run.nonfinite.skip_steps",
         "run.nonfinite.rollbacks",
+        "run.early_stop",
+        *(f"run.early_stop.{name}" for name in EarlyStopSection.model_fields),
         "run.guard",
         *(f"run.guard.{name}" for name in GuardSection.model_fields),
     }

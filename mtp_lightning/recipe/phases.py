@@ -22,6 +22,7 @@ CHANGED_FIELDS: Mapping[str, frozenset[str]] = {
         {
             "steps",
             "guard",
+            "early_stop",
             "log_every_steps",
             "validate_every_steps",
             "validation_rows",
@@ -107,7 +108,9 @@ def _walk(recipe: Recipe, tree: Node) -> Iterator[_Step]:
             "keep_position": former is not None,
             "fresh": False,
         }
-        checked = check_fields(merge(values, node_of({"name": f"{recipe.name}/{name}", "run": place}, "default")))
+        ramp = {"batch": {"ramp": None}} if former else {}  # it is over: it counts the rows of the whole run
+        placed = node_of({"name": f"{recipe.name}/{name}", "run": place, **ramp}, "default")
+        checked = check_fields(merge(values, placed))
         broken = [] if checked.faults else check_rules(checked.recipe)
         faults += [_placed(fault, name, written) for fault in (*checked.faults, *broken)]
         phase = Phase(number, name, checked.recipe)

@@ -63,6 +63,15 @@ class NonFiniteSection(Section):
     with exit code 88."""
 
 
+class EarlyStopSection(Section):
+    """Ends a run, or a phase, whose accepted length no longer rises."""
+
+    validations: PositiveInt = 5
+    """Validations in a row without a gain after which the run ends."""
+    least_gain: NonNegativeFloat = 0.01
+    """Tokens per forward that count as a gain in accepted length; a main head that is better by 5 % always does."""
+
+
 class RunSection(Section):
     """Where a run lives, how long it lasts, what it writes and when."""
 
@@ -80,6 +89,8 @@ class RunSection(Section):
     """Also take the optimizer's state of `start_from`; the same parameters must be trained."""
     keep_position: bool = False
     """Go on in the data where `start_from` stood, instead of at the beginning."""
+    early_stop: EarlyStopSection | None = None
+    """End when the accepted length stays where it is, or null: after `steps`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights and of the order of the data."""
     steps: PositiveInt = 1000

@@ -21,6 +21,7 @@ from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import LoadedRecipe, Recipe, num_head_layers, num_trunk_layers
 from mtp_lightning.training.bad_node import bad_node
 from mtp_lightning.training.callbacks.build import build_callbacks
+from mtp_lightning.training.callbacks.early_stop import is_over
 from mtp_lightning.training.device import prepare_device
 from mtp_lightning.training.joining import joined_ranks
 from mtp_lightning.training.lightning_module import MtpLightningModule
@@ -48,7 +49,7 @@ def train(loaded: LoadedRecipe, stop: StopRequest | None = None) -> int:
 def _train_run(recipe: Recipe, stop: StopRequest) -> int:
     """Train a recipe without phases, or one phase."""
     with opened_run_folder(recipe, Ranks()) as opened:
-        if opened.checkpoint is not None and opened.checkpoint.step >= recipe.run.steps:
+        if opened.checkpoint is not None and is_over(recipe, opened.checkpoint):
             _say_finished(opened, recipe)
             return 0
         return _fit_with_rollbacks(recipe, opened, stop)
@@ -68,8 +69,9 @@ def _fit_with_rollbacks(recipe: Recipe, opened: Opened, stop: StopRequest) -> in
 def _say_finished(opened: Opened, recipe: Recipe) -> None:
     if Ranks().is_first and opened.checkpoint is not None:
         print(
-            f"{opened.path} is finished: {opened.checkpoint.step} of {recipe.run.steps} steps. "
-            "Raise run.steps to go on, or start over with run.fresh=true.",
+            f"{opened.path} is finished: {opened.checkpoint.step} of {recipe.run.steps} steps. Raise "
+            f"{'run.steps' if opened.checkpoint.step >= recipe.run.steps else 'run.early_stop.validations'} to go on, "
+            "or start over with run.fresh=true.",
             flush=True,
         )
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import count_targets, shifted_targets
@@ -19,7 +19,7 @@ from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.checks import ORACLE_STEPS, GradientArrival, GradientSums, check_counts, check_targets
 from mtp_lightning.training.fragments import gradient_norms
-from mtp_lightning.training.metrics import OffsetMetrics
+from mtp_lightning.training.metrics import OffsetMetrics, of_source
 from mtp_lightning.training.nonfinite import SkippedSteps
 from mtp_lightning.training.objective import MicroBatch, Objective, OffsetLosses
 from mtp_lightning.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
@@ -45,6 +45,7 @@ class MtpLightningModule(L.LightningModule):
         self.metrics: dict[str, float] = {}
         self.train_metrics = OffsetMetrics(recipe.heads.num_offsets)
         self.val_metrics = OffsetMetrics(recipe.heads.num_offsets)
+        self.source_metrics = nn.ModuleList(OffsetMetrics(recipe.heads.num_offsets) for _ in recipe.data.mixture)
         self.skipped_steps = SkippedSteps(recipe.run.nonfinite)
 
     def configure_model(self) -> None:
@@ -102,6 +103,21 @@ class MtpLightningModule(L.LightningModule):
             with self.autocast():
                 losses = evaluate(self.model, micro_batch, objective)
             self.val_metrics.update(micro_batch.targets, losses)
+            if micro_batch.sources is not None:
+                self._update_sources(micro_batch, micro_batch.sources, losses)
+
+    def _update_sources(self, micro_batch: MicroBatch, sources: Tensor, losses: OffsetLosses) -> None:
+        """Add rows to the figures of the sources that they come from."""
+        names = self.trainer.datamodule.validation_rows.source_names  # type: ignore[attr-defined]
+        for name, metrics in self._by_source:
+            chosen = sources == names.index(name)
+            if chosen.any():
+                metrics.update(micro_batch.targets[:, chosen], losses.of_rows(chosen))
+
+    @property
+    def _by_source(self) -> Iterator[tuple[str, OffsetMetrics]]:
+        for name, metrics in zip(self.recipe.data.mixture, self.source_metrics, strict=True):
+            yield name, cast(OffsetMetrics, metrics)
 
     def on_validation_start(self) -> None:
         """Stop the clock of tokens per second."""
@@ -132,6 +148,9 @@ class MtpLightningModule(L.LightningModule):
         """Publish the validation's figures and forget its sums."""
         figures = self.val_metrics.compute()
         self.val_metrics.reset()
+        for source, metrics in self._by_source:
+            figures |= of_source(metrics.compute(), source)
+            metrics.reset()
         self.metrics |= {f"val/{name}": figure for name, figure in figures.items()}
 
     def _prepare(self, batch: Batch, step: int) -> tuple[Objective, Tensor]:
@@ -171,7 +190,8 @@ class MtpLightningModule(L.LightningModule):
         size = self.recipe.batch.micro_rows
         for start in range(0, len(batch["tokens"]), size):
             rows = slice(start, start + size)
-            yield MicroBatch(batch["tokens"][rows], batch["documents"][rows], targets[:, rows])
+            sources = batch["sources"][rows] if "sources" in batch else None
+            yield MicroBatch(batch["tokens"][rows], batch["documents"][rows], targets[:, rows], sources)
 
     def autocast(self) -> torch.autocast:
         """Surround what computes with the model, in the precision of the run."""

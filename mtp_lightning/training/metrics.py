@@ -100,6 +100,15 @@ class OffsetMetrics(Metric):
         return {name: float(figure) for name, figure in figures.items()}
 
 
+def of_source(figures: dict[str, float], source: str) -> dict[str, float]:
+    """Name the figures of one data source; its losses are not known apart.
+
+    >>> of_source({"loss_1": 0.0, "accepted_length": 2.5}, "code")
+    {'accepted_length@code': 2.5}
+    """
+    return {f"{name}@{source}": figure for name, figure in figures.items() if not name.startswith("loss_")}
+
+
 def _by_offset(name: str, figures: Tensor) -> dict[str, Tensor]:
     """Name the figures of the extra offsets."""
     return {f"{name}_{k}": figure for k, figure in enumerate(figures[1:], start=2)}

@@ -16,6 +16,7 @@ class MicroBatch(NamedTuple):
     tokens: Tensor  # (B, T+n)
     documents: Tensor  # (B, T+n)
     targets: Tensor  # (N, B, T)
+    sources: Tensor | None = None  # (B,) which source of a mixture a held-out row comes from
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,12 @@ class OffsetLosses(NamedTuple):
     predictions: Tensor | None  # (N, B, T) argmax of every offset
     divergence_sums: Tensor | None = None  # (N,) sum of divergences from the teacher
     overlaps: Tensor | None = None  # (N, B, T) sum of min(p, q) with the main head for the same token
+
+    def of_rows(self, chosen: Tensor) -> "OffsetLosses":
+        """Keep what is known position by position of some rows, chosen by a (B,) mask; sums of losses become zero."""
+        predictions, overlaps = (
+            None if kept is None else kept[:, chosen] for kept in (self.predictions, self.overlaps)
+        )
+        return OffsetLosses(
+            torch.zeros_like(self.nll_sums).where(~self.nll_sums.isnan(), torch.nan), predictions, None, overlaps
+        )

@@ -9,6 +9,7 @@ from mtp_lightning.checkpoint.layout import newest_complete
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.recipe.phases import Phase, phases_of
+from mtp_lightning.training.callbacks.early_stop import is_over
 from mtp_lightning.training.run_folder import check_changes, opened_run_folder
 
 
@@ -43,7 +44,7 @@ def train_phases(recipe: Recipe, train_one: Callable[[Recipe], int]) -> int:
 def _is_finished(phase: Phase) -> bool:
     folder = Path(phase.recipe.run.dir)
     newest = newest_complete(folder / "checkpoints")
-    if newest is None or newest.step < phase.recipe.run.steps:
+    if newest is None or not is_over(phase.recipe, newest):
         return False
     check_changes(folder, phase.recipe)
     return True

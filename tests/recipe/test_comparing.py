@@ -27,7 +27,7 @@ def test_every_field_counts_or_is_named_as_free(path: str) -> None:
 
 @pytest.mark.parametrize("names", [RUN_FIELDS, NOTED.keys()])
 def test_fields_with_a_rule_of_their_own_exist(names: Any) -> None:
-    guarded = Recipe.model_validate({"run": {"guard": {}}})
+    guarded = Recipe.model_validate({"run": {"guard": {}, "early_stop": {}}})
     assert set(names) <= leaves(DEFAULT).keys() | leaves(guarded).keys()
 
 

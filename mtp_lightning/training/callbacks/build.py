@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from mtp_lightning.launch.stopping import StopRequest
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.callbacks.checkpoints import Checkpoints
+from mtp_lightning.training.callbacks.early_stop import EarlyStop
 from mtp_lightning.training.callbacks.guard import MainHeadGuard
 from mtp_lightning.training.callbacks.interruption import Interruption
 from mtp_lightning.training.callbacks.live import LiveView
@@ -41,6 +42,7 @@ def build_callbacks(
         *([Frozen()] if recipe.heads.trainable_from else []),
         Rollbacks(run_folder),
         *([MainHeadGuard(recipe, recipe.run.guard)] if recipe.run.guard else []),
+        *([EarlyStop(recipe.run.early_stop)] if recipe.run.early_stop else []),
         MetricsFiles(recipe, run_folder),
         checkpoints,
         Interruption(checkpoints, stop or StopRequest()),

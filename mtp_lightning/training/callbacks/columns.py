@@ -1,11 +1,13 @@
 """Names and order of the figures of a run."""
 
+from collections.abc import Iterable
+
 GUARD_FIGURES = ("nll_change", "nll_change_low", "nll_change_high", "kl", "flips")
 ROLES = ("trunk", "heads", "unembedding", "all")
 
 
-def metric_columns(num_offsets: int) -> list[str]:
-    """Columns of metrics.csv for n offsets.
+def metric_columns(num_offsets: int, sources: Iterable[str] = ()) -> list[str]:
+    """Columns of metrics.csv for n offsets, and for the sources of a mixture.
 
     >>> metric_columns(1)[:5]
     ['step', 'tokens', 'lr', 'train/loss_1', 'train/label_accuracy_1']
@@ -22,10 +24,20 @@ def metric_columns(num_offsets: int) -> list[str]:
         "skipped_steps",
         "rollbacks",
         *_figures("val", num_offsets),
-        *(f"val/{kind}_{k}" for kind in ("overlap", "sampled_acceptance") for k in range(2, num_offsets + 1)),
-        "val/sampled_length",
+        *_sampled(num_offsets),
+        *(f"{name}@{source}" for source in sources for name in _of_source(num_offsets)),
         *(f"guard/{name}" for name in GUARD_FIGURES),
     ]
+
+
+def _sampled(num_offsets: int) -> list[str]:
+    names = [f"{kind}_{k}" for kind in ("overlap", "sampled_acceptance") for k in range(2, num_offsets + 1)]
+    return [f"val/{name}" for name in (*names, "sampled_length")]
+
+
+def _of_source(num_offsets: int) -> list[str]:
+    names = [*_figures("val", num_offsets), *_sampled(num_offsets)]
+    return [name for name in names if not name.startswith("val/loss_")]
 
 
 def _figures(split: str, num_offsets: int) -> list[str]:

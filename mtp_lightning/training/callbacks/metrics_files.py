@@ -27,7 +27,8 @@ class MetricsFiles(Callback):
     """
 
     def __init__(self, recipe: Recipe, run_folder: Path) -> None:
-        self.table = MetricsTable(run_folder / "metrics.csv", metric_columns(recipe.heads.num_offsets))
+        columns = metric_columns(recipe.heads.num_offsets, recipe.data.mixture)
+        self.table = MetricsTable(run_folder / "metrics.csv", columns)
         self._recipe = recipe
         self._events_folder = run_folder / "tensorboard"
         self._events: SummaryWriter | None = None

@@ -96,4 +96,4 @@ def _points(rows: list[Row], name: str) -> tuple[list[float], list[float]]:
 
 def _offsets_of(rows: list[Row], kind: str) -> list[int]:
     names = {name.partition("/")[2] for row in rows for name in row}
-    return sorted(int(name.rpartition("_")[2]) for name in names if name.startswith(f"{kind}_"))
+    return sorted(int(name.rpartition("_")[2]) for name in names if name.startswith(f"{kind}_") and "@" not in name)

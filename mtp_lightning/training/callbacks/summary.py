@@ -43,6 +43,7 @@ class Summary(Callback):
         self._began_at = time.monotonic()
         self._earlier_s = 0.0
         self._is_training = False
+        self._has_ended = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From now on there is something to summarise."""
@@ -50,6 +51,7 @@ class Summary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Summarise a run that ended by itself."""
+        self._has_ended = True
         if self._is_training:
             self._summarise(trainer.global_step)
 
@@ -96,7 +98,8 @@ class Summary(Callback):
             "recipe": recipe.name,
             "seed": recipe.run.seed,
             "num_offsets": recipe.heads.num_offsets,
-            "is_finished": step >= recipe.run.steps,
+            "is_finished": self._has_ended or step >= recipe.run.steps,
+            "ended_early": self._has_ended and step < recipe.run.steps,
             "steps": step,
             "tokens": tokens_after(recipe, step),
             "wall_s": {"attempt": attempt_s, "total": self._earlier_s + attempt_s},
@@ -106,6 +109,10 @@ class Summary(Callback):
             "bits_unit": bits_unit(recipe),
             "training": _figures(rows, "train", recipe.heads.num_offsets),
             "validation": _figures(rows, "val", recipe.heads.num_offsets),
+            "validation_by_source": {
+                source: _figures(rows, "val", recipe.heads.num_offsets, of=f"@{source}")
+                for source in recipe.data.mixture
+            },
         }
 
     def _write(self, content: dict[str, Any]) -> None:
@@ -113,14 +120,14 @@ class Summary(Callback):
         replace_durably(self._run_folder / "summary.json", text.encode() + b"\n")
 
 
-def _figures(rows: list[Row], split: str, num_offsets: int) -> dict[str, Any] | None:
-    """Collect the last figures of training or validation; None where there are none."""
+def _figures(rows: list[Row], split: str, num_offsets: int, of: str = "") -> dict[str, Any] | None:
+    """Collect the last figures of training or validation, or of one source; None where there are none."""
     row = next((row for row in reversed(rows) if f"{split}/loss_1" in row), None)
     if row is None:
         return None
-    figures: dict[str, Any] = {"step": row["step"], "accepted_length": _finite(row.get(f"{split}/accepted_length"))}
+    figures: dict[str, Any] = {"step": row["step"], "accepted_length": _finite(row.get(f"{split}/accepted_length{of}"))}
     for kind in ("loss", "label_accuracy", "agreement", "conditional_acceptance", "cumulative_acceptance"):
-        names = {k: f"{split}/{kind}_{k}" for k in range(1, num_offsets + 1)}
+        names = {k: f"{split}/{kind}_{k}{of}" for k in range(1, num_offsets + 1)}
         figures[kind] = {str(k): _finite(row.get(name)) for k, name in names.items() if name in row}
     losses = figures["loss"].items()
     figures["bits"] = {k: None if loss is None else loss / math.log(2) for k, loss in losses}
@@ -142,6 +149,11 @@ def summary_view(content: dict[str, Any]) -> RenderableType:
         f"validation at step {validation['step']:,}" if validation else "no validation yet",
         _validation_table(content, validation),
         f"expected accepted length  {length} tokens per forward",
+        *(
+            f"  of {source}  {number(figures['accepted_length'], '.3f')}"
+            for source, figures in content["validation_by_source"].items()
+            if figures
+        ),
         f"best checkpoint  {best_name}",
         f"last checkpoint  {content['last_checkpoint'] or 'none'}",
         f"time  {duration(wall_s['total'])} in all, {duration(wall_s['attempt'])} in this attempt, "

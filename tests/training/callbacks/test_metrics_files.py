@@ -35,6 +35,8 @@ def test_columns_are_those_promised() -> None:
         "grad_norm/all",
         "tokens_per_s",
         "memory_gib",
+        "skipped_steps",
+        "rollbacks",
         "val/loss_1",
         "val/loss_2",
         "val/label_accuracy_1",
