@@ -8,9 +8,11 @@ from pathlib import Path
 from mtp_lightning.data.build import BuildOptions, build_shards, describe, listing_hash
 from mtp_lightning.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, load_manifest
 from mtp_lightning.data.progress import say
+from mtp_lightning.data.remote import mirror, mirror_folder
 from mtp_lightning.data.sources import find_files, is_stdlib
 from mtp_lightning.data.tokenizers import Tokenizer, open_tokenizer
 from mtp_lightning.errors import DataError
+from mtp_lightning.recipe.data_rules import is_url
 from mtp_lightning.recipe.data_sections import DataSection
 from mtp_lightning.recipe.sections import Recipe
 
@@ -18,8 +20,26 @@ from mtp_lightning.recipe.sections import Recipe
 def shards_folder(recipe: Recipe) -> Path:
     """Return the folder of the recipe's shards, whether or not they have been built yet."""
     if recipe.data.shards is not None:
-        return Path(recipe.data.shards).expanduser()
+        return folder_of(recipe, recipe.data.shards)
     return Path(recipe.run.cache).expanduser() / f"data-{_corpus_key(recipe.data)}"
+
+
+def folder_of(recipe: Recipe, name: str) -> Path:
+    """Return the folder of shards, or the one that has manifest and index of shards from a URL."""
+    if is_url(name):
+        return mirror_folder(name, Path(recipe.run.cache).expanduser())
+    return Path(name).expanduser()
+
+
+def prepare_named(recipe: Recipe, name: str) -> Path:
+    """Say which shards are used, after fetching manifest and index of those from a URL; return their folder.
+
+    Raises:
+        DataError: They cannot be fetched or used.
+    """
+    folder = mirror(name, Path(recipe.run.cache).expanduser()) if is_url(name) else folder_of(recipe, name)
+    say(f"using shards {name if is_url(name) else folder}: {describe(load_manifest(folder))}")
+    return folder
 
 
 def prepare_shards(recipe: Recipe) -> Path:
@@ -28,12 +48,11 @@ def prepare_shards(recipe: Recipe) -> Path:
     Raises:
         DataError: The corpus cannot be built, or what is there cannot be used.
     """
+    if recipe.data.shards is not None:
+        return prepare_named(recipe, recipe.data.shards)
     folder = shards_folder(recipe)
-    if recipe.data.shards is not None or (folder / MANIFEST_NAME).exists():
-        manifest = load_manifest(folder)
-        say(f"using shards {folder}: {describe(manifest)}")
-        if recipe.data.shards is None:
-            _say_if_corpus_changed(recipe.data, folder, manifest)
+    if (folder / MANIFEST_NAME).exists():
+        _say_if_corpus_changed(recipe.data, prepare_named(recipe, str(folder)), load_manifest(folder))
     else:
         say(f"building shards {folder} from {', '.join(recipe.data.corpus)}")
         _check_vocabulary(recipe)

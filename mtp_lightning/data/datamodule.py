@@ -14,6 +14,8 @@ from mtp_lightning.data.opening import OpenData, open_data, open_rows, prepare_d
 from mtp_lightning.data.order import Range, with_skipped, without_skipped
 from mtp_lightning.data.progress import say
 from mtp_lightning.data.rows import RowSource
+from mtp_lightning.data.stream_batches import StreamBatches, stream_identity, stream_rows
+from mtp_lightning.data.streaming import StreamRows
 from mtp_lightning.errors import CheckpointError, DataError
 from mtp_lightning.recipe.sections import Recipe
 
@@ -31,6 +33,8 @@ class MtpDataModule(LightningDataModule):
     the beginning under `batch.ramp`), each rank a contiguous part of them, so neither ranks nor workers change what
     is learnt from. The position moves only by `advance`, after a step is complete: batches fetched ahead and never
     used are simply fetched again.
+
+    A stream (`data.kind: webdataset_stream`) has no numbered samples: there the position only counts.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -67,14 +71,14 @@ class MtpDataModule(LightningDataModule):
         self._check_batch()
         self._check_validation()
 
-    def train_dataloader(self) -> TrainingBatches:
+    def train_dataloader(self) -> TrainingBatches | StreamBatches:
         """Return this rank's part of every global batch, without end, from `rows_consumed` at first use."""
-        return TrainingBatches(
-            dataset=SampleDataset(self.training_rows, self.training_data.order, self._recipe.model.vocabulary),
-            slices=self._slices,
-            workers=self._recipe.data.workers,
-            pin_memory=self._recipe.run.device != "cpu" and torch.cuda.is_available(),
-        )
+        workers = self._recipe.data.workers
+        pin_memory = self._recipe.run.device != "cpu" and torch.cuda.is_available()
+        if self._is_stream:
+            return StreamBatches(rows=self._stream, slices=self._slices, workers=workers, pin_memory=pin_memory)
+        dataset = SampleDataset(self.training_rows, self.training_data.order, self._recipe.model.vocabulary)
+        return TrainingBatches(dataset=dataset, slices=self._slices, workers=workers, pin_memory=pin_memory)
 
     def val_dataloader(self) -> ValidationBatches:
         """Return this rank's part of rows that are spread evenly over the held-out split, in file order."""
@@ -86,6 +90,12 @@ class MtpDataModule(LightningDataModule):
             batch_rows=self._recipe.batch.micro_rows,
             vocabulary=self._recipe.model.vocabulary,
         )
+
+    def describe_training(self) -> str:
+        """Say in words how much there is to train on."""
+        if self._is_stream:
+            return f"a stream of {len(self._stream().tars):,} tars"
+        return f"{len(self.training_rows):,} rows"
 
     def advance(self, rows: int) -> None:
         """Count the rows of a completed optimizer step, over all ranks."""
@@ -151,11 +161,21 @@ class MtpDataModule(LightningDataModule):
     def _identity(self) -> dict[str, Any]:
         return {
             "version": STATE_VERSION,
-            **self.training_data.identity,
+            **(stream_identity(self._recipe) if self._is_stream else self.training_data.identity),
             "window_tokens": self._recipe.data.window_tokens,
             "num_offsets": self._recipe.heads.num_offsets,
             "seed": self._recipe.run.seed,
         }
+
+    @property
+    def _is_stream(self) -> bool:
+        return self._recipe.data.kind == "webdataset_stream"
+
+    def _stream(self) -> StreamRows:
+        """Open the tars; where they begin depends on the position, so that a restart does not repeat its start."""
+        num_skipped = sum(end - begin for begin, end in self._skip_ranges)
+        begin = f"{self.rows_consumed} rows, {num_skipped} skipped"
+        return stream_rows(self._recipe, begin=begin, rank=self._rank, world_size=self._world_size)
 
     @property
     def _rank(self) -> int:
@@ -189,7 +209,9 @@ class MtpDataModule(LightningDataModule):
                 str(first),
                 f"Set {name}={-(-first // self._world_size) * self._world_size}, or change the number of ranks",
             )
-        if rows > len(self.training_rows):
+        if self._is_stream:
+            self._stream()
+        elif rows > len(self.training_rows):
             raise DataError(
                 f"the training split must have the batch.rows = {rows:,} rows of one step",
                 f"{len(self.training_rows):,} rows of {self.training_rows.width_tokens:,} tokens",

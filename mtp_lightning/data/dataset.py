@@ -97,20 +97,7 @@ class TrainingBatches:
     pin_memory: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._from_workers() if self.workers else self._from_thread()
-
-    def _from_thread(self) -> Iterator[Batch]:
-        """Read the next batches while the model trains on this one."""
-        slices = iter(self.slices())
-        reader = ThreadPoolExecutor(1, thread_name_prefix="mtp-rows")
-        ahead: deque[Future[Batch]] = deque()
-        try:
-            while True:
-                while len(ahead) <= BATCHES_AHEAD:
-                    ahead.append(reader.submit(self._read, next(slices)))
-                yield ahead.popleft().result()
-        finally:
-            reader.shutdown(cancel_futures=True)
+        return self._from_workers() if self.workers else read_ahead(self._read, iter(self.slices()))
 
     def _read(self, samples: list[int]) -> Batch:
         return tensors_of(self.dataset.read(samples), pin_memory=self.pin_memory)
@@ -120,7 +107,7 @@ class TrainingBatches:
             self.dataset,
             batch_sampler=self.slices(),
             num_workers=self.workers,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             worker_init_fn=leave_signals_to_the_parent,
             multiprocessing_context="spawn",  # a fork would copy CUDA's state, running threads and signal handlers
             generator=torch.Generator(),  # else the loader draws a seed from the run's own random numbers
@@ -151,6 +138,19 @@ class ValidationBatches:
             yield batch | ({"sources": torch.from_numpy(self.rows.sources(numbers))} if self.rows.source_names else {})
 
 
+def read_ahead(read: Callable[[list[int]], Batch], slices: Iterator[list[int]]) -> Iterator[Batch]:
+    """Read the next batches in a thread while the model trains on this one."""
+    reader = ThreadPoolExecutor(1, thread_name_prefix="mtp-rows")
+    ahead: deque[Future[Batch]] = deque()
+    try:
+        while True:
+            while len(ahead) <= BATCHES_AHEAD:
+                ahead.append(reader.submit(read, next(slices)))
+            yield ahead.popleft().result()
+    finally:
+        reader.shutdown(cancel_futures=True)
+
+
 def leave_signals_to_the_parent(worker: int) -> None:
     """Ignore what a terminal or Slurm sends to every process of a run; the parent ends its workers itself."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -161,6 +161,6 @@ def _widened(array: NDArray[Any]) -> NDArray[Any]:
     return array if array.dtype == np.bool_ else array.astype(np.int64)
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
     """Collate nothing: the data set has read a whole batch."""
     return batch

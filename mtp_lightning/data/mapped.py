@@ -2,13 +2,14 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, final
+from typing import Any, BinaryIO, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mtp_lightning.data.index import Index, load_index
 from mtp_lightning.data.manifest import Manifest, Shard, Split, load_manifest
+from mtp_lightning.data.shard_cache import ShardCache
 from mtp_lightning.errors import DataError
 
 MOST_MAPPED_SHARDS = 256  # each keeps a file descriptor and the ends of its documents
@@ -19,15 +20,17 @@ Integers = NDArray[np.int64]
 class ShardMaps:
     """The shards of one split, by their place in it; copies sent to other processes map anew."""
 
-    def __init__(self, folder: Path, split: Split) -> None:
-        """Open a shard folder and check that every shard file has its size.
+    def __init__(self, folder: Path, split: Split, cache: ShardCache | None = None) -> None:
+        """Open a shard folder and check that every shard file has its size, unless shards come from a cache.
 
         Raises:
             DataError: The folder is damaged.
         """
         self.folder = folder
+        self.cache = cache
         self.manifest = load_manifest(folder)
-        check_sizes(folder, self.manifest)
+        if cache is None:
+            check_sizes(folder, self.manifest)
         self.shards = self.manifest.shards_of(split)
         self.index = load_index(folder, self.manifest)
         self._numbers = [i for i, shard in enumerate(self.manifest.shards) if shard.split == split]
@@ -41,22 +44,29 @@ class ShardMaps:
             if len(self._mapped) >= MOST_MAPPED_SHARDS:
                 del self._mapped[next(iter(self._mapped))]
             dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-            path = self.folder / self.shards[place].name
-            check_size(self.folder, self.shards[place])  # again: it may have been replaced since
-            self._mapped[place] = MappedShard(path, dtype, self.index, self._numbers[place])
+            self._mapped[place] = MappedShard(self._opened(place), dtype, self.index, self._numbers[place])
         return self._mapped[place]
+
+    def _opened(self, place: int) -> BinaryIO:
+        shard = self.shards[place]
+        if self.cache is not None:
+            return self.cache.open(shard, free_own=self._mapped.clear)
+        check_size(self.folder, shard)  # again: it may have been replaced since
+        return (self.folder / shard.name).open("rb")
 
     def describe(self, place: int, start: int) -> str:
         """Return the place of a token of a shard in words: file, member, token in it, byte of the file."""
         shard = self[place]
-        return f"{shard.describe(start, str(self.folder / self.shards[place].name))}, byte {shard.byte_of(start):,}"
+        origin = self.cache.url if self.cache else self.folder
+        return f"{shard.describe(start, f'{origin}/{self.shards[place].name}')}, byte {shard.byte_of(start):,}"
 
 
 @final
 class MappedShard:
     """One tar file in memory, seen as one array of token ids with the members' places in it."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], index: Index, number: int) -> None:
+    def __init__(self, file: BinaryIO, dtype: np.dtype[Any], index: Index, number: int) -> None:
+        """Map an open file and close it; the map keeps what is locked of it locked."""
         inside = index.shard == number
         self._first_tokens = np.concatenate([[0], np.cumsum(index.num_tokens[inside])])
         # Payloads begin at multiples of 512 bytes, so the whole file may be seen as tokens.
@@ -64,7 +74,8 @@ class MappedShard:
         self._lengths_at = index.lengths_at[inside]
         self._num_documents = index.num_documents[inside]
         self._mask_at = index.mask_at[inside]
-        self._words = np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+        with file:
+            self._words = np.asarray(np.memmap(file, dtype=dtype, mode="r"))
 
     def tokens(self, starts: Integers, width: int) -> NDArray[Any]:
         """Return the windows of a width that begin at those tokens of the shard, in the type they are stored in."""

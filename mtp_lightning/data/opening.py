@@ -16,7 +16,8 @@ from mtp_lightning.data.packing import PackedRows, prepare_plan
 from mtp_lightning.data.progress import say
 from mtp_lightning.data.rows import Rows, RowSource
 from mtp_lightning.data.shard_cache import GIB, ShardCache
-from mtp_lightning.data.streaming import KeptRows, tars_of
+from mtp_lightning.data.stream_batches import KeptRows
+from mtp_lightning.data.streaming import tars_of
 from mtp_lightning.errors import DataError
 from mtp_lightning.recipe.data_rules import is_url
 from mtp_lightning.recipe.data_sections import MIXTURE_BLOCK_ROWS
@@ -88,10 +89,7 @@ def open_rows(recipe: Recipe, split: Split) -> RowSource:
 
 
 def _open_mixture(recipe: Recipe, split: Split) -> OpenData:
-    sources = [
-        _Source(name, _open_source(recipe, name, split), weight)
-        for name, weight in recipe.data.mixture.items()
-    ]
+    sources = [_Source(name, _open_source(recipe, name, split), weight) for name, weight in recipe.data.mixture.items()]
     sources.sort(key=lambda source: source.fingerprint)  # neither names nor their order decide what is read
     _refuse_twins(sources)
     _check_cache(recipe, {source.name: source.rows for source in sources})

@@ -23,6 +23,10 @@ class Order(ABC):
     def rows(self, samples: Numbers) -> Numbers:
         """Return the row of each sample; sample numbers grow without end over the epochs."""
 
+    def soon(self, sample: int) -> Numbers | None:
+        """Return rows out of all shards that are read at a sample and for a while after it; None where any may be."""
+        return None
+
 
 @final
 @dataclass(frozen=True, kw_only=True)

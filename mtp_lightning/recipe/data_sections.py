@@ -52,7 +52,7 @@ class DataSection(Section):
     group_shards: PositiveInt = 8
     """For order `shards`: how many shards rows are shuffled over."""
     cache_gib: PositiveFloat = 256.0
-    """Most that shards from URLs take below run.cache on each node, in GiB."""
+    """Most that shards from URLs take below run.cache, in GiB."""
     tokenizer: str = "byte"
     """Tokenizer: `byte` (256 bytes + end of document), or a file, `tokenizer.json` or a SentencePiece `*.model`."""
     end_of_document: Annotated[int, Field(ge=0)] | None = None

@@ -1,0 +1,105 @@
+"""Files behind URLs: whatever fsspec can open, read from front to back."""
+
+import fcntl
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+
+from mtp_lightning.data.index import INDEX_NAME
+from mtp_lightning.data.manifest import MANIFEST_NAME
+from mtp_lightning.errors import DataError
+
+BLOCK_BYTES = 8 << 20
+TRIES = 3
+PAUSE_S = 0.5  # before the second try, and twice as long before each further one
+DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
+
+
+def blocks_of(url: str) -> Iterator[bytes]:
+    """Yield the content of a file.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    with _named(url), fsspec.open(url, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
+
+
+@contextmanager
+def opened(url: str) -> Iterator[BinaryIO]:
+    """Open a file to be read from front to back.
+
+    Raises:
+        DataError: It cannot be read, also while the body runs.
+    """
+    with _named(url), fsspec.open(url, "rb") as file:
+        yield file
+
+
+def tried_again(work: Any, *arguments: Any) -> Any:
+    """Do something that may fail for reasons that pass, up to three times.
+
+    Raises:
+        DataError: The last try failed.
+    """
+    for number in range(TRIES - 1):
+        try:
+            return work(*arguments)
+        except DataError:
+            time.sleep(PAUSE_S * 2**number)
+    return work(*arguments)
+
+
+def mirror_folder(url: str, cache: Path) -> Path:
+    """Return where manifest and index of shards behind a URL are kept."""
+    return cache / "remote" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+
+
+def mirror(url: str, cache: Path) -> Path:
+    """Fetch manifest and index of shards behind a URL, and return the folder that has them now.
+
+    Raises:
+        DataError: They cannot be read, or not be written.
+    """
+    folder = mirror_folder(url, cache)
+    contents = {name: tried_again(_content, f"{url.rstrip('/')}/{name}") for name in (INDEX_NAME, MANIFEST_NAME)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for name, content in contents.items():  # each belongs to the other by a fingerprint
+                unfinished = folder / f"{name}.partial"
+                unfinished.write_bytes(content)
+                unfinished.replace(folder / name)
+    except OSError as error:
+        raise DataError(
+            f"the index of {url} must be kept in {folder}", str(error), "Make room there, or set run.cache"
+        ) from error
+    return folder
+
+
+def _content(url: str) -> bytes:
+    return b"".join(blocks_of(url))
+
+
+@contextmanager
+def _named(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (DataError, GeneratorExit):
+        raise
+    except ImportError as error:
+        driver = DRIVERS.get(url.partition("://")[0], "the package that it names")
+        raise DataError(f"{url} must be readable by fsspec", str(error), f"Install it: pip install {driver}") from error
+    except Exception as error:  # each of fsspec's drivers has exceptions of its own
+        raise DataError(
+            f"{url} must be readable",
+            f"{type(error).__name__}: {error}",
+            "Correct the address, see to access and network, or copy the shards to a folder",
+        ) from error
