@@ -1,12 +1,20 @@
 """The next-token model of a checkpoint as an ordinary folder of transformers, with MTP modules where asked."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mtp_lightning.checkpoint.consolidate import DTYPES, appearing, check_target, check_whole, write_whole
+from mtp_lightning.checkpoint.consolidate import (
+    DTYPES,
+    Advance,
+    appearing,
+    check_target,
+    check_whole,
+    write_whole,
+)
 from mtp_lightning.checkpoint.durable import write_durably
 from mtp_lightning.checkpoint.exported import CONFIG_NAME, DtypeName
 from mtp_lightning.checkpoint.hf.families import FAMILIES, settings_of
@@ -45,29 +53,43 @@ def export_hf(path: Path, out: Path, *, dtype: DtypeName = "fp32", with_modules:
     check_target(out)
     with offering_another(checkpoint):
         files = model_files(checkpoint)
-        recipe, reader = load_recipe(checkpoint / RECIPE_NAME).recipe, ShardReader(checkpoint)
+        recipe = load_recipe(checkpoint / RECIPE_NAME).recipe
         parameters = parameters_of(recipe)
         section = recipe.model.model_copy(update={"num_layers": num_base_layers(parameters)})
         family, settings = settings_of(section)
         layout = _layout_of(recipe, family) if with_modules else None
         cells = _cells_of(recipe, parameters, family, layout)
+        settings |= _frame(recipe, family, layout, dtype)
+        weights = OutgoingWeights(ShardReader(checkpoint), cells, section)
         read_bytes = sum(record.size_bytes for record in files.values())
         with watched(f"Exporting {checkpoint.name}", total_bytes=3 * read_bytes, show=True) as advance:
             check_digests(checkpoint, files, advance)
             with torch.device("meta"):
-                check_tensors(MtpModel(recipe), reader)
-            weights = OutgoingWeights(reader, cells, section)
-            size_bytes = sum(reader.numel(name) for name in cells) * DTYPES[dtype].itemsize
-            with appearing(out, size_bytes=size_bytes) as partial:
-                record = write_whole(weights, partial / WHOLE_MODEL, DTYPES[dtype], advance)
-                check_whole(weights, ShardReader(partial), advance)
-                settings |= _frame(recipe, family, layout, dtype)
-                write_durably(partial / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True).encode() + b"\n")
-                if recipe.data.tokenizer != "byte" and (tokenizer := Path(recipe.data.tokenizer)).is_file():
-                    carry_tokenizer(tokenizer, partial)
-    say(f"Exported {checkpoint} to {out} as {family}: {record.size_bytes / 1e6:,.1f} MB of {dtype} weights, checked")
+                check_tensors(MtpModel(recipe), weights.reader)
+            size_bytes = _write(weights, out, dtype, advance, recipe=recipe, settings=settings)
+    say(f"Exported {checkpoint} to {out} as {family}: {size_bytes / 1e6:,.1f} MB of {dtype} weights, checked")
     if left := {parameters[name].owner for name in parameters} - {parameters[name].owner for name in cells}:
         say(f"Left out, because the format has no place for it: {', '.join(sorted(left))}")
+
+
+def _write(
+    weights: OutgoingWeights,
+    out: Path,
+    dtype: DtypeName,
+    advance: Advance,
+    *,
+    recipe: Recipe,
+    settings: dict[str, Any],
+) -> int:
+    """Write the folder; return the bytes of its weights."""
+    size_bytes = sum(math.prod(weights.shape(name)) for name in weights.names) * DTYPES[dtype].itemsize
+    with appearing(out, size_bytes=size_bytes) as partial:
+        record = write_whole(weights, partial / WHOLE_MODEL, DTYPES[dtype], advance)
+        check_whole(weights, ShardReader(partial), advance)
+        write_durably(partial / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True).encode() + b"\n")
+        if recipe.data.tokenizer != "byte" and (tokenizer := Path(recipe.data.tokenizer)).is_file():
+            carry_tokenizer(tokenizer, partial)
+    return record.size_bytes
 
 
 def _layout_of(recipe: Recipe, family: Family) -> ModuleLayout:

@@ -16,12 +16,12 @@ from mtp_lightning.checkpoint.consolidate import (
     write_whole,
 )
 from mtp_lightning.checkpoint.durable import write_durably
-from mtp_lightning.checkpoint.exported import DtypeName, Provenance, write_config
+from mtp_lightning.checkpoint.exported import Provenance, write_config
 from mtp_lightning.checkpoint.hf.folder import Foreign, open_folder
 from mtp_lightning.checkpoint.hf.plan import Init, Plan, plan_import
 from mtp_lightning.checkpoint.hf.tokenizer import carry_tokenizer, end_of_document, find_tokenizer
 from mtp_lightning.checkpoint.hf.weights import IncomingWeights
-from mtp_lightning.checkpoint.manifest import RECIPE_NAME, FileRecord
+from mtp_lightning.checkpoint.manifest import RECIPE_NAME
 from mtp_lightning.checkpoint.shard_reader import WHOLE_MODEL, ShardReader
 from mtp_lightning.data.progress import say, watched
 from mtp_lightning.errors import CheckpointError, RecipeError
@@ -59,8 +59,9 @@ class Wanted:
 def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
     """Write a pretrained model with heads on it into a new folder, and check it there value by value.
 
-    Weights keep their type and their bits. Memory beside the libraries' own: the largest stored tensor, twice, where
-    a family stores several parameters in one; else 4 MiB blocks. The folder's recipe is ready to be trained.
+    Weights keep their type and their bits; of several types they take fp32, which holds them all. Memory beside the
+    libraries' own: the largest stored tensor, twice, where a family stores several parameters in one; else 4 MiB
+    blocks. The folder's recipe is ready to be trained.
 
     Args:
         path: folder as transformers (or Meta) writes it.
@@ -76,26 +77,34 @@ def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
     foreign = open_folder(path)
     init = _init_of(foreign, wanted)
     recipe = _recipe_of(foreign, wanted, init, out)
-    plan = plan_import(foreign, recipe, init, wanted.allow)
-    weights = IncomingWeights(foreign, plan, recipe)
+    weights = IncomingWeights(foreign, plan_import(foreign, recipe, init, wanted.allow), recipe)
+    size_bytes = _write(weights, out, header=_header(foreign, recipe, init, out))
+    say(f"Imported {foreign.what} from {path} to {out}: {size_bytes / 1e6:,.1f} MB, checked")
+    for line in weights.plan.report():
+        say(line)
+    if recipe.data.tokenizer == Recipe().data.tokenizer:
+        say(f"No tokenizer in {path}: give data.tokenizer, or shards whose ids are this model's")
+    say(f"Train it: mtp train {out / RECIPE_NAME}")
+
+
+def _write(weights: IncomingWeights, out: Path, *, header: str) -> int:
+    """Write the folder; return the bytes of its weights."""
+    foreign = weights.foreign
     size_bytes = sum(math.prod(weights.shape(name)) for name in weights.names) * weights.dtype.itemsize
     with (
-        watched(f"Importing {path.name}", total_bytes=2 * size_bytes, show=True) as advance,
+        watched(f"Importing {foreign.path.name}", total_bytes=2 * size_bytes, show=True) as advance,
         appearing(out, size_bytes=size_bytes) as partial,
     ):
         record = write_whole(weights, partial / WHOLE_MODEL, weights.dtype, advance)
         check_whole(weights, ShardReader(partial), advance)
-        if (tokenizer := find_tokenizer(path)) is not None:
+        if (tokenizer := find_tokenizer(foreign.path)) is not None:
             carry_tokenizer(tokenizer, partial)
-        write_durably(partial / REPORT_NAME, _report_of(foreign, plan))
-        header = _header(foreign, recipe, init, out)
-        _describe(partial, recipe, foreign, record, header=header, dtype=name_of(weights.dtype))
-    say(f"Imported {foreign.what} from {path} to {out}: {record.size_bytes / 1e6:,.1f} MB, checked")
-    for line in plan.report():
-        say(line)
-    if tokenizer is None:
-        say(f"No tokenizer in {path}: give data.tokenizer, or shards whose ids are this model's")
-    say(f"Train it: mtp train {out / RECIPE_NAME}")
+        write_durably(partial / REPORT_NAME, _report_of(foreign, weights.plan))
+        text = header + recipe_to_yaml(weights.recipe)
+        files = {WHOLE_MODEL: record, RECIPE_NAME: write_durably(partial / RECIPE_NAME, text.encode())}
+        provenance = Provenance.of_file(foreign.settings_path)
+        write_config(partial, weights.recipe, provenance, files, dtype=name_of(weights.dtype))
+    return record.size_bytes
 
 
 def _init_of(foreign: Foreign, wanted: Wanted) -> Init:
@@ -180,11 +189,3 @@ def _header(foreign: Foreign, recipe: Recipe, init: Init, out: Path) -> str:
         init=init,
         recipe=out / RECIPE_NAME,
     )
-
-
-def _describe(
-    folder: Path, recipe: Recipe, foreign: Foreign, model: FileRecord, *, header: str, dtype: DtypeName
-) -> None:
-    text = header + recipe_to_yaml(recipe)
-    files = {WHOLE_MODEL: model, RECIPE_NAME: write_durably(folder / RECIPE_NAME, text.encode())}
-    write_config(folder, recipe, Provenance.of_file(foreign.settings_path), files, dtype=dtype)

@@ -13,6 +13,8 @@ from mtp_lightning.model.mtp_model import build_model
 from mtp_lightning.recipe import load_recipe
 from tests.checkpoint.foreign import LAYERS, MODULE_PREFIXES, WIDTH, llama_tensors, module_tensors, write_folder
 from tests.checkpoint.meta_model import meta_logits, write_meta
+from tests.checkpoint.runs import model_of_step, save_run
+from tests.support.tiny import tiny_recipe
 
 KINDS = ("parallel", "linear", "chained", "sequential", "recursive", "medusa")
 COPYING = ("parallel", "chained", "sequential", "recursive")
@@ -147,6 +149,18 @@ def test_modules_are_exported_as_they_came(layout, tmp_path):
     import_folder(tmp_path / "back", tmp_path / "again", Wanted())
     again, ours = load_model(tmp_path / "again")[1], load_model(tmp_path / "ours")[1]
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))
+
+
+def test_modules_that_take_their_inputs_in_the_other_order_are_exported_in_deepseeks(tmp_path):
+    recipe = tiny_recipe(heads={"kind": "sequential", "concatenation": "hidden_first", "num_offsets": 3})
+    save_run(tmp_path / "run", recipe, 1)
+    export_hf(tmp_path / "run", tmp_path / "hf", with_modules=True)
+    import_folder(tmp_path / "hf", tmp_path / "ours", Wanted())
+    again, model = load_model(tmp_path / "ours", dtype=torch.float64)
+    assert (again.heads.concatenation, again.heads.num_offsets) == ("embedding_first", 3)
+    found, expected = scores(model), scores(model_of_step(recipe, 1).double())
+    for offset in (1, 2, 3):
+        torch.testing.assert_close(found[offset], expected[offset])
 
 
 def test_metas_layout(tmp_path):

@@ -11,6 +11,7 @@ from mtp_lightning.checkpoint.importing import Wanted, import_folder
 from mtp_lightning.checkpoint.loading import load_model
 from mtp_lightning.decode import generate
 from tests.checkpoint.families import CASES, save_model
+from tests.checkpoint.foreign import WIDTH, llama_tensors, module_tensors, write_folder
 
 transformers = pytest.importorskip(
     "transformers", minversion="5.23", reason="needs transformers: pip install 'mtp_lightning[judge]'"
@@ -98,3 +99,27 @@ def test_shards_and_half_precision_keep_their_bits(case, tmp_path):
     assert {parameter.dtype for parameter in load_model(tmp_path / "ours")[1].parameters()} == {torch.bfloat16}
     export_hf(tmp_path / "ours", tmp_path / "back", dtype="bf16")
     assert_same_tensors(stored(tmp_path / "back"), stored(tmp_path / "hf"))
+
+
+def test_exported_modules_draft_as_often_in_transformers(tmp_path):
+    """The importer's way round: modules of a folder, imported, exported, and run by transformers."""
+    torch.manual_seed(0)
+    modules = module_tensors("deepseek") | module_tensors("deepseek", 1)
+    for name, value in modules.items():
+        if name.endswith("eh_proj.weight"):  # lean on the token in between, as the trunk does: some drafts are right
+            value[:, :WIDTH] += torch.eye(WIDTH)
+    import_folder(write_folder(tmp_path / "hf", llama_tensors() | modules), tmp_path / "ours", Wanted())
+    export_hf(tmp_path / "ours", tmp_path / "back", with_modules=True)
+
+    class WithModules(transformers.LlamaForCausalLM):
+        _keys_to_ignore_on_load_unexpected = [r"model\.layers\.3\..*", r"model\.layers\.4\..*"]  # noqa: RUF012
+
+    judge = WithModules.from_pretrained(tmp_path / "back", dtype=torch.float32).eval()
+    forwards = []
+    judge.model.register_forward_hook(lambda *_: forwards.append(1))
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    made = generate(load_model(tmp_path / "ours")[1], [prompt], max_new_tokens=40)
+    said = judge.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, use_mtp=True)
+    assert made.tokens[0] == said[0, len(prompt) :].tolist()
+    assert len(forwards) - 1 == len(made.statistics.accepted_by_row[0])
+    assert 0 < made.statistics.num_accepted_tokens < made.statistics.num_draft_tokens

@@ -27,7 +27,7 @@ class Config:
         """
         value = self.values.get(name)
         if value is None:
-            raise self.refused(f"config.json must say {name}", "nothing", "Download the folder again")
+            raise self.refused(f"{self.path.name} must say {name}", "nothing", "Download the folder again")
         return value
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -95,7 +95,6 @@ def written_shared(section: ModelSection) -> dict[str, Any]:
         "max_position_embeddings": section.max_positions,
         "tie_word_embeddings": section.tie_embeddings,
         "initializer_range": section.init_std,
-        "hidden_act": "silu" if section.mlp == "swiglu" else "gelu",
         "use_cache": True,
     }
 

@@ -61,6 +61,7 @@ def _write_plain(section: ModelSection) -> dict[str, Any]:
     return {
         **written_shared(section),
         **written_rotary(section),
+        "hidden_act": "silu",
         "num_key_value_heads": section.resolved_key_value_heads,
         "head_dim": section.resolved_head_width,
         "rms_norm_eps": section.norm_eps,
@@ -120,6 +121,7 @@ def _write_neox(section: ModelSection) -> dict[str, Any]:
     rotary = written_rotary(section)
     return {
         **written_shared(section),
+        "hidden_act": "gelu",
         "layer_norm_eps": section.norm_eps,
         "use_parallel_residual": section.parallel_residual,
         "attention_bias": section.qkv_bias,
@@ -223,9 +225,10 @@ def settings_of(section: ModelSection) -> tuple[Family, dict[str, Any]]:
         ]
         if not lost[family]:
             return family, settings
+    nearest = min(lost, key=lambda family: len(lost[family]))
     raise CheckpointError(
-        f"a model to be exported must be what {' or '.join(lost)} can be",
-        "; ".join(f"{family} cannot have {', '.join(fields)}" for family, fields in lost.items()),
+        f"a model to be exported must be one that a family of transformers can be: {', '.join(lost)}",
+        f"{', '.join(lost[nearest])}, which {nearest} cannot have",
         "Set model.family=null for the first that fits, or export with --format consolidated",
     )
 

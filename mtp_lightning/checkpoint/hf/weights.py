@@ -68,7 +68,7 @@ class OutgoingWeights:
 
     def __init__(self, reader: ShardReader, cells: Mapping[str, Cell], section: ModelSection) -> None:
         """Gather the parts; `cells` says where each parameter goes."""
-        self._reader, self._section = reader, section
+        self.reader, self._section = reader, section
         self._stored: dict[str, _Stored] = {}
         for name, cell in cells.items():
             self._stored.setdefault(cell.stored, _Stored(cell.packing, {})).parts[cell.part] = name
@@ -81,13 +81,13 @@ class OutgoingWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
         packing, parts = self._stored[name]
-        return packing.stored_shape(self._reader.shape(parts[0]))
+        return packing.stored_shape(self.reader.shape(parts[0]))
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Read or put together a tensor's values in consecutive blocks."""
         packing, parts = self._stored[name]
         if packing is PLAIN:
-            yield from self._reader.blocks(parts[0])
+            yield from self.reader.blocks(parts[0])
         else:
-            whole = [self._reader.read(parts[n]).view(self._reader.shape(parts[n])) for n in range(packing.num_parts)]
+            whole = [self.reader.read(parts[n]).view(self.reader.shape(parts[n])) for n in range(packing.num_parts)]
             yield 0, packing.join(whole, self._section).flatten().contiguous()
