@@ -1,11 +1,18 @@
 """`mtp preflight`: every line ok on a machine that is, and what is wrong named before two steps are spent on it."""
 
 import pytest
+import torch
 
+from mtp_lightning.decode import steps
+from mtp_lightning.decode.accepting import Verdict
+from mtp_lightning.recipe import load_recipe
+from mtp_lightning.training.fit import train
+from mtp_lightning.training.preflight_lines import Failure
+from mtp_lightning.training.preflight_trial import decoded
 from tests.support.runs import ROOT, mtp
 
 RECIPE = str(ROOT / "recipes/debug/parallel.yaml")
-NAMES = ["versions", "devices", "network", "run", "shards", "room", "training"]
+NAMES = ["versions", "devices", "network", "run", "shards", "room", "training", "decode"]
 
 
 def preflight(cwd, *fields):
@@ -22,6 +29,7 @@ def test_all_is_well_and_nothing_stays_behind(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert lines_of(done) == dict.fromkeys(NAMES, "ok")
     assert "the same weights to the bit" in done.stdout
+    assert "12 of 12 tokens with decoder blockwise as without drafts" in done.stdout
     assert list((tmp_path / "run/logs").iterdir()) == []
 
 
@@ -50,3 +58,20 @@ def test_two_ranks_agree(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert lines_of(done) == dict.fromkeys(NAMES, "ok")
     assert "sums over 2 ranks are right" in done.stdout
+    assert "12 of 12 tokens" in done.stdout
+
+
+def test_drafts_that_change_the_text_are_found(tmp_path, monkeypatch):
+    """Keep as many tokens as there are drafts, whatever the main head says."""
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(RECIPE, ["run.dir=run", "run.cache=cache"]).recipe
+    assert train(load_recipe(RECIPE, ["run.dir=there/run", "run.cache=cache", "run.steps=2"])) == 0
+
+    def keep_others(logits, drafts):
+        others = (drafts + 1) % logits.shape[-1]
+        kept = torch.full((len(drafts),), drafts.shape[1])
+        return Verdict(kept, torch.cat((others, logits[:, -1:].argmax(-1)), 1))
+
+    monkeypatch.setattr(steps, "accept_greedy", keep_others)
+    with pytest.raises(Failure, match="of 12 tokens with decoder blockwise"):
+        decoded(recipe, tmp_path / "there", torch.device("cpu"))
