@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -12,6 +12,7 @@ from mtp_lightning.cli import (
     bench_verbs,
     data_verbs,
     doctor_verbs,
+    eval_verbs,
     export_verbs,
     extend_verbs,
     generate_verbs,
@@ -26,6 +27,9 @@ from mtp_lightning.cli import (
 from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
 from mtp_lightning.cli.screen import print_error, screen
 from mtp_lightning.errors import MtpError
+
+if TYPE_CHECKING:
+    from mtp_lightning.recipe import LoadedRecipe
 
 INTERRUPTED = 130
 EPILOG = "For example: mtp train recipes/quickstart.yaml run.steps=200 run.dir=runs/mine"
@@ -52,6 +56,7 @@ app = typer.Typer(
 app.add_typer(data_verbs.app, name="data")
 app.add_typer(recipe_verbs.app, name="recipe")
 app.add_typer(bench_verbs.app, name="bench")
+app.add_typer(eval_verbs.app, name="eval")
 app.add_typer(report_verbs.app, name="report")
 
 
@@ -75,16 +80,25 @@ def describe(
 def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Train a recipe; given a run that was interrupted, go on where it was."""
     loaded = open_recipe(recipe, overrides)
+    from mtp_lightning.launch.seat import find_seat
+
+    code = _train(loaded)
+    if code == 0 and loaded.recipe.run.sample is not None and find_seat(os.environ) is None:
+        generate_verbs.show_sample(loaded.recipe)
+    raise typer.Exit(code)
+
+
+def _train(loaded: "LoadedRecipe") -> int:
     from mtp_lightning.launch.local import needs_ranks, run_ranks
 
     if needs_ranks(loaded.recipe, os.environ):
-        raise typer.Exit(run_ranks(loaded.recipe, sys.argv[1:]))
+        return run_ranks(loaded.recipe, sys.argv[1:])
     from mtp_lightning.launch.stopping import StopRequest, heeding_signals
 
     with heeding_signals(StopRequest()) as stop:  # before torch is loaded, which takes seconds
         from mtp_lightning.training.fit import train
 
-        raise typer.Exit(train(loaded, stop))
+        return train(loaded, stop)
 
 
 app.command()(doctor_verbs.doctor)

@@ -11,6 +11,9 @@ from mtp_lightning.cli.prompt_files import read_prompts
 if TYPE_CHECKING:
     import torch
 
+    from mtp_lightning.recipe import Recipe
+
+SAMPLE_TOKENS = 128
 ADAPTIVE: Literal["adaptive"] = "adaptive"
 
 
@@ -109,6 +112,24 @@ def generate(
         stop_strings=[text.encode() for text in stop or []],
     )
     print_generations(model, tokenizer, texts, settings, show_drafts=show_drafts, compare=compare)
+
+
+def show_sample(recipe: "Recipe") -> None:
+    """Continue `run.sample` with what a run has trained, drafts coloured, and say what drafting gains."""
+    from mtp_lightning.checkpoint.loading import load_model
+    from mtp_lightning.cli.generate_screen import print_generations
+    from mtp_lightning.cli.screen import screen
+    from mtp_lightning.data.corpus import recipe_tokenizer
+    from mtp_lightning.decode import Settings
+
+    assert recipe.run.sample is not None
+    trained, model = load_model(recipe.run.dir, device=device_of(DeviceName.auto))
+    tokenizer = recipe_tokenizer(trained)
+    settings = Settings(max_new_tokens=SAMPLE_TOKENS, stop_tokens=[tokenizer.end_of_document])
+    is_drafting = trained.heads.num_offsets > 1
+    prompt = recipe.run.sample.encode()
+    screen(stderr=True).print(f"\nWhat it writes (mtp generate {recipe.run.dir} --prompt TEXT --show-drafts for more):")
+    print_generations(model, tokenizer, [prompt], settings, show_drafts=is_drafting, compare=is_drafting)
 
 
 def parse_draft_length(text: str | None) -> int | Literal["adaptive"] | None:

@@ -34,6 +34,7 @@ RUN_FIELDS = frozenset(
         "run.hang_factor",
         "run.nonfinite.skip_steps",
         "run.nonfinite.rollbacks",
+        "run.sample",
         "run.early_stop",
         *(f"run.early_stop.{name}" for name in EarlyStopSection.model_fields),
         "run.guard",

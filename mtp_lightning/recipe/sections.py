@@ -89,6 +89,8 @@ class RunSection(Section):
     """Also take the optimizer's state of `start_from`; the same parameters must be trained."""
     keep_position: bool = False
     """Go on in the data where `start_from` stood, instead of at the beginning."""
+    sample: str | None = None
+    """Prompt that is continued when the run has ended, drafts coloured and their gain measured; null: none."""
     early_stop: EarlyStopSection | None = None
     """End when the accepted length stays where it is, or null: after `steps`."""
     seed: Annotated[int, Field(ge=0)] = 0

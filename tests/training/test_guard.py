@@ -14,7 +14,7 @@ from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
 from mtp_lightning.training.guard import Rows, drift_of, drift_sums, record
-from tests.support.runs import ROOT, figures
+from tests.support.runs import ROOT, figures, mtp
 from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe, tiny_rows
 
 COLUMNS = [f"guard/{name}" for name in ("nll_change", "nll_change_low", "nll_change_high", "kl", "flips")]
@@ -165,3 +165,20 @@ def test_a_resumed_run_is_compared_with_the_model_it_began_as(folder, start):
     assert sorted(found) == [10, 20, 30]
     assert found[30] == pytest.approx(expected, rel=1e-4)
     assert found[30]["guard/kl"] > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_two_ranks_see_the_drift_that_one_sees_and_stop_together(folder, start, kind):
+    fields = (start, "run.guard={every_steps: 4, rows: 16, stop_loss: 0.1}", *HARM)
+    with pytest.raises(TrainingError):
+        run(folder, f"single-{kind}", *fields)
+    ranks = (f"strategy.kind={kind}", "strategy.ranks_per_node=2", f"run.dir={folder / kind}")
+    own = ("run.steps=40", "optimizer.lr=4e-3", "run.threads=1", f"run.cache={folder / 'cache'}")
+    done = mtp("train", str(ROOT / "recipes/debug/sequential.yaml"), *own, *fields, *ranks, cwd=folder)
+    assert done.returncode == TrainingError.exit_code
+    assert "run.guard.stop_loss crossed at step" in done.stderr
+    one, two = guard_rows(folder, f"single-{kind}"), guard_rows(folder, kind)
+    assert one.keys() == two.keys()
+    first = min(one)
+    assert two[first] == pytest.approx(one[first], rel=1e-2)  # later ones drift apart: the recipe is harmful
