@@ -30,6 +30,11 @@ class Job:
     logs: Path
     cwd: Path
     has_preflight: bool = False  # run `mtp preflight` before the first start, and go no further if it fails
+    commands: Sequence[Sequence[str]] = ()  # words of `mtp` to run on each run, instead of training
+
+
+RUN = "{run}"
+"""Stands for the run folder in a command."""
 
 
 def render(job: Job, site: Site, site_name: str) -> str:
@@ -46,13 +51,26 @@ def render(job: Job, site: Site, site_name: str) -> str:
         *_array("recipes", [str(task.recipe) for task in job.tasks]),
         *_array("runs", [str(task.run) for task in job.tasks]),
         "recipe=${recipes[${SLURM_ARRAY_TASK_ID:-0}]} run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}",
-        f"max_restarts={site.max_restarts} limit_s={site.time_s} has_preflight={job.has_preflight:d}",
+        *([] if job.commands else [_limits(job, site)]),
         f"cd {_quoted(str(job.cwd))} || exit 1",
         *_preparation(site),
         f"mtp=({_words(site.mtp)})",
         f"srun=({_words(_srun(job, site))})",
     ]
-    return "\n".join(lines) + "\n\n" + _body()
+    if not job.commands:
+        return "\n".join(lines) + "\n\n" + _body("job_body")
+    commands = [f"follow {_command(words)}" for words in job.commands]
+    return "\n".join(lines) + "\n\n" + _body("follow_body") + "\n".join(commands) + '\nexit "$first"\n'
+
+
+def _limits(job: Job, site: Site) -> str:
+    return f"max_restarts={site.max_restarts} limit_s={site.time_s} has_preflight={job.has_preflight:d}"
+
+
+def _command(words: Sequence[str]) -> str:
+    """Quote the words of a command, but for the run folder, which is the job's variable; it comes last if not named."""
+    named = words if any(RUN in word for word in words) else [*words, RUN]
+    return " ".join('"$run"'.join(_quoted(part) if part else "" for part in word.split(RUN)) or "''" for word in named)
 
 
 def _options(job: Job, site: Site) -> list[str]:
@@ -70,7 +88,7 @@ def _options(job: Job, site: Site) -> list[str]:
         "cpus-per-task": site.cpus_per_rank,
         "mem": site.memory,
         "time": site.time,
-        "signal": f"{site.signal}@{site.signal_lead_s}",
+        "signal": None if job.commands else f"{site.signal}@{site.signal_lead_s}",
         "open-mode": "append",
         "output": f"{_escaped(job.logs)}/slurm-{'%A_%a' if is_array else '%j'}.out",
         "array": f"0-{len(job.tasks) - 1}" if is_array else None,
@@ -132,5 +150,5 @@ def _escaped(path: Path) -> str:
 
 
 @cache
-def _body() -> str:
-    return files("mtp_lightning.launch").joinpath("job_body.sh").read_text(encoding="utf-8")
+def _body(name: str) -> str:
+    return files("mtp_lightning.launch").joinpath(f"{name}.sh").read_text(encoding="utf-8")

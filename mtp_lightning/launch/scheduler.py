@@ -12,8 +12,14 @@ LIST_S = 5
 _JOB = re.compile(r"\d+(_\d+)?")
 
 
-def submit(script: Path, *, after: str | None = None, is_test: bool = False) -> str:
+def submit(script: Path, *, after: str | None = None, per_task: bool = False, is_test: bool = False) -> str:
     """Submit a script, or only ask whether and when it could start; return the job's id, or what Slurm says.
+
+    Args:
+        script: the script.
+        after: job that must have ended well before; if it has not, this one is cancelled.
+        per_task: wait task by task, where both are arrays of the same length.
+        is_test: only ask.
 
     Raises:
         LaunchError: There is no sbatch, or Slurm refuses the job.
@@ -22,7 +28,7 @@ def submit(script: Path, *, after: str | None = None, is_test: bool = False) -> 
     if after is not None:
         if not _JOB.fullmatch(after):
             raise LaunchError("--after must be the number of a job", repr(after), "Take it from squeue")
-        options.append(f"--dependency=afterok:{after}")
+        options += [f"--dependency={'aftercorr' if per_task else 'afterok'}:{after}", "--kill-on-invalid-dep=yes"]
     done = _run(["sbatch", *options, str(script)], ANSWER_S)
     said = (done.stdout + done.stderr).strip()
     if done.returncode:

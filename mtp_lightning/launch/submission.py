@@ -1,8 +1,9 @@
 """From recipes and a site to a job: what `mtp submit` does."""
 
 import json
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtp_lightning.errors import LaunchError
@@ -21,6 +22,7 @@ class Submission:
     job: Job
     script: str
     recipes: Sequence[Recipe]
+    follow_script: str | None = None  # of the job that comes after
 
     @property
     def folder(self) -> Path:
@@ -32,19 +34,27 @@ class Submission:
         path = self.folder / "job.sh"
         recipes = zip(self.job.tasks, self.recipes, strict=True)
         files = {path: self.script} | {task.recipe: recipe_to_yaml(recipe) for task, recipe in recipes}
+        if self.follow_script is not None:
+            files[self._follow_path] = self.follow_script
         freeze(self.folder, files, {"runs": [str(task.run) for task in self.job.tasks]})
         return path
 
-    def submit(self, *, after: str | None = None) -> str:
-        """Write everything down and hand the job to Slurm; return its id."""
-        job_id = submit(self.write(), after=after)
+    @property
+    def _follow_path(self) -> Path:
+        return self.folder / "follow.sh"
+
+    def submit(self, *, after: str | None = None) -> tuple[str, str | None]:
+        """Write everything down and hand the jobs to Slurm; return the job's id, and that of the one after it."""
+        job_id, follow_id = submit(self.write(), after=after), None
         is_array = len(self.job.tasks) > 1
         for index, task in enumerate(self.job.tasks):
             record = {"job": f"{job_id}_{index}" if is_array else job_id, "submission": str(self.folder)}
             path = task.run / "logs/job.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        return job_id
+        if self.follow_script is not None:
+            follow_id = submit(self._follow_path, after=job_id, per_task=is_array)
+        return job_id, follow_id
 
 
 def prepare(
@@ -55,6 +65,7 @@ def prepare(
     *,
     force: bool = False,
     has_preflight: bool = False,
+    then: Sequence[str] = (),
 ) -> Submission:
     """Check recipes against a site and render the script that runs them.
 
@@ -65,10 +76,12 @@ def prepare(
         site_name: shown in the script.
         force: submit what cannot fit by the planner.
         has_preflight: let the job begin with `mtp preflight`.
+        then: commands of `mtp` to run on the finished runs, each as in a shell; `{run}` stands for the run folder.
 
     Raises:
-        LaunchError: the recipes cannot run there.
+        LaunchError: the recipes cannot run there, or a command cannot be read.
     """
+    commands = [split_command(command) for command in then]
     base = Path(recipe.run.dir).absolute()
     named = [(base / name, own) for name, own in points] or [(base, recipe)]
     placed = [_at(own, folder) for folder, own in named]
@@ -89,7 +102,35 @@ def prepare(
         cwd=Path.cwd(),
         has_preflight=has_preflight,
     )
-    return Submission(job=job, script=render(job, site, site_name), recipes=placed)
+    follow = replace(job, name=f"{job.name}-then", num_nodes=1, ranks_per_node=1, commands=commands)
+    return Submission(
+        job=job,
+        script=render(job, site, site_name),
+        recipes=placed,
+        follow_script=render(follow, site, site_name) if commands else None,
+    )
+
+
+def split_command(command: str) -> list[str]:
+    """Split a command into words as a shell would.
+
+    >>> split_command("export {run} --out 'my model'")
+    ['export', '{run}', '--out', 'my model']
+
+    Raises:
+        LaunchError: It is empty, or a quote is not closed.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = []
+    if not words:
+        raise LaunchError(
+            "--then must be a command of mtp, written as in a shell",
+            repr(command),
+            "Write e.g. --then 'bench decode', or --then 'export {run} --out {run}/export'",
+        )
+    return words[1:] if words[0] == "mtp" else words
 
 
 def _at(recipe: Recipe, folder: Path) -> Recipe:

@@ -68,7 +68,7 @@ def test_a_submission_is_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert result.exit_code == 0, result.stderr
     assert "job 17" in result.stderr
     folder = tmp_path / "run/logs/submit_1"
-    assert arguments.read_text() == f"--parsable --dependency=afterok:12_3 {folder}/job.sh\n"
+    assert arguments.read_text() == f"--parsable --dependency=afterok:12_3 --kill-on-invalid-dep=yes {folder}/job.sh\n"
     assert (folder / "job.sh").read_text() == result.stdout
     frozen = load_recipe(folder / "recipe.yaml").recipe
     assert frozen == load_recipe(RECIPE, [*SMALL, f"run.dir={tmp_path}/run"]).recipe
@@ -93,6 +93,23 @@ def test_a_sweep_is_an_array_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert frozen.optimizer.lr == (1e-4, 3e-4)[index]
 
 
+def test_commands_come_after_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = pretend_sbatch(tmp_path, monkeypatch, "echo 18")
+    commands = ("--then", "bench decode", "--then", "mtp export {run} --out '{run}/my export'")
+    result = submit(*SMALL, "--site", "local", f"run.dir={tmp_path}/run", *commands)
+    assert result.exit_code == 0, result.stderr
+    follow = tmp_path / "run/logs/submit_1/follow.sh"
+    assert arguments.read_text() == f"--parsable --dependency=afterok:18 --kill-on-invalid-dep=yes {follow}\n"
+    assert follow.read_text().endswith(
+        """\nfollow bench decode "$run"\nfollow export "$run" --out "$run"'/my export'\nexit "$first"\n"""
+    )
+    assert result.stdout == f"{(follow.parent / 'job.sh').read_text()}\n{follow.read_text()}"
+    assert "job 18 runs after it: bench decode; mtp export" in " ".join(result.stderr.split())
+    result = submit(*SMALL, "--site", "local", "--sweep", "run.seed=1,2", f"run.dir={tmp_path}/sweep", *commands)
+    assert result.exit_code == 0, result.stderr
+    assert "--dependency=aftercorr:18" in arguments.read_text()
+
+
 def test_a_preflight_comes_first(tmp_path: Path) -> None:
     arguments = (*SMALL, "--site", "local", "--dry-run", f"run.dir={tmp_path}/run")
     assert "has_preflight=1\n" in submit(*arguments, "--preflight").stdout
@@ -109,6 +126,10 @@ def test_a_preflight_comes_first(tmp_path: Path) -> None:
         (("--site", "generic-h100", "strategy.ranks_per_node=16"), ["8 GPUs of a node", "ranks_per_node=8"]),
         (("--site", "local", "run.fresh=true"), ["start it over"]),
         (("--site", "local", "--sweep", "optimizer.lr"), ["KEY=VALUE"]),
+        (("--site", "local", "--then", "bnech decode"), ["--then must be a command of mtp", "bnech"]),
+        (("--site", "local", "--then", "bench"), ["--then must be a whole command", "decode"]),
+        (("--site", "local", "--then", "export 'a"), ["written as in a shell"]),
+        (("--site", "local", "--then", "generate --prompt 'a\nb'"), ["printable text on one line"]),
         (("--site", "local", "--sweep", "optimizer.rate=1,2"), ["optimizer.rate"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",

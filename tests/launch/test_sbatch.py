@@ -1,6 +1,7 @@
 """Job scripts: the text that every site gets, and that nothing in it is ever run that should not be."""
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,15 @@ def test_script_with_everything_as_an_array() -> None:
     assert_golden("sbatch/everything_array.sh", render(job(3), EVERYTHING, "everything"))
 
 
+def following(*commands: list[str], num_tasks: int = 1, folder: str = "/shared/runs/13b") -> Job:
+    return replace(job(num_tasks, folder=folder), num_nodes=1, ranks_per_node=1, commands=commands)
+
+
+def test_script_of_what_comes_after_an_array() -> None:
+    commands = (["bench", "decode"], ["export", "{run}", "--out", "{run}/my export", "--format", "consolidated"])
+    assert_golden("sbatch/follow_array.sh", render(following(*commands, num_tasks=3), EVERYTHING, "everything"))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "tests/golden/sbatch").glob("*.sh")), ids=lambda path: path.stem)
 def test_recorded_scripts_are_bash(path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False).stderr == ""
@@ -89,6 +99,26 @@ def test_nothing_that_is_given_is_run(evil: str, tmp_path: Path) -> None:
     task = given.tasks[0]
     assert words[:4] == [str(task.recipe), str(task.run), "mtp", evil]
     assert words[-2:] == [evil, evil]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_words_of_commands_are_one_word_each(evil: str, tmp_path: Path) -> None:
+    run = f"{tmp_path}/{evil}"
+    given = replace(following(["do", evil, f"--out={{run}}{evil}", "{run}"]), cwd=tmp_path)
+    given = replace(given, tasks=[replace(given.tasks[0], run=Path(run))])
+    script = render(given, Site(mtp=["mtp", evil]), evil)
+    srun = """srun() { shift 4; printf '%s\\n' "$@"; return 3; }"""
+    done = subprocess.run(
+        ["bash", "-c", script.replace("# From here on", f"{srun}\n# From here on")],
+        env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    words = [line for line in done.stdout.splitlines() if " job 7: " not in line]
+    assert words == ["mtp", evil, "do", evil, f"--out={Path(run)}{evil}", str(Path(run))]
+    assert (done.returncode, done.stderr) == (3, "")
     assert list(tmp_path.iterdir()) == []
 
 
