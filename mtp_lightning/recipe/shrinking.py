@@ -19,6 +19,7 @@ def shrinking(recipe: Recipe) -> Node:
     it no longer says that it has to be shrunk.
     """
     num_ranks = recipe.strategy.num_ranks
+    num_offsets = max(recipe.heads.num_offsets, *(phase.extend_to or 1 for phase in recipe.phases.values()), 1)
     model = {
         "width": 32,
         "num_layers": num_layers_from_trunk(recipe) + TRUNK_LAYERS,
@@ -35,7 +36,7 @@ def shrinking(recipe: Recipe) -> Node:
         "shards": None,
         "tokenizer": "byte",
         "validation_share": 0.2,
-        "window_tokens": 8 * max(4, recipe.heads.num_offsets),
+        "window_tokens": 8 * max(4, num_offsets),
         "workers": 0,
     }
     run = {
@@ -52,7 +53,11 @@ def shrinking(recipe: Recipe) -> Node:
         "optimizer": {"warmup_steps": 2},
         "run": run,
     }
-    return node_of(fields, ORIGIN)
+    phases = {
+        name: {part: fields[part] for part in ("data", "batch", "optimizer", "run") if getattr(phase, part)}
+        for name, phase in recipe.phases.items()
+    }
+    return node_of({**fields, "phases": phases}, ORIGIN)
 
 
 SHRUNK = node_of({"debug": {"shrink": False}}, ORIGIN)

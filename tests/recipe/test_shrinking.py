@@ -3,6 +3,7 @@
 import pytest
 
 from mtp_lightning.recipe import diff_recipes, load_recipe, recipe_to_yaml
+from mtp_lightning.recipe.phases import phases_of
 from tests.support.runs import ROOT
 
 PAPER = sorted((ROOT / "recipes/paper").glob("*.yaml"))
@@ -23,6 +24,14 @@ def test_what_the_command_line_sets_stays():
     small = load_recipe(ROOT / "recipes/paper/13b_n4.yaml", overrides).recipe
     assert small.model.width == 48
     assert small.batch.rows == 16
+
+
+def test_phases_are_shrunk_too():
+    path = ROOT / "recipes/distill/extend.yaml"
+    full, small = load_recipe(path).recipe, load_recipe(path, ["debug.shrink=true", "phases.four.run.steps=7"]).recipe
+    assert [phase.extend_to for phase in small.phases.values()] == [phase.extend_to for phase in full.phases.values()]
+    assert small.data.window_tokens > 17
+    assert [phase.recipe.run.steps for phase in phases_of(small)] == [20, 7, 20, 20]
 
 
 def test_a_shrunk_recipe_is_whole_in_itself(tmp_path):

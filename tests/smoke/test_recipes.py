@@ -47,6 +47,12 @@ def shrink_further(path):
     return ["model.vocabulary=257", f"model.num_layers={recipe.heads.num_offsets + 1}"]
 
 
+def phase_overrides(path, steps):
+    """Cut every phase to some steps."""
+    names = load_recipe(path).recipe.phases
+    return [f"phases.{name}.run={{steps: {steps}}}" for name in names]
+
+
 def test_there_are_recipes():
     assert ROOT / "recipes/quickstart.yaml" in RECIPES
     assert len(RECIPES) >= 9
@@ -56,9 +62,10 @@ def test_there_are_recipes():
 def test_recipe_trains_and_goes_on(path, cache, tmp_path):
     def run(steps):
         own = [f"run.steps={steps}", f"run.dir={tmp_path}/run", f"run.cache={cache}"]
-        overrides = [*SHRINK, *shrink_further(path), *own]
+        overrides = [*SHRINK, *shrink_further(path), *phase_overrides(path, steps), *own]
         assert train(load_recipe(path, overrides)) == 0
-        return json.loads((tmp_path / "run/summary.json").read_text())
+        summary = json.loads((tmp_path / "run/summary.json").read_text())
+        return list(summary["phases"].values())[-1] if "phases" in summary else summary
 
     assert run(2)["steps"] == 2
     summary = run(3)
