@@ -56,6 +56,32 @@ def test_what_may_pass_is_requeued(cluster: Cluster, tmp_path: Path, code: int) 
     assert cluster.job(job)["Restarts"] == "1"
 
 
+def test_commands_run_when_the_training_has_ended_well_and_not_before(cluster: Cluster, tmp_path: Path) -> None:
+    """A restart lies between; the second of two commands runs though the first has failed."""
+    follow = 'echo "$@"; [[ $1 != bench ]]'
+    stand_in = StandIn(tmp_path, f"if [[ $1 == train ]]; then {SAVE}; exit 85; else {follow}; fi", "exit 0")
+    commands = ("--then", "bench decode", "--then", "export {run} --out '{run}/my export'")
+    job = cluster.submit(*stand_in.arguments, *commands)
+    after = str(int(job) + 1)
+    cluster.until(lambda: "requeued" in stand_in.output)
+    assert cluster.state(after) == "PENDING"
+    cluster.until_state(job, "COMPLETED")
+    cluster.until_state(after, "FAILED")
+    run = tmp_path / "run"
+    assert stand_in.output.count("start on") == 4
+    assert f"\nbench decode {run}\n" in stand_in.output
+    assert f"\nexport {run} --out {run}/my export\n" in stand_in.output
+    assert cluster.job(after)["ExitCode"] == "1:0"
+
+
+def test_nothing_comes_after_a_training_that_fails(cluster: Cluster, tmp_path: Path) -> None:
+    stand_in = StandIn(tmp_path, "exit 88")
+    job = cluster.submit(*stand_in.arguments, "--then", "bench decode")
+    cluster.until_state(job, "FAILED")
+    cluster.until_state(str(int(job) + 1), "CANCELLED")
+    assert stand_in.output.count("start on") == 1
+
+
 def test_a_preflight_that_fails_spends_nothing(cluster: Cluster, tmp_path: Path) -> None:
     stand_in = StandIn(tmp_path, "[[ $1 == train ]]")
     job = cluster.submit(*stand_in.arguments, "--preflight")
