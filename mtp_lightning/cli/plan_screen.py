@@ -1,5 +1,6 @@
 """A plan on the screen: what a run needs, what takes the time, and what would change it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -36,9 +37,10 @@ PARTS = {
 }
 
 
-def write_plan(plan: Plan, path: Path) -> None:
-    """Write the figures to a file."""
-    write_json(path, plan.as_json())
+def write_plans(plans: Sequence[Plan], path: Path) -> None:
+    """Write the figures to a file; those of several phases by the names of their recipes."""
+    by_name = {plan.recipe.name: plan.as_json() for plan in plans}
+    write_json(path, by_name if len(plans) > 1 else plans[0].as_json())
 
 
 def print_plan(plan: Plan) -> None:

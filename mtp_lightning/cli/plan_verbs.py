@@ -18,12 +18,15 @@ def plan(
     ] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")] = None,
 ) -> None:
-    """Work out memory, time and cost of a run before it starts; needs no GPU and no torch."""
+    """Work out memory, time and cost of a run, phase by phase, before it starts; needs no GPU and no torch."""
     loaded = open_recipe(recipe, overrides)
-    from mtp_lightning.cli.plan_screen import print_plan, write_plan
+    from mtp_lightning.cli.plan_screen import print_plan, write_plans
     from mtp_lightning.planner.report import build_plan
+    from mtp_lightning.recipe.phases import phases_of
 
-    made = build_plan(loaded.recipe, gpu, gpus)
-    print_plan(made)
+    recipes = [phase.recipe for phase in phases_of(loaded.recipe)] or [loaded.recipe]
+    made = [build_plan(each, gpu, gpus) for each in recipes]
+    for each in made:
+        print_plan(each)
     if json:
-        write_plan(made, json)
+        write_plans(made, json)

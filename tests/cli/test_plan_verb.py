@@ -31,6 +31,15 @@ def test_plan_answers_the_questions_before_a_run() -> None:
         assert answer in text
 
 
+def test_phases_are_planned_one_by_one(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    text = mtp("recipes/distill/extend.yaml", "--json", str(file)).stdout
+    assert all(f"distill-extend/{name}  on  " in text for name in ("one", "four", "eight", "sixteen"))
+    assert list(json.loads(file.read_text())) == [
+        f"distill-extend/{name}" for name in ("one", "four", "eight", "sixteen")
+    ]
+
+
 def test_plan_takes_overrides_and_options(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     result = mtp(RECIPE, "batch.micro_rows=2", "--gpu", "a100-80", "--gpus", "64", "--json", str(file))

@@ -91,5 +91,5 @@ def test_unknown_gpu_is_refused_with_those_known() -> None:
 
 
 def test_figures_are_written_where_asked(tmp_path: Path) -> None:
-    plan_screen.write_plan(build_plan(Recipe()), tmp_path / "new/plan.json")
+    plan_screen.write_plans([build_plan(Recipe())], tmp_path / "new/plan.json")
     assert json.loads((tmp_path / "new/plan.json").read_text())["tokens_per_step"] == 4096
