@@ -59,7 +59,8 @@ class MixedOrder(Order):
         if self.orders[0].soon(0) is None:
             return None
         firsts = np.cumsum([0, *self.sizes])
-        parts = [order.soon(taken) for order, taken in zip(self.orders, self.samples_taken(sample), strict=True)]
+        block = sample // MIXTURE_BLOCK_ROWS  # whose rows of one source come in any order
+        parts = [order.soon(block * quota) for order, quota in zip(self.orders, self.quotas, strict=True)]
         return np.concatenate([first + part for first, part in zip(firsts, parts, strict=False) if part is not None])
 
     def sources(self, samples: Numbers) -> tuple[Numbers, Numbers]:

@@ -102,7 +102,7 @@ class ShardCache:
                     self._make_room(shard, file, free_own, waits=waits)
                     tried_again(self._download, shard, file)
                     partial.replace(self._path(shard))
-                else:
+                elif _is_at(file, partial):  # nobody else's: it is locked here
                     partial.unlink()
         except OSError as error:
             partial.unlink(missing_ok=True)
@@ -155,7 +155,7 @@ class ShardCache:
         """Remove files that nobody uses until there is room, the oldest first; return the bytes that stay."""
         files = [(path.stat(), path) for path in (*self._folder.glob("*.tar"), *self._folder.glob("*.partial"))]
         taken_bytes = sum(stat.st_size for stat, _ in files)
-        for stat, path in sorted(files, key=lambda entry: entry[0].st_mtime_ns):
+        for stat, path in sorted(files, key=lambda entry: (entry[1].suffix == ".tar", entry[0].st_mtime_ns)):
             if taken_bytes + needed_bytes <= self.limit_bytes:
                 break
             with path.open("rb") as file:
@@ -181,3 +181,7 @@ def _lock(file: BinaryIO, *, waits: bool) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
