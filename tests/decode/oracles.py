@@ -4,14 +4,17 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mtp_lightning.decode import Settings, applicable_decoders, build_tree
 from mtp_lightning.decode.session import Session, prefill
+from mtp_lightning.losses.targets import shifted_targets
 from mtp_lightning.model.mtp_model import MtpModel
 from tests.support.tiny import HEAD_KINDS, NEOX, tiny_model, tiny_recipe
 
 PROMPTS = ([1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [0, 1], [12, 12, 3, 3, 1])
 LENGTH = 30
+TRAINED_STEPS = 25
 DECODED_KINDS = (*HEAD_KINDS, "parallel_neox", "sequential_neox")
 ACCURACIES = [[0.5, 0.3, 0.1], [0.4, 0.2], [0.3, 0.2]]
 TREE = build_tree(ACCURACIES, 9)
@@ -24,6 +27,27 @@ def model_of(kind: str, *, num_offsets: int = 4, attention: str = "window") -> M
     section = NEOX if kind.endswith("_neox") else {}
     recipe = tiny_recipe(heads=heads, data={"attention": attention}, model=section)
     return tiny_model(recipe).requires_grad_(requires_grad=False)
+
+
+@functools.cache
+def trained_model_of(kind: str) -> MtpModel:
+    """A model that has begun to learn a text of repeated words, so that its heads are often right, and often not."""
+    model = tiny_model(tiny_recipe(heads=HEAD_KINDS[kind], data={"window_tokens": 40}))
+    generator = torch.Generator().manual_seed(3)
+    words = torch.randint(13, (4, 5), generator=generator)
+    rows = words[torch.randint(4, (8, 9), generator=generator)].flatten(1)[:, :44]  # (8, T+n)
+    targets = shifted_targets(rows, torch.zeros_like(rows), 4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(TRAINED_STEPS):
+        states = model.hidden_states(rows, torch.zeros_like(rows))
+        logits = {offset: model.unembedding.logits(offset, state) for offset, state in states.items()}
+        losses = [
+            functional.cross_entropy(scores.flatten(0, 1), targets[k - 1].flatten()) for k, scores in logits.items()
+        ]
+        optimizer.zero_grad()
+        torch.autograd.backward(torch.stack(losses).sum())
+        optimizer.step()
+    return model.requires_grad_(requires_grad=False)
 
 
 def full_logits(model: MtpModel, tokens: list[int]) -> dict[int, Tensor]:

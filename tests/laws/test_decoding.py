@@ -18,6 +18,7 @@ from tests.decode.oracles import (
     model_of,
     plain_texts,
     settings_of,
+    trained_model_of,
 )
 from tests.support.tiny import HEAD_KINDS
 
@@ -42,6 +43,19 @@ def test_random_heads_are_right_at_times(kind):
     """Without this, the law above would hold of decoders that never keep a draft."""
     for chosen in settings_of(model_of(kind), max_new_tokens=LENGTH)[1:]:
         assert generate(model_of(kind), PROMPTS, chosen).statistics.num_accepted_tokens > 0
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_trained_heads_say_what_plain_greedy_says(kind):
+    """Trained heads are right by their own doing, and wrong at words' ends: most steps keep some drafts and not all."""
+    model = trained_model_of(kind)
+    expected = plain_texts(model, PROMPTS)
+    for chosen in settings_of(model, max_new_tokens=LENGTH):
+        made = generate(model, PROMPTS, chosen)
+        assert made.tokens == expected, chosen.decoder
+        if chosen.decoder != "greedy":
+            assert made.statistics.is_consistent
+            assert 0.2 < made.statistics.num_accepted_tokens / made.statistics.num_drafts < model.num_offsets - 1
 
 
 @kinds
