@@ -1,5 +1,7 @@
-"""`mtp bench memory | train | data | decode | tree`."""
+"""`mtp bench memory | train | overhead | data | decode | tree`."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -47,6 +49,26 @@ def train(
     from mtp_lightning.bench.speed import bench_train
 
     bench_train(loaded.recipe, offsets=numbers, schedules=names, json_path=json)
+
+
+@app.command()
+def overhead(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    pairs: Annotated[int, typer.Option(min=2, help="Pairs of rounds, with the callbacks and without.")] = 10,
+    round_steps: Annotated[int, typer.Option(min=2, help="Steps of a round.")] = 10,
+    json: JsonOption = None,
+) -> None:
+    """Measure what watchdog, polling for signals and timing of ranks cost, as a share of a step."""
+    loaded = open_recipe(recipe, overrides)
+    from mtp_lightning.launch.local import needs_ranks, run_ranks
+
+    if needs_ranks(loaded.recipe, os.environ):
+        raise typer.Exit(run_ranks(loaded.recipe, sys.argv[1:]))
+    from mtp_lightning.bench.overhead import bench_overhead
+
+    bench_overhead(loaded.recipe, pairs=pairs, round_steps=round_steps, json_path=json)
 
 
 app.command()(decode_bench_verbs.decode)

@@ -1,11 +1,7 @@
 """The one way into training: from a recipe to a finished run, or on from where it was."""
 
-import contextlib
 import gc
-import logging
 import traceback
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +23,7 @@ from mtp_lightning.training.joining import joined_ranks
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.nonfinite import NonFiniteStreak, roll_back
 from mtp_lightning.training.phases import train_phases
+from mtp_lightning.training.remarks import remarks_in
 from mtp_lightning.training.run_folder import Opened, opened_run_folder
 from mtp_lightning.training.strategy import build_strategy
 
@@ -81,7 +78,7 @@ def _fit(recipe: Recipe, opened: Opened, stop: StopRequest) -> int:
     checkpoint = opened.checkpoint
     if checkpoint is not None and Ranks().is_first:
         print(f"Continuing {opened.path} after step {checkpoint.step} of {recipe.run.steps}", flush=True)
-    with _remarks_in(opened.attempt / "lightning.log"):
+    with remarks_in(opened.attempt / "lightning.log"):
         trainer = build_trainer(recipe, opened.path, stop)
         module, data = MtpLightningModule(recipe), MtpDataModule(recipe)
         try:
@@ -148,28 +145,3 @@ def build_trainer(recipe: Recipe, run_folder: Path, stop: StopRequest | None = N
     )
     trainer._signal_connector = _NoSignals(trainer)
     return trainer
-
-
-@contextlib.contextmanager
-def _remarks_in(path: Path) -> Iterator[None]:
-    """Keep Lightning's remarks out of the live view: they go to the attempt's log."""
-    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
-    former = [(logger.handlers, logger.propagate) for logger in loggers]
-    handler = logging.FileHandler(path)
-    for logger in loggers:
-        logger.handlers, logger.propagate = [handler], False
-    with warnings.catch_warnings():
-        # One batch is one step and cheap to read: no worker is a choice (data.workers), not an oversight.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        # Lightning 2.6 on torch 2.13; can go when Lightning no longer uses LeafSpec.
-        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-        # Lightning 2.6 says so wherever Slurm is installed, also inside ranks that srun has started.
-        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
-        # DeepSpeed 0.19 on torch 2.13; can go when it calls the collectives by their new names.
-        warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated.*")
-        try:
-            yield
-        finally:
-            handler.close()
-            for logger, (handlers, propagate) in zip(loggers, former, strict=True):
-                logger.handlers, logger.propagate = handlers, propagate
