@@ -145,6 +145,25 @@ def test_wrong_submissions_are_refused(
     assert not [word for word in words if word not in shown], shown
 
 
+BIG = ("model.width=16384", "model.num_attention_heads=128", "batch.micro_rows=8", "strategy.num_nodes=1")
+
+
+def test_what_cannot_fit_is_submitted_by_force_only(tmp_path: Path) -> None:
+    arguments = ("--site", "generic-h100", "--dry-run", f"run.dir={tmp_path}/run", *BIG)
+    result = submit(*arguments)
+    assert result.exit_code == 6
+    shown = " ".join(result.stderr.split())
+    assert "must fit into the 79 GiB of an H100" in shown
+    assert "--force submits all the same" in shown
+    assert submit(*arguments, "--force").exit_code == 0
+
+
+def test_a_folder_that_nodes_do_not_share_is_refused() -> None:
+    result = submit("--site", "generic-h100", "--dry-run", "run.dir=/dev/shm/run")
+    assert result.exit_code == 6
+    assert "must be on a file system that they share" in " ".join(result.stderr.split())
+
+
 def test_without_sbatch_one_is_told_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     result = submit(*SMALL, "--site", "local", "--test-only", f"run.dir={tmp_path}/run")

@@ -1,5 +1,6 @@
 """The shrunken 13B recipe on 2 nodes x 2 ranks of a real Slurm: all that can happen to it ends in the same weights."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,21 @@ def test_whatever_happens_the_weights_are_those_of_an_uninterrupted_run(
 
     assert digests(run) == digests(whole)
     assert figures(run / "metrics.csv") == figures(whole / "metrics.csv")
+
+
+@pytest.mark.timeout(1500)
+def test_time_limits_are_survived(cluster: Cluster, folder: Path, whole: Path) -> None:
+    """A minute, Slurm's least, is not enough for forty steps of two seconds and more: the limit comes several times."""
+    slow = f"site.mtp=[{sys.executable}, -m, tests.support.slow_mtp]"
+    limit = ("site.time=00:01:00", "site.signal_lead_s=20", "site.max_restarts=9")
+    job = submit(cluster, folder, "limited", slow, *limit)
+    cluster.until_state(job, "COMPLETED", "FAILED", timeout_s=1200)
+    output, restarts = output_of(folder / "limited"), int(cluster.job(job)["Restarts"])
+    assert restarts >= 1, output
+    assert output.count("SIGUSR1") >= 4, output
+    assert "Continuing " in output
+    assert digests(folder / "limited") == digests(whole)
+    assert figures(folder / "limited/metrics.csv") == figures(whole / "metrics.csv")
 
 
 def test_other_steps_have_other_weights(whole: Path) -> None:
