@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
@@ -47,16 +48,33 @@ def watched(what: str, *, total_bytes: int, show: bool) -> Iterator[Advance]:
         yield lines_now_and_then(what, total_bytes)
 
 
+@contextmanager
+def counted(what: str, *, total: int, unit: str) -> Iterator[Advance]:
+    """Yield a function to report things done to, like `watched`."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda num_done: progress.advance(task, num_done)
+    else:
+        yield _now_and_then(lambda done: f"{what}: {done:,} of {total:,} {unit}")
+
+
 def lines_now_and_then(what: str, total_bytes: int) -> Advance:
     """Return a function to report bytes to, which prints a line now and then when it takes long."""
-    done_bytes = 0
+    return _now_and_then(lambda done: f"{what}: {done / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB")
+
+
+def _now_and_then(line: Callable[[int], str]) -> Advance:
+    num_done = 0
     said_at = time.monotonic()
 
-    def advance(num_bytes: int) -> None:
-        nonlocal done_bytes, said_at
-        done_bytes += num_bytes
+    def advance(more: int) -> None:
+        nonlocal num_done, said_at
+        num_done += more
         if time.monotonic() - said_at >= SECONDS_BETWEEN_LINES:
             said_at = time.monotonic()
-            say(f"{what}: {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB", stderr=True)
+            say(line(num_done), stderr=True)
 
     return advance

@@ -3,13 +3,13 @@
 import functools
 import http.server
 import itertools
-import multiprocessing
 import os
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -246,17 +246,15 @@ def fetch_all(url: str, folder: Path, shards: list[Shard], gate: Any) -> None:
         cache.open(shard).close()
 
 
-def test_processes_share_what_one_fetches(tmp_path: Path, server: Any) -> None:
+def test_caches_share_what_one_fetches(tmp_path: Path, server: Any) -> None:
+    """Locks are of open files, so caches in threads lock each other out as those of processes do."""
     _, shards = cache_of(server, tmp_path, BIG)
-    context = multiprocessing.get_context("spawn")
-    gate = context.Barrier(3)
-    arguments = (server.url, tmp_path / "cache/remote/shards", shards, gate)
-    processes = [context.Process(target=fetch_all, args=arguments) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    gate = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [
+            pool.submit(fetch_all, server.url, tmp_path / "cache/remote/shards", shards, gate) for _ in "abcd"
+        ]:
+            done.result()
     tars = [path for path in server.asked if path.endswith(".tar")]
     assert sorted(tars) == sorted(f"/{shard.name}" for shard in shards)
 
