@@ -9,7 +9,7 @@ import torch
 from mtp_lightning.checkpoint.loading import load_model
 from mtp_lightning.data.dataset import ValidationBatches
 from mtp_lightning.data.opening import open_rows, prepare_data
-from mtp_lightning.data.progress import watched
+from mtp_lightning.data.progress import counted
 from mtp_lightning.errors import DataError
 from mtp_lightning.losses.targets import count_targets, shifted_targets
 from mtp_lightning.recipe import Recipe
@@ -57,7 +57,7 @@ def measure_acceptance(
     batches = _held_out(recipe, num_rows)
     names = batches.rows.source_names
     whole, own = OffsetMetrics(model.num_offsets).to(device), [OffsetMetrics(model.num_offsets) for _ in names]
-    with watched("Measuring", total_bytes=batches.numbers.size * batches.rows.width_tokens, show=True) as advance:
+    with counted("Measuring", total=int(batches.numbers.size), unit="rows") as advance:
         for batch in batches:
             there = {name: tensor.to(device) for name, tensor in batch.items()}
             tokens, documents = there["tokens"], there["documents"]
@@ -68,7 +68,7 @@ def measure_acceptance(
             for source, metrics in enumerate(own):
                 if (chosen := batch["sources"] == source).any():
                     metrics.to(device).update(targets[:, chosen], losses.of_rows(chosen))
-            advance(tokens.numel())
+            advance(len(tokens))
     by_source = {name: _without_losses(metrics) for name, metrics in zip(names, own, strict=True)}
     return Acceptance(recipe.name, model.num_offsets, int(batches.numbers.size), whole.compute(), by_source)
 
