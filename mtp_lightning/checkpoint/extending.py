@@ -8,20 +8,19 @@ from typing import NamedTuple
 
 import torch
 
-from mtp_lightning import __version__
-from mtp_lightning.checkpoint.consolidate import DTYPES, appearing, check_target, check_whole, write_whole
+from mtp_lightning.checkpoint.consolidate import appearing, check_target, check_whole, name_of, write_whole
 from mtp_lightning.checkpoint.durable import write_durably
-from mtp_lightning.checkpoint.exported import CONFIG_NAME, DtypeName, ExportConfig, read_config
+from mtp_lightning.checkpoint.exported import CONFIG_NAME, Provenance, read_config, write_config
 from mtp_lightning.checkpoint.layout import check_digests
 from mtp_lightning.checkpoint.loading import check_tensors, find_checkpoint, model_files, offering_another, stored_dtype
-from mtp_lightning.checkpoint.manifest import MANIFEST_NAME, RECIPE_NAME, FileRecord, read_manifest
+from mtp_lightning.checkpoint.manifest import MANIFEST_NAME, RECIPE_NAME, read_manifest
 from mtp_lightning.checkpoint.reader_view import ReaderView
 from mtp_lightning.checkpoint.shard_reader import WHOLE_MODEL, ShardReader
 from mtp_lightning.data.progress import say, watched
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.extend import parameter_origins
 from mtp_lightning.model.mtp_model import MtpModel
-from mtp_lightning.recipe import Recipe, load_recipe, num_head_layers, num_trunk_layers, recipe_hash, recipe_to_yaml
+from mtp_lightning.recipe import Recipe, load_recipe, num_head_layers, num_trunk_layers, recipe_to_yaml
 from mtp_lightning.recipe.extending import extended_recipe
 
 
@@ -66,7 +65,10 @@ def extend_checkpoint(
             with appearing(out, size_bytes=num_values * dtype.itemsize) as partial:
                 record = write_whole(renamed, partial / WHOLE_MODEL, dtype, advance)
                 check_whole(renamed, ShardReader(partial), advance)
-                _describe(partial, extended, source, record, dtype)
+                text = recipe_to_yaml(extended).encode()
+                written = {WHOLE_MODEL: record, RECIPE_NAME: write_durably(partial / RECIPE_NAME, text)}
+                provenance = Provenance(source.step, source.tokens, source.sha256)
+                write_config(partial, extended, provenance, written, dtype=name_of(dtype))
     say(f"Extended {checkpoint} from {recipe.heads.num_offsets} to {num_offsets} offsets in {out}")
     if not train_free:
         say(f"Train the new heads: mtp train {out / RECIPE_NAME}")
@@ -116,21 +118,3 @@ def _to_be_trained(extended: Recipe, recipe: Recipe, out: Path) -> Recipe:
         "run": extended.run.model_copy(update=run),
     }
     return extended.model_copy(update=sections)
-
-
-def _describe(folder: Path, recipe: Recipe, source: _Source, model: FileRecord, dtype: torch.dtype) -> None:
-    names: dict[torch.dtype, DtypeName] = {kept: name for name, kept in DTYPES.items()}
-    config = ExportConfig(
-        package_version=__version__,
-        model=recipe.model.model_dump(mode="json"),
-        heads=recipe.heads.model_dump(mode="json"),
-        num_offsets=recipe.heads.num_offsets,
-        layers=_layers(recipe),
-        step=source.step,
-        tokens=source.tokens,
-        dtype=names[dtype],
-        recipe_hash=recipe_hash(recipe),
-        source_manifest_sha256=source.sha256,
-        files={WHOLE_MODEL: model, RECIPE_NAME: write_durably(folder / RECIPE_NAME, recipe_to_yaml(recipe).encode())},
-    )
-    write_durably(folder / CONFIG_NAME, config.model_dump_json(indent=2).encode() + b"\n")
