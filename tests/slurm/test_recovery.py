@@ -93,9 +93,12 @@ def test_whatever_happens_the_weights_are_those_of_an_uninterrupted_run(
 
 @pytest.mark.timeout(1500)
 def test_time_limits_are_survived(cluster: Cluster, folder: Path, whole: Path) -> None:
-    """A minute, Slurm's least, is not enough for forty steps of two seconds and more: the limit comes several times."""
+    """Two minutes are not enough for forty steps of four seconds and more.
+
+    One would be Slurm's least, but its signal may come a minute early, and then no start came as far as a step.
+    """
     slow = f"site.mtp=[{sys.executable}, -m, tests.support.slow_mtp]"
-    limit = ("site.time=00:01:00", "site.signal_lead_s=20", "site.max_restarts=9")
+    limit = ("site.time=00:02:00", "site.signal_lead_s=20")
     job = submit(cluster, folder, "limited", slow, *limit)
     cluster.until_state(job, "COMPLETED", "FAILED", timeout_s=1200)
     output, restarts = output_of(folder / "limited"), int(cluster.job(job)["Restarts"])

@@ -1,20 +1,27 @@
-"""`mtp` whose training steps take two seconds longer, so that a short run meets a time limit; it computes the same."""
+"""`mtp` whose training steps take four seconds longer, so that a short run meets a time limit; it computes the same."""
 
 import time
 
 from mtp_lightning.cli import main
-from mtp_lightning.training.lightning_module import MtpLightningModule
+from mtp_lightning.launch.stopping import StopRequest, heeding_signals
 
-LONGER_S = 2.0
-training_step = MtpLightningModule.training_step
+LONGER_S = 4.0
 
 
-def slow_step(self, batch, batch_idx):
-    """Wait, then train."""
-    time.sleep(LONGER_S)
-    training_step(self, batch, batch_idx)
+def slow_down():
+    """Let every step wait before it trains."""
+    from mtp_lightning.training.lightning_module import MtpLightningModule
+
+    training_step = MtpLightningModule.training_step
+
+    def slow_step(self, batch, batch_idx):
+        time.sleep(LONGER_S)
+        training_step(self, batch, batch_idx)
+
+    MtpLightningModule.training_step = slow_step
 
 
 if __name__ == "__main__":
-    MtpLightningModule.training_step = slow_step
-    main()
+    with heeding_signals(StopRequest()):  # as `mtp train` does, before torch is loaded
+        slow_down()
+        main()
