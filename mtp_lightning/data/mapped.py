@@ -1,5 +1,6 @@
 """Tar shards in memory: mapped when first needed, a bounded number at a time."""
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, final
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from mtp_lightning.data.index import Index, load_index
 from mtp_lightning.data.manifest import Manifest, Shard, Split, load_manifest
+from mtp_lightning.data.member_checks import MemberChecks
 from mtp_lightning.data.shard_cache import ShardCache
 from mtp_lightning.errors import DataError
 
@@ -43,8 +45,9 @@ class ShardMaps:
         if place not in self._mapped:
             if len(self._mapped) >= MOST_MAPPED_SHARDS:
                 del self._mapped[next(iter(self._mapped))]
-            dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-            self._mapped[place] = MappedShard(self._opened(place), dtype, self.index, self._numbers[place])
+            number = self._numbers[place]
+            members = Members(self.manifest, self.index, number, self._origin(place))
+            self._mapped[place] = MappedShard(self._opened(place), members)
         return self._mapped[place]
 
     def _opened(self, place: int) -> BinaryIO:
@@ -57,17 +60,30 @@ class ShardMaps:
     def describe(self, place: int, start: int) -> str:
         """Return the place of a token of a shard in words: file, member, token in it, byte of the file."""
         shard = self[place]
-        origin = self.cache.url if self.cache else self.folder
-        return f"{shard.describe(start, f'{origin}/{self.shards[place].name}')}, byte {shard.byte_of(start):,}"
+        return f"{shard.describe(start, self._origin(place))}, byte {shard.byte_of(start):,}"
+
+    def _origin(self, place: int) -> str:
+        return f"{self.cache.url if self.cache else self.folder}/{self.shards[place].name}"
+
+
+@dataclass(frozen=True)
+class Members:
+    """Which shard of a manifest a file is."""
+
+    manifest: Manifest
+    index: Index
+    number: int  # of the shard in the manifest
+    origin: str  # path or URL
 
 
 @final
 class MappedShard:
     """One tar file in memory, seen as one array of token ids with the members' places in it."""
 
-    def __init__(self, file: BinaryIO, dtype: np.dtype[Any], index: Index, number: int) -> None:
+    def __init__(self, file: BinaryIO, members: Members) -> None:
         """Map an open file and close it; the map keeps what is locked of it locked."""
-        inside = index.shard == number
+        index, inside = members.index, members.index.shard == members.number
+        dtype = np.dtype(members.manifest.dtype).newbyteorder("<")
         self._first_tokens = np.concatenate([[0], np.cumsum(index.num_tokens[inside])])
         # Payloads begin at multiples of 512 bytes, so the whole file may be seen as tokens.
         self._words_at = index.tokens_at[inside] // dtype.itemsize
@@ -76,11 +92,23 @@ class MappedShard:
         self._mask_at = index.mask_at[inside]
         with file:
             self._words = np.asarray(np.memmap(file, dtype=dtype, mode="r"))
+        self._checks = MemberChecks(
+            members.manifest.shards[members.number],
+            self._words.view(np.uint8),
+            members.origin,
+            token_bytes=dtype.itemsize,
+        )
 
     def tokens(self, starts: Integers, width: int) -> NDArray[Any]:
-        """Return the windows of a width that begin at those tokens of the shard, in the type they are stored in."""
+        """Return the windows of a width that begin at those tokens of the shard, in the type they are stored in.
+
+        Raises:
+            DataError: A member that is read for the first time is not as written.
+        """
         member = np.searchsorted(self._first_tokens, starts, side="right") - 1
-        fits = starts + width <= self._first_tokens[member + 1]
+        last = np.searchsorted(self._first_tokens, starts + width) - 1
+        self._checks.check_tokens(member, last)
+        fits = member == last
         at = self._words_at[member] + starts - self._first_tokens[member]
         windows = np.empty((starts.size, width), dtype=self._words.dtype.newbyteorder("="))  # (B, width)
         for line, (begin, is_whole) in enumerate(zip(at.tolist(), fits.tolist(), strict=True)):
@@ -128,6 +156,7 @@ class MappedShard:
     @cached_property
     def document_ends(self) -> Integers:
         """Return for each document of the shard the token after its last one."""
+        self._checks.check_lengths()
         file = self._words.view(np.uint8)
         lengths = [
             file[at : at + 4 * count].view("<u4").astype(np.int64)

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from mtp_lightning.data.index import build_index, load_index
 from mtp_lightning.data.manifest import Manifest, Member, Shard, load_manifest
 from mtp_lightning.data.mapped import check_sizes
+from mtp_lightning.data.member_checks import check_document_lengths, check_written, wrong_shard
 from mtp_lightning.data.progress import say
-from mtp_lightning.errors import DataError
 
 Bytes = NDArray[np.uint8]
 
@@ -47,7 +46,7 @@ def _check_index(folder: Path, manifest: Manifest) -> None:
     index = load_index(folder, manifest)
     for name, values in vars(build_index(manifest)).items():
         if not np.array_equal(getattr(index, name), values):
-            raise _failure(f"{name} in the index of {folder} must be as in the manifest", "other numbers")
+            raise wrong_shard(f"{name} in the index of {folder} must be as in the manifest", "other numbers")
 
 
 def _check_hash(bytes_of_shard: Bytes, shard: Shard, manifest: Manifest) -> None:
@@ -56,17 +55,12 @@ def _check_hash(bytes_of_shard: Bytes, shard: Shard, manifest: Manifest) -> None
         return
     for member in shard.members:
         tokens, lengths = _payloads(bytes_of_shard, member, manifest)
-        if zlib.crc32(tokens.data) != member.tokens_crc32:
-            place = _place(shard, member, ".tok", member.tokens_at)
-            raise _failure(f"the {tokens.size:,} bytes from {place} on must be as written", "changed bytes")
-        if zlib.crc32(lengths.data) != member.lengths_crc32:
-            place = _place(shard, member, ".len", member.lengths_at)
-            raise _failure(f"the {lengths.size:,} bytes from {place} on must be as written", "changed bytes")
+        check_written(tokens, member.tokens_crc32, _place(shard, member, ".tok", member.tokens_at))
+        check_written(lengths, member.lengths_crc32, _place(shard, member, ".len", member.lengths_at))
         mask = _mask(bytes_of_shard, member)
-        if mask is not None and zlib.crc32(mask.data) != member.mask_crc32:
-            place = _place(shard, member, ".msk", member.mask_at or 0)
-            raise _failure(f"the {mask.size:,} bytes from {place} on must be as written", "changed bytes")
-    raise _failure(f"{shard.name} must have sha256 {shard.sha256}", f"{found}, by a tar header or padding")
+        if mask is not None:
+            check_written(mask, member.mask_crc32, _place(shard, member, ".msk", member.mask_at or 0))
+    raise wrong_shard(f"{shard.name} must have sha256 {shard.sha256}", f"{found}, by a tar header or padding")
 
 
 def _check_reading(folder: Path, bytes_of_shard: Bytes, shard: Shard, manifest: Manifest) -> None:
@@ -76,32 +70,30 @@ def _check_reading(folder: Path, bytes_of_shard: Bytes, shard: Shard, manifest: 
             if member is None or sample is None or sample["__key__"] != member.key:
                 wanted = "no more members" if member is None else f"member {member.key}"
                 found = "none" if sample is None else f"member {sample['__key__']}"
-                raise _failure(f"webdataset must find {wanted} in {shard.name}", found)
+                raise wrong_shard(f"webdataset must find {wanted} in {shard.name}", found)
             tokens, lengths = _payloads(bytes_of_shard, member, manifest)
             mask = _mask(bytes_of_shard, member)
             wanted_bytes = (tokens.tobytes(), lengths.tobytes(), None if mask is None else mask.tobytes())
             if (sample.get("tok"), sample.get("len"), sample.get("msk")) != wanted_bytes:
                 place = _place(shard, member, "", member.tokens_at)
-                raise _failure(f"webdataset must read what lies at {place}", "other bytes")
+                raise wrong_shard(f"webdataset must read what lies at {place}", "other bytes")
 
 
 def _check_tokens(bytes_of_shard: Bytes, shard: Shard, member: Member, manifest: Manifest) -> None:
     payload, lengths = _payloads(bytes_of_shard, member, manifest)
     tokens = payload.view(np.dtype(manifest.dtype).newbyteorder("<"))
+    check_document_lengths(lengths.view("<u4"), tokens.size, _place(shard, member, ".len", member.lengths_at))
     ends = np.cumsum(lengths.view("<u4"), dtype=np.int64)
-    if ends[-1] != tokens.size:
-        place = _place(shard, member, ".len", member.lengths_at)
-        raise _failure(f"lengths at {place} must add up to the {tokens.size:,} tokens", f"{ends[-1]:,}")
     too_large = np.flatnonzero(tokens >= manifest.vocabulary)
     if too_large.size:
         at = int(too_large[0])
         place = _place(shard, member, ".tok", member.tokens_at + at * tokens.itemsize)
-        raise _failure(f"the token id at {place} must be below {manifest.vocabulary:,}", f"{tokens[at]:,}")
+        raise wrong_shard(f"the token id at {place} must be below {manifest.vocabulary:,}", f"{tokens[at]:,}")
     unended = ends[tokens[ends - 1] != manifest.end_of_document]
     if unended.size:
         at = int(unended[0]) - 1
         place = _place(shard, member, ".tok", member.tokens_at + at * tokens.itemsize)
-        raise _failure(f"a document must end with id {manifest.end_of_document} at {place}", f"id {tokens[at]}")
+        raise wrong_shard(f"a document must end with id {manifest.end_of_document} at {place}", f"id {tokens[at]}")
 
 
 def _check_mask(bytes_of_shard: Bytes, shard: Shard, member: Member) -> None:
@@ -110,7 +102,7 @@ def _check_mask(bytes_of_shard: Bytes, shard: Shard, member: Member) -> None:
     if mask is not None and wrong.size:
         at = int(wrong[0])
         place = _place(shard, member, ".msk", (member.mask_at or 0) + at)
-        raise _failure(f"the loss mask at {place} must be 0 or 1", str(mask[at]))
+        raise wrong_shard(f"the loss mask at {place} must be 0 or 1", str(mask[at]))
 
 
 def _mask(bytes_of_shard: Bytes, member: Member) -> Bytes | None:
@@ -127,7 +119,3 @@ def _payloads(bytes_of_shard: Bytes, member: Member, manifest: Manifest) -> tupl
 
 def _place(shard: Shard, member: Member, suffix: str, at: int) -> str:
     return f"{shard.name}, member {member.key}{suffix}, byte {at:,}"
-
-
-def _failure(must_hold: str, found: str) -> DataError:
-    return DataError(must_hold, found, "Copy the folder again from its source, or build the shards again")

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +99,21 @@ def test_workers_leave_signals_to_the_parent(cache: Path, corpus: Path) -> None:
         os.kill(worker.pid or 0, name)
     seen += itertools.islice(batches, 5)
     assert_equal(seen, take(build(cache, corpus), 6))
+
+
+def test_the_next_batches_are_read_while_one_is_trained_on(cache: Path, corpus: Path) -> None:
+    loader = build(cache, corpus).train_dataloader()
+    begun: list[int] = []
+    read = loader.dataset.read
+    loader.dataset.read = lambda samples: begun.append(samples[0]) or read(samples)  # type: ignore[method-assign]
+    batches = iter(loader)
+    next(batches)
+    until = time.monotonic() + 10
+    while len(begun) < 3 and time.monotonic() < until:
+        time.sleep(0.001)
+    assert begun == [0, 8, 16]
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mtp-rows")]
 
 
 def test_position_is_read_when_the_first_batch_is_asked_for(cache: Path, corpus: Path) -> None:

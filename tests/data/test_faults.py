@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from mtp_lightning.data.manifest import load_manifest
+from mtp_lightning.data.mixture import JoinedRows
+from mtp_lightning.data.packing import PackedRows, prepare_plan
 from mtp_lightning.data.rows import Rows
 from mtp_lightning.data.verify import verify_shards
 from mtp_lightning.errors import DataError
-from tests.data.corpora import END, build_tiny, forge
+from tests.data.corpora import END, build_tiny, forge, write_corpus
 
 
 def open_rows(folder: Path) -> Rows:
@@ -49,6 +51,79 @@ def test_ids_stored_in_another_type_are_found(shards: Path) -> None:
     forge(shards, dtype="uint32")
     with pytest.raises(DataError):
         verify_shards(shards)
+    with pytest.raises(DataError, match=r"000000000\.tok, byte 512 on must be as written; found changed bytes"):
+        open_rows(shards).read(np.array([0]))
+
+
+@pytest.mark.parametrize("part", ["tok", "len", "msk"])
+def test_flipped_byte_is_never_read(tmp_path: Path, part: str) -> None:
+    lines = [json.dumps({"prompt": f"ask {i}", "completion": f"answer {i * i}"}) for i in range(60)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines))
+    folder = tmp_path / "shards"
+    member = build_tiny([str(tmp_path / "chat.jsonl")], folder).shards[1].members[1]
+    at = {"tok": member.tokens_at, "len": member.lengths_at, "msk": member.mask_at}[part]
+    assert at is not None
+    content = bytearray((folder / "train/00001.tar").read_bytes())
+    content[at] ^= 64
+    (folder / "train/00001.tar").write_bytes(content)
+    rows = open_rows(folder)
+    place = rf"{folder}/train/00001\.tar, member {member.key}\.{part}, byte {at:,}"
+    with pytest.raises(DataError, match=f"bytes from {place} on must be as written; found changed bytes"):
+        rows.read(np.arange(len(rows)))
+    clean = np.arange(int(rows.shard_rows[0]))
+    assert rows.read(clean)["tokens"].shape == (clean.size, 11)
+
+
+def test_shard_replaced_by_another_of_its_size_is_not_read(shards: Path) -> None:
+    rows = open_rows(shards)
+    whole = rows.read(np.arange(len(rows)))["tokens"]
+    path = shards / "train/00001.tar"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:512] + content[512:][::-1])
+    assert np.array_equal(rows.read(np.arange(len(rows)))["tokens"], whole)
+    rows._maps._mapped.clear()  # as when there are too many: it has to be mapped again
+    with pytest.raises(DataError, match=r"train/00001\.tar, member .* must be as written"):
+        rows.read(np.arange(len(rows)))
+
+
+def test_document_without_a_token_is_named(shards: Path) -> None:
+    manifest = load_manifest(shards)
+    member = next(m for m in manifest.shards[0].members if m.num_documents > 1)
+    content = bytearray((shards / "train/00000.tar").read_bytes())
+    lengths = np.frombuffer(content, "<u4", member.num_documents, member.lengths_at)
+    lengths[1] += lengths[0]
+    lengths[0] = 0
+    (shards / "train/00000.tar").write_bytes(content)
+    forge(shards)
+    place = f"lengths at .*train/00000.tar, member {member.key}.len, byte {member.lengths_at:,}"
+    for check in (verify_shards, lambda folder: open_rows(folder).read(np.array([0]))):
+        with pytest.raises(DataError, match=f"a document must have a token or more: {place}; found 0 for document 0"):
+            check(shards)
+
+
+def test_id_that_the_model_lacks_is_named_with_its_source(tmp_path: Path, shards: Path) -> None:
+    write_corpus(tmp_path / "other", num_documents=30, seed=4)
+    build_tiny([str(tmp_path / "other")], tmp_path / "more")
+    joined = JoinedRows([open_rows(tmp_path / "more"), open_rows(shards)], [1, 1], ["more", "shards"])
+    first = len(open_rows(tmp_path / "more"))
+    tokens = joined.read(np.array([first + 2]))["tokens"][0]
+    position = int(np.argmax(tokens))
+    wanted = rf"found id {tokens[position]} at {shards}/train/00000\.tar, member 0, token {16 + position}, byte"
+    with pytest.raises(DataError, match=wanted):
+        joined.read_known(np.array([0, first + 2])[1:], int(tokens[position]))
+
+
+def test_id_in_packed_rows_is_named_with_its_place(tmp_path: Path, shards: Path) -> None:
+    shape = {"window_tokens": 24, "num_offsets": 3}
+    prepare_plan(shards, "train", tmp_path, **shape)
+    packed = PackedRows(shards, "train", tmp_path, **shape)
+    for row in range(len(packed)):
+        tokens = packed.read(np.array([row]))["tokens"][0]
+        position = int(np.argmax(tokens != END))
+        place = packed.place(row, position)
+        name, at = place.partition(",")[0], int(place.rpartition(" ")[2].replace(",", ""))
+        assert int.from_bytes(Path(name).read_bytes()[at : at + 2], "little") == tokens[position]
 
 
 def test_member_that_asks_for_pickle_is_refused(tmp_path: Path, shards: Path) -> None:
