@@ -142,12 +142,12 @@ def _recipe_of(foreign: Foreign, wanted: Wanted, init: Init, out: Path) -> Recip
     heads = {**implied, "kind": kind, "num_offsets": wanted.num_offsets or 1 + count, "match_parameters": False}
     window = min(default.data.window_tokens, foreign.section.max_positions)
     values = {
-        "name": out.name,
+        "name": out.absolute().name,
         "model": foreign.section.model_dump(),
         "heads": heads,
         "data": {**_tokenizer_fields(foreign, wanted, out), "window_tokens": window},
         "optimizer": {"lr": PEAK_LR},
-        "run": {"dir": f"runs/{out.name}", "start_from": str(out.absolute())},
+        "run": {"dir": f"runs/{out.absolute().name}", "start_from": str(out.absolute())},
     }
     recipe = Recipe.model_validate(values)
     if faults := check_rules(recipe):
@@ -187,5 +187,5 @@ def _header(foreign: Foreign, recipe: Recipe, init: Init, out: Path) -> str:
         num_offsets=heads.num_offsets,
         kind=heads.kind,
         init=init,
-        recipe=out / RECIPE_NAME,
+        recipe=out.absolute() / RECIPE_NAME,
     )

@@ -39,16 +39,21 @@ def import_model(
     out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.", show_default=False)],
     offsets: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Tokens to predict, the next one included. [default: as in the folder]"),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens to predict, the next one included (default: as in the folder).",
+            show_default=False,
+        ),
     ] = None,
     kind: Annotated[
-        Kind | None, typer.Option(help="Head kind. [default: as in the folder, or parallel]", show_default=False)
+        Kind | None, typer.Option(help="Head kind (default: as in the folder, or parallel).", show_default=False)
     ] = None,
     init: Annotated[
         Init | None,
         typer.Option(
-            help="Heads beyond the main one: the folder's own, copies of the last layer, or random. "
-            "[default: native where there are any, else copy]",
+            help="Heads beyond the main one: the folder's own, copies of the last layer, or random "
+            "(default: native where there are any, else copy).",
             show_default=False,
         ),
     ] = None,

@@ -15,6 +15,15 @@ MIB = 2**20
 MEASURED_MIB = {(1, "sequential"): 812, (1, "joint"): 1715, (4, "sequential"): 732, (4, "joint"): 2477}
 """`mtp bench memory recipes/debug/memory.yaml --offsets 1,4`, torch 2.13 on a CPU: peak resident memory."""
 
+MEASURED_NEOX_MIB = {"sequential": 684, "joint": 1587}
+"""The same of one offset, with `NEOX` on the command line."""
+NEOX = [
+    "model.norm=layer",
+    "model.mlp=gelu",
+    "model.parallel_residual=true",
+    *(f"model.{name}_bias=true" for name in ("qkv", "output", "mlp")),
+]
+
 PAPER = load_recipe(ROOT / "recipes/paper/6.7b_n4.yaml").recipe
 SHAPE, LAYOUT = shape_of(PAPER), layout_of(PAPER)
 
@@ -31,6 +40,14 @@ def test_predicted_peak_is_near_the_measured_one(cell: tuple[int, str]) -> None:
     recipe = load_recipe(ROOT / "recipes/debug/memory.yaml", overrides).recipe
     needed = memory(shape_of(recipe), layout_of(recipe))
     assert (needed.total - needed.overhead) / MIB == pytest.approx(MEASURED_MIB[cell], rel=0.15)
+
+
+@pytest.mark.parametrize("schedule", MEASURED_NEOX_MIB)
+def test_predicted_peak_of_the_neox_type_is_near_the_measured_one(schedule: str) -> None:
+    overrides = ["heads.num_offsets=1", f"objective.schedule={schedule}", *NEOX]
+    recipe = load_recipe(ROOT / "recipes/debug/memory.yaml", overrides).recipe
+    needed = memory(shape_of(recipe), layout_of(recipe))
+    assert (needed.total - needed.overhead) / MIB == pytest.approx(MEASURED_NEOX_MIB[schedule], rel=0.15)
 
 
 @pytest.mark.parametrize(
