@@ -86,7 +86,7 @@ class MappedShard:
         dtype = np.dtype(members.manifest.dtype).newbyteorder("<")
         self._first_tokens = np.concatenate([[0], np.cumsum(index.num_tokens[inside])])
         # Payloads begin at multiples of 512 bytes, so the whole file may be seen as tokens.
-        self._words_at = index.tokens_at[inside] // dtype.itemsize
+        self._shifts = index.tokens_at[inside] // dtype.itemsize - self._first_tokens[:-1]
         self._lengths_at = index.lengths_at[inside]
         self._num_documents = index.num_documents[inside]
         self._mask_at = index.mask_at[inside]
@@ -105,11 +105,11 @@ class MappedShard:
         Raises:
             DataError: A member that is read for the first time is not as written.
         """
-        member = np.searchsorted(self._first_tokens, starts, side="right") - 1
-        last = np.searchsorted(self._first_tokens, starts + width) - 1
+        member = self._first_tokens.searchsorted(starts, side="right") - 1
+        last = self._first_tokens.searchsorted(starts + width) - 1
         self._checks.check_tokens(member, last)
         fits = member == last
-        at = self._words_at[member] + starts - self._first_tokens[member]
+        at = starts + self._shifts[member]
         windows = np.empty((starts.size, width), dtype=self._words.dtype.newbyteorder("="))  # (B, width)
         for line, (begin, is_whole) in enumerate(zip(at.tolist(), fits.tolist(), strict=True)):
             # Slice by slice: a gather is several times slower.
@@ -151,7 +151,7 @@ class MappedShard:
     def byte_of(self, start: int) -> int:
         """Return where a token lies in the file."""
         member = int(np.searchsorted(self._first_tokens, start, side="right")) - 1
-        return int(self._words_at[member] + start - self._first_tokens[member]) * self._words.itemsize
+        return int(start + self._shifts[member]) * self._words.itemsize
 
     @cached_property
     def document_ends(self) -> Integers:
@@ -167,7 +167,7 @@ class MappedShard:
     def _across(self, start: np.int64, width: int) -> NDArray[Any]:
         positions = start + np.arange(width)
         member = np.searchsorted(self._first_tokens, positions, side="right") - 1
-        words: NDArray[Any] = self._words[self._words_at[member] + positions - self._first_tokens[member]]
+        words: NDArray[Any] = self._words[positions + self._shifts[member]]
         return words
 
 

@@ -179,7 +179,7 @@ class Rows(RowSource):
     def _locate(self, rows: Integers) -> tuple[Integers, Integers]:
         """Return for each row its shard (counted within the split) and its first token there."""
         self.refuse_outside(rows)
-        places = np.searchsorted(self._first_rows, rows, side="right") - 1
+        places = self._first_rows.searchsorted(rows, side="right") - 1
         return places, (rows - self._first_rows[places]) * self._stride_tokens
 
     def _refuse_none(self, most_tokens: int) -> None:
