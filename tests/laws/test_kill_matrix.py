@@ -32,16 +32,17 @@ from mtp_lightning.launch.seat import free_port, local_seat
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.recipe.data_sections import BatchSection, RampSection
 from mtp_lightning.training import fit
-from tests.support.runs import ROOT
+from tests.support.runs import ROOT, figures
 
 STEPS, KILLS = 160, 11  # of each of the three runs
+WINDOW_TOKENS = 128
 BATCH = BatchSection(rows=16, micro_rows=1, ramp=RampSection(from_rows=4, over_rows=600))
 FIELDS = (
     "model.width=16",
     "model.num_layers=3",
     "model.num_attention_heads=2",
     "heads.num_offsets=2",
-    "data.window_tokens=128",
+    f"data.window_tokens={WINDOW_TOKENS}",
     f"batch.rows={BATCH.rows}",
     "batch.ramp={from_rows: 4, over_rows: 600}",
     f"run.steps={STEPS}",
@@ -145,6 +146,7 @@ class Matrix:
             process.join()
         log = self.record(0, start).with_suffix(".log").read_text()
         assert [process.exitcode for process in processes] == [0] * len(processes), log[-3000:]
+        assert figures(self.folder / "run/metrics.csv")[-1]["tokens"] == str(BATCH.rows_after(STEPS) * WINDOW_TOKENS)
 
     def committed(self) -> range:
         """Steps of the newest checkpoint, which must say how many rows that is."""
@@ -182,7 +184,7 @@ def wait_for(happens: Any) -> None:
 def golden_rows(matrix: Matrix) -> list[str]:
     """What each position holds: from the order's definition, and rows read one at a time."""
     recipe = load_recipe(str(ROOT / "recipes/debug/parallel.yaml"), matrix.fields).recipe
-    rows = Rows(prepare_shards(recipe), "train", window_tokens=128, num_offsets=2)
+    rows = Rows(prepare_shards(recipe), "train", window_tokens=WINDOW_TOKENS, num_offsets=2)
     total = BATCH.rows_after(STEPS)
     epochs = range(total // len(rows) + 1)
     numbers = np.concatenate([permute(np.arange(len(rows)), seed=11, epoch=e, size=len(rows)) for e in epochs])
