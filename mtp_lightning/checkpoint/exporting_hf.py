@@ -20,7 +20,8 @@ from mtp_lightning.checkpoint.exported import CONFIG_NAME, DtypeName
 from mtp_lightning.checkpoint.hf.families import FAMILIES, settings_of
 from mtp_lightning.checkpoint.hf.modules import DEEPSEEK, MIMO, ModuleLayout, fits
 from mtp_lightning.checkpoint.hf.packings import Cell
-from mtp_lightning.checkpoint.hf.places import Parameter, num_base_layers, parameters_of
+from mtp_lightning.checkpoint.hf.places import BASE, Parameter, num_base_layers, parameters_of
+from mtp_lightning.checkpoint.hf.plan import listed
 from mtp_lightning.checkpoint.hf.tokenizer import carry_tokenizer
 from mtp_lightning.checkpoint.hf.weights import OutgoingWeights
 from mtp_lightning.checkpoint.layout import check_digests
@@ -58,7 +59,7 @@ def export_hf(path: Path, out: Path, *, dtype: DtypeName = "fp32", with_modules:
         section = recipe.model.model_copy(update={"num_layers": num_base_layers(parameters)})
         family, settings = settings_of(section)
         layout = _layout_of(recipe, family) if with_modules else None
-        cells = _cells_of(recipe, parameters, family, layout)
+        cells = cells_of(recipe, parameters, family, layout)
         settings |= _frame(recipe, family, layout, dtype)
         weights = OutgoingWeights(ShardReader(checkpoint), cells, section)
         read_bytes = sum(record.size_bytes for record in files.values())
@@ -105,10 +106,14 @@ def _layout_of(recipe: Recipe, family: Family) -> ModuleLayout:
     return layout
 
 
-def _cells_of(
+def cells_of(
     recipe: Recipe, parameters: dict[str, Parameter], family: Family, layout: ModuleLayout | None
 ) -> dict[str, Cell]:
-    """Find where each parameter goes that the format has a place for."""
+    """Find where each parameter goes that the format has a place for.
+
+    Raises:
+        CheckpointError: one that the scores depend on goes nowhere.
+    """
     cells, num_layers = {}, num_base_layers(parameters)
     for name, parameter in parameters.items():
         cell = FAMILIES[family].cell(parameter.place) if parameter.place else None
@@ -116,7 +121,22 @@ def _cells_of(
             cell = layout.cell(parameter.place, num_layers, concatenation=recipe.heads.concatenation)
         if cell is not None:
             cells[name] = cell
+    wanted = (*BASE, "modules.") if layout else BASE
+    lost = [name for name, one in parameters.items() if name not in cells and _is_wanted(one, wanted)]
+    if lost:
+        raise CheckpointError(
+            f"all that the scores depend on must have a place in the format of {family}",
+            f"none for {listed(lost)}",
+            "Export with --format consolidated",
+        )
     return cells
+
+
+def _is_wanted(parameter: Parameter, wanted: tuple[str, ...]) -> bool:
+    """Tell whether a parameter lies in one of some places, or is not known to be in another."""
+    if parameter.place is not None:
+        return parameter.place.startswith(wanted)
+    return not parameter.owner.startswith(("offset ", "unembedding"))
 
 
 def _frame(recipe: Recipe, family: Family, layout: ModuleLayout | None, dtype: DtypeName) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
-from mtp_lightning.checkpoint.exporting_hf import export_hf
+from mtp_lightning.checkpoint.exporting_hf import cells_of, export_hf
+from mtp_lightning.checkpoint.hf.modules import DEEPSEEK
+from mtp_lightning.checkpoint.hf.places import Parameter, parameters_of
 from mtp_lightning.checkpoint.importing import Wanted, import_folder
 from mtp_lightning.checkpoint.loading import load_model
 from mtp_lightning.cli import app
@@ -344,3 +346,27 @@ def test_a_trained_model_is_exported_with_its_own_settings(tmp_path):
     found = plain.unembedding.logits(1, plain.hidden_states(rows, torch.zeros_like(rows))[1])
     assert torch.equal(found, expected)
     assert SETTINGS["model_type"] == json.loads((tmp_path / "back/config.json").read_text())["model_type"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [
+        ("trunk.layers.0.mlp.up_proj.update", Parameter("layers.0.mlp.up_proj.update", (2, 2), "trunk")),
+        ("mixtures.1.weight", Parameter(None, (2,), "mixtures")),
+    ],
+)
+def test_nothing_that_the_next_token_depends_on_is_left_out(name, parameter):
+    recipe = tiny_recipe()
+    parameters = parameters_of(recipe)
+    assert len(cells_of(recipe, parameters, "llama", None)) < len(parameters)
+    with pytest.raises(CheckpointError, match=f"none for {name}"):
+        cells_of(recipe, parameters | {name: parameter}, "llama", None)
+
+
+def test_nothing_of_a_module_is_left_out():
+    recipe = tiny_recipe(heads={"kind": "sequential"})
+    parameters = parameters_of(recipe)
+    assert len(cells_of(recipe, parameters, "llama", DEEPSEEK)) == len(parameters)
+    name, unknown = "heads.blocks.0.update", Parameter("modules.0.layers.0.mlp.up_proj.update", (2, 2), "offset 2")
+    with pytest.raises(CheckpointError, match=f"none for {name}"):
+        cells_of(recipe, parameters | {name: unknown}, "llama", DEEPSEEK)

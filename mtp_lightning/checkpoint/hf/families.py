@@ -155,10 +155,11 @@ def _neox_cell(place: str) -> Cell | None:
     owner, _, kind = place.rpartition(".")
     if owner in NEOX_OUTSIDE:
         return Cell(f"{NEOX_OUTSIDE[owner]}.{kind}", PLAIN)
-    layer = LAYER.fullmatch(owner)
-    if layer is None or layer[2] not in NEOX_INSIDE:
+    layer = LAYER.fullmatch(place)
+    inner = layer[2].removesuffix(f".{kind}") if layer else ""
+    if layer is None or inner not in NEOX_INSIDE:
         return None
-    name, part = NEOX_INSIDE[layer[2]]
+    name, part = NEOX_INSIDE[inner]
     stored = f"gpt_neox.layers.{layer[1]}.{name}.{kind}"
     return Cell(stored, PLAIN) if part is None else Cell(stored, FUSED, part)
 

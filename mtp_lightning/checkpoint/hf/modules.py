@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtp_lightning.checkpoint.hf.packings import PLAIN, SWAPPED, Cell
-from mtp_lightning.checkpoint.hf.places import EXTRA, MODULE
+from mtp_lightning.checkpoint.hf.places import EXTRA, LAYER, MODULE
 from mtp_lightning.recipe.model_sections import HeadsSection
 
 
@@ -28,7 +28,7 @@ class ModuleLayout:
         """Find a place inside a module; `concatenation` is the model's own, None for that of the layout."""
         match = MODULE.fullmatch(place)
         beginning = next((own for own in self.names if match and match[2].startswith(own)), None)
-        if match is None or beginning is None:
+        if match is None or beginning is None or (beginning.startswith("layers.") and not LAYER.fullmatch(match[2])):
             return None
         name = self.names[beginning] + match[2].removeprefix(beginning)
         swaps = beginning == "eh_proj." and concatenation not in (None, self.heads["concatenation"])

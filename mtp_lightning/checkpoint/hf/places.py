@@ -10,7 +10,13 @@ from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe.layers import num_trunk_layers
 from mtp_lightning.recipe.sections import Recipe
 
-LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+BASE = ("embed_tokens.", "layers.", "norm.", "lm_head.")
+"""Beginnings of places in the model that predicts the next token."""
+INSIDE = (
+    r"(?:self_attn\.[qkvo]_proj|self_attn\.[qk]_norm|mlp\.(?:gate|up|down)_proj|input_layernorm|post_attention_layernorm)"
+    r"\.(?:weight|bias)"
+)
+LAYER = re.compile(rf"layers\.(\d+)\.({INSIDE})")
 MODULE = re.compile(r"modules\.(\d+)\.(.+)")
 EXTRA = re.compile(r"extra\.(\d+)\.(\d+)\.(.+)")
 

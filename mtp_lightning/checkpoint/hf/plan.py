@@ -94,7 +94,8 @@ def _origin(foreign: Foreign, parameter: Parameter, recipe: Recipe, init: Init) 
     if cell is not None:
         return Origin("loaded", cell)
     copied = copied_place(place, foreign.section.num_layers, recipe.heads.layers_per_head) if init == "copy" else None
-    return Origin("copied", foreign.base_cell(copied)) if copied else Origin("fresh", None)
+    cell = foreign.base_cell(copied) if copied else None
+    return Origin("copied", cell) if cell else Origin("fresh", None)
 
 
 def _left_over(foreign: Foreign, wanted: Collection[str], init: Init) -> list[str]:
