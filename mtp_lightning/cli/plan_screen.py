@@ -96,9 +96,10 @@ def cost_line(plan: Plan) -> str:
 
 def _parameters(plan: Plan) -> str:
     counts = plan.shape.parameters
+    added = {"low-rank updates": counts.lora, "mixtures": counts.mixtures}
     return (
         f"{short(counts.total)} ({counts.total:,}): trunk {short(counts.trunk)}, heads {short(counts.heads)}, "
-        f"unembedding {short(counts.unembedding)}"
+        f"unembedding {short(counts.unembedding)}" + "".join(f", {name} {short(n)}" for name, n in added.items() if n)
     )
 
 

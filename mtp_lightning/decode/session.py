@@ -46,11 +46,11 @@ class Session:
         self.shortest, self.longest, self.all_finished = 0, 0, False  # what the host knows
         self.catches_up = any(attentions(model, offset) for offset in self.drafting)
         self.valid = {offset: torch.zeros_like(self.cache.lengths) for offset in self.drafting}
-        read = {model.heads.source(offset) for offset in self.drafting} - {*self.drafting}
+        read = {model.source(offset) for offset in self.drafting} - {*self.drafting}
         self.anchors = self._allocate_anchors(read | ({*drafting} & {*self.path}))
 
     def _allocate_anchors(self, offsets: Collection[int]) -> dict[int, Tensor]:
-        """Hold the states that drafting begins from, at every position: (B, C, D) for each offset or `TRUNK`."""
+        """Hold the states that drafting begins from, at every position: (B, C, D) for each that `source` names."""
         shape = (*self.tokens.shape, self.model.section.width)
         weight = self.model.trunk.embed_tokens.weight
         return {offset: weight.new_zeros(shape) for offset in offsets}
@@ -61,12 +61,12 @@ class Session:
         return self.cache.lengths
 
     def run(self, fed: Tensor, window: Window) -> dict[int, Tensor]:
-        """Run trunk and main head over a window: (B, T) tokens -> one (B, T, D) per offset on the way, and `TRUNK`."""
+        """Run trunk and main head over a window: (B, T) tokens -> (B, T, D) per offset on the way, and the trunk's."""
         model = self.model
         embedded = model.trunk.embed_tokens(fed)  # (B, T, D)
-        states = {TRUNK: model.trunk(embedded, self.cache.geometry(window, TRUNK))}
+        states = model.trunk_states(embedded, self.cache.geometry(window, TRUNK))
         for offset in self.path:
-            source = model.heads.source(offset)
+            source = model.source(offset)
             context = HeadContext(self.cache.geometry(window, offset), embedded)
             states[offset] = model.heads(offset, model.read(offset, states[source]), context)
         return states

@@ -1,5 +1,7 @@
 """One transformer layer of the Llama or GPT-NeoX type; names are HF's for Llama, so that export is a renaming."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -100,11 +102,15 @@ class LayerStack(nn.ModuleList):
         super().__init__(Layer(section) for _ in range(num_layers))
         self.recompute = recompute
 
-    def forward(self, hidden: Tensor, geometry: Geometry) -> Tensor:
-        """Run every layer: (B, T, D) -> (B, T, D)."""
-        for layer in self:
+    def forward(
+        self, hidden: Tensor, geometry: Geometry, *, seen: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """Run every layer: (B, T, D) -> (B, T, D); `seen` is shown the number and the output of each."""
+        for number, layer in enumerate(self):
             if self.recompute and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, geometry, use_reentrant=False)
             else:
                 hidden = layer(hidden, geometry)
+            if seen is not None:
+                seen(number, hidden)
         return hidden

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from mtp_lightning.model.geometry import Geometry, document_geometry, window_geometry
 from mtp_lightning.model.heads import KINDS, TRUNK, HeadContext
 from mtp_lightning.model.layers import Layer
+from mtp_lightning.model.lora import add_updates, initialise_update
+from mtp_lightning.model.roles import LORA, role_of
 from mtp_lightning.model.trunk import Trunk
 from mtp_lightning.model.unembedding import Unembedding
+from mtp_lightning.model.weighted_states import Mixture, Sums
+from mtp_lightning.recipe.adapt_rules import mixing_offsets
 from mtp_lightning.recipe.layers import num_trunk_layers
 from mtp_lightning.recipe.sections import Recipe
 
@@ -34,6 +38,14 @@ class MtpModel(nn.Module):
             recompute = recipe.heads.kind == "recursive"
         self.heads = KINDS[recipe.heads.kind](recipe.model, recipe.heads, recompute=recompute)
         self.unembedding = Unembedding(recipe, self.heads)
+        self.mixtures = nn.ModuleDict(
+            {str(offset): Mixture(num_trunk_layers(recipe), section) for offset in mixing_offsets(recipe)}
+            if (section := recipe.adapt.weighted_states)
+            else {}
+        )
+        if (lora := recipe.adapt.lora) is not None:
+            for part in (self.trunk, self.heads) if lora.in_heads else (self.trunk,):
+                add_updates(part, lora)
         self.tie_embeddings()
 
     def tie_embeddings(self) -> None:
@@ -61,6 +73,22 @@ class MtpModel(nn.Module):
             embedded = embedded.detach()
         return HeadContext(geometry, embedded)
 
+    def source(self, offset: int) -> int:
+        """Name what an offset reads: another offset, `TRUNK`, or by its own number, negative, its mixture of layers."""
+        return -offset if str(offset) in self.mixtures else self.heads.source(offset)
+
+    def readers(self, state: int) -> list[int]:
+        """Offsets that read a state; the inverse of `source`."""
+        return [offset for offset in self.heads.offsets if self.source(offset) == state]
+
+    def trunk_states(self, embedded: Tensor, geometry: Geometry) -> dict[int, Tensor]:
+        """Run the trunk: (B, T, D) -> one (B, T, D) for each of its states that `source` names, and `TRUNK`."""
+        if not self.mixtures:
+            return {TRUNK: self.trunk(embedded, geometry)}
+        sums = Sums({-int(offset): mixture() for offset, mixture in self.mixtures.items()})
+        last = self.trunk(embedded, geometry, seen=sums.add)
+        return {TRUNK: last, **sums.states}
+
     def read(self, offset: int, state: Tensor) -> Tensor:
         """What an offset reads of the state of its source, normed or cut off: (B, T, D) -> (B, T, D)."""
         if self.heads.is_cut_off(offset):
@@ -79,10 +107,10 @@ class MtpModel(nn.Module):
         geometry = self.geometry(documents, like=embedded)
         context = self.context(embedded, geometry)
         num_positions = documents.shape[1] - self.num_offsets
-        states = {TRUNK: self.trunk(embedded[:, :num_positions], geometry)}
+        states = self.trunk_states(embedded[:, :num_positions], geometry)
         for offset in self.heads.order:
             if offsets is None or offset in offsets:
-                source = self.read(offset, states[self.heads.source(offset)])
+                source = self.read(offset, states[self.source(offset)])
                 states[offset] = self.heads(offset, source, context)
         return {offset: states[offset] for offset in self.heads.offsets if offset in states}
 
@@ -116,7 +144,8 @@ def initialise(model: MtpModel, recipe: Recipe, *, whole: Whole = _as_they_are) 
 
     Matrices are normal; those that write into the residual stream are scaled down by sqrt(2 x layers). Norms
     start at one, biases at zero, linear heads at the identity, Medusa's maps at zero. Replicated unembeddings
-    start as copies of the first. `whole` makes parameters that are sharded over ranks whole for a while.
+    start as copies of the first, low-rank updates as none. `whole` makes parameters that are sharded over ranks whole
+    for a while.
     """
     for name, parameter in model.named_parameters():
         with whole([parameter]):
@@ -131,8 +160,13 @@ def initialise(model: MtpModel, recipe: Recipe, *, whole: Whole = _as_they_are) 
 @torch.no_grad()
 def initialise_parameter(name: str, parameter: Tensor, recipe: Recipe) -> None:
     """Set one parameter of the recipe's model, in place, as `initialise` says; replicated matrices apart."""
-    if parameter.dim() == 1:
+    if parameter.dim() == 1 and role_of(name) == "mixtures":
+        assert recipe.adapt.weighted_states is not None
+        parameter.fill_(recipe.adapt.weighted_states.init)
+    elif parameter.dim() == 1:
         parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    elif role_of(name) == LORA:
+        initialise_update(name, parameter, _generator_of(name, parameter, recipe))
     elif name.startswith("heads.") and recipe.heads.kind == "linear":
         nn.init.eye_(parameter)
     elif name.startswith("heads.") and recipe.heads.kind == "medusa":
@@ -141,8 +175,12 @@ def initialise_parameter(name: str, parameter: Tensor, recipe: Recipe) -> None:
         std = recipe.model.init_std
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * recipe.model.num_layers)
-        digest = hashlib.sha256(f"{recipe.run.seed}:{name}".encode()).digest()
-        generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = _generator_of(name, parameter, recipe)
         exact = torch.promote_types(parameter.dtype, torch.float32)
         drawn = torch.empty(parameter.shape, dtype=exact, device=parameter.device)
         parameter.copy_(drawn.normal_(0.0, std, generator=generator))
+
+
+def _generator_of(name: str, parameter: Tensor, recipe: Recipe) -> torch.Generator:
+    digest = hashlib.sha256(f"{recipe.run.seed}:{name}".encode()).digest()
+    return torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))

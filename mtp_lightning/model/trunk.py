@@ -1,5 +1,7 @@
 """The trunk: token embedding and every layer before the heads."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from mtp_lightning.model.geometry import Geometry
@@ -15,7 +17,9 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(section.vocabulary, section.width)
         self.layers = LayerStack(section, num_layers, recompute=recompute)
 
-    def forward(self, embedded: Tensor, geometry: Geometry) -> Tensor:
-        """Run the layers on embedded tokens: (B, T, D) -> (B, T, D)."""
-        hidden: Tensor = self.layers(embedded, geometry)
+    def forward(
+        self, embedded: Tensor, geometry: Geometry, *, seen: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """Run the layers on embedded tokens: (B, T, D) -> (B, T, D); `seen` is shown each layer's number and output."""
+        hidden: Tensor = self.layers(embedded, geometry, seen=seen)
         return hidden

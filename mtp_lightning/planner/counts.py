@@ -1,8 +1,9 @@
 """Parameters of a recipe's model by role, and how many of them each position is multiplied by."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from mtp_lightning.recipe.adapt_rules import mixing_offsets
 from mtp_lightning.recipe.layers import num_head_layers, num_trunk_layers
 from mtp_lightning.recipe.model_sections import HeadsSection, ModelSection
 from mtp_lightning.recipe.sections import Recipe
@@ -36,40 +37,47 @@ class ParameterCounts:
     trunk: int
     heads: int
     unembedding: int
+    lora: int = 0
+    mixtures: int = 0
 
     @property
     def total(self) -> int:
         """All parameters of the model."""
-        return self.trunk + self.heads + self.unembedding
+        return self.trunk + self.heads + self.unembedding + self.lora + self.mixtures
 
 
 def parameter_counts(recipe: Recipe) -> ParameterCounts:
     """Count the parameters that training updates and a checkpoint holds.
 
     >>> parameter_counts(Recipe())
-    ParameterCounts(trunk=3279104, heads=3213312, unembedding=66048)
+    ParameterCounts(trunk=3279104, heads=3213312, unembedding=66048, lora=0, mixtures=0)
     """
     embedding = recipe.model.vocabulary * recipe.model.width
     return ParameterCounts(
         trunk=embedding + (num_trunk_layers(recipe) * layer_weights(recipe.model)).total,
         heads=head_weights(recipe).total,
         unembedding=unembedding_weights(recipe).total,
+        lora=update_weights(recipe).total,
+        mixtures=len(mixing_offsets(recipe)) * num_trunk_layers(recipe),
     )
 
 
 def trainable_parameters(recipe: Recipe) -> int:
-    """Count the parameters that have gradients and optimizer state: all, or those that only unfrozen offsets use.
+    """Count the parameters that have gradients and optimizer state: all, or those that are not frozen.
+
+    Of a number of offsets that are trained, those count that no frozen offset uses, and what an adaptation adds.
 
     >>> heads = {"kind": "sequential", "trainable_from": 4, "match_parameters": False}
     >>> trainable_parameters(Recipe.model_validate({"heads": heads}))
     935168
     """
-    first = recipe.heads.trainable_from
-    if first is None:
-        return parameter_counts(recipe).total
-    frozen = recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"num_offsets": first - 1})})
-    parts = (head_weights, unembedding_weights)
-    return sum(part(recipe).total - part(frozen).total for part in parts)
+    first, counts = recipe.heads.trainable_from, asdict(parameter_counts(recipe))
+    frozen = {*recipe.adapt.frozen, *(["trunk"] if first or recipe.adapt.lora else [])}
+    if first is not None:
+        before = recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"num_offsets": first - 1})})
+        counts["heads"] -= head_weights(before).total
+        counts["unembedding"] -= unembedding_weights(before).total
+    return sum(count for role, count in counts.items() if role not in frozen)
 
 
 def bucket_entries(recipe: Recipe) -> int:
@@ -98,6 +106,7 @@ def active_parameters(recipe: Recipe) -> int:
     return (
         (num_trunk_layers(recipe) * layer_weights(recipe.model)).matrices
         + head_runs(recipe.heads) * head_weights(recipe).matrices
+        + active_updates(recipe)
         + num_products * recipe.model.vocabulary * recipe.model.width
     )
 
@@ -118,6 +127,32 @@ def layer_weights(model: ModelSection) -> Weights:
         matrices=width * (2 * queries + 2 * keys + (num_inner + 1) * inner),
         vectors=2 * norm_vectors(model) + biases + head_norms,
     )
+
+
+def update_weights(recipe: Recipe) -> Weights:
+    """Count the low-rank updates of all layers."""
+    lora = recipe.adapt.lora
+    num_layers = num_trunk_layers(recipe) + (num_head_layers(recipe) if lora and lora.in_heads else 0)
+    return Weights(num_layers * update_weights_of_layer(recipe))
+
+
+def active_updates(recipe: Recipe) -> int:
+    """Count the entries of low-rank updates that a position is multiplied by on its way to all losses."""
+    lora, in_heads = recipe.adapt.lora, head_runs(recipe.heads) * num_head_layers(recipe)
+    return (num_trunk_layers(recipe) + (in_heads if lora and lora.in_heads else 0)) * update_weights_of_layer(recipe)
+
+
+def update_weights_of_layer(recipe: Recipe) -> int:
+    """Count the low-rank updates of one layer: rank x (width in + width out) each.
+
+    >>> update_weights_of_layer(Recipe.model_validate({"adapt": {"lora": {"rank": 2, "targets": ["q"]}}}))
+    1024
+    """
+    model, lora = recipe.model, recipe.adapt.lora
+    queries = model.num_attention_heads * model.resolved_head_width
+    keys, inner = model.resolved_key_value_heads * model.resolved_head_width, model.resolved_mlp_width
+    other_side = {"q": queries, "k": keys, "v": keys, "o": queries, "gate": inner, "up": inner, "down": inner}
+    return lora.rank * sum(model.width + other_side[target] for target in lora.targets) if lora else 0
 
 
 def norm_vectors(model: ModelSection) -> int:

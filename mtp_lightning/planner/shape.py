@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from mtp_lightning.planner.counts import (
     ParameterCounts,
+    active_updates,
     head_runs,
     head_weights,
     layer_weights,
@@ -57,6 +58,7 @@ class Shape:
     vocabulary: int
     num_matrices: int = 1  # V x D unembedding matrices
     num_products: int = 1  # products with a V x D matrix per position
+    num_updates: int = 0  # entries of low-rank updates that a position is multiplied by
     window_tokens: int
     attends_in_document: bool = False  # by a mask, with which no part of the products is skipped
 
@@ -74,7 +76,7 @@ class Shape:
     def active_parameters(self) -> int:
         """Matrix entries that a position is multiplied by on its way to all losses."""
         heads = self.heads.runs * self.heads.matrices
-        return self.num_trunk_layers * self.layer.matrices + heads + self.num_products * self.matrix
+        return self.num_trunk_layers * self.layer.matrices + heads + self.num_products * self.matrix + self.num_updates
 
     @property
     def flops_per_position(self) -> int:
@@ -106,6 +108,7 @@ def shape_of(recipe: Recipe) -> Shape:
         vocabulary=recipe.model.vocabulary,
         num_matrices=(heads.num_offsets if heads.unembedding == "replicated" else 1) + extra,
         num_products=heads.num_offsets + extra,
+        num_updates=active_updates(recipe),
         window_tokens=recipe.data.window_tokens,
         attends_in_document=recipe.data.attention == "document",
     )

@@ -67,6 +67,7 @@ NOTED: dict[str, str] = {
 REASONS: dict[str, str] = {
     "model": "the checkpoint holds the tensors of another model",
     "heads": "the checkpoint holds the tensors of other heads",
+    "adapt": "other parts would be frozen, or other tensors trained than the checkpoint holds",
     "objective": "the rest of the run would minimise another loss",
     "data": "the rest of the run would read other tokens",
     "batch": "the position in the data would mean another batch",

@@ -7,7 +7,7 @@ from mtp_lightning.recipe.sections import Recipe
 def _turns_pairs(recipe: Recipe) -> bool:
     """Leave heads of an odd width to the rule about these."""
     model = recipe.model
-    if model.rotary_share == 1 or model.width % model.num_attention_heads and model.head_width is None:
+    if model.rotary_share == 1 or (model.width % model.num_attention_heads and model.head_width is None):
         return True
     return model.rotary_width >= 2 and model.rotary_width % 2 == 0
 

@@ -25,6 +25,8 @@ class PhaseSection(Section):
     """Go on with the optimizer's state of the phase before, which must have trained the same parameters."""
     heads: dict[str, Any] = Field(default_factory=dict)
     """Changes of `heads`: `trainable_from` and `isolate_trunk`."""
+    adapt: dict[str, Any] = Field(default_factory=dict)
+    """Changes of `adapt`; updates and mixtures of a phase cannot be left out by those after it."""
     objective: dict[str, Any] = Field(default_factory=dict)
     """Changes of `objective`."""
     data: dict[str, Any] = Field(default_factory=dict)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mtp_lightning.errors import CheckpointError, Fault, RecipeError
+from mtp_lightning.recipe.adapt_rules import added_by
 from mtp_lightning.recipe.checking import check_fields
 from mtp_lightning.recipe.extending import extended_recipe
 from mtp_lightning.recipe.phase_sections import FOLDER, PhaseSection
@@ -15,7 +16,7 @@ from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.recipe.tree import Node, merge, node_of
 from mtp_lightning.recipe.words import one_of
 
-CHANGED_SECTIONS = ("heads", "objective", "data", "batch", "optimizer", "run")
+CHANGED_SECTIONS = ("heads", "adapt", "objective", "data", "batch", "optimizer", "run")
 CHANGED_FIELDS: Mapping[str, frozenset[str]] = {
     "heads": frozenset({"trainable_from", "isolate_trunk"}),
     "run": frozenset(
@@ -114,7 +115,7 @@ def _walk(recipe: Recipe, tree: Node) -> Iterator[_Step]:
         broken = [] if checked.faults else check_rules(checked.recipe)
         faults += [_placed(fault, name, written) for fault in (*checked.faults, *broken)]
         phase = Phase(number, name, checked.recipe)
-        faults += _optimizer_faults(former, phase, section, written)
+        faults += [*_optimizer_faults(former, phase, section, written), *_adapt_faults(former, phase, written)]
         former = phase
         yield _Step(phase, faults)
 
@@ -221,11 +222,32 @@ def _optimizer_faults(former: Phase | None, phase: Phase, section: PhaseSection,
     ]
 
 
+def _adapt_faults(former: Phase | None, phase: Phase, written: Node) -> list[Fault]:
+    """Name what the phase before has added to the model and this one would lose."""
+    if former is None:
+        return []
+    before, after = added_by(former.recipe), added_by(phase.recipe)
+    return [
+        Fault(
+            path=f"{FOLDER}.{phase.name}.adapt.{name}",
+            must_hold="must add to the model what the phase before has added",
+            found=f"{former.name} with {what}, {phase.name} with {after.get(name) or 'none'}",
+            origin=written.origin_at(("adapt", name)) or written.origin,
+            remedy=f"Set adapt.{name} for the whole recipe, or give it in {phase.name} as in {former.name}.",
+        )
+        for name, what in before.items()
+        if what != after.get(name)
+    ]
+
+
 def trained(recipe: Recipe) -> tuple[Any, ...]:
     """Say which parameters a recipe trains, so that equal answers mean the same ones."""
-    return (recipe.heads.trainable_from, recipe.heads.num_offsets)
+    frozen = tuple(sorted({*recipe.adapt.frozen}))
+    return (recipe.heads.trainable_from, recipe.heads.num_offsets, frozen, added_by(recipe))
 
 
 def _spelled(recipe: Recipe) -> str:
     first, n = recipe.heads.trainable_from, recipe.heads.num_offsets
-    return f"all of {n} offsets" if first is None else f"offsets {first} to {n}"
+    parts = [f"all of {n} offsets" if first is None else f"offsets {first} to {n}"]
+    parts += [f"without {', '.join(sorted({*recipe.adapt.frozen}))}"] if recipe.adapt.frozen else []
+    return " and ".join([*parts, *added_by(recipe).values()])

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mtp_lightning.errors import Fault
+from mtp_lightning.recipe.adapt_rules import ADAPT_RULES
 from mtp_lightning.recipe.data_rules import DATA_RULES
 from mtp_lightning.recipe.data_sections import MIXTURE_BLOCK_ROWS
 from mtp_lightning.recipe.layers import num_layers_from_trunk, num_trunk_layers
@@ -369,6 +370,7 @@ RULES: tuple[Rule, ...] = (
         remedy="Choose a smaller seed.",
     ),
     *MODEL_RULES,
+    *ADAPT_RULES,
     *DATA_RULES,
     *STRATEGY_RULES,
 )

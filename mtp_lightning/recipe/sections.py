@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mtp_lightning.recipe.adapt_sections import AdaptSection
 from mtp_lightning.recipe.data_sections import BatchSection, DataSection
 from mtp_lightning.recipe.model_sections import HeadsSection, ModelSection
 from mtp_lightning.recipe.objective_sections import ObjectiveSection
@@ -16,7 +17,9 @@ class OptimizerSection(Section):
 
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
-    lr_scale: dict[Literal["trunk", "heads", "unembedding"], PositiveFloat] = Field(default_factory=dict)
+    lr_scale: dict[Literal["trunk", "heads", "unembedding", "lora", "mixtures"], PositiveFloat] = Field(
+        default_factory=dict
+    )
     """Factors on the learning rate by role, e.g. {heads: 4}."""
     betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
     """Decay rates of AdamW's two moments."""
@@ -166,6 +169,8 @@ class Recipe(Section):
     """Shape of the trunk."""
     heads: HeadsSection = HeadsSection()
     """Offsets and head kind."""
+    adapt: AdaptSection = AdaptSection()
+    """What of a pretrained model is frozen, and what is added to it."""
     objective: ObjectiveSection = ObjectiveSection()
     """Losses and schedule."""
     data: DataSection = DataSection()

@@ -52,6 +52,8 @@ def _entries(option: Option) -> tuple[str, str]:
     entry = options_of(option.entry)[0]
     if entry.type is Any:
         return "anything", "anything"
+    if entry.choices:
+        return one_of(entry.choices), f"words out of {one_of(entry.choices, 'and')}"
     plural = {int: "whole numbers", float: "numbers", str: "texts"}[entry.type]
     return _allowed_by(entry), f"{plural}{_bounds(entry)}"
 

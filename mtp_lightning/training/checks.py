@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.losses.targets import IGNORE, count_targets, oracle_targets
+from mtp_lightning.model.lora import DOWN, UP
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.training.fragments import Fragment, listed
@@ -160,7 +161,7 @@ class GradientArrival:
         return float(gradient[index].abs())
 
     def _idle(self, weights: list[float]) -> set[str]:
-        """Parameters that serve only offsets of weight 0."""
+        """Parameters that serve only offsets of weight 0, and halves of low-rank updates whose other is zero yet."""
         heads, unembedding = self.model.heads, self.model.unembedding
         users: dict[int, set[int]] = {}  # id of a parameter -> offsets that it serves
         for offset in heads.offsets:
@@ -169,12 +170,14 @@ class GradientArrival:
             for parameter in unembedding.parameters_of(offset):
                 users.setdefault(id(parameter), set()).add(offset)
         active = {offset for offset, weight in enumerate(weights, start=1) if weight > 0}
-        return {
+        idle = {
             name for name, parameter in self.model.named_parameters() if not users.get(id(parameter), active) & active
         }
+        return idle | {name for name in self.pending if name.removesuffix(DOWN) + UP in self.pending and DOWN in name}
 
     def _own_parameters(self, offset: int) -> Iterable[Tensor]:
-        for module in self.model.heads.modules_of(offset):
+        mixture = [self.model.mixtures[str(offset)]] if str(offset) in self.model.mixtures else []
+        for module in [*self.model.heads.modules_of(offset), *mixture]:
             yield from module.parameters()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mtp_lightning.checkpoint.reader_view import Reader
 from mtp_lightning.checkpoint.shards import WEIGHT, Piece
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.model.roles import ROLES, role_of
 from mtp_lightning.ranks import Ranks
 
 PREFIX = "model."  # of the model's parameters inside the LightningModule
@@ -94,14 +95,6 @@ def gradient_norms(
     *norms, of_loss = squares.sqrt() / loss_scale
     of_roles = {role: norm for role, norm, is_in in zip(ROLES, norms, is_there[:-1].tolist(), strict=True) if is_in}
     return of_roles | {"all": torch.stack(norms).norm() + of_loss}
-
-
-ROLES = ("trunk", "heads", "unembedding")
-
-
-def role_of(parameter_name: str) -> str:
-    """Role of a parameter of `MtpModel` by its name; a tied matrix is the trunk's embedding."""
-    return parameter_name.split(".", 1)[0]
 
 
 def moments_of(state: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:

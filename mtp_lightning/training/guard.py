@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,6 +60,17 @@ class Drift:
             f"the main head's loss has changed by {self.loss_change:+.4f} nats (95 % interval {self.low:+.4f} to "
             f"{self.high:+.4f}), KL {self.kl:.4f}, {self.flips:.1%} of its likeliest tokens are others"
         )
+
+
+@contextmanager
+def evaluating(model: MtpModel) -> Iterator[None]:
+    """Let the model compute the same each time, without dropout, inside the body."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import count_targets, shifted_targets
 from mtp_lightning.losses.weights import offset_weights
-from mtp_lightning.model.freezing import freeze_before
+from mtp_lightning.model.freezing import first_taught, freeze
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.sections import Recipe
@@ -52,8 +52,7 @@ class MtpLightningModule(L.LightningModule):
         """Build the model once, as the strategy wants it."""
         if not hasattr(self, "model"):
             self.model = self.strategy.build_model(self.recipe)
-            if self.recipe.heads.trainable_from is not None:
-                freeze_before(self.model, self.recipe.heads.trainable_from)
+            freeze(self.model, self.recipe)
             if self.recipe.objective.compile:
                 self.model.compile_layers()
 
@@ -160,7 +159,7 @@ class MtpLightningModule(L.LightningModule):
             check_targets(batch["tokens"], batch["documents"], batch.get("loss_mask"), targets)
             self.num_checked_steps += 1
         weights = offset_weights(self.recipe.objective.weights, len(targets), step, self.recipe.run.steps)
-        num_frozen = (self.recipe.heads.trainable_from or 1) - 1
+        num_frozen = first_taught(self.recipe) - 1
         weights[:num_frozen] = [0.0] * num_frozen
         objective = self._objective(targets, batch["documents"], weights, predicts=self._is_logged(step + 1))
         check_counts(objective.counts, weights)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.errors import TrainingError
+from mtp_lightning.model.roles import ROLES, role_of
 from mtp_lightning.recipe.sections import OptimizerSection
-from mtp_lightning.training.fragments import ROLES, role_of, whole_shape
+from mtp_lightning.training.fragments import whole_shape
 
 
 def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:

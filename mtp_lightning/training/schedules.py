@@ -5,6 +5,7 @@ sequential  one head at a time: forward, chunked loss, backward, freed; the trun
 bridged     ordinary graph up to the hidden states, one node for all chunked losses, one backward
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -45,14 +46,14 @@ def sequential(model: MtpModel, batch: MicroBatch, objective: Objective, backwar
     geometry = model.geometry(batch.documents, like=embedded)
     leaf = embedded.detach().requires_grad_(model.heads.reads_tokens and embedded.requires_grad)
     walk = _Walk(model, model.context(leaf, geometry), Terms(model, batch, objective), backward)
-    state = model.trunk(embedded[:, : batch.targets.shape[2]], geometry)
-    below = walk.descend(TRUNK, state)
+    states = model.trunk_states(embedded[:, : batch.targets.shape[2]], geometry)
+    below = walk.descend_all(states)
     walk.teach_back(below)
-    if state.requires_grad:
-        last = walk.pulled(state, below)
+    pulls = [walk.pulled(states[name], below[name]) for name in below if states[name].requires_grad]
+    if pulls:
         if leaf.grad is not None:
-            last = last + walk.pulled(embedded, leaf)
-        backward(last)
+            pulls.append(walk.pulled(embedded, leaf))
+        backward(functools.reduce(torch.add, pulls))
     return walk.terms.losses()
 
 
@@ -65,12 +66,17 @@ class _Walk:
         self.main_rms: Tensor | None = None
         self.teacher: Tensor | None = None  # leaf of the main head's state: known before any other offset's loss
 
+    def descend_all(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Run all heads from the trunk's states that any of them reads, the main head's first; return their leaves."""
+        roots = dict.fromkeys(self.model.source(offset) for offset in self.needed)
+        return {name: self.descend(name, states[name]) for name in roots if name in states}
+
     def descend(self, offset: int, state: Tensor) -> Tensor:
         """Run everything that depends on a state, (B, T, D); return a leaf that holds the gradient of it."""
         leaf = state.detach().requires_grad_(state.requires_grad)
         if offset == 1:
             self._meet_teacher(leaf)
-        readers = [reader for reader in self.model.heads.readers(offset) if reader in self.needed]
+        readers = [reader for reader in self.model.readers(offset) if reader in self.needed]
         if offset == 1 and readers and self.terms.objective.is_balanced:
             self._measure_main(leaf)
         for reader in readers:
@@ -81,21 +87,22 @@ class _Walk:
                 leaf.grad = gradient.grad
             elif hidden.requires_grad:
                 self.backward(self.pulled(hidden, gradient))
-        if offset != TRUNK and self.terms.wants(leaf):
+        if offset > TRUNK and self.terms.wants(leaf):
             loss = self._loss(offset, leaf)
             if loss.requires_grad:
                 self.backward(loss)
         return leaf
 
-    def teach_back(self, trunk: Tensor) -> None:
+    def teach_back(self, below: dict[int, Tensor]) -> None:
         """Hand on what the teacher has learnt from the comparisons, if anything, down to a leaf of the trunk's state.
 
         All of them must be over, and by then most graphs that end in the main head are gone: it is run once more.
         """
         if self.teacher is None or self.teacher.grad is None:
             return
-        hidden = trunk
-        for offset in self.model.heads.path(1):
+        path = self.model.heads.path(1)
+        hidden = below[self.model.source(path[0])]
+        for offset in path:
             hidden = self.model.heads(offset, self.model.read(offset, hidden), self.context)
         self.backward(self.pulled(hidden, self.teacher))
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from mtp_lightning.checkpoint.folder import read_state
 from mtp_lightning.checkpoint.reader_view import Reader
 from mtp_lightning.checkpoint.shard_reader import ShardReader
+from mtp_lightning.checkpoint.shards import WEIGHT
 from mtp_lightning.model.mtp_model import MtpModel, build_model, initialise
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.sections import Recipe
@@ -312,7 +313,8 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
             fragment.read_from(reader)
         if self.stage < 3:
             for name, p in self.named_parameters():
-                p.copy_(reader.read(name).view(p.shape))
+                if WEIGHT in reader.kinds(name):
+                    p.copy_(reader.read(name).view(p.shape))
             return
         own = {part.name: part for part in self._parts()}
         for name, p in self.named_parameters():

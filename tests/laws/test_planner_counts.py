@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_lightning.model.freezing import freeze_before
 from mtp_lightning.model.mtp_model import MtpModel, build_model
+from mtp_lightning.model.roles import role_of
 from mtp_lightning.planner.counts import active_parameters, parameter_counts, trainable_parameters
 from mtp_lightning.recipe.loading import load_recipe
-from mtp_lightning.training.optimizer import role_of
 from tests.support.tiny import HEAD_KINDS, NEOX, tiny_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))

@@ -112,6 +112,8 @@ VALUES = (
     Case("wrong_item_of_optional_list", "objective:\n  weights: {kind: constant, values: [1, -1, 1, 1]}\n"),
     Case("empty_list", "data:\n  corpus: []\n"),
     Case("list_too_short", "optimizer:\n  betas: [0.9]\n"),
+    Case("empty_list_of_words", "adapt:\n  lora: {targets: []}\n"),
+    Case("wrong_word_in_a_list", "adapt:\n  lora: {targets: [q, value]}\n"),
     Case("list_for_mapping", "optimizer:\n  lr_scale: [1, 4]\n"),
     Case("wrong_entry_of_mapping", "optimizer:\n  lr_scale: {heads: 0}\n"),
     Case("text_for_free_mapping", "strategy:\n  deepspeed: fast\n"),
@@ -184,6 +186,19 @@ RULES = (
         "strategy.kind=zero2",
         "strategy.deepspeed={gradient_clipping: 0.5, zero_optimization: {stage: 3, reduce_bucket_size: 5}}",
     ),
+    _broken("everything_frozen", "adapt.frozen=[trunk, heads, unembedding]"),
+    _broken("gate_of_a_gelu", "adapt.lora={targets: [q, gate]}", "model.mlp=gelu"),
+    _broken("target_named_twice", "adapt.lora={targets: [q, v, q]}"),
+    _broken("updates_in_heads_without_layers", "adapt.lora={in_heads: true}", "heads.kind=medusa"),
+    _broken(
+        "dropout_in_a_taught_teacher",
+        "adapt.lora={in_heads: true, dropout: 0.1}",
+        "objective.distill={detach_teacher: false}",
+    ),
+    _broken("mixtures_that_nobody_reads", "adapt.weighted_states={main_head: false}", "heads.kind=sequential"),
+    _broken("mixture_of_one_layer", "adapt.weighted_states={}", "model.num_layers=5"),
+    _broken("mixture_of_a_frozen_head", "adapt.weighted_states={}", "heads.trainable_from=2"),
+    _broken("mixtures_of_an_isolated_trunk", "adapt.weighted_states={}", "heads.isolate_trunk=true"),
     _broken("fp16_without_zero", "run.precision=fp16"),
     _broken("fp16_on_the_cpu", "run.precision=fp16", "strategy.kind=zero1", "run.device=cpu"),
 )
@@ -205,6 +220,10 @@ PHASES = (
         "  three:\n    extend_to: 3\n"
         "  trains_nothing:\n    heads: {trainable_from: 2}\n"
         "    objective: {weights: {kind: lambda, start: 0, end: 0}}\n",
+    ),
+    Case(
+        "phase_that_loses_updates",
+        "phases:\n  joint:\n    adapt: {lora: {rank: 4}}\n  larger:\n    adapt: {lora: {rank: 8}}\n  none: {}\n",
     ),
     Case("phase_with_a_foreign_section", "phases:\n  third:\n    model: {width: 8}\n"),
     Case("phases_that_cannot_chain", "phases:\n  eight:\n    extend_to: 8\n"),

@@ -40,7 +40,7 @@ class Heads(nn.Module, ABC):
 
     @abstractmethod
     def source(self, offset: int) -> int:
-        """Name the offset whose state this one reads, or `TRUNK`."""
+        """Name the offset whose state this one reads, or `TRUNK` (or a mixture of the trunk's layers in its place)."""
 
     @abstractmethod
     def forward(self, offset: int, state: Tensor, context: HeadContext) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.launch.stopping import StopRequest
+from mtp_lightning.model.freezing import freezes
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.callbacks.checkpoints import Checkpoints
 from mtp_lightning.training.callbacks.early_stop import EarlyStop
@@ -39,7 +40,7 @@ def build_callbacks(
     return [
         Stragglers(),
         *([StartFrom(recipe, Path(recipe.run.start_from))] if recipe.run.start_from else []),
-        *([Frozen()] if recipe.heads.trainable_from else []),
+        *([Frozen()] if freezes(recipe) else []),
         Rollbacks(run_folder),
         *([MainHeadGuard(recipe, recipe.run.guard)] if recipe.run.guard else []),
         *([EarlyStop(recipe.run.early_stop)] if recipe.run.early_stop else []),

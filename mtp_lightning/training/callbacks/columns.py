@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 
+from mtp_lightning.model import roles as model_roles
+
 GUARD_FIGURES = ("nll_change", "nll_change_low", "nll_change_high", "kl", "flips")
-ROLES = ("trunk", "heads", "unembedding", "all")
+ROLES = (*model_roles.ROLES, "all")
 
 
 def metric_columns(num_offsets: int, sources: Iterable[str] = ()) -> list[str]:

@@ -12,7 +12,7 @@ from mtp_lightning.data.dataset import ValidationBatches
 from mtp_lightning.data.progress import say
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.recipe.sections import GuardSection, Recipe
-from mtp_lightning.training.guard import Drift, Record, Rows, drift_of, drift_sums, record
+from mtp_lightning.training.guard import Drift, Record, Rows, drift_of, drift_sums, evaluating, record
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.strategy import RunStrategy
 
@@ -41,7 +41,7 @@ class MainHeadGuard(Callback):
         self._looked_step = trainer.global_step
         if self._reference is None:
             module, ranks = cast(MtpLightningModule, pl_module), cast(RunStrategy, trainer.strategy).ranks
-            with module.autocast():
+            with module.autocast(), evaluating(module.model):
                 own = [record(module.model, rows) for rows in self._rows(trainer)]
             parts = [part for of_rank in ranks.gather(own) for part in of_rank]
             self._reference = Record(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
@@ -80,7 +80,7 @@ class MainHeadGuard(Callback):
         ranks = cast(RunStrategy, trainer.strategy).ranks
         first = ranks.rank * (len(self._reference.losses) // ranks.size)
         sums = torch.zeros(6, dtype=torch.float64, device=module.device)
-        with module.autocast():
+        with module.autocast(), evaluating(module.model):
             for rows in self._rows(trainer):
                 there = slice(first, first + len(rows.tokens))
                 sums += drift_sums(module.model, rows, Record(*(tensor[there] for tensor in self._reference)))

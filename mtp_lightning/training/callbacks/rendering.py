@@ -8,6 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mtp_lightning.model.freezing import ADDED
 from mtp_lightning.training.callbacks.columns import ROLES
 from mtp_lightning.training.progress import Progress, bits_unit
 
@@ -56,7 +57,8 @@ def _offset_row(progress: Progress, k: int) -> list[str]:
 def status_lines(progress: Progress) -> list[str]:
     """State the run in short lines."""
     train = progress.train
-    norms = "  ".join(f"{role} {number(train.get(f'grad_norm/{role}'), '.2g')}" for role in ROLES)
+    roles = [role for role in ROLES if role not in ADDED or f"grad_norm/{role}" in train]
+    norms = "  ".join(f"{role} {number(train.get(f'grad_norm/{role}'), '.2g')}" for role in roles)
     lines = [
         f"grad norm  {norms}   lr {number(train.get('lr'), '.2e')}",
         f"{count(progress.tokens)} tokens  {count(train.get('tokens_per_s'))} tokens/s"

@@ -1,6 +1,7 @@
 """Weights of another model at the beginning of a run, and parts of it that must stay as they are."""
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast, final
 
@@ -17,10 +18,12 @@ from mtp_lightning.checkpoint.shard_reader import ShardReader
 from mtp_lightning.data.datamodule import MtpDataModule
 from mtp_lightning.errors import CheckpointError, TrainingError
 from mtp_lightning.model.extend import parameter_origins
+from mtp_lightning.model.freezing import ADDED
+from mtp_lightning.model.roles import role_of
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, load_recipe, num_trunk_layers
 from mtp_lightning.recipe.rule import value_at
-from mtp_lightning.training.fragments import check_names, listed
+from mtp_lightning.training.fragments import check_names, listed, whole_shape
 from mtp_lightning.training.strategy import RunStrategy
 
 SAME_FIELDS = (
@@ -39,6 +42,8 @@ SAME_FIELDS = (
     "data.attention",
 )
 """Fields that change what the same weights compute."""
+SAME_ADDITIONS = ("adapt.lora.alpha", "adapt.weighted_states.temperature")
+"""The same, where both models have what they belong to."""
 
 
 @final
@@ -80,19 +85,26 @@ class StartFrom(Callback):
             folder = find_checkpoint(self._path)
             if strategy.ranks.is_first:
                 check_digests(folder, model_files(folder))
-                print(f"Starting from the weights of {folder}", flush=True)
-            reader = self._view_of(folder, strategy)
+            reader, fresh = self._view_of(folder, strategy)
+            if strategy.ranks.is_first:
+                added = f"; not in there, and fresh: {listed(fresh)}" if fresh else ""
+                print(f"Starting from the weights of {folder}{added}", flush=True)
         strategy.fill(reader)
 
-    def _view_of(self, folder: Path, strategy: RunStrategy) -> ReaderView:
-        """Check what is stored, and see it as this run's model."""
+    def _view_of(self, folder: Path, strategy: RunStrategy) -> tuple[ReaderView, list[str]]:
+        """Check what is stored, and see it as this run's model; return this and the names that an adaptation adds."""
         own, theirs = self._recipe, load_recipe(folder / RECIPE_NAME).recipe
         found = "; ".join(f"{what} {a} there and {b} here" for what, (a, b) in _compared(theirs, own).items() if a != b)
         reader = ShardReader(folder)
-        view = ReaderView(reader, has_moments=own.run.keep_optimizer)
+        fresh = {
+            name: whole_shape(parameter)
+            for name, parameter in strategy.named_parameters()
+            if role_of(name) in ADDED and not any(role_of(stored) == role_of(name) for stored in reader.names)
+        }
+        view = ReaderView(reader, has_moments=own.run.keep_optimizer, fresh=fresh)
         if not found:
             if own.heads.extend and theirs.heads.num_offsets < own.heads.num_offsets:
-                view = ReaderView(reader, parameter_origins(theirs, own, self._group(theirs, folder)))
+                view = ReaderView(reader, self._origins(theirs, folder, fresh), fresh=fresh)
             try:
                 check_names(view, strategy.named_parameters())
             except CheckpointError as error:
@@ -101,13 +113,20 @@ class StartFrom(Callback):
             raise CheckpointError(
                 "run.start_from must name a model with the parameters and the architecture of this recipe",
                 f"{found}, in {folder}",
-                f"Take sections model and heads from {folder / RECIPE_NAME}, or leave run.start_from out",
+                f"Take sections model, heads and adapt from {folder / RECIPE_NAME}, or leave run.start_from out"
+                + ("; `mtp export` merges low-rank updates into the model" if "lora" in found else ""),
             )
         trained = (name for name, parameter in strategy.named_parameters() if parameter.requires_grad)
-        bare = [name for name in trained if own.run.keep_optimizer and len(view.kinds(name)) == 1]
+        bare = [name for name in trained if own.run.keep_optimizer and len(view.kinds(name)) <= 1]
         if bare:
             raise _lacks("run.keep_optimizer", f"optimizer's state of {listed(bare)}", folder)
-        return view
+        return view, [*fresh]
+
+    def _origins(self, theirs: Recipe, folder: Path, fresh: Collection[str]) -> dict[str, str]:
+        """Find what the parameters of more offsets start as."""
+        adapted = theirs.model_copy(update={"adapt": self._recipe.adapt})
+        origins = parameter_origins(adapted, self._recipe, self._group(theirs, folder))
+        return {name: origin for name, origin in origins.items() if name not in fresh}
 
     def _group(self, theirs: Recipe, folder: Path) -> int:
         """Return how many of the last trained heads are copied."""
@@ -124,6 +143,9 @@ class StartFrom(Callback):
 def _compared(theirs: Recipe, own: Recipe) -> dict[str, tuple[Any, Any]]:
     """Pair what must be the same in both recipes, by its name."""
     pairs = {field: (value_at(theirs, field), value_at(own, field)) for field in SAME_FIELDS}
+    for field in SAME_ADDITIONS:
+        values = (value_at(theirs, field), value_at(own, field))
+        pairs |= {field: values} if None not in values else {}
     return pairs | {"layers of the trunk": (num_trunk_layers(theirs), num_trunk_layers(own))}
 
 

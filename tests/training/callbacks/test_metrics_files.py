@@ -32,6 +32,8 @@ def test_columns_are_those_promised() -> None:
         "grad_norm/trunk",
         "grad_norm/heads",
         "grad_norm/unembedding",
+        "grad_norm/lora",
+        "grad_norm/mixtures",
         "grad_norm/all",
         "tokens_per_s",
         "memory_gib",

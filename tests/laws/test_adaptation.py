@@ -1,0 +1,85 @@
+"""Law 1 with low-rank updates, frozen parts and mixtures: all schedules agree, and only what is trained has gradients."""
+
+import pytest
+
+from mtp_lightning.model.freezing import freeze
+from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
+
+TOLERANCE = 1e-10
+MIXTURES = {"weighted_states": {"temperature": 0.5}}
+ADAPTATIONS = {
+    "updates": ({"lora": {"rank": 2}}, {}),
+    "updates_everywhere": ({"lora": {"rank": 2, "in_heads": True, "targets": ["o", "up", "down"]}}, {}),
+    "updates_alone": ({"lora": {"rank": 2}, "frozen": ["heads", "unembedding"]}, {}),
+    "updates_under_a_frozen_main_head": ({"lora": {"rank": 2}}, {"trainable_from": 2}),
+    "heads_alone": ({"frozen": ["trunk", "unembedding"]}, {}),
+    "trunk_alone": ({"frozen": ["heads", "unembedding"]}, {}),
+    "mixtures": (MIXTURES, {}),
+    "mixtures_of_a_frozen_trunk": (MIXTURES | {"frozen": ["trunk", "unembedding"]}, {}),
+    "mixtures_alone": (MIXTURES | {"frozen": ["trunk", "heads", "unembedding"]}, {}),
+    "mixtures_and_updates": (MIXTURES | {"lora": {"rank": 2}, "frozen": ["unembedding"]}, {}),
+    "mixtures_of_other_heads": ({"weighted_states": {"main_head": False}, "lora": {}}, {}),
+}
+WITHOUT_LAYERS = ("linear", "medusa", "medusa_replicated")
+READING_THE_TRUNK = ("parallel", "parallel_two_layers", "parallel_replicated", "linear", "medusa", "medusa_replicated")
+
+
+def fits(kind, adaptation):
+    """Leave out what a recipe's rules refuse."""
+    if adaptation == "updates_everywhere":
+        return kind not in WITHOUT_LAYERS
+    if adaptation == "mixtures_of_other_heads":
+        return kind in READING_THE_TRUNK
+    return adaptation != "updates_under_a_frozen_main_head" or kind != "anticausal"
+
+
+def steps_of(kind, adaptation, objective, *, rows=4):
+    """Losses and gradients of a step under each schedule."""
+    adapt, heads = ADAPTATIONS[adaptation]
+    for schedule in ("joint", "sequential", "bridged"):
+        recipe = tiny_recipe(
+            model={"num_layers": 9},
+            heads=HEAD_KINDS[kind] | heads,
+            adapt=adapt,
+            objective={"schedule": schedule, "chunk_mib": 5 * 13 * 8 / 2**20} | objective,
+            data={"attention": "document"},
+            batch={"rows": rows, "micro_rows": 2},
+        )
+        model = tiny_model(recipe)
+        freeze(model, recipe)
+        yield model, gradients_of(model, recipe, tiny_rows(recipe, rows))
+
+
+OBJECTIVES = {
+    "plain": {},
+    "balanced": {"balance": "rms"},
+    "recomputed": {"checkpoint_trunk": True, "checkpoint_heads": True},
+    "taught": {"distill": {"detach_teacher": False}},
+}
+
+
+CELLS = [(k, a, o) for k in HEAD_KINDS for a in ADAPTATIONS for o in OBJECTIVES if fits(k, a)]
+QUICK = [cell for cell in CELLS if cell[0] in ("parallel", "sequential", "medusa") and cell[2] in ("plain", "taught")]
+
+
+@pytest.mark.parametrize(("kind", "adaptation", "objective"), QUICK)
+def test_schedules_agree(kind, adaptation, objective):
+    assert_schedules_agree(kind, adaptation, objective)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "adaptation", "objective"), [cell for cell in CELLS if cell not in QUICK])
+def test_schedules_agree_in_every_combination(kind, adaptation, objective):
+    assert_schedules_agree(kind, adaptation, objective)
+
+
+def assert_schedules_agree(kind, adaptation, objective):
+    (model, (expected_losses, expected)), *others = steps_of(kind, adaptation, OBJECTIVES[objective])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert expected.keys() == trained != set()
+    for _, (losses, gradients) in others:
+        for found, wanted in zip(losses, expected_losses, strict=True):
+            assert relative_error(found.nll_sums, wanted.nll_sums) <= TOLERANCE
+        assert gradients.keys() == expected.keys()
+        errors = {name: relative_error(gradients[name], expected[name]) for name in expected}
+        assert max(errors.values()) <= TOLERANCE, errors
