@@ -115,7 +115,7 @@ class Overhead:
     """What watching costs, as shares of a step."""
 
     step_s: float  # without watchers, median over rounds
-    inside: float  # time inside the watchers
+    inside: float  # time inside the watchers, of the rank that waits least in them
     paired: float  # steps with them against steps without, median over pairs of rounds, less one
     paired_spread: float
     num_pairs: int
@@ -138,9 +138,8 @@ def bench_overhead(recipe: Recipe, *, pairs: int, round_steps: int, json_path: P
     device = prepare_device(recipe)
     machine = describe_machine(device)
     with joined_ranks(recipe), tempfile.TemporaryDirectory(prefix="mtp-overhead-") as folder:
-        overhead = _measured(
-            _short(recipe, (WARM_ROUNDS + 2 * pairs) * round_steps, round_steps), Path(folder), round_steps
-        )
+        short = _short(recipe, (WARM_ROUNDS + 2 * pairs) * round_steps, round_steps)
+        overhead = _measured(short, Path(Ranks().broadcast(folder)), round_steps)
         if not Ranks().is_first:
             return
         screen = console()
@@ -170,12 +169,14 @@ def _short(recipe: Recipe, steps: int, round_steps: int) -> Recipe:
 
 
 def _measured(recipe: Recipe, folder: Path, round_steps: int) -> Overhead:
-    (folder / "logs").mkdir()
+    (folder / "logs").mkdir(exist_ok=True)
     times = Times(round_steps)
-    with remarks_in(folder / "logs/lightning.log"):
+    with remarks_in(folder / f"logs/lightning_{Ranks().rank}.log"):
         trainer = build_trainer(recipe, folder, StopRequest())
         kept = [own for own in trainer.callbacks if not isinstance(own, (LiveView, Summary))]  # type: ignore[attr-defined]
         watched = [Switched(own, times) if isinstance(own, WATCHERS) else own for own in kept]
         trainer.callbacks = [Clock(times), *watched]  # type: ignore[attr-defined]
         trainer.fit(MtpLightningModule(recipe), datamodule=MtpDataModule(recipe))
+    # Whoever comes first to where ranks agree waits there for the last, instead of a moment later.
+    times.watching_s = [min(of_ranks) for of_ranks in zip(*Ranks().gather(times.watching_s), strict=True)]
     return overhead_of(times)
