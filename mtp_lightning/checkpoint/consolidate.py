@@ -16,12 +16,13 @@ from mtp_lightning.checkpoint.exported import CONFIG_NAME, DtypeName, ExportConf
 from mtp_lightning.checkpoint.layout import check_digests
 from mtp_lightning.checkpoint.loading import check_tensors, find_checkpoint, model_files, offering_another
 from mtp_lightning.checkpoint.manifest import MANIFEST_NAME, RECIPE_NAME, FileRecord, read_manifest
+from mtp_lightning.checkpoint.merging import MergedReader, plain_recipe
 from mtp_lightning.checkpoint.shard_reader import WHOLE_MODEL, ShardReader
 from mtp_lightning.checkpoint.tensors import build_header, memory_of
 from mtp_lightning.data.progress import say, watched
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.mtp_model import MtpModel
-from mtp_lightning.recipe import Recipe, load_recipe
+from mtp_lightning.recipe import Recipe, load_recipe, recipe_to_yaml
 
 DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
@@ -53,6 +54,7 @@ class WeightSource(Protocol):
 def consolidate(path: Path, out: Path, *, dtype: DtypeName = "fp32") -> None:
     """Export the weights of a run or checkpoint into a new folder, and check them there value by value.
 
+    Low-rank updates are added to the weights that they belong to, and the folder's recipe knows nothing of them.
     Needs no GPU and, however large the model, less than 64 MiB of memory beside the libraries' own. The bytes of
     model.safetensors depend on the weights alone, not on the ranks that wrote them. The folder appears when it is
     complete, by one rename.
@@ -72,9 +74,10 @@ def consolidate(path: Path, out: Path, *, dtype: DtypeName = "fp32") -> None:
             reader, recipe = ShardReader(checkpoint), load_recipe(checkpoint / RECIPE_NAME).recipe
             with torch.device("meta"):
                 check_tensors(MtpModel(recipe), reader)
-            with appearing(out, size_bytes=_size_bytes(reader, DTYPES[dtype])) as partial:
-                record = write_whole(reader, partial / WHOLE_MODEL, DTYPES[dtype], advance)
-                check_whole(reader, ShardReader(partial), advance)
+            weights = MergedReader(reader, recipe)
+            with appearing(out, size_bytes=_size_bytes(weights, DTYPES[dtype])) as partial:
+                record = write_whole(weights, partial / WHOLE_MODEL, DTYPES[dtype], advance)
+                check_whole(weights, ShardReader(partial), advance)
                 _write_descriptions(checkpoint, partial, recipe, record, dtype=dtype)
     say(f"Exported {checkpoint} to {out}: {record.size_bytes / 1e6:,.1f} MB of {dtype} weights, checked")
 
@@ -129,7 +132,7 @@ def _cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return cast
 
 
-def _size_bytes(reader: ShardReader, dtype: torch.dtype) -> int:
+def _size_bytes(reader: MergedReader, dtype: torch.dtype) -> int:
     return sum(reader.numel(name) for name in reader.names) * dtype.itemsize
 
 
@@ -137,7 +140,9 @@ def _write_descriptions(
     checkpoint: Path, partial: Path, recipe: Recipe, model: FileRecord, *, dtype: DtypeName
 ) -> None:
     manifest = read_manifest(checkpoint)
-    recipe_record = write_durably(partial / RECIPE_NAME, (checkpoint / RECIPE_NAME).read_bytes())
+    plain = plain_recipe(recipe)
+    text = (checkpoint / RECIPE_NAME).read_bytes() if plain is recipe else recipe_to_yaml(plain).encode()
+    recipe_record = write_durably(partial / RECIPE_NAME, text)
     config = ExportConfig(
         package_version=__version__,
         model=recipe.model.model_dump(mode="json"),

@@ -27,11 +27,13 @@ from mtp_lightning.checkpoint.hf.weights import OutgoingWeights
 from mtp_lightning.checkpoint.layout import check_digests
 from mtp_lightning.checkpoint.loading import check_tensors, find_checkpoint, model_files, offering_another
 from mtp_lightning.checkpoint.manifest import RECIPE_NAME
+from mtp_lightning.checkpoint.merging import MergedReader, plain_recipe
 from mtp_lightning.checkpoint.shard_reader import WHOLE_MODEL, ShardReader
 from mtp_lightning.data.progress import say, watched
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe import Recipe, load_recipe
+from mtp_lightning.recipe.adapt_rules import mixing_offsets
 from mtp_lightning.recipe.model_sections import Family
 
 TORCH_NAMES: dict[DtypeName, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -55,18 +57,21 @@ def export_hf(path: Path, out: Path, *, dtype: DtypeName = "fp32", with_modules:
     with offering_another(checkpoint):
         files = model_files(checkpoint)
         recipe = load_recipe(checkpoint / RECIPE_NAME).recipe
+        trained, recipe = recipe, plain_recipe(recipe)
+        _check_main_head(recipe)
         parameters = parameters_of(recipe)
         section = recipe.model.model_copy(update={"num_layers": num_base_layers(parameters)})
         family, settings = settings_of(section)
         layout = _layout_of(recipe, family) if with_modules else None
         cells = cells_of(recipe, parameters, family, layout)
         settings |= _frame(recipe, family, layout, dtype)
-        weights = OutgoingWeights(ShardReader(checkpoint), cells, section)
+        reader = ShardReader(checkpoint)
+        weights = OutgoingWeights(MergedReader(reader, trained), cells, section)
         read_bytes = sum(record.size_bytes for record in files.values())
         with watched(f"Exporting {checkpoint.name}", total_bytes=3 * read_bytes, show=True) as advance:
             check_digests(checkpoint, files, advance)
             with torch.device("meta"):
-                check_tensors(MtpModel(recipe), weights.reader)
+                check_tensors(MtpModel(trained), reader)
             size_bytes = _write(weights, out, dtype, advance, recipe=recipe, settings=settings)
     say(f"Exported {checkpoint} to {out} as {family}: {size_bytes / 1e6:,.1f} MB of {dtype} weights, checked")
     if left := {parameters[name].owner for name in parameters} - {parameters[name].owner for name in cells}:
@@ -91,6 +96,15 @@ def _write(
         if recipe.data.tokenizer != "byte" and (tokenizer := Path(recipe.data.tokenizer)).is_file():
             carry_tokenizer(tokenizer, partial)
     return record.size_bytes
+
+
+def _check_main_head(recipe: Recipe) -> None:
+    if 1 in mixing_offsets(recipe):
+        raise CheckpointError(
+            "the main head of an exported model must read the last layer, as transformers runs it",
+            "a mixture of all layers (adapt.weighted_states)",
+            "Train with adapt.weighted_states.main_head=false, or export with --format consolidated",
+        )
 
 
 def _layout_of(recipe: Recipe, family: Family) -> ModuleLayout:

@@ -11,7 +11,7 @@ from mtp_lightning.checkpoint.hf.folder import Foreign
 from mtp_lightning.checkpoint.hf.packings import PLAIN, Cell, Packing
 from mtp_lightning.checkpoint.hf.plan import Plan
 from mtp_lightning.checkpoint.hf.stored import read_blocks, read_whole
-from mtp_lightning.checkpoint.shard_reader import ShardReader
+from mtp_lightning.checkpoint.merging import MergedReader
 from mtp_lightning.model.mtp_model import initialise_parameter
 from mtp_lightning.recipe.model_sections import ModelSection
 from mtp_lightning.recipe.sections import Recipe
@@ -66,7 +66,7 @@ class _Stored(NamedTuple):
 class OutgoingWeights:
     """Tensors of others, made of the parameters of a checkpoint."""
 
-    def __init__(self, reader: ShardReader, cells: Mapping[str, Cell], section: ModelSection) -> None:
+    def __init__(self, reader: MergedReader, cells: Mapping[str, Cell], section: ModelSection) -> None:
         """Gather the parts; `cells` says where each parameter goes."""
         self.reader, self._section = reader, section
         self._stored: dict[str, _Stored] = {}
