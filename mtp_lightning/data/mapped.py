@@ -1,5 +1,6 @@
 """Tar shards in memory: mapped when first needed, a bounded number at a time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +50,11 @@ class ShardMaps:
             members = Members(self.manifest, self.index, number, self._origin(place))
             self._mapped[place] = MappedShard(self._opened(place), members)
         return self._mapped[place]
+
+    def keep_only(self, places: Sequence[int]) -> None:
+        """Unmap all shards but some, so that a cache may remove them."""
+        for place in self._mapped.keys() - set(places):
+            del self._mapped[place]
 
     def _opened(self, place: int) -> BinaryIO:
         shard = self.shards[place]

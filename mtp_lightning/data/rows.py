@@ -118,6 +118,7 @@ class Rows(RowSource):
         self.shard_rows = np.maximum(0, (shard_tokens - self.width_tokens) // window_tokens + 1)
         self._first_rows = np.concatenate([[0], np.cumsum(self.shard_rows)])
         self._is_masked = self.manifest.is_masked(split)
+        self._fetches_all = False
         self._refuse_none(int(shard_tokens.max(initial=0)))
 
     def __len__(self) -> int:
@@ -161,9 +162,13 @@ class Rows(RowSource):
         """Begin to fetch the shards of rows that the cache lacks."""
         if self._maps.cache is None:
             return
-        shards = self._maps.shards
-        places = range(len(shards)) if rows is None else dict.fromkeys(self._locate(rows)[0].tolist())
-        self._maps.cache.fetch_ahead([shards[place] for place in places])
+        if rows is not None:
+            places = list(dict.fromkeys(self._locate(rows)[0].tolist()))
+            self._maps.keep_only(places)
+            self._maps.cache.fetch_ahead([self._maps.shards[place] for place in places])
+        elif not self._fetches_all:
+            self._fetches_all = True
+            self._maps.cache.fetch_ahead(self._maps.shards)
 
     def describe(self, row: int) -> str:
         """Return the place of a row in words: shard, member, first token in it."""

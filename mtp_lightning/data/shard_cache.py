@@ -11,8 +11,9 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, BinaryIO, final
 
 from mtp_lightning.data.manifest import Shard
@@ -22,6 +23,7 @@ from mtp_lightning.errors import DataError, MtpError
 
 ROOM_WAIT_S = 600.0
 POLL_S = 0.1
+AHEAD_PAUSE_S = 1.0  # before what could not be fetched ahead is tried again
 GIB = 2**30
 
 
@@ -33,7 +35,7 @@ class ShardCache:
         self.url = url.rstrip("/")
         self.limit_bytes = limit_bytes
         self._folder = folder
-        self._ahead: ThreadPoolExecutor | None = None
+        self._ahead: SimpleQueue[Shard] | None = None
         self._wanted: list[str] = []  # fetched ahead or on their way
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,14 +64,22 @@ class ShardCache:
             return
         new = [shard for shard in shards if shard.sha256 not in self._wanted]
         self._wanted = names
-        self._ahead = self._ahead or ThreadPoolExecutor(1, thread_name_prefix="mtp-shards")
+        if self._ahead is None:
+            self._ahead = SimpleQueue()
+            # A daemon: nobody waits for it when the process ends.
+            Thread(target=self._fetch_from, args=(self._ahead,), daemon=True, name="mtp-shards").start()
         for shard in new:
-            self._ahead.submit(self._fetch_quietly, shard)
+            self._ahead.put(shard)
 
-    def _fetch_quietly(self, shard: Shard) -> None:
-        with contextlib.suppress(MtpError):
-            if shard.sha256 in self._wanted and not self._path(shard).exists():
-                self._fetch(shard, lambda: None, waits=False)
+    def _fetch_from(self, shards: "SimpleQueue[Shard]") -> None:
+        while True:
+            shard = shards.get()
+            while shard.sha256 in self._wanted and not self._path(shard).exists():
+                try:
+                    self._fetch(shard, lambda: None, waits=False)
+                    break  # or another process fetches it
+                except MtpError:
+                    time.sleep(AHEAD_PAUSE_S)
 
     def _path(self, shard: Shard) -> Path:
         return self._folder / f"{shard.sha256}.tar"

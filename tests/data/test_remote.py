@@ -129,17 +129,17 @@ def test_cache_stays_within_its_bound_and_reads_on(tmp_path: Path, folder: Path,
     limit = held_out + sum(sorted(shard.num_bytes for shard in manifest.shards_of("train"))[-4:])
     assert limit < sum(shard.num_bytes for shard in manifest.shards)
     shape: dict[str, Any] = {"order": "shards", "group_shards": 2}
-    whole = take(module_of(tmp_path, str(folder), **shape), 40)
+    whole = take(module_of(tmp_path, str(folder), **shape), 100)
     module = module_of(tmp_path, server.url, cache_gib=limit / GIB, **shape)
     num_rows, worst = len(module.training_rows), 0
     read = []
-    for batch in itertools.islice(module.train_dataloader(), 40):
+    for batch in itertools.islice(module.train_dataloader(), 100):
         read.append(batch["tokens"])
         worst = max(worst, cached_bytes(tmp_path))
     assert torch.equal(torch.cat(read), whole)
     assert worst <= limit
     tars = [path for path in server.asked if path.endswith(".tar")]
-    epochs = 40 * 8 / num_rows
+    epochs = 100 * 8 / num_rows
     assert len(set(tars)) == len(manifest.shards_of("train"))
     assert len(tars) <= (epochs + 1) * len(manifest.shards_of("train")), "it does not go round in circles"
 
