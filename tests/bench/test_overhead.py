@@ -31,7 +31,7 @@ def test_rounds_are_compared_with_their_neighbours():
 @pytest.mark.parametrize("ranks", [(), ("strategy.kind=zero2", "strategy.ranks_per_node=2")], ids=["single", "two"])
 def test_watching_costs_less_than_half_a_percent(tmp_path, ranks):
     """Of a step of the quickstart; larger models take longer, and watching does not."""
-    fields = ("run.cache=cache", "run.threads=1")
+    fields = ("batch.micro_rows=8", "run.cache=cache", "run.threads=1")
     options = ("--pairs", "3", "--round-steps", "5", "--json", "figures.json")
     done = mtp("bench", "overhead", str(ROOT / "recipes/quickstart.yaml"), *fields, *ranks, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
