@@ -5,5 +5,6 @@ it), so a run goes on with another number of ranks or another strategy. All othe
 tensors that it names (`folder`, on top of `tree`); `tensors` is the safetensors format itself. `commit` makes a
 checkpoint out of what all ranks wrote, and deletes old ones; `layout` finds and verifies them; `manifest` says what
 a complete one holds. `loading` gives back a model, `consolidate` exports one (`exported` describes that folder).
+`importing` makes such a folder of a pretrained model of others, `exporting_hf` gives one back; `hf` knows theirs.
 Nothing is ever pickled, so reading runs no code of its author.
 """

@@ -19,14 +19,14 @@ LLAMA3 = {
 }
 QWEN = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "use_sliding_window": False, "rope_theta": 1e6}
 PYTHIA = {"model_type": "gpt_neox", "hidden_act": "gelu", "rotary_pct": 0.25, "rotary_emb_base": 10000}
-SHAPES = [
+SHAPES = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "intermediate_size",
     "vocab_size",
-]
+)
 MODELS = {
     "Llama-2-7b": (6_738_415_616, (4096, 32, 32, 32, 11008, 32000), LLAMA),
     "Llama-3.1-8B": (
