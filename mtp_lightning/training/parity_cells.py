@@ -18,6 +18,12 @@ HEADS: dict[str, dict[str, Any]] = {
     "chained": {"kind": "chained", "order": "causal"},
     "sequential": {"kind": "sequential"},
 }
+ADAPTATIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "low-rank updates": {"lora": {"rank": 2}},
+    "frozen trunk": {"frozen": ["trunk", "unembedding"]},
+    "mixtures of layers": {"weighted_states": {"temperature": 0.5}, "lora": {"rank": 2}, "frozen": ["unembedding"]},
+}
 UNEMBEDDINGS = ("shared", "tied", "replicated")
 
 
@@ -33,12 +39,14 @@ class Cell:
     unembedding: str
     clips: bool
     optimizer: str = "sgd"
+    adaptation: str = "none"
 
     def __str__(self) -> str:
         clips = "clipped" if self.clips else "unclipped"
         rest = f"{self.heads} heads, {self.unembedding} unembedding, {self.accumulation} per step, {clips}"
         noun = "rank" if self.ranks == 1 else "ranks"
-        return f"{self.stage}, {self.ranks} {noun}, {self.schedule}: {rest}, {self.optimizer}"
+        adapted = "" if self.adaptation == "none" else f", {self.adaptation}"
+        return f"{self.stage}, {self.ranks} {noun}, {self.schedule}: {rest}, {self.optimizer}{adapted}"
 
     @property
     def recipe(self) -> Recipe:
@@ -59,7 +67,9 @@ class Cell:
                     **HEADS[self.heads],
                     "num_offsets": 3,
                     "unembedding": "replicated" if self.unembedding == "replicated" else "shared",
+                    "match_parameters": self.adaptation == "none",  # else the trunk keeps layers to choose from
                 },
+                "adapt": ADAPTATIONS[self.adaptation],
                 "objective": {"schedule": self.schedule, "chunk_mib": 11 * 29 * 4 / 2**20},  # 11 rows: ragged chunks
                 "data": {"window_tokens": 10},
                 "batch": {"rows": ROWS, "micro_rows": ROWS // (self.ranks * self.accumulation)},
@@ -99,4 +109,22 @@ def matrix(num_ranks: int, *, full: bool) -> list[Cell]:
         chosen = row if full else random.Random(f"{stage} {schedule} {num_ranks}").sample(row, SAMPLE)
         curves = chosen[::8] if full else chosen[: schedule == SCHEDULES[0]]
         cells += chosen + [replace(cell, optimizer="adamw") for cell in curves]
-    return cells
+    return cells + _adapted(num_ranks, full=full)
+
+
+def _adapted(num_ranks: int, *, full: bool) -> list[Cell]:
+    """List cells of adapted models: every stage, schedule and adaptation; in the sample each of the three once."""
+    cells = [
+        Cell(
+            stage=stage,
+            ranks=num_ranks,
+            schedule=schedule,
+            accumulation=3,
+            heads="parallel",
+            unembedding="shared",
+            clips=True,
+            adaptation=adaptation,
+        )
+        for stage, schedule, adaptation in product(STAGES, SCHEDULES, [name for name in ADAPTATIONS if name != "none"])
+    ]
+    return cells if full else cells[:: len(STAGES) * len(SCHEDULES) + len(SCHEDULES) + 1]

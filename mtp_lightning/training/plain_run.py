@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
+from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.recipe.sections import OptimizerSection, Recipe
 from mtp_lightning.training.optimizer import build_optimizer, parameter_groups
@@ -36,6 +37,7 @@ def random_batch(recipe: Recipe, step: int) -> dict[str, Tensor]:
 def plain_run(recipe: Recipe, optimizer_name: str) -> list[PlainStep]:
     """Train a recipe's model on random batches for `run.steps` steps with `sgd` or `adamw`, at a constant rate."""
     model = build_model(recipe)
+    freeze(model, recipe)
     optimizer = build_named_optimizer(model, recipe.optimizer, optimizer_name)
     return [_plain_step(model, optimizer, recipe, step) for step in range(recipe.run.steps)]
 
