@@ -27,7 +27,7 @@ def acceptance(
     *,
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows to measure on.")] = 256,
     shards: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Shards to measure on. [default: the recipe's data]")
+        str | None, typer.Option(metavar="FOLDER", help="Shards to measure on; the recipe's data unless given.")
     ] = None,
     device: DeviceOption = DeviceName.auto,
     dtype: DtypeOption = DtypeName.stored,

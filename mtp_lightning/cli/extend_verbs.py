@@ -22,7 +22,7 @@ def extend(
     out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.", show_default=False)],
     group: Annotated[
         int | None,
-        typer.Option(min=1, help="How many trained heads to copy, the last ones. [default: all beyond the first]"),
+        typer.Option(min=1, help="How many trained heads to copy, the last ones; all beyond the first unless given."),
     ] = None,
     train_free: Annotated[
         bool, typer.Option("--train-free", help="For decoding and evaluation as it is: set nothing up to be trained.")
