@@ -15,17 +15,18 @@ from tests.support.tiny import HEAD_KINDS, NEOX, tiny_model, tiny_recipe
 PROMPTS = ([1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [0, 1], [12, 12, 3, 3, 1])
 LENGTH = 30
 TRAINED_STEPS = 25
-DECODED_KINDS = (*HEAD_KINDS, "parallel_neox", "sequential_neox")
+DECODED_KINDS = (*HEAD_KINDS, "parallel_neox", "sequential_neox", "parallel_mixed", "linear_mixed", "causal_mixed")
 ACCURACIES = [[0.5, 0.3, 0.1], [0.4, 0.2], [0.3, 0.2]]
 TREE = build_tree(ACCURACIES, 9)
 
 
 @functools.cache
 def model_of(kind: str, *, num_offsets: int = 4, attention: str = "window") -> MtpModel:
-    """A tiny random model in float64, of the GPT-NeoX type where the kind is called so."""
-    heads = HEAD_KINDS[kind.removesuffix("_neox")] | {"num_offsets": num_offsets}
+    """A tiny random model in float64, of the GPT-NeoX type or with mixtures and updates where the kind says so."""
+    heads = HEAD_KINDS[kind.removesuffix("_neox").removesuffix("_mixed")] | {"num_offsets": num_offsets}
     section = NEOX if kind.endswith("_neox") else {}
-    recipe = tiny_recipe(heads=heads, data={"attention": attention}, model=section)
+    adapt = {"weighted_states": {}, "lora": {}} if kind.endswith("_mixed") else {}
+    recipe = tiny_recipe(heads=heads, data={"attention": attention}, model=section, adapt=adapt)
     return tiny_model(recipe).requires_grad_(requires_grad=False)
 
 

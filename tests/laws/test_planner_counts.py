@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtp_lightning.model.freezing import freeze_before
+from mtp_lightning.model.freezing import freeze, freeze_before
 from mtp_lightning.model.mtp_model import MtpModel, build_model
-from mtp_lightning.model.roles import role_of
+from mtp_lightning.model.roles import ROLES, role_of
 from mtp_lightning.planner.counts import active_parameters, parameter_counts, trainable_parameters
+from mtp_lightning.planner.shape import shape_of
 from mtp_lightning.recipe.loading import load_recipe
 from tests.support.tiny import HEAD_KINDS, NEOX, tiny_recipe
 
@@ -26,7 +27,7 @@ MODELS = {
 def assert_counts_match(recipe):
     with torch.device("meta"):
         model = MtpModel(recipe)
-    counted = dict.fromkeys(("trunk", "heads", "unembedding"), 0)
+    counted = dict.fromkeys(ROLES, 0)
     for name, parameter in model.named_parameters():
         counted[role_of(name)] += parameter.numel()
     counts = parameter_counts(recipe)
@@ -65,15 +66,48 @@ def test_trainable_parameters_are_those_left_by_freezing(kind, first):
     assert (left > 0) or (kind == "recursive" and first > 2)
 
 
+ADAPTATIONS = {
+    "updates": ({"lora": {"rank": 3}}, {}),
+    "updates_everywhere": (
+        {"lora": {"targets": ["q", "k", "v", "o", "gate", "up", "down"], "in_heads": True}, "frozen": ["heads"]},
+        {},
+    ),
+    "updates_beside_frozen_heads": ({"lora": {}}, {"trainable_from": 2}),
+    "mixtures": ({"weighted_states": {}}, {}),
+    "mixtures_of_a_frozen_model": ({"weighted_states": {}, "frozen": ["trunk", "unembedding", "heads"]}, {}),
+    "updates_as_they_are": ({"lora": {}, "frozen": ["lora"]}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("model", ["neox", "tied"])
+@pytest.mark.parametrize("adaptation", ADAPTATIONS)
+def test_adapted_models(kind, model, adaptation):
+    adapt, heads = ADAPTATIONS[adaptation]
+    if ((model == "neox" or kind.startswith(("linear", "medusa"))) and adaptation == "updates_everywhere") or (
+        (model, kind[-10:]) == ("tied", "replicated") or (kind == "anticausal" and "trainable_from" in heads)
+    ):
+        return
+    recipe = tiny_recipe(model=MODELS[model] | {"num_layers": 9}, heads=HEAD_KINDS[kind] | heads, adapt=adapt)
+    assert_counts_match(recipe)
+    with torch.device("meta"):
+        built = MtpModel(recipe)
+    freeze(built, recipe)
+    left = sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
+    assert trainable_parameters(recipe) == left > 0
+
+
 def test_token_order_matrix():
     assert_counts_match(tiny_recipe(objective={"token_order": {"window_tokens": 4}}))
 
 
 @pytest.mark.parametrize("model", ["plain", "neox"])
 @pytest.mark.parametrize("kind", HEAD_KINDS)
-def test_active_parameters_are_those_that_multiply(kind, model):
+@pytest.mark.parametrize("adapt", [{}, {"lora": {"rank": 3, "targets": ["q", "v", "o", "up", "down"]}}])
+def test_active_parameters_are_those_that_multiply(kind, model, adapt):
     """Compare with the matrix products that the model really computes."""
-    recipe = tiny_recipe(model=MODELS[model] | {"num_layers": 9}, heads=HEAD_KINDS[kind])
+    recipe = tiny_recipe(model=MODELS[model] | {"num_layers": 9}, heads=HEAD_KINDS[kind], adapt=adapt)
+    assert shape_of(recipe).active_parameters == active_parameters(recipe)
     model = build_model(recipe)
     length = recipe.data.window_tokens + recipe.heads.num_offsets
     tokens = torch.zeros(2, length, dtype=torch.long)
