@@ -98,7 +98,7 @@ def build(cache: Path, corpus: Path, rank: int = 0, world_size: int = 1, **chang
     return module
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_batches_that_grow_are_read_on_by_other_ranks(cache: Path, corpus: Path, workers: int) -> None:
     constant = build(cache, corpus, batch={"rows": 1, "micro_rows": 1})
     rows = [batch["tokens"][0].tolist() for batch in itertools.islice(constant.train_dataloader(), 80)]

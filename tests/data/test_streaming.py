@@ -197,6 +197,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, members: dict[str, bytes],
         take(build(tmp_path, data={"workers": workers}), 1)
 
 
+@pytest.mark.slow
 def test_errors_of_loader_processes_arrive_as_what_they_are(tmp_path: Path) -> None:
     write_tar(tmp_path / "train/0.tar", {"a.pyd": pickle.dumps(Bomb())})
     write_tar(tmp_path / "held/0.tar", {"0.txt": b"x" * 30})
