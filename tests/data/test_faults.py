@@ -120,7 +120,7 @@ def test_id_in_packed_rows_is_named_with_its_place(tmp_path: Path, shards: Path)
     packed = PackedRows(shards, "train", tmp_path, **shape)
     for row in range(len(packed)):
         tokens = packed.read(np.array([row]))["tokens"][0]
-        position = int(np.argmax(tokens != END))
+        position = int(np.flatnonzero(tokens != END)[-1])  # in the last document of the row
         place = packed.place(row, position)
         name, at = place.partition(",")[0], int(place.rpartition(" ")[2].replace(",", ""))
         assert int.from_bytes(Path(name).read_bytes()[at : at + 2], "little") == tokens[position]
