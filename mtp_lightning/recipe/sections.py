@@ -81,7 +81,7 @@ class RunSection(Section):
     dir: str = "runs/default"
     """Run folder; a folder that already has a checkpoint of the same recipe is continued."""
     cache: str = "runs/cache"
-    """Folder for shards built from a corpus, shared between runs."""
+    """Folder for shards built from a corpus or fetched from a URL, shared between runs."""
     fresh: bool = False
     """Start over: move an earlier run in this folder aside instead of continuing it."""
     start_from: str | None = None

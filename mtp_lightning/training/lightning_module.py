@@ -3,7 +3,7 @@
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import lightning as L
@@ -27,6 +27,7 @@ from mtp_lightning.training.schedules import evaluate, run_schedule
 from mtp_lightning.training.strategy import RunStrategy
 
 Batch = dict[str, Tensor]
+NUM_URGENCIES = 3  # go on, stop, stop and requeue
 
 
 class MtpLightningModule(L.LightningModule):
@@ -41,6 +42,8 @@ class MtpLightningModule(L.LightningModule):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.urgency: Callable[[], int] = lambda: 0  # how much this rank wants to stop; asked once per reduction
+        self.agreed_urgency = 0  # the most urgent of all ranks, as of the last one
         self.recipe = recipe
         self.metrics: dict[str, float] = {}
         self.train_metrics = OffsetMetrics(recipe.heads.num_offsets)
@@ -173,7 +176,10 @@ class MtpLightningModule(L.LightningModule):
         num_positions = targets.shape[2]
         num_ordered = (documents[:, :num_positions] == documents[:, 1 : num_positions + 1]).sum()
         own = (count_targets(targets), teacher_positions(targets).sum((1, 2)), num_ordered[None])
-        counts = self.strategy.ranks.sum(torch.cat(own))
+        votes = num_ordered.new_tensor([self.urgency() == level for level in range(NUM_URGENCIES)])
+        counts = self.strategy.ranks.sum(torch.cat((*own, votes)))
+        counts, votes = counts[:-NUM_URGENCIES], counts[-NUM_URGENCIES:]
+        self.agreed_urgency = int(votes.nonzero().max())
         return Objective(
             self.recipe.objective,
             weights,
@@ -224,9 +230,10 @@ class MtpLightningModule(L.LightningModule):
         else:
             self.gradient_sums.forget()
             self._skip(norms, step)
-        set_learning_rate(optimizer.optimizer, section, learning_rate(section, step, self.recipe.run.steps))
+        rate = learning_rate(section, step, self.recipe.run.steps)
+        set_learning_rate(optimizer.optimizer, section, rate)
         optimizer.step()  # counts the step, skipped or not
-        if is_finite:
+        if is_finite and rate > 0:  # the last step of a decay to zero moves nothing
             self.gradient_arrival.after_step(strategy.fragments())
         optimizer.zero_grad(set_to_none=True)
 

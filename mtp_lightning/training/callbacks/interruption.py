@@ -6,12 +6,12 @@ import threading
 from types import FrameType
 from typing import Any, cast, final
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.launch.stopping import INTERRUPTED, REQUEUE, StopRequest
 from mtp_lightning.training.callbacks.checkpoints import Checkpoints
+from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.strategy import RunStrategy
 
 _NOTICE = "Stopping after this step, with a checkpoint. Ctrl-C again stops at once."
@@ -23,10 +23,11 @@ _URGENCY = (0, INTERRUPTED, REQUEUE)
 class Interruption(Callback):
     """Answer a stop signal or the first Ctrl-C by finishing the step, saving a checkpoint and stopping.
 
-    Ranks agree before every step, so that all save the same one; a validation in progress is finished first, and a
-    save in the background too. More stop signals change nothing; a second Ctrl-C stops at once. The stop is a
-    KeyboardInterrupt raised between two steps, so that Lightning tears everything down as usual. Only the main thread
-    can handle signals; elsewhere Ctrl-C is left alone.
+    Ranks agree, so that all save the same step: what each has been asked goes along with the reduction of the counts
+    of targets that every step begins with, so the one after the next step at the latest is the last. A validation in
+    progress is finished first, and a save in the background too. More stop signals change nothing; a second Ctrl-C
+    stops at once. The stop is a KeyboardInterrupt raised between two steps, so that Lightning tears everything down as
+    usual. Only the main thread can handle signals; elsewhere Ctrl-C is left alone.
     """
 
     def __init__(self, checkpoints: Checkpoints, stop: StopRequest) -> None:
@@ -37,14 +38,15 @@ class Interruption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over Ctrl-C, and only remember other stop signals from now on."""
         self._stop.defer()
+        cast(MtpLightningModule, pl_module).urgency = self._urgency
         if threading.current_thread() is threading.main_thread():
             self._former = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop here if any rank was asked to."""
-        ranks = cast(RunStrategy, trainer.strategy).ranks
-        urgency = torch.tensor(_URGENCY.index(self._stop.exit_code))
-        exit_code = _URGENCY[int(ranks.max(urgency))]
+        has_others = cast(RunStrategy, trainer.strategy).ranks.size > 1
+        agreed = cast(MtpLightningModule, pl_module).agreed_urgency
+        exit_code = _URGENCY[agreed if has_others else self._urgency()]
         if exit_code:
             self._stop.exit_code = exit_code
             self._checkpoints.save(trainer)
@@ -58,6 +60,9 @@ class Interruption(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give Ctrl-C back."""
         self._give_back()
+
+    def _urgency(self) -> int:
+        return _URGENCY.index(self._stop.exit_code)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self._stop.exit_code = self._stop.exit_code or INTERRUPTED
