@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from mtp_lightning.cli import own_text_verbs
+from mtp_lightning.cli.generate_verbs import DeviceName
 from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
 
 app = typer.Typer(no_args_is_help=True, help="Build shards of tokens, look at a row, verify and count shards.")
@@ -18,54 +20,102 @@ class Split(StrEnum):
     validation = "validation"
 
 
+InputsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RECIPE KEY=VALUE | PATH",
+        help="A recipe; or, with --out, texts: files (also JSONL, .gz, .zst, Parquet), folders, globs, stdlib.",
+        show_default=False,
+    ),
+]
+OutOption = Annotated[Path | None, typer.Option(help="Folder for the shards; must not exist yet.")]
+ShareOption = Annotated[
+    float | None, typer.Option(help="With --out: share of documents held out (0.03 unless given).")
+]
+TokenizerOption = Annotated[
+    str | None, typer.Option(help="With --out: byte (unless given), a tokenizer.json or a SentencePiece *.model.")
+]
+EndOption = Annotated[
+    int | None, typer.Option(min=0, help="With --out: id that ends a document (the tokenizer's own unless given).")
+]
+DeduplicateOption = Annotated[
+    bool, typer.Option("--deduplicate", help="With --out: leave out documents equal to an earlier one.")
+]
+ProcessesOption = Annotated[
+    int | None, typer.Option(min=1, help="With --out: processes (as many as are of use unless given).")
+]
+
+
 @app.command()
 def build(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RECIPE KEY=VALUE | PATH",
-            help="A recipe; or, with --out, texts: files (also JSONL, .gz, .zst, Parquet), folders, globs, stdlib.",
-            show_default=False,
-        ),
-    ],
+    inputs: InputsArgument = None,
     *,
-    out: Annotated[Path | None, typer.Option(help="Folder for the shards; must not exist yet.")] = None,
-    validation_share: Annotated[
-        float | None, typer.Option(help="With --out: share of documents held out (0.03 unless given).")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="With --out: byte (unless given), a tokenizer.json or a SentencePiece *.model.")
-    ] = None,
-    end_of_document: Annotated[
-        int | None, typer.Option(min=0, help="With --out: id that ends a document (the tokenizer's own unless given).")
-    ] = None,
-    deduplicate: Annotated[
-        bool, typer.Option("--deduplicate", help="With --out: leave out documents equal to an earlier one.")
-    ] = False,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="With --out: processes (as many as are of use unless given).")
-    ] = None,
+    out: OutOption = None,
+    validation_share: ShareOption = None,
+    tokenizer: TokenizerOption = None,
+    end_of_document: EndOption = None,
+    deduplicate: DeduplicateOption = False,
+    processes: ProcessesOption = None,
+    from_model: own_text_verbs.FromModelOption = None,
+    prompts: own_text_verbs.PromptsOption = None,
+    num_documents: own_text_verbs.CountOption = 1000,
+    max_new_tokens: own_text_verbs.NewTokensOption = 256,
+    temperature: own_text_verbs.TemperatureOption = 0.6,
+    top_k: own_text_verbs.TopKOption = 20,
+    top_p: own_text_verbs.TopPOption = 0.95,
+    prompt_tokens: own_text_verbs.PromptTokensOption = 32,
+    learn_prompts: own_text_verbs.LearnPromptsOption = False,
+    seed: own_text_verbs.SeedOption = 0,
+    rows: own_text_verbs.RowsOption = 16,
+    device: own_text_verbs.OwnDeviceOption = DeviceName.auto,
 ) -> None:
-    """Build the shards of a recipe's corpus into its cache, or of any texts into a folder."""
+    """Build shards: of a recipe's corpus into its cache, of any texts, or of what a model writes, into a folder."""
+    share = _share_of(validation_share)
+    if from_model is not None:
+        request = own_text_verbs.Request(
+            model=from_model,
+            prompts=prompts,
+            num_documents=num_documents,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            prompt_tokens=prompt_tokens,
+            learns_prompts=learn_prompts,
+            seed=seed,
+            batch_rows=rows,
+            device=device,
+            validation_share=share,
+        )
+        if out is None or inputs:
+            raise typer.BadParameter("needs --out, and prompts in place of texts", param_hint="--from-model")
+        own_text_verbs.build_from_model(request, out)
+        return
+    if not inputs:
+        raise typer.BadParameter("give a recipe, texts, or --from-model", param_hint="PATH")
     if out is None:
         given = (validation_share, tokenizer, end_of_document, processes)
         _build_of_recipe(inputs, is_for_texts=deduplicate or any(option is not None for option in given))
         return
-    from mtp_lightning.recipe.data_sections import DataSection
-
-    defaults = DataSection()
-    share = defaults.validation_share if validation_share is None else validation_share
-    if not 0 < share < 1:
-        raise typer.BadParameter("must lie between 0 and 1", param_hint="--validation-share")
     from mtp_lightning.data.build import BuildOptions, build_shards
 
     options = BuildOptions(
-        tokenizer=tokenizer or defaults.tokenizer,
+        tokenizer=tokenizer or "byte",
         end_of_document=end_of_document,
         validation_share=share,
         deduplicate=deduplicate,
     )
     build_shards(inputs, out, options, processes=processes)
+
+
+def _share_of(given: float | None) -> float:
+    """Return the share of documents that is held out."""
+    from mtp_lightning.recipe.data_sections import DataSection
+
+    share = DataSection().validation_share if given is None else given
+    if not 0 < share < 1:
+        raise typer.BadParameter("must lie between 0 and 1", param_hint="--validation-share")
+    return share
 
 
 def _build_of_recipe(arguments: list[str], *, is_for_texts: bool) -> None:

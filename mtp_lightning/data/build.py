@@ -101,7 +101,7 @@ def _run(build: "_Build", files: list[SourceFile], out: Path, *, processes: int,
         with watched("building shards", total_bytes=_sum_bytes(files), show=show) as advance:
             build.add_files(files, processes, advance)
         manifest = build.close(files)
-        _commit(build.partial, out, manifest)
+        commit(build.partial, out, manifest)
     except DataError:
         is_kept = False
         raise
@@ -302,7 +302,7 @@ def _taken(out: Path, found: str) -> DataError:
     return DataError(must_hold, found, "Remove it, or choose another folder")
 
 
-def _commit(partial: Partial, out: Path, manifest: Manifest) -> None:
+def commit(partial: Partial, out: Path, manifest: Manifest) -> None:
     """Write what makes the folder complete and give it its name, unless an equal one has it already."""
     write_index(partial.path, manifest)
     (partial.path / MANIFEST_NAME).write_text(manifest_text(manifest))

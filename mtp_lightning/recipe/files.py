@@ -28,6 +28,15 @@ def read_recipe_files(path: Path, faults: list[Fault], children: Chain = ()) -> 
     return merge(read_recipe_files(parent, faults, (*children, path)), own, replaces=changes_kind)
 
 
+def is_recipe_path(argument: str) -> bool:
+    """Tell whether an argument among fields to change is another recipe, to be laid over the first.
+
+    >>> is_recipe_path("recipes/adapt/joint.yaml"), is_recipe_path("run.dir=a.yaml")
+    (True, False)
+    """
+    return "=" not in argument and argument.endswith((".yaml", ".yml"))
+
+
 def _read_mapping(path: Path, faults: list[Fault]) -> Node:
     """Return the mapping that a file holds, or an empty one and a fault."""
     nothing = Node({}, str(path))

@@ -7,7 +7,7 @@ from pathlib import Path
 from mtp_lightning.errors import Fault, RecipeError
 from mtp_lightning.recipe.checking import Checked, check_fields
 from mtp_lightning.recipe.comparing import leaves
-from mtp_lightning.recipe.files import read_recipe_files
+from mtp_lightning.recipe.files import is_recipe_path, read_recipe_files
 from mtp_lightning.recipe.overrides import read_overrides
 from mtp_lightning.recipe.phases import check_phases
 from mtp_lightning.recipe.rules import check_rules
@@ -28,12 +28,15 @@ class LoadedRecipe:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Read a recipe file with its parents, lay `key=value` overrides over it, and check the whole.
 
+    An override that is the path of another recipe is laid over the file with all its fields, before any `key=value`.
     Raise `RecipeError` with every fault that was found.
     """
     faults: list[Fault] = []
     tree = read_recipe_files(Path(path), faults)
+    for laid in filter(is_recipe_path, overrides):
+        tree = merge(tree, read_recipe_files(Path(laid), faults), replaces=changes_kind)
     is_whole = all(place_at(fault.path.split(".")) for fault in faults)  # else a file is missing: rules would mislead
-    written = read_overrides(overrides, faults)
+    written = read_overrides([override for override in overrides if not is_recipe_path(override)], faults)
     suspects = {fault.path for fault in faults}
     tree, checked = _checked(tree, written)
     origins = origins_of(checked.recipe, tree)

@@ -1,4 +1,4 @@
-"""Law 1 with low-rank updates, frozen parts and mixtures: all schedules agree, and only what is trained has gradients."""
+"""Law 1 with low-rank updates, frozen parts and mixtures: schedules agree, and what is trained has gradients."""
 
 import pytest
 

@@ -88,6 +88,24 @@ def test_later_override_holds(write: Write) -> None:
     assert load_recipe(write(a="name: a\n"), ["run.seed=1", "run.seed=2"]).recipe.run.seed == 2
 
 
+def test_another_recipe_is_laid_over_before_fields(write: Write) -> None:
+    name = write(
+        own="name: own\nmodel: {width: 64}\nrun: {steps: 5, seed: 3}\n",
+        parent="run: {steps: 7}\nobjective: {weights: {kind: decay}}\n",
+        other="extends: parent.yaml\nname: other\nrun: {validation_rows: 3}\n",
+    ).replace("other", "own").replace("parent", "own")
+    other = name.replace("own", "other")
+    loaded = load_recipe(name, ["run.validation_rows=4", other])
+    recipe = loaded.recipe
+    assert (recipe.name, recipe.model.width) == ("other", 64)
+    assert (recipe.run.steps, recipe.run.seed, recipe.run.validation_rows) == (7, 3, 4)
+    assert isinstance(recipe.objective.weights, DecayWeights)
+    assert loaded.origins["run.steps"] == f"{other.replace('other', 'parent')}:1"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name, ["nothing.yaml"])
+    assert "must be a recipe" in caught.value.faults[0].must_hold
+
+
 def test_overrides_take_lists_and_mappings(write: Write) -> None:
     overrides = ["data.corpus=[src, docs]", "optimizer.lr_scale={heads: 4}", "model={width: 64}"]
     recipe = load_recipe(write(a="model: {num_layers: 6}\n"), overrides).recipe

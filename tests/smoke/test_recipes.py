@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from mtp_lightning.recipe import load_recipe
+from mtp_lightning.recipe import load_recipe, recipe_to_yaml
+from mtp_lightning.recipe.adapt_sections import AdaptSection
 from mtp_lightning.training.fit import train
 from tests.support.runs import ROOT
 
@@ -47,6 +48,19 @@ def shrink_further(path):
     return ["model.vocabulary=257", f"model.num_layers={recipe.heads.num_offsets + 1}"]
 
 
+def start_overrides(path, overrides, folder):
+    """Train the model that a recipe starts from, nothing of it adapted, for a step, where it starts from one."""
+    recipe = load_recipe(path, overrides).recipe
+    if recipe.run.start_from is None:
+        return []
+    bare = {"adapt": AdaptSection(), "heads": recipe.heads.model_copy(update={"trainable_from": None}), "phases": {}}
+    run = recipe.run.model_copy(update={"steps": 1, "start_from": None, "guard": None, "dir": str(folder / "start")})
+    (folder / "start.yaml").write_text(recipe_to_yaml(recipe.model_copy(update={**bare, "run": run})))
+    if not (folder / "start").exists():
+        assert train(load_recipe(folder / "start.yaml", ["objective.balance=none"])) == 0
+    return [f"run.start_from={folder}/start"]
+
+
 def phase_overrides(path, steps):
     """Cut every phase to some steps."""
     names = load_recipe(path).recipe.phases
@@ -63,6 +77,7 @@ def test_recipe_trains_and_goes_on(path, cache, tmp_path):
     def run(steps):
         own = [f"run.steps={steps}", f"run.dir={tmp_path}/run", f"run.cache={cache}"]
         overrides = [*SHRINK, *shrink_further(path), *phase_overrides(path, steps), *own]
+        overrides += start_overrides(path, overrides, tmp_path)
         assert train(load_recipe(path, overrides)) == 0
         summary = json.loads((tmp_path / "run/summary.json").read_text())
         return list(summary["phases"].values())[-1] if "phases" in summary else summary

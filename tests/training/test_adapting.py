@@ -1,4 +1,6 @@
-"""Adapted runs: from a plain model to updates and mixtures, in phases, resumed to the bit, and back to a plain model."""
+"""Adapted runs: from a plain model to updates and mixtures, in phases, resumed to the bit, and back to plain."""
+
+import itertools
 
 import pytest
 import torch
@@ -91,7 +93,7 @@ phases:
 """
     folder = adapted(here, "phases", phases=phases)
     states = [weights_of(path) for path in (here / "base", *sorted(folder.glob("phases/*")))]
-    changed = [{role_of(name) for name in moved(a, b)} for a, b in zip(states, states[1:], strict=False)]
+    changed = [{role_of(name) for name in moved(a, b)} for a, b in itertools.pairwise(states)]
     assert changed == [{"heads"}, {"heads"}, {"heads", "lora"}]
     assert {role_of(name) for name in states[2].keys() - states[1].keys()} == {"lora"}
     recipes = [phase.recipe for phase in phases_of(load_recipe(folder / "recipe.yaml").recipe)]

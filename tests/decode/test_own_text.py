@@ -1,0 +1,157 @@
+"""Shards of a model's own text: its words after the prompts, none twice, prompts read only."""
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mtp_lightning.checkpoint.loading import load_model
+from mtp_lightning.cli import app
+from mtp_lightning.data.build import BuildOptions, build_shards
+from mtp_lightning.data.manifest import load_manifest
+from mtp_lightning.data.mapped import ShardMaps
+from mtp_lightning.data.verify import verify_shards
+from mtp_lightning.decode import generate
+from mtp_lightning.recipe import load_recipe
+from mtp_lightning.training.fit import train
+from tests.checkpoint.runs import save_run
+from tests.support.runs import ROOT
+from tests.support.tiny import tiny_model, tiny_recipe
+
+END = 256
+PROMPTS = ["def main(", "import ", "x = ", "class A", "for i in", "return", "if ", "with open"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A checkpoint of a tiny model of bytes, random but with a leaning, so that it says little."""
+    folder = tmp_path_factory.mktemp("own")
+    recipe = tiny_recipe(model={"vocabulary": 257, "init_std": 0.5}, heads={"num_offsets": 2})
+    save_run(folder / "run", recipe, 1, model=tiny_model(recipe).float())
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return folder
+
+
+def build(run, out, *options, prompts="prompts.txt") -> Result:
+    arguments = ["data", "build", "--from-model", run / "run", "--prompts", run / prompts, "--out", run / out, *options]
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def documents_in(folder, split):
+    """Tokens and mask of every document."""
+    maps = ShardMaps(folder, split)
+    for place in range(len(maps.shards)):
+        for start, length in zip(*maps[place].document_places(), strict=True):
+            tokens, mask = (read([start], length)[0].tolist() for read in _readers(maps[place]))
+            yield tokens, mask
+
+
+def _readers(shard):
+    import numpy as np
+
+    return (
+        lambda starts, width: shard.tokens(np.array(starts), width),
+        lambda starts, width: shard.loss_mask(np.array(starts), width),
+    )
+
+
+def all_documents(folder):
+    return [document for split in ("train", "validation") for document in documents_in(folder, split)]
+
+
+OPTIONS = ("--max-new-tokens", 20, "--validation-share", 0.3)
+
+
+def test_greedy_documents_are_what_generate_says(run):
+    done = build(run, "greedy", "--temperature", 0, "--num-documents", 50, *OPTIONS)
+    assert done.exit_code == 0, done.output
+    model = load_model(run / "run")[1]
+    prompts = [list(prompt.encode()) for prompt in PROMPTS]
+    texts = generate(model, prompts, max_new_tokens=20, stop_tokens=[END]).tokens
+    expected = {}
+    for prompt, text in zip(prompts, texts, strict=True):
+        cut = [] if text[-1] == END else [END]
+        mask = [False] * len(prompt) + [True] * len(text) + [False] * len(cut)
+        expected[tuple(prompt + text + cut)] = mask
+    assert {tuple(tokens): mask for tokens, mask in all_documents(run / "greedy")} == expected
+    assert "50 documents were asked for" in done.output
+    verify_shards(run / "greedy")
+
+
+def test_sampled_documents_are_as_many_as_wanted_and_none_is_there_twice(run):
+    done = build(run, "sampled", "--temperature", 1.5, "--num-documents", 30, "--rows", 3, *OPTIONS)
+    assert done.exit_code == 0, done.output
+    documents = all_documents(run / "sampled")
+    assert len(documents) == 30 == len({tuple(tokens) for tokens, _ in documents})
+    beginnings = [bytes(t for t, is_learnt in zip(*document, strict=True) if not is_learnt and t < END).decode()
+                  for document in documents]  # fmt: skip
+    assert {text.rstrip("\0") for text in beginnings} == set(PROMPTS)
+    again = build(run, "again", "--temperature", 1.5, "--num-documents", 30, "--rows", 3, *OPTIONS)
+    assert again.exit_code == 0
+    assert all_documents(run / "again") == documents
+    other = build(run, "other", "--temperature", 1.5, "--num-documents", 30, "--seed", 99, *OPTIONS)
+    assert other.exit_code == 0
+    assert all_documents(run / "other") != documents
+
+
+def test_repeated_prompts_give_one_document(run):
+    (run / "twice.txt").write_text("\n".join([*PROMPTS, *PROMPTS]))
+    done = build(run, "twice", "--temperature", 0, "--num-documents", 50, *OPTIONS, prompts="twice.txt")
+    assert done.exit_code == 0, done.output
+    assert len(all_documents(run / "twice")) == len(PROMPTS)
+    assert f"{len(PROMPTS)} duplicates left out" in done.output
+
+
+def test_documents_of_a_prompt_are_held_out_together(run):
+    build(run, "split", "--temperature", 1.5, "--num-documents", 40, *OPTIONS)
+    heads = [
+        {bytes(t for t, learnt in zip(*document, strict=True) if not learnt and t < END) for document in part}
+        for part in (documents_in(run / "split", "train"), documents_in(run / "split", "validation"))
+    ]
+    assert heads[0]
+    assert heads[1]
+    assert not heads[0] & heads[1]
+
+
+def test_prompts_may_be_targets_and_come_from_shards(run):
+    (run / "texts").mkdir()
+    for number, prompt in enumerate(PROMPTS):
+        (run / "texts" / f"{number}.txt").write_text(prompt * 3)
+    build_shards([str(run / "texts")], run / "shards", BuildOptions(validation_share=0.3), show_progress=False)
+    options = ("--prompt-tokens", 5, "--learn-prompts", "--temperature", 0, *OPTIONS)
+    done = build(run, "learnt", *options, prompts="shards")
+    assert done.exit_code == 0, done.output
+    train_texts = {bytes(tokens[:5]) for tokens, _ in documents_in(run / "shards", "train")}
+    found = all_documents(run / "learnt")
+    assert {bytes(tokens[:5]) for tokens, _ in found} == train_texts
+    assert all(all(mask[:-1]) for _, mask in found)
+
+
+def test_a_run_trains_on_them(run):
+    assert build(run, "for_training", "--temperature", 1.5, "--num-documents", 60, *OPTIONS).exit_code == 0
+    assert load_manifest(run / "for_training").is_masked("train")
+    options = ["run.steps=2", f"run.dir={run}/trained", f"data.shards={run}/for_training", "run.validation_rows=2"]
+    options += ["data.window_tokens=16", f"run.cache={run}/cache", "run.threads=1", "batch.rows=4", "batch.micro_rows=2"]
+    assert train(load_recipe(ROOT / "recipes/debug/parallel.yaml", options)) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--max-new-tokens", 5000), "positions"),
+        (("--validation-share", 1e-9, "--max-new-tokens", 3), "both splits must get at least one document"),
+    ],
+)
+def test_what_cannot_be_is_refused(run, options, words):
+    done = build(run, "refused", *options)
+    assert done.exit_code != 0
+    assert words in " ".join(f"{done.output} {done.exception}".split())
+    assert not (run / "refused").exists()
+    assert not list(run.glob("refused.partial*"))
+
+
+def test_a_folder_with_something_in_it_is_left_alone(run):
+    (run / "taken").mkdir()
+    (run / "taken/note").write_text("mine")
+    done = build(run, "taken")
+    assert done.exit_code != 0
+    assert "must be new or empty" in " ".join(done.output.split())
+    assert (run / "taken/note").read_text() == "mine"
