@@ -19,11 +19,12 @@ from rich.table import Table
 from mtp_lightning.bench.cells import Cell, build_cells, describe_matching, describe_shape, impossible
 from mtp_lightning.bench.peak import MALLOC_ENVIRONMENT
 from mtp_lightning.bench.showing import add_rows, build_table, console, number, ratio, watched, write_json
-from mtp_lightning.planner.counts import parameter_counts
+from mtp_lightning.planner.counts import parameter_counts, trainable_parameters
 from mtp_lightning.recipe.sections import Recipe
 
 MIB = 2**20
-STATE_BYTES = 16  # per parameter: fp32 weight, gradient and two moments of AdamW
+WEIGHT_BYTES = 4  # per parameter, fp32
+TRAINED_BYTES = 12  # per parameter that is trained: fp32 gradient and two moments of AdamW
 METHOD = {
     "cpu": "peak resident memory of a second training step, in a process of its own per row, above what that process "
     "held before the model was built",
@@ -105,7 +106,8 @@ def memory_figures(cells: list[Cell], results: dict[tuple[int, str], dict[str, A
         MemoryFigure(
             *cell.key,
             layers=cell.layers,
-            state_bytes=STATE_BYTES * parameter_counts(cell.recipe).total,
+            state_bytes=WEIGHT_BYTES * parameter_counts(cell.recipe).total
+            + TRAINED_BYTES * trainable_parameters(cell.recipe),
             peak_bytes=peaks.get(cell.key),
             ratio_to_one_offset=ratio(peaks.get(cell.key), peaks.get((1, cell.schedule))),
             ratio_to_joint=ratio(peaks.get(cell.key), peaks.get((cell.num_offsets, "joint"))),

@@ -9,6 +9,7 @@ from torch import Tensor
 from mtp_lightning.errors import NonFiniteError
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
+from mtp_lightning.model.freezing import first_taught, freeze
 from mtp_lightning.model.mtp_model import build_model
 from mtp_lightning.planner.variants import with_schedule
 from mtp_lightning.ranks import Ranks
@@ -22,12 +23,14 @@ from mtp_lightning.training.schedules import run_schedule
 class TrainingStep:
     """A recipe's model, optimizer and one batch of random rows, each row a document of its own.
 
-    Every position has a target at every offset, and every offset has weight 1: the dearest batch that there is.
+    Every position has a target at every offset, and every offset that is not frozen has weight 1: the dearest batch
+    that there is.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         self.model = build_model(recipe, device)
+        freeze(self.model, recipe)
         if recipe.objective.compile:
             self.model.compile_layers()
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
@@ -41,9 +44,9 @@ class TrainingStep:
         counts = (self.targets != IGNORE).sum((1, 2))
         section = with_schedule(self.recipe, schedule).objective
         teacher_counts = teacher_positions(self.targets).sum((1, 2))
-        objective = Objective(
-            section, [1.0] * len(counts), counts, counts[0], predicts, teacher_counts=teacher_counts
-        )
+        num_frozen = first_taught(self.recipe) - 1
+        weights = [0.0] * num_frozen + [1.0] * (len(counts) - num_frozen)
+        objective = Objective(section, weights, counts, counts[0], predicts, teacher_counts=teacher_counts)
         for micro_batch in self._micro_batches():
             with self._autocast(enabled=self.recipe.run.precision == "bf16"):
                 run_schedule(self.model, micro_batch, objective, self._backward)

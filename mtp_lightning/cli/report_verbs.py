@@ -46,6 +46,36 @@ def compare(
         draw(groups, plot)
 
 
+@app.command()
+def mixture(
+    run: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A run, one of its checkpoints, or an export.", show_default=False)
+    ],
+    *,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Where to draw it; in a run folder mixture.png unless given.")
+    ] = None,
+) -> None:
+    """Show what each head has learnt to read of the trunk's layers (adapt.weighted_states)."""
+    from rich import box
+    from rich.table import Table
+
+    from mtp_lightning.cli.screen import screen
+    from mtp_lightning.evaluation.mixture import draw, read_mixtures
+
+    mixtures = read_mixtures(run)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    for name in ("offset", "mean layer", *(f"layer {number}" for number in range(1, len(mixtures[0].shares) + 1))):
+        table.add_column(name, justify="right")
+    for own in mixtures:
+        table.add_row(str(own.offset), f"{own.depth:.2f}", *(f"{share:.1%}" for share in own.shares))
+    screen().print(table)
+    picture = plot or (run / "mixture.png" if (run / "recipe.yaml").is_file() else None)
+    if picture is not None:
+        draw(mixtures, picture)
+        screen().print(f"drawn: {picture}")
+
+
 def _table(groups: "list[Group]") -> "Table":
     from rich import box
     from rich.table import Table

@@ -109,12 +109,14 @@ def matrix(num_ranks: int, *, full: bool) -> list[Cell]:
         chosen = row if full else random.Random(f"{stage} {schedule} {num_ranks}").sample(row, SAMPLE)
         curves = chosen[::8] if full else chosen[: schedule == SCHEDULES[0]]
         cells += chosen + [replace(cell, optimizer="adamw") for cell in curves]
-    return cells + _adapted(num_ranks, full=full)
+        cells += _adapted(stage, schedule, num_ranks, full=full)
+    return cells
 
 
-def _adapted(num_ranks: int, *, full: bool) -> list[Cell]:
+def _adapted(stage: str, schedule: str, num_ranks: int, *, full: bool) -> list[Cell]:
     """List cells of adapted models: every stage, schedule and adaptation; in the sample each of the three once."""
-    cells = [
+    names = [name for name in ADAPTATIONS if name != "none"]
+    return [
         Cell(
             stage=stage,
             ranks=num_ranks,
@@ -123,8 +125,8 @@ def _adapted(num_ranks: int, *, full: bool) -> list[Cell]:
             heads="parallel",
             unembedding="shared",
             clips=True,
-            adaptation=adaptation,
+            adaptation=name,
         )
-        for stage, schedule, adaptation in product(STAGES, SCHEDULES, [name for name in ADAPTATIONS if name != "none"])
+        for number, name in enumerate(names)
+        if full or number == STAGES.index(stage) == SCHEDULES.index(schedule)
     ]
-    return cells if full else cells[:: len(STAGES) * len(SCHEDULES) + len(SCHEDULES) + 1]

@@ -1,0 +1,66 @@
+"""What heads have learnt to read of the trunk: the shares of its layers in each head's mixture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtp_lightning.checkpoint.loading import find_checkpoint
+from mtp_lightning.checkpoint.manifest import RECIPE_NAME
+from mtp_lightning.checkpoint.shard_reader import ShardReader
+from mtp_lightning.errors import CheckpointError
+from mtp_lightning.recipe import load_recipe
+from mtp_lightning.recipe.adapt_rules import mixing_offsets
+
+
+@dataclass(frozen=True)
+class LearntMixture:
+    """How much one offset reads of each layer."""
+
+    offset: int
+    shares: list[float]  # of layers 1 to L of the trunk; they sum to one
+
+    @property
+    def depth(self) -> float:
+        """Where the head reads on average: 1 is the first layer, L the last.
+
+        >>> LearntMixture(2, [0.5, 0.0, 0.5]).depth
+        2.0
+        """
+        return sum(number * share for number, share in enumerate(self.shares, start=1))
+
+
+def read_mixtures(path: Path) -> list[LearntMixture]:
+    """Read the mixtures of a run, a checkpoint or an exported folder; nothing else of the model.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or its heads read no mixtures.
+    """
+    folder = find_checkpoint(path)
+    recipe, reader = load_recipe(folder / RECIPE_NAME).recipe, ShardReader(folder)
+    section = recipe.adapt.weighted_states
+    if section is None:
+        raise CheckpointError(
+            "a run whose mixtures are shown must have adapt.weighted_states",
+            f"adapt.weighted_states = null in {folder / RECIPE_NAME}",
+            "Name a run that was trained with them",
+        )
+    weights = {offset: reader.read(f"mixtures.{offset}.weight").double() for offset in mixing_offsets(recipe)}
+    return [LearntMixture(k, (weight / section.temperature).softmax(0).tolist()) for k, weight in weights.items()]
+
+
+def draw(mixtures: Sequence[LearntMixture], path: Path) -> None:
+    """Draw the shares of all layers, a line for each offset, against what they started as."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    num_layers = len(mixtures[0].shares)
+    for mixture in mixtures:
+        axes.plot(range(1, num_layers + 1), mixture.shares, marker="o", label=f"offset {mixture.offset}")
+    axes.axhline(1 / num_layers, linestyle=":", color="grey", label="at the start")
+    axes.set(title="What each head reads of the trunk", xlabel="layer", ylabel="share", ylim=(0, 1))
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
