@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mtp_lightning.recipe import Recipe
 
 SAMPLE_TOKENS = 128
+SAMPLE_TEMPERATURE = 0.7  # by its likeliest tokens alone, a small model repeats itself
 ADAPTIVE: Literal["adaptive"] = "adaptive"
 
 
@@ -125,7 +126,12 @@ def show_sample(recipe: "Recipe") -> None:
     assert recipe.run.sample is not None
     trained, model = load_model(recipe.run.dir, device=device_of(DeviceName.auto))
     tokenizer = recipe_tokenizer(trained)
-    settings = Settings(max_new_tokens=SAMPLE_TOKENS, stop_tokens=[tokenizer.end_of_document])
+    settings = Settings(
+        max_new_tokens=SAMPLE_TOKENS,
+        temperature=SAMPLE_TEMPERATURE,
+        seed=recipe.run.seed,
+        stop_tokens=[tokenizer.end_of_document],
+    )
     is_drafting = trained.heads.num_offsets > 1
     prompt = recipe.run.sample.encode()
     screen(stderr=True).print(f"\nWhat it writes (mtp generate {recipe.run.dir} --prompt TEXT --show-drafts for more):")

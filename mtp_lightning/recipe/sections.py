@@ -93,7 +93,8 @@ class RunSection(Section):
     keep_position: bool = False
     """Go on in the data where `start_from` stood, instead of at the beginning."""
     sample: str | None = None
-    """Prompt that is continued when the run has ended, drafts coloured and their gain measured; null: none."""
+    """Prompt that is continued when the run has ended, drawn at temperature 0.7, drafts coloured and their gain
+    measured; null: none."""
     early_stop: EarlyStopSection | None = None
     """End when the accepted length stays where it is, or null: after `steps`."""
     seed: Annotated[int, Field(ge=0)] = 0
