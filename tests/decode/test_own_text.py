@@ -129,7 +129,7 @@ def test_a_run_trains_on_them(run):
     assert build(run, "for_training", "--temperature", 1.5, "--num-documents", 60, *OPTIONS).exit_code == 0
     assert load_manifest(run / "for_training").is_masked("train")
     options = ["run.steps=2", f"run.dir={run}/trained", f"data.shards={run}/for_training", "run.validation_rows=2"]
-    options += ["data.window_tokens=16", f"run.cache={run}/cache", "run.threads=1", "batch.rows=4", "batch.micro_rows=2"]
+    options += ["data.window_tokens=16", "batch.rows=4", "batch.micro_rows=2", "run.threads=1", f"run.cache={run}/c"]
     assert train(load_recipe(ROOT / "recipes/debug/parallel.yaml", options)) == 0
 
 
