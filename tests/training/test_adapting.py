@@ -13,6 +13,7 @@ from mtp_lightning.model.roles import role_of
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.recipe.phases import phases_of
 from mtp_lightning.training.fit import train
+from mtp_lightning.training.guard import Rows, evaluating, record
 from tests.support.runs import ROOT, figures, mtp
 
 RECIPE = """
@@ -141,6 +142,21 @@ def test_other_updates_than_those_of_the_start_are_refused(here, overrides, word
         run(here, "other", f"run.start_from={here / 'refused'}", *overrides)
     assert words in caught.value.found
     assert "mtp export" in caught.value.remedy
+
+
+def test_what_is_measured_without_dropout_is_measured_again(here):
+    """The guard compares a model in training with what was noted of one in training."""
+    if not (here / "dropping").exists():
+        adapted(here, "dropping", "adapt.lora={rank: 2, dropout: 0.5}", "run.steps=4")
+    model = load_model(here / "dropping")[1].train()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(256, (2, 66), generator=generator)
+    rows = Rows(tokens, torch.zeros_like(tokens), None)
+    assert not torch.equal(record(model, rows).losses, record(model, rows).losses)
+    with evaluating(model):
+        noted = [record(model, rows).losses for _ in range(2)]
+    assert torch.equal(*noted)
+    assert model.training
 
 
 def test_a_frozen_parameter_that_changes_stops_the_run(here, monkeypatch):
