@@ -218,7 +218,7 @@ def _joint_token_order(model: MtpModel, batch: MicroBatch, objective: Objective,
 @torch.no_grad()
 def evaluate(model: MtpModel, batch: MicroBatch, objective: Objective) -> OffsetLosses:
     """Losses, predictions and overlaps of every offset, one after the other, without gradients."""
-    plain = replace(objective, section=objective.section.model_copy(update={"distill": None}))
+    plain = replace(objective, section=objective.section.model_copy(update={"distill": None, "balance": "none"}))
     terms = Terms(model, batch, plain)
     overlaps = torch.ones_like(batch.targets, dtype=plain.coefficients.dtype)
     hiddens = model.hidden_states(batch.tokens, batch.documents)

@@ -1,8 +1,12 @@
 """Law 1 with low-rank updates, frozen parts and mixtures: schedules agree, and what is trained has gradients."""
 
 import pytest
+import torch
 
+from mtp_lightning.losses.targets import count_targets, shifted_targets
 from mtp_lightning.model.freezing import freeze
+from mtp_lightning.training.objective import MicroBatch, Objective
+from mtp_lightning.training.schedules import evaluate
 from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
 
 TOLERANCE = 1e-10
@@ -83,3 +87,16 @@ def assert_schedules_agree(kind, adaptation, objective):
         assert gradients.keys() == expected.keys()
         errors = {name: relative_error(gradients[name], expected[name]) for name in expected}
         assert max(errors.values()) <= TOLERANCE, errors
+
+
+def test_overlaps_are_measured_under_balanced_losses_too():
+    found = []
+    for balance in ("rms", "none"):
+        recipe = tiny_recipe(objective={"balance": balance})
+        tokens, documents, _ = tiny_rows(recipe, 2)
+        targets = shifted_targets(tokens, documents, recipe.heads.num_offsets)
+        counts = count_targets(targets).double()
+        objective = Objective(recipe.objective, [1.0] * len(targets), counts, predicts=True)
+        found.append(evaluate(tiny_model(recipe), MicroBatch(tokens, documents, targets), objective).overlaps)
+    assert found[1][1:].max() > 0.1
+    assert torch.equal(*found)
