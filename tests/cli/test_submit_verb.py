@@ -50,7 +50,7 @@ def test_a_dry_run_takes_less_than_a_second_and_no_torch(tmp_path: Path) -> None
     code = f"""
 import sys
 from mtp_lightning.cli import main
-sys.argv = ["mtp", "submit", {RECIPE!r}, "--site", "generic-h100", "--dry-run", "run.dir=runs/x"]
+sys.argv = ["mtp", "submit", {RECIPE!r}, "--site", "generic-h100", "--dry-run", "run.dir=/shared/runs/x"]
 try:
     main()
 finally:

@@ -13,6 +13,7 @@ from mtp_lightning.training.callbacks.columns import ROLES
 from mtp_lightning.training.progress import Progress, bits_unit
 
 BLANK = "-"
+MOST_ROLES_BESIDE_LR = 4
 
 
 def live_view(progress: Progress) -> RenderableType:
@@ -59,8 +60,9 @@ def status_lines(progress: Progress) -> list[str]:
     train = progress.train
     roles = [role for role in ROLES if role not in ADDED or f"grad_norm/{role}" in train]
     norms = "  ".join(f"{role} {number(train.get(f'grad_norm/{role}'), '.2g')}" for role in roles)
+    lr = f"lr {number(train.get('lr'), '.2e')}"
     lines = [
-        f"grad norm  {norms}   lr {number(train.get('lr'), '.2e')}",
+        *([f"grad norm  {norms}   {lr}"] if len(roles) <= MOST_ROLES_BESIDE_LR else [f"grad norm  {norms}", lr]),
         f"{count(progress.tokens)} tokens  {count(train.get('tokens_per_s'))} tokens/s"
         f"  {number(train.get('memory_gib'), '.2f')} GiB"
         f"  last checkpoint {f'step {progress.saved_step:,}' if progress.saved_step else BLANK}",

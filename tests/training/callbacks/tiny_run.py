@@ -78,6 +78,7 @@ class TinyModule(LightningModule):
         self.trunk = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Dropout(0.3))
         self.offset_heads = nn.ModuleList(nn.Linear(16, WIDTH) for _ in range(recipe.heads.num_offsets))
         self.metrics: dict[str, Any] = {}
+        self.urgency, self.agreed_urgency = (lambda: 0), 0
         self.seen: list[tuple[int, int, float]] = []
         self.num_validations = 0
         self.on_step: Callable[[int], None] = lambda step: None
