@@ -13,7 +13,6 @@ from mtp_lightning.training.callbacks.columns import ROLES
 from mtp_lightning.training.progress import Progress, bits_unit
 
 BLANK = "-"
-MOST_ROLES_BESIDE_LR = 4
 
 
 def live_view(progress: Progress) -> RenderableType:
@@ -58,17 +57,18 @@ def _offset_row(progress: Progress, k: int) -> list[str]:
 def status_lines(progress: Progress) -> list[str]:
     """State the run in short lines."""
     train = progress.train
-    roles = [role for role in ROLES if role not in ADDED or f"grad_norm/{role}" in train]
-    norms = "  ".join(f"{role} {number(train.get(f'grad_norm/{role}'), '.2g')}" for role in roles)
-    lr = f"lr {number(train.get('lr'), '.2e')}"
+    norms = {role: f"{role} {number(train.get(f'grad_norm/{role}'), '.2g')}" for role in ROLES}
+    added = [norms[role] for role in ADDED if f"grad_norm/{role}" in train]
+    own = "  ".join(norm for role, norm in norms.items() if role not in ADDED)
     lines = [
-        *([f"grad norm  {norms}   {lr}"] if len(roles) <= MOST_ROLES_BESIDE_LR else [f"grad norm  {norms}", lr]),
+        f"grad norm  {own}   lr {number(train.get('lr'), '.2e')}",
+        *(["           " + "  ".join(added)] if added else []),
         f"{count(progress.tokens)} tokens  {count(train.get('tokens_per_s'))} tokens/s"
         f"  {number(train.get('memory_gib'), '.2f')} GiB"
         f"  last checkpoint {f'step {progress.saved_step:,}' if progress.saved_step else BLANK}",
     ]
     if progress.recipe.heads.num_offsets > 1:
-        lines.insert(1, f"accepted length  {_lengths(progress)}")
+        lines.insert(len(lines) - 1, f"accepted length  {_lengths(progress)}")
     return lines
 
 
