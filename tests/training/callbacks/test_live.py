@@ -61,6 +61,7 @@ def test_every_figure_of_an_offset_is_in_its_row() -> None:
     assert "accepted length  train 1.23  val 2.35 at step 299 (the best so far)" in [line.strip() for line in lines]
     assert any("1.23M tokens/s  123.46 GiB  last checkpoint step 299" in line for line in lines)
     assert lines[6].startswith("step 299/300")
+    assert len(lines[-1]) < 77, "room for an echoed ^C behind the cursor"
 
 
 def test_a_run_that_adds_nothing_shows_nothing_of_it() -> None:
@@ -68,7 +69,6 @@ def test_a_run_that_adds_nothing_shows_nothing_of_it() -> None:
     for role in ("lora", "mixtures"):
         del progress.train[f"grad_norm/{role}"]
     assert "lora" not in rendered(live_view(progress), 80)
-    assert len(lines[-1]) < 77, "room for an echoed ^C behind the cursor"
 
 
 def test_losses_of_other_tokenizers_are_bits_per_token() -> None:
