@@ -111,7 +111,8 @@ class ShardCache:
                 if not self._path(shard).exists():
                     self._make_room(shard, file, free_own, waits=waits)
                     tried_again(self._download, shard, file)
-                    partial.replace(self._path(shard))
+                    with self._alone():  # who counts meets it under one name
+                        partial.replace(self._path(shard))
                 elif _is_at(file, partial):  # nobody else's: it is locked here
                     partial.unlink()
         except OSError as error:
@@ -163,16 +164,21 @@ class ShardCache:
 
     def _remove_oldest(self, needed_bytes: int) -> int:
         """Remove files that nobody uses until there is room, the oldest first; return the bytes that stay."""
-        files = [(path.stat(), path) for path in (*self._folder.glob("*.tar"), *self._folder.glob("*.partial"))]
+        files = list(self._files())
         taken_bytes = sum(stat.st_size for stat, _ in files)
         for stat, path in sorted(files, key=lambda entry: (entry[1].suffix == ".tar", entry[0].st_mtime_ns)):
             if taken_bytes + needed_bytes <= self.limit_bytes:
                 break
-            with path.open("rb") as file:
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
                 if _lock(file, waits=False):
-                    path.unlink()
+                    path.unlink(missing_ok=True)
                     taken_bytes -= stat.st_size
         return taken_bytes
+
+    def _files(self) -> Iterator[tuple[os.stat_result, Path]]:
+        for path in (*self._folder.glob("*.tar"), *self._folder.glob("*.partial")):
+            with contextlib.suppress(FileNotFoundError):  # found to be damaged and removed in the meantime
+                yield path.stat(), path
 
     def _full(self, shard: Shard, error: OSError) -> DataError:
         existing = next(parent for parent in (self._folder, *self._folder.absolute().parents) if parent.exists())

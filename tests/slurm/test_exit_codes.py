@@ -9,7 +9,7 @@ import pytest
 from tests.slurm.cluster import Cluster, output_of
 from tests.support.runs import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(60)]
 RECIPE = str(ROOT / "recipes/debug/parallel.yaml")
 
 
@@ -32,6 +32,11 @@ class StandIn:
     @property
     def output(self) -> str:
         return output_of(self.folder / "run")
+
+
+def nodes_of(stand_in: StandIn) -> list[str]:
+    """Return the nodes that the stand-in has started on."""
+    return [line.split()[-1] for line in stand_in.output.splitlines() if line.startswith("start on")]
 
 
 SAVE = "mkdir -p $run/checkpoints/step-0000000$((SLURM_RESTART_COUNT + 1))"
@@ -103,9 +108,21 @@ def test_a_bad_node_is_left_out(cluster: Cluster, tmp_path: Path) -> None:
     stand_in = StandIn(tmp_path, bad, "exit 0")
     job = cluster.submit(*stand_in.arguments)
     cluster.until_state(job, "COMPLETED")
-    nodes = [line.split()[-1] for line in stand_in.output.splitlines() if line.startswith("start on")]
-    assert sorted(nodes) == ["n1", "n2"]
+    nodes = nodes_of(stand_in)
+    assert sorted(nodes) == ["n1", "n2"], stand_in.output
     assert cluster.job(job)["ExcNodeList"] == nodes[0]
+
+
+def test_a_bad_node_that_slurm_gives_again_is_given_back(cluster: Cluster, tmp_path: Path) -> None:
+    stand_in = StandIn(tmp_path, f"{SAVE}; exit 85", "exit 0")
+    job = cluster.submit(*stand_in.arguments)
+    cluster.until(lambda: "requeued" in stand_in.output)
+    cluster.until_state(job, "PENDING")
+    first, *_ = nodes_of(stand_in)
+    (tmp_path / "run/logs/bad_nodes").write_text(f"{first}\n")  # too late to be excluded before the restart
+    cluster.until_state(job, "COMPLETED")
+    assert sorted(nodes_of(stand_in)) == ["n1", "n2"], stand_in.output
+    assert "given a bad node again; requeued" in stand_in.output
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:

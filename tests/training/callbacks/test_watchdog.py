@@ -101,14 +101,14 @@ import os, sys, time
 from mtp_lightning.cli import main
 from mtp_lightning.data import dataset
 
-fetch = dataset.SampleDataset.__getitems__
+read = dataset.SampleDataset.read
 
-def fetch_slowly(self, samples):
-    time.sleep(0.2)
-    return fetch(self, samples)
+def read_slowly(self, samples):
+    time.sleep(0.5)
+    return read(self, samples)
 
 if os.environ["RANK"] == "1":
-    dataset.SampleDataset.__getitems__ = fetch_slowly
+    dataset.SampleDataset.read = read_slowly
 sys.argv = ["mtp", *sys.argv[1:]]
 main()
 """
