@@ -9,7 +9,7 @@ import pytest
 from tests.slurm.cluster import Cluster, output_of
 from tests.support.runs import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(200)]
 RECIPE = str(ROOT / "recipes/debug/parallel.yaml")
 
 
