@@ -1,5 +1,7 @@
 """`mtp data build --from-model`: shards of what a model writes itself."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,11 +11,21 @@ import typer
 from mtp_lightning.cli.generate_verbs import DeviceName
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from mtp_lightning.data.half_written import Setting
+    from mtp_lightning.data.text_log import TextLog
+    from mtp_lightning.data.token_shards import TokenDocument
     from mtp_lightning.data.tokenizers import Tokenizer
+    from mtp_lightning.recipe import Recipe
 
 FromModelOption = Annotated[
     Path | None,
-    typer.Option(metavar="PATH", help="With --out: a run, checkpoint or export whose own text is to be the documents."),
+    typer.Option(
+        metavar="PATH",
+        help="With --out: a run, checkpoint or export whose own text is to be the documents. After a kill, the same "
+        "command goes on with what was written.",
+    ),
 ]
 PromptsOption = Annotated[
     Path | None,
@@ -59,21 +71,40 @@ class Request:
 
 
 def build_from_model(request: Request, out: Path) -> None:
-    """Let a model write documents, and make shards of them."""
+    """Let a model write documents, and make shards of them; go on where an equal command was ended."""
     if request.prompts is None:
         raise typer.BadParameter("--from-model needs prompts to begin with", param_hint="--prompts")
-    from mtp_lightning.checkpoint.loading import load_model
-    from mtp_lightning.cli.generate_verbs import device_of
+    from mtp_lightning.checkpoint.loading import find_checkpoint
     from mtp_lightning.data.build import describe
     from mtp_lightning.data.corpus import recipe_tokenizer
-    from mtp_lightning.data.progress import counted, say
-    from mtp_lightning.data.token_shards import TokenShards, check_new, write_token_shards
-    from mtp_lightning.decode import Settings
-    from mtp_lightning.decode.own_text import OwnText, Writer
+    from mtp_lightning.data.progress import say
+    from mtp_lightning.data.token_shards import TokenShards, write_token_shards
 
-    check_new(out)
-    recipe, model = load_model(request.model, device=device_of(request.device))
+    folder = find_checkpoint(request.model)
+    recipe, digest = _identified(folder)
     tokenizer = recipe_tokenizer(recipe)
+    prompts = _prompts_of(request, tokenizer)
+    settings = _settings_of(request, model=f"{folder.name} of sha256 {digest[:16]}", prompts=prompts)
+    made = TokenShards(tokenizer=tokenizer, request=settings, validation_share=request.validation_share)
+    manifest = write_token_shards(lambda log: _documents(request, folder, prompts, tokenizer, log), out, made)
+    if manifest is None:
+        say(f"{out} has been built from this model with these settings before")
+        return
+    say(f"built {describe(manifest)}: {out}")
+    if sum(shard.num_documents for shard in manifest.shards) < request.num_documents:
+        say(f"{request.num_documents:,} documents were asked for: give more prompts, or a higher temperature")
+
+
+def _documents(
+    request: Request, folder: Path, prompts: list[list[int]], tokenizer: "Tokenizer", log: "TextLog"
+) -> "Generator[TokenDocument, None, None]":
+    """Load the model and let it write."""
+    from mtp_lightning.checkpoint.loading import load_model
+    from mtp_lightning.cli.generate_verbs import device_of
+    from mtp_lightning.data.progress import counted, say
+    from mtp_lightning.decode import Settings
+    from mtp_lightning.decode.own_text import OwnText, Writer, check_share
+
     settings = Settings(
         max_new_tokens=request.max_new_tokens,
         temperature=request.temperature,
@@ -89,16 +120,48 @@ def build_from_model(request: Request, out: Path) -> None:
         batch_rows=request.batch_rows,
         learns_prompts=request.learns_prompts,
     )
-    writer = Writer(model, _prompts_of(request, tokenizer), wanted)
-    made = TokenShards(
-        tokenizer=tokenizer, source=f"{request}", validation_share=request.validation_share
-    )
+    writer = Writer(load_model(folder, device=device_of(request.device))[1], prompts, wanted)
+    check_share(len(prompts), request.validation_share)
     with counted("writing", total=request.num_documents, unit="documents") as advance:
-        manifest = write_token_shards(writer.documents(advance), out, made)
-    num_made = manifest.num_documents("train") + manifest.num_documents("validation")
-    say(f"built {describe(manifest)}, {writer.num_duplicates:,} duplicates left out: {out}")
-    if num_made < request.num_documents:
-        say(f"{request.num_documents:,} documents were asked for: give more prompts, or a higher temperature")
+        yield from writer.documents(log, advance)
+    say(f"{writer.num_duplicates:,} duplicates left out")
+
+
+def _identified(folder: Path) -> "tuple[Recipe, str]":
+    """Read the recipe of a model, and a digest over all that the model consists of, without reading the weights."""
+    from mtp_lightning.checkpoint.layout import check_digests
+    from mtp_lightning.checkpoint.loading import model_files, offering_another
+    from mtp_lightning.checkpoint.manifest import RECIPE_NAME
+    from mtp_lightning.recipe import load_recipe
+
+    with offering_another(folder):
+        files = model_files(folder)
+        check_digests(folder, {RECIPE_NAME: files[RECIPE_NAME]})
+    listing = "\n".join(f"{name} {record.sha256}" for name, record in sorted(files.items()))
+    return load_recipe(folder / RECIPE_NAME).recipe, hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _settings_of(request: Request, *, model: str, prompts: list[list[int]]) -> "dict[str, Setting]":
+    """List all that decides what is written, under the names of the options."""
+    from mtp_lightning.cli.generate_verbs import device_of
+
+    assert request.prompts is not None
+    is_sampled = request.temperature > 0
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    return {
+        "--from-model": model,
+        "--prompts": f"{len(prompts):,} of sha256 {digest[:16]}",
+        "--prompt-tokens": request.prompt_tokens if request.prompts.is_dir() else None,
+        "--num-documents": request.num_documents,
+        "--max-new-tokens": request.max_new_tokens,
+        "--temperature": request.temperature,
+        "--top-k": request.top_k if is_sampled else None,
+        "--top-p": request.top_p if is_sampled else None,
+        "--learn-prompts": request.learns_prompts,
+        "--seed": request.seed,
+        "--rows": request.batch_rows,
+        "--device": device_of(request.device).type,
+    }
 
 
 def _prompts_of(request: Request, tokenizer: "Tokenizer") -> list[list[int]]:

@@ -308,7 +308,7 @@ def commit(partial: Partial, out: Path, manifest: Manifest) -> None:
     (partial.path / MANIFEST_NAME).write_text(manifest_text(manifest))
     partial.close()
     for path in (*partial.path.iterdir(), partial.path):
-        _fsync(path)
+        sync(path)
     try:
         partial.path.rename(out)  # replaces an empty folder, refuses any other
     except OSError:
@@ -318,10 +318,11 @@ def commit(partial: Partial, out: Path, manifest: Manifest) -> None:
         if fingerprint != manifest.fingerprint:
             raise _taken(out, f"shards of fingerprint {fingerprint}, not {manifest.fingerprint}") from None
         shutil.rmtree(partial.path)
-    _fsync(out.parent)
+    sync(out.parent)
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

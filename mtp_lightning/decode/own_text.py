@@ -7,11 +7,12 @@ from typing import final
 
 import torch
 
-from mtp_lightning.data.encoding import held_out_rank
+from mtp_lightning.data.encoding import held_out_rank, split_of
+from mtp_lightning.data.text_log import TextLog
 from mtp_lightning.data.token_shards import TokenDocument
 from mtp_lightning.decode.generation import generate
 from mtp_lightning.decode.settings import Settings, check_prompts
-from mtp_lightning.errors import DecodingError
+from mtp_lightning.errors import DataError, DecodingError
 from mtp_lightning.model.mtp_model import MtpModel
 
 Prompts = Sequence[Sequence[int]]
@@ -46,18 +47,19 @@ class Writer:
         self._model, self._prompts, self._wanted = model, prompts, wanted
         self._seen: set[bytes] = set()
 
-    def documents(self, advance: Callable[[int], None]) -> Iterator[TokenDocument]:
+    def documents(self, log: TextLog, advance: Callable[[int], None]) -> Iterator[TokenDocument]:
         """Write; `advance` is told of documents.
 
-        Prompts are gone through again and again, under other seeds; it ends early where a whole round brings nothing
-        new. Documents of one prompt are held out together.
+        Texts that are in the log are taken from there, the others added to it: what a batch says depends on its
+        place, its prompts and the settings only. Prompts are gone through again and again, under other seeds; it ends
+        early where a whole round brings nothing new. Documents of one prompt are held out together.
         """
         wanted, num_made = self._wanted, 0
         num_rounds = 0
         while num_made < wanted.num_documents:
             made_before = num_made
             for first in range(0, len(self._prompts), wanted.batch_rows):
-                for document in self._batch(first, num_rounds):
+                for document in self._batch(log, first, num_rounds):
                     yield document
                     num_made += 1
                     advance(1)
@@ -67,14 +69,17 @@ class Writer:
             if num_made == made_before or wanted.settings.temperature == 0:
                 return
 
-    def _batch(self, first: int, num_rounds: int) -> Iterator[TokenDocument]:
+    def _batch(self, log: TextLog, first: int, num_rounds: int) -> Iterator[TokenDocument]:
         """Continue some prompts; leave out what has been written before."""
         prompts = self._prompts[first : first + self._wanted.batch_rows]
-        seed = self._wanted.settings.seed + num_rounds * len(self._prompts) + first
-        made = generate(self._model, prompts, replace(self._wanted.settings, seed=seed))
-        for number, (prompt, text) in enumerate(zip(prompts, made.tokens, strict=True), start=first):
+        texts = log.recall()
+        if texts is None:
+            seed = self._wanted.settings.seed + num_rounds * len(self._prompts) + first
+            texts = generate(self._model, prompts, replace(self._wanted.settings, seed=seed)).tokens
+            log.note(texts)
+        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=first):
             if self._is_new([*prompt, -1, *text]):
-                yield self._document(list(prompt), text, rank=held_out_rank(f"prompt {number}"))
+                yield self._document(list(prompt), text, rank=_rank(number))
             else:
                 self.num_duplicates += 1
 
@@ -91,3 +96,21 @@ class Writer:
         if text[-1] == end:
             return TokenDocument([*prompt, *text], is_learnt, rank)
         return TokenDocument([*prompt, *text, end], [*is_learnt, False], rank)
+
+
+def check_share(num_prompts: int, validation_share: float) -> None:
+    """Refuse prompts of which none, or all, would be held out, before a word is written.
+
+    Raises:
+        DataError: So it would be.
+    """
+    if len({split_of(_rank(number), validation_share) for number in range(num_prompts)}) == 1:
+        raise DataError(
+            "both splits must get at least one document",
+            f"{num_prompts:,} prompts that all fall into one split at a share of {validation_share} held out",
+            "Give more prompts, or change --validation-share",
+        )
+
+
+def _rank(prompt: int) -> float:
+    return held_out_rank(f"prompt {prompt}")

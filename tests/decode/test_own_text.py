@@ -12,27 +12,22 @@ from mtp_lightning.data.verify import verify_shards
 from mtp_lightning.decode import generate
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
-from tests.checkpoint.runs import save_run
+from tests.decode.own_text_builds import PROMPTS, arguments, save_writer
 from tests.support.runs import ROOT
-from tests.support.tiny import tiny_model, tiny_recipe
 
 END = 256
-PROMPTS = ["def main(", "import ", "x = ", "class A", "for i in", "return", "if ", "with open"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A checkpoint of a tiny model of bytes, random but with a leaning, so that it says little."""
+    """A checkpoint of a tiny model, and prompts."""
     folder = tmp_path_factory.mktemp("own")
-    recipe = tiny_recipe(model={"vocabulary": 257, "init_std": 0.5}, heads={"num_offsets": 2})
-    save_run(folder / "run", recipe, 1, model=tiny_model(recipe).float())
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    save_writer(folder)
     return folder
 
 
 def build(run, out, *options, prompts="prompts.txt") -> Result:
-    arguments = ["data", "build", "--from-model", run / "run", "--prompts", run / prompts, "--out", run / out, *options]
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, arguments(run, out, *options, prompts=prompts))
 
 
 def documents_in(folder, split):
@@ -137,7 +132,8 @@ def test_a_run_trains_on_them(run):
     ("options", "words"),
     [
         (("--max-new-tokens", 5000), "positions"),
-        (("--validation-share", 1e-9, "--max-new-tokens", 3), "both splits must get at least one document"),
+        (("--validation-share", 1e-9, "--max-new-tokens", 3), "8 prompts that all fall into one split"),
+        (("--num-documents", 1, *OPTIONS), "both splits must get at least one document"),
     ],
 )
 def test_what_cannot_be_is_refused(run, options, words):

@@ -1,0 +1,69 @@
+"""Processes that let a model write documents and are killed, for the tests beside this file."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtp_lightning.cli import app
+from mtp_lightning.data import token_shards
+from tests.checkpoint.runs import save_run
+from tests.support.tiny import tiny_model, tiny_recipe
+
+PROMPTS = ["def main(", "import ", "x = ", "class A", "for i in", "return", "if ", "with open"]
+DURABLE = ("fsync", "rename", "unlink", "rmdir", "mkdir")
+
+
+def save_writer(folder: Path, *, step: int = 1) -> None:
+    """Save a tiny model of bytes, random but with a leaning, so that it says little; and prompts for it."""
+    recipe = tiny_recipe(model={"vocabulary": 257, "init_std": 0.5}, heads={"num_offsets": 2})
+    save_run(folder / "run", recipe, step, model=tiny_model(recipe).float())
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+
+
+def arguments(run: Path, out: object, *options: object, prompts: str = "prompts.txt") -> list[str]:
+    """Spell the command."""
+    given = ["data", "build", "--from-model", run / "run", "--prompts", run / prompts, "--out", run / str(out)]
+    return [str(argument) for argument in (*given, *options)]
+
+
+def begin_command(command: list[str]) -> subprocess.Popen[bytes]:
+    """Start `mtp` as a user does."""
+    start = [sys.executable, "-c", "from mtp_lightning.cli import main; main()", *command]
+    return subprocess.Popen(start, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+
+
+def build_in_a_process(command: list[str], *, fatal_call: int = 0) -> int:
+    """Build with many small shards, SIGKILLed at the so-manieth call that touches the disk; return the exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.decode.own_text_builds"])
+    process = context.Process(target=_build, args=(command, fatal_call))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _build(command: list[str], fatal_call: int) -> None:
+    torch.set_num_threads(1)
+    token_shards.MEMBER_TOKENS, token_shards.SHARD_BYTES = 150, 1500
+    calls = 0
+
+    def wrap(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == fatal_call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in DURABLE:
+        setattr(os, name, wrap(getattr(os, name)))
+    app(command)
