@@ -358,7 +358,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         fields=("run.guard.rows", "run.start_from"),
-        holds=lambda recipe: recipe.run.guard is None or recipe.run.start_from is not None or recipe.phases != {},
+        holds=lambda recipe: (
+            recipe.run.guard in ("auto", None) or recipe.run.start_from is not None or recipe.phases != {}
+        ),
         must_hold="must be left out without run.start_from: there is no model to compare the main head with",
         remedy="Give run.start_from, or set run.guard=null.",
     ),

@@ -86,8 +86,9 @@ class RunSection(Section):
     """Start over: move an earlier run in this folder aside instead of continuing it."""
     start_from: str | None = None
     """Run, checkpoint or exported folder whose weights a new run starts with; optimizer and data begin anew."""
-    guard: GuardSection | None = None
-    """Guard of the main head, or null; for runs that start from a model."""
+    guard: GuardSection | Literal["auto"] | None = "auto"
+    """Guard of the main head, for runs that start from a model; auto: where the main head or what it reads is trained
+    on, warn as below and stop at a wreck, a main head that is surely 0.5 nats worse; null: none."""
     keep_optimizer: bool = False
     """Also take the optimizer's state of `start_from`; the same parameters must be trained."""
     keep_position: bool = False

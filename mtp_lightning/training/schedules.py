@@ -87,7 +87,7 @@ class _Walk:
                 leaf.grad = gradient.grad
             elif hidden.requires_grad:
                 self.backward(self.pulled(hidden, gradient))
-        if offset > TRUNK and self.terms.wants(leaf):
+        if offset > TRUNK and self.terms.wants(offset, leaf):
             loss = self._loss(offset, leaf)
             if loss.requires_grad:
                 self.backward(loss)
@@ -148,7 +148,7 @@ def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: 
     hiddens = model.hidden_states(batch.tokens, batch.documents, needed_offsets(model, objective))
     offsets, states, parts = [], [], []
     for offset, hidden in hiddens.items():
-        for term in terms.of(offset) if terms.wants(hidden) else []:
+        for term in terms.of(offset) if terms.wants(offset, hidden) else []:
             offsets.append(offset)
             states.append(hidden)
             parts.append(term)
@@ -167,7 +167,7 @@ def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Ba
     for offset, hidden in hiddens.items():
         logits = _full_logits(model, offset, hidden)
         main = logits if offset == 1 and section.distill is not None else main
-        if not terms.wants(hidden):
+        if not terms.wants(offset, hidden):
             continue
         targets = batch.targets[offset - 1].flatten()
         losses = reference.cross_entropy(logits, targets, section.label_smoothing, section.z_loss)

@@ -42,9 +42,10 @@ class Terms:
             terms.append(self._token_order(section.token_order.window_tokens))
         return terms
 
-    def wants(self, hidden: Tensor) -> bool:
-        """Tell whether an offset's loss is computed; if it is frozen it teaches nothing, and is only measured."""
-        return self.objective.predicts or hidden.requires_grad
+    def wants(self, offset: int, hidden: Tensor) -> bool:
+        """Tell whether an offset's loss is computed; where all is frozen it teaches nothing, and is only measured."""
+        own = self.model.unembedding.parameters_of(offset)
+        return self.objective.predicts or hidden.requires_grad or any(parameter.requires_grad for parameter in own)
 
     def teacher_of(self, main: Tensor) -> Tensor:
         """States or logits of the main head as a teacher: without a gradient path, unless the recipe wants one."""

@@ -12,6 +12,7 @@ from mtp_lightning.errors import TrainingError
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import load_recipe
+from mtp_lightning.training.callbacks.guard import guard_of
 from mtp_lightning.training.fit import train
 from mtp_lightning.training.guard import Rows, drift_of, drift_sums, record
 from tests.support.runs import ROOT, figures, mtp
@@ -114,6 +115,42 @@ def start(folder):
 def guard_rows(folder, name):
     rows = [row for row in figures(folder / name / "metrics.csv") if row["guard/nll_change"]]
     return {int(row["step"]): {column: float(row[column]) for column in COLUMNS} for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_guarded"),
+    [
+        ({}, False),
+        ({"start_from": "runs/a"}, True),
+        ({"start_from": "runs/a", "keep_optimizer": True}, False),
+        ({"start_from": "runs/a", "guard": None}, False),
+    ],
+)
+def test_who_is_guarded_by_default(fields, is_guarded):
+    assert (guard_of(tiny_recipe(run=fields)) is not None) is is_guarded
+
+
+@pytest.mark.parametrize(
+    ("kind", "frozen", "is_guarded"),
+    [
+        ("parallel", ["unembedding"], True),
+        ("parallel", ["trunk", "unembedding"], True),
+        ("parallel", ["trunk", "unembedding", "heads"], False),
+        ("medusa", ["unembedding"], True),
+        ("medusa", ["trunk", "unembedding"], False),
+        ("sequential", ["trunk", "unembedding"], False),
+    ],
+)
+def test_a_main_head_that_nothing_can_change_needs_no_guard(kind, frozen, is_guarded):
+    adapted = tiny_recipe(heads=HEAD_KINDS[kind], adapt={"frozen": frozen}, run={"start_from": "runs/a"})
+    assert (guard_of(adapted) is not None) is is_guarded
+
+
+def test_the_guard_by_default_is_the_one_that_is_written_out(folder, start):
+    short = [start, "run.steps=4", "run.log_every_steps=2"]
+    run(folder, "unsaid", *short)
+    run(folder, "said", *short, "run.guard={stop_loss: 0.5}")
+    assert guard_rows(folder, "unsaid") == guard_rows(folder, "said") != {}
 
 
 def test_a_harmful_recipe_is_stopped_before_its_harm_is_saved(folder, start):

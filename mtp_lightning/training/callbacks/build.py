@@ -10,7 +10,7 @@ from mtp_lightning.model.freezing import freezes
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.callbacks.checkpoints import Checkpoints
 from mtp_lightning.training.callbacks.early_stop import EarlyStop
-from mtp_lightning.training.callbacks.guard import MainHeadGuard
+from mtp_lightning.training.callbacks.guard import MainHeadGuard, guard_of
 from mtp_lightning.training.callbacks.interruption import Interruption
 from mtp_lightning.training.callbacks.live import LiveView
 from mtp_lightning.training.callbacks.metrics_files import MetricsFiles
@@ -42,7 +42,7 @@ def build_callbacks(
         *([StartFrom(recipe, Path(recipe.run.start_from))] if recipe.run.start_from else []),
         *([Frozen()] if freezes(recipe) else []),
         Rollbacks(run_folder),
-        *([MainHeadGuard(recipe, recipe.run.guard)] if recipe.run.guard else []),
+        *([MainHeadGuard(recipe, guard)] if (guard := guard_of(recipe)) else []),
         *([EarlyStop(recipe.run.early_stop)] if recipe.run.early_stop else []),
         MetricsFiles(recipe, run_folder),
         checkpoints,

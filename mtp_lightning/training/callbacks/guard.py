@@ -22,6 +22,27 @@ REMEDY = (
 )
 
 
+WRECK_NATS = 0.5
+
+
+def guard_of(recipe: Recipe) -> GuardSection | None:
+    """Return the guard of a run: its own, or by default one where a model that was there before is trained on.
+
+    A run that keeps the optimizer goes on with the training of before. Where nothing is trained that the main head
+    reads, as when Medusa's heads are put on a frozen trunk, it stays what it was.
+
+    >>> guard_of(Recipe()), guard_of(Recipe.model_validate({"run": {"start_from": "runs/a"}})).stop_loss
+    (None, 0.5)
+    """
+    run = recipe.run
+    if run.guard != "auto":
+        return run.guard
+    is_adapted = run.start_from is not None and not run.keep_optimizer
+    path = {"trunk", "unembedding"} | ({"heads"} if recipe.heads.kind in ("parallel", "chained") else set())
+    trains_main = recipe.heads.trainable_from is None and not path <= {*recipe.adapt.frozen}
+    return GuardSection(stop_loss=WRECK_NATS) if is_adapted and trains_main else None
+
+
 @final
 class MainHeadGuard(Callback):
     """Look at the main head every so many steps, on logged ones, and compare it with the model of the start.
