@@ -1,4 +1,4 @@
-"""Parameters of a recipe's model by role, and how many of them each position is multiplied by."""
+"""Parameters of a recipe's model by role, and how many of them are trained."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -92,25 +92,6 @@ def bucket_entries(recipe: Recipe) -> int:
     return min(LARGEST_BUCKET, head + recipe.model.vocabulary * recipe.model.width)
 
 
-def active_parameters(recipe: Recipe) -> int:
-    """Count the matrix entries that a position is multiplied by on its way to all n losses.
-
-    A matrix that is used several times counts as often: the shared unembedding once per offset, a recursive module
-    once per unrolling. The token embedding is looked up, not multiplied, and counts nothing.
-
-    >>> next_token = Recipe.model_validate({"heads": {"num_offsets": 1}})
-    >>> active_parameters(Recipe()) - active_parameters(next_token) == 3 * 257 * 256
-    True
-    """
-    num_products = recipe.heads.num_offsets + (1 if recipe.objective.token_order else 0)
-    return (
-        (num_trunk_layers(recipe) * layer_weights(recipe.model)).matrices
-        + head_runs(recipe.heads) * head_weights(recipe).matrices
-        + active_updates(recipe)
-        + num_products * recipe.model.vocabulary * recipe.model.width
-    )
-
-
 def layer_weights(model: ModelSection) -> Weights:
     """Count one transformer layer: four projections of attention, three of a SwiGLU or two of a GELU, two norms.
 
@@ -136,12 +117,6 @@ def update_weights(recipe: Recipe) -> Weights:
     return Weights(num_layers * update_weights_of_layer(recipe))
 
 
-def active_updates(recipe: Recipe) -> int:
-    """Count the entries of low-rank updates that a position is multiplied by on its way to all losses."""
-    lora, in_heads = recipe.adapt.lora, head_runs(recipe.heads) * num_head_layers(recipe)
-    return (num_trunk_layers(recipe) + (in_heads if lora and lora.in_heads else 0)) * update_weights_of_layer(recipe)
-
-
 def update_weights_of_layer(recipe: Recipe) -> int:
     """Count the low-rank updates of one layer: rank x (width in + width out) each.
 
@@ -164,15 +139,6 @@ def head_weights(recipe: Recipe) -> Weights:
     """Count what all heads together hold."""
     besides = BESIDES_LAYERS[recipe.heads.kind](recipe.model, recipe.heads)
     return num_head_layers(recipe) * layer_weights(recipe.model) + besides
-
-
-def head_runs(heads: HeadsSection) -> int:
-    """Count how often each parameter of the heads is used for one position: n - 1 times in a recursive module.
-
-    >>> head_runs(HeadsSection(kind="recursive", num_offsets=4))
-    3
-    """
-    return max(1, heads.num_offsets - 1) if heads.kind == "recursive" else 1
 
 
 def unembedding_weights(recipe: Recipe) -> Weights:

@@ -1,19 +1,25 @@
 """Floating-point operations of a training step, counted as published model FLOPs utilisation (MFU) counts them.
 
-Forward and backward together, a position costs
+Forward and backward together, a position of a model that is trained as a whole costs
 
 - 6 operations per matrix entry that it is multiplied by (2 forward, 4 backward), heads included and one V x D
   product per offset;
-- 12 x layers x attention width x T for the products of queries with keys and of weights with values. All T positions
-  count, although a causal kernel may skip half: that is the convention of the tables that MFU is compared with;
+- 12 x layers x attention width x T for the products of queries with keys and of weights with values (4 forward, 8
+  backward). All T positions count, although a causal kernel may skip half: that is the convention of the tables that
+  MFU is compared with;
 - nothing for the look-up of the embedding, for norms, activations, softmax and loss, and for the optimizer.
 
 What activation checkpointing computes again is not counted either: it is work, but not progress.
+
+Where parts are frozen, only what the gradients of the trained parts need is counted (`passes.py`): a frozen matrix
+costs 4 where gradients pass through it and 2 where none does, attention there 4 instead of 12, and an offset that
+teaches nothing and that nobody reads costs nothing. MFU is defined by the same count: operations that are needed, over
+what the device could have done in the time. So it stays a share of the peak that runs can be compared by; it does not
+say that a frozen run's tokens are as dear as another's. Counting 6 throughout would let it exceed 100%.
 """
 
-from mtp_lightning.planner.counts import active_parameters, head_runs
+from mtp_lightning.planner.passes import passes_of
 from mtp_lightning.planner.variants import with_offsets
-from mtp_lightning.recipe.layers import num_head_layers, num_trunk_layers
 from mtp_lightning.recipe.sections import Recipe
 
 
@@ -23,7 +29,7 @@ def flops_per_position(recipe: Recipe) -> int:
     >>> f"{flops_per_position(Recipe()):,}"
     '46,405,632'
     """
-    return 6 * active_parameters(recipe) + attention_flops_per_position(recipe)
+    return passes_of(recipe).flops(_attended(recipe))
 
 
 def attention_flops_per_position(recipe: Recipe) -> int:
@@ -32,9 +38,12 @@ def attention_flops_per_position(recipe: Recipe) -> int:
     >>> attention_flops_per_position(Recipe()) == 12 * 8 * 256 * 256
     True
     """
+    return passes_of(recipe).attention_flops(_attended(recipe))
+
+
+def _attended(recipe: Recipe) -> int:
     model = recipe.model
-    num_layers = num_trunk_layers(recipe) + head_runs(recipe.heads) * num_head_layers(recipe)
-    return 12 * num_layers * model.num_attention_heads * model.resolved_head_width * recipe.data.window_tokens
+    return model.num_attention_heads * model.resolved_head_width * recipe.data.window_tokens
 
 
 def tokens_after(recipe: Recipe, steps: int) -> int:

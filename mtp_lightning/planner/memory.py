@@ -2,11 +2,16 @@
 
 Weights, gradients and optimizer state follow from ZeRO's definition; activations are counted tensor by tensor from
 what the backward pass of `model/layers.py` reads. Buffers are as large as DeepSpeed's defaults or the recipe say.
+
+Where parts are frozen (`passes.py`), layers without a gradient path keep nothing. A frozen trunk takes what one layer
+at work needs, as far as heads and logits, which come later, do not need more. Frozen layers that gradients pass through
+keep no inputs of matrices. A V x D matrix that is frozen has no gradient to sum up.
 """
 
 from dataclasses import dataclass, fields
 
 from mtp_lightning.planner.layout import BF16, FP32, Layout
+from mtp_lightning.planner.passes import ALL_PROJECTIONS
 from mtp_lightning.planner.shape import Layer, Shape
 
 GIB = 2**30
@@ -70,7 +75,7 @@ def most_micro_rows(shape: Shape, layout: Layout, limit_bytes: float) -> int:
 def _state(shape: Shape, layout: Layout) -> tuple[dict[str, float], float]:
     """Return weights, gradients and optimizer state on the GPU, and the bytes that live elsewhere."""
     total = shape.parameters.total
-    trainable = total if shape.num_trainable is None else shape.num_trainable
+    trainable = shape.num_trainable
     weights = layout.weight_bytes * total / layout.shards(3)
     gradients = layout.gradient_bytes * trainable / layout.shards(2)
     per_parameter = MASTER_AND_MOMENTS if layout.stage else MOMENTS
@@ -83,32 +88,37 @@ def _state(shape: Shape, layout: Layout) -> tuple[dict[str, float], float]:
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer}, offloaded
 
 
-def layer_bytes(layer: Layer, layout: Layout) -> int:
+def layer_bytes(layer: Layer, layout: Layout, keeps: frozenset[str] = ALL_PROJECTIONS) -> int:
     """Count what one layer keeps for its backward pass, in bytes per position.
 
-    Inputs of norms, inputs of the projections (under autocast a cast copy for each of the five), queries, keys, values
-    and mixed values, and the states of the feed-forward.
+    Inputs of norms, inputs of the projections that `keeps` names (under autocast a cast copy for each), queries, keys,
+    values and mixed values, and the states of the feed-forward.
     """
-    copies = (5 if layer.is_gated else 4) if layout.is_autocast else 2
+    copies = layer.input_copies(keeps, are_cast=layout.is_autocast)
     attention = 2 * layer.query_width + 2 * layer.key_width
-    in_compute = copies * layer.width + attention + layer.mlp_states
+    in_compute = copies * layer.width + attention + layer.mlp_states(keeps)
     return layer.num_residuals * layout.weight_bytes * layer.width + layout.compute_bytes * in_compute
 
 
 def _activations(shape: Shape, layout: Layout) -> dict[str, float]:
     positions = layout.micro_rows * shape.window_tokens
-    layer = layer_bytes(shape.layer, layout)
-    residual = layout.weight_bytes * shape.layer.width
-    trunk = _stack(shape.num_trunk_layers, layer, residual, recomputes=layout.recomputes_trunk)
-    head_layers = shape.heads.runs * shape.heads.num_layers
-    alive = head_layers if _all_heads_alive(shape, layout) else -(-head_layers // shape.heads.num_offsets)
-    heads = _stack(alive, layer, residual, recomputes=layout.recomputes_heads) + BOUNDARY_STATES * residual
+    passes, residual = shape.passes, layout.weight_bytes * shape.layer.width
+    trunk_layer, head_layer = (layer_bytes(shape.layer, layout, part.keeps) for part in (passes.trunk, passes.heads))
+    trunk = _stack(passes.trunk.work.layers_back, trunk_layer, residual, recomputes=layout.recomputes_trunk)
+    heads = _stack(_heads_alive(shape, layout), head_layer, residual, recomputes=layout.recomputes_heads)
+    held = positions * (heads + BOUNDARY_STATES * residual)
+    logits = _logits(shape, layout)
     mask = 4 * layout.micro_rows * shape.window_tokens**2 if shape.attends_in_document else 0
-    return {
-        "trunk_activations": positions * trunk + mask,
-        "head_activations": positions * heads,
-        "logits": _logits(shape, layout),
-    }
+    trunk += passes.num_mixed_states * residual
+    if not passes.trunk.work.layers_back:  # the layer at work is done before heads and logits take that memory
+        trunk += max(0.0, layer_bytes(shape.layer, layout) - (held + logits) / positions)
+    return {"trunk_activations": positions * trunk + mask, "head_activations": held, "logits": logits}
+
+
+def _heads_alive(shape: Shape, layout: Layout) -> int:
+    """Count the layers in heads that keep something at the same time; those that no gradient passes keep nothing."""
+    back, heads = shape.passes.heads.work.layers_back, shape.heads
+    return back if _all_heads_alive(shape, layout) else min(back, -(-heads.num_layers // heads.num_offsets))
 
 
 def _all_heads_alive(shape: Shape, layout: Layout) -> bool:
@@ -130,20 +140,20 @@ def _logits(shape: Shape, layout: Layout) -> float:
     low = 0 if layout.compute_bytes == FP32 else layout.compute_bytes
     entries = layout.micro_rows * shape.window_tokens * shape.vocabulary
     if layout.schedule == "joint":
-        return float(entries * ((shape.num_products + 3) * FP32 + low))
+        return float(entries * ((shape.passes.num_losses + 3) * FP32 + low))
     return min(layout.chunk_bytes, float(entries * (FP32 + 2 * low)))
 
 
 def _buffers(shape: Shape, layout: Layout) -> dict[str, float]:
-    total = shape.parameters.total
-    together = shape.num_matrices if _all_heads_alive(shape, layout) else 1
-    casts = BF16 if layout.is_autocast else 0
+    total, summed = shape.parameters.total, shape.passes.num_matrix_gradients
+    together = summed if _all_heads_alive(shape, layout) else min(summed, 1)
     beside_sum = 0 if layout.compute_bytes == FP32 else 2 * BF16  # a chunk's product, and the matrix or gradient cast
+    cast = BF16 if layout.is_autocast else 0
     is_sharded = layout.stage == 3 and (layout.num_gpus > 1 or layout.offload_parameters != "none")
     live = min(total, max(layout.live_entries, 2 * shape.layer.matrices + shape.matrix))
     buckets = 2 * min(total, layout.bucket_entries) if layout.stage else 0
     return {
-        "unembedding_gradient": together * shape.matrix * (FP32 + beside_sum),
-        "gathered_weights": layout.weight_bytes * live if is_sharded else casts * total,
+        "unembedding_gradient": shape.matrix * (together * (FP32 + beside_sum) if together else cast),
+        "gathered_weights": layout.weight_bytes * live if is_sharded else cast * shape.num_walked,
         "reduction_buckets": layout.weight_bytes * buckets,
     }

@@ -4,13 +4,11 @@ from dataclasses import dataclass
 
 from mtp_lightning.planner.counts import (
     ParameterCounts,
-    active_updates,
-    head_runs,
-    head_weights,
     layer_weights,
     parameter_counts,
     trainable_parameters,
 )
+from mtp_lightning.planner.passes import ALL_PROJECTIONS, Passes, passes_of
 from mtp_lightning.recipe.layers import num_head_layers, num_trunk_layers
 from mtp_lightning.recipe.sections import Recipe
 
@@ -29,10 +27,20 @@ class Layer:
     is_gated: bool = True  # SwiGLU: three matrices, not two
     num_residuals: int = 2  # inputs of norms: one where attention and feed-forward read the same
 
-    @property
-    def mlp_states(self) -> int:
-        """Entries per position that the backward pass of the feed-forward reads."""
-        return (4 if self.is_gated else 2) * self.mlp_width
+    def mlp_states(self, keeps: frozenset[str] = ALL_PROJECTIONS) -> int:
+        """Count the entries per position that the backward pass of the feed-forward reads.
+
+        The last projection's input is among them only where the gradient of its matrix, or of its update, is wanted.
+        """
+        return ((3 if self.is_gated else 1) + ("down" in keeps)) * self.mlp_width
+
+    def input_copies(self, keeps: frozenset[str], *, are_cast: bool) -> int:
+        """Count the normed states that are kept for gradients of the projections which read them.
+
+        Projections of the same input share one, unless each casts it for itself.
+        """
+        readers = [{"q", "k", "v"} & keeps, {"up", *(["gate"] if self.is_gated else [])} & keeps]
+        return sum(len(group) if are_cast else bool(group) for group in readers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +49,6 @@ class Heads:
 
     num_offsets: int = 1
     num_layers: int = 0  # transformer layers in all heads together
-    runs: int = 1  # times that each is run per position
-    matrices: int = 0  # entries of all matrices, in layers and beside them
     is_chain: bool = False  # a head reads another: the activations of all are alive together
 
 
@@ -51,14 +57,12 @@ class Shape:
     """Everything about a model that memory and time depend on."""
 
     parameters: ParameterCounts
-    num_trainable: int | None = None  # parameters with gradients and optimizer state; None for all
+    num_trainable: int  # parameters with gradients and optimizer state
+    passes: Passes  # what a position goes through
     layer: Layer
     num_trunk_layers: int
     heads: Heads = Heads()
     vocabulary: int
-    num_matrices: int = 1  # V x D unembedding matrices
-    num_products: int = 1  # products with a V x D matrix per position
-    num_updates: int = 0  # entries of low-rank updates that a position is multiplied by
     window_tokens: int
     attends_in_document: bool = False  # by a mask, with which no part of the products is skipped
 
@@ -68,20 +72,16 @@ class Shape:
         return self.vocabulary * self.layer.width
 
     @property
-    def num_layer_runs(self) -> int:
-        """Layers that a position passes, in trunk and heads."""
-        return self.num_trunk_layers + self.heads.runs * self.heads.num_layers
-
-    @property
-    def active_parameters(self) -> int:
-        """Matrix entries that a position is multiplied by on its way to all losses."""
-        heads = self.heads.runs * self.heads.matrices
-        return self.num_trunk_layers * self.layer.matrices + heads + self.num_products * self.matrix + self.num_updates
+    def num_walked(self) -> int:
+        """Parameters of what the backward pass goes through: all but a trunk, or heads, without a gradient path."""
+        trunk, heads = self.passes.trunk.work, self.passes.heads.work
+        unwalked = (0 if trunk.is_walked else self.parameters.trunk) + (0 if heads.is_walked else self.parameters.heads)
+        return self.parameters.total - unwalked
 
     @property
     def flops_per_position(self) -> int:
-        """Model operations per position, counted as in `flops.py`."""
-        return 6 * self.active_parameters + 12 * self.num_layer_runs * self.layer.query_width * self.window_tokens
+        """Operations per position, counted as in `flops.py`."""
+        return self.passes.flops(self.layer.query_width * self.window_tokens)
 
 
 def shape_of(recipe: Recipe) -> Shape:
@@ -92,23 +92,18 @@ def shape_of(recipe: Recipe) -> Shape:
     True
     """
     heads = recipe.heads
-    extra = 1 if recipe.objective.token_order else 0
     return Shape(
         parameters=parameter_counts(recipe),
         num_trainable=trainable_parameters(recipe),
+        passes=passes_of(recipe),
         layer=_layer_of(recipe),
         num_trunk_layers=num_trunk_layers(recipe),
         heads=Heads(
             num_offsets=heads.num_offsets,
             num_layers=num_head_layers(recipe),
-            runs=head_runs(heads),
-            matrices=head_weights(recipe).matrices,
             is_chain=heads.kind in CHAINED_KINDS,
         ),
         vocabulary=recipe.model.vocabulary,
-        num_matrices=(heads.num_offsets if heads.unembedding == "replicated" else 1) + extra,
-        num_products=heads.num_offsets + extra,
-        num_updates=active_updates(recipe),
         window_tokens=recipe.data.window_tokens,
         attends_in_document=recipe.data.attention == "document",
     )

@@ -9,7 +9,8 @@ A micro-batch costs
 - communication, of which a fitted share cannot hide behind computing.
 
 Where all this is shorter than the host needs to launch the kernels one by one, the host sets the pace.
-An optimizer step adds the update, which waits for memory as well. Checkpointing adds a forward pass.
+An optimizer step adds the update, which waits for memory as well. Checkpointing adds a forward pass. What the backward
+pass does not go through, because it is frozen and nothing before it is trained, costs its forward pass only.
 """
 
 import math
@@ -21,13 +22,15 @@ from mtp_lightning.planner.memory import layer_bytes
 from mtp_lightning.planner.shape import Shape
 
 MEMORY_EFFICIENCY = 0.85  # of the data sheet's bandwidth, in a long copy
-ACTIVATION_PASSES = 6  # written, read, read again by an unfused neighbour; then read, its gradient written and read
+FORWARD_PASSES = 3  # written, read, read again by an unfused neighbour
+BACKWARD_PASSES = 3  # read, its gradient written and read
 RECOMPUTE_PASSES = 2
 LOGIT_BYTES = 30  # per entry: out of the product, to fp32, two passes of softmax, back to bf16, into two products
 UPDATE_BYTES = 30  # per parameter: master, two moments and gradient read, three written back, weight written
 FORWARD_ATTENTION = 4  # operations per position, layer, query channel and attended position
 BACKWARD_ATTENTION = 10  # five products instead of two: scores are computed again [FlashAttention-2]
-LAUNCHES_PER_LAYER = 120  # kernels of a layer, forward and backward, when nothing is fused
+FORWARD_LAUNCHES = 40  # kernels of a layer, when nothing is fused
+BACKWARD_LAUNCHES = 80
 LAUNCH_S = 6e-6  # per kernel, eager
 
 
@@ -57,7 +60,9 @@ def step_time(shape: Shape, layout: Layout, hardware: Hardware) -> StepTime:
     """Predict the time of an optimizer step."""
     times = layout.num_micro_batches
     parts = [times * part(shape, layout, hardware) for part in (_products_s, _attention_s, _memory_bound_s)]
-    launches = times * LAUNCH_S * LAUNCHES_PER_LAYER * (shape.num_layer_runs + 1)
+    work = shape.passes.all
+    kernels = FORWARD_LAUNCHES * (work.layers + 1) + BACKWARD_LAUNCHES * (work.layers_back + 1)  # 1: the rest
+    launches = times * LAUNCH_S * kernels
     compute = max(launches, sum(parts))
     network = communication_s(shape, layout, hardware)
     exposed = max(0.0, network - compute) + hardware.exposed_communication * min(network, compute)
@@ -78,32 +83,35 @@ def _positions(shape: Shape, layout: Layout) -> int:
 def _recomputed(shape: Shape, layout: Layout) -> tuple[int, int]:
     """Return the layers, and the matrix entries in them, that a position passes a second time.
 
-    Recomputing stops at the last state that is needed, the input of a layer's last matrix.
+    Recomputing stops at the last state that is needed, the input of a layer's last matrix. Layers that the backward
+    pass does not go through are not recomputed.
     """
-    trunk = shape.num_trunk_layers if layout.recomputes_trunk else 0
-    heads = shape.heads.runs * shape.heads.num_layers if layout.recomputes_heads else 0
+    trunk = shape.passes.trunk.work.layers_back if layout.recomputes_trunk else 0
+    heads = shape.passes.heads.work.layers_back if layout.recomputes_heads else 0
     last = shape.layer.mlp_width * shape.layer.width
     return trunk + heads, (trunk + heads) * (shape.layer.matrices - last)
 
 
 def _products_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     _, again = _recomputed(shape, layout)
-    operations = _positions(shape, layout) * (6 * shape.active_parameters + 2 * again)
+    operations = _positions(shape, layout) * 2 * (shape.passes.all.entries + again)
     return operations / (hardware.peak(layout.precision) * hardware.product_efficiency)
 
 
 def _attention_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     again, _ = _recomputed(shape, layout)
+    work = shape.passes.all
     attended = shape.window_tokens * (1 if shape.attends_in_document else 0.5)
-    per_channel = (FORWARD_ATTENTION + BACKWARD_ATTENTION) * shape.num_layer_runs + FORWARD_ATTENTION * again
+    per_channel = FORWARD_ATTENTION * (work.layers + again) + BACKWARD_ATTENTION * work.layers_back
     operations = _positions(shape, layout) * per_channel * shape.layer.query_width * attended
     return operations / (hardware.peak(layout.precision) * hardware.attention_efficiency)
 
 
 def _memory_bound_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     again, _ = _recomputed(shape, layout)
-    passes = ACTIVATION_PASSES * shape.num_layer_runs + RECOMPUTE_PASSES * again
-    logits = LOGIT_BYTES * shape.num_products * shape.vocabulary
+    work = shape.passes.all
+    passes = FORWARD_PASSES * work.layers + BACKWARD_PASSES * work.layers_back + RECOMPUTE_PASSES * again
+    logits = LOGIT_BYTES * shape.passes.num_losses * shape.vocabulary
     moved = _positions(shape, layout) * (passes * layer_bytes(shape.layer, layout) + logits)
     return moved / (hardware.memory_bytes_per_s * MEMORY_EFFICIENCY)
 
@@ -111,22 +119,25 @@ def _memory_bound_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
 def communication_bytes(shape: Shape, layout: Layout) -> dict[str, float]:
     """Count what each GPU sends per optimizer step, by collective.
 
-    ZeRO-1 reduces gradients once per step, ZeRO-2 with every micro-batch, and both hand out new weights once.
-    ZeRO-3 gathers weights for every forward and for every backward pass.
+    ZeRO-1 reduces gradients once per step, ZeRO-2 with every micro-batch, and both hand out new weights once: those
+    of what is trained. ZeRO-3 gathers weights for every forward and for every backward pass that goes through them.
     """
-    whole = layout.weight_bytes * shape.parameters.total * (layout.num_gpus - 1) / layout.num_gpus
-    micro_batches = layout.num_micro_batches
-    gathers = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[layout.stage]
+    per_parameter = layout.weight_bytes * (layout.num_gpus - 1) / layout.num_gpus
+    micro_batches, total, trainable = layout.num_micro_batches, shape.parameters.total, shape.num_trainable
+    gathered = {0: 0, 1: trainable, 2: trainable, 3: micro_batches * (total + shape.num_walked)}[layout.stage]
     reductions = {0: 0, 1: 1, 2: micro_batches, 3: micro_batches}[layout.stage]
-    return {"gather_weights": gathers * whole, "reduce_gradients": reductions * whole}
+    return {
+        "gather_weights": gathered * per_parameter,
+        "reduce_gradients": reductions * trainable * per_parameter,
+    }
 
 
 def communication_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     """Time that transfers take when nothing hides them: bandwidth of a ring, latency of its hops, offloaded weights."""
     fetched = 0.0
     if layout.offload_parameters != "none":
-        own = layout.weight_bytes * shape.parameters.total / layout.num_gpus
-        fetched = 2 * layout.num_micro_batches * own / hardware.host_link_bytes_per_s
+        own = layout.weight_bytes * (shape.parameters.total + shape.num_walked) / layout.num_gpus
+        fetched = layout.num_micro_batches * own / hardware.host_link_bytes_per_s
     if layout.num_gpus == 1 or layout.stage == 0:
         return fetched
     sent = sum(communication_bytes(shape, layout).values())
@@ -143,12 +154,12 @@ def _num_collectives(shape: Shape, layout: Layout) -> float:
     num_layers = shape.num_trunk_layers + shape.heads.num_layers + 1
     if layout.stage == 3:
         return 3.0 * num_layers * layout.num_micro_batches
-    buckets = math.ceil(shape.parameters.total / max(1.0, layout.bucket_entries))
+    buckets = math.ceil(shape.num_trainable / max(1.0, layout.bucket_entries))
     return float(buckets * (1 + (layout.num_micro_batches if layout.stage == 2 else 1)))
 
 
 def _update_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
-    own = shape.parameters.total / layout.shards(1)
+    own = shape.num_trainable / layout.shards(1)
     if layout.offload_optimizer == "none":
         return UPDATE_BYTES * own / (hardware.memory_bytes_per_s * MEMORY_EFFICIENCY)
     to_host = 2 * BF16 * own / hardware.host_link_bytes_per_s

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mtp_lightning.planner.counts import ParameterCounts
 from mtp_lightning.planner.layout import BF16, Layout
+from mtp_lightning.planner.passes import Part, Passes, Work
 from mtp_lightning.planner.shape import Layer, Shape
 
 VOCABULARY = 50_368
@@ -61,10 +62,23 @@ class Run:
         )
 
 
+def trained(entries: int, num_layers: int = 0) -> Work:
+    """Everything that matrices and layers cost where all of them are trained."""
+    return Work(forward=entries, inputs=entries, weights=entries, layers=num_layers, layers_back=num_layers)
+
+
 def mpt(width: int, num_layers: int, window_tokens: int, num_parameters: int) -> Shape:
     """Describe an MPT model."""
     return Shape(
         parameters=ParameterCounts(trunk=num_parameters, heads=0, unembedding=0),
+        num_trainable=num_parameters,
+        passes=Passes(
+            trunk=Part(work=trained(12 * width * width * num_layers, num_layers)),
+            heads=Part(work=Work()),
+            unembedding=trained(VOCABULARY * width),
+            num_losses=1,
+            num_matrix_gradients=1,
+        ),
         layer=Layer(
             width=width,
             matrices=12 * width * width,

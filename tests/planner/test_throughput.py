@@ -78,6 +78,25 @@ def test_tiny_models_wait_for_the_host() -> None:
     assert step_time(SHAPE, LAYOUT, H100).launch_s == 0
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_is_frozen_is_neither_walked_back_nor_updated_nor_sent(stage: int) -> None:
+    """A step of heads on a frozen trunk takes between a third and a half of the whole step; with updates, more."""
+    whole, heads, updates = (
+        shape_of(load_recipe(ROOT / "recipes/paper/13b_n4.yaml", overrides).recipe)
+        for overrides in ([], ["adapt.frozen=[trunk,unembedding]"], ["adapt.lora={}", "adapt.frozen=[unembedding]"])
+    )
+    layout = replace(LAYOUT, stage=stage, recomputes_trunk=False)
+    all_s, heads_s, updates_s = (step_time(shape, layout, H100) for shape in (whole, heads, updates))
+    assert 1 / 3 < heads_s.compute_s / all_s.compute_s < 0.5 < updates_s.compute_s / all_s.compute_s < 0.8
+    share = heads.num_trainable / whole.num_trainable
+    assert share < 0.1
+    assert heads_s.update_s == pytest.approx(share * all_s.update_s)
+    sent, whole_sent = communication_bytes(heads, layout), communication_bytes(whole, layout)
+    assert sent["reduce_gradients"] == pytest.approx(share * whole_sent["reduce_gradients"])
+    gathered = sent["gather_weights"] / whole_sent["gather_weights"]
+    assert 0.5 < gathered < 0.6 if stage == 3 else gathered == pytest.approx(share)
+
+
 def test_cost_of_four_offsets_is_below_the_papers() -> None:
     """[Gloeckle 2024, table S5] measured 1.09 for 13B with FSDP, and calls the excess removable."""
     one = shape_of(load_recipe(ROOT / "recipes/paper/13b_n1.yaml").recipe)

@@ -1,0 +1,234 @@
+"""What a position goes through, forward and backward, where parts of the model are frozen.
+
+What is frozen is always run forward, and backward only if something that is trained lies before it: then for the
+gradient of its input alone. A product with a matrix therefore counts once (forward), twice (and the gradient of the
+input) or three times (and that of the matrix). The trunk's is the case that matters: frozen, it is run without
+autograd; under low-rank updates gradients pass through it, although its matrices are not trained.
+
+The model's own rules are followed one by one (`model/freezing.py`, `training/schedules.py`), so that torch counts the
+same products in a real step.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mtp_lightning.planner.trained import TRUNK, Trained
+from mtp_lightning.recipe.adapt_rules import adapted_targets, mixing_offsets
+from mtp_lightning.recipe.layers import num_trunk_layers
+from mtp_lightning.recipe.model_sections import ModelSection
+from mtp_lightning.recipe.sections import Recipe
+
+ALL_PROJECTIONS = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Products per position: with entries of matrices, and between positions, in layers; both by what they are for."""
+
+    forward: int = 0
+    inputs: int = 0  # for gradients of what is multiplied
+    weights: int = 0  # for gradients of the matrices
+    layers: int = 0  # transformer layers
+    layers_back: int = 0  # of these, layers whose attention the backward pass goes through
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
+
+    @property
+    def entries(self) -> int:
+        """Products with an entry of a matrix, of 2 operations each."""
+        return self.forward + self.inputs + self.weights
+
+    @property
+    def is_walked(self) -> bool:
+        """Whether the backward pass goes through any of it."""
+        return self.inputs + self.weights > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Trunk or heads."""
+
+    work: Work
+    keeps: frozenset[str] = ALL_PROJECTIONS  # projections whose inputs are kept by a layer that gradients pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """A step's work in the trunk, in heads and at the unembedding, and what of it the backward pass holds on to."""
+
+    trunk: Part
+    heads: Part
+    unembedding: Work
+    num_losses: int  # tensors of logits that a loss is computed from
+    num_matrix_gradients: int  # V x D gradients that are summed up
+    num_mixed_states: int = 0  # that only mixtures keep, in a trunk without autograd
+
+    @property
+    def all(self) -> Work:
+        """All of it."""
+        return self.trunk.work + self.heads.work + self.unembedding
+
+    def flops(self, attended: int) -> int:
+        """Count the operations per position, where each query is as wide, times the positions it meets, as is said."""
+        return 2 * self.all.entries + self.attention_flops(attended)
+
+    def attention_flops(self, attended: int) -> int:
+        """Count those between positions alone: two products forward, and twice as many backward."""
+        return (4 * self.all.layers + 8 * self.all.layers_back) * attended
+
+
+def passes_of(recipe: Recipe) -> Passes:
+    """Follow a position through a step of the recipe, every offset that is taught having a weight.
+
+    >>> everything = passes_of(Recipe()).all
+    >>> everything.forward == everything.inputs == everything.weights
+    True
+    >>> trunk = passes_of(Recipe.model_validate({"adapt": {"frozen": ["trunk", "unembedding"]}})).trunk.work
+    >>> trunk.inputs, trunk.weights, trunk.layers_back
+    (0, 0, 0)
+    """
+    walk = _Walk(recipe)
+    walk.run()
+    trained = walk.trained
+    updated = frozenset(adapted_targets(recipe)) if trained.updates else frozenset()
+    updates_heads = recipe.adapt.lora is not None and recipe.adapt.lora.in_heads
+    has_mixtures = bool(mixing_offsets(recipe)) and trained.mixtures
+    return Passes(
+        trunk=Part(work=walk.trunk, keeps=ALL_PROJECTIONS if trained.trunk else updated),
+        heads=Part(
+            work=walk.heads,
+            keeps=ALL_PROJECTIONS if trained.any_head else updated if updates_heads else frozenset(),
+        ),
+        unembedding=walk.unembedding,
+        num_losses=walk.num_losses,
+        num_matrix_gradients=len(walk.matrices),
+        num_mixed_states=num_trunk_layers(recipe) if has_mixtures and not walk.trunk.layers_back else 0,
+    )
+
+
+class _Walk:
+    """The way from the embedding to all losses; notes which states have a gradient path, as autograd would."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.trained = recipe, Trained(recipe)
+        self.trunk = self.heads = self.unembedding = Work()
+        self.num_losses = 0
+        self.matrices: set[int] = set()  # numbers of those that get a gradient
+        self.has_path: dict[int, bool] = {}  # by offset
+
+    def run(self) -> None:
+        """Walk through trunk, heads and unembedding."""
+        trained = self.trained
+        stack = _Stack(self.recipe, is_trained=trained.trunk, is_updated=self.recipe.adapt.lora is not None)
+        self.trunk, self.has_path[TRUNK] = stack.run(num_trunk_layers(self.recipe), has_path=trained.trunk)
+        for offset in trained.needed_offsets():
+            self._run_head(offset)
+            self._compare(offset)
+
+    def _run_head(self, offset: int) -> None:
+        recipe, trained = self.recipe, self.trained
+        heads, model, is_trained = recipe.heads, recipe.model, trained.head(offset)
+        has_path = trained.reads_path(offset, self.has_path)
+        num_layers = heads.layers_per_head if heads.kind in ("parallel", "chained") else 0
+        if heads.kind in ("sequential", "recursive") and offset > 1:
+            reads = has_path or is_trained or (trained.trunk and not heads.isolate_trunk)  # the norms before it, too
+            self.heads += product(2 * model.width**2, reads=reads, is_trained=is_trained)
+            has_path, num_layers = reads, heads.layers_per_head
+        for _ in range({"linear": 1, "medusa": heads.layers_per_head}.get(heads.kind, 0) if offset > 1 else 0):
+            self.heads += product(model.width**2, reads=has_path, is_trained=is_trained)
+            has_path = has_path or is_trained
+        lora = recipe.adapt.lora
+        stack = _Stack(recipe, is_trained=is_trained, is_updated=lora is not None and lora.in_heads)
+        work, self.has_path[offset] = stack.run(num_layers, has_path=has_path)
+        self.heads += work
+
+    def _compare(self, offset: int) -> None:
+        """Score an offset, if that teaches anything: an own matrix or norm, or what its state depends on."""
+        trained, matrix = self.trained, self.trained.matrix_number(offset)
+        reads = self.has_path[offset] or trained.norm_after(offset)
+        scored = {matrix: trained.matrix(offset)}
+        if not (reads or scored[matrix]):
+            return
+        if offset == 1 and self.recipe.objective.token_order is not None:
+            scored[-1] = trained.token_order
+        for number, is_trained in scored.items():
+            entries = self.recipe.model.vocabulary * self.recipe.model.width
+            self.unembedding += product(entries, reads=reads, is_trained=is_trained)
+            self.num_losses += 1
+            self.matrices |= {number} if is_trained else set()
+
+
+class _Stack:
+    """Transformer layers one after the other, all trained or all frozen, with low-rank updates or without."""
+
+    def __init__(self, recipe: Recipe, *, is_trained: bool, is_updated: bool) -> None:
+        self.model, self.is_trained = recipe.model, is_trained
+        self.rank = recipe.adapt.lora.rank if recipe.adapt.lora else 0
+        self.targets = adapted_targets(recipe) if is_updated else ()
+        self.learns_updates = Trained(recipe).updates
+        self.widths = projection_widths(recipe.model)
+
+    def run(self, num_layers: int, *, has_path: bool) -> tuple[Work, bool]:
+        """Return the work, and whether the last state has a gradient path, given whether the first has."""
+        work = Work()
+        for _ in range(num_layers):
+            layer, has_path = self._layer(has_path=has_path)
+            work += layer
+        return work, has_path
+
+    def _layer(self, *, has_path: bool) -> tuple[Work, bool]:
+        read = has_path or self.is_trained  # behind a norm, which is trained with the layer
+        qkv, mixed = self._project(("q", "k", "v"), reads=read)
+        output, written = self._project(("o",), reads=mixed)
+        attended = has_path or written
+        read = (has_path if self.model.parallel_residual else attended) or self.is_trained
+        inner, combined = self._project(("gate", "up"), reads=read)
+        down, written = self._project(("down",), reads=combined)
+        return qkv + output + inner + down + Work(layers=1, layers_back=int(mixed)), attended or written
+
+    def _project(self, names: Iterable[str], *, reads: bool) -> tuple[Work, bool]:
+        """Run projections of one input; return whether any of their outputs has a gradient path."""
+        work, has_path = Work(), reads or self.is_trained
+        for name in names:
+            if name not in self.widths:
+                continue
+            width_in, width_out = self.widths[name]
+            work += product(width_in * width_out, reads=reads, is_trained=self.is_trained)
+            if name in self.targets:
+                learns = self.learns_updates
+                work += product(self.rank * width_in, reads=reads, is_trained=learns)
+                work += product(self.rank * width_out, reads=reads or learns, is_trained=learns)
+                has_path = has_path or learns
+        return work, has_path
+
+
+def product(entries: int, *, reads: bool, is_trained: bool) -> Work:
+    """Multiply by a matrix; `reads` says whether the gradient of what is multiplied is wanted.
+
+    >>> product(10, reads=True, is_trained=False).entries
+    20
+    """
+    return Work(forward=entries, inputs=entries * reads, weights=entries * is_trained)
+
+
+def projection_widths(model: ModelSection) -> dict[str, tuple[int, int]]:
+    """List the projections of a transformer layer with their widths, in and out.
+
+    >>> model = ModelSection(width=8, num_attention_heads=2, num_key_value_heads=1, mlp="gelu", mlp_width=16)
+    >>> projection_widths(model)
+    {'q': (8, 8), 'k': (8, 4), 'v': (8, 4), 'o': (8, 8), 'up': (8, 16), 'down': (16, 8)}
+    """
+    width, inner = model.width, model.resolved_mlp_width
+    queries = model.num_attention_heads * model.resolved_head_width
+    keys = model.resolved_key_value_heads * model.resolved_head_width
+    gate = {"gate": (width, inner)} if model.mlp == "swiglu" else {}
+    return {
+        "q": (width, queries),
+        "k": (width, keys),
+        "v": (width, keys),
+        "o": (queries, width),
+        **gate,
+        "up": (width, inner),
+        "down": (inner, width),
+    }

@@ -1,0 +1,123 @@
+"""What is frozen costs what torch says: operations of a real step of every kind of adaptation."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mtp_lightning.bench.step import TrainingStep
+from mtp_lightning.planner.flops import attention_flops_per_position, flops_per_position
+from mtp_lightning.planner.variants import obstacle
+from mtp_lightning.recipe.sections import Recipe
+from tests.support.tiny import HEAD_KINDS, NEOX, tiny_recipe
+
+EVERY_TARGET = ["q", "k", "v", "o", "gate", "up", "down"]
+ADAPTATIONS = {
+    "nothing frozen": {},
+    "trunk": {"adapt": {"frozen": ["trunk"]}},
+    "trunk and unembedding": {"adapt": {"frozen": ["trunk", "unembedding"]}},
+    "unembedding": {"adapt": {"frozen": ["unembedding"]}},
+    "heads": {"adapt": {"frozen": ["heads"]}},
+    "heads and unembedding": {"adapt": {"frozen": ["heads", "unembedding"]}},
+    "all but the unembedding": {"adapt": {"frozen": ["trunk", "heads"]}},
+    "from 2": {"heads": {"trainable_from": 2}},
+    "from 3": {"heads": {"trainable_from": 3}},
+    "updates": {"adapt": {"lora": {"rank": 3}}},
+    "updates of k beside frozen matrices": {
+        "adapt": {"lora": {"rank": 3, "targets": ["k"]}, "frozen": ["unembedding", "heads"]}
+    },
+    "updates of the last": {"adapt": {"lora": {"rank": 3, "targets": ["down"]}, "frozen": ["unembedding"]}},
+    "updates under frozen heads": {"adapt": {"lora": {"rank": 3}}, "heads": {"trainable_from": 3}},
+    "updates everywhere": {"adapt": {"lora": {"targets": EVERY_TARGET, "in_heads": True}, "frozen": ["heads"]}},
+    "updates as they are": {"adapt": {"lora": {"rank": 3}, "frozen": ["lora"]}},
+    "mixtures": {"adapt": {"weighted_states": {}, "frozen": ["trunk", "unembedding", "heads"]}},
+    "isolated trunk": {"heads": {"isolate_trunk": True}},
+    "isolated trunk, frozen heads": {"heads": {"isolate_trunk": True}, "adapt": {"frozen": ["heads"]}},
+}
+MODELS = {"llama": {}, "neox": NEOX, "tied": {"tie_embeddings": True}}
+Shape = torch.Size
+
+
+def recipe_of(kind: str, adaptation: str, model: str = "llama", **objective: object) -> Recipe | None:
+    """Build a tiny recipe in which nothing is computed twice; None where the rules refuse it, or nothing is trained."""
+    sections = ADAPTATIONS[adaptation]
+    recipe = tiny_recipe(
+        model=MODELS[model] | {"num_layers": 7},
+        heads=HEAD_KINDS[kind] | sections.get("heads", {}),
+        adapt=sections.get("adapt", {}),
+        objective={"checkpoint_heads": False} | objective,
+    )
+    return recipe if obstacle(recipe) is None else None
+
+
+def in_place(into: Shape, left: Shape, right: Shape, **_: object) -> int:
+    """Count `addmm_`, which torch 2.13 leaves out."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+def attention(query: Shape, key: Shape, *_: object, **__: object) -> int:
+    """Count the CPU's fused attention, which torch 2.13 leaves out: two products."""
+    return 4 * math.prod(query) * key[2]
+
+
+def attention_back(_: Shape, query: Shape, key: Shape, *__: object, **___: object) -> int:
+    """Count the four products of its backward pass, and not the scores that it computes again."""
+    return 8 * math.prod(query) * key[2]
+
+
+def counted(recipe: Recipe, schedule: str) -> dict[str, int]:
+    """Let torch count the operations of a real step."""
+    aten = torch.ops.aten
+    left_out = {
+        aten.addmm_: in_place,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_back,
+    }
+    step = TrainingStep(recipe, torch.device("cpu"))
+    with FlopCounterMode(display=False, custom_mapping=left_out) as counter:
+        step.run(schedule, predicts=False)
+    return {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+
+
+def assert_counts(recipe: Recipe | None, schedule: str, more_logits: int = 0) -> None:
+    """Compare a step with the planner's count."""
+    if recipe is None:
+        return
+    positions = recipe.batch.rows * recipe.data.window_tokens
+    extra = 2 * more_logits * recipe.model.vocabulary * recipe.model.width
+    by_kind = counted(recipe, schedule)
+    assert sum(by_kind.values()) == positions * (flops_per_position(recipe) + extra)
+    between = sum(flops for op, flops in by_kind.items() if "attention" in op)
+    assert between == positions * attention_flops_per_position(recipe) > 0
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("adaptation", ADAPTATIONS)
+def test_operations_are_those_that_torch_counts(kind: str, adaptation: str) -> None:
+    assert_counts(recipe_of(kind, adaptation), "sequential")
+
+
+@pytest.mark.parametrize("adaptation", ADAPTATIONS)
+def test_operations_of_other_models(adaptation: str) -> None:
+    if adaptation != "updates everywhere":
+        assert_counts(recipe_of("sequential", adaptation, "neox"), "sequential")
+    assert_counts(recipe_of("parallel", adaptation, "tied"), "sequential")
+
+
+@pytest.mark.parametrize("adaptation", ADAPTATIONS)
+def test_bridged_costs_as_much_as_sequential(adaptation: str) -> None:
+    assert_counts(recipe_of("sequential", adaptation), "bridged")
+
+
+@pytest.mark.parametrize(
+    ("kind", "adaptation", "more_logits"),
+    [("parallel", "nothing frozen", 0), ("linear", "trunk", 0), ("medusa", "updates", 0), ("sequential", "from 3", 2)],
+)
+def test_joint_computes_logits_that_teach_nothing_too(kind: str, adaptation: str, more_logits: int) -> None:
+    assert_counts(recipe_of(kind, adaptation), "joint", more_logits)
+
+
+@pytest.mark.parametrize("adaptation", ADAPTATIONS)
+def test_token_order_is_a_product_more(adaptation: str) -> None:
+    assert_counts(recipe_of("parallel", adaptation, token_order={"window_tokens": 4}), "sequential")
