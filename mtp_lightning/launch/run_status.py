@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from mtp_lightning.launch.scheduler import job_states
+from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.phase_sections import FOLDER
+from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.recipe.yaml12 import RecipeYamlLoader
 
 DEEPEST = 4
@@ -32,6 +35,7 @@ class RunStatus:
     step: int
     steps: int | None
     tokens: int | None
+    remaining_tokens: int | None
     tokens_per_s: float | None
     loss: float | None  # of the main head: of the last validation, or else of training
     accepted_length: float | None
@@ -41,9 +45,9 @@ class RunStatus:
     @property
     def remaining_s(self) -> float | None:
         """Time to the end at the last speed; None when it does not run."""
-        if not (self.steps and self.tokens and self.tokens_per_s and self.step) or self.state not in RUNNING:
+        if self.remaining_tokens is None or not self.tokens_per_s or self.state not in RUNNING:
             return None
-        return (self.steps - self.step) * self.tokens / self.step / self.tokens_per_s
+        return self.remaining_tokens / self.tokens_per_s
 
 
 RUNNING = ("running", "RUNNING", "COMPLETING")
@@ -85,12 +89,22 @@ def _status_of(run: Path, job: str | None, job_state: str | None, *, is_locked: 
         step=step,
         steps=steps,
         tokens=int(row["tokens"]) if "tokens" in row else None,
+        remaining_tokens=_remaining_tokens(recipe, step),
         tokens_per_s=row.get("tokens_per_s"),
         loss=row.get("val/loss_1", row.get("train/loss_1")),
         accepted_length=row.get("val/accepted_length", row.get("train/accepted_length")),
         checkpoint=max(saved, default=None),
         restarts=max(0, len(list(run.glob("logs/attempt_*"))) - 1),
     )
+
+
+def _remaining_tokens(content: dict[str, Any], step: int) -> int | None:
+    """Count the tokens from a step to the end; a ramp's steps differ in size."""
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError:  # of another version
+        return None
+    return tokens_after(recipe, recipe.run.steps) - tokens_after(recipe, step)
 
 
 def _ended_early(run: Path) -> bool:

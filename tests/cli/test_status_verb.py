@@ -25,8 +25,12 @@ def status(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["status", *map(str, arguments)])
 
 
-def make_run(folder: Path, *, attempts: int = 1, rows: str = "", saved: tuple[int, ...] = ()) -> Path:
-    recipe = Recipe.model_validate({"name": "mine", "run": {"steps": 100, "dir": str(folder)}})
+def make_run(
+    folder: Path, *, attempts: int = 1, rows: str = "", saved: tuple[int, ...] = (), ramp: object = None
+) -> Path:
+    batch = {"rows": 10, "micro_rows": 5, "ramp": ramp}
+    content = {"name": "mine", "run": {"steps": 100, "dir": str(folder)}, "batch": batch, "data": {"window_tokens": 10}}
+    recipe = Recipe.model_validate(content)
     for attempt in range(1, attempts + 1):
         (folder / f"logs/attempt_{attempt}").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(recipe_to_yaml(recipe))
@@ -62,6 +66,14 @@ def test_a_run_that_holds_its_lock_is_running(tmp_path: Path) -> None:
         assert found.remaining_s == 70 * 100 / 200
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # looking has not disturbed it
     assert only(run).state == "stopped"
+
+
+def test_steps_of_a_ramp_take_the_longer_the_larger_they_are(tmp_path: Path) -> None:
+    ramp = {"from_rows": 5, "over_rows": 200}  # rows of 40 steps; at step 30 there are 10 more such steps, then 60
+    run = make_run(tmp_path, rows=ROWS, ramp=ramp)
+    with (run / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert only(run).remaining_s == (10 * 50 + 60 * 100) / 200
 
 
 def test_a_finished_run_is_finished(tmp_path: Path) -> None:
