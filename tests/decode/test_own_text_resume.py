@@ -1,6 +1,7 @@
 """A model that writes documents may be killed at any moment: the same command goes on, to the same bytes."""
 
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mtp_lightning.cli import app
+from mtp_lightning.data import token_shards
 from mtp_lightning.data.text_log import TextLog
 from mtp_lightning.data.verify import verify_shards
 from mtp_lightning.decode import own_text
@@ -43,7 +45,7 @@ def num_texts(run: Path, out: str) -> int:
         return log.num_texts
 
 
-def interrupted(run: Path, out: str, monkeypatch: pytest.MonkeyPatch, *, after: int) -> Result:
+def interrupted(run: Path, out: str, monkeypatch: pytest.MonkeyPatch, *options: object, after: int) -> Result:
     """Build until a batch is asked for that is one too many."""
     calls = iter(range(after))
 
@@ -55,7 +57,7 @@ def interrupted(run: Path, out: str, monkeypatch: pytest.MonkeyPatch, *, after: 
     original = own_text.generate
     with monkeypatch.context() as patch:
         patch.setattr(own_text, "generate", generate)
-        return build(run, out)
+        return build(run, out, *options)
 
 
 def counted(run: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Result, int]:
@@ -143,6 +145,34 @@ def test_a_half_batch_at_the_end_is_written_again(run: Path, monkeypatch: pytest
     done = build(run, "torn")
     assert "going on after 9 texts" in done.output
     assert contents(run / "torn") == contents(run / "straight")
+
+
+def test_what_was_written_before_a_kill_is_not_let_in_twice_after_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*OPTIONS, "--max-new-tokens", 2, "--top-k", 2, "--num-documents", 25)
+    whole = build(run, "repeating", *options)
+    assert re.search(r"\b[1-9]\d* duplicates left out", whole.output)
+    interrupted(run, "repeated", monkeypatch, *options, after=6)
+    done = build(run, "repeated", *options)
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[-2] == whole.output.splitlines()[-2]  # so many duplicates
+    assert contents(run / "repeated") == contents(run / "repeating")
+
+
+def test_texts_outlive_a_build_that_ends_when_its_shards_get_their_name(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commit(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_shards, "commit", commit)
+        assert build(run, "nameless").exit_code != 0
+    done, num_batches = counted(run, "nameless", monkeypatch)
+    assert done.exit_code == 0, done.output
+    assert num_batches == 0
+    assert verify_shards(run / "nameless").num_documents("train") > 0
 
 
 @pytest.mark.parametrize(
