@@ -67,6 +67,7 @@ def _run_lines(plan: Plan) -> Text:
     chosen = plan.chosen
     lines = {
         "parameters": _parameters(plan),
+        "trained": _trained(plan),
         "step": _step(plan),
         "run": f"{plan.recipe.run.steps:,} steps, {short(plan.total_tokens)} tokens, {plan.total_flops:.2e} FLOPs",
         "speed": f"{seconds(chosen.time.total_s)} s per step, {chosen.tokens_per_s:,.0f} tokens/s per GPU, "
@@ -101,6 +102,15 @@ def _parameters(plan: Plan) -> str:
         f"{short(counts.total)} ({counts.total:,}): trunk {short(counts.trunk)}, heads {short(counts.heads)}, "
         f"unembedding {short(counts.unembedding)}" + "".join(f", {name} {short(n)}" for name, n in added.items() if n)
     )
+
+
+def _trained(plan: Plan) -> str:
+    """Say how much of a model is trained that is not trained as a whole."""
+    shape = plan.shape
+    if shape.num_trainable == shape.parameters.total:
+        return ""
+    way = "gradients pass through the trunk" if shape.passes.trunk.work.is_walked else "the trunk only runs forward"
+    return f"{short(shape.num_trainable)} of them ({shape.num_trainable:,}); {way}"
 
 
 def _step(plan: Plan) -> str:

@@ -86,6 +86,10 @@ def gib(number_bytes: float) -> str:
     return f"{value:,.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
 
 
+def _gib_or_blank(number_bytes: float) -> str:
+    return gib(number_bytes) if number_bytes else BLANK
+
+
 def seconds(value: float) -> str:
     """Format seconds with three digits.
 
@@ -131,7 +135,7 @@ SPEED: Columns = {
     "MFU": lambda variant: f"{variant.mfu:.1%}",
 }
 CHECKPOINTING: Columns = {
-    "trunk\nGiB": lambda variant: gib(variant.memory.trunk_activations),
+    "trunk\nGiB": lambda variant: _gib_or_blank(variant.memory.trunk_activations),
     "heads\nGiB": lambda variant: gib(variant.memory.head_activations),
     **TOTAL,
     **FITS,
@@ -140,7 +144,7 @@ CHECKPOINTING: Columns = {
 STRATEGIES: Columns = {
     "state\nGiB": lambda variant: gib(variant.memory.state),
     **TOTAL,
-    "on host\nGiB": lambda variant: gib(variant.memory.offloaded) if variant.memory.offloaded else BLANK,
+    "on host\nGiB": lambda variant: _gib_or_blank(variant.memory.offloaded),
     **FITS,
     "gather\nGB/step": _sent("gather_weights"),
     "reduce\nGB/step": _sent("reduce_gradients"),

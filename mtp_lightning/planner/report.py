@@ -65,6 +65,7 @@ class Plan:
             "recipe": self.recipe.model_dump(mode="json"),
             "hardware": asdict(self.hardware),
             "parameters": asdict(self.shape.parameters) | {"total": self.shape.parameters.total},
+            "trainable_parameters": self.shape.num_trainable,
             "tokens_per_step": self.tokens_per_step,
             "flops_per_step": self.flops_per_step,
             "total_tokens": self.total_tokens,

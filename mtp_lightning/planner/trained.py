@@ -41,11 +41,12 @@ class Trained:
         return offset if self.heads.unembedding == "replicated" else 1
 
     def norm_after(self, offset: int) -> bool:
-        """Tell whether the final norm that an offset's state passes is trained; heads that share one freeze it."""
-        if "unembedding" in self.frozen or (self.heads.kind == "medusa" and offset > 1):
-            return False
-        is_own = self.heads.kind in ("sequential", "recursive") and offset >= self.first
-        return self.first == 1 or is_own
+        """Tell whether a trained final norm gives an offset's state a gradient path.
+
+        Heads from `trainable_from` on that have norms of their own are not asked: they are trained, and have a path.
+        """
+        has_none = self.heads.kind == "medusa" and offset > 1
+        return self.first == 1 and "unembedding" not in self.frozen and not has_none
 
     def source(self, offset: int) -> int:
         """Name the offset whose state this one reads, or `TRUNK`.

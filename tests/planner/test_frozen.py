@@ -35,6 +35,7 @@ ADAPTATIONS = {
     "isolated trunk": {"heads": {"isolate_trunk": True}},
     "isolated trunk, frozen heads": {"heads": {"isolate_trunk": True}, "adapt": {"frozen": ["heads"]}},
 }
+KINDS = [kind for kind in HEAD_KINDS if kind not in ("parallel_two_layers", "parallel_replicated")]  # as others
 MODELS = {"llama": {}, "neox": NEOX, "tied": {"tie_embeddings": True}}
 Shape = torch.Size
 
@@ -92,7 +93,7 @@ def assert_counts(recipe: Recipe | None, schedule: str, more_logits: int = 0) ->
     assert between == positions * attention_flops_per_position(recipe) > 0
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 def test_operations_are_those_that_torch_counts(kind: str, adaptation: str) -> None:
     assert_counts(recipe_of(kind, adaptation), "sequential")
@@ -121,3 +122,13 @@ def test_joint_computes_logits_that_teach_nothing_too(kind: str, adaptation: str
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 def test_token_order_is_a_product_more(adaptation: str) -> None:
     assert_counts(recipe_of("parallel", adaptation, token_order={"window_tokens": 4}), "sequential")
+
+
+def test_a_frozen_main_head_is_run_where_others_are_compared_with_it() -> None:
+    alone, compared = (recipe_of("parallel", "from 3", **more) for more in ({}, {"distill": {}}))
+    assert alone is not None
+    assert compared is not None
+    between = sum(flops for op, flops in counted(compared, "sequential").items() if "attention" in op)
+    positions = compared.batch.rows * compared.data.window_tokens
+    assert between == positions * attention_flops_per_position(compared)
+    assert attention_flops_per_position(compared) > attention_flops_per_position(alone)

@@ -113,6 +113,16 @@ def test_a_frozen_trunk_keeps_nothing_and_a_frozen_matrix_has_no_gradient() -> N
     assert memory(shape_of(recipe), on(recomputes_trunk=True)) == frozen
 
 
+def test_mixtures_keep_the_states_of_a_frozen_trunk_only() -> None:
+    """Layers that gradients pass keep these anyway, as their inputs."""
+    for frozen in ("[]", "[trunk]"):
+        plain, mixed = (
+            memory(shape_of(load_recipe(ROOT / "recipes/debug/memory.yaml", overrides).recipe), LAYOUT)
+            for overrides in ([f"adapt.frozen={frozen}"], [f"adapt.frozen={frozen}", "adapt.weighted_states={}"])
+        )
+        assert (mixed.trunk_activations > plain.trunk_activations) == (frozen == "[trunk]")
+
+
 def test_low_rank_updates_leave_inputs_of_frozen_matrices_out() -> None:
     layer, all_seven = SHAPE.layer, ["q", "k", "v", "o", "gate", "up", "down"]
     kept = [layer_bytes(layer, on(stage=3), frozenset(all_seven[:count])) for count in range(8)]

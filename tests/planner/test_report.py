@@ -39,6 +39,8 @@ PLANS = {
         ("paper/1.3b_n4.yaml", "objective.schedule=joint", "strategy.offload_optimizer=cpu"),
         {"num_gpus": 1},
     ),
+    "paper-6.7b-n4-heads-only": (("paper/6.7b_n4.yaml", "adapt.frozen=[trunk,unembedding]"), {"num_gpus": 8}),
+    "paper-6.7b-n4-updates": (("paper/6.7b_n4.yaml", "adapt.lora={}", "adapt.frozen=[unembedding]"), {"num_gpus": 8}),
 }
 
 
@@ -65,6 +67,16 @@ def test_plan_survives_json() -> None:
     assert chosen["memory"]["total"] == plan.chosen.memory.total
     assert chosen["time"]["total_s"] == pytest.approx(sum(v for k, v in chosen["time"].items() if k != "total_s"))
     assert [scale["num_gpus"] for scale in figures["scales"]] == list(SCALES)
+
+
+def test_plan_says_what_is_trained() -> None:
+    whole, frozen = (
+        build_plan(recipe_at("paper/13b_n4.yaml", *overrides)).as_json()
+        for overrides in ((), ("adapt.frozen=[trunk,unembedding]",))
+    )
+    assert whole["trainable_parameters"] == whole["parameters"]["total"]
+    assert frozen["trainable_parameters"] == frozen["parameters"]["heads"]
+    assert frozen["total_flops"] < whole["total_flops"] / 2
 
 
 def test_days_follow_from_tokens_per_second() -> None:
