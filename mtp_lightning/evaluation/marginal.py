@@ -132,7 +132,7 @@ def measure_marginal(
         DataError: No held-out text is long enough.
         DecodingError: The arguments make no sense.
     """
-    _check(num_offsets, last_tokens, top, nucleus, most_paths)
+    check_settings(num_offsets, last_tokens, top, nucleus, most_paths)
     recipe, model = load_model(path, device=device)
     texts = held_out_texts(recipe, num_samples, LEAST_PREFIX_TOKENS + last_tokens)
     hits = np.zeros((num_offsets, 4))  # marginal top-1 and top-K, head top-1 and top-K
@@ -161,7 +161,12 @@ def measure_marginal(
     return MarginalReport(recipe.name, len(texts), int(counts[0]), top, nucleus, most_paths, offsets)
 
 
-def _check(num_offsets: int, last_tokens: int, top: int, nucleus: float, most_paths: int) -> None:
+def check_settings(num_offsets: int, last_tokens: int, top: int, nucleus: float, most_paths: int) -> None:
+    """Refuse settings of `measure_marginal` that make no sense.
+
+    Raises:
+        DecodingError: Names the first.
+    """
     checks = (
         ("--offsets must be 2 or more, and fewer than --last", num_offsets, 2 <= num_offsets < last_tokens),
         ("--top must be 1 or more", top, top >= 1),
