@@ -16,7 +16,7 @@ def adapt(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RECIPE... [KEY=VALUE...]",
+            metavar="RECIPE|KEY=VALUE",
             help="Recipes to lay over BASE's, and fields to change in all of them.",
             show_default=False,
         ),
