@@ -1,6 +1,7 @@
 """The picture of a comparison of adaptations: what the second token costs the first."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ from mtp_lightning.errors import RunFolderError
 from mtp_lightning.evaluation.comparison import Spread
 
 MARKERS = "osD^vPX"
+BLACK = "#000000"  # after the colours of other pictures: one for each of seven recipes
 GREY = "0.6"
 
 
 def draw_rows(rows: Sequence[AdaptRow], path: Path, *, top: int, title: str) -> None:
     """Draw a point per recipe: next-token accuracy to the right, that of the 2nd token upwards, with intervals.
 
-    Hollow, and tied to it, is the same run without its 2nd head, by marginalization; recipes that do not train that
-    head have the hollow point alone. The dashed line is the first recipe's.
+    Hollow and larger, and tied to it, is the same run without its 2nd head, by marginalization; recipes that do not
+    train that head have the hollow point alone. The dashed line is the first recipe's.
 
     Raises:
         RunFolderError: The file cannot be written.
@@ -29,8 +31,8 @@ def draw_rows(rows: Sequence[AdaptRow], path: Path, *, top: int, title: str) -> 
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     drawn = [row for row in rows if len(row.offsets) > 1]
-    for index, row in enumerate(drawn):
-        _draw_row(axes, row, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
+    for row, colour, marker in zip(drawn, cycle((*COLOURS, BLACK)), cycle(MARKERS)):
+        _draw_row(axes, row, colour, marker)
     if drawn:
         base = drawn[0].offsets[1].marginal.mean
         axes.axhline(base, color=GREY, linewidth=1, linestyle="--", zorder=0)
@@ -54,13 +56,13 @@ def draw_rows(rows: Sequence[AdaptRow], path: Path, *, top: int, title: str) -> 
 def _draw_row(axes: Any, row: AdaptRow, colour: str, marker: str) -> None:
     second = row.offsets[1]
     has_head = second.head is not None and 2 not in row.idle_offsets
-    shape = {"color": colour, "marker": marker, "linestyle": "none", "capsize": 3, "markersize": 8}
+    shape = {"color": colour, "marker": marker, "linestyle": "none", "capsize": 3}
     hollow_label = {} if has_head else {"label": row.name}
-    _point(axes, row.first, second.marginal, **shape, markerfacecolor="white", **hollow_label)
+    _point(axes, row.first, second.marginal, **shape, markersize=11, markerfacecolor="white", **hollow_label)
     if has_head and second.head is not None:
         ends = (second.marginal.mean, second.head.mean)
         axes.plot([row.first.mean] * 2, ends, ":", color=colour, linewidth=1, zorder=0)
-        _point(axes, row.first, second.head, **shape, label=row.name)
+        _point(axes, row.first, second.head, **shape, markersize=6, label=row.name)
 
 
 def _point(axes: Any, across: Spread, up: Spread, **style: Any) -> None:
