@@ -218,7 +218,7 @@ def compare(matrix: Matrix, committed: list[int], golden: list[str]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize(
     ("kinds", "seed"),
     [(["single"], 1), (["zero2"], 2), (["single", "zero1", "zero2", "zero3"], 3)],

@@ -37,7 +37,7 @@ def test_the_whole_matrix_is_every_combination():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_the_whole_matrix():
     outcomes = compare_strategies(full=True)
     assert [outcome for outcome in outcomes if not outcome.is_good] == []

@@ -10,7 +10,7 @@ from mtp_lightning.checkpoint.layout import complete_checkpoints
 from tests.slurm.cluster import Cluster, attempts_of, output_of
 from tests.support.runs import ROOT, figures
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(700)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(1200)]
 STEPS = 40
 RECIPE = (
     str(ROOT / "recipes/paper/13b_n4.yaml"),
