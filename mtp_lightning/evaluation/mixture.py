@@ -52,6 +52,7 @@ def draw(mixtures: Sequence[LearntMixture], path: Path) -> None:
     """Draw the shares of all layers, a line for each offset, against what they started as."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -60,6 +61,7 @@ def draw(mixtures: Sequence[LearntMixture], path: Path) -> None:
     for mixture in mixtures:
         axes.plot(range(1, num_layers + 1), mixture.shares, marker="o", label=f"offset {mixture.offset}")
     axes.axhline(1 / num_layers, linestyle=":", color="grey", label="at the start")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title="What each head reads of the trunk", xlabel="layer", ylabel="share", ylim=(0, 1))
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
