@@ -36,6 +36,42 @@ newest() {
     echo "$newest"
 }
 
+again() {
+    if ((terms > 0 && SECONDS + 60 < limit_s)); then # cancelled, or Slurm requeues by itself
+        say "$1; ended by Slurm"
+        exit "$code"
+    fi
+    say "$1; requeued"
+    scontrol requeue "$job" || say "scontrol could not requeue: submit again"
+    exclude
+    exit "$code"
+}
+exclude() { # Slurm takes this for a pending job only, which a job is from its requeue on
+    local bad try
+    if [[ ! -s $run/logs/bad_nodes ]]; then return; fi
+    bad=$(sort -u "$run/logs/bad_nodes" | paste -sd,)
+    for try in {1..20}; do
+        if scontrol update "JobId=$job" "ExcNodeList=$bad"; then
+            say "excluded $bad"
+            return
+        fi
+        sleep 1
+    done
+    say "could not exclude $bad"
+}
+stop() {
+    say "$1; not started again. See $run/logs"
+    exit "$code"
+}
+on_bad_node() { # after a restart whose exclusion did not come through
+    local node
+    [[ ${SLURM_RESTART_COUNT:-0} -gt 0 && -s $run/logs/bad_nodes ]] || return 1
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        if grep -qxF "$node" "$run/logs/bad_nodes"; then return; fi
+    done
+    return 1
+}
+
 # Restarts in a row without a new checkpoint, whoever asked for them, are limited.
 record=$run/logs/restarts-$job
 count=0 before=
@@ -52,6 +88,10 @@ echo "$count $(newest)" >"$record"
 terms=0
 trap 'terms=$((terms + 1))' TERM
 say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST from checkpoint $(newest)"
+if on_bad_node; then
+    code=86
+    again "given a bad node again"
+fi
 if ((has_preflight && ${SLURM_RESTART_COUNT:-0} == 0)); then
     if ! "${srun[@]}" "${mtp[@]}" preflight "$recipe"; then
         say "preflight has found faults: not started"
@@ -68,33 +108,6 @@ while ((terms > seen)); do # the trap has cut the wait short
     code=$?
 done
 
-again() {
-    if ((terms > 0 && SECONDS + 60 < limit_s)); then # cancelled, or Slurm requeues by itself
-        say "$1; ended by Slurm"
-        exit "$code"
-    fi
-    say "$1; requeued"
-    scontrol requeue "$job" || say "scontrol could not requeue: submit again"
-    exclude
-    exit "$code"
-}
-exclude() { # Slurm takes this for a pending job only, which a job is from its requeue on
-    local bad try
-    if [[ ! -s $run/logs/bad_nodes ]]; then return; fi
-    bad=$(sort -u "$run/logs/bad_nodes" | paste -sd,)
-    for try in 1 2 3 4 5; do
-        if scontrol update "JobId=$job" "ExcNodeList=$bad"; then
-            say "excluded $bad"
-            return
-        fi
-        sleep 1
-    done
-    say "could not exclude $bad"
-}
-stop() {
-    say "$1; not started again. See $run/logs"
-    exit "$code"
-}
 case $code in
 0) say "finished" ;;
 85) again "stopped, to go on from its last checkpoint" ;;
