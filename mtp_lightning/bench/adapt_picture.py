@@ -7,8 +7,8 @@ from typing import Any
 
 from mtp_lightning.bench.adapt_rows import AdaptRow
 from mtp_lightning.bench.decode_picture import COLOURS
-from mtp_lightning.errors import RunFolderError
 from mtp_lightning.evaluation.comparison import Spread
+from mtp_lightning.evaluation.pictures import save_picture
 
 MARKERS = "osD^vPX"
 BLACK = "#000000"  # after the colours of other pictures: one for each of seven recipes
@@ -44,13 +44,7 @@ def draw_rows(rows: Sequence[AdaptRow], path: Path, *, top: int, title: str) -> 
     axes.grid(alpha=0.25)
     axes.margins(0.08)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except OSError as error:
-        raise RunFolderError(
-            "the file for the picture must be writable", f"{path}: {error.strerror}", "Give another path to --plot."
-        ) from error
+    save_picture(figure, path, "--plot")
 
 
 def _draw_row(axes: Any, row: AdaptRow, colour: str, marker: str) -> None:

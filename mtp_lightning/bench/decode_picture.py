@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtp_lightning.errors import RunFolderError
+from mtp_lightning.evaluation.pictures import save_picture
 
 if TYPE_CHECKING:
     from mtp_lightning.bench.decode import DecodeFigure
@@ -27,13 +27,7 @@ def draw_figures(figures: "list[DecodeFigure]", path: Path, *, title: str) -> No
     left, right = figure.subplots(1, 2)
     _draw_speedups(left, figures)
     _draw_acceptance(right, figures)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except OSError as error:
-        raise RunFolderError(
-            "the file for the picture must be writable", f"{path}: {error.strerror}", "Give another path to --png."
-        ) from error
+    save_picture(figure, path, "--png")
 
 
 def _draw_speedups(axes: Any, figures: "list[DecodeFigure]") -> None:

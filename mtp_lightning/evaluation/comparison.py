@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtp_lightning.errors import RunFolderError
+from mtp_lightning.evaluation.pictures import save_picture
 from mtp_lightning.training.callbacks.metrics_table import read_rows
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; from 10 on the last one is used, which is
@@ -145,8 +146,7 @@ def draw(groups: Sequence[Group], path: Path) -> None:
     right.set(title="Loss of the main head", ylabel="nats per token")
     right.set_xticks(range(len(groups)), [group.recipe for group in groups])
     left.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_picture(figure, path, "--plot")
 
 
 def _refusal(found: str) -> RunFolderError:

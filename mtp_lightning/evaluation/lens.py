@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mtp_lightning.checkpoint.loading import load_model
 from mtp_lightning.decode.session import main_path
-from mtp_lightning.errors import RunFolderError
 from mtp_lightning.evaluation.marginal import held_out_texts
+from mtp_lightning.evaluation.pictures import save_picture
 from mtp_lightning.model.layers import Layer
 from mtp_lightning.model.mtp_model import MtpModel
 
@@ -119,10 +119,4 @@ def draw_lens(report: LensReport, path: Path) -> None:
     right.plot(depths, [layer.agreement for layer in report.layers], color="#D55E00", marker="s")
     right.set_ylabel("same likeliest token", color="#D55E00")
     right.set_ylim(0, 1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except OSError as error:
-        raise RunFolderError(
-            "the file for the picture must be writable", f"{path}: {error.strerror}", "Give another path to --plot."
-        ) from error
+    save_picture(figure, path, "--plot")

@@ -8,6 +8,7 @@ from mtp_lightning.checkpoint.loading import find_checkpoint
 from mtp_lightning.checkpoint.manifest import RECIPE_NAME
 from mtp_lightning.checkpoint.shard_reader import ShardReader
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.evaluation.pictures import save_picture
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.recipe.adapt_rules import mixing_offsets
 
@@ -64,5 +65,4 @@ def draw(mixtures: Sequence[LearntMixture], path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title="What each head reads of the trunk", xlabel="layer", ylabel="share", ylim=(0, 1))
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_picture(figure, path, "--plot")

@@ -131,6 +131,16 @@ def test_fsspec_reads_what_is_no_website(tmp_path: Path, folder: Path) -> None:
     assert torch.equal(take(module_of(tmp_path, f"file://{folder}"), 8), whole)
 
 
+def test_a_file_that_vanishes_while_the_cache_is_counted_does_no_harm(tmp_path: Path, folder: Path) -> None:
+    """A link to nothing is what another process's file looks like that is listed and then renamed."""
+    shards = tmp_path / "cache/remote/shards"
+    shards.mkdir(parents=True)
+    for name in ("renamed.partial", "removed.tar"):
+        (shards / name).symlink_to(tmp_path / "gone")
+    whole = take(module_of(tmp_path, str(folder)), 8)
+    assert torch.equal(take(module_of(tmp_path, f"file://{folder}"), 8), whole)
+
+
 def test_cache_stays_within_its_bound_and_reads_on(tmp_path: Path, folder: Path, server: Any) -> None:
     manifest = load_manifest(folder)
     held_out = sum(shard.num_bytes for shard in manifest.shards_of("validation"))

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from mtp_lightning.checkpoint.consolidate import consolidate
 from mtp_lightning.cli import app
-from mtp_lightning.errors import CheckpointError
+from mtp_lightning.errors import CheckpointError, RunFolderError
 from mtp_lightning.evaluation.mixture import read_mixtures
 from tests.checkpoint.runs import save_run
 from tests.support.tiny import tiny_model, tiny_recipe
@@ -41,6 +41,16 @@ def test_the_verb_shows_and_draws(tmp_path):
     assert [row[0] for row in rows] == ["1", "2", "3", "4"]
     assert all(abs(sum(row) - 100) < 0.5 for row in shares)
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_that_cannot_be_written_says_so(tmp_path):
+    save(tmp_path / "run", {"weighted_states": {}})
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file/mixture.png"
+    done = CliRunner().invoke(app, ["report", "mixture", str(tmp_path / "run"), "--plot", str(place)])
+    assert done.exit_code == RunFolderError.exit_code
+    assert str(place) in done.stderr
+    assert "Give another path to --plot" in done.stderr
 
 
 def test_a_run_without_mixtures_is_refused(tmp_path):
