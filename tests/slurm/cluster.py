@@ -85,8 +85,9 @@ class Cluster:
 
 @contextmanager
 def local_cluster(folder: Path) -> Iterator[Cluster]:
-    """Start a Slurm of two nodes and end it after the body."""
-    subprocess.run([SCRIPT, "up", folder, "2"], check=True, env=os.environ | {"PORT": "26950"})
+    """Start a Slurm of two nodes and end it after the body; every worker of pytest-xdist has ports of its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    subprocess.run([SCRIPT, "up", folder, "2"], check=True, env=os.environ | {"PORT": str(26950 + 10 * worker)})
     try:
         yield Cluster(folder)
     finally:
