@@ -50,6 +50,7 @@ def chunked_loss(
     chunk_bytes: int,
     balance_to: Tensor | None = None,
     teacher: Tensor | None = None,
+    teacher_learns: bool = False,
 ) -> Tensor:
     """Compute sum over terms of coefficient x loss sum, as one autograd node.
 
@@ -60,8 +61,8 @@ def chunked_loss(
         terms: What to compute; their sums are filled in.
         chunk_bytes: Memory that the logits of one chunk may take.
         balance_to: RMS that balanced terms are scaled to; None means the first term's own.
-        teacher: (P, D) normed hidden states of the main head, which terms with a distillation are compared with. If
-            they want a gradient, they and the teacher's matrix get one from the comparison; else neither does.
+        teacher: (P, D) normed hidden states of the main head, which terms with a distillation are compared with.
+        teacher_learns: Give them and the teacher's matrix, so far as they want one, a gradient from the comparison.
 
     Returns:
         The weighted total, 0-dimensional. Gradients reach the given tensors only; the scale of the
@@ -69,7 +70,7 @@ def chunked_loss(
     """
     numbers = list(matrices)
     teachers = [] if teacher is None else [teacher]
-    plan = _Plan(terms, numbers, chunk_bytes, balance_to, wants_gradients=torch.is_grad_enabled())
+    plan = _Plan(terms, numbers, chunk_bytes, balance_to, torch.is_grad_enabled(), teacher_learns)
     inputs = (*matrices.values(), *hiddens, *teachers)
     total: Tensor = _ChunkedLoss.apply(plan, *inputs)  # type: ignore[no-untyped-call]
     return total
@@ -99,6 +100,7 @@ class _Plan:
     chunk_bytes: int
     balance_to: Tensor | None
     wants_gradients: bool  # inside the node grad mode is off, and inputs claim to need gradients even under no_grad
+    teacher_learns: bool
 
 
 @dataclass
@@ -109,6 +111,11 @@ class _Side:
     matrix: Tensor  # (V, D)
     grad: Grad  # (P, D)
     matrix_grad: Grad  # (V, D)
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything here wants a gradient."""
+        return self.grad is not None or self.matrix_grad is not None
 
     def logits(self, rows: slice) -> Tensor:
         """Score some rows in full precision: (C, V)."""
@@ -161,10 +168,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _teacher_side(plan: _Plan, side: Callable[[int, int], _Side]) -> _Side:
-    """The main head as a teacher; without a gradient of its hidden states its matrix gets none from it either."""
+    """The main head as a teacher: it gets no gradient unless it is to learn as well."""
     number = next(term.distillation.matrix for term in plan.terms if term.distillation is not None)
     teacher = side(len(plan.terms), number)
-    return teacher if teacher.grad is not None else replace(teacher, matrix_grad=None)
+    return teacher if plan.teacher_learns else replace(teacher, grad=None, matrix_grad=None)
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:
@@ -222,7 +229,7 @@ def _distil(distillation: Distillation, logits: Tensor, teacher: _Side, rows: sl
     """Compare a chunk with its teacher; hand on the teacher's gradient, if it gets one, and return the student's."""
     there = distillation.teacher_rows(rows)
     teacher_logits = teacher.logits(there)  # (m, V)
-    slope, back = distillation.compare(teacher_logits, logits, rows, both=teacher.grad is not None)
+    slope, back = distillation.compare(teacher_logits, logits, rows, both=teacher.learns)
     if back is not None:
         back.add_to(teacher_logits.zero_(), distillation.weight)
         teacher.add(teacher_logits, there, coefficient)

@@ -56,6 +56,7 @@ class Unembedding(nn.Module):
         *,
         balance_to: Tensor | None = None,
         teacher: Tensor | None = None,
+        teacher_learns: bool = False,
     ) -> Tensor:
         """Compute the weighted loss of some offsets' hidden states in chunks; see `chunked_loss`.
 
@@ -64,8 +65,8 @@ class Unembedding(nn.Module):
             hiddens: (B, T, D) states, one per term.
             terms: What to compute from each; their `matrix` counts the matrices as in `matrices`.
             balance_to: RMS of the main head's loss, where it is known already.
-            teacher: (B, T, D) states of the main head, for terms with a distillation. Without a gradient path they,
-                the final norm and the matrix get no gradient from being compared with.
+            teacher: (B, T, D) states of the main head, for terms with a distillation.
+            teacher_learns: Give them, the main head's final norm and its matrix a gradient from being compared with.
         """
         normed = [
             self.normalize(offset, hidden).flatten(0, 1)  # (B, T, D) -> (P, D)
@@ -75,15 +76,20 @@ class Unembedding(nn.Module):
         numbers = {term.matrix for term in terms}
         used = {number: modules[number].weight for number in sorted(numbers)}
         if teacher is not None:
-            is_taught_back = teacher.requires_grad
-            with torch.set_grad_enabled(is_taught_back and torch.is_grad_enabled()):
+            with torch.set_grad_enabled(teacher_learns and torch.is_grad_enabled()):
                 teacher = self.normalize(1, teacher).flatten(0, 1)  # (P, D)
             number = self.matrix_index(1)
             if number not in used:
                 matrix = modules[number].weight
-                used[number] = matrix if is_taught_back else matrix.detach()
+                used[number] = matrix if teacher_learns else matrix.detach()
         return chunked_loss(
-            normed, used, terms, chunk_bytes=self.chunk_bytes, balance_to=balance_to, teacher=teacher
+            normed,
+            used,
+            terms,
+            chunk_bytes=self.chunk_bytes,
+            balance_to=balance_to,
+            teacher=teacher,
+            teacher_learns=teacher_learns,
         )
 
     def parameters_of(self, offset: int) -> list[Tensor]:

@@ -7,10 +7,11 @@ Forward and backward together, a position of a model that is trained as a whole 
 - 12 x layers x attention width x T for the products of queries with keys and of weights with values (4 forward, 8
   backward). All T positions count, although a causal kernel may skip half: that is the convention of the tables that
   MFU is compared with;
-- nothing for the look-up of the embedding, for norms, activations, softmax and loss, for the scores of the teacher
-  that a distillation compares an offset with, and for the optimizer.
+- nothing for the look-up of the embedding, for norms, activations, softmax and loss, and for the optimizer.
 
-What activation checkpointing computes again is not counted either: it is work, but not progress.
+What is computed again is not counted either: layers under activation checkpointing, and the main head's scores, which
+distillation makes anew for every offset that it compares with them. That is work, but not progress; the prediction of a
+step's time (`throughput.py`) does count it.
 
 Where parts are frozen, only what the gradients of the trained parts need is counted (`passes.py`): a frozen matrix
 costs 4 where gradients pass through it and 2 where none does, attention there 4 instead of 12, and an offset that

@@ -63,10 +63,13 @@ class Passes:
     num_losses: int  # tensors of logits that a loss is computed from
     num_matrix_gradients: int  # V x D gradients that are summed up
     num_mixed_states: int = 0  # that only mixtures keep, in a trunk without autograd
+    teacher: Work = Work()  # scores of the main head, made again for every offset that is compared with it
+    num_compared: int = 0  # such offsets
+    num_compared_entries: int = 0  # of their distributions, per position, in all
 
     @property
     def all(self) -> Work:
-        """All of it."""
+        """All of it, but what is computed again."""
         return self.trunk.work + self.heads.work + self.unembedding
 
     def flops(self, attended: int) -> int:
@@ -104,6 +107,9 @@ def passes_of(recipe: Recipe) -> Passes:
         num_losses=walk.num_losses,
         num_matrix_gradients=len(walk.matrices),
         num_mixed_states=num_trunk_layers(recipe) if has_mixtures and not walk.trunk.layers_back else 0,
+        teacher=walk.teacher,
+        num_compared=walk.num_compared,
+        num_compared_entries=walk.num_compared_entries,
     )
 
 
@@ -112,8 +118,8 @@ class _Walk:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.trained = recipe, Trained(recipe)
-        self.trunk = self.heads = self.unembedding = Work()
-        self.num_losses = 0
+        self.trunk = self.heads = self.unembedding = self.teacher = Work()
+        self.num_losses = self.num_compared = self.num_compared_entries = 0
         self.matrices: set[int] = set()  # numbers of those that get a gradient
         self.has_path: dict[int, bool] = {}  # by offset
 
@@ -152,8 +158,15 @@ class _Walk:
             return
         if offset == 1 and self.recipe.objective.token_order is not None:
             scored[-1] = trained.token_order
+        distill, entries = self.recipe.objective.distill, self.recipe.model.vocabulary * self.recipe.model.width
+        if offset > 1 and distill is not None and distill.beta_of(offset):
+            reads_main, learns = self.has_path[1] or trained.norm_after(1), not distill.detach_teacher
+            self.teacher += product(
+                entries, reads=learns and reads_main, is_trained=learns and trained.matrix(1)
+            )
+            self.num_compared += 1
+            self.num_compared_entries += distill.resolved_top_k(self.recipe.model.vocabulary)
         for number, is_trained in scored.items():
-            entries = self.recipe.model.vocabulary * self.recipe.model.width
             self.unembedding += product(entries, reads=reads, is_trained=is_trained)
             self.num_losses += 1
             self.matrices |= {number} if is_trained else set()

@@ -9,8 +9,10 @@ A micro-batch costs
 - communication, of which a fitted share cannot hide behind computing.
 
 Where all this is shorter than the host needs to launch the kernels one by one, the host sets the pace.
-An optimizer step adds the update, which waits for memory as well. Checkpointing adds a forward pass. What the backward
-pass does not go through, because it is frozen and nothing before it is trained, costs its forward pass only.
+An optimizer step adds the update, which waits for memory as well. Checkpointing adds a forward pass. Distillation adds
+the main head's scores, made again for every offset that is compared with them; only the joint schedule has kept them.
+What the backward pass does not go through, because it is frozen and nothing before it is trained, costs its forward
+pass only.
 """
 
 import math
@@ -26,6 +28,8 @@ FORWARD_PASSES = 3  # written, read, read again by an unfused neighbour
 BACKWARD_PASSES = 3  # read, its gradient written and read
 RECOMPUTE_PASSES = 2
 LOGIT_BYTES = 30  # per entry: out of the product, to fp32, two passes of softmax, back to bf16, into two products
+TEACHER_BYTES = 14  # per entry of the main head's scores: out of the product, to fp32, once more through top-k
+COMPARED_BYTES = 80  # per entry that is compared: ten tensors written and read (`losses/chunked.py`)
 UPDATE_BYTES = 30  # per parameter: master, two moments and gradient read, three written back, weight written
 FORWARD_ATTENTION = 4  # operations per position, layer, query channel and attended position
 BACKWARD_ATTENTION = 10  # five products instead of two: scores are computed again [FlashAttention-2]
@@ -94,7 +98,8 @@ def _recomputed(shape: Shape, layout: Layout) -> tuple[int, int]:
 
 def _products_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     _, again = _recomputed(shape, layout)
-    operations = _positions(shape, layout) * 2 * (shape.passes.all.entries + again)
+    teacher = 0 if layout.schedule == "joint" else shape.passes.teacher.entries
+    operations = _positions(shape, layout) * 2 * (shape.passes.all.entries + again + teacher)
     return operations / (hardware.peak(layout.precision) * hardware.product_efficiency)
 
 
@@ -112,7 +117,10 @@ def _memory_bound_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     work = shape.passes.all
     passes = FORWARD_PASSES * work.layers + BACKWARD_PASSES * work.layers_back + RECOMPUTE_PASSES * again
     logits = LOGIT_BYTES * shape.passes.num_losses * shape.vocabulary
-    moved = _positions(shape, layout) * (passes * layer_bytes(shape.layer, layout) + logits)
+    compared = COMPARED_BYTES * shape.passes.num_compared_entries
+    if layout.schedule != "joint":
+        compared += TEACHER_BYTES * shape.passes.num_compared * shape.vocabulary
+    moved = _positions(shape, layout) * (passes * layer_bytes(shape.layer, layout) + logits + compared)
     return moved / (hardware.memory_bytes_per_s * MEMORY_EFFICIENCY)
 
 

@@ -119,6 +119,7 @@ class _Walk:
             terms,
             balance_to=self.main_rms,
             teacher=self.teacher if is_compared else None,  # engines would wait for what is handed over in vain
+            teacher_learns=self.terms.teacher_learns,
         )
         if offset == 1 and self.terms.objective.is_balanced and self.main_rms is None:
             self.main_rms = terms[0].rms()
@@ -153,7 +154,7 @@ def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: 
             states.append(hidden)
             parts.append(term)
     teacher = terms.teacher_of(hiddens[1]) if terms.distillations else None
-    backward(model.unembedding(offsets, states, parts, teacher=teacher))
+    backward(model.unembedding(offsets, states, parts, teacher=teacher, teacher_learns=terms.teacher_learns))
     return terms.losses()
 
 

@@ -47,10 +47,15 @@ class Terms:
         own = self.model.unembedding.parameters_of(offset)
         return self.objective.predicts or hidden.requires_grad or any(parameter.requires_grad for parameter in own)
 
-    def teacher_of(self, main: Tensor) -> Tensor:
-        """States or logits of the main head as a teacher: without a gradient path, unless the recipe wants one."""
+    @property
+    def teacher_learns(self) -> bool:
+        """Whether the main head learns from being compared with, too."""
         distill = self.objective.section.distill
-        return main.detach() if distill is None or distill.detach_teacher else main
+        return distill is not None and not distill.detach_teacher
+
+    def teacher_of(self, main: Tensor) -> Tensor:
+        """States or logits of the main head as a teacher: without a gradient path, unless it learns."""
+        return main if self.teacher_learns else main.detach()
 
     @cached_property
     def has_teacher(self) -> Tensor:

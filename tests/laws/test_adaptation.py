@@ -17,6 +17,8 @@ ADAPTATIONS = {
     "updates_alone": ({"lora": {"rank": 2}, "frozen": ["heads", "unembedding"]}, {}),
     "updates_under_a_frozen_main_head": ({"lora": {"rank": 2}}, {"trainable_from": 2}),
     "heads_alone": ({"frozen": ["trunk", "unembedding"]}, {}),
+    "heads_and_unembedding": ({"frozen": ["trunk"]}, {}),
+    "unembedding_alone": ({"frozen": ["trunk", "heads"]}, {}),
     "trunk_alone": ({"frozen": ["heads", "unembedding"]}, {}),
     "mixtures": (MIXTURES, {}),
     "mixtures_of_a_frozen_trunk": (MIXTURES | {"frozen": ["trunk", "unembedding"]}, {}),

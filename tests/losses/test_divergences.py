@@ -33,7 +33,10 @@ def lean(section, case, *, chunk_bytes, detached, share=0.7, weight=1.3):
     distillation = Distillation(section, 2, has_teacher, torch.tensor(weight, dtype=torch.float64))
     term = Term(0, score, torch.tensor(0.5, dtype=torch.float64), share=share, distillation=distillation)
     teacher = teacher.detach() if detached else teacher
-    return chunked_loss([hidden], {0: matrix}, [term], chunk_bytes=chunk_bytes, teacher=teacher), distillation
+    loss = chunked_loss(
+        [hidden], {0: matrix}, [term], chunk_bytes=chunk_bytes, teacher=teacher, teacher_learns=not detached
+    )
+    return loss, distillation
 
 
 def plain(section, case, *, detached, share=0.7, weight=1.3):

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_lightning.bench.step import TrainingStep
 from mtp_lightning.planner.flops import attention_flops_per_position, flops_per_position
+from mtp_lightning.planner.passes import passes_of
 from mtp_lightning.planner.variants import obstacle
 from mtp_lightning.recipe.sections import Recipe
 from tests.support.tiny import HEAD_KINDS, NEOX, tiny_recipe
@@ -122,6 +123,26 @@ def test_joint_computes_logits_that_teach_nothing_too(kind: str, adaptation: str
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 def test_token_order_is_a_product_more(adaptation: str) -> None:
     assert_counts(recipe_of("parallel", adaptation, token_order={"window_tokens": 4}), "sequential")
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "bridged"])
+@pytest.mark.parametrize("adaptation", ADAPTATIONS)
+@pytest.mark.parametrize("detach", [True, False])
+def test_scores_of_the_teacher_are_planned(adaptation: str, schedule: str, detach: bool) -> None:
+    distill = {"beta": [0.5, 0.0, 0.5], "top_k": 7, "detach_teacher": detach}
+    recipe = recipe_of("sequential", adaptation, distill=distill)
+    if recipe is None:
+        return
+    window = recipe.data.window_tokens
+    passes, micro_positions = passes_of(recipe), recipe.batch.micro_rows * window
+    planned = recipe.batch.rows * window * (flops_per_position(recipe) + 2 * passes.teacher.entries)
+    if passes.num_compared:  # the last k-1 rows of a micro-batch have no row of the teacher
+        compared = [offset for offset in (2, 4) if offset >= 5 - 2 * passes.num_compared + (passes.num_compared - 1)]
+        assert len(compared) == passes.num_compared
+        rows = recipe.batch.rows // recipe.batch.micro_rows * sum(offset - 1 for offset in compared)
+        planned -= 2 * rows * passes.teacher.entries // passes.num_compared
+    assert micro_positions > 3
+    assert sum(counted(recipe, schedule).values()) == planned
 
 
 def test_a_frozen_main_head_is_run_where_others_are_compared_with_it() -> None:
