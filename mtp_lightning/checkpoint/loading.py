@@ -46,7 +46,7 @@ def find_checkpoint(path: Path) -> Path:
         try:
             check_sizes(checkpoint)
         except CheckpointError as error:
-            say(f"Passing over {checkpoint.name}: {error.found}")
+            say(f"Passing over {checkpoint.name}: {error.found}", stderr=True)
             reasons.append(error.found)
         else:
             return checkpoint

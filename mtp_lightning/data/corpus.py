@@ -38,7 +38,7 @@ def prepare_named(recipe: Recipe, name: str) -> Path:
         DataError: They cannot be fetched or used.
     """
     folder = mirror(name, Path(recipe.run.cache).expanduser()) if is_url(name) else folder_of(recipe, name)
-    say(f"using shards {name if is_url(name) else folder}: {describe(load_manifest(folder))}")
+    say(f"using shards {name if is_url(name) else folder}: {describe(load_manifest(folder))}", stderr=True)
     return folder
 
 
@@ -54,7 +54,7 @@ def prepare_shards(recipe: Recipe) -> Path:
     if (folder / MANIFEST_NAME).exists():
         _say_if_corpus_changed(recipe.data, prepare_named(recipe, str(folder)), load_manifest(folder))
     else:
-        say(f"building shards {folder} from {', '.join(recipe.data.corpus)}")
+        say(f"building shards {folder} from {', '.join(recipe.data.corpus)}", stderr=True)
         _check_vocabulary(recipe)
         options = BuildOptions(
             tokenizer=recipe.data.tokenizer,
@@ -141,12 +141,13 @@ def _say_if_corpus_changed(data: DataSection, folder: Path, manifest: Manifest) 
     try:
         files = find_files(data.corpus)
     except DataError as error:
-        say(f"the corpus of these shards cannot be found any more: {error.found}")
+        say(f"the corpus of these shards cannot be found any more: {error.found}", stderr=True)
         return
     built_at = (folder / MANIFEST_NAME).stat().st_mtime
     newer = sum(file.path.stat().st_mtime > built_at for file in files)
     if newer or listing_hash(files) != manifest.source_listing:
-        say(f"its corpus has changed since ({newer:,} newer files); to use it, remove {folder} and start a new run")
+        remedy = f"to use it, remove {folder} and start a new run"
+        say(f"its corpus has changed since ({newer:,} newer files); {remedy}", stderr=True)
 
 
 def _absolute(source: str) -> str:

@@ -227,7 +227,8 @@ class MtpDataModule(LightningDataModule):
                 "Raise run.validation_rows or data.validation_share, or use fewer ranks",
             )
         if there < asked and self._rank == 0:
-            say(f"validating on {there:,} rows, not {asked:,}: {len(self.validation_rows):,} are held out")
+            held_out = f"{len(self.validation_rows):,} are held out"
+            say(f"validating on {there:,} rows, not {asked:,}: {held_out}", stderr=True)
 
 
 def _rows_consumed_of(state: Mapping[str, Any]) -> int:

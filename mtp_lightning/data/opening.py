@@ -53,7 +53,8 @@ def prepare_data(recipe: Recipe) -> None:
     if recipe.data.stream is not None:
         say(
             f"streaming {len(tars_of(recipe.data.stream.train)):,} tars; resume is not exact: a run that is started "
-            "again reads them in another order, so some documents come again early and others late"
+            "again reads them in another order, so some documents come again early and others late",
+            stderr=True,
         )
         return
     if recipe.data.mixture:

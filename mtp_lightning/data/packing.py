@@ -76,7 +76,7 @@ def prepare_plan(folder: Path, split: Split, cache: Path, *, window_tokens: int,
     num_rows = plan.first_pieces.size - 1
     num_tokens = int(np.minimum(plan.lengths, window_tokens).sum())
     filled = num_tokens / max(1, num_rows * window_tokens)
-    say(f"packed {split} into {num_rows:,} rows of {window_tokens:,} tokens, {filled:.2%} full: {path}")
+    say(f"packed {split} into {num_rows:,} rows of {window_tokens:,} tokens, {filled:.2%} full: {path}", stderr=True)
 
 
 @final

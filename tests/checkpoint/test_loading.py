@@ -75,7 +75,7 @@ def test_the_newest_complete_checkpoint_of_a_run_is_taken(
     assert find_checkpoint(tmp_path / "run") == paths[2]
     (paths[2] / shards(1)[1]).unlink()
     assert find_checkpoint(tmp_path / "run") == paths[1]
-    assert f"Passing over step-00000003: no such file: {paths[2] / shards(1)[1]}" in capsys.readouterr().out
+    assert f"Passing over step-00000003: no such file: {paths[2] / shards(1)[1]}" in capsys.readouterr().err
     assert find_checkpoint(paths[2]) == paths[2]
     monkeypatch.chdir(paths[0])
     assert find_checkpoint(Path()) == paths[0]

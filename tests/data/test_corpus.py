@@ -13,7 +13,7 @@ from tests.data.corpora import build_tiny, tiny_recipe
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    return capsys.readouterr().out.splitlines()
+    return capsys.readouterr().err.splitlines()
 
 
 def test_corpus_is_built_once_into_the_cache(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,9 +22,9 @@ def test_corpus_is_built_once_into_the_cache(tmp_path: Path, corpus: Path, capsy
     assert folder == shards_folder(recipe)
     assert folder.parent == tmp_path / "cache"
     assert len(folder.name) == len("data-") + 12
-    first = lines_of(capsys)
-    assert first[0] == f"building shards {folder} from {corpus}"
-    assert first[1].startswith("built ")
+    first = capsys.readouterr()
+    assert first.err.startswith(f"building shards {folder} from {corpus}\n")
+    assert first.out.startswith("built ")
     written_at = (folder / "manifest.json").stat().st_mtime_ns
     assert prepare_shards(recipe) == folder
     assert (folder / "manifest.json").stat().st_mtime_ns == written_at

@@ -211,7 +211,7 @@ def test_fewer_validation_rows_than_asked_for_are_all_used_and_said(
     available = len(open_rows(tiny_recipe(cache, corpus), "validation"))
     module = build(cache, corpus, run={"validation_rows": 10_000})
     assert sum(len(batch["tokens"]) for batch in module.val_dataloader()) == available
-    assert f"validating on {available} rows, not 10,000: {available} are held out" in capsys.readouterr().out
+    assert f"validating on {available} rows, not 10,000: {available} are held out" in capsys.readouterr().err
 
 
 def test_ranks_get_equally_many_validation_rows(cache: Path, corpus: Path) -> None:

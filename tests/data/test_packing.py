@@ -83,7 +83,7 @@ def test_rows_are_nearly_full(tmp_path: Path, corpus: Path, shards: Path, capsys
     rows = prepared(tmp_path, corpus)
     mask = rows.read(np.arange(len(rows)))["loss_mask"][:, :24]
     assert mask.mean() > 0.9
-    assert f"packed train into {len(rows)} rows of 24 tokens, {mask.mean():.2%} full" in capsys.readouterr().out
+    assert f"packed train into {len(rows)} rows of 24 tokens, {mask.mean():.2%} full" in capsys.readouterr().err
 
 
 def test_prompts_stay_unlearnt(tmp_path: Path) -> None:

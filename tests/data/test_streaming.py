@@ -127,7 +127,7 @@ def test_order_of_tars_changes_with_seed_epoch_and_start(tars: Path) -> None:
 
 def test_resume_is_said_not_to_be_exact(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = build(tars)
-    assert "streaming 8 tars; resume is not exact" in capsys.readouterr().out
+    assert "streaming 8 tars; resume is not exact" in capsys.readouterr().err
     module.advance(16)
     state = json.loads(json.dumps(module.state_dict()))
     resumed = build(tars)
