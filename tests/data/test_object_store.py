@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,7 @@ from mtp_lightning.launch.seat import free_port
 from tests.data.corpora import build_tiny, write_corpus
 from tests.support.runs import ROOT, figures, mtp
 
-for package in ("s3fs", "moto"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[dev]'")
-
+MISSING = [package for package in ("s3fs", "moto") if find_spec(package) is None]
 WAIT_S = 60
 
 
@@ -56,6 +55,7 @@ def _access(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}; pip install -e '.[dev]'")
 @pytest.mark.usefixtures("_access")
 def test_a_run_reads_shards_from_an_object_store(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", num_documents=120)
