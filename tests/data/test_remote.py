@@ -209,8 +209,8 @@ def test_server_that_stumbles_is_asked_again_and_a_missing_shard_is_named(
 def test_address_without_shards_and_driver_that_is_missing(tmp_path: Path, server: Any) -> None:
     with pytest.raises(DataError, match=r"/nowhere/index\.npz must be readable; found FileNotFoundError.*Correct"):
         module_of(tmp_path, f"{server.url}/nowhere")
-    with pytest.raises(DataError, match=r"s3://bucket/web/index\.npz must be readable by fsspec.*pip install s3fs"):
-        module_of(tmp_path, "s3://bucket/web")
+    with pytest.raises(DataError, match=r"gs://bucket/web/index\.npz must be readable by fsspec.*pip install gcsfs"):
+        module_of(tmp_path, "gs://bucket/web")
 
 
 def test_changed_manifest_is_another_data_set(tmp_path: Path, folder: Path, server: Any) -> None:
