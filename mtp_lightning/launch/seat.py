@@ -8,6 +8,7 @@ from mtp_lightning.errors import LaunchError
 
 FIRST_PORT = 20_000  # ports from here on; the job's number picks one, so that jobs on one node do not meet
 NUM_PORTS = 12_000  # below the range that kernels give to outgoing connections
+LOCAL_PORTS = range(10_000, FIRST_PORT)  # for ranks that are started here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +64,31 @@ def local_seat(rank: int, num_ranks: int, port: int) -> Seat:
 
 
 def free_port() -> int:
-    """Find a port of this machine that nobody listens on."""
+    """Find a port of this machine that nobody listens on, by chance among `LOCAL_PORTS`.
+
+    The first rank listens there seconds later. A port that the kernel picks may be given away again in the meantime.
+
+    Raises:
+        LaunchError: There is none.
+    """
+    import errno
+    import random
     import socket
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    for port in random.SystemRandom().sample(LOCAL_PORTS, len(LOCAL_PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    continue
+                raise
+            return port
+    raise LaunchError(
+        f"one of the ports {LOCAL_PORTS.start} to {LOCAL_PORTS.stop - 1} must be free for ranks to meet at",
+        "all are in use",
+        "End what uses them, or start the ranks with torchrun --master-port",
+    )
 
 
 def _from_torchrun(environment: Mapping[str, str]) -> Seat:

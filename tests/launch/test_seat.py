@@ -3,7 +3,8 @@
 import pytest
 
 from mtp_lightning.errors import LaunchError
-from mtp_lightning.launch.seat import FIRST_PORT, NUM_PORTS, find_seat, first_host, free_port, local_seat
+from mtp_lightning.launch import seat
+from mtp_lightning.launch.seat import FIRST_PORT, LOCAL_PORTS, NUM_PORTS, find_seat, first_host, free_port, local_seat
 
 TORCHRUN = {
     "RANK": "5",
@@ -114,9 +115,15 @@ def test_what_is_no_number_is_named(environment, name, found):
     assert "srun, torchrun" in caught.value.remedy
 
 
-def test_a_free_port_can_be_listened_on():
+def test_a_free_port_is_nobodys_and_the_kernel_gives_it_to_nobody(monkeypatch):
     import socket
 
+    assert LOCAL_PORTS.stop == FIRST_PORT
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", free_port()))
+        port = free_port()
+        assert port in LOCAL_PORTS
+        listener.bind(("127.0.0.1", port))
         listener.listen()
+        monkeypatch.setattr(seat, "LOCAL_PORTS", range(port, port + 1))
+        with pytest.raises(LaunchError, match="ports .* must be free .* all are in use"):
+            free_port()
