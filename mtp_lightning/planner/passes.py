@@ -128,8 +128,10 @@ class _Walk:
         trained = self.trained
         stack = _Stack(self.recipe, is_trained=trained.trunk, is_updated=self.recipe.adapt.lora is not None)
         self.trunk, self.has_path[TRUNK] = stack.run(num_trunk_layers(self.recipe), has_path=trained.trunk)
-        for offset in trained.needed_offsets():
+        offsets = trained.needed_offsets()
+        for offset in offsets:
             self._run_head(offset)
+        for offset in offsets:  # the main head, which others are compared with, may have come last
             self._compare(offset)
 
     def _run_head(self, offset: int) -> None:
@@ -161,9 +163,7 @@ class _Walk:
         distill, entries = self.recipe.objective.distill, self.recipe.model.vocabulary * self.recipe.model.width
         if offset > 1 and distill is not None and distill.beta_of(offset):
             reads_main, learns = self.has_path[1] or trained.norm_after(1), not distill.detach_teacher
-            self.teacher += product(
-                entries, reads=learns and reads_main, is_trained=learns and trained.matrix(1)
-            )
+            self.teacher += product(entries, reads=learns and reads_main, is_trained=learns and trained.matrix(1))
             self.num_compared += 1
             self.num_compared_entries += distill.resolved_top_k(self.recipe.model.vocabulary)
         for number, is_trained in scored.items():

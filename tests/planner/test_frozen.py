@@ -129,8 +129,23 @@ def test_token_order_is_a_product_more(adaptation: str) -> None:
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 @pytest.mark.parametrize("detach", [True, False])
 def test_scores_of_the_teacher_are_planned(adaptation: str, schedule: str, detach: bool) -> None:
+    assert_teacher_counts("sequential", adaptation, schedule, detach=detach)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adaptation", ["nothing frozen", "trunk", "updates"])
+@pytest.mark.parametrize(("schedule", "detach"), [("sequential", True), ("bridged", True), ("bridged", False)])
+def test_scores_of_the_teacher_of_every_kind_are_planned(
+    kind: str, adaptation: str, schedule: str, detach: bool
+) -> None:
+    """The sequential schedule runs a main head with layers of its own once more for a teacher that learns."""
+    assert_teacher_counts(kind, adaptation, schedule, detach=detach)
+
+
+def assert_teacher_counts(kind: str, adaptation: str, schedule: str, *, detach: bool) -> None:
+    """Compare a distilled step with the planner's count and what it says is computed again."""
     distill = {"beta": [0.5, 0.0, 0.5], "top_k": 7, "detach_teacher": detach}
-    recipe = recipe_of("sequential", adaptation, distill=distill)
+    recipe = recipe_of(kind, adaptation, distill=distill)
     if recipe is None:
         return
     window = recipe.data.window_tokens
