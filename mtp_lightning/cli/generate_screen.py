@@ -131,4 +131,5 @@ def comparison(model: "MtpModel", tokens: list[int], settings: "Settings") -> st
     same = "the same text" if drafted.tokens == alone.tokens else "another text"
     if not settings.sampling.is_greedy:
         same = "a text of the same law" if not settings.typical else "a text of another law"
-    return f"without drafts: {same}, {speeds[1]:,.0f} tokens/s; drafting is {speeds[0] / speeds[1]:.2f} times as fast"
+    gain = f"drafting is {speeds[0] / speeds[1]:.2f} times as fast"
+    return f"without drafts: {same}; printing nothing, {speeds[0]:,.0f} and {speeds[1]:,.0f} tokens/s; {gain}"
