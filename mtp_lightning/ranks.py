@@ -10,16 +10,23 @@ from torch import Tensor
 
 from mtp_lightning.errors import MtpError
 
+CPU = torch.device("cpu")
+
 
 @final
 class Ranks:
     """The ranks of a torch process group, or this process alone.
 
     Every method but the properties is collective: all ranks call it, in the same order.
+
+    Attributes:
+        device: where tensors meet, of the same kind on all ranks. A group may have one backend for the CPU and another
+            for GPUs: ranks that brought tensors on different devices would wait for each other in both, for ever.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, *, device: torch.device = CPU) -> None:
         """Take a process group; None means the default one if there is one, else this process alone."""
+        self.device = device
         self._group = group
         self._is_alone = not (dist.is_available() and dist.is_initialized())
 
@@ -55,16 +62,18 @@ class Ranks:
         return box[0]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Add a tensor up over the ranks, in place."""
-        if not self._is_alone:
-            dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self._group)
-        return tensor
+        """Add a tensor up over the ranks; the result is a new tensor on `device`, wherever this rank's was."""
+        return self._reduced(tensor, dist.ReduceOp.SUM)
 
     def max(self, tensor: Tensor) -> Tensor:
-        """Take the largest of each entry over the ranks, in place."""
+        """Take the largest of each entry over the ranks; the result is a new tensor on `device`."""
+        return self._reduced(tensor, dist.ReduceOp.MAX)
+
+    def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
+        result = tensor.detach().to(self.device, copy=True)
         if not self._is_alone:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
-        return tensor
+            dist.all_reduce(result, operation, group=self._group)
+        return result
 
     def any(self, is_so: object) -> bool:
         """Tell whether something is so on any rank."""

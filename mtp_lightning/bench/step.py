@@ -76,7 +76,9 @@ class TrainingStep:
             loss.backward()  # type: ignore[no-untyped-call]
 
     def _update(self) -> None:
-        norms = gradient_norms(whole_fragments(self.model.named_parameters(), self.optimizer), Ranks())
+        norms = gradient_norms(
+            whole_fragments(self.model.named_parameters(), self.optimizer), Ranks(device=self.device)
+        )
         if not math.isfinite(norms["all"].item()):
             raise NonFiniteError(
                 "every gradient must be finite",

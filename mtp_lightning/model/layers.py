@@ -1,6 +1,6 @@
 """One transformer layer of the Llama or GPT-NeoX type; names are HF's for Llama, so that export is a renaming."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -102,15 +102,17 @@ class LayerStack(nn.ModuleList):
         super().__init__(Layer(section) for _ in range(num_layers))
         self.recompute = recompute
 
-    def forward(
-        self, hidden: Tensor, geometry: Geometry, *, seen: Callable[[int, Tensor], None] | None = None
-    ) -> Tensor:
-        """Run every layer: (B, T, D) -> (B, T, D); `seen` is shown the number and the output of each."""
-        for number, layer in enumerate(self):
+    def forward(self, hidden: Tensor, geometry: Geometry) -> Tensor:
+        """Run every layer: (B, T, D) -> (B, T, D)."""
+        for output in self.walk(hidden, geometry):
+            hidden = output
+        return hidden
+
+    def walk(self, hidden: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+        """Run every layer on the output of the one before, (B, T, D), and yield the output of each."""
+        for layer in self:
             if self.recompute and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, geometry, use_reentrant=False)
             else:
                 hidden = layer(hidden, geometry)
-            if seen is not None:
-                seen(number, hidden)
-        return hidden
+            yield hidden

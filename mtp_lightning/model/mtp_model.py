@@ -84,10 +84,10 @@ class MtpModel(nn.Module):
     def trunk_states(self, embedded: Tensor, geometry: Geometry) -> dict[int, Tensor]:
         """Run the trunk: (B, T, D) -> one (B, T, D) for each of its states that `source` names, and `TRUNK`."""
         if not self.mixtures:
-            return {TRUNK: self.trunk(embedded, geometry)}
+            return {TRUNK: self.trunk(embedded, geometry)[0]}
         sums = Sums({-int(offset): mixture() for offset, mixture in self.mixtures.items()})
-        last = self.trunk(embedded, geometry, seen=sums.add)
-        return {TRUNK: last, **sums.states}
+        last, *mixed = self.trunk(embedded, geometry, sums=sums)
+        return {TRUNK: last, **dict(zip(sums.states, mixed, strict=True))}
 
     def read(self, offset: int, state: Tensor) -> Tensor:
         """What an offset reads of the state of its source, normed or cut off: (B, T, D) -> (B, T, D)."""

@@ -1,11 +1,10 @@
 """The trunk: token embedding and every layer before the heads."""
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from mtp_lightning.model.geometry import Geometry
 from mtp_lightning.model.layers import LayerStack
+from mtp_lightning.model.weighted_states import Sums
 from mtp_lightning.recipe.model_sections import ModelSection
 
 
@@ -17,9 +16,15 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(section.vocabulary, section.width)
         self.layers = LayerStack(section, num_layers, recompute=recompute)
 
-    def forward(
-        self, embedded: Tensor, geometry: Geometry, *, seen: Callable[[int, Tensor], None] | None = None
-    ) -> Tensor:
-        """Run the layers on embedded tokens: (B, T, D) -> (B, T, D); `seen` is shown each layer's number and output."""
-        hidden: Tensor = self.layers(embedded, geometry, seen=seen)
-        return hidden
+    def forward(self, embedded: Tensor, geometry: Geometry, *, sums: Sums | None = None) -> tuple[Tensor, ...]:
+        """Run the layers on embedded tokens: (B, T, D) -> the last state, then those of `sums`, (B, T, D) each.
+
+        Sums are returned, not only kept in `sums`: ZeRO-3 looks for a module's way back at what it returns, and fails
+        where a gradient enters by another door (DeepSpeed 0.19).
+        """
+        hidden = embedded
+        for number, output in enumerate(self.layers.walk(embedded, geometry)):
+            hidden = output
+            if sums is not None:
+                sums.add(number, hidden)
+        return (hidden, *(sums.states.values() if sums is not None else ()))

@@ -103,12 +103,10 @@ class GradientArrival:
         idle = self._idle(weights)
         self.watched = [name for name in self.pending if name not in idle]
         peaks = dict.fromkeys(self.watched, _MISSING)
-        device = torch.device("cpu")
         for fragment in fragments:
             if fragment.name in peaks:
                 peaks[fragment.name] = max(peaks[fragment.name], self._probe(fragment))
-                device = fragment.weight.device
-        largest = self.ranks.max(torch.tensor(list(peaks.values()), dtype=torch.float64, device=device))
+        largest = self.ranks.max(torch.tensor(list(peaks.values()), dtype=torch.float64))
         faults: dict[str, list[str]] = {}
         for name, peak in zip(self.watched, largest.tolist(), strict=True):
             if peak in _FAULTS:
@@ -129,13 +127,11 @@ class GradientArrival:
         if not self.pending:
             return
         moved = dict.fromkeys(self.watched, 0.0)
-        device = torch.device("cpu")
         for fragment in fragments:
             if fragment.name in self.probes:
                 index, before = self.probes[fragment.name]
                 moved[fragment.name] = float(fragment.weight[index] != before)
-                device = fragment.weight.device
-        has_moved = self.ranks.max(torch.tensor(list(moved.values()), device=device)).tolist()
+        has_moved = self.ranks.max(torch.tensor(list(moved.values()))).tolist()
         still = [name for name, has in zip(self.watched, has_moved, strict=True) if not has]
         if still:
             raise TrainingError(
@@ -195,8 +191,7 @@ class GradientSums:
         self.ranks = ranks
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.rounding = [COARSE_ROUNDING if p.dtype.itemsize < 4 else ROUNDING for p in trainable.values()]
-        device = next((p.device for p in trainable.values()), torch.device("cpu"))
-        self.noted = {name: torch.zeros(3, dtype=torch.float64, device=device) for name in trainable}
+        self.noted = {name: torch.zeros(3, dtype=torch.float64, device=ranks.device) for name in trainable}
         self.hooks = [p.register_hook(partial(self._note, name)) for name, p in trainable.items()]  # type: ignore[no-untyped-call]
 
     def compare(self, fragments: Iterable[Fragment]) -> None:

@@ -1,16 +1,22 @@
-"""The device of a run."""
+"""The device of a run, and which one of its kind is this rank's."""
 
 import os
+import platform
 from pathlib import Path
 
 import torch
 
 from mtp_lightning.errors import TrainingError
+from mtp_lightning.launch.seat import find_seat
+from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.sections import Recipe
 
 
 def prepare_device(recipe: Recipe) -> torch.device:
-    """Choose the device that the recipe asks for and set its number of threads.
+    """Choose this rank's device, as the recipe asks, make it the current one, and set the number of threads.
+
+    The one place that knows which GPU is whose. A rank that sees all GPUs of its node takes the one of its own number
+    there; one that sees fewer, because the scheduler binds GPUs to tasks, counts in those.
 
     Raises:
         TrainingError: The recipe asks for CUDA and there is none.
@@ -28,7 +34,34 @@ def prepare_device(recipe: Recipe) -> torch.device:
     _check_nvme(recipe)
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
-    return torch.device("cuda" if is_cuda else "cpu")
+    if not is_cuda:
+        return torch.device("cpu")
+    place = find_seat(os.environ) if recipe.strategy.kind != "single" else None
+    device = torch.device("cuda", place.local_rank % torch.cuda.device_count() if place else 0)
+    torch.cuda.set_device(device)  # else NCCL, and whoever asks for "cuda", would take the first on every rank
+    return device
+
+
+def check_own_device(ranks: Ranks, device: torch.device) -> None:
+    """Refuse two ranks on one GPU, which NCCL answers with an error that names neither; all ranks call it.
+
+    Raises:
+        TrainingError: Naming them.
+    """
+    if device.type != "cuda":
+        return
+    own = (platform.node(), str(torch.cuda.get_device_properties(device).uuid))
+    owners: dict[tuple[str, str], list[int]] = {}
+    for rank, gpu in enumerate(ranks.gather(own)):
+        owners.setdefault(gpu, []).append(rank)
+    shared = [f"ranks {', '.join(map(str, own))} on {host}" for (host, _), own in owners.items() if len(own) > 1]
+    if shared:
+        raise TrainingError(
+            "every rank must have a GPU of its own",
+            f"one GPU for {'; one for '.join(shared)}",
+            "Start at most as many ranks per node as it has GPUs (strategy.ranks_per_node), and let each see all of "
+            "them or its own (srun --gpus-per-task=1, CUDA_VISIBLE_DEVICES).",
+        )
 
 
 def _check_cpu(recipe: Recipe) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
@@ -25,7 +26,7 @@ from mtp_lightning.training.nonfinite import NonFiniteStreak, roll_back
 from mtp_lightning.training.phases import train_phases
 from mtp_lightning.training.remarks import remarks_in
 from mtp_lightning.training.run_folder import Opened, opened_run_folder
-from mtp_lightning.training.strategy import build_strategy
+from mtp_lightning.training.strategies.zero import build_strategy
 
 
 def train(loaded: LoadedRecipe, stop: StopRequest | None = None) -> int:
@@ -55,12 +56,22 @@ def _train_run(recipe: Recipe, stop: StopRequest) -> int:
 def _fit_with_rollbacks(recipe: Recipe, opened: Opened, stop: StopRequest) -> int:
     """Train to the end; where too many steps in a row are not finite, go back and on without their rows."""
     while True:
+        code: int | None = None
         try:
-            return _fit(recipe, opened, stop)
+            code = _fit(recipe, opened, stop)
         except NonFiniteStreak as streak:
             checkpoint = roll_back(opened.path, recipe.run.nonfinite, streak)
-        opened = replace(opened, checkpoint=checkpoint)
-        gc.collect()  # model and optimizer of before, which know each other
+            opened = replace(opened, checkpoint=checkpoint)
+        _let_go()
+        if code is not None:
+            return code
+
+
+def _let_go() -> None:
+    """Free what a fit has held; its model and optimizer know each other, so they wait for the collector."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _say_finished(opened: Opened, recipe: Recipe) -> None:
@@ -123,7 +134,7 @@ def build_trainer(recipe: Recipe, run_folder: Path, stop: StopRequest | None = N
     layers = {"trunk": num_trunk_layers(recipe), "heads": num_head_layers(recipe)}
     trainer = L.Trainer(
         accelerator=device.type,
-        devices=recipe.strategy.ranks_per_node,
+        devices=1,  # of this rank; the strategy knows which, and of the others
         num_nodes=recipe.strategy.num_nodes,
         strategy=build_strategy(recipe, device),
         precision="32-true",  # run.precision is the module's business on one device, and DeepSpeed's under ZeRO

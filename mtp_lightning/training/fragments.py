@@ -76,21 +76,22 @@ def gradient_norms(
 ) -> dict[str, Tensor]:
     """L2 norm of the gradient of each role and of all together, by role name and `all`; the same on every rank.
 
-    Where this rank's loss is given, `all` is finite only if the losses of all ranks are.
+    They are on the ranks' device, wherever the gradients are. Where this rank's loss is given, `all` is finite only if
+    the losses of all ranks are.
     """
     gradients: dict[str, list[Tensor]] = {}
     for fragment in fragments:
         role = gradients.setdefault(role_of(fragment.name), [])
         if fragment.gradient is not None:
             role.append(fragment.gradient)
-    device = next((part.device for parts in gradients.values() for part in parts), torch.device("cpu"))
     # Of each role, and whether it has gradients at all; one more column has a zero, or NaN if the loss is not finite.
-    squares = torch.zeros(2, len(ROLES) + 1, device=device, dtype=torch.float32)
+    squares = torch.zeros(2, len(ROLES) + 1, device=ranks.device, dtype=torch.float32)
     if loss is not None:
         squares[0, -1] = 0 * loss
     for index, parts in enumerate(gradients.get(role, []) for role in ROLES):
         if parts:
-            squares[:, index] = torch.stack((torch.nn.utils.get_total_norm(parts).float() ** 2, squares.new_ones(())))
+            squares[0, index] = torch.nn.utils.get_total_norm(parts).float() ** 2
+            squares[1, index] = 1
     squares, is_there = ranks.sum(squares).unbind()
     *norms, of_loss = squares.sqrt() / loss_scale
     of_roles = {role: norm for role, norm, is_in in zip(ROLES, norms, is_there[:-1].tolist(), strict=True) if is_in}

@@ -11,7 +11,7 @@ from mtp_lightning.errors import TrainingError
 from mtp_lightning.launch.seat import find_seat, free_port, local_seat
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.training.device import prepare_device
+from mtp_lightning.training.device import check_own_device, prepare_device
 
 JOIN_TIMEOUT = timedelta(minutes=30)
 
@@ -21,7 +21,8 @@ def joined_ranks(recipe: Recipe) -> Iterator[None]:
     """Form the process group of the recipe's ranks around the body; without ZeRO there is none.
 
     Raises:
-        TrainingError: The number of processes that were started is not the recipe's number of ranks.
+        TrainingError: The number of processes that were started is not the recipe's number of ranks, or two of them
+            have one GPU.
     """
     if recipe.strategy.kind == "single":
         yield
@@ -40,6 +41,7 @@ def joined_ranks(recipe: Recipe) -> Iterator[None]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others, and says so
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=JOIN_TIMEOUT)
     try:
+        check_own_device(Ranks(), device)
         yield
         Ranks().wait()
     finally:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import count_targets, shifted_targets
@@ -19,12 +19,12 @@ from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.checks import ORACLE_STEPS, GradientArrival, GradientSums, check_counts, check_targets
 from mtp_lightning.training.fragments import gradient_norms
-from mtp_lightning.training.metrics import OffsetMetrics, of_source
+from mtp_lightning.training.metrics import RunMetrics, of_source
 from mtp_lightning.training.nonfinite import SkippedSteps
 from mtp_lightning.training.objective import MicroBatch, Objective, OffsetLosses
 from mtp_lightning.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from mtp_lightning.training.schedules import evaluate, run_schedule
-from mtp_lightning.training.strategy import RunStrategy
+from mtp_lightning.training.strategies.base import RunStrategy
 
 Batch = dict[str, Tensor]
 NUM_URGENCIES = 3  # go on, stop, stop and requeue
@@ -46,10 +46,11 @@ class MtpLightningModule(L.LightningModule):
         self.agreed_urgency = 0  # the most urgent of all ranks, as of the last one
         self.recipe = recipe
         self.metrics: dict[str, float] = {}
-        self.train_metrics = OffsetMetrics(recipe.heads.num_offsets)
-        self.val_metrics = OffsetMetrics(recipe.heads.num_offsets)
-        self.source_metrics = nn.ModuleList(OffsetMetrics(recipe.heads.num_offsets) for _ in recipe.data.mixture)
         self.skipped_steps = SkippedSteps(recipe.run.nonfinite)
+
+    def setup(self, stage: str) -> None:
+        """Begin to measure."""
+        self.measured = RunMetrics.on(self.strategy.device, self.recipe)
 
     def configure_model(self) -> None:
         """Build the model once, as the strategy wants it."""
@@ -90,7 +91,7 @@ class MtpLightningModule(L.LightningModule):
         is_finite = math.isfinite(norms["all"])
         self._step_optimizer(norms, objective.weights, step)
         for part in parts if is_finite else ():
-            self.train_metrics.update(*part)
+            self.measured.train.update(*part)
         self.trainer.datamodule.advance(len(batch["tokens"]) * self.strategy.ranks.size)  # type: ignore[attr-defined]
         if self._is_logged(step + 1):
             self._log_step(step, norms)
@@ -104,22 +105,17 @@ class MtpLightningModule(L.LightningModule):
         for micro_batch in self._micro_batches(batch, targets):
             with self.autocast():
                 losses = evaluate(self.model, micro_batch, objective)
-            self.val_metrics.update(micro_batch.targets, losses)
+            self.measured.validation.update(micro_batch.targets, losses)
             if micro_batch.sources is not None:
                 self._update_sources(micro_batch, micro_batch.sources, losses)
 
     def _update_sources(self, micro_batch: MicroBatch, sources: Tensor, losses: OffsetLosses) -> None:
         """Add rows to the figures of the sources that they come from."""
         names = self.trainer.datamodule.validation_rows.source_names  # type: ignore[attr-defined]
-        for name, metrics in self._by_source:
+        for name, metrics in self.measured.by_source.items():
             chosen = sources == names.index(name)
             if chosen.any():
                 metrics.update(micro_batch.targets[:, chosen], losses.of_rows(chosen))
-
-    @property
-    def _by_source(self) -> Iterator[tuple[str, OffsetMetrics]]:
-        for name, metrics in zip(self.recipe.data.mixture, self.source_metrics, strict=True):
-            yield name, cast(OffsetMetrics, metrics)
 
     def on_validation_start(self) -> None:
         """Stop the clock of tokens per second."""
@@ -135,22 +131,23 @@ class MtpLightningModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what has been measured since the last logged step, so that a resumed run logs the same figures."""
-        sums = {name: value for name, value in self.train_metrics.metric_state.items() if isinstance(value, Tensor)}
-        checkpoint["train_metrics"] = {name: self.strategy.ranks.sum(value.clone()) for name, value in sums.items()}
+        ranks, state = self.strategy.ranks, self.measured.train.metric_state
+        sums = {name: ranks.sum(value) for name, value in state.items() if isinstance(value, Tensor)}
+        checkpoint["train_metrics"] = {name: value.cpu() for name, value in sums.items()}
         checkpoint["skipped_steps"] = self.skipped_steps.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on measuring where the checkpoint was taken; what all ranks had measured, the first goes on with."""
         for name, value in checkpoint["train_metrics"].items():
             own = value if self.strategy.ranks.is_first else torch.zeros_like(value)
-            setattr(self.train_metrics, name, own.to(self.device))
+            setattr(self.measured.train, name, own.to(self.strategy.device))
         self.skipped_steps.load(checkpoint.get("skipped_steps", {}))
 
     def on_validation_epoch_end(self) -> None:
         """Publish the validation's figures and forget its sums."""
-        figures = self.val_metrics.compute()
-        self.val_metrics.reset()
-        for source, metrics in self._by_source:
+        figures = self.measured.validation.compute()
+        self.measured.validation.reset()
+        for source, metrics in self.measured.by_source.items():
             figures |= of_source(metrics.compute(), source)
             metrics.reset()
         self.metrics |= {f"val/{name}": figure for name, figure in figures.items()}
@@ -257,9 +254,9 @@ class MtpLightningModule(L.LightningModule):
         return done_steps % self.recipe.run.log_every_steps == 0 or done_steps == self.recipe.run.steps
 
     def _log_step(self, step: int, norms: dict[str, Tensor]) -> None:
-        has_any = self.train_metrics.update_called  # unless all steps since the last row were skipped, on all ranks
-        figures = self.train_metrics.compute() if has_any else {}
-        self.train_metrics.reset()
+        has_any = self.measured.train.update_called  # unless all steps since the last row were skipped, on all ranks
+        figures = self.measured.train.compute() if has_any else {}
+        self.measured.train.reset()
         recipe, now = self.recipe, time.monotonic()
         tokens, tokens_before = tokens_after(recipe, step + 1), tokens_after(recipe, self.logged_step)
         self.metrics |= {

@@ -10,12 +10,15 @@ and the offset's q, which is one minus their total variation. Sampled acceptance
 overlaps of offsets 2 ... k, and the sampled length is 1 + the sum of sampled acceptances. Validation measures these.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE
+from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.objective import OffsetLosses
 
 
@@ -98,6 +101,28 @@ class OffsetMetrics(Metric):
             figures |= _by_offset("sampled_acceptance", sampled)
             figures["sampled_length"] = sampled.sum()
         return {name: float(figure) for name, figure in figures.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunMetrics:
+    """What a run measures while it trains and validates, on one device.
+
+    None of it is a child of the LightningModule. What moves and casts a model's modules does so differently under each
+    strategy: ZeRO-3 moves none of them, and a cast to fp32 would take half of the sums' digits away.
+    """
+
+    train: OffsetMetrics  # since the last logged step
+    validation: OffsetMetrics
+    by_source: dict[str, OffsetMetrics]  # of validation
+
+    @classmethod
+    def on(cls, device: torch.device, recipe: Recipe) -> "RunMetrics":
+        """Build a recipe's metrics on a device."""
+
+        def build() -> OffsetMetrics:
+            return OffsetMetrics(recipe.heads.num_offsets).to(device)
+
+        return cls(train=build(), validation=build(), by_source={name: build() for name in recipe.data.mixture})
 
 
 def of_source(figures: dict[str, float], source: str) -> dict[str, float]:

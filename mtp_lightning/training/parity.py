@@ -33,7 +33,8 @@ from mtp_lightning.training.joining import joined_ranks
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.parity_cells import Cell, matrix
 from mtp_lightning.training.plain_run import PlainStep, build_named_optimizer, plain_run, random_batch
-from mtp_lightning.training.strategy import RunStrategy, build_strategy
+from mtp_lightning.training.strategies.base import RunStrategy
+from mtp_lightning.training.strategies.zero import build_strategy
 
 TOLERANCE = 1e-5  # relative: of a parameter's gradient, and of its value
 LOSS_TOLERANCE = 1e-4  # relative: of an offset's loss
@@ -135,7 +136,7 @@ def run_cell(cell: Cell) -> Outcome:
     module = _Module(recipe, cell.optimizer)
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=cell.ranks,
+        devices=1,
         strategy=build_strategy(recipe, torch.device("cpu")),
         precision="32-true",
         max_steps=recipe.run.steps,

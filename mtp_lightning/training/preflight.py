@@ -31,9 +31,9 @@ GIB = 2**30
 
 def preflight(recipe: Recipe) -> int:
     """Run all checks on all ranks, print a line for each on the first; return 0 if all are ok, else 6."""
-    device = prepare_device(recipe)
     lines: list[Line] = []
     with joined_ranks(recipe):
+        device = prepare_device(recipe)
         for name, check in CHECKS.items():
             lines.append(line_of(name, check, recipe, device))
         folder = Path(Ranks().broadcast(str(Path(recipe.run.dir).absolute() / f"logs/preflight-{time.time_ns()}")))
@@ -72,13 +72,12 @@ def _devices(recipe: Recipe, device: torch.device) -> str:
 
 
 def _network(recipe: Recipe, device: torch.device) -> str:
-    ranks = Ranks()
+    ranks = Ranks(device=device)
     if ranks.size == 1:
         return "one rank"
-    place = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
     times_s, totals = [], []
     for _ in range(REPEATS):
-        tensor = torch.full((REDUCED_BYTES // 4,), float(ranks.rank + 1), device=place)
+        tensor = torch.full((REDUCED_BYTES // 4,), float(ranks.rank + 1), device=device)
         ranks.wait()
         began_at = time.monotonic()
         totals.append(float(ranks.sum(tensor)[-1]))

@@ -2,13 +2,13 @@
 
 import os
 import platform
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from mtp_lightning.errors import MtpError
-from mtp_lightning.launch.seat import find_seat
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe
 
@@ -46,6 +46,9 @@ def line_of(name: str, check: Check, recipe: Recipe, device: torch.device) -> Li
         line = Line(name, f"{error.must_hold}; found {error.found}", error.remedy)
     except OSError as error:
         line = Line(name, f"{error.strerror}: {error.filename}", "Repair access")
+    except RuntimeError as error:  # CUDA, NCCL and gloo
+        traceback.print_exc()
+        line = Line(name, f"{type(error).__name__}: {str(error).splitlines()[0]}", "Look at the traceback of this rank")
     ranks = Ranks()
     lines = ranks.gather((platform.node(), line))
     for rank, (host, other) in enumerate(lines):
@@ -61,8 +64,4 @@ def name_and_free_bytes(device: torch.device) -> tuple[str, int]:
     """Name this rank's device, and say how much of its memory is free."""
     if device.type == "cpu":
         return platform.machine(), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    seat = find_seat(os.environ)
-    index = seat.local_rank if seat else 0
-    if index >= torch.cuda.device_count():
-        return "no GPU", 0
-    return torch.cuda.get_device_name(index), torch.cuda.mem_get_info(index)[0]
+    return torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]

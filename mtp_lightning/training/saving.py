@@ -12,7 +12,7 @@ from mtp_lightning.checkpoint.folder import write_state
 from mtp_lightning.checkpoint.manifest import FileRecord
 from mtp_lightning.checkpoint.shards import write_pieces
 from mtp_lightning.ranks import Ranks
-from mtp_lightning.training.strategy import RunStrategy
+from mtp_lightning.training.strategies.base import RunStrategy
 
 
 @final

@@ -41,7 +41,7 @@ def _zero_optimization(recipe: Recipe) -> dict[str, Any]:
     section: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
-        "overlap_comm": stage == 3,  # ZeRO-1 and 2 reduce what several backward passes have left; see strategy.py
+        "overlap_comm": stage == 3,  # ZeRO-1 and 2 reduce what several passes have left; see strategies/zero.py
         "reduce_bucket_size": bucket_entries(recipe),
     }
     for what, place in (("optimizer", strategy.offload_optimizer), ("param", strategy.offload_parameters)):

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from mtp_lightning.bench.step import TrainingStep
 from mtp_lightning.errors import NonFiniteError
 from mtp_lightning.training.lightning_module import MtpLightningModule
-from mtp_lightning.training.strategy import SingleStrategy
+from mtp_lightning.training.strategies.single import SingleStrategy
 from tests.bench.shapes import quick_recipe
 
 

@@ -10,7 +10,7 @@ from mtp_lightning.training.checks import GradientSums
 from mtp_lightning.training.joining import joined_ranks
 from mtp_lightning.training.parity import run_cell
 from mtp_lightning.training.parity_cells import STAGES, Cell
-from mtp_lightning.training.strategy import ZeroStrategy
+from mtp_lightning.training.strategies.zero import ZeroStrategy
 
 
 def leave_boundary_alone():

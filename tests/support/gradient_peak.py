@@ -12,7 +12,7 @@ from mtp_lightning.ranks import Ranks
 from mtp_lightning.training.joining import joined_ranks
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.parity import RandomData
-from mtp_lightning.training.strategy import build_strategy
+from mtp_lightning.training.strategies.zero import build_strategy
 from tests.support.tiny import tiny_recipe
 
 

@@ -22,7 +22,7 @@ from mtp_lightning.training.callbacks.checkpoints import Checkpoints
 from mtp_lightning.training.fit import train
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.nonfinite import NonFiniteStreak, SkippedSteps
-from mtp_lightning.training.strategy import SingleStrategy
+from mtp_lightning.training.strategies.single import SingleStrategy
 from tests.support.ranked import on_ranks
 from tests.support.runs import ROOT, figures, mtp
 

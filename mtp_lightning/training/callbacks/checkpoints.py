@@ -20,7 +20,7 @@ from mtp_lightning.recipe import Recipe, recipe_hash, recipe_to_yaml
 from mtp_lightning.training.callbacks.rng import rng_state, set_rng_state
 from mtp_lightning.training.callbacks.score import Score, score_of
 from mtp_lightning.training.saving import Content, Writer
-from mtp_lightning.training.strategy import RunStrategy
+from mtp_lightning.training.strategies.base import RunStrategy
 
 
 @final

@@ -14,7 +14,7 @@ from mtp_lightning.errors import TrainingError
 from mtp_lightning.recipe.sections import GuardSection, Recipe
 from mtp_lightning.training.guard import Drift, Record, Rows, drift_of, drift_sums, evaluating, record
 from mtp_lightning.training.lightning_module import MtpLightningModule
-from mtp_lightning.training.strategy import RunStrategy
+from mtp_lightning.training.strategies.base import RunStrategy
 
 REMEDY = (
     "Lower objective.distill.beta or the weights of the extra offsets (objective.weights), keep them out of the trunk "

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from mtp_lightning.launch.stopping import INTERRUPTED, REQUEUE, StopRequest
 from mtp_lightning.training.callbacks.checkpoints import Checkpoints
 from mtp_lightning.training.lightning_module import MtpLightningModule
-from mtp_lightning.training.strategy import RunStrategy
+from mtp_lightning.training.strategies.base import RunStrategy
 
 _NOTICE = "Stopping after this step, with a checkpoint. Ctrl-C again stops at once."
 _URGENCY = (0, INTERRUPTED, REQUEUE)

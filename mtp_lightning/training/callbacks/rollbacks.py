@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.data.datamodule import MtpDataModule
 from mtp_lightning.training.nonfinite import Rollback, read_rollbacks
-from mtp_lightning.training.strategy import RunStrategy
+from mtp_lightning.training.strategies.base import RunStrategy
 
 
 @final

@@ -24,7 +24,7 @@ from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, load_recipe, num_trunk_layers
 from mtp_lightning.recipe.rule import value_at
 from mtp_lightning.training.fragments import check_names, listed, whole_shape
-from mtp_lightning.training.strategy import RunStrategy
+from mtp_lightning.training.strategies.base import RunStrategy
 
 SAME_FIELDS = (
     "model.num_attention_heads",

@@ -12,7 +12,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from mtp_lightning.training.strategy import RunStrategy
+from mtp_lightning.training.strategies.base import RunStrategy
 
 RATIO = 1.5
 LEAST_S = 0.001  # differences below are noise

@@ -19,7 +19,7 @@ from mtp_lightning.recipe.model_sections import HeadsSection
 from mtp_lightning.recipe.sections import BatchSection, DataSection, Recipe, RunSection
 from mtp_lightning.training.callbacks.build import build_callbacks
 from mtp_lightning.training.callbacks.summary import Summary
-from mtp_lightning.training.strategy import SingleStrategy
+from mtp_lightning.training.strategies.single import SingleStrategy
 
 WIDTH = 6
 LAYERS = {"trunk": 2, "heads": 1}

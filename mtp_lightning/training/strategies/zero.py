@@ -1,4 +1,4 @@
-"""The strategies of a run: one device, or DeepSpeed ZeRO-1, 2 and 3 over any number of ranks, on GPUs or CPUs.
+"""DeepSpeed ZeRO-1, 2 and 3 over any number of ranks, on GPUs or CPUs.
 
 Head-by-head backward passes are not what DeepSpeed expects of an optimizer step, and it raises nothing when it loses
 their gradients. So each stage gathers the passes of one step in the way that is right for it:
@@ -11,142 +11,30 @@ zero3  as zero2, with sums that start at zero and are added to by every pass: by
 What reaches the optimizer is compared with the joint schedule on one process in tests/laws/test_zero.py.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, final
 
+import lightning as L
 import torch
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from torch import Tensor
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import Tensor, nn
 
-from mtp_lightning.checkpoint.folder import read_state
 from mtp_lightning.checkpoint.reader_view import Reader
-from mtp_lightning.checkpoint.shard_reader import ShardReader
 from mtp_lightning.checkpoint.shards import WEIGHT
+from mtp_lightning.errors import TrainingError
 from mtp_lightning.model.mtp_model import MtpModel, build_model, initialise
-from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.training.fragments import (
-    Fragment,
-    check_names,
-    moments_of,
-    names_of,
-    provide_moments,
-    whole_fragments,
-)
+from mtp_lightning.training.fragments import Fragment, check_names, moments_of, provide_moments
+from mtp_lightning.training.strategies.base import RunStrategy
+from mtp_lightning.training.strategies.single import SingleStrategy
 from mtp_lightning.training.zero_config import STAGES, zero_config
 
-
-class RunStrategy(ABC):
-    """What training asks of a strategy besides what Lightning does, and checkpoints that any strategy can resume."""
-
-    captured: dict[str, Any]  # Lightning's own state, from the last `save_checkpoint`
-
-    @property
-    def ranks(self) -> Ranks:
-        """The processes that train together."""
-        return Ranks()
-
-    @property
-    def gradient_scale(self) -> float:
-        """Factor that a backward pass multiplies gradients by."""
-        return 1.0
-
-    clips_here: bool  # False: the strategy's own optimizer step clips gradients
-
-    @abstractmethod
-    def build_model(self, recipe: Recipe) -> MtpModel:
-        """Build and initialise the model, or this rank's part of it."""
-
-    @abstractmethod
-    def accumulating(self) -> AbstractContextManager[None]:
-        """Surround the backward passes of one optimizer step; after it, gradients are what the optimizer will use."""
-
-    @abstractmethod
-    def fragments(self) -> Iterator[Fragment]:
-        """Yield this rank's part of every parameter, with its gradient and moments."""
-
-    @abstractmethod
-    def discard_gradients(self) -> None:
-        """Let the next optimizer step change neither weights nor moments."""
-
-    @abstractmethod
-    def fill(self, reader: Reader) -> None:
-        """Take weights and moments from a checkpoint."""
-
-    def named_parameters(self) -> Iterator[tuple[str, Any]]:
-        """Yield the model's parameters under the names that checkpoints know them by."""
-        return names_of(self.lightning_module)  # type: ignore[attr-defined]
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return nothing: weights are saved as fragments."""
-        return {}
-
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return nothing: moments are saved as fragments."""
-        return {}
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Keep what Lightning would save; `callbacks.checkpoints` writes it, with the fragments of all ranks."""
-        self.captured = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Tell Lightning that fragments can be filled only when weights and optimizer are there."""
-        return True
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Tell Lightning that the moments come with the weights."""
-        return False
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fill weights and moments from a checkpoint folder; return Lightning's own state."""
-        folder = Path(checkpoint_path)
-        reader = ShardReader(folder)
-        self.fill(reader)
-        return read_state(folder) | {"state_dict": {}, "optimizer_states": []}
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: Any = True) -> None:
-        """Do nothing: weights are in place since `load_checkpoint`."""
-        return
-
-
-@final
-class SingleStrategy(RunStrategy, SingleDeviceStrategy):
-    """One device and torch's own optimizer step."""
-
-    clips_here = True
-
-    def build_model(self, recipe: Recipe) -> MtpModel:
-        """Build the whole model on the CPU; Lightning moves it."""
-        return build_model(recipe)
-
-    def accumulating(self) -> AbstractContextManager[None]:
-        """Let autograd add the gradients up."""
-        return nullcontext()
-
-    def fragments(self) -> Iterator[Fragment]:
-        """Yield every parameter whole."""
-        return whole_fragments(self.named_parameters(), self.optimizers[0])
-
-    def discard_gradients(self) -> None:
-        """Take the gradients away: an optimizer of torch passes over parameters without."""
-        self.optimizers[0].zero_grad(set_to_none=True)
-
-    def fill(self, reader: Reader) -> None:
-        """Read every parameter whole."""
-        check_names(reader, self.named_parameters())
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                provide_moments(self.optimizers[0], parameter, reader, name)
-        for fragment in self.fragments():
-            fragment.read_from(reader)
+COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @final
@@ -155,9 +43,13 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
 
     clips_here = False
 
-    def __init__(self, recipe: Recipe, **options: Any) -> None:
-        super().__init__(config=zero_config(recipe), **options)
+    def __init__(self, recipe: Recipe, device: torch.device, **options: Any) -> None:
+        super().__init__(
+            config=zero_config(recipe), parallel_devices=[device], precision_plugin=_AsBuilt("32-true"), **options
+        )
+        self._device = torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed wants a number
         self.stage = STAGES[recipe.strategy.kind]
+        self._compute_type = COMPUTE_TYPES[recipe.run.precision]
 
     def setup_environment(self) -> None:
         """Set the process group up on any device: Lightning 2.6 lets DeepSpeed run on CUDA only."""
@@ -176,9 +68,56 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """This rank's device; DeepSpeed wants a number for the CPU too."""
-        device = DDPStrategy.root_device.fget(self)  # type: ignore[attr-defined]
-        return torch.device("cpu", 0) if device.type == "cpu" else device
+        """This rank's device."""
+        return self._device
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Set the engine up.
+
+        Raises:
+            TrainingError: DeepSpeed computes in another type than the recipe asks for.
+        """
+        self._bare = {name: vars(parameter).keys() | set() for name, parameter in self.named_parameters()}
+        super().setup(trainer)
+        self._check_compute_type()
+
+    def _cut_links(self) -> None:
+        """Take from parameters what DeepSpeed has hung on them.
+
+        That leads to its flat tensors, and back to the parameter, by ways that Python's collector does not see.
+        """
+        for name, parameter in self.named_parameters():
+            for link in vars(parameter).keys() - self._bare[name]:
+                delattr(parameter, link)
+
+    def _check_compute_type(self) -> None:
+        """Compare types of weights, of DeepSpeed's own, and of its loss scale with the recipe's precision."""
+        of_weights = {(p.ds_tensor if self.stage == 3 else p).dtype for _, p in self.named_parameters()}
+        found = of_weights | {getattr(self._zero, "dtype", self._compute_type)}
+        if found != {self._compute_type}:
+            raise TrainingError(
+                f"DeepSpeed must compute in the type of run.precision, {_named(self._compute_type)}",
+                ", ".join(sorted(_named(own) for own in found)),
+                "Remove keys of strategy.deepspeed that choose a type, or report it.",
+            )
+        if self._compute_type == torch.float16 and self.gradient_scale == 1:
+            raise TrainingError(
+                "fp16 needs a loss scale: small gradients would vanish",
+                "none",
+                "Remove fp16.loss_scale from strategy.deepspeed, or set run.precision=bf16.",
+            )
+
+    def teardown(self) -> None:
+        """Take the engine apart: without that, what the fits of a process have held piles up."""
+        engine: Any = self.model
+        if hasattr(engine, "destroy"):  # else an error came before there was one
+            engine.destroy()
+            if self.stage == 3:
+                _forget_modules()
+            else:
+                self._cut_links()
+            self.model, self.optimizers = None, []
+        super().teardown()
 
     @property
     def _zero(self) -> Any:
@@ -359,12 +298,57 @@ def _partition_gradient(parameter: Any, mapping: Any, own: Any) -> Tensor | None
     return gradient
 
 
+def _forget_modules() -> None:
+    """Empty what DeepSpeed 0.19 keeps of every ZeRO-3 engine for as long as the process lives.
+
+    That is the outermost module, in a list, and what it was to release when, in a cache of a method. Can go when
+    `engine.destroy()` does so.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    method = parameter_offload.PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in method.__closure__:  # of the decorator around the cache
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
+@final
+class _Joined(TorchElasticEnvironment):
+    """Read this rank's place from the variables that `joined_ranks` has set.
+
+    Lightning 2.6 takes the GPU that bears the rank's number on its node, which a rank does not see where the scheduler
+    binds GPUs to tasks. So it is told of this rank's device alone, and its count of the others would not be right.
+    """
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Do nothing: `joined_ranks` has compared the number of ranks with the recipe's."""
+
+
+@final
+class _AsBuilt(DeepSpeedPrecision):
+    """Leave types to DeepSpeed, which knows them from the recipe.
+
+    Lightning 2.6 would cast the module to fp32 first. Under ZeRO-3, whose weights have been taken apart by then, that
+    changes only what DeepSpeed asks for the type: no loss scale in fp16, products in fp32 with offloaded parameters.
+    """
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Return the module as it is."""
+        return module
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def build_strategy(recipe: Recipe, device: torch.device) -> "SingleStrategy | ZeroStrategy":
-    """Build the recipe's strategy for a kind of device."""
+    """Build the recipe's strategy on this rank's device."""
     if recipe.strategy.kind == "single":
-        return SingleStrategy(device=device if device.type == "cpu" else torch.device(device.type, 0))
+        return SingleStrategy(device=device)
     return ZeroStrategy(
         recipe,
-        cluster_environment=TorchElasticEnvironment(),
+        device,
+        cluster_environment=_Joined(),
         process_group_backend="gloo" if device.type == "cpu" else None,
     )

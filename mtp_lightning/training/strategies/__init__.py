@@ -1,0 +1,1 @@
+"""How a model lives on devices while it is trained: one of them, or DeepSpeed ZeRO over many."""

@@ -1,0 +1,98 @@
+"""What training asks of a strategy besides what Lightning does."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtp_lightning.checkpoint.folder import read_state
+from mtp_lightning.checkpoint.reader_view import Reader
+from mtp_lightning.checkpoint.shard_reader import ShardReader
+from mtp_lightning.model.mtp_model import MtpModel
+from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.training.fragments import Fragment, names_of
+
+
+class RunStrategy(ABC):
+    """What training asks of a strategy besides what Lightning does, and checkpoints that any strategy can resume."""
+
+    captured: dict[str, Any]  # Lightning's own state, from the last `save_checkpoint`
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        own: torch.device = self.root_device  # type: ignore[attr-defined]
+        return own
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train together; their tensors meet on this rank's device, whatever it holds elsewhere."""
+        return Ranks(device=self.device)
+
+    @property
+    def gradient_scale(self) -> float:
+        """Factor that a backward pass multiplies gradients by."""
+        return 1.0
+
+    clips_here: bool  # False: the strategy's own optimizer step clips gradients
+
+    @abstractmethod
+    def build_model(self, recipe: Recipe) -> MtpModel:
+        """Build and initialise the model, or this rank's part of it."""
+
+    @abstractmethod
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Surround the backward passes of one optimizer step; after it, gradients are what the optimizer will use."""
+
+    @abstractmethod
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield this rank's part of every parameter, with its gradient and moments."""
+
+    @abstractmethod
+    def discard_gradients(self) -> None:
+        """Let the next optimizer step change neither weights nor moments."""
+
+    @abstractmethod
+    def fill(self, reader: Reader) -> None:
+        """Take weights and moments from a checkpoint."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """Yield the model's parameters under the names that checkpoints know them by."""
+        return names_of(self.lightning_module)  # type: ignore[attr-defined]
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return nothing: weights are saved as fragments."""
+        return {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Return nothing: moments are saved as fragments."""
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Keep what Lightning would save; `callbacks.checkpoints` writes it, with the fragments of all ranks."""
+        self.captured = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Tell Lightning that fragments can be filled only when weights and optimizer are there."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Tell Lightning that the moments come with the weights."""
+        return False
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Fill weights and moments from a checkpoint folder; return Lightning's own state."""
+        folder = Path(checkpoint_path)
+        reader = ShardReader(folder)
+        self.fill(reader)
+        return read_state(folder) | {"state_dict": {}, "optimizer_states": []}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: Any = True) -> None:
+        """Do nothing: weights are in place since `load_checkpoint`."""
+        return

@@ -1,0 +1,249 @@
+"""A run of a recipe on devices that are not there, as one rank of any number."""
+
+import contextlib
+import ctypes
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lightning as L
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+from mtp_lightning.checkpoint.layout import complete_checkpoints
+from mtp_lightning.launch.seat import local_seat
+from mtp_lightning.model.mtp_model import MtpModel
+from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe import Recipe
+from mtp_lightning.training import fit
+from mtp_lightning.training.callbacks.checkpoints import Checkpoints
+from mtp_lightning.training.callbacks.guard import MainHeadGuard
+from mtp_lightning.training.callbacks.start import Frozen, StartFrom
+from mtp_lightning.training.callbacks.stragglers import Stragglers
+from mtp_lightning.training.lightning_module import MtpLightningModule
+from mtp_lightning.training.saving import Content
+from tests.support.fake_cuda.ledger import Collective, Ledger
+from tests.support.fake_cuda.patches import fake_group, operators, torch_cuda
+
+WRITE = Content.write
+KEPT = (Checkpoints, Frozen, MainHeadGuard, StartFrom, Stragglers)
+"""Callbacks that touch tensors; the others make files, screens and stops of values, which there are none of."""
+
+
+@dataclass
+class Books:
+    """What the ledger has of a fit."""
+
+    device: str = ""
+    peaks_bytes: list[int] = field(default_factory=list)  # of each step
+    state_bytes: int = 0  # alive before the last step
+    left_bytes: int = 0  # alive after the fit
+    collectives: list[Collective] = field(default_factory=list)  # of the whole fit
+    products: dict[str, int] = field(default_factory=dict)  # matrix products of all steps, by type
+    loss_scale: float = 1.0
+    held: dict[str, int] = field(default_factory=dict)
+
+
+def run_fit(
+    guard: ctypes.CDLL,
+    recipe: Recipe,
+    *,
+    rank: int = 0,
+    checkpoint: str | None = None,
+    saves: bool = False,
+    checks_first_step: bool = True,
+    watch_bytes: float | None = None,
+) -> Books:
+    """Train a recipe to its last step as one rank, and validate where it says so.
+
+    Args:
+        guard: of this process.
+        recipe: the run.
+        rank: which of its ranks.
+        checkpoint: folder of one to go on from.
+        saves: save where the recipe says so; a whole checkpoint must come of it if the recipe has one rank.
+        checks_first_step: let the module check its first gradients, which takes a while at true size.
+        watch_bytes: note what is held where, as soon as so much is.
+    """
+    ledger, books = Ledger(watch_bytes), Books()
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        for patch in (*torch_cuda(guard), *operators(), *_of_package(ledger, recipe, rank), *_of_lightning()):
+            stack.enter_context(patch)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(ledger)
+        if recipe.strategy.kind != "single":
+            fake_group(recipe.strategy.num_ranks, rank)
+        books.device = str(_fit(recipe, Path(folder), ledger, books, checkpoint, saves, checks_first_step))
+        fit._let_go()
+        books.left_bytes = ledger.live
+        if saves and recipe.strategy.num_ranks == 1:
+            assert [found.step for found in complete_checkpoints(Path(folder) / "checkpoints")][-1] == recipe.run.steps
+    books.held = dict(ledger.held or {})
+    return books
+
+
+def _fit(
+    recipe: Recipe, folder: Path, ledger: Ledger, books: Books, checkpoint: str | None, saves: bool, checks: bool
+) -> torch.device:
+    trainer = fit.build_trainer(recipe, folder)
+    kept = [own for own in trainer.callbacks if isinstance(own, KEPT) and (saves or not isinstance(own, Checkpoints))]
+    trainer.callbacks = [_Watch(ledger, books, checks), *kept]
+    trainer.fit(MtpLightningModule(recipe), datamodule=_Rows(recipe), ckpt_path=checkpoint)
+    return trainer.strategy.device
+
+
+class _Watch(L.Callback):
+    """Opens and closes the books of every step."""
+
+    def __init__(self, ledger: Ledger, books: Books, checks_first_step: bool) -> None:
+        self.ledger, self.books, self.checks_first_step = ledger, books, checks_first_step
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self._close()
+        self.books.state_bytes = self.ledger.live
+        module.num_checked_steps = 2  # targets have no values
+        if not self.checks_first_step:
+            module.gradient_arrival.pending = []
+            module.gradient_sums._end()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.books.peaks_bytes.append(self.ledger.peak)
+        self.books.loss_scale = trainer.strategy.gradient_scale
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self.books.collectives += self.ledger.collectives
+        for name, count in self.ledger.products.items():
+            self.books.products[name] = self.books.products.get(name, 0) + count
+        self.ledger.reset()
+
+
+def _write(self: Content, folder: Path) -> dict[str, Any]:
+    """Write zeros for what a checkpoint is made of, which must have come to the host by now."""
+    with _disable_current_modes():
+        folder.mkdir(parents=True, exist_ok=True)  # the first rank's business
+        self._pieces, self._state = tree_map_only(torch.Tensor, _as_zeros, (self._pieces, self._state))
+        return WRITE(self, folder)
+
+
+def _as_zeros(tensor: torch.Tensor) -> torch.Tensor:
+    assert tensor.device.type == "cpu", f"{tensor.device} in a checkpoint"
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+class _AtOnce:
+    """A thread that has ended as soon as it has begun."""
+
+    def __init__(self, *, target: Any, args: Sequence[Any], **_: Any) -> None:
+        self.target, self.args = target, args
+
+    def start(self) -> None:
+        self.target(*self.args)
+
+    def join(self) -> None: ...
+
+
+class _Rows(L.LightningDataModule):
+    """Rows of zeros on the host, as loaders give them."""
+
+    rows_consumed = 0
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.validation_rows = _Validation(recipe)
+
+    def train_dataloader(self) -> Any:
+        return _Batches(self.recipe, self.recipe.batch.rows // self.recipe.strategy.num_ranks, 10**9)
+
+    def val_dataloader(self) -> Any:
+        return _Batches(self.recipe, self.recipe.batch.micro_rows, 1)
+
+    def advance(self, rows: int) -> None:
+        self.rows_consumed += rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows_consumed": self.rows_consumed}
+
+
+class _Validation:
+    """What the module and the guard ask of held-out rows."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.source_names = recipe, list(recipe.data.mixture)
+
+    def __len__(self) -> int:
+        return self.recipe.run.validation_rows
+
+
+class _Batches:
+    def __init__(self, recipe: Recipe, rows: int, count: int) -> None:
+        self.shape, self.count = (rows, recipe.data.window_tokens + recipe.heads.num_offsets), count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for _ in range(self.count):
+            rows = torch.zeros(self.shape, dtype=torch.long)
+            yield {"tokens": rows, "documents": rows.clone(), "loss_mask": rows.bool()}
+
+
+def _on_device(recipe: Recipe) -> MtpModel:
+    with torch.device("cuda"):
+        return MtpModel(recipe)
+
+
+def _of_package(ledger: Ledger, recipe: Recipe, rank: int) -> Iterator[Any]:
+    """Yield patches of the package: weights without values, and ranks that all say what this one says."""
+    place = local_seat(rank, recipe.strategy.num_ranks, 29_500).environment
+    local = rank % recipe.strategy.ranks_per_node
+    place |= {"LOCAL_RANK": str(local), "GROUP_RANK": str(rank // recipe.strategy.ranks_per_node)}
+    yield mock.patch.dict(os.environ, place if recipe.strategy.kind != "single" else {})
+    yield mock.patch("mtp_lightning.training.strategies.single.build_model", _on_device)
+    yield mock.patch("mtp_lightning.training.strategies.zero.build_model", _on_device)
+    yield mock.patch("mtp_lightning.model.mtp_model._generator_of", return_value=None)
+
+    def noted(name: str, answer: Any) -> Any:
+        def call(self: Ranks, *args: Any) -> Any:
+            if not self._is_alone:
+                ledger.note(name)
+            return answer(self, *args)
+
+        return mock.patch.object(Ranks, name, call)
+
+    yield noted("gather", lambda self, value: [value] * self.size)
+    yield noted("broadcast", lambda self, value: value)
+    yield noted("wait", lambda self: None)
+    yield mock.patch.object(Content, "write", _write)
+    yield mock.patch("mtp_lightning.checkpoint.commit._check_shared")  # all have written the same
+
+    def gathered(result: torch.Tensor, group: Any = None) -> Sequence[torch.Tensor]:
+        ledger.note("gather of metrics", result)
+        return [result] * recipe.strategy.num_ranks
+
+    yield mock.patch("torchmetrics.metric.gather_all_tensors", gathered)
+
+
+def _of_lightning() -> Iterator[Any]:
+    """Yield patches of what Lightning and DeepSpeed say to other ranks in objects, or ask values for."""
+    silent = lambda *args, **kwargs: None  # noqa: E731
+    lightning, deepspeed = "lightning.pytorch", "deepspeed.runtime.zero"
+    yield mock.patch("torch.distributed.broadcast_object_list", silent)
+    yield mock.patch("mtp_lightning.training.saving.threading.Thread", _AtOnce)  # fake tensors are not for two threads
+    yield mock.patch("torch.distributed.new_group", return_value=None)  # the one there is
+    yield mock.patch(f"{lightning}.loops.training_epoch_loop._TrainingEpochLoop._broadcast_sigterm_tensor", silent)
+    yield mock.patch(
+        f"{lightning}.strategies.parallel.ParallelStrategy.reduce_boolean_decision",
+        lambda self, decision, all=True: bool(decision),
+    )
+    for module in ("partitioned_param_coordinator", "stage3"):
+        yield mock.patch(f"{deepspeed}.{module}.assert_ints_same_as_other_ranks", silent)

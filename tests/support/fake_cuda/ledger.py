@@ -1,0 +1,138 @@
+"""What a step does to a device that is not there: memory, collectives, and values that the host is given."""
+
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+aten = torch.ops.aten
+OF_UNKNOWN_LENGTH = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default}
+QUESTIONS_OF_OVERFLOW = ("overflow", "inf_or_nan")
+YES = ("_probe",)  # asks whether gradients are finite
+CALLERS = 6  # frames that tell what a value is asked for
+PACKAGE = "/mtp_lightning/"
+
+
+class Collective(NamedTuple):
+    """A call that all ranks must make."""
+
+    name: str
+    device: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Ledger(TorchDispatchMode):
+    """Books what reaches the device.
+
+    Attributes:
+        live, peak: bytes of CUDA tensors that are alive, and their maximum since `reset`.
+        collectives: in their order, since `reset`.
+        products: types of matrix products on the device, by how often.
+        held: by line of the package, the bytes it took that are alive when `watch_bytes` are, if that is given.
+    """
+
+    def __init__(self, watch_bytes: float | None = None) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.watch_bytes = watch_bytes
+        self.held = Counter[str]() if watch_bytes else None
+        self._storages: dict[int, tuple[int, Any, str]] = {}  # by address: size, a weak reference, who took it
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was, but not what is alive."""
+        self.peak = self.live
+        self.collectives: list[Collective] = []
+        self.products = Counter[str]()
+
+    def note(self, name: str, tensor: torch.Tensor | None = None) -> None:
+        """Book a collective that does not come by as an operator."""
+        if tensor is None:
+            self.collectives.append(Collective(name, "cpu", (), "object"))
+        else:
+            self.collectives.append(Collective(name, tensor.device.type, tuple(tensor.shape), str(tensor.dtype)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func._schema.name
+        if name.startswith("prim::"):
+            return func(*args, **kwargs)
+        if func is aten._local_scalar_dense.default:
+            return _value(args[0].dtype)
+        if func in OF_UNKNOWN_LENGTH:
+            source, rows = args[0], max(1, args[0].shape[0] if args[0].dim() else 1)
+            shape = (rows, source.dim()) if func is aten.nonzero.default else (rows,)
+            return source.new_empty(shape, dtype=torch.int64)
+        if name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            args = (args[0], [_chosen(i) for i in args[1]])
+        result = func(*args, **kwargs)
+        made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        if name.startswith("c10d::"):
+            given = next(leaf for leaf in tree_flatten(args)[0] if isinstance(leaf, torch.Tensor))
+            self.note(name.removeprefix("c10d::"), given)
+        if name in ("aten::mm", "aten::addmm", "aten::bmm") and made[0].device.type == "cuda":
+            self.products[str(made[0].dtype).removeprefix("torch.")] += 1
+        for leaf in made:
+            if leaf.device.type == "cuda":
+                self._hold(leaf.untyped_storage())
+        return result
+
+    def _hold(self, storage: Any) -> None:
+        size, known, _ = self._storages.get(storage._cdata, (0, None, ""))
+        if known is not None and known() is storage:
+            return
+        self.live += storage.nbytes() - size  # another one may have been at this address
+        self.peak = max(self.peak, self.live)
+        where = _where() if self.held is not None else ""
+        self._storages[storage._cdata] = storage.nbytes(), weakref.ref(storage), where
+        weakref.finalize(storage, self._free, storage._cdata, id(storage))
+        if self.watch_bytes and self.live >= self.watch_bytes:
+            self.watch_bytes = None
+            for held, _, where in self._storages.values():
+                self.held[where] += held
+
+    def _free(self, key: int, number: int) -> None:
+        size, known, _ = self._storages.get(key, (0, None, ""))
+        if known is not None and (known() is None or id(known()) == number):
+            self.live -= size
+            del self._storages[key]
+
+
+def _value(dtype: torch.dtype) -> Any:
+    """Answer the host: no to yes-or-no questions and to those for overflow; else one."""
+    names = [frame.f_code.co_name for frame in _frames(CALLERS)]
+    if dtype == torch.bool:
+        return any(name in YES for name in names)
+    if any(word in name for word in QUESTIONS_OF_OVERFLOW for name in names):
+        return 0
+    return 1.0 if dtype.is_floating_point else 1
+
+
+def _chosen(index: Any) -> Any:
+    """All positions stand in for those that a mask would choose."""
+    if index is None or index.dtype != torch.bool:
+        return index
+    assert index.dim() == 1, "masks of one dimension only"
+    return torch.zeros(index.shape, dtype=torch.int64, device=index.device)
+
+
+def _where() -> str:
+    for frame in _frames(60):
+        path = frame.f_code.co_filename
+        if PACKAGE in path and "site-packages" not in path:
+            return f"{path.split(PACKAGE)[-1]}:{frame.f_lineno}"
+    return "autograd, optimizer or library"
+
+
+def _frames(most: int) -> Iterator[Any]:
+    frame = sys._getframe(3)
+    for _ in range(most):
+        if frame is None:
+            return
+        yield frame
+        frame = frame.f_back
