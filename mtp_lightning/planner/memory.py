@@ -3,9 +3,10 @@
 Weights, gradients and optimizer state follow from ZeRO's definition; activations are counted tensor by tensor from
 what the backward pass of `model/layers.py` reads. Buffers are as large as DeepSpeed's defaults or the recipe say.
 
-Where parts are frozen (`passes.py`), layers without a gradient path keep nothing. A frozen trunk takes what one layer
-at work needs, as far as heads and logits, which come later, do not need more. Frozen layers that gradients pass through
-keep no inputs of matrices. A V x D matrix that is frozen has no gradient to sum up.
+A recomputed trunk keeps its layers' inputs; the layer at work takes the memory that heads and logits have let go by
+then, and more only if it needs more. Where parts are frozen (`passes.py`), layers without a gradient path keep nothing;
+the layer at work of a frozen trunk has that memory before heads and logits take it. Frozen layers that gradients pass
+through keep no inputs of matrices. A V x D matrix that is frozen has no gradient to sum up.
 """
 
 from dataclasses import dataclass, fields
@@ -104,14 +105,19 @@ def _activations(shape: Shape, layout: Layout) -> dict[str, float]:
     positions = layout.micro_rows * shape.window_tokens
     passes, residual = shape.passes, layout.weight_bytes * shape.layer.width
     trunk_layer, head_layer = (layer_bytes(shape.layer, layout, part.keeps) for part in (passes.trunk, passes.heads))
-    trunk = _stack(passes.trunk.work.layers_back, trunk_layer, residual, recomputes=layout.recomputes_trunk)
     heads = _stack(_heads_alive(shape, layout), head_layer, residual, recomputes=layout.recomputes_heads)
     held = positions * (heads + BOUNDARY_STATES * residual)
     logits = _logits(shape, layout)
+    at_work = 0.0  # of the trunk, at a time when heads and logits hold nothing
+    if not passes.trunk.work.layers_back:
+        trunk, at_work = 0.0, layer_bytes(shape.layer, layout)
+    elif layout.recomputes_trunk:
+        trunk, at_work = passes.trunk.work.layers_back * residual, trunk_layer + BOUNDARY_STATES * residual
+    else:
+        trunk = passes.trunk.work.layers_back * trunk_layer
+    trunk += max(0.0, at_work - (held + logits) / positions)
     mask = 4 * layout.micro_rows * shape.window_tokens**2 if shape.attends_in_document else 0
     trunk += passes.num_mixed_states * residual
-    if not passes.trunk.work.layers_back:  # the layer at work is done before heads and logits take that memory
-        trunk += max(0.0, layer_bytes(shape.layer, layout) - (held + logits) / positions)
     return {"trunk_activations": positions * trunk + mask, "head_activations": held, "logits": logits}
 
 

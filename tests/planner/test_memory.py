@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from mtp_lightning.planner.layout import Layout, layout_of
-from mtp_lightning.planner.memory import GIB, layer_bytes, memory, most_micro_rows
+from mtp_lightning.planner.memory import BOUNDARY_STATES, GIB, layer_bytes, memory, most_micro_rows
 from mtp_lightning.planner.shape import shape_of
 from mtp_lightning.recipe.loading import load_recipe
 from mtp_lightning.recipe.sections import Recipe
@@ -138,12 +138,17 @@ def test_chained_heads_are_alive_together() -> None:
     assert memory(chained, layout).head_activations > 3 * memory(parallel, layout).head_activations / 1.5
 
 
-def test_checkpointing_keeps_inputs_of_layers_and_one_layer() -> None:
-    kept, recomputed = memory(SHAPE, LAYOUT), memory(SHAPE, on(recomputes_trunk=True))
-    inputs = LAYOUT.micro_rows * SHAPE.window_tokens * SHAPE.num_trunk_layers * 2 * SHAPE.layer.width
-    one_layer = kept.trunk_activations / SHAPE.num_trunk_layers
-    assert recomputed.trunk_activations == pytest.approx(inputs + one_layer)
-    assert recomputed.head_activations == kept.head_activations
+def test_checkpointing_keeps_inputs_of_layers_and_works_where_heads_have_been() -> None:
+    """Heads with less to keep than a layer of the trunk leave too little."""
+    small = shape_of(load_recipe(ROOT / "recipes/paper/6.7b_n4.yaml", ["heads.kind=medusa"]).recipe)
+    for shape in (SHAPE, small):
+        kept, recomputed = memory(shape, LAYOUT), memory(shape, on(recomputes_trunk=True))
+        state = LAYOUT.micro_rows * shape.window_tokens * 2 * shape.layer.width
+        one_layer = kept.trunk_activations / shape.num_trunk_layers
+        then = max(one_layer + BOUNDARY_STATES * state, kept.head_activations + kept.logits)
+        working = recomputed.trunk_activations + recomputed.head_activations + recomputed.logits
+        assert working == pytest.approx(shape.num_trunk_layers * state + then)
+        assert recomputed.head_activations == kept.head_activations
 
 
 def test_recipes_may_set_sizes_of_buffers() -> None:
