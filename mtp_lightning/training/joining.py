@@ -37,7 +37,9 @@ def joined_ranks(recipe: Recipe) -> Iterator[None]:
         )
     os.environ.update(seat.environment)  # the names that torch, Lightning and DeepSpeed look for
     device = prepare_device(recipe)
-    if device.type == "cpu":
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed 0.19 takes it for the number of its GPU
+    else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others, and says so
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=JOIN_TIMEOUT)
     try:

@@ -7,7 +7,7 @@ from mtp_lightning.decode import steps
 from mtp_lightning.decode.accepting import Verdict
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
-from mtp_lightning.training.preflight_lines import Failure
+from mtp_lightning.training.preflight_lines import Failure, line_of
 from mtp_lightning.training.preflight_trial import decoded
 from tests.support.runs import ROOT, mtp
 
@@ -49,6 +49,18 @@ def test_missing_shards_and_a_folder_that_is_a_file_are_found_together(tmp_path)
     found = lines_of(done)
     assert found["run"] == found["shards"] == "FAIL"
     assert "nowhere" in done.stdout
+
+
+def test_what_nccl_and_cuda_say_is_a_line_too(capsys):
+    def refuse(recipe, device):
+        raise RuntimeError("NCCL error: invalid usage\nDuplicate GPU detected")
+
+    line = line_of("network", refuse, None, torch.device("cpu"))
+    assert line.remedy
+    printed = capsys.readouterr()
+    assert printed.out.startswith("FAIL network      rank 0 on ")
+    assert "RuntimeError: NCCL error: invalid usage. Look at" in printed.out
+    assert "Duplicate GPU detected" in printed.err
 
 
 @pytest.mark.slow

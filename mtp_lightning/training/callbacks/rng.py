@@ -8,19 +8,20 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """Read the generators of Python, numpy, torch and, where CUDA is in use, every device."""
+    """Read the generators of Python, numpy, torch and, where CUDA is in use, this rank's device."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put the generators back; devices beyond those at hand are passed over."""
+    """Put the generators back; this rank's device is the current one, whatever its number was when it was saved."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    for device, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(device_state, device)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for device_state in state["cuda"][:1]:
+            torch.cuda.set_rng_state(device_state)

@@ -12,6 +12,7 @@ from unittest import mock
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
@@ -26,12 +27,15 @@ from mtp_lightning.training.callbacks.checkpoints import Checkpoints
 from mtp_lightning.training.callbacks.guard import MainHeadGuard
 from mtp_lightning.training.callbacks.start import Frozen, StartFrom
 from mtp_lightning.training.callbacks.stragglers import Stragglers
+from mtp_lightning.training.joining import joined_ranks
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.saving import Content
+from tests.support.fake_cuda.breakages import BREAKAGES
+from tests.support.fake_cuda.guard import NUM_GPUS
 from tests.support.fake_cuda.ledger import Collective, Ledger
-from tests.support.fake_cuda.patches import fake_group, operators, torch_cuda
+from tests.support.fake_cuda.patches import fake_group, operators, silent, torch_cuda
 
-WRITE = Content.write
+WRITE, INIT, ANY = Content.write, dist.init_process_group, Ranks.any
 KEPT = (Checkpoints, Frozen, MainHeadGuard, StartFrom, Stragglers)
 """Callbacks that touch tensors; the others make files, screens and stops of values, which there are none of."""
 
@@ -59,6 +63,8 @@ def run_fit(
     saves: bool = False,
     checks_first_step: bool = True,
     watch_bytes: float | None = None,
+    visible_gpus: int = NUM_GPUS,
+    without: str | None = None,
 ) -> Books:
     """Train a recipe to its last step as one rank, and validate where it says so.
 
@@ -70,17 +76,19 @@ def run_fit(
         saves: save where the recipe says so; a whole checkpoint must come of it if the recipe has one rank.
         checks_first_step: let the module check its first gradients, which takes a while at true size.
         watch_bytes: note what is held where, as soon as so much is.
+        visible_gpus: how many GPUs of its node this rank sees.
+        without: name of a mend to take out.
     """
     ledger, books = Ledger(watch_bytes), Books()
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        for patch in (*torch_cuda(guard), *operators(), *_of_package(ledger, recipe, rank), *_of_lightning()):
+        machine = (*torch_cuda(guard, visible_gpus), *operators(), *_of_lightning())
+        for patch in (*machine, *of_package(ledger, recipe, rank), *(BREAKAGES[without]() if without else ())):
             stack.enter_context(patch)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(ledger)
-        if recipe.strategy.kind != "single":
-            fake_group(recipe.strategy.num_ranks, rank)
-        books.device = str(_fit(recipe, Path(folder), ledger, books, checkpoint, saves, checks_first_step))
-        fit._let_go()
+        with joined_ranks(recipe):
+            books.device = str(_fit(recipe, Path(folder), ledger, books, checkpoint, saves, checks_first_step))
+            fit._let_go()
         books.left_bytes = ledger.live
         if saves and recipe.strategy.num_ranks == 1:
             assert [found.step for found in complete_checkpoints(Path(folder) / "checkpoints")][-1] == recipe.run.steps
@@ -202,7 +210,11 @@ def _on_device(recipe: Recipe) -> MtpModel:
         return MtpModel(recipe)
 
 
-def _of_package(ledger: Ledger, recipe: Recipe, rank: int) -> Iterator[Any]:
+def _same_group(*args: Any, **kwargs: Any) -> Any:
+    return dist.group.WORLD
+
+
+def of_package(ledger: Ledger, recipe: Recipe, rank: int) -> Iterator[Any]:
     """Yield patches of the package: weights without values, and ranks that all say what this one says."""
     place = local_seat(rank, recipe.strategy.num_ranks, 29_500).environment
     local = rank % recipe.strategy.ranks_per_node
@@ -210,7 +222,7 @@ def _of_package(ledger: Ledger, recipe: Recipe, rank: int) -> Iterator[Any]:
     yield mock.patch.dict(os.environ, place if recipe.strategy.kind != "single" else {})
     yield mock.patch("mtp_lightning.training.strategies.single.build_model", _on_device)
     yield mock.patch("mtp_lightning.training.strategies.zero.build_model", _on_device)
-    yield mock.patch("mtp_lightning.model.mtp_model._generator_of", return_value=None)
+    yield mock.patch("mtp_lightning.model.mtp_model._generator_of", silent())
 
     def noted(name: str, answer: Any) -> Any:
         def call(self: Ranks, *args: Any) -> Any:
@@ -223,27 +235,34 @@ def _of_package(ledger: Ledger, recipe: Recipe, rank: int) -> Iterator[Any]:
     yield noted("gather", lambda self, value: [value] * self.size)
     yield noted("broadcast", lambda self, value: value)
     yield noted("wait", lambda self: None)
+    yield noted("any", lambda self, is_so: bool((ANY(self, is_so), is_so)[1]))
     yield mock.patch.object(Content, "write", _write)
-    yield mock.patch("mtp_lightning.checkpoint.commit._check_shared")  # all have written the same
+    yield mock.patch("mtp_lightning.checkpoint.commit._check_shared", silent())  # all have written the same
 
     def gathered(result: torch.Tensor, group: Any = None) -> Sequence[torch.Tensor]:
         ledger.note("gather of metrics", result)
         return [result] * recipe.strategy.num_ranks
 
+    def join(*args: Any, **kwargs: Any) -> None:
+        ledger.note(f"join with GPU {torch.cuda.current_device()}")  # the one that NCCL takes
+        with mock.patch("torch.distributed.init_process_group", INIT):
+            fake_group(recipe.strategy.num_ranks, rank)
+
+    yield mock.patch("torch.distributed.init_process_group", join)
+    yield mock.patch("mtp_lightning.training.joining.check_own_device", silent())  # all say the same
     yield mock.patch("torchmetrics.metric.gather_all_tensors", gathered)
 
 
 def _of_lightning() -> Iterator[Any]:
     """Yield patches of what Lightning and DeepSpeed say to other ranks in objects, or ask values for."""
-    silent = lambda *args, **kwargs: None  # noqa: E731
     lightning, deepspeed = "lightning.pytorch", "deepspeed.runtime.zero"
-    yield mock.patch("torch.distributed.broadcast_object_list", silent)
+    yield mock.patch("torch.distributed.broadcast_object_list", silent())
     yield mock.patch("mtp_lightning.training.saving.threading.Thread", _AtOnce)  # fake tensors are not for two threads
-    yield mock.patch("torch.distributed.new_group", return_value=None)  # the one there is
-    yield mock.patch(f"{lightning}.loops.training_epoch_loop._TrainingEpochLoop._broadcast_sigterm_tensor", silent)
+    yield mock.patch("torch.distributed.new_group", _same_group)
+    yield mock.patch(f"{lightning}.loops.training_epoch_loop._TrainingEpochLoop._broadcast_sigterm_tensor", silent())
     yield mock.patch(
         f"{lightning}.strategies.parallel.ParallelStrategy.reduce_boolean_decision",
         lambda self, decision, all=True: bool(decision),
     )
     for module in ("partitioned_param_coordinator", "stage3"):
-        yield mock.patch(f"{deepspeed}.{module}.assert_ints_same_as_other_ranks", silent)
+        yield mock.patch(f"{deepspeed}.{module}.assert_ints_same_as_other_ranks", silent())

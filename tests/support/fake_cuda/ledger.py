@@ -14,6 +14,7 @@ aten = torch.ops.aten
 OF_UNKNOWN_LENGTH = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default}
 QUESTIONS_OF_OVERFLOW = ("overflow", "inf_or_nan")
 YES = ("_probe",)  # asks whether gradients are finite
+PLACE = "_probe"  # asks where the largest is
 CALLERS = 6  # frames that tell what a value is asked for
 PACKAGE = "/mtp_lightning/"
 
@@ -56,7 +57,7 @@ class Ledger(TorchDispatchMode):
         if tensor is None:
             self.collectives.append(Collective(name, "cpu", (), "object"))
         else:
-            self.collectives.append(Collective(name, tensor.device.type, tuple(tensor.shape), str(tensor.dtype)))
+            self.collectives.append(Collective(name, str(tensor.device), tuple(tensor.shape), str(tensor.dtype)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name
@@ -104,11 +105,13 @@ class Ledger(TorchDispatchMode):
 
 
 def _value(dtype: torch.dtype) -> Any:
-    """Answer the host: no to yes-or-no questions and to those for overflow; else one."""
+    """Answer the host: no to yes-or-no questions and to those for overflow; the first of places; else one."""
     names = [frame.f_code.co_name for frame in _frames(CALLERS)]
     if dtype == torch.bool:
         return any(name in YES for name in names)
     if any(word in name for word in QUESTIONS_OF_OVERFLOW for name in names):
+        return 0
+    if not dtype.is_floating_point and PLACE in names:
         return 0
     return 1.0 if dtype.is_floating_point else 1
 

@@ -24,13 +24,11 @@ ANSWERS: dict[str, Any] = {
     "is_available": True,
     "is_initialized": True,
     "is_bf16_supported": True,
-    "device_count": NUM_GPUS,
     "get_device_capability": (9, 0),
     "get_device_name": "fake H100",
     "max_memory_allocated": 0,
     "memory_allocated": 0,
     "mem_get_info": (80 * 2**30, 80 * 2**30),
-    "get_rng_state_all": (),
 }
 
 
@@ -52,28 +50,42 @@ class Nothing:
     def __exit__(self, *args: object) -> None: ...
 
 
-def torch_cuda(guard: ctypes.CDLL) -> Iterator[Any]:
-    """Yield patches under which `torch.cuda` speaks as on a node of 8 GPUs."""
+def silent() -> Any:
+    """Make a function that does nothing.
+
+    Mocks would keep what they are called with; and torch's compiler has a table of functions, in which each must be of
+    one kind.
+    """
+    return lambda *args, **kwargs: None
+
+
+def torch_cuda(guard: ctypes.CDLL, num_gpus: int = NUM_GPUS) -> Iterator[Any]:
+    """Yield patches under which `torch.cuda` speaks as on a node where some GPUs are seen."""
+
+    def set_device(device: Any) -> None:
+        index = device if isinstance(device, int) else torch.device(device).index or 0
+        if not 0 <= index < num_gpus:
+            raise torch.AcceleratorError("CUDA error: invalid device ordinal")
+        guard.set_current_device(index)
 
     def put(name: str, function: Any) -> Any:
         return mock.patch.object(torch.cuda, name, function)
 
     for name in SILENT:
-        yield put(name, lambda *args, **kwargs: None)
+        yield put(name, silent())
     for name, answer in ANSWERS.items():
         yield put(name, lambda *args, _answer=answer, **kwargs: _answer)
+    yield put("device_count", lambda: num_gpus)
     for name in ("stream", "current_stream", "default_stream", "get_device_properties"):
         yield put(name, lambda *args, **kwargs: Nothing())
+    yield put("get_rng_state", lambda: torch.zeros(16, dtype=torch.uint8))
+    yield put("set_rng_state", lambda state: None)
     yield put("current_device", lambda: guard.current_device())
-    yield put("set_device", lambda device: guard.set_current_device(_index(device)))
+    yield put("set_device", set_device)
     yield put("Stream", Nothing)
     yield put("Event", Nothing)
     yield mock.patch("torch.cuda.nvtx._nvtx", Nothing())
-    yield mock.patch("torch._subclasses.fake_tensor.init_gpu_context")
-
-
-def _index(device: Any) -> int:
-    return device if isinstance(device, int) else torch.device(device).index or 0
+    yield mock.patch("torch._subclasses.fake_tensor.init_gpu_context", silent())
 
 
 def operators() -> Iterator[Any]:
@@ -84,10 +96,11 @@ def operators() -> Iterator[Any]:
     yield mock.patch.object(torch, "tensor", _tensor)
     yield mock.patch("deepspeed.runtime.zero.partition_parameters._orig_torch_tensor", _tensor)  # put back by zero.Init
     yield mock.patch.object(torch.Tensor, "new_tensor", _new_tensor)
-    yield mock.patch.object(torch.Tensor, "record_stream")
+    yield mock.patch.object(torch.Tensor, "record_stream", silent())
     yield mock.patch.object(torch.Tensor, "pin_memory", lambda self, device=None: self)
     yield mock.patch.object(torch.Tensor, "numpy", _zeros_of_numpy)
     yield mock.patch.object(torch.utils, "swap_tensors", _swap)
+    yield mock.patch.object(torch, "set_rng_state", silent())  # read from a file under the mode, it has no values
     yield mock.patch.object(torch.Tensor, "__deepcopy__", _deep_copy)
     yield mock.patch.object(torch, "inference_mode", _no_grad)  # under it nothing is taken apart
 
@@ -138,11 +151,9 @@ def _tensor(data: Any, *, dtype: Any = None, device: Any = None, **kwargs: Any) 
     """Make a tensor on the host, and copy it."""
     made = MAKE_TENSOR(data, dtype=dtype, device="cpu", **kwargs)
     target = torch.device(device) if device is not None else torch.empty(0).device
-    if target.type == "cpu":
-        return made
     if isinstance(made, FakeTensor):
         made.constant = None  # else the mode would copy the value to a device that is not there
-    return made.to(target)
+    return made if target.type == "cpu" else made.to(target)
 
 
 def _new_tensor(self: Any, data: Any, *, dtype: Any = None, device: Any = None) -> Any:

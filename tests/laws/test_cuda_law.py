@@ -1,0 +1,208 @@
+"""The CUDA law: a run trains, validates, saves and loads on a device that is not the host's, as any of its ranks.
+
+Real trainer, strategies and engines, on CUDA tensors without memory (`tests/support/fake_cuda`). No tensors of two
+devices meet; all ranks enter the same collectives, in one order and on one kind of device; products are of the type
+that the recipe names; nothing of a fit is left when it ends; the peak at true size is what `mtp plan` says.
+"""
+
+import pytest
+
+from mtp_lightning.planner.layout import layout_of
+from mtp_lightning.planner.memory import memory
+from mtp_lightning.planner.shape import shape_of
+from mtp_lightning.recipe import load_recipe
+from tests.support.fake_cuda.client import FakeCudaError, fake_cuda
+from tests.support.fake_cuda.guard import missing
+from tests.support.runs import ROOT, mtp
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+RANKS = (0, 3, 7)  # of 8: the first, one in the middle, the last
+LOGGED = 2  # steps at most, each with a product in fp32 by which slow ranks are found
+TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SMALL = [
+    "heads.num_offsets=3",
+    "objective.weights.kind=curriculum",  # heads switch on one after the other: few ranks hold anything of the next
+    "batch.rows=16",
+    "batch.micro_rows=1",
+    "run.steps=4",
+    "run.precision=bf16",
+    "run.log_every_steps=2",
+    "run.validate_every_steps=3",
+    "run.checkpoint_every_steps=3",
+]
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with fake_cuda() as ask:
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """One of two steps, trained for real on the CPU."""
+    folder = tmp_path_factory.mktemp("run")
+    path, run = ROOT / "recipes/debug/parallel.yaml", folder / "run"
+    fields = ["run.precision=fp32", "run.steps=2", "run.validate_every_steps=2", "run.checkpoint_every_steps=2"]
+    done = mtp("train", str(path), *SMALL, *fields, f"run.dir={run}", f"run.cache={folder}", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return str(run / "checkpoints/step-00000002")
+
+
+def fields_of(kind, *overrides):
+    ranks = () if kind == "single" else ("strategy.ranks_per_node=8",)
+    micro = "batch.micro_rows=8" if "strategy.ranks_per_node=1" in (*ranks, *overrides) or not ranks else ""
+    return [own for own in (*SMALL, f"strategy.kind={kind}", *ranks, micro, *overrides) if own]
+
+
+def fit(gpu, kind, *overrides, recipe="debug/parallel", **options):
+    path = str(ROOT / f"recipes/{recipe}.yaml")
+    return gpu("fit", path=path, overrides=fields_of(kind, *overrides), **options)
+
+
+def check(books, kind, precision, rank=0):
+    assert books["device"] == f"cuda:{rank}"
+    assert books["left_bytes"] == 0 < books["state_bytes"]
+    others = books["products"].copy()
+    assert others.pop(TYPES[precision]) > 100
+    assert sum(others.values()) <= LOGGED, others
+    assert (books["loss_scale"] > 1) == (precision == "fp16" and kind != "single")
+
+
+def collectives_of(books):
+    """Names, kinds of device, shapes and types, in their order."""
+    own = [(name, device.split(":")[0], shape, dtype) for name, device, shape, dtype in books["collectives"]]
+    return [collective for collective in own if not collective[0].startswith("join")]
+
+
+@pytest.mark.parametrize("kind", ["single", "zero1", "zero2", "zero3"])
+def test_all_ranks_load_train_validate_and_save_together(gpu, checkpoint, kind):
+    ranks = RANKS if kind != "single" else (0,)
+    of_ranks = [fit(gpu, kind, rank=rank, checkpoint=checkpoint, saves=True) for rank in ranks]
+    for rank, books in zip(ranks, of_ranks, strict=True):
+        check(books, kind, "bf16", rank)
+        assert collectives_of(books) == collectives_of(of_ranks[0])
+    if kind != "single":
+        names = {name for name, *_ in of_ranks[0]["collectives"]}
+        assert {"gather", "gather of metrics", "allreduce_"} <= names
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "overrides"),
+    [
+        ("zero2", "fp16", []),
+        ("zero3", "fp16", []),
+        ("zero2", "bf16", ["strategy.offload_optimizer=cpu"]),
+        ("zero3", "bf16", ["strategy.offload_optimizer=cpu", "strategy.offload_parameters=cpu"]),
+    ],
+    ids=["zero2-fp16", "zero3-fp16", "zero2-offloaded", "zero3-offloaded"],
+)
+def test_low_precision_and_offloading_compute_in_the_type_of_the_recipe(gpu, checkpoint, kind, precision, overrides):
+    fields = [f"run.precision={precision}", *overrides]
+    check(fit(gpu, kind, *fields, rank=3, checkpoint=checkpoint, saves=True), kind, precision, 3)
+
+
+def test_one_rank_saves_a_whole_checkpoint(gpu):
+    check(fit(gpu, "zero3", "strategy.ranks_per_node=1", saves=True), "zero3", "bf16")
+
+
+def test_a_rank_that_sees_one_gpu_takes_it(gpu):
+    for kind in ("zero1", "zero3"):
+        assert fit(gpu, kind, rank=3, visible_gpus=1)["device"] == "cuda:0"
+    assert fit(gpu, "zero1", "strategy.num_nodes=2", "strategy.ranks_per_node=4", rank=6)["device"] == "cuda:2"
+
+
+def test_ranks_are_told_apart_before_they_meet(gpu):
+    found = gpu("preflight", path=str(ROOT / "recipes/debug/parallel.yaml"), overrides=fields_of("zero2"), rank=5)
+    assert found == {"joined": "join with GPU 5", "reduced on": ["cuda:5"] * 3, "named": "fake H100"}
+
+
+@pytest.mark.parametrize(
+    ("mend", "kind", "overrides", "found"),
+    [
+        ("metrics_on_the_cpu", "zero3", [], "different devices"),
+        ("types_by_lightning", "zero3", ["run.precision=fp16"], "DeepSpeed must compute in the type of run.precision"),
+    ],
+)
+def test_without_a_mend_no_step_is_taken(gpu, mend, kind, overrides, found):
+    with pytest.raises(FakeCudaError, match=found):
+        fit(gpu, kind, *overrides, without=mend)
+
+
+def test_without_the_choice_of_a_gpu_all_ranks_would_join_with_the_first(gpu):
+    arguments = {"path": str(ROOT / "recipes/debug/parallel.yaml"), "overrides": fields_of("zero2"), "rank": 5}
+    assert gpu("preflight", **arguments, without="gpus_by_rank")["joined"] == "join with GPU 0"
+
+
+def test_without_one_device_for_collectives_ranks_would_wait_for_each_other(gpu):
+    of_ranks = [fit(gpu, "zero2", rank=rank, without="collectives_where_fragments_are") for rank in RANKS]
+    first, *others = (collectives_of(own) for own in of_ranks)
+    assert any(own != first for own in others)
+
+
+@pytest.mark.slow
+def test_without_the_other_mends_a_law_fails(gpu):
+    for kind in ("zero1", "zero2", "zero3"):
+        assert fit(gpu, kind, without="engines_as_they_end")["left_bytes"] > 0
+    assert fit(gpu, "zero3", "run.precision=fp16", without="types_unchecked")["loss_scale"] == 1
+    places = ["strategy.offload_optimizer=cpu", "strategy.offload_parameters=cpu"]
+    assert fit(gpu, "zero3", *places, without="types_unchecked")["products"].get("bfloat16", 0) == 0
+
+
+CHANGES = {
+    "parallel": [],
+    "linear": ["heads.kind=linear"],
+    "medusa": ["heads.kind=medusa"],
+    "causal": ["heads.kind=chained", "heads.order=causal"],
+    "anticausal": ["heads.kind=chained", "heads.order=anticausal"],
+    "sequential": ["heads.kind=sequential"],
+    "recursive": ["heads.kind=recursive"],
+    "bridged": ["objective.schedule=bridged"],
+    "joint": ["objective.schedule=joint"],
+    "distilled": ["objective.distill={}"],
+    "token order": ["objective.token_order={}"],
+    "balanced": ["objective.balance=rms"],
+    "z-loss": ["objective.z_loss=1e-4"],
+    "recomputed": ["objective.checkpoint_trunk=true", "objective.checkpoint_heads=true"],
+    "documents": ["data.attention=document"],
+    "grouped queries, normed": ["model.num_key_value_heads=2", "model.qk_norm=true"],
+    "tied": ["model.tie_embeddings=true"],
+    "replicated": ["heads.unembedding=replicated"],
+    "updates": ["adapt.lora={rank: 2}"],
+    "frozen trunk": ["adapt.frozen=[trunk]"],
+    "heads alone": ["adapt.frozen=[trunk,unembedding]"],
+    "mixtures": ["adapt.weighted_states={}"],
+    "mixtures, updates": ["adapt.weighted_states={}", "adapt.lora={rank: 2}"],
+    "later offsets alone": ["heads.trainable_from=2"],
+}
+PRECISIONS = {"bf16": CHANGES, "fp16": ("parallel", "updates", "mixtures"), "fp32": ("parallel", "updates", "mixtures")}
+REFUSED = {("single", "fp16"): "must be fp32 or bf16 for strategy.kind single"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", ["single", "zero1", "zero2", "zero3"])
+def test_every_cell_steps_or_is_refused_by_name(gpu, kind):
+    outcomes = {}
+    for precision, names in PRECISIONS.items():
+        for name in names:
+            fields = [*CHANGES[name], f"run.precision={precision}", "run.steps=2", "run.validate_every_steps=2"]
+            try:
+                check(fit(gpu, kind, *fields, "objective.weights.kind=constant"), kind, precision)
+            except FakeCudaError as error:
+                outcomes[precision, name] = str(error)
+    refused = REFUSED.get((kind, "fp16"))
+    faults = {cell: text for cell, text in outcomes.items() if not (refused and cell[0] == "fp16" and refused in text)}
+    assert not faults, {cell: text[-400:] for cell, text in faults.items()}
+
+
+@pytest.mark.slow
+def test_13b_needs_the_memory_that_is_planned(gpu):
+    """Its second step: the first has no moments yet."""
+    path, fields = ROOT / "recipes/paper/13b_n4.yaml", ["data.shards=none", "run.steps=2", "run.log_every_steps=2"]
+    recipe = load_recipe(path, fields).recipe
+    planned = memory(shape_of(recipe), layout_of(recipe))
+    books = gpu("fit", path=str(path), overrides=fields, checks_first_step=False)
+    assert books["peaks_bytes"][1] == pytest.approx(planned.total - planned.overhead, rel=0.10)
+    assert books["left_bytes"] == 0
