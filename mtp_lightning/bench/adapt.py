@@ -26,6 +26,7 @@ from mtp_lightning.checkpoint.manifest import RECIPE_NAME
 from mtp_lightning.data.progress import say
 from mtp_lightning.errors import MtpError, RunFolderError, TrainingError
 from mtp_lightning.evaluation.marginal import check_settings
+from mtp_lightning.launch.run_marker import check_may_be_run
 
 WIDTH = 200
 NOTE_NAME = "base.json"
@@ -78,6 +79,7 @@ def _claim(folder: Path, base: Path) -> None:
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     note = folder / NOTE_NAME
     if not note.is_file():
+        check_may_be_run(folder, "--out")
         folder.mkdir(parents=True, exist_ok=True)
         replace_durably(note, json.dumps({"base": str(base), "sha256": digest}, indent=2).encode() + b"\n")
     elif (found := json.loads(note.read_text(encoding="utf-8")))["sha256"] != digest:

@@ -126,14 +126,18 @@ def show_sample(recipe: "Recipe") -> None:
     assert recipe.run.sample is not None
     trained, model = load_model(recipe.run.dir, device=device_of(DeviceName.auto))
     tokenizer = recipe_tokenizer(trained)
+    prompt = recipe.run.sample.encode()
+    room = trained.model.max_positions - len(tokenizer.encode(prompt))
+    if room < 1:
+        screen(stderr=True).print(f"\nrun.sample fills all {trained.model.max_positions} positions: nothing is written")
+        return
     settings = Settings(
-        max_new_tokens=SAMPLE_TOKENS,
+        max_new_tokens=min(SAMPLE_TOKENS, room),
         temperature=SAMPLE_TEMPERATURE,
         seed=recipe.run.seed,
         stop_tokens=[tokenizer.end_of_document],
     )
     is_drafting = trained.heads.num_offsets > 1
-    prompt = recipe.run.sample.encode()
     screen(stderr=True).print(f"\nWhat it writes (mtp generate {recipe.run.dir} --prompt TEXT --show-drafts for more):")
     print_generations(model, tokenizer, [prompt], settings, show_drafts=is_drafting, compare=is_drafting)
 

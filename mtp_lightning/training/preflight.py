@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mtp_lightning.data.datamodule import MtpDataModule
+from mtp_lightning.launch.run_marker import claim
 from mtp_lightning.planner.counts import parameter_counts
 from mtp_lightning.planner.layout import layout_of
 from mtp_lightning.planner.memory import memory
@@ -91,6 +92,9 @@ def _network(recipe: Recipe, device: torch.device) -> str:
 def _folder(recipe: Recipe, device: torch.device) -> str:
     """Every rank writes a file and reads every other's."""
     ranks, folder = Ranks(), Path(recipe.run.dir).absolute() / "logs"
+    with ranks.agreeing():
+        if ranks.is_first:
+            claim(folder.parent)
     token = ranks.broadcast(f".preflight-{time.time_ns()}")
     own = folder / f"{token}-{ranks.rank}"
     with ranks.agreeing():

@@ -1,7 +1,8 @@
 """The run folder: whose it is, what is in it, where to go on.
 
-recipe.yaml (resolved), metrics.csv, tensorboard/, summary.json, curves.png, checkpoints/, and for every start
-logs/attempt_<k>/ with the recipe and the environment of that start. A lock keeps a second process out.
+A marker that the run makes (`launch.run_marker`), recipe.yaml (resolved), metrics.csv, tensorboard/, summary.json,
+curves.png, checkpoints/, and for every start logs/attempt_<k>/ with the recipe and the environment of that start. A
+lock keeps a second process out.
 """
 
 import contextlib
@@ -19,9 +20,13 @@ from pathlib import Path
 
 from mtp_lightning.checkpoint.durable import replace_durably
 from mtp_lightning.checkpoint.layout import Checkpoint, newest_complete
-from mtp_lightning.errors import RunFolderError
+from mtp_lightning.errors import CheckpointError, RunFolderError
+from mtp_lightning.launch.run_marker import MARKER, SAVED, check_may_be_run, claim, is_run, read_marker
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, changed_fields, load_recipe, recipe_to_yaml
+from mtp_lightning.recipe.phase_sections import FOLDER as PHASES
+from mtp_lightning.recipe.phases import phases_of
+from mtp_lightning.training.nonfinite import read_rollbacks
 
 PACKAGES = ("torch", "lightning", "deepspeed", "torchmetrics", "numpy", "safetensors", "webdataset", "mtp_lightning")
 
@@ -40,7 +45,8 @@ def opened_run_folder(recipe: Recipe, ranks: Ranks) -> Iterator[Opened]:
     """Open the recipe's run folder, new or to be continued: the first rank does it and holds its lock.
 
     Raises:
-        RunFolderError: Another process holds it, it belongs to another recipe, or holds something else.
+        CheckpointError: The run has lost all its checkpoints.
+        RunFolderError: Another process holds it, it belongs to another recipe, or no run has made it.
     """
     with contextlib.ExitStack() as until_the_end:
         opened: Opened | None = None
@@ -54,14 +60,17 @@ def opened_run_folder(recipe: Recipe, ranks: Ranks) -> Iterator[Opened]:
 def _opened(recipe: Recipe) -> Iterator[Opened]:
     folder = Path(recipe.run.dir)
     _check_writable(folder)
+    check_may_be_run(folder)
     if recipe.run.fresh:
         _move_aside(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder)
     with _locked(folder):
+        _check_phases(folder, recipe)
         checkpoint = newest_complete(folder / "checkpoints")
-        _check_ownership(folder)
         if checkpoint is not None:
             check_changes(folder, recipe)
+        else:
+            _check_not_lost(folder)
         attempt = _next_attempt(folder)
         for path in (folder / "recipe.yaml", attempt / "recipe.yaml"):
             replace_durably(path, recipe_to_yaml(recipe).encode())
@@ -109,15 +118,42 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_ownership(folder: Path) -> None:
-    """Refuse a folder that holds something else than a run."""
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in (".lock", "logs"))
-    if strangers and not (folder / "recipe.yaml").exists():
+def _check_phases(folder: Path, recipe: Recipe) -> None:
+    """Refuse to lay a run with phases over one without, or other phases over those that there are."""
+    there = sorted(path.name for path in (folder / PHASES).glob("*") if is_run(path))
+    own = [phase.title for phase in phases_of(recipe)] if recipe.phases else []
+    strangers = [name for name in there if name not in own]
+    if strangers or (own and (folder / "checkpoints").is_dir()):
         raise RunFolderError(
-            "run.dir must be a new folder or the folder of a run",
-            f"{folder} without a recipe.yaml but with {', '.join(strangers[:5])}",
-            "Give another run.dir.",
+            f"a run must go on with the phases that {folder} began with",
+            f"{', '.join(strangers) or 'a run without phases'} there, and {', '.join(own) or 'none'} in the recipe",
+            "Give another run.dir, take the change back, or start over with run.fresh=true (the old run is kept).",
         )
+
+
+def _check_not_lost(folder: Path) -> None:
+    """Refuse to begin again where checkpoints have been: somebody may still want them back.
+
+    Raises:
+        CheckpointError: There were some, and none is whole.
+    """
+    first, rolled_back = read_marker(folder).get(SAVED), read_rollbacks(folder)
+    if first is None or (rolled_back and rolled_back[-1].checkpoint == 0):
+        return
+    there = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    raise CheckpointError(
+        "a run that has saved checkpoints must go on from one of them",
+        f"none that is whole in {folder / 'checkpoints'}, which holds {', '.join(there) or 'nothing'}; "
+        f"the first was of step {first}",
+        "Bring them back from a copy, or start over with run.fresh=true (what is there is kept, under another name).",
+    )
+
+
+def note_saved(folder: Path, step: int) -> None:
+    """Note durably, once, that a run has committed a checkpoint."""
+    note = read_marker(folder)
+    if is_run(folder) and SAVED not in note:
+        replace_durably(folder / MARKER, json.dumps({**note, SAVED: step}).encode() + b"\n")
 
 
 def check_changes(folder: Path, recipe: Recipe) -> None:

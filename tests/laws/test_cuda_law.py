@@ -185,8 +185,9 @@ REFUSED = {("single", "fp16"): "must be fp32 or bf16 for strategy.kind single"}
 @pytest.mark.parametrize("kind", ["single", "zero1", "zero2", "zero3"])
 def test_every_cell_steps_or_is_refused_by_name(gpu, kind):
     outcomes = {}
+    shared = {"zero1": slice(0, None, 2), "zero2": slice(1, None, 2)}  # which differ little: every other one each
     for precision, names in PRECISIONS.items():
-        for name in names:
+        for name in list(names)[shared.get(kind, slice(None))] if precision == "bf16" else names:
             fields = [*CHANGES[name], f"run.precision={precision}", "run.steps=2", "run.validate_every_steps=2"]
             try:
                 check(fit(gpu, kind, *fields, "objective.weights.kind=constant"), kind, precision)

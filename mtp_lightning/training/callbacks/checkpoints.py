@@ -19,6 +19,7 @@ from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, recipe_hash, recipe_to_yaml
 from mtp_lightning.training.callbacks.rng import rng_state, set_rng_state
 from mtp_lightning.training.callbacks.score import Score, score_of
+from mtp_lightning.training.run_folder import note_saved
 from mtp_lightning.training.saving import Content, Writer
 from mtp_lightning.training.strategies.base import RunStrategy
 
@@ -193,6 +194,7 @@ class Checkpoints(Callback):
         save_together(ranks, self.folder, moment, facts, content.write)
         with ranks.agreeing():
             if ranks.is_first:
+                note_saved(self.folder.parent, moment.step)
                 self._point(name_of_step(moment.step), name_of_step(best.step) if best else None)
 
     def _point(self, name: str, best_name: str | None) -> None:

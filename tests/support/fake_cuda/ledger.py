@@ -14,7 +14,7 @@ aten = torch.ops.aten
 OF_UNKNOWN_LENGTH = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default}
 QUESTIONS_OF_OVERFLOW = ("overflow", "inf_or_nan")
 YES = ("_probe",)  # asks whether gradients are finite
-PLACE = "_probe"  # asks where the largest is
+PLACES = ("_probe", "after_step")  # ask where the largest is, and look there
 CALLERS = 6  # frames that tell what a value is asked for
 PACKAGE = "/mtp_lightning/"
 
@@ -111,7 +111,7 @@ def _value(dtype: torch.dtype) -> Any:
         return any(name in YES for name in names)
     if any(word in name for word in QUESTIONS_OF_OVERFLOW for name in names):
         return 0
-    if not dtype.is_floating_point and PLACE in names:
+    if not dtype.is_floating_point and any(name in PLACES for name in names):
         return 0
     return 1.0 if dtype.is_floating_point else 1
 

@@ -1,0 +1,190 @@
+"""A folder becomes a run only if it is new, empty, or made by a run; nobody else's files are touched."""
+
+import hashlib
+import shutil
+
+import pytest
+
+from mtp_lightning.checkpoint.consolidate import consolidate
+from mtp_lightning.errors import CheckpointError, RunFolderError
+from mtp_lightning.launch.run_marker import MARKER
+from mtp_lightning.recipe import load_recipe
+from mtp_lightning.training.fit import train
+from tests.support.runs import ROOT, figures, mtp
+
+RECIPE = ROOT / "recipes/debug/parallel.yaml"
+SHORT = ("run.steps=4", "run.validate_every_steps=4", "run.checkpoint_every_steps=2", "run.threads=1")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, cache):
+    """A finished run, never written to."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert train(load_recipe(RECIPE, [*SHORT, f"run.dir={folder}", f"run.cache={cache}"])) == 0
+    return folder
+
+
+@pytest.fixture
+def start(tmp_path, cache, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def start(*overrides, recipe=RECIPE):
+        return train(load_recipe(recipe, [*SHORT, f"run.cache={cache}", *overrides]))
+
+    return start
+
+
+def content_of(folder):
+    """Every name beneath a folder, with a digest of what is in it."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def write(path, text=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def make_export(folder, run):
+    consolidate(run, folder)
+
+
+def make_checkpoint(folder, run):
+    shutil.copytree(run / "checkpoints/step-00000004", folder)
+
+
+def make_attempt(folder, run):
+    shutil.copytree(run / "logs/attempt_1", folder)
+
+
+def make_project(folder, run):
+    shutil.copy(run / "recipe.yaml", folder.parent / "recipe.yaml")
+    write(folder / "recipe.yaml", (run / "recipe.yaml").read_text())
+    write(folder / "thesis.tex", "years of work")
+
+
+def make_shards(folder, run):
+    write(folder / "manifest.json", "{}")
+    write(folder / "train-00000.tar", "tokens")
+
+
+def make_model(folder, run):
+    write(folder / "config.json", "{}")
+    write(folder / "model.safetensors", "weights")
+
+
+def make_logs(folder, run):
+    write(folder / "logs/web.log", "GET /")
+
+
+def make_file(folder, run):
+    write(folder, "text")
+
+
+FOREIGN = {
+    "export": (make_export, "a model that was exported, imported or extended"),
+    "checkpoints/step-00000004": (make_checkpoint, "a checkpoint"),
+    "logs/attempt_1": (make_attempt, "the log of one start"),
+    "project": (make_project, "a folder that holds recipe.yaml, thesis.tex"),
+    "shards": (make_shards, "a folder of shards"),
+    "model": (make_model, "a model in Hugging Face's layout"),
+    "others": (make_logs, "a folder that holds logs"),
+    "file": (make_file, "a file"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("fresh", ["false", "true"], ids=["", "fresh"])
+def test_what_no_run_has_made_is_named_and_stays_as_it_is(start, trained, tmp_path, name, fresh):
+    make, what = FOREIGN[name]
+    folder = tmp_path / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    make(folder, trained)
+    before = content_of(tmp_path)
+    with pytest.raises(RunFolderError) as caught:
+        start(f"run.dir={folder}", f"run.fresh={fresh}")
+    assert what in caught.value.found
+    assert content_of(tmp_path) == before
+
+
+def test_the_command_says_the_same_of_a_folder_and_of_a_recipe_of_ones_own(trained, tmp_path):
+    make_export(tmp_path / "export", trained)
+    make_project(tmp_path / "project", trained)
+    before = content_of(tmp_path)
+    for arguments, where in [(["export"], "."), (["recipe.yaml", "run.dir=."], "project")]:
+        done = mtp("train", *arguments, "run.steps=6", cwd=tmp_path / where)
+        assert done.returncode == RunFolderError.exit_code
+        assert "Nothing has been changed" in done.stderr.replace("\n", " ")
+        assert "Traceback" not in done.stderr
+    assert content_of(tmp_path) == before
+
+
+def test_new_empty_and_own_folders_become_runs(start, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in ("new/deep", "empty"):
+        assert start(f"run.dir={folder}") == 0
+        assert (tmp_path / folder / MARKER).is_file()
+    assert start("run.dir=empty", "run.steps=6") == 0
+    assert start("run.dir=empty", "run.fresh=true") == 0
+    assert (tmp_path / "empty.1" / MARKER).is_file()
+
+
+def damage(checkpoints):
+    for path in checkpoints.glob("step-*/model-*"):
+        path.write_bytes(b"x" * path.stat().st_size)
+
+
+def cut(checkpoints):
+    for path in checkpoints.glob("step-*/model-*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("harm", [damage, cut, shutil.rmtree], ids=["damaged", "cut", "removed"])
+def test_a_run_that_has_lost_its_checkpoints_does_not_begin_again(start, trained, tmp_path, harm):
+    shutil.copytree(trained, tmp_path / "run")
+    harm(tmp_path / "run/checkpoints")
+    rows = figures(tmp_path / "run/metrics.csv")
+    for overrides in ((), ("model.width=64", "run.seed=7")):
+        with pytest.raises(CheckpointError, match=r"must go on from one of them; found none that is whole .* step 2"):
+            start("run.dir=run", *overrides)
+    assert figures(tmp_path / "run/metrics.csv") == rows
+    assert start("run.dir=run", "run.fresh=true") == 0
+    assert (tmp_path / "run.1/metrics.csv").is_file()
+
+
+PHASES = "extends: {root}/recipes/debug/parallel.yaml\nphases:\n  {name}: {{run: {{steps: 2}}}}\n"
+
+
+def test_other_phases_and_none_are_not_laid_over_those_that_began(start, tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.yaml", PHASES.format(root=ROOT, name=name))
+    assert start("run.dir=run", recipe=tmp_path / "a.yaml") == 0
+    before = content_of(tmp_path / "run/phases") | {"recipe.yaml": (tmp_path / "run/recipe.yaml").read_text()}
+    for recipe in (tmp_path / "b.yaml", RECIPE):
+        with pytest.raises(RunFolderError, match=r"phases that run began with; found 1-a there"):
+            start("run.dir=run", recipe=recipe)
+    assert start("run.dir=plain") == 0
+    with pytest.raises(RunFolderError, match="a run without phases there, and 1-a in the recipe"):
+        start("run.dir=plain", recipe=tmp_path / "a.yaml")
+    after = content_of(tmp_path / "run/phases") | {"recipe.yaml": (tmp_path / "run/recipe.yaml").read_text()}
+    assert after == before
+
+
+def test_preflight_and_submit_touch_no_foreign_folder_either(trained, tmp_path, cache):
+    make_project(tmp_path / "project", trained)
+    before = content_of(tmp_path)
+    done = mtp("preflight", str(RECIPE), "run.dir=project", f"run.cache={cache}", cwd=tmp_path)
+    assert done.returncode == 6
+    assert "FAIL run folder" in done.stdout
+    assert "a folder that holds recipe.yaml, thesis.tex" in done.stdout
+    done = mtp("submit", str(RECIPE), "--site", "local", "--dry-run", "run.dir=project", cwd=tmp_path)
+    assert done.returncode == RunFolderError.exit_code
+    assert "a folder that holds recipe.yaml, thesis.tex" in done.stderr.replace("\n", " ")
+    assert content_of(tmp_path) == before
