@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,12 +14,14 @@ from typing import Any
 
 from mtp_lightning.errors import RunFolderError
 
+SUBMISSION = re.compile(r"submit_[0-9]{1,9}\Z")
 MOST_DIFF_BYTES = 20_000_000
 
 
 def next_folder(run: Path) -> Path:
     """Name the folder of the next submission of a run; it is not made yet."""
-    numbers = [int(path.name.removeprefix("submit_")) for path in (run / "logs").glob("submit_*")]
+    names = [path.name for path in (run / "logs").glob("submit_*")]
+    numbers = [int(name.removeprefix("submit_")) for name in names if SUBMISSION.match(name)]
     return run / "logs" / f"submit_{max(numbers, default=0) + 1}"
 
 

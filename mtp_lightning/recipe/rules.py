@@ -10,6 +10,7 @@ from mtp_lightning.recipe.data_sections import MIXTURE_BLOCK_ROWS
 from mtp_lightning.recipe.layers import num_layers_from_trunk, num_trunk_layers
 from mtp_lightning.recipe.model_rules import MODEL_RULES
 from mtp_lightning.recipe.objective_sections import ConstantWeights, LambdaWeights
+from mtp_lightning.recipe.path_rules import PATH_RULES
 from mtp_lightning.recipe.rule import Rule, divisors, value_at
 from mtp_lightning.recipe.section import Section
 from mtp_lightning.recipe.sections import Recipe
@@ -375,4 +376,5 @@ RULES: tuple[Rule, ...] = (
     *ADAPT_RULES,
     *DATA_RULES,
     *STRATEGY_RULES,
+    *PATH_RULES,
 )

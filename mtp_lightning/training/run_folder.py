@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ from mtp_lightning.recipe.phase_sections import FOLDER as PHASES
 from mtp_lightning.recipe.phases import phases_of
 from mtp_lightning.training.nonfinite import read_rollbacks
 
+FILES = (".lock", MARKER, "recipe.yaml", "metrics.csv", "summary.json", "curves.png")
+FOLDERS = ("checkpoints", "logs", "phases", "tensorboard")
+ATTEMPT = re.compile(r"attempt_[0-9]{1,9}\Z")
 PACKAGES = ("torch", "lightning", "deepspeed", "torchmetrics", "numpy", "safetensors", "webdataset", "mtp_lightning")
 
 
@@ -63,6 +67,7 @@ def _opened(recipe: Recipe) -> Iterator[Opened]:
     check_may_be_run(folder)
     if recipe.run.fresh:
         _move_aside(folder)
+    _check_entries(folder)
     claim(folder)
     with _locked(folder):
         _check_phases(folder, recipe)
@@ -116,6 +121,18 @@ def _locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         yield
+
+
+def _check_entries(folder: Path) -> None:
+    """Refuse a run folder in which something stands where the run writes; it would be found out at the end only."""
+    for name in (*FILES, *FOLDERS):
+        path = folder / name
+        if path.exists() and not (path.is_file() if name in FILES else path.is_dir()):
+            raise RunFolderError(
+                f"{name} of a run must be a {'file' if name in FILES else 'folder'}",
+                f"{path}, which is {'a folder' if path.is_dir() else 'none'}",
+                "Move it away, or give another run.dir.",
+            )
 
 
 def _check_phases(folder: Path, recipe: Recipe) -> None:
@@ -172,7 +189,7 @@ def check_changes(folder: Path, recipe: Recipe) -> None:
 
 def _next_attempt(folder: Path) -> Path:
     logs = folder / "logs"
-    numbers = [int(path.name.removeprefix("attempt_")) for path in logs.glob("attempt_*")]
+    numbers = [int(path.name.removeprefix("attempt_")) for path in logs.glob("attempt_*") if ATTEMPT.match(path.name)]
     attempt = logs / f"attempt_{max(numbers, default=0) + 1}"
     attempt.mkdir(parents=True)
     return attempt

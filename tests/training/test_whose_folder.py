@@ -159,6 +159,28 @@ def test_a_run_that_has_lost_its_checkpoints_does_not_begin_again(start, trained
     assert (tmp_path / "run.1/metrics.csv").is_file()
 
 
+@pytest.mark.parametrize("name", ["summary.json", "curves.png", ".lock", "metrics.csv", "logs", "tensorboard"])
+def test_what_stands_in_the_way_of_a_run_is_named_before_it_begins(start, trained, tmp_path, name):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / name
+    if is_file := path.is_file():
+        path.unlink()
+        path.mkdir()
+    else:
+        shutil.rmtree(path)
+        path.write_text("")
+    with pytest.raises(RunFolderError, match=f"{name} of a run must be a {'file' if is_file else 'folder'}"):
+        start("run.dir=run", "run.steps=6")
+
+
+def test_other_names_among_the_logs_are_passed_over(start, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    for name in ("attempt_1.bak", "attempt_x", "attempt_", "submit_old"):
+        (tmp_path / "run/logs" / name).mkdir()
+    assert start("run.dir=run", "run.steps=6") == 0
+    assert (tmp_path / "run/logs/attempt_2").is_dir()
+
+
 PHASES = "extends: {root}/recipes/debug/parallel.yaml\nphases:\n  {name}: {{run: {{steps: 2}}}}\n"
 
 

@@ -117,7 +117,9 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
             else:
                 self._cut_links()
             self.model, self.optimizers = None, []
-        super().teardown()
+        module, self._lightning_module = self._lightning_module, None
+        super().teardown()  # which would copy all of it to the host, on every rank
+        self._lightning_module = module
 
     @property
     def _zero(self) -> Any:
