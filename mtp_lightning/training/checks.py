@@ -5,9 +5,11 @@ documents, and heads that never changed. The checks run on the first steps of ev
 """
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +18,19 @@ from mtp_lightning.errors import TrainingError
 from mtp_lightning.losses.targets import IGNORE, count_targets, oracle_targets
 from mtp_lightning.model.lora import DOWN, UP
 from mtp_lightning.model.mtp_model import MtpModel
+from mtp_lightning.model.roles import role_of
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.training.fragments import Fragment, listed
 
 _MISSING = -1.0
+_STILL, _UNSEEN, _MOVED = 0.0, 1.0, 2.0  # what has become of a weight in a step
 _FAULTS = {_MISSING: "no gradient", math.inf: "gradient not finite", 0.0: "gradient zero"}
 ORACLE_STEPS = 2  # steps after every start whose targets are compared
 ORACLE_ROWS = 4  # rows of each that go through the slow oracle
+MOST_MISSES = 100  # global batches without a target after which an offset is taken not to have any
+ZERO_LOOKS = 6  # at a gradient of zero, over 2^6 steps, where a matrix of zeros may be the reason
+SEEN_GRADIENT = 1e-6  # far above the eps that Adam adds to a gradient's size
+SHOWN_ULPS = 4  # a rate of so many units in the last place shows in any step of Adam whose gradients agree
 WAVE_ENTRIES = 2**18  # of a gradient that are looked at together
 ROUNDING, COARSE_ROUNDING = 1e-2, 5e-2  # of a gradient's norm: how far sums may lie apart; coarse below fp32
 
@@ -62,21 +70,32 @@ def _shown(target: Tensor) -> str:
     return "no target" if int(target) == IGNORE else f"token {int(target)}"
 
 
-def check_counts(counts: Tensor, weights: list[float]) -> None:
-    """Refuse a global batch in which an offset that has a weight has no valid target.
+class TargetArrival:
+    """Watches that every offset has something to learn; single batches without are no fault, a run without is."""
 
-    Raises:
-        TrainingError: Naming the offsets.
-    """
-    pairs = zip(counts.tolist(), weights, strict=True)
-    empty = [offset for offset, (count, weight) in enumerate(pairs, start=1) if weight and not count]
-    if empty:
-        raise TrainingError(
-            "every trained offset must have at least one valid target in each global batch",
-            f"none at offset {', '.join(map(str, empty))}",
-            "Raise batch.rows or data.window_tokens, predict fewer offsets (heads.num_offsets), "
-            "or look at the loss mask with `mtp data peek`.",
-        )
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self.misses: Counter[int] = Counter()  # global batches before the first that has a target
+
+    def look(self, counts: list[float], weights: list[float]) -> list[float]:
+        """Return the weights of those offsets that have a valid target in this global batch, 0 for the others.
+
+        Raises:
+            TrainingError: Naming offsets that have had none in any of many batches.
+        """
+        pairs = list(zip(counts, weights, strict=True))
+        self.seen |= {offset for offset, (count, _) in enumerate(pairs, start=1) if count}
+        lacking = [offset for offset, (_, weight) in enumerate(pairs, start=1) if weight and offset not in self.seen]
+        self.misses.update(lacking)
+        empty = [offset for offset in lacking if self.misses[offset] >= MOST_MISSES]
+        if empty:
+            raise TrainingError(
+                "every trained offset must have a valid target now and then",
+                f"none at offset {', '.join(map(str, empty))} in the first {MOST_MISSES} global batches",
+                "Raise batch.rows or data.window_tokens, predict fewer offsets (heads.num_offsets), "
+                "or look at the loss mask with `mtp data peek`.",
+            )
+        return [weight if count else 0.0 for count, weight in pairs]
 
 
 class GradientArrival:
@@ -85,31 +104,49 @@ class GradientArrival:
     A parameter is settled by the first step at which it is expected to be trained: one that belongs to offsets of
     weight 0 (a curriculum, say) waits until they are switched on. The whole watch ends when all are settled. What
     a rank holds of a parameter is a fragment of it, so ranks compare notes: all of them make the same calls.
+
+    What cannot be decided yet is looked at again, after twice as many steps each time: a gradient of zero where some
+    matrix is all zeros, as in blocks that are put into a pretrained model, and behind it nothing arrives before that
+    one has moved; and a weight that stays as it is where the rate is too small to show in its last digit.
     """
 
     def __init__(self, model: MtpModel, ranks: Ranks) -> None:
         self.model, self.ranks = model, ranks
         self.pending = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.probes: dict[str, tuple[Tensor, Tensor]] = {}  # index of the fragment's largest gradient, value there
+        self.watched: list[str] = []
+        self.probes: dict[str, _Probe] = {}
+        self.num_steps = 0
+        self.due: dict[str, int] = {}  # when an undecided parameter is looked at again
+        self.zeros: Counter[str] = Counter()  # looks that found a gradient of zero
+        self.unseen: Counter[str] = Counter()  # looks at which the rate was too small to show
 
-    def before_step(self, weights: list[float], fragments: Iterable[Fragment]) -> None:
+    def before_step(self, weights: list[float], fragments: Iterable[Fragment], *, scale: float = 1.0) -> None:
         """Look at the gradients of a step, before clipping and the optimizer.
+
+        Args:
+            weights: of the offsets.
+            fragments: of this rank.
+            scale: factor of these gradients that the optimizer will see, by clipping and loss scale.
 
         Raises:
             TrainingError: Naming the parameters whose gradient is missing, zero or not finite.
         """
-        if not self.pending:
+        self.num_steps, self.scale = self.num_steps + 1, scale
+        idle = self._idle(weights) if self.pending else set()
+        self.watched = [name for name in self.pending if name not in idle and self.due.get(name, 0) <= self.num_steps]
+        if not self.watched:
             return
-        idle = self._idle(weights)
-        self.watched = [name for name in self.pending if name not in idle]
+        held = list(fragments)
         peaks = dict.fromkeys(self.watched, _MISSING)
-        for fragment in fragments:
+        for fragment in held:
             if fragment.name in peaks:
                 peaks[fragment.name] = max(peaks[fragment.name], self._probe(fragment))
-        largest = self.ranks.max(torch.tensor(list(peaks.values()), dtype=torch.float64))
+        found = self.ranks.max(torch.tensor(list(peaks.values()), dtype=torch.float64)).tolist()
+        largest = dict(zip(self.watched, found, strict=True))
+        waiting = self._waiting([name for name, peak in largest.items() if peak == 0], held)
         faults: dict[str, list[str]] = {}
-        for name, peak in zip(self.watched, largest.tolist(), strict=True):
-            if peak in _FAULTS:
+        for name, peak in largest.items():
+            if peak in _FAULTS and name not in waiting:
                 faults.setdefault(_FAULTS[peak], []).append(name)
         if faults:
             raise TrainingError(
@@ -117,22 +154,48 @@ class GradientArrival:
                 "; ".join(f"{fault}: {listed(names)}" for fault, names in faults.items()),
                 "Freeze what is not meant to train, or report the schedule, head kind and strategy that lose it.",
             )
+        self.watched = [name for name in self.watched if name not in waiting]
 
-    def after_step(self, fragments: Iterable[Fragment]) -> None:
+    def _waiting(self, zeros: list[str], held: Sequence[Fragment]) -> set[str]:
+        """Choose from parameters without a gradient those that a matrix of zeros may be the reason for, for a while."""
+        matrices = [name for name, p in self.model.named_parameters() if not name.endswith("bias")]
+        if not zeros:
+            return set()
+        peaks = dict.fromkeys(matrices, 0.0)
+        for fragment in held:
+            if fragment.name in peaks and fragment.weight.numel():
+                peaks[fragment.name] = max(peaks[fragment.name], float(fragment.weight.abs().max()))
+        largest = self.ranks.max(torch.tensor(list(peaks.values()), dtype=torch.float64))
+        if bool(largest.all()):
+            return set()
+        self.zeros.update(zeros)
+        waiting = {name for name in zeros if self.zeros[name] <= ZERO_LOOKS}
+        self._look_again(waiting, self.zeros)
+        return waiting
+
+    def _look_again(self, names: Iterable[str], looks: Mapping[str, int]) -> None:
+        self.due |= {name: self.num_steps + 2 ** (looks[name] - 1) for name in names}
+
+    def after_step(self, fragments: Iterable[Fragment], rates: Mapping[str, float]) -> None:
         """Check that what had a gradient has moved, and stop watching it.
+
+        Args:
+            fragments: of this rank, after the step.
+            rates: learning rate of each role.
 
         Raises:
             TrainingError: Naming the parameters that have not moved.
         """
-        if not self.pending:
+        if not self.watched:
             return
-        moved = dict.fromkeys(self.watched, 0.0)
+        moved = dict.fromkeys(self.watched, _STILL)
         for fragment in fragments:
-            if fragment.name in self.probes:
-                index, before = self.probes[fragment.name]
-                moved[fragment.name] = float(fragment.weight[index] != before)
-        has_moved = self.ranks.max(torch.tensor(list(moved.values()))).tolist()
-        still = [name for name, has in zip(self.watched, has_moved, strict=True) if not has]
+            if fragment.name in self.probes and fragment.name in moved:
+                moves = self.probes[fragment.name].moves(fragment.weight, rates[role_of(fragment.name)])
+                moved[fragment.name] = max(moved[fragment.name], moves)
+        found = self.ranks.max(torch.tensor(list(moved.values()))).tolist()
+        outcome = dict(zip(self.watched, found, strict=True))
+        still = [name for name, moves in outcome.items() if moves == _STILL]
         if still:
             raise TrainingError(
                 "every parameter with a gradient must move in an optimizer step",
@@ -140,7 +203,19 @@ class GradientArrival:
                 "Check that the optimizer holds these parameters and that their learning rate is not zero "
                 "(optimizer.lr, optimizer.lr_scale).",
             )
-        self.pending = [name for name in self.pending if name not in moved]
+        self._note(outcome)
+
+    def _note(self, outcome: Mapping[str, float]) -> None:
+        """Settle what has moved, and look at the rest again later."""
+        undecided = [name for name, moves in outcome.items() if moves == _UNSEEN]
+        if undecided and not self.unseen and self.ranks.is_first:
+            print(
+                f"The learning rate is too small to show in {listed(undecided)}: whether they move is looked at again",
+                flush=True,
+            )
+        self.unseen.update(undecided)
+        self._look_again(undecided, self.unseen)
+        self.pending = [name for name in self.pending if outcome.get(name) != _MOVED]
         self.probes.clear()
 
     @torch.no_grad()
@@ -152,9 +227,10 @@ class GradientArrival:
         if not bool(gradient.isfinite().all()):
             return math.inf
         index = gradient.abs().argmax()
-        if gradient[index] != 0:
-            self.probes[fragment.name] = (index, fragment.weight[index].clone())
-        return float(gradient[index].abs())
+        peak = float(gradient[index].abs())
+        if peak:
+            self.probes[fragment.name] = _Probe(index, fragment.weight[index].clone(), peak * self.scale)
+        return peak
 
     def _idle(self, weights: list[float]) -> set[str]:
         """Parameters that serve only offsets of weight 0, and halves of low-rank updates whose other is zero yet."""
@@ -236,6 +312,22 @@ class GradientSums:
             hook.remove()
         self.hooks.clear()
         self.noted.clear()
+
+
+class _Probe(NamedTuple):
+    """A weight that ought to move."""
+
+    place: Tensor  # where the fragment's gradient is largest, 0-dimensional
+    before: Tensor  # the weight there
+    gradient: float  # there, as the optimizer sees it
+
+    def moves(self, weights: Tensor, rate: float) -> float:
+        """Say whether it has moved, or could not be seen to: Adam first steps by rate x gradient / (gradient + eps)."""
+        if bool(weights[self.place] != self.before):
+            return _MOVED
+        magnitude = abs(float(self.before))
+        ulp = torch.finfo(self.before.dtype).eps * 2.0 ** math.floor(math.log2(magnitude)) if magnitude else 0.0
+        return _STILL if rate > SHOWN_ULPS * ulp and self.gradient > SEEN_GRADIENT else _UNSEEN
 
 
 @torch.no_grad()

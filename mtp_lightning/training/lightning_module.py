@@ -4,6 +4,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
@@ -17,12 +18,18 @@ from mtp_lightning.model.freezing import first_taught, freeze
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.training.checks import ORACLE_STEPS, GradientArrival, GradientSums, check_counts, check_targets
+from mtp_lightning.training.checks import ORACLE_STEPS, GradientArrival, GradientSums, TargetArrival, check_targets
 from mtp_lightning.training.fragments import gradient_norms
 from mtp_lightning.training.metrics import RunMetrics, of_source
 from mtp_lightning.training.nonfinite import SkippedSteps
 from mtp_lightning.training.objective import MicroBatch, Objective, OffsetLosses
-from mtp_lightning.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from mtp_lightning.training.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    rates_by_role,
+    set_learning_rate,
+)
 from mtp_lightning.training.schedules import evaluate, run_schedule
 from mtp_lightning.training.strategies.base import RunStrategy
 
@@ -73,6 +80,7 @@ class MtpLightningModule(L.LightningModule):
         """Begin the checks anew after every start, resumed or not."""
         self.gradient_arrival = GradientArrival(self.model, self.strategy.ranks)
         self.gradient_sums = GradientSums(self.model, self.strategy.ranks)
+        self.target_arrival = TargetArrival()
         self.num_checked_steps = 0
         self.logged_at, self.logged_step = time.monotonic(), self.global_step
 
@@ -89,7 +97,7 @@ class MtpLightningModule(L.LightningModule):
                 parts.append((micro_batch.targets, losses))
         norms = self._norms(parts, objective.weights)
         is_finite = math.isfinite(norms["all"])
-        self._step_optimizer(norms, objective.weights, step)
+        self._step_optimizer(norms, objective, step)
         for part in parts if is_finite else ():
             self.measured.train.update(*part)
         self.trainer.datamodule.advance(len(batch["tokens"]) * self.strategy.ranks.size)  # type: ignore[attr-defined]
@@ -162,8 +170,8 @@ class MtpLightningModule(L.LightningModule):
         num_frozen = first_taught(self.recipe) - 1
         weights[:num_frozen] = [0.0] * num_frozen
         objective = self._objective(targets, batch["documents"], weights, predicts=self._is_logged(step + 1))
-        check_counts(objective.counts, weights)
-        return objective, targets
+        taught = self.target_arrival.look(objective.counts.tolist(), weights)
+        return replace(objective, taught=taught), targets
 
     def _targets(self, batch: Batch) -> Tensor:
         num_offsets = self.recipe.heads.num_offsets
@@ -213,40 +221,46 @@ class MtpLightningModule(L.LightningModule):
             strategy.fragments(), strategy.ranks, loss_scale=strategy.gradient_scale, loss=losses.sum()
         )
 
-    def _step_optimizer(self, norms: dict[str, Tensor], weights: list[float], step: int) -> None:
+    def _step_optimizer(self, norms: dict[str, Tensor], objective: Objective, step: int) -> None:
         """Check, clip, step, zero: once per optimizer step."""
         optimizer, strategy, section = self.optimizers(), self.strategy, self.recipe.optimizer
         assert not isinstance(optimizer, list)
-        is_finite = math.isfinite(norms["all"])
-        if is_finite:
+        has_effect = math.isfinite(norms["all"]) and objective.teaches
+        if has_effect:
             self.skipped_steps.end()
-            self.gradient_arrival.before_step(weights, strategy.fragments())
+            clip = 1.0 if section.clip_norm is None else min(1.0, section.clip_norm / max(float(norms["all"]), 1e-30))
+            scale = clip / strategy.gradient_scale
+            self.gradient_arrival.before_step(objective.taught or [], strategy.fragments(), scale=scale)
             self.gradient_sums.compare(strategy.fragments())
             if section.clip_norm is not None and strategy.clips_here:
                 clip_gradients(self.model.parameters(), norms["all"], section.clip_norm)
         else:
             self.gradient_sums.forget()
-            self._skip(norms, step)
+            self._skip(norms, objective, step)
         rate = learning_rate(section, step, self.recipe.run.steps)
         set_learning_rate(optimizer.optimizer, section, rate)
         optimizer.step()  # counts the step, skipped or not
-        if is_finite and rate > 0:  # the last step of a decay to zero moves nothing
-            self.gradient_arrival.after_step(strategy.fragments())
+        if has_effect and rate > 0:  # the last step of a decay to zero moves nothing
+            self.gradient_arrival.after_step(strategy.fragments(), rates_by_role(section, rate))
         optimizer.zero_grad(set_to_none=True)
 
-    def _skip(self, norms: dict[str, Tensor], step: int) -> None:
+    def _skip(self, norms: dict[str, Tensor], objective: Objective, step: int) -> None:
         """Make the optimizer step leave everything as it is.
 
         Raises:
             NonFiniteStreak: Too many steps in a row were not finite.
         """
+        first = self.trainer.datamodule.rows_consumed  # type: ignore[attr-defined]
+        rows = range(first, first + self.recipe.batch.rows_at(first))
         bad = [role for role, norm in norms.items() if role != "all" and not math.isfinite(norm)]
         if bad and self.recipe.run.precision == "fp16":
             self.skipped_steps.total += 1  # fp16 searches for its loss scale by overflowing: DeepSpeed skips by itself
             return
-        first = self.trainer.datamodule.rows_consumed  # type: ignore[attr-defined]
-        found = f"a gradient of {', '.join(bad)}" if bad else "a loss"
-        self.skipped_steps.add(found, step + 1, range(first, first + self.recipe.batch.rows_at(first)))
+        if math.isfinite(norms["all"]):
+            self.skipped_steps.pass_over(step + 1, rows)
+        else:
+            found = f"a gradient of {', '.join(bad)}" if bad else "a loss"
+            self.skipped_steps.add(found, step + 1, rows)
         self.strategy.discard_gradients()
 
     def _is_logged(self, done_steps: int) -> bool:

@@ -48,11 +48,12 @@ class SkippedSteps:
 
     Attributes:
         total: all of them, those of fp16's search for its loss scale included.
+        empty: those that had nothing to learn, since this start.
         in_row: those since the last finite step.
     """
 
     def __init__(self, section: NonFiniteSection) -> None:
-        self.total = self.in_row = 0
+        self.total = self.in_row = self.empty = 0
         self._most_in_row = section.skip_steps
         self._first_row = 0
 
@@ -72,6 +73,17 @@ class SkippedSteps:
             print(
                 f"Step {step} skipped: {found} is not finite, in rows {rows.start:,} to {rows.stop - 1:,} of the run "
                 f"({self.in_row} in a row, {self._most_in_row} may be)",
+                flush=True,
+            )
+
+    def pass_over(self, step: int, rows: range) -> None:
+        """Count a step whose rows hold nothing to learn; the first, second, fourth, ... of them is told."""
+        self.total += 1
+        self.empty += 1
+        if self.empty & (self.empty - 1) == 0 and Ranks().is_first:
+            print(
+                f"Step {step} skipped: no token to learn in rows {rows.start:,} to {rows.stop - 1:,} of the run "
+                f"({self.empty} such steps since the start)",
                 flush=True,
             )
 

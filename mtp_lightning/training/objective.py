@@ -31,6 +31,7 @@ class Objective:
     num_ranks: int = 1  # that the strategy averages gradients over, where the loss is a sum over all of them
     teacher_counts: Tensor | None = None  # (N,) positions of the whole global batch that have a teacher
     loss_scale: float = 1.0  # that each backward pass multiplies gradients by (fp16)
+    taught: list[float] | None = None  # the weights of those offsets that have a target in this global batch
 
     @cached_property
     def coefficients(self) -> Tensor:
@@ -55,6 +56,12 @@ class Objective:
         assert section is not None
         assert num_ordered is not None
         return self.num_ranks * section.weight / num_ordered.to(self.coefficients.dtype).clamp(min=1)
+
+    @property
+    def teaches(self) -> bool:
+        """Tell whether there is anything to learn from this global batch."""
+        has_order = self.section.token_order is not None and bool(self.num_ordered)
+        return self.taught is None or any(self.taught) or has_order
 
     @property
     def is_balanced(self) -> bool:

@@ -58,10 +58,16 @@ def learning_rate(section: OptimizerSection, step: int, num_steps: int) -> float
     return section.lr * (section.decay_ratio + (1 - section.decay_ratio) * cosine)
 
 
+def rates_by_role(section: OptimizerSection, lr: float) -> dict[str, float]:
+    """Learning rate of each role, where that of a role without a factor of its own is `lr`."""
+    return {role: lr * factor for role, factor in (dict.fromkeys(ROLES, 1.0) | section.lr_scale).items()}
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, section: OptimizerSection, lr: float) -> None:
     """Give every group the learning rate of its role."""
+    rates = rates_by_role(section, lr)
     for group in optimizer.param_groups:
-        group["lr"] = lr * section.lr_scale.get(group["role"], 1.0)
+        group["lr"] = rates[group["role"]]
 
 
 @torch.no_grad()

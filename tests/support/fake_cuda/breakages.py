@@ -26,9 +26,9 @@ def collectives_where_fragments_are() -> Iterator[Any]:
     """Compare notes of gradients where the last of them is that this rank holds, or on the host."""
     real = GradientArrival.before_step
 
-    def before_step(self: GradientArrival, weights: list[float], fragments: Iterable[Fragment]) -> None:
+    def before_step(self: GradientArrival, weights: Any, fragments: Iterable[Fragment], **options: Any) -> None:
         held = list(fragments)
-        real(self, weights, held)
+        real(self, weights, held, **options)
         if self.pending:
             devices = [own.weight.device for own in held if own.name in self.watched]
             torch.distributed.all_reduce(torch.zeros(1, device=devices[-1] if devices else "cpu"))
