@@ -95,3 +95,26 @@ def test_another_way_of_computing_is_refused(change, tmp_path):
     )
     with pytest.raises(CheckpointError, match=f"model.{change.partition('=')[0]} .* there and .* here"):
         train(recipe)
+
+
+AS_IMPORTED = tuple(field for field in SHORT if not field.startswith("run.steps"))  # lr 1e-5, 100 steps of warm-up
+
+
+@pytest.mark.parametrize("kind", ["single", "zero3"])
+def test_large_norms_and_blocks_of_zeros_are_no_faults(tmp_path, kind):
+    """As pretrained models have them, and as block expansion puts them in: at the first rate of the warm-up, 1e-7."""
+    outside = {name: 0.3 * torch.randn(BYTES, 16) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    tensors = llama_tensors() | outside
+    for name, tensor in tensors.items():
+        if name.endswith("norm.weight"):
+            tensor.fill_(8.0)
+        if "layers.1." in name and name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor.zero_()
+    write_folder(tmp_path / "hf", tensors, vocab_size=BYTES)
+    import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(num_offsets=3))
+    recipe = str(tmp_path / "ours/recipe.yaml")
+    done = mtp(
+        "train", recipe, *AS_IMPORTED, *own_folders(tmp_path), "run.steps=6", f"strategy.kind={kind}", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "too small to show in" in done.stdout
