@@ -31,14 +31,13 @@ from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.joining import joined_ranks
 from mtp_lightning.training.lightning_module import MtpLightningModule
-from mtp_lightning.training.parity_cells import Cell, matrix
+from mtp_lightning.training.parity_cells import RANKS, Cell, matrix
 from mtp_lightning.training.plain_run import PlainStep, build_named_optimizer, plain_run, random_batch
 from mtp_lightning.training.strategies.base import RunStrategy
 from mtp_lightning.training.strategies.zero import build_strategy
 
 TOLERANCE = 1e-5  # relative: of a parameter's gradient, and of its value
 LOSS_TOLERANCE = 1e-4  # relative: of an offset's loss
-RANKS = (1, 2)
 CELLS_BETWEEN_COLLECTIONS = 20
 
 

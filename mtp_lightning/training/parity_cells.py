@@ -1,8 +1,8 @@
 """The ways of training that are held against plain torch, and a tiny recipe of each."""
 
-import random
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from itertools import combinations, product
 from typing import Any
 
 from mtp_lightning.recipe.sections import Recipe
@@ -10,7 +10,7 @@ from mtp_lightning.recipe.sections import Recipe
 STEPS = {"sgd": 3, "adamw": 20}
 ROWS = 12  # of a global batch: divisible by all numbers of ranks times micro-batches
 CLIP_NORM = 0.5  # below every norm that occurs
-SAMPLE = 2  # cells per stage, ranks and schedule
+RANKS = (1, 2)
 STAGES = ("zero1", "zero2", "zero3")
 SCHEDULES = ("sequential", "bridged", "joint")
 HEADS: dict[str, dict[str, Any]] = {
@@ -22,6 +22,7 @@ ADAPTATIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "low-rank updates": {"lora": {"rank": 2}},
     "frozen trunk": {"frozen": ["trunk", "unembedding"]},
+    "mixtures of a trained trunk": {"weighted_states": {}},
     "mixtures of layers": {"weighted_states": {"temperature": 0.5}, "lora": {"rank": 2}, "frozen": ["unembedding"]},
 }
 UNEMBEDDINGS = ("shared", "tied", "replicated")
@@ -90,31 +91,45 @@ class Cell:
 
 
 def matrix(num_ranks: int, *, full: bool) -> list[Cell]:
-    """List the cells of a number of ranks: all, or a few of every stage and schedule."""
+    """List the cells of a number of ranks: all, or a sample in which every three values meet that can."""
+    chosen = [cell for cell in (_every_cell() if full else sample()) if cell.ranks == num_ranks]
     cells: list[Cell] = []
     for stage, schedule in product(STAGES, SCHEDULES):
-        row = [
-            Cell(
-                stage=stage,
-                ranks=num_ranks,
-                schedule=schedule,
-                accumulation=accumulation,
-                heads=heads,
-                unembedding=unembedding,
-                clips=clips,
-            )
-            for heads, unembedding, accumulation, clips in product(HEADS, UNEMBEDDINGS, (1, 3), (False, True))
-            if (heads, unembedding) != ("sequential", "replicated")
-        ]
-        chosen = row if full else random.Random(f"{stage} {schedule} {num_ranks}").sample(row, SAMPLE)
-        curves = chosen[::8] if full else chosen[: schedule == SCHEDULES[0]]
-        cells += chosen + [replace(cell, optimizer="adamw") for cell in curves]
+        row = [cell for cell in chosen if (cell.stage, cell.schedule) == (stage, schedule)]
+        curves = row[::8] if full else row[: schedule == SCHEDULES[0]]
+        cells += row + [replace(cell, optimizer="adamw") for cell in curves]
         cells += _adapted(stage, schedule, num_ranks, full=full)
     return cells
 
 
+def _every_cell() -> list[Cell]:
+    """List every combination that there is, of models that are not adapted."""
+    names = ("stage", "ranks", "schedule", "heads", "unembedding", "accumulation", "clips")
+    return [
+        Cell(**dict(zip(names, values, strict=True)))
+        for values in product(STAGES, RANKS, SCHEDULES, HEADS, UNEMBEDDINGS, (1, 3), (False, True))
+        if values[3:5] != ("sequential", "replicated")
+    ]
+
+
+@cache
+def sample() -> tuple[Cell, ...]:
+    """Choose cells until all triples of values have met that meet in any cell: each time the one with most new ones."""
+    triples = {cell: set(combinations(_values(cell), 3)) for cell in _every_cell()}
+    missing, chosen = set[Any]().union(*triples.values()), []
+    while missing:
+        best = max(triples, key=lambda cell: len(triples[cell] & missing))
+        missing -= triples[best]
+        chosen.append(best)
+    return tuple(chosen)
+
+
+def _values(cell: Cell) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(cell, field.name)) for field in fields(cell)]
+
+
 def _adapted(stage: str, schedule: str, num_ranks: int, *, full: bool) -> list[Cell]:
-    """List cells of adapted models: every stage, schedule and adaptation; in the sample each of the three once."""
+    """List cells of adapted models: every stage, schedule and adaptation; in the sample every two of these meet."""
     names = [name for name in ADAPTATIONS if name != "none"]
     return [
         Cell(
@@ -128,5 +143,5 @@ def _adapted(stage: str, schedule: str, num_ranks: int, *, full: bool) -> list[C
             adaptation=name,
         )
         for number, name in enumerate(names)
-        if full or number == STAGES.index(stage) == SCHEDULES.index(schedule)
+        if full or (number + STAGES.index(stage) + SCHEDULES.index(schedule)) % len(SCHEDULES) == 0
     ]

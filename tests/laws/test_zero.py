@@ -4,11 +4,21 @@ import os
 import re
 import subprocess
 import sys
+from itertools import combinations, product
 
 import pytest
 
-from mtp_lightning.training.parity import LOSS_TOLERANCE, RANKS, TOLERANCE, compare_strategies
-from mtp_lightning.training.parity_cells import ADAPTATIONS, SCHEDULES, STAGES, matrix
+from mtp_lightning.training.parity import LOSS_TOLERANCE, TOLERANCE, compare_strategies
+from mtp_lightning.training.parity_cells import (
+    ADAPTATIONS,
+    RANKS,
+    SCHEDULES,
+    STAGES,
+    _every_cell,
+    _values,
+    matrix,
+    sample,
+)
 from tests.support.runs import ROOT, mtp
 
 ROW = re.compile(r"^(zero\d) +(\d) +(\w+) +(\d+) +(\S+) +(\S+) +(\S+)$", re.MULTILINE)
@@ -36,7 +46,19 @@ def test_the_whole_matrix_is_every_combination():
     assert len(cells) == len(STAGES) * len(RANKS) * len(SCHEDULES) * 2 * heads_and_unembeddings * 2
 
 
-@pytest.mark.slow
+def test_in_the_sample_every_three_values_meet_that_can():
+    whole, part = ({cell: _values(cell) for cell in cells} for cells in (_every_cell(), sample()))
+    every, found = (
+        {triple for values in cells.values() for triple in combinations(values, 3)} for cells in (whole, part)
+    )
+    assert found == every
+    assert len(part) < len(whole) / 10
+    cells = [cell for num_ranks in RANKS for cell in matrix(num_ranks, full=False)]
+    pairs = {(cell.adaptation, value) for cell in cells for value in (cell.stage, cell.schedule, cell.ranks)}
+    assert pairs >= set(product(ADAPTATIONS, (*STAGES, *SCHEDULES, *RANKS)))
+
+
+@pytest.mark.matrix
 @pytest.mark.timeout(3600)
 def test_the_whole_matrix():
     outcomes = compare_strategies(full=True)
