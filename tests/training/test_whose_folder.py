@@ -1,6 +1,7 @@
 """A folder becomes a run only if it is new, empty, or made by a run; nobody else's files are touched."""
 
 import hashlib
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from mtp_lightning.errors import CheckpointError, RunFolderError
 from mtp_lightning.launch.run_marker import MARKER
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
+from tests.checkpoint.foreign import write_folder
 from tests.support.runs import ROOT, figures, mtp
 
 RECIPE = ROOT / "recipes/debug/parallel.yaml"
@@ -210,3 +212,29 @@ def test_preflight_and_submit_touch_no_foreign_folder_either(trained, tmp_path, 
     assert done.returncode == RunFolderError.exit_code
     assert "a folder that holds recipe.yaml, thesis.tex" in done.stderr.replace("\n", " ")
     assert content_of(tmp_path) == before
+
+
+OUT = {
+    "export": ("export", "RUN", "--out", "OUT"),
+    "export in HF's layout": ("export", "RUN", "--format", "hf", "--out", "OUT"),
+    "import": ("import", "HF", "--offsets", "2", "--out", "OUT"),
+    "extend": ("extend", "RUN", "--to", "6", "--out", "OUT"),
+    "data build": ("data", "build", "--out", "OUT", "notes.txt"),
+    "data build from a model": ("data", "build", "--from-model", "RUN", "--prompts", "prompts.txt", "--out", "OUT"),
+    "bench adapt": ("bench", "adapt", "RUN", str(ROOT / "recipes/adapt/joint.yaml"), "--out", "OUT"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OUT)
+def test_no_out_mixes_with_files_of_others(trained, tmp_path, name):
+    write(tmp_path / "out/thesis.tex", "years of work")
+    write(tmp_path / "notes.txt", "a text to build of")
+    write(tmp_path / "prompts.txt", "def main(\n")
+    write_folder(tmp_path / "hf")
+    places = {"RUN": str(trained), "HF": "hf", "OUT": "out"}
+    done = mtp(*(places.get(word, word) for word in OUT[name]), cwd=tmp_path)
+    assert done.returncode not in (0, 1), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(r"must be (a )?new|a folder of their own", " ".join(done.stderr.split())), done.stderr
+    assert content_of(tmp_path / "out") == {"thesis.tex": hashlib.sha256(b"years of work").hexdigest()}
