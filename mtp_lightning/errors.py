@@ -1,7 +1,20 @@
 """The vocabulary of failure: every error says what must hold, what was found, and what to do."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Controls of terminals, of lines and of the direction of writing, and surrogates (bytes that are no text)."""
+
+
+def visible(text: str, *, kept: str = "\n\t") -> str:
+    r"""Write characters that would change the screen, or cannot be printed, as their escapes.
+
+    >>> print(visible("\x1b[2J\u202eab\udcff"))
+    \x1b[2J\u202eab\udcff
+    """
+    return _UNSEEN.sub(lambda found: found[0] if found[0] in kept else ascii(found[0])[1:-1], text)
 
 
 class MtpError(Exception):
@@ -10,10 +23,10 @@ class MtpError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, must_hold: str, found: str, remedy: str) -> None:
-        self.must_hold = must_hold
-        self.found = found
-        self.remedy = remedy
-        super().__init__(f"{must_hold}; found {found}. {remedy}")
+        self.must_hold = visible(must_hold)
+        self.found = visible(found)
+        self.remedy = visible(remedy)
+        super().__init__(f"{self.must_hold}; found {self.found}. {self.remedy}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Cross process borders (loader workers) as what it is."""
@@ -30,6 +43,11 @@ class Fault:
     origin: str  # "recipes/x.yaml:14", "command line" or "default"
     nearest: str | None = None  # nearest valid name, for a misspelt key or choice
     remedy: str
+
+    def __post_init__(self) -> None:
+        for name, text in vars(self).items():
+            if isinstance(text, str):
+                object.__setattr__(self, name, visible(text))  # frozen
 
 
 class RecipeError(MtpError):

@@ -26,6 +26,32 @@ def test_a_failure_in_a_worker_arrives_as_what_it_is(kind):
         assert caught.value.remedy == "Do this."
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain: é ß 漢 🙂", "plain: é ß 漢 🙂"),
+        ("two\n\tlines", "two\n\tlines"),
+        ("\x1b[2J\x07\x00\x7f", r"\x1b[2J\x07\x00\x7f"),
+        ("a\rb\x9b31m\x85", r"a\rb\x9b31m\x85"),
+        ("\u202egnp.exe\u2066\u200f", r"\u202egnp.exe\u2066\u200f"),
+        ("a\u2028b", r"a\u2028b"),
+        ("\udcff\ud800", r"\udcff\ud800"),
+    ],
+)
+def test_what_would_change_the_screen_is_shown(text, expected):
+    assert errors.visible(text) == expected
+    error = errors.DataError(f"must {text}", f"found {text}", f"do {text}")
+    assert (error.must_hold, error.found, error.remedy) == (f"must {expected}", f"found {expected}", f"do {expected}")
+    assert str(error).count(expected) == 3
+    fault = errors.Fault(path=text, must_hold=text, found=text, origin=text, nearest=text, remedy=text)
+    assert {*vars(fault).values()} == {expected}
+    assert expected in str(errors.RecipeError([fault]))
+
+
+def test_lines_are_shown_where_there_is_room_for_one():
+    assert errors.visible("a\nb\tc", kept="") == r"a\nb\tc"
+
+
 def test_exit_codes_tell_failures_apart():
     codes = {kind.__name__: kind.exit_code for kind in KINDS}
     assert codes["DataError"] == 87

@@ -12,7 +12,7 @@ from types import FrameType
 
 from mtp_lightning.bench.adapt_plan import PlannedRun
 from mtp_lightning.checkpoint.layout import Checkpoint, complete_checkpoints
-from mtp_lightning.launch.stopping import INTERRUPTED, REQUEUE, STOP_SIGNALS
+from mtp_lightning.launch.stopping import INTERRUPTED, REQUEUE, heeded_signals
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.training.callbacks.early_stop import is_over
 from mtp_lightning.training.run_folder import check_changes
@@ -87,7 +87,7 @@ def _signals_passed_on(process: "subprocess.Popen[bytes]") -> Iterator[list[int]
         process.send_signal(signal.SIGKILL if heard else signum)
         heard.append(signum)
 
-    former = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, *STOP_SIGNALS)}
+    former = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, *heeded_signals())}
     try:
         yield heard
     finally:

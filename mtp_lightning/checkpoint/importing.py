@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from mtp_lightning.checkpoint.consolidate import (
     REPORT_NAME,
     appearing,
@@ -24,10 +26,12 @@ from mtp_lightning.checkpoint.hf.weights import IncomingWeights
 from mtp_lightning.checkpoint.manifest import RECIPE_NAME
 from mtp_lightning.checkpoint.shard_reader import WHOLE_MODEL, ShardReader
 from mtp_lightning.data.progress import say, watched
-from mtp_lightning.errors import CheckpointError, RecipeError
+from mtp_lightning.errors import CheckpointError, RecipeError, visible
+from mtp_lightning.launch.outside import shown
 from mtp_lightning.recipe import Recipe, check_rules, recipe_to_yaml
 
 COPYING_KINDS = ("parallel", "chained", "sequential", "recursive")
+MOST_OFFSETS = 1024
 PEAK_LR = 1e-5
 """What a pretrained trunk is usually trained on with, when all of it is."""
 HEADER = """\
@@ -79,11 +83,11 @@ def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
     recipe = _recipe_of(foreign, wanted, init, out)
     weights = IncomingWeights(foreign, plan_import(foreign, recipe, init, wanted.allow), recipe)
     size_bytes = _write(weights, out, header=_header(foreign, recipe, init, out))
-    say(f"Imported {foreign.what} from {path} to {out}: {size_bytes / 1e6:,.1f} MB, checked")
+    say(visible(f"Imported {foreign.what} from {path} to {out}: {size_bytes / 1e6:,.1f} MB, checked"))
     for line in weights.plan.report():
         say(line)
     if recipe.data.tokenizer == Recipe().data.tokenizer:
-        say(f"No tokenizer in {path}: give data.tokenizer, or shards whose ids are this model's")
+        say(visible(f"No tokenizer in {path}: give data.tokenizer, or shards whose ids are this model's"))
     say(f"Train it: mtp train {out / RECIPE_NAME}")
 
 
@@ -92,7 +96,7 @@ def _write(weights: IncomingWeights, out: Path, *, header: str) -> int:
     foreign = weights.foreign
     size_bytes = sum(math.prod(weights.shape(name)) for name in weights.names) * weights.dtype.itemsize
     with (
-        watched(f"Importing {foreign.path.name}", total_bytes=2 * size_bytes, show=True) as advance,
+        watched(f"Importing {visible(foreign.path.name)}", total_bytes=2 * size_bytes, show=True) as advance,
         appearing(out, size_bytes=size_bytes) as partial,
     ):
         record = write_whole(weights, partial / WHOLE_MODEL, weights.dtype, advance)
@@ -139,7 +143,11 @@ def _recipe_of(foreign: Foreign, wanted: Wanted, init: Init, out: Path) -> Recip
             f"--kind {kind}",
             "Leave --kind out, or choose another --init",
         )
-    heads = {**implied, "kind": kind, "num_offsets": wanted.num_offsets or 1 + count, "match_parameters": False}
+    num_offsets = wanted.num_offsets or 1 + count
+    if num_offsets > MOST_OFFSETS:
+        must_hold = f"the model must predict at most {MOST_OFFSETS:,} tokens"
+        raise CheckpointError(must_hold, f"{num_offsets:,}", "Give a smaller number with --offsets")
+    heads = {**implied, "kind": kind, "num_offsets": num_offsets, "match_parameters": False}
     window = min(default.data.window_tokens, foreign.section.max_positions)
     values = {
         "name": out.absolute().name,
@@ -149,7 +157,13 @@ def _recipe_of(foreign: Foreign, wanted: Wanted, init: Init, out: Path) -> Recip
         "optimizer": {"lr": PEAK_LR},
         "run": {"dir": f"runs/{out.absolute().name}", "start_from": str(out.absolute())},
     }
-    recipe = Recipe.model_validate(values)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{'.'.join(map(str, first['loc']))}: {shown(first['input'])} ({first['msg']})"
+        must_hold, remedy = "the folder's settings must make a model that can be trained", "Choose another model"
+        raise CheckpointError(must_hold, f"{found}, from {foreign.settings_path}", remedy) from None
     if faults := check_rules(recipe):
         raise RecipeError(faults)
     return recipe
@@ -183,9 +197,9 @@ def _header(foreign: Foreign, recipe: Recipe, init: Init, out: Path) -> str:
     heads = recipe.heads
     return HEADER.format(
         what=foreign.what,
-        path=foreign.path.absolute(),
+        path=visible(str(foreign.path.absolute()), kept=""),  # a line break would end the comment
         num_offsets=heads.num_offsets,
         kind=heads.kind,
         init=init,
-        recipe=out.absolute() / RECIPE_NAME,
+        recipe=visible(str(out.absolute() / RECIPE_NAME), kept=""),
     )

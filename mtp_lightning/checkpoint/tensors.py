@@ -7,7 +7,9 @@ lets OSError through. Reading is into memory of its own, not a map: a file can g
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from mtp_lightning.checkpoint.durable import Recorder
 from mtp_lightning.checkpoint.manifest import DamagedCheckpointError, FileRecord
+from mtp_lightning.launch.outside import TOO_DEEP, OddFileError, open_regular, shown
 
 NAME_OF_DTYPE = {
     torch.bool: "BOOL",
@@ -36,6 +39,8 @@ NAME_OF_DTYPE = {
     torch.complex64: "C64",
 }
 BLOCK_BYTES = 2**22  # of values that are read, checked or converted at a time where a tensor may be large
+MOST_HEADER_BYTES = 100_000_000  # as the library has it
+MOST_AXES = 64
 _DTYPE_OF_NAME = {name: dtype for dtype, name in NAME_OF_DTYPE.items()}
 
 
@@ -88,22 +93,24 @@ def write_tensors(
 
 
 def read_header(path: Path) -> Header:
-    """Read what a safetensors file says about its tensors.
+    """Read what a safetensors file says about its tensors; nothing in it is believed before it is checked.
 
     Raises:
         DamagedCheckpointError: the file ends early or is not in this format.
     """
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        try:
+    try:
+        with open_regular(path) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
             header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(header_bytes, size_bytes)))
-            metadata = header.pop("__metadata__", {})
-            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-            data = (8 + header_bytes, size_bytes)
-            return Header({name: _parse_entry(entry, data) for name, entry in entries}, metadata)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _unreadable(path, repr(error)) from None
+            if header_bytes > min(size_bytes - 8, MOST_HEADER_BYTES):
+                raise OddFileError(f"a header of {header_bytes:,} bytes at the beginning of {size_bytes:,}")
+            return _parse_header(file.read(header_bytes), (8 + header_bytes, size_bytes))
+    except OddFileError as error:
+        raise _unreadable(path, str(error)) from None
+    except RecursionError:
+        raise _unreadable(path, TOO_DEEP) from None
+    except ValueError as error:  # of JSON
+        raise _unreadable(path, f"a header that cannot be read ({error})") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -132,15 +139,54 @@ def read_into(tensor: Tensor, file: BinaryIO, position: int) -> None:
         raise _unreadable(Path(file.name), f"an end {num_bytes} bytes after position {position}")
 
 
-def _parse_entry(entry: dict[str, Any], data: tuple[int, int]) -> Entry:
+def _parse_header(text: bytes, data: tuple[int, int]) -> Header:
+    """Check the header of a file whose tensors lie between two positions."""
+    header = json.loads(text, object_pairs_hook=_each_once)
+    if not isinstance(header, dict):
+        raise OddFileError(f"{shown(header)} in place of a header")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise OddFileError("metadata that is not text under names")
+    entries = {name: _parse_entry(name, entry, data) for name, entry in header.items()}
+    order = sorted(entries, key=lambda name: (entries[name].begin, entries[name].end))
+    for name, follower in pairwise(order):
+        if entries[follower].begin < entries[name].end:
+            raise OddFileError(f"{shown(follower)} and {shown(name)} in the same bytes")
+    return Header({name: entries[name] for name in order}, metadata)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object, in which JSON itself would let the last of several values count."""
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        raise OddFileError(f"a header with {len(pairs) - len(names)} names given again")
+    return names
+
+
+def _parse_entry(name: str, entry: Any, data: tuple[int, int]) -> Entry:
     """Check one entry of a file whose tensors lie between two positions."""
-    begin, end = (data[0] + offset for offset in entry["data_offsets"])
-    dtype, shape = _DTYPE_OF_NAME[entry["dtype"]], tuple(entry["shape"])
-    if not data[0] <= begin <= end <= data[1] or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"bytes {begin} to {end} of {data[1]} for shape {list(shape)} of {dtype}")
-    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
-        raise ValueError(f"shape {list(shape)} at bytes {begin} to {end}")
-    return Entry(dtype, shape, begin, end)
+    told: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    kind, shape, offsets = told.get("dtype"), told.get("shape", ()), told.get("data_offsets", ())
+    dtype = _DTYPE_OF_NAME.get(kind) if isinstance(kind, str) else None
+    if dtype is None:
+        raise OddFileError(f"{shown(name)} of the dtype {shown(kind)}")
+    if not (_are_counts(shape, MOST_AXES) and _are_counts(offsets, 2) and len(offsets) == 2):
+        raise OddFileError(f"{shown(name)} without a shape and two offsets in whole numbers")
+    begin, end = (data[0] + offset for offset in offsets)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if not begin <= end <= data[1] or end - begin != num_bytes:
+        raise OddFileError(f"bytes {begin} to {end} of {data[1]} for shape {shape} of {dtype}, {shown(name)}")
+    return Entry(dtype, tuple(shape), begin, end)
+
+
+def _are_counts(numbers: Any, most: int) -> bool:
+    """Tell whether a value is a list of whole numbers that torch can count to, also as the axes of one tensor."""
+    return (
+        isinstance(numbers, list)
+        and len(numbers) <= most
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and math.prod(max(number, 1) for number in numbers) < 2**59  # of the widest values, fewer than 2**63 bytes
+    )
 
 
 def _unreadable(path: Path, found: str) -> DamagedCheckpointError:

@@ -25,7 +25,7 @@ from mtp_lightning.cli import (
     submit_verbs,
 )
 from mtp_lightning.cli.opening import OverridesArgument, RecipeArgument, open_recipe
-from mtp_lightning.cli.screen import print_error, screen
+from mtp_lightning.cli.screen import end_without_output, go_on_without_output, guard_output, print_error, screen
 from mtp_lightning.errors import MtpError
 
 if TYPE_CHECKING:
@@ -79,11 +79,10 @@ def describe(
 @app.command()
 def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Train a recipe; given a run that was interrupted, go on where it was."""
+    guard_output(go_on_without_output)
     loaded = open_recipe(recipe, overrides)
-    from mtp_lightning.launch.seat import find_seat
-
     code = _train(loaded)
-    if code == 0 and loaded.recipe.run.sample is not None and find_seat(os.environ) is None:
+    if code == 0 and loaded.recipe.run.sample is not None and not _is_one_of_several():
         generate_verbs.show_sample(loaded.recipe)
     raise typer.Exit(code)
 
@@ -114,14 +113,32 @@ app.command()(generate_verbs.generate)
 
 def main() -> None:
     """Run the command line."""
+    guard_output(end_without_output)
     try:
-        app()
+        _run()
     except SystemExit as end:
-        from mtp_lightning.launch.seat import find_seat
-
-        if find_seat(os.environ) is None:
+        if not _is_one_of_several():
             raise
         _leave(end)
+
+
+def _run() -> None:
+    """Run a verb, and write out all that it has printed while a failure to do so can still be answered."""
+    try:
+        app()
+    except SystemExit:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        raise
+
+
+def _is_one_of_several() -> bool:
+    from mtp_lightning.launch.seat import find_seat
+
+    try:
+        return find_seat(os.environ) is not None
+    except MtpError:  # told by those verbs to which it matters
+        return False
 
 
 def _leave(end: SystemExit) -> NoReturn:
@@ -130,6 +147,4 @@ def _leave(end: SystemExit) -> NoReturn:
     Threads of gloo (torch 2.13) may still free tensors then, which aborts a run that has ended well with code 134. Can
     go when `destroy_process_group` waits for them.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mtp_lightning.errors import visible
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -30,18 +32,19 @@ def compare(
     ] = None,
 ) -> None:
     """Compare recipes by the last validation of their runs: loss of the main head, accepted length, acceptance."""
-    import json
-
     from mtp_lightning.cli.screen import screen
+    from mtp_lightning.cli.targets import PICTURES, check_target, write_json
     from mtp_lightning.evaluation.comparison import as_json, draw, read_run
     from mtp_lightning.evaluation.comparison import compare as compare_runs
 
+    check_target(json_path, "--json")
+    check_target(plot, "--plot", endings=PICTURES, makes_folders=True)
     groups = compare_runs(read_run(run) for run in runs)
     screen().print(_table(groups))
     for remark in _remarks(groups):
         screen().print(remark)
     if json_path is not None:
-        json_path.write_text(json.dumps(as_json(groups), indent=2) + "\n")
+        write_json(as_json(groups), json_path, "--json")
     if plot is not None:
         draw(groups, plot)
 
@@ -61,8 +64,10 @@ def mixture(
     from rich.table import Table
 
     from mtp_lightning.cli.screen import screen
+    from mtp_lightning.cli.targets import PICTURES, check_target
     from mtp_lightning.evaluation.mixture import draw, read_mixtures
 
+    check_target(plot, "--plot", endings=PICTURES, makes_folders=True)
     mixtures = read_mixtures(run)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
     for name in ("offset", "mean layer", *(f"layer {number}" for number in range(1, len(mixtures[0].shares) + 1))):
@@ -88,7 +93,7 @@ def _table(groups: "list[Group]") -> "Table":
         figures = group.figures
         accepted = [_text(figures.get(f"cumulative_acceptance_{k}"), ".3f") for k in offsets]
         table.add_row(
-            group.recipe,
+            visible(group.recipe, kept=""),
             str(len(group.seeds)),
             _text(figures["loss_1"], ".4f"),
             _text(group.loss_change if group is not groups[0] else None, "+.4f"),

@@ -1,16 +1,25 @@
-"""What the command line prints: errors in three parts, aligned lines, nothing cut off."""
+"""What the command line prints: errors in three parts, aligned lines, nothing cut off; and what if it cannot print.
 
+Stdout may be a pipe that its reader has closed, a file on a full disk, or not there at all.
+"""
+
+import io
 import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NoReturn, TextIO, final
 
 from rich.console import Console
 from rich.text import Text
 
 from mtp_lightning.errors import Fault, MtpError, RecipeError
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell gives for `yes` in `yes | head -1`: no code of an error of ours
 UNBOUNDED = 10_000
 LABEL_WIDTH = 9
 NARROWEST = 20
@@ -22,6 +31,86 @@ def screen(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = UNBOUNDED
     return console
+
+
+@final
+class _Output(io.FileIO):
+    """A descriptor that takes whatever is written to it; the first time that it cannot is answered."""
+
+    def __init__(self, descriptor: int, answer: Callable[[OSError], object]) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._answer: Callable[[OSError], object] | None = answer
+
+    def write(self, content: "ReadableBuffer", /) -> int | None:  # type: ignore[override]
+        """Write, or leave it."""
+        try:
+            return super().write(content)
+        except OSError as error:
+            answer, self._answer = self._answer, None
+            if answer is not None:
+                answer(error)
+            return memoryview(content).nbytes
+
+
+def guard_output(answer: Callable[[OSError], object]) -> None:
+    """Answer the first failure to write to stdout, and leave those on stderr: what is lost there are messages.
+
+    Replaces `sys.stdout` and `sys.stderr`, unless something else has done so before.
+
+    Args:
+        answer: called once; later failures are ignored.
+    """
+    _occupy_closed_descriptors()
+    sys.stdout = _guarded(sys.stdout, 1, answer)
+    sys.stderr = _guarded(sys.stderr, 2, lambda error: None)
+
+
+def end_without_output(error: OSError) -> NoReturn:
+    """End a command that is run for what it prints: quietly when its reader has gone, else saying why not."""
+    if isinstance(error, BrokenPipeError):
+        raise SystemExit(BROKEN_PIPE)
+    screen(stderr=True).print(
+        f"error: stdout must take what is printed; found {error.strerror}. Send it where there is room for it."
+    )
+    raise SystemExit(MtpError.exit_code)
+
+
+def go_on_without_output(error: OSError) -> None:
+    """Say once that the screen of a run does not show it any more; its files do."""
+    screen(stderr=True).print(
+        f"stdout does not take what is printed ({error.strerror}): the run goes on, and its folder has all figures"
+    )
+
+
+def _guarded(stream: TextIO | None, descriptor: int, answer: Callable[[OSError], object]) -> TextIO:
+    if stream is None:
+        buffer = io.BufferedWriter(_Output(descriptor, answer))
+        return io.TextIOWrapper(buffer, errors="backslashreplace", line_buffering=True)
+    if not isinstance(stream, io.TextIOWrapper) or not _writes_to(stream, descriptor):
+        return stream
+    stream.flush()
+    output = _Output(descriptor, answer)
+    return io.TextIOWrapper(
+        output if stream.write_through else io.BufferedWriter(output),
+        stream.encoding,
+        stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def _writes_to(stream: TextIO, descriptor: int) -> bool:
+    try:
+        return stream.fileno() == descriptor
+    except (OSError, ValueError):  # it has no descriptor, or is closed
+        return False
+
+
+def _occupy_closed_descriptors() -> None:
+    """Keep files from getting the numbers of closed standard streams; as glibc does, with what cannot be written to."""
+    while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def print_error(error: MtpError) -> None:

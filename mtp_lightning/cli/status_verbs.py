@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from mtp_lightning.cli.screen import screen
+from mtp_lightning.errors import visible
 
 if TYPE_CHECKING:
     from mtp_lightning.launch.run_status import RunStatus
@@ -39,12 +42,18 @@ def status(
         )
     console = screen()
     if not watch:
-        console.print(status_table(runs))
+        console.print(status_page(runs))
         return
-    with Live(status_table(runs), console=console, auto_refresh=False) as live:
+    with Live(status_page(runs), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(every)
-            live.update(status_table(statuses(places)), refresh=True)
+            live.update(status_page(statuses(places)), refresh=True)
+
+
+def status_page(runs: "list[RunStatus]") -> Group:
+    """Lay runs out, and below them, line by line, what of their folders cannot be read."""
+    faults = [f"{run.path}: {fault}" for run in runs for fault in run.faults]
+    return Group(status_table(runs), *(Text(visible(fault, kept="")) for fault in faults))
 
 
 def status_table(runs: "list[RunStatus]") -> Table:
@@ -55,7 +64,7 @@ def status_table(runs: "list[RunStatus]") -> Table:
     for name in ("step", "tokens", "tokens/s", "loss", "accepted", "checkpoint", "restarts", "ETA"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
-        table.add_row(*_row(run))
+        table.add_row(*(visible(cell, kept="") for cell in _row(run)))
     return table
 
 

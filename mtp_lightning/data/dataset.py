@@ -16,6 +16,7 @@ from mtp_lightning.data.mapped import Integers
 from mtp_lightning.data.order import Order, Range, without_skipped
 from mtp_lightning.data.rows import RowArrays, RowSource
 from mtp_lightning.errors import MtpError
+from mtp_lightning.launch.stopping import STOP_SIGNALS
 from mtp_lightning.recipe.data_sections import BatchSection
 
 BATCHES_AHEAD = 2
@@ -153,7 +154,7 @@ def read_ahead(read: Callable[[list[int]], Batch], slices: Iterator[list[int]]) 
 
 def leave_signals_to_the_parent(worker: int) -> None:
     """Ignore what a terminal or Slurm sends to every process of a run; the parent ends its workers itself."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for name in (signal.SIGINT, *STOP_SIGNALS):
         signal.signal(name, signal.SIG_IGN)
 
 

@@ -1,20 +1,29 @@
 """Runs side by side: what each recipe reached, over its seeds, and how far the seeds leave that open."""
 
-import json
+import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from mtp_lightning.errors import RunFolderError
+from mtp_lightning.errors import RunFolderError, visible
 from mtp_lightning.evaluation.pictures import save_picture
-from mtp_lightning.training.callbacks.metrics_table import read_rows
+from mtp_lightning.launch.outside import OddFileError, open_regular, read_object, reason_of, shown
+from mtp_lightning.training.callbacks.metrics_table import Row, read_rows
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; from 10 on the last one is used, which is
 # too wide rather than too narrow.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 PREFIX = "val/"
+MOST_OFFSETS = 1024  # each is a column
+FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "recipe": lambda value: isinstance(value, str),
+    "seed": lambda value: type(value) is int,
+    "num_offsets": lambda value: type(value) is int and 1 <= value <= MOST_OFFSETS,
+    "tokens": lambda value: type(value) is int and value >= 0,
+}
+Content = TypeVar("Content")
 
 
 class Spread(NamedTuple):
@@ -51,18 +60,39 @@ def read_run(folder: Path) -> RunFigures:
     """Read what a run has reached.
 
     Raises:
-        RunFolderError: It is no run folder, or nothing has been validated yet.
+        RunFolderError: It is no run folder, one of its files is damaged, or nothing has been validated yet.
     """
-    try:
-        summary = json.loads((folder / "summary.json").read_bytes())
-    except OSError:
-        raise _refusal(f"no summary.json in {folder}") from None
-    validated = [row for row in read_rows(folder / "metrics.csv") if f"{PREFIX}loss_1" in row]
+    summary = _read(folder / "summary.json", read_object)
+    validated = [row for row in _read(folder / "metrics.csv", _rows) if f"{PREFIX}loss_1" in row]
     if not validated:
         raise _refusal(f"no validation in {folder / 'metrics.csv'}")
     last = validated[-1]
+    told = {**summary, "tokens": last.get("tokens")}
+    for name, is_right in FIELDS.items():
+        if not is_right(told.get(name)):
+            raise _refusal(f"{name}: {shown(told.get(name))}, in summary.json or the last validation of {folder}")
     figures = {name.removeprefix(PREFIX): value for name, value in last.items() if name.startswith(PREFIX)}
-    return RunFigures(summary["recipe"], summary["seed"], int(last["tokens"]), summary["num_offsets"], figures)
+    return RunFigures(told["recipe"], told["seed"], told["tokens"], told["num_offsets"], figures)
+
+
+def _read(path: Path, reader: Callable[[Path], Content]) -> Content:
+    try:
+        return reader(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _refusal(f"no {path.name} in {path.parent}") from None
+    except (OSError, OddFileError) as error:
+        raise _refusal(f"{reason_of(error)}, in {path}") from None
+
+
+def _rows(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with open_regular(path):  # a FIFO would be waited for
+        pass
+    try:
+        return read_rows(path)
+    except (csv.Error, ValueError) as error:
+        raise OddFileError(f"no table of figures ({error})") from None
 
 
 def compare(runs: Iterable[RunFigures]) -> list[Group]:
@@ -137,16 +167,21 @@ def draw(groups: Sequence[Group], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for place, group in enumerate(groups):
         offsets = range(2, group.num_offsets + 1)
-        accepted = [group.figures[f"cumulative_acceptance_{k}"] for k in offsets]
-        means, margins = [figure.mean for figure in accepted], [figure.margin or 0.0 for figure in accepted]
-        left.errorbar(list(offsets), means, yerr=margins, marker="o", capsize=3, label=group.recipe)
+        accepted = {k: group.figures[name] for k in offsets if (name := f"cumulative_acceptance_{k}") in group.figures}
+        means, margins = [own.mean for own in accepted.values()], [own.margin or 0.0 for own in accepted.values()]
+        left.errorbar([*accepted], means, yerr=margins, marker="o", capsize=3, label=_label(group))
         loss = group.figures["loss_1"]
         right.errorbar([place], [loss.mean], yerr=[loss.margin or 0.0], marker="o", capsize=3)
     left.set(title="Drafts accepted up to an offset", xlabel="offset", ylabel="share of positions")
     right.set(title="Loss of the main head", ylabel="nats per token")
-    right.set_xticks(range(len(groups)), [group.recipe for group in groups])
+    right.set_xticks(range(len(groups)), [_label(group) for group in groups])
     left.legend()
     save_picture(figure, path, "--plot")
+
+
+def _label(group: Group) -> str:
+    r"""Name a group where matplotlib would take $ for mathematics."""
+    return visible(group.recipe, kept="").replace("$", r"\$")
 
 
 def _refusal(found: str) -> RunFolderError:

@@ -15,7 +15,7 @@ from typing import IO
 
 from mtp_lightning.errors import LaunchError
 from mtp_lightning.launch.seat import Seat, find_seat, free_port, local_seat
-from mtp_lightning.launch.stopping import STOP_SIGNALS
+from mtp_lightning.launch.stopping import heeded_signals
 from mtp_lightning.recipe.sections import Recipe
 
 GRACE_S = 10.0  # for the other ranks to end by themselves when one has failed, and again until they are killed
@@ -96,14 +96,14 @@ def _start(seat: Seat, arguments: Sequence[str], until_the_end: ExitStack) -> _R
 
 @contextmanager
 def _signals_passed_on(ranks: list[_Rank]) -> Iterator[None]:
-    """Send interrupts and terminations of this process to every rank."""
+    """Send interrupts and stop signals of this process to every rank; what it ignores the ranks ignore too."""
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
         for rank in ranks:
             if rank.process.poll() is None:
                 rank.process.send_signal(signum)
 
-    former = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, *STOP_SIGNALS)}
+    former = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, *heeded_signals())}
     try:
         yield
     finally:

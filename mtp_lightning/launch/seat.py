@@ -9,6 +9,8 @@ from mtp_lightning.errors import LaunchError
 FIRST_PORT = 20_000  # ports from here on; the job's number picks one, so that jobs on one node do not meet
 NUM_PORTS = 12_000  # below the range that kernels give to outgoing connections
 LOCAL_PORTS = range(10_000, FIRST_PORT)  # for ranks that are started here
+VALID_PORTS = range(1, 65_536)
+REMEDY = "start ranks with srun, torchrun or a plain `mtp train` (without RANK and WORLD_SIZE)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +43,16 @@ def find_seat(environment: Mapping[str, str]) -> Seat | None:
     """Read this process's seat; None where nothing has started it as one of several.
 
     Raises:
-        LaunchError: A variable is missing or is not a number.
+        LaunchError: A variable is missing or is not a number, or there can be no such seat.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return _from_torchrun(environment)
-    if "SLURM_STEP_ID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
-        return _from_slurm(environment)
-    return None
+        seat = _from_torchrun(environment)
+    elif "SLURM_STEP_ID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
+        seat = _from_slurm(environment)
+    else:
+        return None
+    _check(seat)
+    return seat
 
 
 def local_seat(rank: int, num_ranks: int, port: int) -> Seat:
@@ -130,13 +135,29 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
+def _check(seat: Seat) -> None:
+    for name, rank in (("RANK or SLURM_PROCID", seat.rank), ("LOCAL_RANK or SLURM_LOCALID", seat.local_rank)):
+        if not 0 <= rank < seat.num_ranks:
+            raise LaunchError(
+                f"{name} must be at least 0 and below the number of ranks, WORLD_SIZE or SLURM_STEP_NUM_TASKS",
+                f"{rank} of {seat.num_ranks}",
+                f"Correct them, or {REMEDY}",
+            )
+    if seat.main_port not in VALID_PORTS:
+        raise LaunchError(
+            f"MASTER_PORT must be a port for the ranks to meet at, {VALID_PORTS.start} to {VALID_PORTS.stop - 1}",
+            str(seat.main_port),
+            f"Correct it, or {REMEDY}",
+        )
+
+
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
     value = environment.get(name, default)
     try:
         return int(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise LaunchError(
-            f"the environment variable {name} must say where among the ranks this process is",
+            f"the environment variable {name} must be a whole number: by it the ranks of a run find each other",
             "none" if value is None else repr(value),
-            "Start ranks with srun, torchrun or a plain `mtp train`, or unset RANK and WORLD_SIZE",
+            f"Correct it, or {REMEDY}",
         ) from None

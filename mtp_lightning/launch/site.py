@@ -7,14 +7,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
-from mtp_lightning.errors import SiteError
-from mtp_lightning.recipe.section import PositiveInt, Section
-from mtp_lightning.recipe.yaml12 import RecipeYamlLoader
+from mtp_lightning.errors import SiteError, visible
+from mtp_lightning.launch.outside import OddFileError, parse_yaml, read_yaml, reason_of, shown
+from mtp_lightning.recipe.section import Section
 
-_TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
+Cores = Annotated[int, Field(ge=1, le=65_536)]
+Gpus = Annotated[int, Field(ge=0, le=1024)]
+Seconds = Annotated[int, Field(ge=1, le=1_000_000)]
+MOST_TIME_S = 3660 * 86_400  # ten years
+_TIME = re.compile(r"(?:(?P<d>[0-9]{1,9})-)?(?P<a>[0-9]{1,9})(?::(?P<b>[0-9]{1,9}))?(?::(?P<c>[0-9]{1,9}))?")
+_MEMORY = re.compile(r"[0-9]{1,15}[KMGTkmgt]?[Bb]?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OVERRIDE = "site."
 
@@ -35,7 +39,7 @@ class Site(Section):
     """What this site is, shown by `mtp submit`."""
     gpu: str | None = None
     """Type of GPU as `mtp plan` knows it; recipes that cannot fit are then refused. Null: not checked."""
-    gpus_per_node: Annotated[int, Field(ge=0)] = 8
+    gpus_per_node: Gpus = 8
     """GPUs of a node; 0 asks for none, for runs on CPUs."""
     gpu_request: Literal["gpus-per-node", "gres"] = "gpus-per-node"
     """How GPUs are asked for: --gpus-per-node=8 or --gres=gpu:8."""
@@ -51,7 +55,7 @@ class Site(Section):
     """Reservation."""
     exclusive: bool = False
     """Take whole nodes."""
-    cpus_per_rank: PositiveInt | None = None
+    cpus_per_rank: Cores | None = None
     """CPU cores of every rank; also its number of OpenMP threads."""
     memory: str | None = None
     """Host memory per node, e.g. 900G; 0 is all of it."""
@@ -81,9 +85,9 @@ class Site(Section):
     """Signal that Slurm sends before the time limit."""
     signal_lead_s: Annotated[int, Field(ge=10, le=65_535)] = 300
     """How long before: a step, a validation and a checkpoint must fit. Slurm may send it a minute earlier."""
-    wait_s: PositiveInt = 30
+    wait_s: Seconds = 30
     """How long the other ranks may live when one has ended."""
-    max_restarts: Annotated[int, Field(ge=0)] = 3
+    max_restarts: Annotated[int, Field(ge=0, le=1_000_000)] = 3
     """Restarts in a row without a new checkpoint; the next one is refused."""
 
     @property
@@ -105,17 +109,28 @@ def load_site(name: str, overrides: Sequence[str] = ()) -> Site:
     """
     path = _find(name)
     try:
-        content = _parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SiteError("a site must be a YAML file that can be read", f"{path}: {error}", "Correct it") from None
+        content = read_yaml(path)
+    except (OSError, OddFileError) as error:
+        found = f"{path}: {reason_of(error)}"
+        raise SiteError("a site must be a YAML file that can be read", found, "Correct it") from None
     if not isinstance(content, dict):
         raise SiteError("a site must be a mapping of keys", f"{path} without any", f"Valid keys: {_keys()}")
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise SiteError("a change of the site must be written site.KEY=VALUE", override, "Write site.time=02:00:00")
-        content[key] = _parse(value)
+        key, value = _changed(override)
+        content[key] = value
     return _checked(content, str(path))
+
+
+def _changed(override: str) -> tuple[str, Any]:
+    """Split `key=value`, the value in YAML."""
+    key, equals, value = override.partition("=")
+    must_hold, remedy = "a change of the site must be written site.KEY=VALUE", "Write site.time=02:00:00"
+    if not equals:
+        raise SiteError(must_hold, override, remedy)
+    try:
+        return key, parse_yaml(value)
+    except OddFileError as error:
+        raise SiteError(f"{must_hold}, the value in YAML", f"{OVERRIDE}{override}: {error}", remedy) from None
 
 
 def known_sites() -> list[str]:
@@ -137,8 +152,11 @@ def _find(name: str) -> Path:
     else:
         candidates = [folder / f"{name}.yaml" for folder in site_folders()]
     for path in candidates:
-        if path.is_file():
-            return path
+        try:
+            if path.is_file():
+                return path
+        except OSError:  # a name that no file can have, or a folder that is closed
+            continue
     known = known_sites()
     nearest = get_close_matches(name, known, n=1)
     raise SiteError(
@@ -146,10 +164,6 @@ def _find(name: str) -> Path:
         f"no {given if candidates == [given] else name}",
         f"Did you mean {nearest[0]}?" if nearest else f"Known sites: {', '.join(known) or 'none'}",
     )
-
-
-def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=RecipeYamlLoader)
 
 
 def _checked(content: dict[str, Any], where: str) -> Site:
@@ -169,17 +183,60 @@ def _checked(content: dict[str, Any], where: str) -> Site:
 
 def _as_text(content: dict[str, Any]) -> dict[str, Any]:
     """Let numbers stand for text where text is meant: `memory: 0`, `time: 30`, `NCCL_IB_TC: 106`."""
-    plain: dict[str, Any] = {key: str(content[key]) for key in ("memory", "time") if isinstance(content.get(key), int)}
+    plain: dict[str, Any] = {key: _number_as_text(content[key]) for key in ("memory", "time") if key in content}
     for key in ("environment", "interconnect"):
         if isinstance(content.get(key), dict):
-            plain[key] = {name: str(v) if isinstance(v, int | float) else v for name, v in content[key].items()}
+            plain[key] = {name: _number_as_text(value) for name, value in content[key].items()}
     return content | plain
+
+
+def _number_as_text(value: Any) -> Any:
+    try:
+        return str(value) if isinstance(value, int | float) else value
+    except ValueError:  # more digits than Python writes out: no text, which is refused
+        return value
 
 
 def _check_values(site: Site, where: str) -> None:
     wrong = [name for name in (*site.environment, *site.interconnect) if not _VARIABLE.fullmatch(name)]
     if wrong:
         raise SiteError(f"{where} must name variables by letters, digits and _", repr(wrong[0]), "Rename it")
+    _check_text(site.model_dump(), where)
+    if site.memory is not None and not _MEMORY.fullmatch(site.memory):
+        must_hold = f"{where} must give memory per node as Slurm does"
+        raise SiteError(must_hold, repr(site.memory), "Write e.g. memory: 900G")
+    if site.gpu is not None and not site.gpus_per_node:
+        raise SiteError(
+            f"{where} must have gpus_per_node of 1 or more where it names a gpu",
+            f"gpus_per_node: 0 and gpu: {site.gpu}",
+            "Correct gpus_per_node; for runs on CPUs, remove gpu",
+        )
+    _check_time(site, where)
+
+
+def _check_text(values: dict[str, Any], where: str) -> None:
+    """Refuse text that would break a line of the job script or of the screen, wherever it stands."""
+    for path, text in _texts(values, ""):
+        is_harmless = visible(text) == text if path == "description" else text.isprintable()
+        if not is_harmless:
+            raise SiteError(
+                f"{where} must hold printable text on one line: it goes into a job script",
+                f"{path}: {shown(text)}",
+                "Take line breaks and control characters out",
+            )
+
+
+def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Yield all texts in a value, each with its path."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if isinstance(value, str):
+        yield path, value
+    for name, entry in inner:
+        yield from _texts(entry, f"{path}.{name}" if path else str(name))
+
+
+def _check_time(site: Site, where: str) -> None:
+    """Refuse a time limit that is none, or that the signal comes too early for."""
     if not _TIME.fullmatch(site.time):
         raise SiteError(
             f"{where} must give time as minutes, HH:MM:SS or D-HH:MM:SS", repr(site.time), "Write e.g. time: 24:00:00"
@@ -190,6 +247,8 @@ def _check_values(site: Site, where: str) -> None:
             f"{site.signal_lead_s} s and {site.time_s} s",
             "Raise time, or lower signal_lead_s",
         )
+    if site.time_s > MOST_TIME_S:
+        raise SiteError(f"{where} must have a time of ten years at most", repr(site.time), "Write e.g. time: 24:00:00")
 
 
 def _keys() -> str:

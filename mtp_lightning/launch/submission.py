@@ -34,8 +34,8 @@ class Submission:
         """Write script, recipes and circumstances; return the script's path."""
         path = self.folder / "job.sh"
         recipes = zip(self.job.tasks, self.recipes, strict=True)
-        for folder in {self.folder.parents[1], *(task.run for task in self.job.tasks)}:
-            claim(folder)
+        for task in self.job.tasks:
+            claim(task.run)
         files = {path: self.script} | {task.recipe: recipe_to_yaml(recipe) for task, recipe in recipes}
         if self.follow_script is not None:
             files[self._follow_path] = self.follow_script
@@ -94,7 +94,7 @@ def prepare(
     if len(ranks) > 1:
         raise LaunchError("all runs of a sweep must have equally many ranks", f"{sorted(ranks)}", "Submit one by one")
     [(num_nodes, ranks_per_node)] = ranks
-    for folder in {base, *(folder for folder, _ in named)}:
+    for folder, _ in named:
         check_may_be_run(folder)
     logs = next_folder(base)
     recipes = ["recipe.yaml"] if len(named) == 1 else [f"recipe_{index}.yaml" for index in range(len(named))]

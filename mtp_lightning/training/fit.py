@@ -96,7 +96,7 @@ def _fit(recipe: Recipe, opened: Opened, stop: StopRequest) -> int:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint.path if checkpoint else None)
         except (KeyboardInterrupt, SystemExit):  # Lightning 2.6 turns the first into the second
             if Ranks().size > 1 and not stop.exit_code:
-                raise  # this rank leaves alone (a closed pipe, say): nobody must wait for the others
+                raise  # this rank leaves alone (Ctrl-C on one node, say): nobody must wait for the others
             return _stopped(opened, stop.exit_code or INTERRUPTED)
         except MtpError:
             raise

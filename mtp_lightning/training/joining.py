@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.launch.seat import find_seat, free_port, local_seat
+from mtp_lightning.launch.stopping import ending_at_signals
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.sections import Recipe
 from mtp_lightning.training.device import check_own_device, prepare_device
@@ -41,7 +42,9 @@ def joined_ranks(recipe: Recipe) -> Iterator[None]:
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed 0.19 takes it for the number of its GPU
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others, and says so
-    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=JOIN_TIMEOUT)
+    place = f"rank {seat.rank} of {seat.num_ranks}, to meet at {seat.main_address}:{seat.main_port}"
+    with ending_at_signals(f"waiting for the other ranks ({place})"):  # torch waits for them in C++
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=JOIN_TIMEOUT)
     try:
         check_own_device(Ranks(), device)
         yield

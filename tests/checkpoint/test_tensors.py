@@ -1,5 +1,8 @@
 import io
+import json
+import os
 import resource
+import tracemalloc
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -53,6 +56,95 @@ def test_a_file_cut_short_is_named(tmp_path: Path, kept_bytes: int) -> None:
     (tmp_path / "x").write_bytes(content[:kept_bytes])
     with pytest.raises(DamagedCheckpointError, match=str(tmp_path / "x")):
         read_tensors(tmp_path / "x")
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def crafted(path: Path, header: object) -> Path:
+    """Write a file of 16 bytes of values under a header of any kind."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    return path
+
+
+def test_a_crafted_file_is_read_if_it_is_right(tmp_path: Path) -> None:
+    entries = {"b": ENTRY | {"data_offsets": [8, 16]}, "none": ENTRY | {"shape": [0, 5], "data_offsets": [8, 8]}}
+    read = read_tensors(crafted(tmp_path / "x", entries | {"a": ENTRY, "__metadata__": None}))
+    assert {name: tensor.shape for name, tensor in read.items()} == {"a": (2,), "none": (0, 5), "b": (2,)}
+
+
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        ({"a": ENTRY | {"data_offsets": [0, 10**12]}}, "for shape"),
+        ({"a": ENTRY | {"data_offsets": [-8, 0]}}, "whole numbers"),
+        ({"a": ENTRY | {"data_offsets": [8, 0]}}, "for shape"),
+        ({"a": ENTRY | {"data_offsets": [0, 4]}}, "for shape"),
+        ({"a": ENTRY | {"data_offsets": [0.0, 8.0]}}, "whole numbers"),
+        ({"a": ENTRY | {"data_offsets": [False, 8]}}, "whole numbers"),
+        ({"a": ENTRY | {"data_offsets": [0, 8, 16]}}, "whole numbers"),
+        ({"a": ENTRY | {"data_offsets": "08"}}, "whole numbers"),
+        ({"a": ENTRY, "b": ENTRY | {"data_offsets": [4, 12]}}, "'b' and 'a' in the same bytes"),
+        ({"a": ENTRY, "b": ENTRY}, "in the same bytes"),
+        ({"a": ENTRY | {"shape": [10**11]}}, "for shape"),
+        ({"a": ENTRY | {"shape": [2**62, 2**62]}}, "whole numbers"),
+        ({"a": ENTRY | {"shape": [0, 2**70], "data_offsets": [0, 0]}}, "whole numbers"),
+        ({"a": ENTRY | {"shape": [1] * 100 + [2]}}, "whole numbers"),
+        ({"a": ENTRY | {"shape": [-1, -2]}}, "whole numbers"),
+        ({"a": ENTRY | {"shape": ["x" * 1000, 10**10]}}, "whole numbers"),
+        ({"a": ENTRY | {"shape": 2}}, "whole numbers"),
+        ({"a": ENTRY | {"dtype": "F4"}}, "'a' of the dtype 'F4'"),
+        ({"a": ENTRY | {"dtype": ["F32"]}}, "of the dtype a list"),
+        ({"\x1b[2J": {}}, "of the dtype null"),
+        ({"a": []}, "of the dtype null"),
+        ({"a": ENTRY, "__metadata__": {"x": 1}}, "metadata"),
+        ({"a": ENTRY, "__metadata__": [1]}, "metadata"),
+        ([], "a list in place of a header"),
+        (b'{"a": 1, "a": 2}', "1 names given again"),
+        (b'{"a": {"dtype": "F32", "dtype": "F32"}}', "1 names given again"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "header that cannot be read"),
+        (b"\xff{}", "header that cannot be read"),
+        (b"", "header that cannot be read"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_no_header_is_believed(tmp_path: Path, header: object, found: str) -> None:
+    path = crafted(tmp_path / "x", header)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedCheckpointError) as failure:
+            read_tensors(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+    assert found in failure.value.found
+    assert str(path) in failure.value.found
+    assert failure.value.found.isprintable()
+
+
+@pytest.mark.parametrize("header_bytes", [19, 10**6, 2**62, 2**64 - 1])
+def test_no_length_of_a_header_is_believed(tmp_path: Path, header_bytes: int) -> None:
+    (tmp_path / "x").write_bytes(header_bytes.to_bytes(8, "little") + b"{}" + bytes(16))
+    with pytest.raises(DamagedCheckpointError, match=f"a header of {header_bytes:,} bytes at the beginning of 26"):
+        read_tensors(tmp_path / "x")
+
+
+def test_a_header_larger_than_any_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "x").open("wb") as file:
+        file.write((150_000_000).to_bytes(8, "little"))
+        file.truncate(200_000_000)  # a hole: nothing on the disk
+    with pytest.raises(DamagedCheckpointError, match=r"a header of 150,000,000 bytes"):
+        read_tensors(tmp_path / "x")
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path):
+        with pytest.raises(DamagedCheckpointError, match="a FIFO"):
+            read_tensors(path)
 
 
 def _report_growth(pipe: Connection, tensor_mib: int, count: int) -> None:

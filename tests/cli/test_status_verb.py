@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,88 @@ def test_damaged_files_cost_figures_and_nothing_else(tmp_path: Path) -> None:
     (run / "summary.json").write_text("{")
     found = only(run)
     assert (found.name, found.step, found.tokens, found.loss) == ("?", 0, None, None)
+
+
+DEEP = b"a: " + b"[" * 20_000
+ODD = {
+    "UTF-16": ("recipe.yaml", "name: x\n".encode("utf-16"), "recipe.yaml: bytes that are not UTF-8 text"),
+    "null": ("recipe.yaml", b"run: null\n", "recipe.yaml: run is null, not a section"),
+    "steps": ("recipe.yaml", b"name: mine\nrun: {steps: many}\n", "run.steps is 'many', not a number of steps"),
+    "long": ("recipe.yaml", b"run: {steps: " + b"9" * 5000 + b"}\n", "recipe.yaml: a number of too many digits"),
+    "hex": ("recipe.yaml", b"run: {steps: 0x" + b"f" * 5000 + b"}\n", "run.steps is an integer of thousands of digits"),
+    "name": ("recipe.yaml", b"name: [[1]]\n", "recipe.yaml: name is a list, not text"),
+    "deep": ("recipe.yaml", DEEP, "recipe.yaml: brackets nested too deep"),
+    "list": ("recipe.yaml", b"- 1\n", "recipe.yaml: a list in place of sections"),
+    "tag": ("recipe.yaml", b"name: !!python/object:os.system x\n", "recipe.yaml: no YAML"),
+    "value": ("recipe.yaml", b"name: !!bool x\n", "its tag does not fit"),
+    "brace": ("summary.json", b"{", "summary.json: no JSON"),
+    "array": ("summary.json", b"[]", "summary.json: a list in place of an object"),
+    "number": ("summary.json", b'{"a": ' + b"9" * 5000 + b"}", "summary.json: a number of too many digits"),
+    "nest": ("summary.json", b'{"a": ' * 100_000, "summary.json: brackets nested too deep"),
+    "job": ("logs/job.json", b'{"job": "1 --states=x"}', "logs/job.json: job is '1 --states=x', not the number"),
+    "bytes": ("logs/job.json", b"\xff", "logs/job.json: bytes that are not UTF-8 text"),
+    "empty": ("summary.json", b"{}", None),
+    "huge": ("metrics.csv", b"step,tokens,tokens_per_s\n1e300,1e300,1e-320\n", None),
+    "quotes": ("metrics.csv", b'step,"\r,x\n1,"2,3\n', None),
+    "ramp": ("recipe.yaml", b"batch: {rows: 1000000000, ramp: {from_rows: 1}}\nrun: {steps: 9}\n", None),
+}
+
+
+@pytest.mark.timeout(60)
+def test_odd_runs_hide_no_others(tmp_path: Path) -> None:
+    for name, (file, content, _) in ODD.items():
+        path = make_run(tmp_path / f"odd/{name}", rows=ROWS) / file
+        path.write_bytes(content)
+    for name in ("recipe.yaml", "summary.json", "metrics.csv", "logs/job.json"):
+        path = make_run(tmp_path / f"odd/fifo-{name.replace('/', '-')}") / name
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    (make_run(tmp_path / "odd/folder") / "summary.json").mkdir()
+    (make_run(tmp_path / "odd/phase") / "phases/odd").mkdir(parents=True)
+    (tmp_path / "odd/phase/phases/odd/recipe.yaml").write_text("name: x\n")
+    make_run(tmp_path / "sound", rows=ROWS, saved=(20,))
+    result = status(tmp_path)
+    assert result.exit_code == 0, result.exception
+    table, _, faults = result.stdout.partition(f"\n{tmp_path}/odd/UTF-16: ")
+    rows = {line.split()[0].removeprefix(f"{tmp_path}/") for line in table.splitlines() if line.startswith("/")}
+    assert {"sound", *(f"odd/{name}" for name in ODD), "odd/fifo-recipe.yaml", "odd/folder", "odd/phase"} <= rows
+    assert "30/100" in next(line for line in table.splitlines() if "/sound" in line)
+    lines = result.stdout.splitlines()
+    for name, (_, _, found) in ODD.items():
+        own = [line for line in lines if line.startswith(f"{tmp_path}/odd/{name}: ")]
+        assert len(own) == (found is not None), name
+        assert found is None or found in own[0]
+    assert sum("a FIFO or a device" in line for line in lines) == 5
+    assert f"{tmp_path}/sound: " not in faults
+
+
+def test_a_folder_that_cannot_be_looked_into_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "sound", rows=ROWS)
+    (tmp_path / "closed").mkdir(mode=0o000)
+    list_folder = Path.iterdir
+
+    def refuse(path: Path) -> Iterator[Path]:  # root may look into everything
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return list_folder(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    result = status(tmp_path)
+    assert result.exit_code == 0, result.exception
+    assert f"{tmp_path}/closed: cannot be looked into: permission denied" in result.stdout.splitlines()
+    assert [found.state for found in statuses([tmp_path])] == ["unreadable", "stopped"]
+    assert "file name too long" in status("x" * 300).stdout
+
+
+def test_names_of_others_do_not_write_on_the_screen(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a\x1b[2J\u202eb")
+    (run / "recipe.yaml").write_text('name: "x\\e]0;t\\a\\r\\x9b\\ny"\nrun: 7\n')
+    result = status(tmp_path)
+    assert result.exit_code == 0, result.exception
+    assert not [letter for letter in result.stdout if letter != "\n" and not letter.isprintable()]
+    assert r"a\x1b[2J\u202eb" in result.stdout
+    assert r"x\x1b]0;t\x07\r\x9b\ny" in result.stdout
+    assert len([line for line in result.stdout.splitlines() if "/a" in line]) == 2
 
 
 def test_the_table_shows_every_run(tmp_path: Path) -> None:

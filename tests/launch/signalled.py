@@ -1,7 +1,6 @@
 """Runs of `mtp train` that are sent signals."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -52,11 +51,11 @@ def saves(step: int) -> Moment:
     return lambda run: (run / f"checkpoints/step-{step:08d}.partial").exists()
 
 
-def group_signalled(process: "subprocess.Popen[str]", run: Path, moment: Moment) -> tuple[int, str]:
-    """As Slurm does: SIGTERM to every process of the step, loader workers included."""
+def group_signalled(process: "subprocess.Popen[str]", run: Path, moment: Moment, signum: int) -> tuple[int, str]:
+    """As Slurm and terminals do: a signal to every process of the step, loader workers included."""
     while process.poll() is None and not moment(run):
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signum)
     output, _ = process.communicate(timeout=200)
     return process.returncode, output
 

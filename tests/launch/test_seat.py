@@ -102,6 +102,7 @@ def test_first_host(nodes, first):
         (TORCHRUN | {"RANK": "five"}, "RANK", "'five'"),
         (TORCHRUN | {"WORLD_SIZE": ""}, "WORLD_SIZE", "''"),
         (TORCHRUN | {"MASTER_PORT": "1.5"}, "MASTER_PORT", "'1.5'"),
+        (SLURM | {"MASTER_PORT": "abc"}, "MASTER_PORT", "'abc'"),
         ({k: v for k, v in TORCHRUN.items() if k != "LOCAL_RANK"}, "LOCAL_RANK", "none"),
         (SLURM | {"SLURM_PROCID": "x"}, "SLURM_PROCID", "'x'"),
         ({k: v for k, v in SLURM.items() if k != "SLURM_LOCALID"}, "SLURM_LOCALID", "none"),
@@ -111,6 +112,24 @@ def test_what_is_no_number_is_named(environment, name, found):
     with pytest.raises(LaunchError) as caught:
         find_seat(environment)
     assert name in caught.value.must_hold
+    assert caught.value.found == found
+    assert "srun, torchrun" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("environment", "must_hold", "found"),
+    [
+        (TORCHRUN | {"WORLD_SIZE": "2"}, "RANK or SLURM_PROCID must be .* below the number of ranks", "5 of 2"),
+        (TORCHRUN | {"WORLD_SIZE": "0"}, "RANK or SLURM_PROCID", "5 of 0"),
+        (TORCHRUN | {"LOCAL_RANK": "-1"}, "LOCAL_RANK or SLURM_LOCALID", "-1 of 8"),
+        (SLURM | {"SLURM_PROCID": "8"}, "RANK or SLURM_PROCID", "8 of 8"),
+        (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT must be a port", "65536"),
+        (SLURM | {"MASTER_PORT": "0"}, "MASTER_PORT must be a port", "0"),
+    ],
+)
+def test_a_seat_that_there_cannot_be_is_refused(environment, must_hold, found):
+    with pytest.raises(LaunchError, match=must_hold) as caught:
+        find_seat(environment)
     assert caught.value.found == found
     assert "srun, torchrun" in caught.value.remedy
 

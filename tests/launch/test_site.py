@@ -1,5 +1,6 @@
 """Sites: what is read, and what is refused with what would have been right."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -45,12 +46,74 @@ def test_values_are_read_as_meant(tmp_path: Path) -> None:
         ("time: 5\nsignal_lead_s: 600\n", ["600 s and 300 s"]),
         ("- a\n", ["a mapping"]),
         ("a: [\n", ["YAML"]),
+        ("cpus_per_task: 99999999999999999999\n", ["cpus_per_task", "Did you mean cpus_per_rank?"]),
+        ("cpus_per_rank: 99999999999999999999\n", ["cpus_per_rank", "65536"]),
+        ("cpus_per_rank: 0\n", ["cpus_per_rank", "greater than"]),
+        ("gpus_per_node: -1\n", ["gpus_per_node", "greater than"]),
+        ("gpus_per_node: 100000\n", ["gpus_per_node", "1024"]),
+        ("gpus_per_node: 0\ngpu: H100\n", ["gpus_per_node: 0 and gpu: H100", "remove gpu"]),
+        ("wait_s: -3\n", ["wait_s"]),
+        ("max_restarts: 99999999999999999999\n", ["max_restarts"]),
+        ("time: -5\n", ["'-5'", "HH:MM:SS"]),
+        ("time: 9999999-00:00:00\n", ["ten years"]),
+        (f"time: {'9' * 5000}\n", ["too many digits"]),
+        (f"memory: 0x{'f' * 5000}\n", ["memory: Input should be a valid string"]),
+        ("time: ٣٠\n", ["HH:MM:SS"]),
+        ("memory: -1\n", ["'-1'", "900G"]),
+        ("memory: 1G --wrap=x\n", ["'1G --wrap=x'"]),
+        ('partition: "a\\nb"\n', [r"partition: 'a\nb'", "one line"]),
+        ('mtp: [mtp, "\\e[2J"]\n', [r"mtp.1: '\x1b[2J'"]),
+        ('container: {image: "a\\0"}\n', [r"container.image: 'a\x00'"]),
+        ('environment: {A: "x\\ry"}\n', [r"environment.A: 'x\ry'"]),
+        ('description: "\\e]0;gone\\a"\n', ["description", r"\x1b"]),
+        ("environment: {1: x}\n", ["environment"]),
+        ("[" * 50_000, ["nested too deep"]),
+        ("qos: !!int x\n", ["its tag does not fit"]),
     ],
+    ids=lambda value: None if isinstance(value, list) else value[:30],
 )
 def test_wrong_sites_are_refused(tmp_path: Path, text: str, words: list[str]) -> None:
     with pytest.raises(SiteError) as caught:
         load_site(written(tmp_path, text))
     assert not [word for word in words if word not in str(caught.value)]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("time=[", ["site.time=[", "no YAML"]),
+        ("time", ["site.KEY=VALUE"]),
+        ("gpus_per_node=-1", ["gpus_per_node"]),
+        ("=5", ["known keys"]),
+        ("account=a\x1b[2J", [r"\x1b"]),
+        (f"cpus_per_rank={'9' * 5000}", ["too many digits"]),
+    ],
+)
+def test_wrong_changes_are_refused(override: str, words: list[str]) -> None:
+    with pytest.raises(SiteError) as caught:
+        load_site("local", [override])
+    assert not [word for word in words if word not in str(caught.value)]
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"time: 5\xff\n", "time: 5\n".encode("utf-16")])
+def test_a_site_that_is_no_text_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(SiteError, match="bytes that are not UTF-8"):
+        load_site(str(tmp_path / "mine.yaml"))
+
+
+def test_odd_names_of_sites_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.yaml")
+    for name in ("x" * 300, f"{'x' * 300}.yaml", str(tmp_path / "fifo.yaml"), ""):
+        with pytest.raises(SiteError, match="the name of a site or the path"):
+            load_site(name)
+
+
+def test_large_and_wordy_sites_are_read(tmp_path: Path) -> None:
+    text = "description: |\n  Two lines,\n  and a tab.\ncpus_per_rank: 288\nmemory: 1500gb\ntime: 30-00:00:00\n"
+    site = load_site(written(tmp_path, text))
+    assert (site.cpus_per_rank, site.memory, site.time_s) == (288, "1500gb", 30 * 86_400)
 
 
 def test_an_unknown_site_names_the_nearest() -> None:

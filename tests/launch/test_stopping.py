@@ -1,7 +1,15 @@
-"""Law 9 for signals: sent away by SIGUSR1 or SIGTERM at any moment, exit code 85, and then as if never sent away."""
+"""Law 9 for signals: sent away by SIGUSR1, SIGTERM or SIGHUP at any moment, code 85, then as if never sent away."""
 
+import contextlib
+import fcntl
+import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
 import threading
+import time
 
 import pytest
 
@@ -14,6 +22,14 @@ STEPS = 60
 SHORT = ("run.checkpoint_every_steps=1000", "run.validate_every_steps=20", "run.log_every_steps=3")
 # A figure over several steps and ranks is a sum in fp32, whose order a resume within these steps changes.
 TWO_RANKS = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "run.log_every_steps=1")
+STOPPED = """
+import signal
+from mtp_lightning.launch.stopping import StopRequest, heeding_signals
+with heeding_signals(StopRequest()) as stop:
+    stop.defer()
+    signal.raise_signal(signal.SIGTERM)
+raise SystemExit(stop.exit_code)
+"""
 
 
 def train(cwd, name, *extra):
@@ -63,6 +79,58 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(cwd, whole, name, sig
     assert_goes_on_as(whole, cwd / name)
 
 
+def test_a_closed_terminal_stops_after_the_step(cwd):
+    """As a window is closed or a connection lost: SIGHUP comes, and neither stdout nor stderr take anything more."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mtp_lightning", *train(cwd, "terminal")],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TERM": "xterm"},
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(slave)
+    os.set_blocking(master, False)
+    while process.poll() is None and not after_step(6)(cwd / "terminal"):
+        drain(master)
+        time.sleep(0.005)
+    os.close(master)
+    assert process.wait(100) == REQUEUE
+    [stopped] = complete_checkpoints(cwd / "terminal/checkpoints")
+    assert 6 <= stopped.step < STEPS
+
+
+def drain(master):
+    with contextlib.suppress(BlockingIOError):
+        os.read(master, 65536)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [(), TWO_RANKS], ids=["alone", "two_ranks"])
+def test_a_run_under_nohup_goes_on(cwd, extra):
+    run = cwd / f"nohup_{len(extra)}"
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the run inherits, as it does from nohup
+    try:
+        process = start(*train(cwd, run.name, *extra), cwd=cwd)
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    code, output = signalled(process, run, after_step(6), signal.SIGHUP)
+    assert code == 0, output
+    assert complete_checkpoints(run / "checkpoints")[-1].step == STEPS
+
+
+@pytest.mark.slow
+def test_a_hangup_stops_two_ranks(cwd):
+    process = start(*train(cwd, "hangup_2", *TWO_RANKS), cwd=cwd)
+    code, output = signalled(process, cwd / "hangup_2", after_step(6), signal.SIGHUP)
+    assert code == REQUEUE, output
+    [stopped] = complete_checkpoints(cwd / "hangup_2/checkpoints")
+    assert 6 <= stopped.step < STEPS
+
+
 def test_before_the_first_step_there_is_nothing_to_save(cwd):
     code, output = signalled(start(*train(cwd, "early"), cwd=cwd), cwd / "early", has_begun, signal.SIGTERM)
     assert code == REQUEUE, output
@@ -70,11 +138,13 @@ def test_before_the_first_step_there_is_nothing_to_save(cwd):
 
 
 @pytest.mark.slow
-def test_loader_workers_leave_the_signal_to_the_run(cwd, whole):
-    process = start(*train(cwd, "workers", "data.workers=1"), cwd=cwd)
-    code, output = group_signalled(process, cwd / "workers", after_step(6))
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
+def test_loader_workers_leave_the_signal_to_the_run(cwd, whole, signum):
+    run = cwd / f"workers{signum}"
+    process = start(*train(cwd, run.name, "data.workers=1"), cwd=cwd)
+    code, output = group_signalled(process, run, after_step(6), signum)
     assert code == REQUEUE, output
-    assert_goes_on_as(whole, cwd / "workers")
+    assert_goes_on_as(whole, run)
 
 
 @pytest.mark.slow
@@ -124,6 +194,23 @@ def test_signals_are_remembered_once_there_is_something_to_save(capfd):
 def test_signals_end_a_process_that_has_nothing_to_save():
     with heeding_signals(StopRequest()), pytest.raises(SystemExit, match="85"):
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with heeding_signals(StopRequest()) as stop:
+            signal.raise_signal(signal.SIGHUP)  # would end it
+        assert stop.exit_code == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+@pytest.mark.parametrize("where", ["2>&-", "2>/dev/full"])
+def test_a_stop_that_cannot_be_told_is_a_stop_all_the_same(where):
+    done = subprocess.run(["bash", "-c", f'"$0" -c "$1" {where}', sys.executable, STOPPED], cwd=ROOT, check=False)
+    assert done.returncode == REQUEUE
 
 
 def test_threads_leave_signals_alone():

@@ -8,6 +8,7 @@ from typing import Any, final
 from pydantic import ValidationError
 
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.launch.outside import LONGEST_SHOWN, shown
 from mtp_lightning.recipe.model_sections import ModelSection
 
 
@@ -47,7 +48,38 @@ class Config:
         """
         if (value := self.get(name, default)) != wanted:
             remedy = "Models with another value are not supported: choose another model"
-            raise self.refused(f"{name} must be {wanted!r}", repr(value), remedy)
+            raise self.refused(f"{name} must be {wanted!r}", shown(value), remedy)
+
+    def impossible(self, found: str) -> CheckpointError:
+        """Build the error about a field of a wrong type or value."""
+        return self.refused("the settings must be possible ones", found, "Download the folder again")
+
+    def whole(self, name: str, default: int | None, *, least: int, most: int) -> int | None:
+        """Return a field that is a whole number within bounds.
+
+        Raises:
+            CheckpointError: It is something else.
+        """
+        value = self.get(name, default)
+        if value is not None and not (type(value) is int and least <= value <= most):
+            raise self.impossible(f"{name}: {shown(value)} (a whole number up to {most:,} is meant)")
+        return value
+
+    def number(self, name: str, value: Any) -> float:
+        """Return what a field says as a floating-point number.
+
+        Raises:
+            CheckpointError: It says none.
+        """
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise self.impossible(f"{name}: {shown(value)} (a number is meant)") from None
+
+
+def named(value: object) -> str:
+    """Show a value as it is if it is a short text, else in a few words."""
+    return value if isinstance(value, str) and len(value) <= LONGEST_SHOWN else shown(value)
 
 
 @contextmanager
@@ -58,12 +90,12 @@ def possible_settings(config: Config) -> Iterator[None]:
         return
     except ValidationError as error:
         first = error.errors()[0]
-        found = f"{'.'.join(map(str, first['loc']))}: {first['input']!r} ({first['msg']})"
+        found = f"{'.'.join(map(str, first['loc']))}: {shown(first['input'])} ({first['msg']})"
     except KeyError as error:
         found = f"no {error.args[0]} beside the others that belong to it"
-    except (TypeError, ValueError, AttributeError) as error:
-        found = str(error)
-    raise config.refused("the settings must be possible ones", found, "Download the folder again")
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        found = named(str(error))
+    raise config.impossible(found)
 
 
 def shared_fields(config: Config) -> dict[str, Any]:
@@ -114,7 +146,8 @@ def check_attends_to_all(config: Config) -> None:
             "Set sliding_window to null in config.json if no longer text than the window is to be read, "
             "and max_position_embeddings to the window; else choose a model without one",
         )
-    kinds = sorted(set(config.get("layer_types", default=[])) - {"full_attention", "sliding_attention"})
+    told = config.get("layer_types", default=[])
+    kinds = sorted({named(kind) for kind in told} - {"full_attention", "sliding_attention"})
     if kinds:
         remedy = "Choose a model whose layers are ordinary attention"
         raise config.refused("every layer must be of type full_attention", ", ".join(kinds), remedy)
@@ -127,11 +160,13 @@ def rotary_fields(config: Config) -> dict[str, Any]:
         CheckpointError: They are scaled in a way that is not known here.
     """
     told = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(told, dict):
+        raise config.impossible(f"rope_parameters or rope_scaling: {shown(told)}")
     theta = told.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0
     share = told.get("partial_rotary_factor") or config.get("partial_rotary_factor") or config.get("rotary_pct")
     return {
-        "rope_theta": float(theta),
-        "rotary_share": float(share or 1.0),
+        "rope_theta": config.number("rope_theta", theta),
+        "rotary_share": config.number("partial_rotary_factor", share or 1.0),
         "rope_scaling": _scaling(config, told),
     }
 
@@ -141,14 +176,14 @@ def _scaling(config: Config, told: dict[str, Any]) -> dict[str, Any] | None:
     if kind == "default" and not any(isinstance(value, dict) for value in told.values()):
         return None
     if kind == "linear":
-        return {"kind": "linear", "factor": float(told["factor"])}
+        return {"kind": "linear", "factor": config.number("factor", told["factor"])}
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor")
-        numbers = {name: float(told[name]) for name in names}
+        numbers = {name: config.number(name, told[name]) for name in names}
         return {"kind": kind, **numbers, "original_positions": told["original_max_position_embeddings"]}
     raise config.refused(
         "rotary positions must be plain, or scaled by linear or llama3",
-        "another scaling for each type of layer" if kind == "default" else kind,
+        "another scaling for each type of layer" if kind == "default" else named(kind),
         "Choose a model with one of these; a model that was scaled afterwards (yarn, dynamic) is the plain one without "
         "that entry, for texts as long as it was first trained on",
     )

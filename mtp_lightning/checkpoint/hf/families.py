@@ -8,6 +8,7 @@ from typing import Any
 
 from mtp_lightning.checkpoint.hf.configs import (
     Config,
+    named,
     possible_settings,
     rotary_fields,
     shared_fields,
@@ -17,6 +18,7 @@ from mtp_lightning.checkpoint.hf.configs import (
 from mtp_lightning.checkpoint.hf.packings import FUSED, PLAIN, Cell
 from mtp_lightning.checkpoint.hf.places import LAYER
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.launch.outside import shown
 from mtp_lightning.recipe.model_sections import Family, ModelSection
 
 BUFFERS = re.compile(r"(.+\.rotary_emb\.inv_freq|.+\.attention\.(masked_)?bias|rope\.freqs)")
@@ -42,7 +44,7 @@ def _read_llama(config: Config) -> dict[str, Any]:
         **shared_fields(config),
         **rotary_fields(config),
         "num_key_value_heads": None if shared == heads else shared,
-        "norm_eps": float(config.get("rms_norm_eps", default=1e-6)),
+        "norm_eps": config.number("rms_norm_eps", config.get("rms_norm_eps", default=1e-6)),
         "qkv_bias": has_bias,
         "output_bias": has_bias,
         "mlp_bias": config.get("mlp_bias", default=False),
@@ -108,7 +110,7 @@ def _read_neox(config: Config) -> dict[str, Any]:
         **shared_fields(config),
         **rotary_fields(_with_default(config, "rotary_pct", value=0.25)),
         "norm": "layer",
-        "norm_eps": float(config.get("layer_norm_eps", default=1e-5)),
+        "norm_eps": config.number("layer_norm_eps", config.get("layer_norm_eps", default=1e-5)),
         "mlp": "gelu",
         "parallel_residual": config.get("use_parallel_residual", default=True),
         "qkv_bias": has_bias,
@@ -181,19 +183,20 @@ def family_of(config: Config) -> Family:
     Raises:
         CheckpointError: It is none of those known here, or its weights are quantized.
     """
-    told, names = config.get("model_type"), config.get("architectures", default=[])
+    told, listed = config.get("model_type"), config.get("architectures", default=[])
+    names = [named(name) for name in (listed if isinstance(listed, list) else [listed])]
     found = [name for name, row in FAMILIES.items() if name == told or (told is None and row.architecture in names)]
     if not found:
         raise config.refused(
             f"the architecture must be one of {', '.join(FAMILIES)}",
-            f"model_type {told!r} ({', '.join(map(str, names)) or 'no architectures'})",
+            f"model_type {shown(told)} ({named(', '.join(names)) or 'no architectures'})",
             "Choose a model of these, or add a row to checkpoint/hf/families.py",
         )
     if (quantization := config.get("quantization_config")) is not None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise config.refused(
             "weights must be plain fp32, bf16 or fp16 numbers",
-            f"weights quantized by the method {method}",
+            f"weights quantized by the method {named(method)}",
             "Take the model's release without quantization",
         )
     return found[0]

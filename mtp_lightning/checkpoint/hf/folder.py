@@ -1,24 +1,32 @@
 """A folder of somebody else's model: its settings, and which tensor lies in which file."""
 
-import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.checkpoint.hf.configs import Config, possible_settings
+from mtp_lightning.checkpoint.hf.configs import Config, named, possible_settings
 from mtp_lightning.checkpoint.hf.families import FAMILIES, family_of, section_of
-from mtp_lightning.checkpoint.hf.meta import SETTINGS, meta_cell, meta_section, native_heads
+from mtp_lightning.checkpoint.hf.meta import SETTINGS, meta_cell, meta_section, native_heads, num_extra_heads
 from mtp_lightning.checkpoint.hf.modules import DEEPSEEK, MIMO, Native, native_modules
 from mtp_lightning.checkpoint.hf.packings import Cell
+from mtp_lightning.checkpoint.hf.sizes import check_held, check_numbers
+from mtp_lightning.checkpoint.shard_reader import MOST_NAMES
 from mtp_lightning.checkpoint.tensors import Entry, read_header
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.launch.outside import OddFileError, read_object, reason_of, shown
 from mtp_lightning.recipe.model_sections import ModelSection
 
 CONFIG = "config.json"
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+MOST_SHARDS = 100_000
+MOST_MODULES = 1024
+LONGEST_NAME_BYTES = 255
 DECLARED = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+_HARMLESS = re.compile(r"[A-Za-z0-9._-]+")
 CONVERSION = (
     "import torch; from safetensors.torch import save_file; "
     "tensors = torch.load('{file}', map_location='cpu', weights_only=True); "
@@ -55,16 +63,19 @@ def open_folder(path: Path) -> Foreign:
             are not in safetensors files, or one of these is missing.
     """
     config = _read_settings(path)
+    check_numbers(config)
     if config.path.name == SETTINGS:
         entries, files = _read_entries(path, "*.safetensors")
         with possible_settings(config):
             section = meta_section(config, entries)
+        check_held(config, section, num_extra_heads(config), entries)
         native, what = native_heads(config), "Meta's Llama"
     else:
         family = family_of(config)
         entries, files = _read_entries(path, "model*.safetensors")
         section = section_of(config, family)
-        declared = max(int(config.get(name, 0)) for name in DECLARED)
+        declared = max(config.whole(name, 0, least=0, most=MOST_MODULES) or 0 for name in DECLARED)
+        check_held(config, section, declared, entries)
         default = MIMO if family == "mimo" else DEEPSEEK
         native, what = native_modules(entries, section.num_layers, declared, default=default), family
     return Foreign(
@@ -74,28 +85,36 @@ def open_folder(path: Path) -> Foreign:
         native=native,
         entries=entries,
         files=files,
-        end_of_document=_first_end(config),
+        end_of_document=_first_end(config, section.vocabulary),
         settings_path=config.path,
     )
 
 
-def _first_end(config: Config) -> int | None:
+def _first_end(config: Config, vocabulary: int) -> int | None:
     """Return the id that ends a document: of several, the first."""
-    ends = config.get("eos_token_id")
-    first = ends[0] if isinstance(ends, list) and ends else ends
-    return first if isinstance(first, int) else None
+    told = config.get("eos_token_id")
+    ends = told if isinstance(told, list) else [] if told is None else [told]
+    for end in ends:
+        if not (type(end) is int and 0 <= end < vocabulary):
+            raise config.impossible(f"eos_token_id: {shown(end)} (ids are below {vocabulary:,})")
+    return ends[0] if ends else None
 
 
 def _read_settings(path: Path) -> Config:
-    found = next((path / name for name in (CONFIG, SETTINGS) if (path / name).is_file()), None)
+    remedy = "Give the folder that a model was downloaded to or saved in by transformers"
+    try:
+        found = next((path / name for name in (CONFIG, SETTINGS) if (path / name).is_file()), None)
+        is_folder = path.is_dir()
+    except OSError as error:
+        raise CheckpointError("a folder to import must be readable", f"{path}: {reason_of(error)}", remedy) from None
     if found is None:
         raise CheckpointError(
             f"a folder to import must have a {CONFIG} (or Meta's {SETTINGS})",
-            f"neither in {path}" if path.is_dir() else f"no folder {path}",
-            "Give the folder that a model was downloaded to or saved in by transformers",
+            f"neither in {path}" if is_folder else f"no folder {path}",
+            remedy,
         )
     values = _read_json(found)
-    if str(values.get("format", "")).startswith("mtp_lightning"):
+    if named(values.get("format")).startswith("mtp_lightning"):
         raise CheckpointError(
             "a folder to import must be of another program",
             f"an exported folder of mtp_lightning, {path}",
@@ -106,12 +125,9 @@ def _read_settings(path: Path) -> Config:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, str(error)) from None
-    if not isinstance(values, dict):
-        raise _unreadable(path, type(values).__name__)
-    return values
+        return read_object(path)
+    except (OSError, OddFileError) as error:
+        raise _unreadable(path, reason_of(error)) from None
 
 
 def _unreadable(path: Path, found: str) -> CheckpointError:
@@ -140,7 +156,8 @@ def _weight_files(path: Path, pattern: str) -> list[Path]:
         listed = _read_json(path / INDEX).get("weight_map")
         if not isinstance(listed, dict):
             raise _unreadable(path / INDEX, "no weight_map")
-        names = [Path(str(name)).name for name in listed.values()]
+        names = [*listed.values()]
+        _check_names(path / INDEX, names)
         _check_shards(path, names)
         return [path / name for name in dict.fromkeys(names)]
     if (path / WHOLE).is_file():
@@ -151,21 +168,47 @@ def _weight_files(path: Path, pattern: str) -> list[Path]:
     numbered = [name.stem.rpartition("-of-") for name in found]
     if all(middle and total.isdecimal() for _, middle, total in numbered):
         total = numbered[0][2]
+        if int(total) > MOST_SHARDS:
+            raise _without_shards(path, f"{len(found)} of {total} files")
         width = len(numbered[0][0].rpartition("-")[2])
         stem = numbered[0][0].rpartition("-")[0]
         _check_shards(path, [f"{stem}-{n:0{width}d}-of-{total}.safetensors" for n in range(1, int(total) + 1)])
     return found
 
 
+def _check_names(index: Path, names: list[Any]) -> None:
+    """Check that all files are named as files of the folder itself."""
+    odd = [name for name in names if not _is_shard_name(name)]
+    if odd:
+        raise CheckpointError(
+            "weight_map must name files *.safetensors of the folder itself",
+            f"{shown(odd[0])}, in {index}",
+            "Download the file again",
+        )
+
+
+def _is_shard_name(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name.endswith(".safetensors")
+        and not {"/", "\\"} & set(name)
+        and len(os.fsencode(name)) <= LONGEST_NAME_BYTES
+    )
+
+
 def _check_shards(path: Path, names: list[str]) -> None:
-    missing = [name for name in dict.fromkeys(names) if not (path / name).is_file()]
+    missing = dict.fromkeys(name for name in dict.fromkeys(names) if not (path / name).is_file())
     if missing:
         of = f", with {sum(name in missing for name in names)} tensors" if len(names) > len(set(names)) else ""
-        raise CheckpointError(
-            "every shard of the weights must be there",
-            f"no {', '.join(missing)}{of}, in {path}",
-            "Download what is missing",
-        )
+        more = f" and {len(missing) - MOST_NAMES} more" if len(missing) > MOST_NAMES else ""
+        raise _without_shards(path, f"no {', '.join([*missing][:MOST_NAMES])}{more}{of}")
+
+
+def _without_shards(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        "every shard of the weights must be there", f"{found}, in {path}", "Download what is missing"
+    )
 
 
 def _without_weights(path: Path) -> CheckpointError:
@@ -177,7 +220,8 @@ def _without_weights(path: Path) -> CheckpointError:
             "Download the folder again, with its *.safetensors",
         )
     targets = [WHOLE] if len(pickles) == 1 else [f"model-{n:05d}-of-{len(pickles):05d}.safetensors" for n in (1,)]
-    command = CONVERSION.format(file=pickles[0], target=targets[0])
+    file = pickles[0] if _HARMLESS.fullmatch(pickles[0]) else "FILE"  # it is pasted into a shell
+    command = CONVERSION.format(file=file, target=targets[0])
     more = "" if len(pickles) == 1 else f", and so for the other {len(pickles) - 1} files"
     return CheckpointError(
         "weights must be in safetensors files: a pickle can run any program when it is opened",

@@ -14,6 +14,7 @@ from mtp_lightning.checkpoint.tensors import Entry
 from mtp_lightning.recipe.model_sections import ModelSection
 
 SETTINGS = "params.json"
+MOST_HEADS = 1024
 POSITIONS = 4096  # of Llama 2; params.json does not say
 OUTSIDE = {
     "embed_tokens.weight": "tok_embeddings.weight",
@@ -45,8 +46,8 @@ def meta_section(config: Config, entries: dict[str, Entry]) -> ModelSection:
         "mlp_width": _rows(config, entries, "layers.0.feed_forward.w1.weight"),
         "vocabulary": _rows(config, entries, "tok_embeddings.weight"),
         "max_positions": config.get("max_seq_len", POSITIONS),
-        "norm_eps": float(config.get("norm_eps", 1e-5)),
-        "rope_theta": float(config.get("rope_theta", 10000.0)),
+        "norm_eps": config.number("norm_eps", config.get("norm_eps", 1e-5)),
+        "rope_theta": config.number("rope_theta", config.get("rope_theta", 10000.0)),
         "family": "llama",
     }
     return ModelSection.model_validate(values)
@@ -54,7 +55,7 @@ def meta_section(config: Config, entries: dict[str, Entry]) -> ModelSection:
 
 def num_extra_heads(config: Config) -> int:
     """Count the heads beside the main one."""
-    return int(config.get("n_future_tokens", 1)) - 1
+    return (config.whole("n_future_tokens", 1, least=1, most=MOST_HEADS) or 1) - 1
 
 
 def meta_cell(place: str) -> Cell | None:
@@ -84,7 +85,7 @@ def _inside(layer: str, inner: str) -> Cell | None:
 
 
 def _rows(config: Config, entries: dict[str, Entry], name: str) -> int:
-    if name not in entries:
+    if name not in entries or not entries[name].shape:
         beginnings = ", ".join(sorted({re.sub(r"\d+", "N", other) for other in entries})[:6])
         raise config.refused(f"the weights beside {SETTINGS} must have {name}", beginnings, "Download the folder again")
     return entries[name].shape[0]

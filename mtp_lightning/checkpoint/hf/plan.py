@@ -14,7 +14,7 @@ from mtp_lightning.checkpoint.hf.packings import Cell
 from mtp_lightning.checkpoint.hf.places import Parameter, copied_place, parameters_of
 from mtp_lightning.checkpoint.hf.stored import is_same
 from mtp_lightning.checkpoint.shard_reader import MOST_NAMES
-from mtp_lightning.errors import CheckpointError
+from mtp_lightning.errors import CheckpointError, visible
 from mtp_lightning.recipe.sections import Recipe
 
 Init = Literal["random", "copy", "native"]
@@ -53,7 +53,7 @@ class Plan:
             for owner, counted in counts.items()
         ]
         for what, names in (("missing", self.missing), ("unexpected", self.unexpected)):
-            lines += [f"  {what:{width}}  {len(names)} allowed: {listed(names)}"] if names else []
+            lines += [f"  {what:{width}}  {len(names)} allowed: {visible(listed(names), kept='')}"] if names else []
         return lines
 
 

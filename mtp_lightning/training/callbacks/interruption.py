@@ -9,7 +9,7 @@ from typing import Any, cast, final
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from mtp_lightning.launch.stopping import INTERRUPTED, REQUEUE, StopRequest
+from mtp_lightning.launch.stopping import INTERRUPTED, REQUEUE, StopRequest, say_at_once
 from mtp_lightning.training.callbacks.checkpoints import Checkpoints
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.strategies.base import RunStrategy
@@ -67,9 +67,10 @@ class Interruption(Callback):
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self._stop.exit_code = self._stop.exit_code or INTERRUPTED
         self._give_back()
-        # Not print: the signal may have come in the middle of one. In place of the last line of a live view.
-        notice = f"\r{_NOTICE}\x1b[K" if os.isatty(2) else f"{_NOTICE}\n"
-        os.write(2, notice.encode())
+        if os.isatty(2):
+            say_at_once(f"\r{_NOTICE}", end="\x1b[K")  # in place of the last line of a live view
+        else:
+            say_at_once(_NOTICE)
 
     def _give_back(self) -> None:
         if self._former is not None:

@@ -22,6 +22,7 @@ FIRST_STEPS = 3  # which compile, connect and allocate
 SLOW_FACTOR = 6  # how much longer first steps and saves may take
 WINDOW_STEPS = 50
 LOOKS = 20  # per limit
+MOST_PAUSES = 2  # between two looks; where more have passed the whole process has stood still
 WRITE_S = 10.0  # a file system that hangs must not keep the process from ending
 
 
@@ -31,6 +32,7 @@ class Watchdog(Callback):
 
     Too long is `run.hang_after_s`, or `run.hang_factor` median steps if that is more; six times that for what is slow
     by nature. Every rank has a thread that looks; the other ranks wait for the one that hangs, so all of them end.
+    Time in which the whole process was stopped (SIGSTOP, a suspended machine) does not count: it could not move.
     """
 
     def __init__(self, recipe: Recipe, run_folder: Path, *, end: Callable[[int], object] = os._exit) -> None:
@@ -88,9 +90,14 @@ class Watchdog(Callback):
         self._moved_at, self._what, self._is_slow = time.monotonic(), what, is_slow
 
     def _look(self, least_s: float) -> None:
-        while not self._is_over.wait(least_s / LOOKS):
+        pause_s, waited_s, looked_at = least_s / LOOKS, 0.0, self._moved_at
+        while not self._is_over.wait(pause_s):
             limit_s = max(least_s, self._factor * self._median_s) * (SLOW_FACTOR if self._is_slow else 1)
-            waited_s = time.monotonic() - self._moved_at
+            now, moved_at = time.monotonic(), self._moved_at
+            if moved_at > looked_at:
+                waited_s, looked_at = 0.0, moved_at
+            waited_s += min(now - looked_at, MOST_PAUSES * pause_s)
+            looked_at = now
             if waited_s > limit_s and not self._is_over.is_set():
                 self._give_up(waited_s, limit_s)
                 return

@@ -23,7 +23,10 @@ from pathlib import Path
 from tests.training.callbacks.tiny_run import TinyModule, fit, tiny_recipe
 
 def hang_here(step):
-    time.sleep({sleep_s} if step == 5 else 0.01)
+    if step == 5:
+        (folder / "hangs").touch()
+    for _ in range(round({sleep_s} * 100) if step == 5 else 1):  # time that passes while it is stopped does not count
+        time.sleep(0.01)
 
 folder = Path(sys.argv[1])
 (folder / "logs/attempt_2").mkdir(parents=True)
@@ -34,25 +37,47 @@ fit(folder, recipe, module=module)
 """
 
 
-def run_hanging(folder: Path, **values: float) -> "subprocess.CompletedProcess[str]":
-    code = HANGING.format(**values)
-    command = [sys.executable, "-c", code, str(folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+def start_hanging(folder: Path, **values: float) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", HANGING.format(**values), str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_hanging(folder: Path, *, stopped_s: float = 0.0, **values: float) -> tuple[int, str]:
+    """Hang in a step, and in it be stopped for a while; return exit code and stderr."""
+    process = start_hanging(folder, **values)
+    while stopped_s and process.poll() is None and not (folder / "hangs").exists():
+        time.sleep(0.01)
+    if stopped_s:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(stopped_s)
+        process.send_signal(signal.SIGCONT)
+    _, said = process.communicate(timeout=100)
+    return process.returncode, said
 
 
 def test_a_step_that_hangs_ends_the_process_with_its_stacks(tmp_path: Path) -> None:
-    done = run_hanging(tmp_path, sleep_s=60, after_s=1.0)
-    assert done.returncode == HANG, done.stderr
-    assert "nothing has moved for 1." in done.stderr
-    assert "in a step after step 4" in done.stderr
+    code, said = run_hanging(tmp_path, sleep_s=60, after_s=1.0)
+    assert code == HANG, said
+    assert "nothing has moved for 1." in said
+    assert "in a step after step 4" in said
     stacks = (tmp_path / "logs/attempt_2/hang_rank_0.txt").read_text()
     assert "hang_here" in stacks
     assert stacks.count("most recent call first") >= 2  # all threads
 
 
 def test_a_step_that_is_slow_is_let_be(tmp_path: Path) -> None:
-    assert run_hanging(tmp_path, sleep_s=1, after_s=3.0).returncode == 0
+    assert run_hanging(tmp_path, sleep_s=1, after_s=3.0) == (0, "")
     assert not list(tmp_path.glob("logs/*/hang*"))
+
+
+def test_a_process_that_was_stopped_has_not_hung(tmp_path: Path) -> None:
+    assert run_hanging(tmp_path, sleep_s=0.5, after_s=2.0, stopped_s=3.0) == (0, "")
+
+
+def test_a_process_that_hangs_and_was_stopped_is_found_by_the_time_that_it_ran(tmp_path: Path) -> None:
+    code, said = run_hanging(tmp_path, sleep_s=60, after_s=1.0, stopped_s=3.0)
+    assert code == HANG, said
+    assert "nothing has moved for 1." in said
 
 
 def test_a_multiple_of_the_median_holds_where_it_is_longer(tmp_path: Path) -> None:
@@ -60,6 +85,13 @@ def test_a_multiple_of_the_median_holds_where_it_is_longer(tmp_path: Path) -> No
     module = TinyModule(recipe)
     module.on_step = lambda step: time.sleep(1.0 if step == 5 else 0.1)
     fit(tmp_path, recipe, module=module)  # with 0.2 s it would end here
+
+
+def test_a_run_that_moves_may_take_longer_than_the_limit(tmp_path: Path) -> None:
+    recipe = tiny_recipe(steps=30, hang_after_s=1.0, checkpoint_every_steps=100, validate_every_steps=100)
+    module = TinyModule(recipe)
+    module.on_step = lambda step: time.sleep(0.06)
+    fit(tmp_path, recipe, module=module)  # by 1.8 s it would have ended
 
 
 def test_no_limit_means_no_thread(tmp_path: Path) -> None:

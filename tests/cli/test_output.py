@@ -1,0 +1,103 @@
+"""Stdout and stderr that are closed, full or no longer read: real pipes, /dev/full and processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mtp_lightning.checkpoint.layout import complete_checkpoints
+from mtp_lightning.cli.screen import BROKEN_PIPE
+from tests.support.runs import ROOT, figures
+
+RECIPE = str(ROOT / "recipes/debug/parallel.yaml")
+FULL = "error: stdout must take what is printed; found No space left on device. Send it where there is room for it.\n"
+CLOSED = FULL.replace("No space left on device", "Bad file descriptor")
+
+
+def shell(words, redirection, **environment):
+    """Run `mtp` as bash does; return exit code (of `mtp`, in a pipe), stdout and stderr."""
+    command = f'set -o pipefail; "$0" -m mtp_lightning {words} {redirection}'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", [f"recipe show {RECIPE}", f"plan {RECIPE}", "--help", "--version"])
+@pytest.mark.parametrize(
+    ("redirection", "exit_code", "said"),
+    [("| true", BROKEN_PIPE, ""), ("> /dev/full", 1, FULL), (">&-", 1, CLOSED), ("> /dev/full 2>&1", 1, "")],
+)
+def test_a_verb_that_cannot_print_ends_without_a_traceback(words, redirection, exit_code, said):
+    assert shell(words, redirection) == (exit_code, "", said)
+
+
+def test_a_reader_that_has_read_enough_ends_a_verb_at_once():
+    """Many times what a pipe holds: the verb is stopped in the middle."""
+    code, out, err = shell(f"recipe check $(yes {RECIPE} | head -2000)", "| head -1")
+    assert (code, out.split()[0], err) == (BROKEN_PIPE, "ok", "")
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2> /dev/full", "2> >(true)"])
+def test_stderr_that_takes_nothing_leaves_exit_codes_and_stdout_alone(redirection):
+    code, out, _ = shell("recipe check nowhere.yaml", redirection)
+    assert (code, out.split()[0]) == (2, "faulty")
+    assert shell(f"recipe check {RECIPE}", redirection)[0] == 0
+
+
+@pytest.mark.parametrize(("redirection", "exit_code", "said"), [("| true", BROKEN_PIPE, ""), ("> /dev/full", 1, FULL)])
+def test_what_is_only_written_at_the_end_is_no_exception(tmp_path, redirection, exit_code, said):
+    """A script of a few kilobytes stays in the buffer of `print`."""
+    submit = f"submit {RECIPE} --site local --dry-run run.dir={tmp_path}/run"
+    assert shell(submit, redirection) == (exit_code, "", said)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_unbuffered_output_is_no_exception(unbuffered):
+    assert shell(f"recipe show {RECIPE}", "> /dev/full", PYTHONUNBUFFERED=unbuffered) == (1, "", FULL)
+    code, out, _ = shell(f"recipe show {RECIPE}", "", PYTHONUNBUFFERED=unbuffered)
+    assert (code, "kind: parallel" in out) == (0, True)
+
+
+def test_files_do_not_get_the_numbers_of_closed_streams():
+    code = "import os; from mtp_lightning.cli.screen import *; guard_output(print); os._exit(os.open(os.devnull, 0))"
+    command = ["bash", "-c", f'"$0" -c "{code}" <&- >&- 2>&-']
+    assert subprocess.run([*command, sys.executable], cwd=ROOT, check=False).returncode > 2
+
+
+@pytest.mark.parametrize("place", [{"RANK": "5", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "1"}])
+def test_ranks_that_a_verb_does_not_need_do_not_matter(place):
+    code, _, err = shell(f"recipe check {RECIPE}", "", LOCAL_RANK="0", MASTER_PORT="abc", **place)
+    assert (code, err) == (0, "")
+
+
+def train(folder, redirection):
+    steps = "run.steps=12 run.log_every_steps=1 run.checkpoint_every_steps=100 run.validate_every_steps=6"
+    return shell(f"train {RECIPE} {steps} run.dir={folder}/run run.cache={folder}/cache", redirection)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "reason"),
+    [
+        ("| head -1", "Broken pipe"),
+        pytest.param("> /dev/full", "No space left on device", marks=pytest.mark.slow),
+        pytest.param(">&-", "Bad file descriptor", marks=pytest.mark.slow),
+        pytest.param("2>&1 | head -1", None, marks=pytest.mark.slow),
+        pytest.param(">&- 2>&-", None, marks=pytest.mark.slow),
+        pytest.param("> /dev/full 2> /dev/full", None, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_to_its_end_when_nobody_sees_it(tmp_path, redirection, reason):
+    code, _, err = train(tmp_path, redirection)
+    assert code == 0, err
+    assert complete_checkpoints(tmp_path / "run/checkpoints")[-1].step == 12
+    assert [row["step"] for row in figures(tmp_path / "run/metrics.csv")] == [str(step) for step in range(1, 13)]
+    told = f"stdout does not take what is printed ({reason}): the run goes on, and its folder has all figures\n"
+    assert err.count(told) == (reason is not None)
+    assert err.count("stdout does not") == (reason is not None)
+    assert "Traceback" not in err
