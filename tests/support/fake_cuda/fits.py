@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -257,7 +258,8 @@ def _of_lightning() -> Iterator[Any]:
     """Yield patches of what Lightning and DeepSpeed say to other ranks in objects, or ask values for."""
     lightning, deepspeed = "lightning.pytorch", "deepspeed.runtime.zero"
     yield mock.patch("torch.distributed.broadcast_object_list", silent())
-    yield mock.patch("mtp_lightning.training.saving.threading.Thread", _AtOnce)  # fake tensors are not for two threads
+    at_once = SimpleNamespace(Thread=_AtOnce)  # fake tensors are not for two threads
+    yield mock.patch("mtp_lightning.training.saving.threading", at_once)
     yield mock.patch("torch.distributed.new_group", _same_group)
     yield mock.patch(f"{lightning}.loops.training_epoch_loop._TrainingEpochLoop._broadcast_sigterm_tensor", silent())
     yield mock.patch(
