@@ -1,8 +1,16 @@
-"""One thread per process: tiny tensors gain nothing from more, and tests share the machine."""
+"""What all tests need of their process.
+
+One thread per process: tiny tensors gain nothing from more, and tests share the machine. And SIGHUP as a terminal gives
+it, also where the tests were started with nohup: what they start would ignore it as well.
+"""
 
 import os
+import signal
+import threading
 
 os.environ["OMP_NUM_THREADS"] = "1"
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGHUP, lambda *_: None)  # a handler, which what is started does not inherit
 
 import torch
 

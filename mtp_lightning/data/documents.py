@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtp_lightning.data.extras import import_extra
+from mtp_lightning.data.outside import shown
 from mtp_lightning.data.sources import SourceFile
 from mtp_lightning.errors import DataError
 
 NUM_BYTES_SNIFFED = 8192
 LEARNT_ROLE = "assistant"
+PARQUET_DAMAGE = (OSError, ValueError, LookupError, MemoryError, NotImplementedError)
+"""What pyarrow raises: most of its own are ValueErrors, a claim of too many bytes is a MemoryError."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ def documents_of_lines(file: SourceFile, first_line: int, lines: list[bytes]) ->
             place = f"{file.path}, line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # the latter for lists within lists
                 raise _unreadable(f"{place}: {error}") from error
             yield Document(name=f"{file.name}:{number}", parts=parts_of_record(record, place))
 
@@ -76,7 +79,7 @@ def documents_of_row_group(file: SourceFile, row_group: int, first_row: int) -> 
                     record = {key: value for key, value in record.items() if value is not None}
                     yield Document(name=f"{file.name}:{number}", parts=parts_of_record(record, place))
                     number += 1
-    except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
+    except PARQUET_DAMAGE as error:
         raise unreadable_file(file, error) from error
 
 
@@ -100,7 +103,7 @@ def parts_of_record(record: Any, place: str) -> tuple[tuple[bytes, bool], ...]:
     keys = ("prompt", "completion") if "completion" in record else ("text",)
     for key in keys:
         if not isinstance(record.get(key), str):
-            found = f"{key!r} is a {_kind(record[key])}" if key in record else f"keys {sorted(record)}"
+            found = f"{key!r} is a {_kind(record[key])}" if key in record else f"keys {shown(sorted(record))}"
             raise _unreadable(f"{place}: {found}")
     return tuple((_bytes(record[key]), key != "prompt") for key in keys)
 

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mtp_lightning.data.build import sync
+from mtp_lightning.data.outside import bounded_content, shown
 from mtp_lightning.errors import DataError
 
 REQUEST_NAME = "request.json"
+MOST_REQUEST_BYTES = 1 << 20
 Setting = str | int | float | None
 
 
@@ -39,10 +41,12 @@ def check_request(folder: Path, request: Mapping[str, Setting]) -> None:
     """
     record = folder / REQUEST_NAME
     try:
-        begun = json.loads(record.read_bytes())
+        begun = json.loads(bounded_content(record, MOST_REQUEST_BYTES))
+        if not isinstance(begun, dict):
+            raise ValueError(f"a {type(begun).__name__}")
     except FileNotFoundError:
         return
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{record} must be as it was written", str(error), f"Remove {folder} to begin anew") from error
     names = [name for name in {**begun, **request} if begun.get(name) != request.get(name)]
     if names:
@@ -54,4 +58,4 @@ def check_request(folder: Path, request: Mapping[str, Setting]) -> None:
 
 
 def _said(value: Setting) -> str:
-    return "not given" if value is None else str(value)
+    return "not given" if value is None else shown(value)

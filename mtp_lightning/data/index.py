@@ -1,16 +1,19 @@
 """The binary index of a shard folder: where every member lies, as arrays."""
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mtp_lightning.data.arrays import arrays_of
 from mtp_lightning.data.manifest import Manifest
+from mtp_lightning.data.member_checks import wrong_shard
+from mtp_lightning.data.outside import shown
 from mtp_lightning.errors import DataError
 
 INDEX_NAME = "index.npz"
+MOST_INDEX_BYTES = 256 << 20  # 48 bytes for each member of the largest manifest
 Offsets = NDArray[np.int64]
 
 
@@ -46,20 +49,23 @@ def write_index(folder: Path, manifest: Manifest) -> None:
 
 
 def load_index(folder: Path, manifest: Manifest) -> Index:
-    """Read the index of a shard folder.
+    """Read the index of a shard folder, and check it against the manifest: what it says becomes places in files.
 
     Raises:
         DataError: It is missing, damaged or belongs to another manifest.
     """
-    path = folder / INDEX_NAME
+    path, names = folder / INDEX_NAME, tuple(Index.__dataclass_fields__)
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            fingerprint = arrays["fingerprint"].tobytes().hex()
-            index = Index(**{name: arrays[name] for name in Index.__dataclass_fields__})
-    except (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise _wrong(path, manifest, f"{type(error).__name__}: {error}") from error
+        arrays = arrays_of(path, ("fingerprint", *names))
+    except (OSError, ValueError) as error:
+        raise _wrong(path, manifest, f"{type(error).__name__}: {shown(error)}") from error
+    fingerprint = shown(arrays["fingerprint"].tobytes().hex())
     if fingerprint != manifest.fingerprint:
         raise _wrong(path, manifest, f"the index of fingerprint {fingerprint}")
+    index = build_index(manifest)
+    for name, wanted in vars(index).items():
+        if arrays[name].dtype != wanted.dtype or not np.array_equal(arrays[name], wanted):
+            raise wrong_shard(f"{name} in the index of {folder} must be as in the manifest", "other numbers")
     return index
 
 

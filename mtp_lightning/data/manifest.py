@@ -4,16 +4,32 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mtp_lightning.data.outside import bounded_content, shown
 from mtp_lightning.errors import DataError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+MOST_MANIFEST_BYTES = 1 << 30  # four million members, 4 x 10^12 tokens
+TAR_BLOCK_BYTES = 512
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
+
+
+# What others wrote becomes a path, a size or a loop only within these bounds.
+ShardName = Annotated[str, Field(pattern=r"^(train|validation)/[0-9A-Za-z][0-9A-Za-z._-]{0,127}\.tar$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
+Text = Annotated[str, Field(max_length=4096)]
+Count = Annotated[int, Field(ge=0, le=2**62)]
+FileSize = Annotated[int, Field(ge=TAR_BLOCK_BYTES, le=1 << 40, multiple_of=TAR_BLOCK_BYTES)]
+Place = Annotated[int, Field(ge=0, le=1 << 40, multiple_of=TAR_BLOCK_BYTES)]  # payloads begin with a block of a tar
+InShard = Annotated[int, Field(ge=1, le=1 << 40)]
+Checksum = Annotated[int, Field(ge=0, lt=1 << 32)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class _Frozen(BaseModel):
@@ -27,25 +43,44 @@ class Member(_Frozen):
     without one has targets only.
     """
 
-    key: str
-    tokens_at: int  # byte offset of the token ids in the shard file
-    num_tokens: int
-    tokens_crc32: int
-    lengths_at: int  # byte offset of the document lengths in the shard file
-    num_documents: int
-    lengths_crc32: int
-    mask_at: int | None = None  # byte offset of the loss mask in the shard file
-    mask_crc32: int | None = None
+    key: Key
+    tokens_at: Place  # byte offset of the token ids in the shard file
+    num_tokens: InShard
+    tokens_crc32: Checksum
+    lengths_at: Place  # byte offset of the document lengths in the shard file
+    num_documents: InShard
+    lengths_crc32: Checksum
+    mask_at: Place | None = None  # byte offset of the loss mask in the shard file
+    mask_crc32: Checksum | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.num_documents > self.num_tokens:
+            raise ValueError(f"{self.num_documents:,} documents of {self.num_tokens:,} tokens, their ends included")
+        if (self.mask_at is None) != (self.mask_crc32 is None):
+            raise ValueError("a mask has both a place and a checksum")
+        return self
+
+    def end(self, token_bytes: int) -> int:
+        """Return the byte of the shard file after the last one of the member."""
+        mask_end = 0 if self.mask_at is None else self.mask_at + self.num_tokens
+        return max(self.tokens_at + token_bytes * self.num_tokens, self.lengths_at + 4 * self.num_documents, mask_end)
 
 
 class Shard(_Frozen):
     """One tar file."""
 
-    name: str  # path inside the shard folder
+    name: ShardName  # path inside the shard folder
     split: Split
-    num_bytes: int
-    sha256: str
-    members: list[Member]
+    num_bytes: FileSize
+    sha256: Digest
+    members: list[Member] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _is_in_the_folder_of_its_split(self) -> Self:
+        if not self.name.startswith(f"{self.split}/"):
+            raise ValueError(f"{self.name} is not in the folder of its split, {self.split}")
+        return self
 
     @property
     def num_tokens(self) -> int:
@@ -61,9 +96,9 @@ class Shard(_Frozen):
 class SourceCount(_Frozen):
     """What one of several sources of a build gave."""
 
-    name: str
-    num_documents: int
-    num_tokens: int
+    name: Text
+    num_documents: Count
+    num_tokens: Count
 
 
 class Manifest(_Frozen):
@@ -74,21 +109,35 @@ class Manifest(_Frozen):
 
     format_version: Literal[1] = 1
     dtype: Literal["uint16", "uint32"]
-    tokenizer: str
-    tokenizer_hash: str
-    vocabulary: int
-    end_of_document: int
-    largest_token: int
-    validation_share: float
-    source_files: int
-    source_bytes: int
-    source_listing: str  # sha256 over names and sizes of the source files
-    skipped_empty: int
-    skipped_binary: int
-    skipped_not_utf8: int | None = None
-    skipped_duplicates: int | None = None
+    tokenizer: Text
+    tokenizer_hash: Text
+    vocabulary: Annotated[int, Field(ge=1, le=1 << 32)]
+    end_of_document: TokenId
+    largest_token: TokenId
+    validation_share: Annotated[float, Field(ge=0, le=1)]
+    source_files: Count
+    source_bytes: Count
+    source_listing: Text  # sha256 over names and sizes of the source files
+    skipped_empty: Count
+    skipped_binary: Count
+    skipped_not_utf8: Count | None = None
+    skipped_duplicates: Count | None = None
     sources: list[SourceCount] | None = None
-    shards: list[Shard]
+    shards: list[Shard] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        token_bytes = {"uint16": 2, "uint32": 4}[self.dtype]
+        most = min(self.vocabulary, 1 << 8 * token_bytes) - 1
+        if max(self.largest_token, self.end_of_document) > most:
+            raise ValueError(f"ids up to {most:,} as {self.dtype} of {self.vocabulary:,} ids, but larger ones named")
+        if len({shard.name for shard in self.shards}) < len(self.shards):
+            raise ValueError("two shards of one name")
+        for shard in self.shards:
+            beyond = next((member for member in shard.members if member.end(token_bytes) > shard.num_bytes), None)
+            if beyond:
+                raise ValueError(f"member {beyond.key} of {shard.name} reaches beyond its {shard.num_bytes:,} bytes")
+        return self
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,40 +186,49 @@ def load_manifest(folder: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise DataError(
             f"the shards in {folder} must have format version {FORMAT_VERSION}",
-            repr(version),
+            shown(repr(version)),
             "Build them again with `mtp data build`, or use the version of mtp_lightning that made them",
         )
     fingerprint = content.pop("fingerprint", None)
     actual = fingerprint_of(content)
     if actual != fingerprint:
         raise DataError(
-            f"{folder / MANIFEST_NAME} must be as it was written, with fingerprint {fingerprint}",
+            f"{folder / MANIFEST_NAME} must be as it was written, with fingerprint {shown(fingerprint)}",
             f"content with fingerprint {actual}",
             "Restore the file from its source, or build the shards again with `mtp data build`",
         )
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise _damaged(folder, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise _damaged(folder, _said(error)) from error
 
 
 def _read_content(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    try:
+        content = json.loads(bounded_content(path, MOST_MANIFEST_BYTES))
+    except FileNotFoundError as error:
         found = "a folder without one" if folder.is_dir() else "no such folder"
         raise DataError(
             f"a shard folder must have its manifest, {path}, which is written last",
             found,
             "Correct the path, or build the shards again with `mtp data build`",
-        )
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise _damaged(folder, f"{path.stat().st_size} bytes that are not JSON: {error}") from error
+        ) from error
+    except OSError as error:
+        raise _damaged(folder, str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(folder, f"what is not JSON: {shown(error)}") from error
     if not isinstance(content, dict):
         raise _damaged(folder, f"a {type(content).__name__}")
     return content
+
+
+def _said(error: ValidationError) -> str:
+    """Return the first fault of a manifest: the field, what is wrong, and what is there."""
+    first = error.errors(include_url=False)[0]
+    place = shown(".".join(map(str, first["loc"])))
+    wrong = f"{place}: " * bool(place) + first["msg"].removeprefix("Value error, ")
+    return wrong if isinstance(first["input"], dict | BaseModel) else f"{wrong}, not {shown(repr(first['input']))}"
 
 
 def _damaged(folder: Path, found: str) -> DataError:

@@ -61,7 +61,7 @@ class ShardMaps:
         if self.cache is not None:
             return self.cache.open(shard, free_own=self._mapped.clear)
         check_size(self.folder, shard)  # again: it may have been replaced since
-        return (self.folder / shard.name).open("rb")
+        return _opened_file(self.folder / shard.name)
 
     def describe(self, place: int, start: int) -> str:
         """Return the place of a token of a shard in words: file, member, token in it, byte of the file."""
@@ -93,8 +93,6 @@ class MappedShard:
         self._first_tokens = np.concatenate([[0], np.cumsum(index.num_tokens[inside])])
         # Payloads begin at multiples of 512 bytes, so the whole file may be seen as tokens.
         self._shifts = index.tokens_at[inside] // dtype.itemsize - self._first_tokens[:-1]
-        self._lengths_at = index.lengths_at[inside]
-        self._num_documents = index.num_documents[inside]
         self._mask_at = index.mask_at[inside]
         with file:
             self._words = np.asarray(np.memmap(file, dtype=dtype, mode="r"))
@@ -162,19 +160,30 @@ class MappedShard:
     @cached_property
     def document_ends(self) -> Integers:
         """Return for each document of the shard the token after its last one."""
-        self._checks.check_lengths()
-        file = self._words.view(np.uint8)
-        lengths = [
-            file[at : at + 4 * count].view("<u4").astype(np.int64)
-            for at, count in zip(self._lengths_at, self._num_documents, strict=True)
-        ]
-        return np.cumsum(np.concatenate(lengths))
+        return np.cumsum(np.concatenate(self._checks.lengths()), dtype=np.int64)
 
     def _across(self, start: np.int64, width: int) -> NDArray[Any]:
         positions = start + np.arange(width)
         member = np.searchsorted(self._first_tokens, positions, side="right") - 1
         words: NDArray[Any] = self._words[positions + self._shifts[member]]
         return words
+
+
+def bytes_of(path: Path) -> NDArray[np.uint8]:
+    """Return the bytes of a file, mapped.
+
+    Raises:
+        DataError: It cannot be opened.
+    """
+    with _opened_file(path) as file:
+        return np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+
+
+def _opened_file(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"shard {path} must be readable", error.strerror or str(error), "See to its rights") from error
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:

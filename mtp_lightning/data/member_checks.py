@@ -26,17 +26,21 @@ class MemberChecks:
         self._token_bytes = token_bytes
         self._unread = set(range(len(shard.members)))
 
-    def check_lengths(self) -> None:
-        """Check the lengths of the documents of all members.
+    def lengths(self) -> list[NDArray[np.uint32]]:
+        """Return the lengths of the documents of each member, checked.
 
         Raises:
             DataError: They are not as written, one is 0, or they do not add up to a member's tokens.
         """
+        found = []
         for member in self._shard.members:
             place = f"{self._origin}, member {member.key}.len, byte {member.lengths_at:,}"
             content = self._file[member.lengths_at : member.lengths_at + 4 * member.num_documents]
             check_written(content, member.lengths_crc32, place)
-            check_document_lengths(content.view("<u4"), member.num_tokens, place)
+            lengths = content.view("<u4")
+            check_document_lengths(lengths, member.num_tokens, place)
+            found.append(lengths)
+        return found
 
     def check_tokens(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> None:
         """Check the token ids and masks of members that are read for the first time, each from a first to a last.

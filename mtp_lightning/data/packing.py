@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -10,8 +10,10 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_lightning.data.manifest import Manifest, Split, load_manifest
+from mtp_lightning.data.arrays import arrays_of
+from mtp_lightning.data.manifest import Manifest, Shard, Split, load_manifest
 from mtp_lightning.data.mapped import Integers, ShardMaps
+from mtp_lightning.data.outside import shown
 from mtp_lightning.data.progress import say
 from mtp_lightning.data.rows import RowArrays, RowSource
 from mtp_lightning.errors import DataError
@@ -96,7 +98,11 @@ class PackedRows(RowSource):
         self.width_tokens = window_tokens + num_offsets
         self._maps = ShardMaps(folder, split)
         shape = {"window_tokens": window_tokens, "num_offsets": num_offsets}
-        self._plan = _read(plan_path(cache, self._maps.manifest, split, **shape))
+        path = plan_path(cache, self._maps.manifest, split, **shape)
+        self._plan = _read(path)
+        wrong = _wrong_with(self._plan, self._maps.shards, self.width_tokens)
+        if wrong:
+            raise _damaged(path, wrong)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -201,15 +207,38 @@ def _write(path: Path, plan: Plan) -> None:
 
 
 def _read(path: Path) -> Plan:
+    names = tuple(Plan.__dataclass_fields__)
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            plan = Plan(**{name: arrays[name] for name in Plan.__dataclass_fields__})
-            checksum = arrays["checksum"]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
-    if not np.array_equal(checksum, _checksum(plan)):
+        arrays = arrays_of(path, ("checksum", *names))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {shown(error)}") from error
+    if any(arrays[name].dtype != np.int64 for name in names):
+        raise _damaged(path, "numbers of another type")
+    plan = Plan(**{name: arrays[name].astype(np.int64, copy=False) for name in names})
+    if not np.array_equal(arrays["checksum"], _checksum(plan)):
         raise _damaged(path, "other content than was written")
     return plan
+
+
+def _wrong_with(plan: Plan, shards: Sequence[Shard], width_tokens: int) -> str | None:
+    """Say what a plan asks for that the shards or the rows lack."""
+    first, lengths = plan.first_pieces, plan.lengths
+    if not plan.shards.size == plan.starts.size == lengths.size:
+        return "pieces without a shard, a start or a length"
+    if not first.size or first[0] != 0 or first[-1] != lengths.size or (np.diff(first) < 1).any():
+        return "rows of other pieces than there are"
+    if not lengths.size:
+        return None
+    if plan.shards.min() < 0 or plan.shards.max() >= len(shards):
+        return "a piece of a shard that there is not"
+    sizes = np.array([shard.num_tokens for shard in shards], dtype=np.int64)[plan.shards]
+    if (
+        min(lengths.min(), plan.starts.min() + 1) < 1
+        or (lengths > width_tokens).any()
+        or (plan.starts > sizes - lengths).any()
+    ):
+        return "a piece that reaches out of its shard or its row"
+    return "a row that overflows" if (np.add.reduceat(lengths, first[:-1]) > width_tokens).any() else None
 
 
 def _checksum(plan: Plan) -> NDArray[np.uint8]:

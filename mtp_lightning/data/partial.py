@@ -1,5 +1,6 @@
 """A build on its way: the folder that it fills, and what a later build may take over when it was killed."""
 
+import contextlib
 import fcntl
 import glob
 import hashlib
@@ -7,13 +8,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from mtp_lightning.data.manifest import SPLITS, Shard, Split
 from mtp_lightning.data.progress import say
@@ -28,7 +28,14 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     shard: Shard
-    largest_token: int
+    largest_token: NonNegativeInt
+
+
+class _Counts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: NonNegativeInt
+    validation: NonNegativeInt
 
 
 @final
@@ -46,10 +53,9 @@ class Partial:
         self.kept: dict[Split, list[Shard]] = {split: self._finished_shards(split) for split in SPLITS}
         self.kept_lengths = {split: self._lengths(split) for split in SPLITS}
         self.num_written = 0
-        lines = self._journal_lines()
-        self._journaled: list[Counts] = [json.loads(line) for line in lines]
+        self._journaled = self._journal_entries()
         self._journal = (path / JOURNAL_NAME).open("w")
-        self._journal.writelines(lines)
+        self._journal.writelines(json.dumps(counts) + "\n" for counts in self._journaled)
 
     @property
     def num_kept(self) -> int:
@@ -109,10 +115,12 @@ class Partial:
         try:
             record = _Record.model_validate_json(self._record(name).read_bytes())
             with (self.path / name).open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                sha256, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
         except (OSError, ValidationError):
             return None
-        if sha256 != record.shard.sha256:
+        if (name, sha256, size) != (record.shard.name, record.shard.sha256, record.shard.num_bytes):
+            return None
+        if max(member.end(token_bytes=2) for member in record.shard.members) > size:
             return None
         self.largest_token = max(self.largest_token, record.largest_token)
         return record.shard
@@ -128,13 +136,18 @@ class Partial:
             ]
         return np.concatenate(lengths)
 
-    def _journal_lines(self) -> list[str]:
+    def _journal_entries(self) -> list[Counts]:
+        """Return the entries before the first that is not as it was written."""
         path = self.path / JOURNAL_NAME
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [line for line in lines if line.endswith("\n")]
+        entries: list[Counts] = []
+        with contextlib.suppress(ValidationError):
+            for line in path.read_bytes().splitlines() if path.exists() else []:
+                counts = _Counts.model_validate_json(line)
+                entries.append({split: getattr(counts, split) for split in SPLITS})
+        return entries
 
 
-@contextmanager
+@contextlib.contextmanager
 def claimed(out: Path, identity: str, say_it: Callable[[str], None]) -> Iterator[Path | None]:
     """Yield the folder to build into, for this process alone; None when another has built the very same meanwhile.
 

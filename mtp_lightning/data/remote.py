@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,9 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from mtp_lightning.data.index import INDEX_NAME
-from mtp_lightning.data.manifest import MANIFEST_NAME
+from mtp_lightning.data.index import INDEX_NAME, MOST_INDEX_BYTES
+from mtp_lightning.data.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES
+from mtp_lightning.data.outside import shown
 from mtp_lightning.errors import DataError
 
 BLOCK_BYTES = 8 << 20
@@ -20,14 +22,21 @@ PAUSE_S = 0.5  # before the second try, and twice as long before each further on
 DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
 
 
-def blocks_of(url: str) -> Iterator[bytes]:
-    """Yield the content of a file.
+def blocks_of(url: str, *, most_bytes: int) -> Iterator[bytes]:
+    """Yield the content of a file, of at most so many bytes.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: It cannot be read, or is larger: a server that says so is asked for nothing, another for a byte more.
     """
-    with _named(url), fsspec.open(url, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
+    with opened(url) as file:
+        said_bytes = getattr(file, "size", None)  # of most of fsspec's files, where the server says it
+        if isinstance(said_bytes, int) and said_bytes > most_bytes:
+            raise _too_large(url, most_bytes, f"{said_bytes:,} bytes")
+        left_bytes = most_bytes
+        while block := file.read(min(BLOCK_BYTES, left_bytes + 1)):
+            left_bytes -= len(block)
+            if left_bytes < 0:
+                raise _too_large(url, most_bytes, f"{most_bytes - left_bytes:,} bytes received, and no end")
             yield block
 
 
@@ -68,7 +77,8 @@ def mirror(url: str, cache: Path) -> Path:
         DataError: They cannot be read, or not be written.
     """
     folder = mirror_folder(url, cache)
-    contents = {name: tried_again(_content, f"{url.rstrip('/')}/{name}") for name in (INDEX_NAME, MANIFEST_NAME)}
+    most = {INDEX_NAME: MOST_INDEX_BYTES, MANIFEST_NAME: MOST_MANIFEST_BYTES}
+    contents = {name: tried_again(_content, f"{url.rstrip('/')}/{name}", bound) for name, bound in most.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
@@ -84,8 +94,18 @@ def mirror(url: str, cache: Path) -> Path:
     return folder
 
 
-def _content(url: str) -> bytes:
-    return b"".join(blocks_of(url))
+def _content(url: str, most_bytes: int) -> bytes:
+    content = io.BytesIO()
+    content.writelines(blocks_of(url, most_bytes=most_bytes))
+    return content.getvalue()
+
+
+def _too_large(url: str, most_bytes: int, found: str) -> DataError:
+    return DataError(
+        f"{url} must have at most {most_bytes:,} bytes",
+        found,
+        "Correct the address, or upload the shards again from their source: what is there is not what was built",
+    )
 
 
 @contextmanager
@@ -96,10 +116,11 @@ def _named(url: str) -> Iterator[None]:
         raise
     except ImportError as error:
         driver = DRIVERS.get(url.partition("://")[0], "the package that it names")
-        raise DataError(f"{url} must be readable by fsspec", str(error), f"Install it: pip install {driver}") from error
+        remedy = f"Install it: pip install {driver}"
+        raise DataError(f"{url} must be readable by fsspec", shown(error), remedy) from error
     except Exception as error:  # each of fsspec's drivers has exceptions of its own
         raise DataError(
             f"{url} must be readable",
-            f"{type(error).__name__}: {error}",
+            f"{type(error).__name__}: {shown(error)}",
             "Correct the address, see to access and network, or copy the shards to a folder",
         ) from error

@@ -109,32 +109,42 @@ class ShardCache:
                 if not _lock(file, waits=waits) or os.fstat(file.fileno()).st_nlink == 0:
                     return
                 if not self._path(shard).exists():
-                    self._make_room(shard, file, free_own, waits=waits)
-                    tried_again(self._download, shard, file)
-                    with self._alone():  # who counts meets it under one name
-                        partial.replace(self._path(shard))
+                    self._arrive(shard, file, free_own, waits=waits)
                 elif _is_at(file, partial):  # nobody else's: it is locked here
                     partial.unlink()
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise self._full(shard, error) from error
 
+    def _arrive(self, shard: Shard, file: BinaryIO, free_own: Callable[[], None], *, waits: bool) -> None:
+        """Fill the partial file of a shard, which is locked here, and give it its name; else remove it."""
+        partial = self._path(shard).with_suffix(".partial")
+        try:
+            self._make_room(shard, file, free_own, waits=waits)
+            tried_again(self._download, shard, file)
+            with self._alone():  # who counts meets it under one name
+                partial.replace(self._path(shard))
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
     def _download(self, shard: Shard, file: BinaryIO) -> None:
         url = f"{self.url}/{shard.name}"
         say_progress = lines_now_and_then(f"fetching {url}", shard.num_bytes)
         digest = hashlib.sha256()
         file.seek(0)
-        for block in blocks_of(url):
+        for block in blocks_of(url, most_bytes=shard.num_bytes):
             file.write(block)
             digest.update(block)
             say_progress(len(block))
+        received_bytes = file.tell()
         file.truncate()
         file.flush()
         os.fsync(file.fileno())
-        if digest.hexdigest() != shard.sha256:
+        if (received_bytes, digest.hexdigest()) != (shard.num_bytes, shard.sha256):
             raise DataError(
                 f"{url} must have {shard.num_bytes:,} bytes and sha256 {shard.sha256}, as its manifest says",
-                f"{os.fstat(file.fileno()).st_size:,} bytes and sha256 {digest.hexdigest()}",
+                f"{received_bytes:,} bytes and sha256 {digest.hexdigest()}",
                 "Upload the shard again from its source, or build the shards again with `mtp data build`",
             )
 
@@ -148,7 +158,7 @@ class ShardCache:
                     os.posix_fallocate(partial.fileno(), 0, shard.num_bytes)
                     return
             free_own()
-            if time.monotonic() > until:
+            if time.monotonic() > until or shard.num_bytes > self.limit_bytes:
                 raise DataError(
                     f"the cache {self._folder} must have room for {shard.num_bytes:,} bytes of {self.url}/{shard.name}",
                     f"{in_use:,} of {self.limit_bytes:,} bytes in use by running processes",

@@ -55,6 +55,12 @@ def is_stdlib(source: str) -> bool:
     return source == STDLIB or source.startswith(f"{STDLIB}:")
 
 
+def matches_of(source: str) -> list[Path]:
+    """Return what a path or a pattern itself names: files, and folders whether or not there is a file in them."""
+    path = Path(source).expanduser()
+    return [path] if path.exists() or not _is_pattern(source) else _matches(path)[1]
+
+
 def _files_of(source: str) -> list[SourceFile]:
     if is_stdlib(source):
         return _files_of_stdlib(source)
@@ -63,7 +69,7 @@ def _files_of(source: str) -> list[SourceFile]:
         return [_source_file(path, path.parent, is_named=True)]
     if path.is_dir():
         files = _files_below(path, path, passed_over=_is_passed_over)
-    elif any(mark in source for mark in WILDCARDS):
+    elif _is_pattern(source):
         files = _files_of_glob(path)
     else:
         raise DataError(
@@ -80,16 +86,38 @@ def _files_of(source: str) -> list[SourceFile]:
     return files
 
 
-def _files_of_glob(pattern: Path) -> list[SourceFile]:
+def _is_pattern(source: str) -> bool:
+    return any(mark in source for mark in WILDCARDS)
+
+
+def _matches(pattern: Path) -> tuple[Path, list[Path]]:
+    """Return the plain beginning of a pattern, and what it matches there."""
     parts = pattern.parts
-    num_plain = next(i for i, part in enumerate(parts) if any(mark in part for mark in WILDCARDS))
+    num_plain = next(i for i, part in enumerate(parts) if _is_pattern(part))
     root = Path(*parts[:num_plain])
+    try:
+        found = list(root.glob(str(Path(*parts[num_plain:]))))
+    except (ValueError, OSError) as error:
+        raise DataError(
+            "a pattern of data.corpus or data.stream must be one of names that can be looked up",
+            f"{str(pattern)!r}: {error}",
+            "Correct the pattern; ** stands alone between slashes",
+        ) from error
+    return root, [path for path in found if not any(map(_is_passed_over, path.relative_to(root).parts))]
+
+
+def _files_of_glob(pattern: Path) -> list[SourceFile]:
+    root, matches = _matches(pattern)
     files = []
-    for path in root.glob(str(Path(*parts[num_plain:]))):
-        if any(map(_is_passed_over, path.relative_to(root).parts)):
-            continue
+    for path in matches:
         if path.is_dir():
             files += _files_below(path, root, passed_over=_is_passed_over)
+        elif not path.exists():
+            raise DataError(
+                "what a pattern of data.corpus or data.stream matches must exist",
+                f"{str(path)!r}, a link to nothing",
+                "Remove it, or correct the pattern",
+            )
         else:
             files.append(_source_file(path, root, is_named=False))
     return files

@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from mtp_lightning.data.index import load_index
 from mtp_lightning.data.manifest import Manifest, Split, load_manifest
-from mtp_lightning.data.mapped import check_sizes
+from mtp_lightning.data.mapped import bytes_of, check_sizes
+from mtp_lightning.data.member_checks import MemberChecks
+from mtp_lightning.data.outside import shown
 from mtp_lightning.data.progress import say
 from mtp_lightning.errors import DataError
 
@@ -59,17 +61,14 @@ def lengths_of(folder: Path, manifest: Manifest, split: Split | None = None) -> 
     """Return the lengths in tokens of all documents of one split, or of both.
 
     Raises:
-        DataError: A shard is missing or has another size.
+        DataError: A shard is missing, has another size, or other lengths than were written.
     """
     check_sizes(folder, manifest)
-    index = load_index(folder, manifest)
     found = [np.array([], dtype="<u4")]
-    for number, shard in enumerate(manifest.shards):
+    for shard in manifest.shards:
         if split in (None, shard.split):
-            content = np.asarray(np.memmap(folder / shard.name, dtype=np.uint8, mode="r"))
-            inside = index.shard == number
-            for at, count in zip(index.lengths_at[inside], index.num_documents[inside], strict=True):
-                found.append(content[at : at + 4 * count].view("<u4").copy())
+            path = folder / shard.name
+            found += MemberChecks(shard, bytes_of(path), str(path), token_bytes=1).lengths()
     return np.concatenate(found)
 
 
@@ -98,9 +97,9 @@ def _counts_table(manifests: dict[Path, Manifest], lengths: dict[Path, Lengths])
         num_tokens = int(own.sum(dtype=np.int64))
         figures = [f"{num_tokens / own.size:,.1f}", f"{np.median(own):,.0f}", f"{own.max():,}"]
         held_out = manifest.num_tokens("validation") / num_tokens
-        table.add_row(str(folder), *_counts(own.size, num_tokens, total), *figures, f"{held_out:.1%}")
+        table.add_row(Text(str(folder)), *_counts(own.size, num_tokens, total), *figures, f"{held_out:.1%}")
         for source in manifest.sources or []:
-            table.add_row(f"  {source.name}", *_counts(source.num_documents, source.num_tokens, total))
+            table.add_row(Text(f"  {shown(source.name)}"), *_counts(source.num_documents, source.num_tokens, total))
         table.add_section()
     return table
 
@@ -110,7 +109,8 @@ def _counts(num_documents: int, num_tokens: int, total: int) -> list[str]:
 
 
 def _histogram_table(folder: Path, bins: list[Bin]) -> Table:
-    table = _table(("length in tokens", "documents", "share of tokens"), title=f"Lengths of documents in {folder}")
+    title = Text(f"Lengths of documents in {folder}")
+    table = _table(("length in tokens", "documents", "share of tokens"), title=title)
     table.add_column("", no_wrap=True)
     total = sum(one.num_tokens for one in bins)
     most = max(one.num_documents for one in bins)
@@ -120,7 +120,7 @@ def _histogram_table(folder: Path, bins: list[Bin]) -> Table:
     return table
 
 
-def _table(columns: tuple[str, ...], *, title: str) -> Table:
+def _table(columns: tuple[str, ...], *, title: str | Text) -> Table:
     table = Table(title=title, title_justify="left", box=HORIZONTALS, padding=(0, 1, 0, 0))
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")

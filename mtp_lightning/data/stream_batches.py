@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -69,9 +69,10 @@ class StreamBatches:
             return read_ahead(lambda own: self._batch(rows, len(own)), iter(self.slices()))
         return (self._batch(rows, len(own)) for own in self.slices())
 
-    def _rows(self) -> Iterator[RowArrays | MtpError]:
+    def _rows(self) -> Generator[RowArrays | MtpError, None, None]:
         if not self.workers:
-            return iter(self.rows())
+            yield from self.rows()
+            return
         loader = DataLoader(
             self.rows(),
             batch_size=None,
@@ -81,12 +82,13 @@ class StreamBatches:
             multiprocessing_context="spawn",
             generator=torch.Generator(),
         )
-        return iter(loader)
+        yield from loader
 
-    def _batch(self, rows: Iterator[RowArrays | MtpError], num_rows: int) -> Batch:
+    def _batch(self, rows: Generator[RowArrays | MtpError, None, None], num_rows: int) -> Batch:
         batch: list[RowArrays] = []
         for row in itertools.islice(rows, num_rows):
             if isinstance(row, MtpError):
+                rows.close()  # ends its loader processes: while the error is on its way they would be waited for
                 raise row
             batch.append(row)
         return tensors_of(joined_rows(batch), pin_memory=self.pin_memory)

@@ -4,25 +4,27 @@ What is read is a function of (tars, seed, position at the start, rank, loader p
 order. Each rank and each of its loader processes reads tars of its own, over and over, so none ends before the others.
 """
 
-import io
 import itertools
 import json
+import os
 import re
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, BinaryIO, final
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
+from mtp_lightning.data.arrays import whole_numbers
 from mtp_lightning.data.order import permute
+from mtp_lightning.data.outside import shown
 from mtp_lightning.data.remote import opened
 from mtp_lightning.data.rows import RowArrays
-from mtp_lightning.data.sources import find_files
+from mtp_lightning.data.sources import find_files, matches_of
+from mtp_lightning.data.tar_members import NO_END, TarDamage, members_of
 from mtp_lightning.data.tokenizers import Tokenizer, open_tokenizer
 from mtp_lightning.errors import DataError, MtpError
 from mtp_lightning.recipe.data_rules import is_url
@@ -31,6 +33,9 @@ from mtp_lightning.recipe.sections import Recipe
 PICKLES = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "joblib"})
 KINDS = ("txt", "json", "tok", "npy")
 NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
+MOST_NUMBERS = 1_000_000
+META = re.compile(r"__[^/]*__($|/)")  # members that webdataset keeps for itself
+TAR_NAME = re.compile(r"\.(tar|tgz|tbz2?|txz)(\.\w+)?$")
 STREAM_ORDER = "stream order 1"
 
 
@@ -38,16 +43,27 @@ def tars_of(patterns: Sequence[str]) -> list[str]:
     """Return the tars that paths, globs and URLs name, sorted.
 
     Raises:
-        DataError: A path or a glob names none.
+        DataError: A path or a glob names none, or a folder that is called a tar.
 
     >>> tars_of(["https://x.org/a-{08..10}.tar"])
     ['https://x.org/a-08.tar', 'https://x.org/a-09.tar', 'https://x.org/a-10.tar']
     """
     tars: set[str] = set()
     for name in itertools.chain.from_iterable(map(_numbered, patterns)):
-        found = [name] if is_url(name) else [str(file.path) for file in find_files([name])]
-        tars.update(found)
+        tars.update([name] if is_url(name) else _files(name))
     return sorted(tars)
+
+
+def _files(name: str) -> list[str]:
+    for path in matches_of(name):
+        is_other = path.exists() and not path.is_file() and not path.is_dir()  # a pipe would be waited for
+        if is_other or (path.is_dir() and TAR_NAME.search(path.name)):
+            raise DataError(
+                "tars of data.stream must be files",
+                f"{str(path)!r}, which is {'no file' if is_other else 'a folder'}",
+                "Copy the tar again from its source, or give a folder of tars another name",
+            )
+    return [str(file.path) for file in find_files([name])]
 
 
 def _numbered(pattern: str) -> list[str]:
@@ -56,6 +72,12 @@ def _numbered(pattern: str) -> list[str]:
     if not found:
         return [pattern]
     low, high = found.groups()
+    if len(high) > 9 or len(low) > 9 or int(high) - int(low) >= MOST_NUMBERS:
+        raise DataError(
+            f"{{first..last}} in a name of data.stream must stand for at most {MOST_NUMBERS:,} numbers",
+            shown(found[0]),
+            "Give fewer tars, or several patterns",
+        )
     numbers = [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)]
     return [pattern[: found.start()] + number + pattern[found.end() :] for number in numbers]
 
@@ -92,7 +114,7 @@ class TarDocuments:
         """
         tokenizer = open_tokenizer(self.tokenizer, end_of_document=self.end_of_document)
         for sample in _samples(tar):
-            place = f"{tar}, sample {sample['__key__']}"
+            place = f"{tar}, sample {shown(sample['__key__'])}"
             tokens = self._tokens(sample, tokenizer, place)
             if tokens.size and tokens[-1] != tokenizer.end_of_document:
                 tokens = np.append(tokens, tokens.dtype.type(tokenizer.end_of_document))
@@ -103,7 +125,7 @@ class TarDocuments:
     def _tokens(self, sample: dict[str, Any], tokenizer: Tokenizer, place: str) -> NDArray[Any]:
         kinds = [kind for kind in KINDS if kind in sample]
         if len(kinds) != 1:
-            found = ", ".join(name for name in sample if not name.startswith("__"))
+            found = shown(", ".join(name for name in sample if not name.startswith("__")))
             raise _wrong(place, f"one of .{', .'.join(KINDS)} right after its key, which has no dot", f".{found}")
         content = sample[kinds[0]]
         if kinds[0] in ("txt", "json"):
@@ -116,12 +138,12 @@ class TarDocuments:
         try:
             text = content.decode()
             value = json.loads(text)[self.text_field] if kind == "json" else text
-        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(value, str):
+                return value.encode()
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             wanted = "UTF-8 text" if kind == "txt" else f"JSON with the field {self.text_field}"
-            raise _wrong(f"{place}.{kind}", wanted, f"{type(error).__name__}: {error}") from error
-        if not isinstance(value, str):
-            raise _wrong(f"{place}.{kind}", f"text in the field {self.text_field}", type(value).__name__)
-        return value.encode()
+            raise _wrong(f"{place}.{kind}", wanted, f"{type(error).__name__}: {shown(error)}") from error
+        raise _wrong(f"{place}.{kind}", f"text in the field {self.text_field}", type(value).__name__)
 
     def _check(self, tokens: NDArray[Any], place: str) -> None:
         wrong = np.flatnonzero((tokens >= self.vocabulary) | (tokens < 0))
@@ -138,18 +160,40 @@ def _samples(tar: str) -> Iterator[dict[str, Any]]:
     """Yield what webdataset finds in a tar: samples of members by suffix, none of them decoded."""
     try:
         with opened(tar) if is_url(tar) else Path(tar).open("rb") as stream:
-            for sample in group_by_keys(tar_file_expander([{"url": tar, "stream": stream}])):
-                pickles = [name for name in sample if name.rpartition(".")[2] in PICKLES]
-                if pickles:
-                    member = f"{tar}, sample {sample['__key__']}.{pickles[0]}"
-                    raise _wrong(member, "no pickle, which can run any program when it is read", "one")
-                yield sample
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        raise DataError(
-            f"{tar} must be a whole tar of WebDataset samples",
-            f"{type(error).__name__}: {error}",
-            "Copy it again from its source, or leave it out of data.stream",
-        ) from error
+            yield from _samples_of(tar, stream)
+    except OSError as error:
+        raise _damaged(tar, error) from error
+
+
+def _samples_of(tar: str, stream: BinaryIO) -> Iterator[dict[str, Any]]:
+    num_bytes = None if is_url(tar) else os.fstat(stream.fileno()).st_size
+    members = members_of(stream, _is_document, num_bytes)
+    files = ({"fname": name, "data": content, "__url__": tar} for name, content in members if not META.match(name))
+    try:
+        for sample in group_by_keys(files):
+            pickles = [name for name in sample if name.rpartition(".")[2] in PICKLES]
+            if pickles:
+                member = f"{tar}, sample {shown(sample['__key__'])}.{shown(pickles[0])}"
+                raise _wrong(member, "no pickle, which can run any program when it is read", "one")
+            yield sample
+    except (TarDamage, ValueError) as error:  # the latter of webdataset, for two members of one name
+        raise _damaged(tar, error) from error
+
+
+def _is_document(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in KINDS
+
+
+def _damaged(tar: str, error: Exception) -> DataError:
+    is_ours = isinstance(error, TarDamage)
+    remedy = "Copy it again from its source, or leave it out of data.stream"
+    if NO_END in str(error):
+        remedy += "; if it is known to be whole, end it: head -c 1024 /dev/zero >> FILE"
+    return DataError(
+        f"{tar} must be a whole tar of WebDataset samples",
+        str(error) if is_ours else f"{type(error).__name__}: {shown(error)}",
+        remedy,
+    )
 
 
 def _array_of(content: bytes, dtype: str, place: str) -> NDArray[Any]:
@@ -163,12 +207,10 @@ def _array_of(content: bytes, dtype: str, place: str) -> NDArray[Any]:
 
 def _numpy_array(content: bytes, place: str) -> NDArray[Any]:
     try:
-        array = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise _wrong(f"{place}.npy", "an array of whole numbers, without pickled objects", str(error)) from error
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise _wrong(f"{place}.npy", "a flat array of whole numbers", f"{array.ndim} dimensions of {array.dtype}")
-    return np.asarray(array)
+        return whole_numbers(content)
+    except ValueError as error:
+        wanted = "an array of whole numbers, without pickled objects"
+        raise _wrong(f"{place}.npy", wanted, shown(error)) from error
 
 
 def _wrong(place: str, wanted: str, found: str) -> DataError:

@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_lightning.data.extras import import_extra
+from mtp_lightning.data.outside import bounded_content, shown
 from mtp_lightning.data.tokenizers import TokenArray, Tokenizer, visible
 from mtp_lightning.errors import DataError
 
+MOST_BYTES = 1 << 30
 ENDS = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -48,6 +50,8 @@ class HuggingFaceTokenizer(Tokenizer):
         ids: dict[str, int] = self._inner.get_vocab(with_added_tokens=True)
         found = {name: ids[name] for name in ENDS if name in ids}
         self.name = path.name
+        if not ids:
+            raise _damaged(path, "a tokenizer.json", ValueError("no tokens in it"))
         self.vocabulary = max(ids.values()) + 1  # ids may have gaps
         self.end_of_document = _end_of(path, found, end_of_document, self.vocabulary)
 
@@ -57,7 +61,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_many(self, texts: Sequence[bytes]) -> list[TokenArray]:
         """Return the ids of texts in UTF-8; the library may use several threads (TOKENIZERS_PARALLELISM)."""
-        encoded = self._inner.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        decoded = [text.decode() for text in texts]
+        try:
+            encoded = self._inner.encode_batch_fast(decoded, add_special_tokens=False)
+        except Exception as error:  # plain: of a file that lacks the token for what it does not know
+            raise _damaged(Path(self.name), "a tokenizer.json that can encode any text", error) from error
         return [np.array(one.ids, dtype=np.uint32) for one in encoded]
 
     def decode(self, tokens: NDArray[np.integer[Any]]) -> bytes:
@@ -95,7 +103,9 @@ class SentencePieceTokenizer(Tokenizer):
         own = self._inner.eos_id()
         self.name = path.name
         self.vocabulary = int(self._inner.get_piece_size())
-        found = {self._inner.id_to_piece(own): own} if own >= 0 else {}
+        if not self.vocabulary:
+            raise _damaged(path, "a SentencePiece model", ValueError("no pieces in it"))
+        found = {self._inner.id_to_piece(own): own} if 0 <= own < self.vocabulary else {}
         self.end_of_document = _end_of(path, found, end_of_document, self.vocabulary)
 
     def encode(self, text: bytes) -> TokenArray:
@@ -123,23 +133,23 @@ FILE_TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
+        return bounded_content(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
         remedy = "Correct data.tokenizer: byte, or the path of a tokenizer.json or SentencePiece *.model"
         raise DataError(f"the tokenizer {str(path.absolute())!r} must be readable", str(error), remedy) from error
 
 
 def _damaged(path: Path, what: str, error: Exception) -> DataError:
-    return DataError(f"{path} must be {what}", str(error).strip() or type(error).__name__, "Download the file again")
+    return DataError(f"{path} must be {what}", shown(error).strip() or type(error).__name__, "Download the file again")
 
 
 def _end_of(path: Path, found: dict[str, int], given: int | None, vocabulary: int) -> int:
     """Return the end-of-document id: the one given, else the only one found."""
     if given is None and len(found) == 1:
         return next(iter(found.values()))
-    if given is not None and given < vocabulary:
+    if given is not None and 0 <= given < vocabulary:
         return given
-    names = ", ".join(f"{name} = {number}" for name, number in found.items()) or "none of the usual ones"
+    names = ", ".join(f"{shown(name)} = {number}" for name, number in found.items()) or "none of the usual ones"
     must_hold = f"one token of {path.name} must end a document"
     if given is not None:
         must_hold, names = f"data.end_of_document must be below the {vocabulary:,} ids of {path.name}", f"{given:,}"

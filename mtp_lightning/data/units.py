@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from mtp_lightning.data.documents import (
+    PARQUET_DAMAGE,
     Document,
     document_of_file,
     documents_of_lines,
@@ -116,7 +117,7 @@ def _units_of_parquet(file: SourceFile) -> Iterator[Unit]:
     try:
         with parquet.ParquetFile(file.path) as table:
             sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-    except ValueError as error:  # pyarrow's own are ValueErrors
+    except PARQUET_DAMAGE as error:
         raise unreadable_file(file, error) from error
     first, done_bytes = 1, 0
     for group, num_rows in enumerate(sizes):

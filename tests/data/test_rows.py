@@ -5,7 +5,7 @@ from string import ascii_letters
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mtp_lightning.data import mapped as mapped_module
@@ -43,6 +43,7 @@ def test_rows_are_documents_concatenated_and_cut(
     assert max(map(max, documents)) > 0
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=2, max_size=60),
     window_tokens=st.integers(2, 30),
