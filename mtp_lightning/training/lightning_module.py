@@ -250,12 +250,12 @@ class MtpLightningModule(L.LightningModule):
         Raises:
             NonFiniteStreak: Too many steps in a row were not finite.
         """
-        first = self.trainer.datamodule.rows_consumed  # type: ignore[attr-defined]
-        rows = range(first, first + self.recipe.batch.rows_at(first))
         bad = [role for role, norm in norms.items() if role != "all" and not math.isfinite(norm)]
         if bad and self.recipe.run.precision == "fp16":
             self.skipped_steps.total += 1  # fp16 searches for its loss scale by overflowing: DeepSpeed skips by itself
             return
+        first = self.trainer.datamodule.rows_consumed  # type: ignore[attr-defined]
+        rows = range(first, first + self.recipe.batch.rows_at(first))
         if math.isfinite(norms["all"]):
             self.skipped_steps.pass_over(step + 1, rows)
         else:
