@@ -12,6 +12,7 @@ import pytest
 
 from mtp_lightning.checkpoint.layout import complete_checkpoints
 from mtp_lightning.errors import CheckpointError, DataError, NonFiniteError, RunFolderError, TrainingError
+from mtp_lightning.launch.run_marker import claim
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training import lightning_module
 from mtp_lightning.training.fit import train
@@ -87,12 +88,12 @@ def test_a_fresh_start_overwrites_nothing(run, tmp_path, capsys):
 def test_folders_of_others_are_refused(run, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.tex").write_text("precious")
-    with pytest.raises(RunFolderError, match=r"without a recipe.yaml but with thesis.tex"):
+    with pytest.raises(RunFolderError, match=r"one that a run has made .* a folder that holds thesis.tex"):
         run(folder="home")
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="which is a file"):
         run(folder="file")
-    (tmp_path / "run").mkdir()
+    claim(tmp_path / "run")
     with (tmp_path / "run/.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RunFolderError, match="one process at a time"):

@@ -15,6 +15,7 @@ from mtp_lightning.checkpoint.shard_reader import ShardReader
 from mtp_lightning.data.datamodule import MtpDataModule
 from mtp_lightning.data.order import ShuffledOrder
 from mtp_lightning.errors import NonFiniteError, RunFolderError
+from mtp_lightning.launch.run_marker import claim
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.recipe.sections import NonFiniteSection
 from mtp_lightning.training import fit, nonfinite
@@ -251,7 +252,8 @@ def test_rollbacks_are_limited(place, monkeypatch):
 
 
 def test_a_record_that_cannot_be_read_is_not_forgotten(place):
-    (place / "torn/logs").mkdir(parents=True)
+    claim(place / "torn")
+    (place / "torn/logs").mkdir()
     (place / "torn/logs/rollbacks.json").write_text('[{"step": ')
     with pytest.raises(RunFolderError, match="the record of a run's rollbacks must be readable"):
         train(recipe_of(place, "torn"))
