@@ -126,9 +126,10 @@ def test_a_bad_node_that_slurm_gives_again_is_given_back(cluster: Cluster, tmp_p
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
-    stand_in = StandIn(tmp_path, "trap 'exit 85' TERM; while :; do sleep 0.1; done")
+    ready = tmp_path / "ready"
+    stand_in = StandIn(tmp_path, f"trap 'exit 85' TERM; touch {ready}; while :; do sleep 0.1; done")
     job = cluster.submit(*stand_in.arguments)
-    cluster.until(lambda: "start on" in stand_in.output)
+    cluster.until(ready.exists)  # a task that has just begun does not heed signals yet
     cluster.run("scancel", job)
     cluster.until(lambda: "ended by Slurm" in stand_in.output)
     cluster.until_state(job, "CANCELLED")
