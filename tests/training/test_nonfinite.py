@@ -293,7 +293,8 @@ def test_two_ranks_go_back_together(place, seed, poison, kind, precision, tmp_pa
     assert back.returncode == 0, back.stderr
     assert back.stdout.count("Rolling back to step 6 (1 of 3 times)") == 1
     records = [{"step": 8, "checkpoint": 0, "first": 7 * ROWS, "count": ROWS}]
-    (tmp_path / "reference/logs").mkdir(parents=True)
+    claim(tmp_path / "reference")
+    (tmp_path / "reference/logs").mkdir()
     (tmp_path / "reference/logs/rollbacks.json").write_text(json.dumps(records))
     reference = mtp(*fields("reference"), cwd=tmp_path)
     assert reference.returncode == 0, reference.stderr
