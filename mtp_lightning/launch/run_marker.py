@@ -1,6 +1,7 @@
 """Whose a folder is: a run's, which bears a marker that the run made, or somebody else's, which is left alone."""
 
 import json
+import shlex
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,7 +62,8 @@ def kind_of(folder: Path) -> tuple[str, str]:
         return "a file", "Give another run.dir."
     names = {path.name for path in folder.iterdir()}
     new = "Give a new run.dir"
-    start = f"Start a new run from its weights: run.start_from={folder} run.dir=runs/NEW."
+    own = shlex.quote(str(folder))
+    start = f"Start a new run from its weights: mtp train {own}/recipe.yaml run.start_from={own} run.dir=runs/NEW."
     if names >= {"manifest.json", "state.json"} or folder.parent.name == "checkpoints":
         return "a checkpoint", f"To go on with its run, give {folder.parent.parent}; or {start[0].lower()}{start[1:]}"
     if "environment.json" in names and folder.parent.name == "logs":
@@ -69,7 +71,7 @@ def kind_of(folder: Path) -> tuple[str, str]:
     if any(name.endswith(".safetensors") for name in names) and "recipe.yaml" in names:
         return "a model that was exported, imported or extended", start
     if "config.json" in names:
-        return "a model in Hugging Face's layout", f"Import it: mtp import {folder} --out MODEL; then {new}."
+        return "a model in Hugging Face's layout", f"Import it: mtp import {own} --out MODEL; then {new}."
     if "manifest.json" in names:
         return "a folder of shards", f"{new}, and leave it to data.shards."
     listed = ", ".join(sorted(names)[:SHOWN])
