@@ -1,5 +1,5 @@
 """`python -m mtp_lightning`, the same as `mtp`."""
 
-from mtp_lightning.cli import main
+from mtp_lightning.cli.app import main
 
 main()

@@ -19,13 +19,13 @@ from mtp_lightning.bench.adapt_picture import draw_rows
 from mtp_lightning.bench.adapt_plan import PlannedRun
 from mtp_lightning.bench.adapt_rows import adapt_table, remarks, rows_as_json, rows_of, runs_as_json
 from mtp_lightning.bench.adapt_training import check_begun, is_finished, train_run
-from mtp_lightning.bench.showing import console, number, write_json
-from mtp_lightning.checkpoint.durable import replace_durably
-from mtp_lightning.checkpoint.loading import find_checkpoint, model_files
-from mtp_lightning.checkpoint.manifest import RECIPE_NAME
-from mtp_lightning.data.progress import say
+from mtp_lightning.checkpoint.convert.load_model import find_checkpoint, model_files
+from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME
+from mtp_lightning.console.progress import say
+from mtp_lightning.console.tables import console, number, write_json
 from mtp_lightning.errors import MtpError, RunFolderError, TrainingError
 from mtp_lightning.evaluation.marginal import check_settings
+from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.launch.run_marker import check_may_be_run
 
 WIDTH = 200

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from mtp_lightning.bench.adapt_plan import PlannedRun
-from mtp_lightning.checkpoint.durable import replace_durably
-from mtp_lightning.checkpoint.loading import find_checkpoint
-from mtp_lightning.checkpoint.manifest import MANIFEST_NAME
+from mtp_lightning.checkpoint.convert.load_model import find_checkpoint
+from mtp_lightning.checkpoint.format.manifest import MANIFEST_NAME
 from mtp_lightning.errors import DataError
 from mtp_lightning.evaluation.marginal import LEAST_PREFIX_TOKENS, held_out_texts, measure_marginal
+from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.recipe import Recipe
 
 FILE_NAME = "marginal.json"

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.bench.adapt_rows import AdaptRow
-from mtp_lightning.bench.decode_picture import COLOURS
+from mtp_lightning.bench.decoding.report import COLOURS
+from mtp_lightning.console.plots import save_picture
 from mtp_lightning.evaluation.comparison import Spread
-from mtp_lightning.evaluation.pictures import save_picture
 
 MARKERS = "osD^vPX"
 BLACK = "#000000"  # after the colours of other pictures: one for each of seven recipes

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mtp_lightning.errors import CheckpointError, Fault, RecipeError
 from mtp_lightning.recipe import Recipe, load_recipe
-from mtp_lightning.recipe.phases import phases_of
-from mtp_lightning.recipe.yaml12 import one_line_yaml
+from mtp_lightning.recipe.loading.phases import phases_of
+from mtp_lightning.recipe.yaml import one_line_yaml
 
 RECIPE_NAME = "recipe.yaml"
 OWN_FIELDS = {

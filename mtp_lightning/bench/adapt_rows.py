@@ -7,10 +7,10 @@ from typing import Any
 from rich.table import Table
 
 from mtp_lightning.bench.adapt_measuring import Measured, Settings
-from mtp_lightning.bench.showing import BLANK, build_table
+from mtp_lightning.console.tables import BLANK, build_table
 from mtp_lightning.evaluation.comparison import Spread, spread
 from mtp_lightning.recipe import Recipe
-from mtp_lightning.recipe.objective_sections import ConstantWeights
+from mtp_lightning.recipe.schema.objective import ConstantWeights
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import FrameType
 
 from mtp_lightning.bench.adapt_plan import PlannedRun
-from mtp_lightning.checkpoint.layout import Checkpoint, complete_checkpoints
-from mtp_lightning.launch.stopping import INTERRUPTED, REQUEUE, heeded_signals
+from mtp_lightning.checkpoint.format.layout import Checkpoint, complete_checkpoints
+from mtp_lightning.launch.signals import INTERRUPTED, REQUEUE, heeded_signals
 from mtp_lightning.recipe import Recipe
-from mtp_lightning.training.callbacks.early_stop import is_over
+from mtp_lightning.training.health.early_stop import is_over
 from mtp_lightning.training.run_folder import check_changes
 
 TAIL_LINES = 200

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mtp_lightning.cli.generate_verbs import DeviceName, DeviceOption, device_of
+from mtp_lightning.cli.generate import DeviceName, DeviceOption, device_of
 
 
 def adapt(

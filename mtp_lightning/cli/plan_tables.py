@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
-from mtp_lightning.bench.showing import BLANK, build_table
+from mtp_lightning.console.tables import BLANK, build_table
 from mtp_lightning.planner.memory import GIB
 from mtp_lightning.planner.report import Plan, Variant
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_lightning.decode.cache import Window
-from mtp_lightning.decode.session import Session
+from mtp_lightning.decode.kv_cache import Window
+from mtp_lightning.decode.state import Session
 from mtp_lightning.model.heads import HeadContext
 
 Choose = Callable[[Tensor], tuple[Tensor, Tensor | None]]

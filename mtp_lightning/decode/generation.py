@@ -8,9 +8,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from mtp_lightning.decode.adaptive import AdaptiveLength
+from mtp_lightning.decode.draft_length import AdaptiveLength
 from mtp_lightning.decode.sampling import Sampling, draw
-from mtp_lightning.decode.session import Session, prefill
 from mtp_lightning.decode.settings import (
     ADAPTIVE,
     Decoder,
@@ -20,6 +19,7 @@ from mtp_lightning.decode.settings import (
     resolve_decoder,
     resolve_draft_length,
 )
+from mtp_lightning.decode.state import Session, prefill
 from mtp_lightning.decode.statistics import Statistics
 from mtp_lightning.decode.steps import ChainDecoding, Decoding, Script, TreeDecoding
 from mtp_lightning.decode.stopping import Stopping

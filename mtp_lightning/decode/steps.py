@@ -6,12 +6,12 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-from mtp_lightning.decode.accepting import Verdict, accept_drawn, accept_greedy, accept_point_mass, accept_typical
 from mtp_lightning.decode.drafting import Draft, draft_blockwise, draft_chain, head_scores
 from mtp_lightning.decode.sampling import draw
-from mtp_lightning.decode.session import Session, keep_path, verify, verify_tree
 from mtp_lightning.decode.settings import Decoder, Settings
+from mtp_lightning.decode.state import Session, keep_path, verify, verify_tree
 from mtp_lightning.decode.tree import Tree, TreeTables, accept_tree_greedy, accept_tree_sampled
+from mtp_lightning.decode.verify import Verdict, accept_drawn, accept_greedy, accept_point_mass, accept_typical
 
 Script = Callable[[Tensor, int], Tensor]
 """Says what to draft in place of the heads' own drafts, which are computed all the same: lengths (B,), K -> (B, K)."""

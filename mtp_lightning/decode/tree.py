@@ -13,8 +13,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_lightning.decode.accepting import Verdict
 from mtp_lightning.decode.sampling import Sampling, draw
+from mtp_lightning.decode.verify import Verdict
 from mtp_lightning.errors import DecodingError
 
 MOST_NODES = 64

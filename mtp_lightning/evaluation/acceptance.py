@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from mtp_lightning.checkpoint.loading import load_model
-from mtp_lightning.data.dataset import ValidationBatches
-from mtp_lightning.data.opening import open_rows, prepare_data
-from mtp_lightning.data.progress import counted
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.console.progress import counted
+from mtp_lightning.data.loading.dataset import ValidationBatches
+from mtp_lightning.data.loading.factory import open_rows, prepare_data
 from mtp_lightning.errors import DataError
 from mtp_lightning.losses.targets import count_targets, shifted_targets
 from mtp_lightning.recipe import Recipe
-from mtp_lightning.training.metrics import OffsetMetrics
-from mtp_lightning.training.objective import MicroBatch, Objective
-from mtp_lightning.training.schedules import evaluate
+from mtp_lightning.training.step.backward_order import evaluate
+from mtp_lightning.training.step.metrics import OffsetMetrics
+from mtp_lightning.training.step.objective import MicroBatch, Objective
 
 
 @dataclass(frozen=True)

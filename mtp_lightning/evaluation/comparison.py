@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from mtp_lightning.console.plots import save_picture
 from mtp_lightning.errors import RunFolderError, visible
-from mtp_lightning.evaluation.pictures import save_picture
-from mtp_lightning.launch.outside import OddFileError, open_regular, read_object, reason_of, shown
-from mtp_lightning.training.callbacks.metrics_table import Row, read_rows
+from mtp_lightning.launch.untrusted import OddFileError, open_regular, read_object, reason_of, shown
+from mtp_lightning.training.logging.metrics_table import Row, read_rows
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; from 10 on the last one is used, which is
 # too wide rather than too narrow.

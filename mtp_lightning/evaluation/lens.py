@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.checkpoint.loading import load_model
-from mtp_lightning.decode.session import main_path
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.console.plots import save_picture
+from mtp_lightning.decode.state import main_path
 from mtp_lightning.evaluation.marginal import held_out_texts
-from mtp_lightning.evaluation.pictures import save_picture
 from mtp_lightning.model.layers import Layer
 from mtp_lightning.model.mtp_model import MtpModel
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtp_lightning.checkpoint.loading import load_model
-from mtp_lightning.data.opening import open_rows, prepare_data
-from mtp_lightning.data.progress import counted
-from mtp_lightning.decode.session import Session, prefill, verify, verify_tree
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.console.progress import counted
+from mtp_lightning.data.loading.factory import open_rows, prepare_data
+from mtp_lightning.decode.state import Session, prefill, verify, verify_tree
 from mtp_lightning.errors import DataError, DecodingError
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe import Recipe

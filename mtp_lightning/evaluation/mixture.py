@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtp_lightning.checkpoint.loading import find_checkpoint
-from mtp_lightning.checkpoint.manifest import RECIPE_NAME
-from mtp_lightning.checkpoint.shard_reader import ShardReader
+from mtp_lightning.checkpoint.convert.load_model import find_checkpoint
+from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME
+from mtp_lightning.checkpoint.format.read_shards import ShardReader
+from mtp_lightning.console.plots import save_picture
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.evaluation.pictures import save_picture
 from mtp_lightning.recipe import load_recipe
-from mtp_lightning.recipe.adapt_rules import mixing_offsets
+from mtp_lightning.recipe.rules.adapt import mixing_offsets
 
 
 @dataclass(frozen=True)

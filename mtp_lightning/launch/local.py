@@ -14,9 +14,9 @@ from types import FrameType
 from typing import IO
 
 from mtp_lightning.errors import LaunchError
-from mtp_lightning.launch.seat import Seat, find_seat, free_port, local_seat
-from mtp_lightning.launch.stopping import heeded_signals
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.launch.rank_env import Seat, find_seat, free_port, local_seat
+from mtp_lightning.launch.signals import heeded_signals
+from mtp_lightning.recipe.schema.root import Recipe
 
 GRACE_S = 10.0  # for the other ranks to end by themselves when one has failed, and again until they are killed
 PAUSE_S = 0.02

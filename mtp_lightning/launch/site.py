@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from mtp_lightning.errors import SiteError, visible
-from mtp_lightning.launch.outside import OddFileError, parse_yaml, read_yaml, reason_of, shown
-from mtp_lightning.recipe.section import Section
+from mtp_lightning.launch.untrusted import OddFileError, parse_yaml, read_yaml, reason_of, shown
+from mtp_lightning.recipe.schema.base import Section
 
 Cores = Annotated[int, Field(ge=1, le=65_536)]
 Gpus = Annotated[int, Field(ge=0, le=1024)]

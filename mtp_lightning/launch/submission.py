@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtp_lightning.errors import LaunchError
-from mtp_lightning.launch.freezing import freeze, next_folder
-from mtp_lightning.launch.placing import check_place
+from mtp_lightning.launch.fits_site import check_place
 from mtp_lightning.launch.run_marker import check_may_be_run, claim
 from mtp_lightning.launch.sbatch import Job, Task, render
 from mtp_lightning.launch.scheduler import submit
 from mtp_lightning.launch.site import Site
+from mtp_lightning.launch.snapshot import freeze, next_folder
 from mtp_lightning.recipe import Recipe, recipe_to_yaml
 
 

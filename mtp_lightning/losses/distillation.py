@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtp_lightning.losses.divergences import divergence_pair
 from mtp_lightning.losses.targets import IGNORE
-from mtp_lightning.recipe.objective_sections import DistillSection
+from mtp_lightning.recipe.schema.objective import DistillSection
 
 
 class Slope(NamedTuple):

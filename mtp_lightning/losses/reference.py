@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.losses.targets import IGNORE
-from mtp_lightning.recipe.objective_sections import DistillSection
+from mtp_lightning.recipe.schema.objective import DistillSection
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> Tensor:

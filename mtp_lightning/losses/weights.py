@@ -2,7 +2,7 @@
 
 import math
 
-from mtp_lightning.recipe.objective_sections import (
+from mtp_lightning.recipe.schema.objective import (
     ConstantWeights,
     CurriculumWeights,
     DecayWeights,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.model.roles import LORA, role_of
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.root import Recipe
 
 ADDED = (LORA, "mixtures")
 """Roles of what an adaptation adds: never frozen by a number of offsets."""

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtp_lightning.model.geometry import Geometry, rotate
-from mtp_lightning.recipe.model_sections import ModelSection
+from mtp_lightning.model.positions import Geometry, rotate
+from mtp_lightning.recipe.schema.model import ModelSection
 
 
 def build_norm(section: ModelSection) -> nn.Module:

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.model.geometry import Geometry, document_geometry, window_geometry
 from mtp_lightning.model.heads import KINDS, TRUNK, HeadContext
 from mtp_lightning.model.layers import Layer
 from mtp_lightning.model.lora import add_updates, initialise_update
+from mtp_lightning.model.positions import Geometry, document_geometry, window_geometry
 from mtp_lightning.model.roles import LORA, role_of
+from mtp_lightning.model.scalar_mix import Mixture, Sums
 from mtp_lightning.model.trunk import Trunk
 from mtp_lightning.model.unembedding import Unembedding
-from mtp_lightning.model.weighted_states import Mixture, Sums
-from mtp_lightning.recipe.adapt_rules import mixing_offsets
-from mtp_lightning.recipe.layers import num_trunk_layers
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.layer_counts import num_trunk_layers
+from mtp_lightning.recipe.rules.adapt import mixing_offsets
+from mtp_lightning.recipe.schema.root import Recipe
 
 
 class MtpModel(nn.Module):

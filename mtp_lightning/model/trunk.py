@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from mtp_lightning.model.geometry import Geometry
 from mtp_lightning.model.layers import LayerStack
-from mtp_lightning.model.weighted_states import Sums
-from mtp_lightning.recipe.model_sections import ModelSection
+from mtp_lightning.model.positions import Geometry
+from mtp_lightning.model.scalar_mix import Sums
+from mtp_lightning.recipe.schema.model import ModelSection
 
 
 class Trunk(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mtp_lightning.losses.chunked import Term, chunked_loss
 from mtp_lightning.model.heads import Heads
 from mtp_lightning.model.layers import build_norm
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.root import Recipe
 
 
 class Unembedding(nn.Module):

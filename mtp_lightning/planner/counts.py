@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from mtp_lightning.recipe.adapt_rules import mixing_offsets
-from mtp_lightning.recipe.layers import num_head_layers, num_trunk_layers
-from mtp_lightning.recipe.model_sections import HeadsSection, ModelSection
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
+from mtp_lightning.recipe.rules.adapt import mixing_offsets
+from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
+from mtp_lightning.recipe.schema.root import Recipe
 
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's default for what is reduced together
 

@@ -22,7 +22,7 @@ say that a frozen run's tokens are as dear as another's. Counting 6 throughout w
 
 from mtp_lightning.planner.passes import passes_of
 from mtp_lightning.planner.variants import with_offsets
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.root import Recipe
 
 
 def flops_per_position(recipe: Recipe) -> int:

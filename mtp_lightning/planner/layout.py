@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mtp_lightning.planner.counts import bucket_entries
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.root import Recipe
 
 FP32 = 4
 BF16 = 2

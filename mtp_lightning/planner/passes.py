@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mtp_lightning.planner.trained import TRUNK, Trained
-from mtp_lightning.recipe.adapt_rules import adapted_targets, mixing_offsets
-from mtp_lightning.recipe.layers import num_trunk_layers
-from mtp_lightning.recipe.model_sections import ModelSection
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.layer_counts import num_trunk_layers
+from mtp_lightning.recipe.rules.adapt import adapted_targets, mixing_offsets
+from mtp_lightning.recipe.schema.model import ModelSection
+from mtp_lightning.recipe.schema.root import Recipe
 
 ALL_PROJECTIONS = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
 

@@ -10,7 +10,7 @@ from mtp_lightning.planner.layout import STAGES, Layout, layout_of
 from mtp_lightning.planner.memory import Memory, memory, most_micro_rows
 from mtp_lightning.planner.shape import Shape, shape_of
 from mtp_lightning.planner.throughput import StepTime, communication_bytes, step_time
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.root import Recipe
 
 SCALES = (8, 16, 32, 64, 128, 256, 512, 1024)
 DAY_S = 86_400

@@ -9,8 +9,8 @@ from mtp_lightning.planner.counts import (
     trainable_parameters,
 )
 from mtp_lightning.planner.passes import ALL_PROJECTIONS, Passes, passes_of
-from mtp_lightning.recipe.layers import num_head_layers, num_trunk_layers
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
+from mtp_lightning.recipe.schema.root import Recipe
 
 CHAINED_KINDS = ("chained", "sequential", "recursive")
 

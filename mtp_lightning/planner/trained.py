@@ -1,7 +1,7 @@
 """Which parts of a recipe's model are trained, and which offsets a step needs: `model/freezing.py` without a model."""
 
-from mtp_lightning.recipe.adapt_rules import mixing_offsets
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.rules.adapt import mixing_offsets
+from mtp_lightning.recipe.schema.root import Recipe
 
 TRUNK = 0  # in the place of an offset, where heads name what they read
 

@@ -1,9 +1,9 @@
 """The same recipe with another number of offsets or another schedule: the cells of a benchmark table."""
 
 from mtp_lightning.errors import Fault
-from mtp_lightning.recipe.objective_sections import ConstantWeights
-from mtp_lightning.recipe.rules import check_rules
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.rules.all import check_rules
+from mtp_lightning.recipe.schema.objective import ConstantWeights
+from mtp_lightning.recipe.schema.root import Recipe
 
 
 def with_offsets(recipe: Recipe, num_offsets: int) -> Recipe:

@@ -9,7 +9,7 @@ comparison of recipes follow from that. To tie fields together, add a row to the
 not change the numbers of a run, name it in `RUN_FIELDS` in `comparing.py`.
 """
 
-from mtp_lightning.recipe.comparing import (
+from mtp_lightning.recipe.diff import (
     RUN_FIELDS,
     FieldChange,
     FieldDiff,
@@ -17,11 +17,11 @@ from mtp_lightning.recipe.comparing import (
     diff_recipes,
     recipe_hash,
 )
-from mtp_lightning.recipe.layers import num_head_layers, num_trunk_layers
-from mtp_lightning.recipe.loading import LoadedRecipe, load_recipe
-from mtp_lightning.recipe.rules import check_rules
-from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.recipe.writing import recipe_to_yaml
+from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
+from mtp_lightning.recipe.loading.dump import recipe_to_yaml
+from mtp_lightning.recipe.loading.load import LoadedRecipe, load_recipe
+from mtp_lightning.recipe.rules.all import check_rules
+from mtp_lightning.recipe.schema.root import Recipe
 
 __all__ = [
     "RUN_FIELDS",

@@ -11,21 +11,21 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from mtp_lightning.data.datamodule import MtpDataModule
+from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.errors import MtpError
-from mtp_lightning.launch.stopping import INTERRUPTED, REQUEUE, StopRequest
+from mtp_lightning.launch.signals import INTERRUPTED, REQUEUE, StopRequest
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import LoadedRecipe, Recipe, num_head_layers, num_trunk_layers
-from mtp_lightning.training.bad_node import bad_node
-from mtp_lightning.training.callbacks.build import build_callbacks
-from mtp_lightning.training.callbacks.early_stop import is_over
-from mtp_lightning.training.device import prepare_device
-from mtp_lightning.training.joining import joined_ranks
+from mtp_lightning.training.build_callbacks import build_callbacks
+from mtp_lightning.training.health.bad_node import bad_node
+from mtp_lightning.training.health.early_stop import is_over
+from mtp_lightning.training.health.rollback import NonFiniteStreak, roll_back
 from mtp_lightning.training.lightning_module import MtpLightningModule
-from mtp_lightning.training.nonfinite import NonFiniteStreak, roll_back
+from mtp_lightning.training.logging.log_routing import remarks_in
 from mtp_lightning.training.phases import train_phases
-from mtp_lightning.training.remarks import remarks_in
 from mtp_lightning.training.run_folder import Opened, opened_run_folder
+from mtp_lightning.training.strategies.device import prepare_device
+from mtp_lightning.training.strategies.process_group import joined_ranks
 from mtp_lightning.training.strategies.zero import build_strategy
 
 

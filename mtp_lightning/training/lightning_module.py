@@ -17,21 +17,27 @@ from mtp_lightning.losses.weights import offset_weights
 from mtp_lightning.model.freezing import first_taught, freeze
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.planner.flops import tokens_after
-from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.training.checks import ORACLE_STEPS, GradientArrival, GradientSums, TargetArrival, check_targets
-from mtp_lightning.training.fragments import gradient_norms
-from mtp_lightning.training.metrics import RunMetrics, of_source
-from mtp_lightning.training.nonfinite import SkippedSteps
-from mtp_lightning.training.objective import MicroBatch, Objective, OffsetLosses
-from mtp_lightning.training.optimizer import (
+from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.training.health.rollback import SkippedSteps
+from mtp_lightning.training.step.backward_order import evaluate, run_schedule
+from mtp_lightning.training.step.gradient_checks import (
+    ORACLE_STEPS,
+    GradientArrival,
+    GradientSums,
+    TargetArrival,
+    check_targets,
+)
+from mtp_lightning.training.step.metrics import RunMetrics, of_source
+from mtp_lightning.training.step.objective import MicroBatch, Objective, OffsetLosses
+from mtp_lightning.training.step.optimizer import (
     build_optimizer,
     clip_gradients,
     learning_rate,
     rates_by_role,
     set_learning_rate,
 )
-from mtp_lightning.training.schedules import evaluate, run_schedule
 from mtp_lightning.training.strategies.base import RunStrategy
+from mtp_lightning.training.strategies.param_shards import gradient_norms
 
 Batch = dict[str, Tensor]
 NUM_URGENCIES = 3  # go on, stop, stop and requeue

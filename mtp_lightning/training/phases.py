@@ -4,12 +4,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from mtp_lightning.checkpoint.durable import replace_durably
-from mtp_lightning.checkpoint.layout import newest_complete
+from mtp_lightning.checkpoint.format.layout import newest_complete
+from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe
-from mtp_lightning.recipe.phases import Phase, phases_of
-from mtp_lightning.training.callbacks.early_stop import is_over
+from mtp_lightning.recipe.loading.phases import Phase, phases_of
+from mtp_lightning.training.health.early_stop import is_over
 from mtp_lightning.training.run_folder import check_changes, opened_run_folder
 
 

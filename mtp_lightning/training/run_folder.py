@@ -19,15 +19,15 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mtp_lightning.checkpoint.durable import replace_durably
-from mtp_lightning.checkpoint.layout import Checkpoint, newest_complete
+from mtp_lightning.checkpoint.format.layout import Checkpoint, newest_complete
 from mtp_lightning.errors import CheckpointError, RunFolderError
+from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.launch.run_marker import MARKER, SAVED, check_may_be_run, claim, is_run, read_marker
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, changed_fields, load_recipe, recipe_to_yaml
-from mtp_lightning.recipe.phase_sections import FOLDER as PHASES
-from mtp_lightning.recipe.phases import phases_of
-from mtp_lightning.training.nonfinite import read_rollbacks
+from mtp_lightning.recipe.loading.phases import phases_of
+from mtp_lightning.recipe.schema.phases import FOLDER as PHASES
+from mtp_lightning.training.health.rollback import read_rollbacks
 
 FILES = (".lock", MARKER, "recipe.yaml", "metrics.csv", "summary.json", "curves.png")
 FOLDERS = ("checkpoints", "logs", "phases", "tensorboard")

@@ -1,6 +1,6 @@
 """Recipes that a benchmark finishes in moments."""
 
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.root import Recipe
 
 
 def quick_recipe(**heads):

@@ -12,11 +12,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mtp_lightning.checkpoint.exporting_hf import export_hf
-from mtp_lightning.checkpoint.importing import Wanted, import_folder
-from mtp_lightning.checkpoint.loading import load_model
-from mtp_lightning.cli import app
-from mtp_lightning.data.opening import prepare_data
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.checkpoint.huggingface.export_model import export_hf
+from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
+from mtp_lightning.cli.app import app
+from mtp_lightning.data.loading.factory import prepare_data
 from mtp_lightning.evaluation.comparison import spread
 from mtp_lightning.evaluation.marginal import measure_marginal
 from mtp_lightning.recipe import load_recipe

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mtp_lightning.bench.data import bench_data
+from mtp_lightning.bench.data_loading import bench_data
 from tests.data.text_tokenizers import write_tokenizer_json
 
 

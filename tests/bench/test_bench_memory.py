@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from mtp_lightning.bench import memory
-from mtp_lightning.bench.cells import build_cells
-from mtp_lightning.bench.memory import bench_memory, memory_figures, run_probe
+from mtp_lightning.bench.training import memory
+from mtp_lightning.bench.training.cells import build_cells
+from mtp_lightning.bench.training.memory import bench_memory, memory_figures, run_probe
 from tests.bench.shapes import quick_recipe
 
 

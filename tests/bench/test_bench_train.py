@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from mtp_lightning.bench import rounds, speed
-from mtp_lightning.bench.cells import build_cells
-from mtp_lightning.bench.rounds import Timings, time_rounds
-from mtp_lightning.bench.speed import bench_train, speed_figure, speed_table
+from mtp_lightning.bench.training import rounds, speed
+from mtp_lightning.bench.training.cells import build_cells
+from mtp_lightning.bench.training.rounds import Timings, time_rounds
+from mtp_lightning.bench.training.speed import bench_train, speed_figure, speed_table
 from mtp_lightning.errors import RunFolderError, TrainingError
 from mtp_lightning.planner.flops import flops_per_step
 from tests.bench.shapes import quick_recipe

@@ -4,8 +4,9 @@ import doctest
 
 import pytest
 
-from mtp_lightning.bench import cells, showing, speed
-from mtp_lightning.bench.cells import build_cells, describe_matching, impossible
+from mtp_lightning.bench.training import cells, speed
+from mtp_lightning.bench.training.cells import build_cells, describe_matching, impossible
+from mtp_lightning.console import tables as showing
 from tests.bench.shapes import quick_recipe
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mtp_lightning.bench.decode_rounds import Way, WrittenDrafts, time_ways, ways_of
-from mtp_lightning.checkpoint.loading import load_model
-from mtp_lightning.cli import app
-from mtp_lightning.data.opening import prepare_data
+from mtp_lightning.bench.decoding.rounds import Way, WrittenDrafts, time_ways, ways_of
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.cli.app import app
+from mtp_lightning.data.loading.factory import prepare_data
 from mtp_lightning.decode import build_tree, generate
 from mtp_lightning.decode.tree_files import choice_shares, read_tree
 from tests.checkpoint.runs import save_run

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mtp_lightning.bench.overhead import Times, overhead_of
+from mtp_lightning.bench.training.overhead import Times, overhead_of
 from tests.support.runs import ROOT, mtp
 
 

@@ -8,14 +8,14 @@ import sys
 import pytest
 import torch
 
-from mtp_lightning.bench import peak
-from mtp_lightning.bench.peak import MALLOC_ENVIRONMENT, PeakMeter
+from mtp_lightning.bench.training import peak_memory as peak
+from mtp_lightning.bench.training.peak_memory import MALLOC_ENVIRONMENT, PeakMeter
 from mtp_lightning.errors import TrainingError
 
 MIB = 2**20
 PROGRAM = """
 import json, torch
-from mtp_lightning.bench.peak import PeakMeter
+from mtp_lightning.bench.training.peak_memory import PeakMeter
 def touch(mib):
     pieces = [torch.ones(2**18) for _ in range(mib)]  # of 1 MiB each
 touch(8)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mtp_lightning.bench.step import TrainingStep
+from mtp_lightning.bench.training.step import TrainingStep
 from mtp_lightning.errors import NonFiniteError
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.strategies.single import SingleStrategy

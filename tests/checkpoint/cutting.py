@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtp_lightning.checkpoint.shards import Piece, write_pieces
+from mtp_lightning.checkpoint.format.write_shards import Piece, write_pieces
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = 3.0

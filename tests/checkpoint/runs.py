@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from mtp_lightning.checkpoint.commit import save_together
-from mtp_lightning.checkpoint.manifest import FileRecord, Moment, RunFacts
-from mtp_lightning.checkpoint.shards import write_pieces
+from mtp_lightning.checkpoint.format.commit import save_together
+from mtp_lightning.checkpoint.format.manifest import Moment, RunFacts
+from mtp_lightning.checkpoint.format.write_shards import write_pieces
+from mtp_lightning.files.durable import FileRecord
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, num_head_layers, num_trunk_layers, recipe_hash, recipe_to_yaml

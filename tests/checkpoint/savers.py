@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from mtp_lightning.checkpoint.commit import remove_leftovers, retain, save_together, write_pointer
-from mtp_lightning.checkpoint.folder import read_state, write_state
-from mtp_lightning.checkpoint.layout import newest_complete
-from mtp_lightning.checkpoint.manifest import FileRecord, Moment, RunFacts
-from mtp_lightning.checkpoint.shard_reader import ShardReader
-from mtp_lightning.checkpoint.shards import Piece, shard_name, write_pieces
+from mtp_lightning.checkpoint.format.commit import remove_leftovers, retain, save_together, write_pointer
+from mtp_lightning.checkpoint.format.layout import newest_complete
+from mtp_lightning.checkpoint.format.manifest import Moment, RunFacts
+from mtp_lightning.checkpoint.format.read_shards import ShardReader
+from mtp_lightning.checkpoint.format.state_folder import read_state, write_state
+from mtp_lightning.checkpoint.format.write_shards import Piece, shard_name, write_pieces
+from mtp_lightning.files.durable import FileRecord
 from mtp_lightning.ranks import Ranks
 
 FACTS = RunFacts(recipe_hash="abc", num_offsets=4, layers={"trunk": 5, "heads": 3}, recipe_text="name: abc\n")

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.checkpoint.commit import read_pointer, remove_leftovers, retain, save_together
-from mtp_lightning.checkpoint.layout import complete_checkpoints, newest_complete, verify
-from mtp_lightning.checkpoint.manifest import FileRecord, Moment
+from mtp_lightning.checkpoint.format.commit import read_pointer, remove_leftovers, retain, save_together
+from mtp_lightning.checkpoint.format.layout import complete_checkpoints, newest_complete, verify
+from mtp_lightning.checkpoint.format.manifest import Moment
+from mtp_lightning.files.durable import FileRecord
 from mtp_lightning.ranks import Ranks
 from tests.checkpoint.savers import FACTS, check_step, die_at_call, forkserver, save, shards, write_step
 

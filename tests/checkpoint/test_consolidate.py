@@ -10,14 +10,15 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner, Result
 
-from mtp_lightning.checkpoint.consolidate import DTYPES, Advance, check_whole, consolidate, write_whole
-from mtp_lightning.checkpoint.exported import DtypeName
-from mtp_lightning.checkpoint.loading import load_model
-from mtp_lightning.checkpoint.manifest import DamagedCheckpointError, FileRecord
-from mtp_lightning.checkpoint.shard_reader import WHOLE_MODEL, ShardReader
-from mtp_lightning.checkpoint.tensors import BLOCK_BYTES
-from mtp_lightning.cli import app
+from mtp_lightning.checkpoint.convert.config_json import DtypeName
+from mtp_lightning.checkpoint.convert.consolidate import DTYPES, Advance, check_whole, consolidate, write_whole
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
+from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
+from mtp_lightning.checkpoint.format.tensors import BLOCK_BYTES
+from mtp_lightning.cli.app import app
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.files.durable import FileRecord
 from tests.checkpoint.cutting import evenly, is_equal, write_ranks
 from tests.checkpoint.runs import flip_a_byte, model_of_step, save_run
 from tests.checkpoint.savers import forkserver, shards
@@ -112,7 +113,7 @@ def test_a_disk_that_loses_a_bit_spoils_no_export(tmp_path: Path, monkeypatch: p
         flip_a_byte(path)
         return record
 
-    monkeypatch.setattr("mtp_lightning.checkpoint.consolidate.write_whole", damaging)
+    monkeypatch.setattr("mtp_lightning.checkpoint.convert.consolidate.write_whole", damaging)
     with pytest.raises(CheckpointError, match=r"another unembedding\..* in"):
         consolidate(tmp_path / "run", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -219,7 +220,7 @@ def test_another_format_is_refused_with_those_that_there_are(tmp_path: Path) -> 
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import sys; from mtp_lightning.cli import main; sys.argv = ['mtp', 'export', '--help']\n"
+    code = "import sys; from mtp_lightning.cli.app import main; sys.argv = ['mtp', 'export', '--help']\n"
     assert loaded_by(f"{code}\ntry:\n    main()\nexcept SystemExit:\n    pass\n") == "loaded:"
 
 

@@ -6,9 +6,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from mtp_lightning.checkpoint.exporting_hf import export_hf
-from mtp_lightning.checkpoint.importing import Wanted, import_folder
-from mtp_lightning.checkpoint.loading import load_model
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.checkpoint.huggingface.export_model import export_hf
+from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.model.mtp_model import build_model
 from mtp_lightning.recipe import load_recipe
 from tests.checkpoint.foreign import LAYERS, MODULE_PREFIXES, WIDTH, llama_tensors, module_tensors, write_folder

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from mtp_lightning.checkpoint.importing import Wanted, import_folder
+from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.errors import CheckpointError, MtpError
 from tests.checkpoint.foreign import llama_tensors, write_folder, write_shards
 from tests.checkpoint.meta_model import write_meta

@@ -9,8 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from mtp_lightning.checkpoint.exporting_hf import export_hf
-from mtp_lightning.checkpoint.importing import Wanted, import_folder
+from mtp_lightning.checkpoint.huggingface.export_model import export_hf
+from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from tests.checkpoint.foreign import llama_tensors, write_folder
 from tests.checkpoint.savers import forkserver
 

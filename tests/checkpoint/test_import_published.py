@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.checkpoint.hf.configs import Config
-from mtp_lightning.checkpoint.hf.families import family_of, section_of
+from mtp_lightning.checkpoint.huggingface.configs import Config
+from mtp_lightning.checkpoint.huggingface.families import family_of, section_of
 from mtp_lightning.planner.counts import parameter_counts
 from mtp_lightning.recipe import Recipe
 

@@ -8,12 +8,12 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
-from mtp_lightning.checkpoint.exporting_hf import cells_of, export_hf
-from mtp_lightning.checkpoint.hf.modules import DEEPSEEK
-from mtp_lightning.checkpoint.hf.places import Parameter, parameters_of
-from mtp_lightning.checkpoint.importing import Wanted, import_folder
-from mtp_lightning.checkpoint.loading import load_model
-from mtp_lightning.cli import app
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.checkpoint.huggingface.canonical_names import Parameter, parameters_of
+from mtp_lightning.checkpoint.huggingface.export_model import cells_of, export_hf
+from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
+from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK
+from mtp_lightning.cli.app import app
 from mtp_lightning.errors import CheckpointError, DataError, RecipeError
 from tests.checkpoint.foreign import LAYERS, SETTINGS, llama_tensors, module_tensors, write_folder, write_shards
 from tests.checkpoint.meta_model import write_meta

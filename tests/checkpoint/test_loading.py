@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtp_lightning.checkpoint.consolidate import consolidate
-from mtp_lightning.checkpoint.loading import find_checkpoint, load_model
-from mtp_lightning.checkpoint.manifest import DamagedCheckpointError
+from mtp_lightning.checkpoint.convert.consolidate import consolidate
+from mtp_lightning.checkpoint.convert.load_model import find_checkpoint, load_model
+from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.mtp_model import build_model
 from tests.checkpoint.runs import flip_a_byte, is_same_model, model_of_step, save_run

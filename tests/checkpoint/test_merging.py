@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtp_lightning.checkpoint.consolidate import consolidate
-from mtp_lightning.checkpoint.exporting_hf import export_hf
-from mtp_lightning.checkpoint.importing import Wanted, import_folder
-from mtp_lightning.checkpoint.loading import load_model
-from mtp_lightning.checkpoint.shard_reader import ShardReader
+from mtp_lightning.checkpoint.convert.consolidate import consolidate
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.checkpoint.format.read_shards import ShardReader
+from mtp_lightning.checkpoint.huggingface.export_model import export_hf
+from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe import Recipe
@@ -51,7 +51,7 @@ def test_merged_logits_are_those_of_the_model_with_updates(tmp_path: Path, num_r
 def test_blocks_that_end_inside_a_row_are_merged_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "run", adapted())
     consolidate(tmp_path / "run", tmp_path / "whole")
-    monkeypatch.setattr("mtp_lightning.checkpoint.shard_reader.BLOCK_BYTES", 4 * 11)
+    monkeypatch.setattr("mtp_lightning.checkpoint.format.read_shards.BLOCK_BYTES", 4 * 11)
     consolidate(tmp_path / "run", tmp_path / "blocks")
     whole, blocks = (ShardReader(tmp_path / name) for name in ("whole", "blocks"))
     for name in whole.names:

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mtp_lightning.checkpoint import shard_reader
-from mtp_lightning.checkpoint.manifest import DamagedCheckpointError
-from mtp_lightning.checkpoint.shard_reader import ShardReader
-from mtp_lightning.checkpoint.shards import Piece, write_pieces
-from mtp_lightning.checkpoint.tensors import read_header, read_tensors, write_tensors
+from mtp_lightning.checkpoint.format import read_shards as shard_reader
+from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
+from mtp_lightning.checkpoint.format.read_shards import ShardReader
+from mtp_lightning.checkpoint.format.tensors import read_header, read_tensors, write_tensors
+from mtp_lightning.checkpoint.format.write_shards import Piece, write_pieces
 from mtp_lightning.errors import CheckpointError
 from tests.checkpoint.cutting import MOMENTS, STEP, cut, evenly, is_equal, moment_of, piece, write_ranks
 from tests.checkpoint.savers import shards

@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from mtp_lightning.checkpoint.manifest import DamagedCheckpointError
-from mtp_lightning.checkpoint.tensors import NAME_OF_DTYPE, read_tensors, write_tensors
+from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
+from mtp_lightning.checkpoint.format.tensors import NAME_OF_DTYPE, read_tensors, write_tensors
 from tests.checkpoint.savers import forkserver
 
 

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtp_lightning.checkpoint.commit import remove_leftovers, save_together
-from mtp_lightning.checkpoint.folder import read_state, write_state
-from mtp_lightning.checkpoint.layout import complete_checkpoints, newest_complete, verify
-from mtp_lightning.checkpoint.manifest import FileRecord, Moment, RunFacts
-from mtp_lightning.checkpoint.shard_reader import ShardReader
-from mtp_lightning.checkpoint.shards import write_pieces
+from mtp_lightning.checkpoint.format.commit import remove_leftovers, save_together
+from mtp_lightning.checkpoint.format.layout import complete_checkpoints, newest_complete, verify
+from mtp_lightning.checkpoint.format.manifest import Moment, RunFacts
+from mtp_lightning.checkpoint.format.read_shards import ShardReader
+from mtp_lightning.checkpoint.format.state_folder import read_state, write_state
+from mtp_lightning.checkpoint.format.write_shards import write_pieces
 from mtp_lightning.errors import CheckpointError, MtpError
+from mtp_lightning.files.durable import FileRecord
 from mtp_lightning.ranks import Ranks
 from tests.checkpoint.cutting import MOMENTS, evenly, is_equal, moment_of
 from tests.checkpoint.savers import forkserver, shards

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtp_lightning.checkpoint.tree import decode, encode
+from mtp_lightning.checkpoint.format.state_tree import decode, encode
 from mtp_lightning.errors import CheckpointError
 
 

@@ -5,17 +5,17 @@ import math
 import pytest
 from typer.testing import CliRunner
 
-from mtp_lightning.cli import app
-from mtp_lightning.cli.doctor_screen import print_outcomes
-from mtp_lightning.training.parity import Outcome
-from mtp_lightning.training.parity_cells import matrix
+from mtp_lightning.cli.app import app
+from mtp_lightning.cli.doctor_view import print_outcomes
+from mtp_lightning.diagnostics.parity import Outcome
+from mtp_lightning.diagnostics.parity_matrix import matrix
 from tests.structure.test_torch_free import loaded_by
 
 
 def test_help_needs_no_torch():
     code = """
 import sys
-from mtp_lightning.cli import main
+from mtp_lightning.cli.app import main
 sys.argv = ["mtp", "doctor", "--help"]
 try:
     main()

@@ -8,8 +8,8 @@ import typer
 from typer.testing import CliRunner, Result
 
 import mtp_lightning.errors
-from mtp_lightning.cli import MtpGroup, app, main
-from mtp_lightning.cli.screen import error_lines
+from mtp_lightning.cli.app import MtpGroup, app, main
+from mtp_lightning.console.errors import error_lines
 from mtp_lightning.errors import DataError, MtpError, NonFiniteError, RunFolderError
 
 KINDS = [kind for kind in vars(mtp_lightning.errors).values() if isinstance(kind, type) and issubclass(kind, MtpError)]

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from mtp_lightning.checkpoint.layout import complete_checkpoints
-from mtp_lightning.cli.screen import BROKEN_PIPE
+from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.console.errors import BROKEN_PIPE
 from tests.support.runs import ROOT, figures
 
 RECIPE = str(ROOT / "recipes/debug/parallel.yaml")
@@ -65,7 +65,10 @@ def test_unbuffered_output_is_no_exception(unbuffered):
 
 
 def test_files_do_not_get_the_numbers_of_closed_streams():
-    code = "import os; from mtp_lightning.cli.screen import *; guard_output(print); os._exit(os.open(os.devnull, 0))"
+    code = (
+        "import os; from mtp_lightning.console.errors import *; "
+        "guard_output(print); os._exit(os.open(os.devnull, 0))"
+    )
     command = ["bash", "-c", f'"$0" -c "{code}" <&- >&- 2>&-']
     assert subprocess.run([*command, sys.executable], cwd=ROOT, check=False).returncode > 2
 

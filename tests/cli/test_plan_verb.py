@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from mtp_lightning.cli import app
+from mtp_lightning.cli.app import app
 from mtp_lightning.cli.plan_tables import duration, gib, seconds, short
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from mtp_lightning.cli import app
+from mtp_lightning.cli.app import app
 from mtp_lightning.recipe import load_recipe, recipe_to_yaml
 
 ROOT = Path(__file__).parents[2]

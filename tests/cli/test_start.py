@@ -5,7 +5,7 @@ from importlib.metadata import entry_points
 from typer.testing import CliRunner
 
 from mtp_lightning import __version__
-from mtp_lightning.cli import app, main
+from mtp_lightning.cli.app import app, main
 
 
 def test_help_names_every_verb() -> None:

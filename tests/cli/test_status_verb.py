@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from mtp_lightning.cli import app
-from mtp_lightning.launch.run_status import RunStatus, find_runs, statuses
+from mtp_lightning.cli.app import app
+from mtp_lightning.launch.status import RunStatus, find_runs, statuses
 from mtp_lightning.recipe import Recipe, recipe_to_yaml
 
 
@@ -225,7 +225,7 @@ def test_it_takes_less_than_a_second_and_no_torch(tmp_path: Path) -> None:
         make_run(tmp_path / f"{k}", rows="".join(f"{k},{k},1,1,1,1\n" for k in range(5000)))
     code = f"""
 import sys
-from mtp_lightning.cli import main
+from mtp_lightning.cli.app import main
 sys.argv = ["mtp", "status", {str(tmp_path)!r}]
 try:
     main()

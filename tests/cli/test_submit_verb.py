@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from mtp_lightning.cli import app
+from mtp_lightning.cli.app import app
 from mtp_lightning.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path) -> None:
 def test_a_dry_run_takes_less_than_a_second_and_no_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
-from mtp_lightning.cli import main
+from mtp_lightning.cli.app import main
 sys.argv = ["mtp", "submit", {RECIPE!r}, "--site", "generic-h100", "--dry-run", "run.dir=/shared/runs/x"]
 try:
     main()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtp_lightning.data.manifest import Manifest
+from mtp_lightning.data.shards.manifest import Manifest
 from tests.data.corpora import build_tiny, write_corpus
 
 

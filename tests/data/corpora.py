@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mtp_lightning.data.build import BuildOptions, build_shards
-from mtp_lightning.data.index import write_index
-from mtp_lightning.data.manifest import Manifest, fingerprint_of
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.data.shards.build import BuildOptions, build_shards
+from mtp_lightning.data.shards.index import write_index
+from mtp_lightning.data.shards.manifest import Manifest, fingerprint_of
+from mtp_lightning.recipe.schema.root import Recipe
 
 END = 256
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtp_lightning.data.manifest import load_manifest
-from mtp_lightning.data.verify import verify_shards
+from mtp_lightning.data.shards.manifest import load_manifest
+from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.errors import DataError
 from tests.data.corpora import END, build_tiny, is_held_out, write_corpus
 

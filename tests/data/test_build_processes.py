@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.data import units as units_module
-from mtp_lightning.data.build import BuildOptions, build_shards
-from mtp_lightning.data.manifest import load_manifest
-from mtp_lightning.data.partial import Partial
-from mtp_lightning.data.verify import verify_shards
+from mtp_lightning.data.shards.build import BuildOptions, build_shards
+from mtp_lightning.data.shards.manifest import load_manifest
+from mtp_lightning.data.shards.staging import Partial
+from mtp_lightning.data.shards.verify import verify_shards
+from mtp_lightning.data.text import blocks as units_module
 from mtp_lightning.errors import DataError
 from tests.data.corpora import build_tiny, write_corpus
 from tests.data.test_build import contents
@@ -25,8 +25,8 @@ SLOW_BUILD = """
 import os, signal, sys, time
 from pathlib import Path
 from mtp_lightning.data import units
-from mtp_lightning.data.build import BuildOptions, build_shards
-from mtp_lightning.data.partial import Partial
+from mtp_lightning.data.shards.build import BuildOptions, build_shards
+from mtp_lightning.data.shards.staging import Partial
 units.UNIT_BYTES = 2000
 kill_at = int(sys.argv[3])
 note = Partial.note_shard
@@ -145,7 +145,7 @@ def test_no_process_outlives_a_killed_build(tmp_path: Path, lines: Path) -> None
     command = """
 import sys
 from pathlib import Path
-from mtp_lightning.data.build import BuildOptions, build_shards
+from mtp_lightning.data.shards.build import BuildOptions, build_shards
 if __name__ == "__main__":
     options = BuildOptions(validation_share=0.2)
     build_shards([sys.argv[1]], Path(sys.argv[2]), options, processes=2)
@@ -190,7 +190,7 @@ def test_equal_documents_are_left_out_once_asked_to(tmp_path: Path) -> None:
 
 
 def test_worker_that_is_ended_is_named(tmp_path: Path, lines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_lightning.data.encoding._begin_worker", end_at_once)
+    monkeypatch.setattr("mtp_lightning.data.shards.encode._begin_worker", end_at_once)
     with pytest.raises(DataError, match=r"every process of a build must live .*fewer \(--processes\)"):
         build_tiny([str(lines)], tmp_path / "shards", processes=2)
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from mtp_lightning.data import corpus as corpus_module
-from mtp_lightning.data.corpus import prepare_shards, shards_folder
-from mtp_lightning.data.opening import open_rows
-from mtp_lightning.data.verify import verify_shards
+from mtp_lightning.data.loading import corpus as corpus_module
+from mtp_lightning.data.loading.corpus import prepare_shards, shards_folder
+from mtp_lightning.data.loading.factory import open_rows
+from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.errors import DataError
 from tests.data.corpora import build_tiny, tiny_recipe
 

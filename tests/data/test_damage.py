@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtp_lightning.data.manifest import Member, load_manifest
-from mtp_lightning.data.rows import Rows
-from mtp_lightning.data.verify import verify_shards
+from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.shards.manifest import Member, load_manifest
+from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.errors import DataError
 from tests.data.corpora import build_tiny, forge, write_corpus
 

@@ -16,11 +16,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from mtp_lightning.data import tar_members
-from mtp_lightning.data.manifest import load_manifest
-from mtp_lightning.data.streaming import TarDocuments, tars_of
-from mtp_lightning.data.tar_members import TarDamage, members_of
-from mtp_lightning.data.verify import verify_shards
+from mtp_lightning.data.loading.stream_documents import TarDocuments, tars_of
+from mtp_lightning.data.shards import tar_members
+from mtp_lightning.data.shards.manifest import load_manifest
+from mtp_lightning.data.shards.tar_members import TarDamage, members_of
+from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.errors import DataError
 from tests.data.corpora import forge
 from tests.data.test_streaming import build, write_tar

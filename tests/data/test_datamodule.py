@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_lightning.data.corpus import prepare_shards
-from mtp_lightning.data.datamodule import MtpDataModule
-from mtp_lightning.data.opening import open_rows
-from mtp_lightning.data.order import permute
+from mtp_lightning.data.loading.corpus import prepare_shards
+from mtp_lightning.data.loading.datamodule import MtpDataModule
+from mtp_lightning.data.loading.factory import open_rows
+from mtp_lightning.data.sampling.order import permute
 from mtp_lightning.errors import CheckpointError, DataError
 from tests.data.corpora import forge, tiny_recipe, write_corpus
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtp_lightning.data.manifest import load_manifest
-from mtp_lightning.data.mixture import JoinedRows
-from mtp_lightning.data.packing import PackedRows, prepare_plan
-from mtp_lightning.data.rows import Rows
-from mtp_lightning.data.verify import verify_shards
+from mtp_lightning.data.sampling.mixture import JoinedRows
+from mtp_lightning.data.sampling.packing import PackedRows, prepare_plan
+from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.shards.manifest import load_manifest
+from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.errors import DataError
 from tests.data.corpora import END, build_tiny, forge, write_corpus
 

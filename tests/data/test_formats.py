@@ -12,12 +12,12 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from mtp_lightning.data import units as units_module
-from mtp_lightning.data.documents import Document
-from mtp_lightning.data.rows import Rows
-from mtp_lightning.data.sources import find_files
-from mtp_lightning.data.units import cut_into_units
-from mtp_lightning.data.verify import verify_shards
+from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.shards.verify import verify_shards
+from mtp_lightning.data.text import blocks as units_module
+from mtp_lightning.data.text.blocks import cut_into_units
+from mtp_lightning.data.text.documents import Document
+from mtp_lightning.data.text.sources import find_files
 from mtp_lightning.errors import DataError
 from tests.data.corpora import END, build_tiny
 

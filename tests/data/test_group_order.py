@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.data.group_order import GroupedOrder
-from mtp_lightning.data.mixture import MixedOrder, quotas_of
-from mtp_lightning.recipe.data_sections import MIXTURE_BLOCK_ROWS
+from mtp_lightning.data.sampling.group_order import GroupedOrder
+from mtp_lightning.data.sampling.mixture import MixedOrder, quotas_of
+from mtp_lightning.recipe.schema.data import MIXTURE_BLOCK_ROWS
 
 shard_rows_lists = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(sum)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtp_lightning.data.peek import row_table
-from mtp_lightning.data.rows import Rows
-from mtp_lightning.data.verify import verify_shards
+from mtp_lightning.data.loading.peek import row_table
+from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.errors import DataError
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.root import Recipe
 from tests.data.corpora import END, build_tiny, is_held_out
 
 T, N = 16, 3

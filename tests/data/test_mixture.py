@@ -13,15 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.data.datamodule import MtpDataModule
-from mtp_lightning.data.manifest import load_manifest
-from mtp_lightning.data.mixture import MixedOrder, quotas_of
-from mtp_lightning.data.opening import open_data, prepare_data
-from mtp_lightning.data.order import ShuffledOrder
-from mtp_lightning.data.rows import Rows
+from mtp_lightning.data.loading.datamodule import MtpDataModule
+from mtp_lightning.data.loading.factory import open_data, prepare_data
+from mtp_lightning.data.sampling.mixture import MixedOrder, quotas_of
+from mtp_lightning.data.sampling.order import ShuffledOrder
+from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.shards.manifest import load_manifest
 from mtp_lightning.errors import CheckpointError, DataError
-from mtp_lightning.recipe.data_sections import MIXTURE_BLOCK_ROWS
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.data import MIXTURE_BLOCK_ROWS
+from mtp_lightning.recipe.schema.root import Recipe
 from tests.data.corpora import END, build_tiny, tiny_recipe, write_corpus
 
 weights_lists = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.launch.seat import free_port
+from mtp_lightning.launch.rank_env import free_port
 from tests.data.corpora import build_tiny, write_corpus
 from tests.support.runs import ROOT, figures, mtp
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mtp_lightning.data.order import permute, rows_of_samples
+from mtp_lightning.data.sampling.order import permute, rows_of_samples
 
 SIZES = st.integers(1, 5000)
 SEEDS = st.integers(0, 2**63)

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtp_lightning.data.arrays import whole_numbers
-from mtp_lightning.data.half_written import check_request
-from mtp_lightning.data.index import build_index, load_index
-from mtp_lightning.data.manifest import Manifest, fingerprint_of, load_manifest
-from mtp_lightning.data.packing import PackedRows, Plan, _checksum, plan_path, prepare_plan
-from mtp_lightning.data.partial import Partial
-from mtp_lightning.data.rows import Rows
-from mtp_lightning.data.sources import find_files
-from mtp_lightning.data.stats import lengths_of
-from mtp_lightning.data.tokenizer_files import HuggingFaceTokenizer
+from mtp_lightning.data.generated.half_written import check_request
+from mtp_lightning.data.sampling.packing import PackedRows, Plan, _checksum, plan_path, prepare_plan
+from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.shards.arrays import whole_numbers
+from mtp_lightning.data.shards.index import build_index, load_index
+from mtp_lightning.data.shards.manifest import Manifest, fingerprint_of, load_manifest
+from mtp_lightning.data.shards.staging import Partial
+from mtp_lightning.data.shards.stats import lengths_of
+from mtp_lightning.data.text.sources import find_files
+from mtp_lightning.data.tokenizers.files import HuggingFaceTokenizer
 from mtp_lightning.errors import DataError
 
 HUGE = 10**11

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.data.datamodule import MtpDataModule
-from mtp_lightning.data.manifest import load_manifest
-from mtp_lightning.data.mapped import ShardMaps
-from mtp_lightning.data.opening import prepare_data
-from mtp_lightning.data.packing import PackedRows, _best_fit, plan_packing, plan_path, prepare_plan
-from mtp_lightning.data.peek import targets_of_row
+from mtp_lightning.data.loading.datamodule import MtpDataModule
+from mtp_lightning.data.loading.factory import prepare_data
+from mtp_lightning.data.loading.peek import targets_of_row
+from mtp_lightning.data.sampling.packing import PackedRows, _best_fit, plan_packing, plan_path, prepare_plan
+from mtp_lightning.data.shards.manifest import load_manifest
+from mtp_lightning.data.shards.mapped import ShardMaps
 from mtp_lightning.errors import CheckpointError, DataError
 from tests.data.corpora import END, build_tiny, is_held_out, tiny_recipe, write_corpus
 

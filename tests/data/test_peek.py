@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.data.corpus import prepare_shards
-from mtp_lightning.data.opening import open_rows
-from mtp_lightning.data.peek import peek, targets_of_row
+from mtp_lightning.data.loading.corpus import prepare_shards
+from mtp_lightning.data.loading.factory import open_rows
+from mtp_lightning.data.loading.peek import peek, targets_of_row
 from mtp_lightning.errors import DataError
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.root import Recipe
 from tests.data.corpora import tiny_recipe
 
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.data.corpus import prepare_shards
-from mtp_lightning.data.datamodule import MtpDataModule
-from mtp_lightning.data.dataset import RankSlices
-from mtp_lightning.data.order import Range, with_skipped, without_skipped
+from mtp_lightning.data.loading.corpus import prepare_shards
+from mtp_lightning.data.loading.datamodule import MtpDataModule
+from mtp_lightning.data.loading.dataset import RankSlices
+from mtp_lightning.data.sampling.order import Range, with_skipped, without_skipped
 from mtp_lightning.errors import DataError
-from mtp_lightning.recipe.data_sections import BatchSection, RampSection
+from mtp_lightning.recipe.schema.data import BatchSection, RampSection
 from tests.data.corpora import tiny_recipe
 
 RAMP = {"rows": 8, "micro_rows": 2, "ramp": {"from_rows": 2, "over_rows": 30}}

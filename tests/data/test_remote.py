@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-from mtp_lightning.data import remote, shard_cache
-from mtp_lightning.data.datamodule import MtpDataModule
-from mtp_lightning.data.manifest import Shard, load_manifest
-from mtp_lightning.data.remote import mirror
-from mtp_lightning.data.rows import Rows
-from mtp_lightning.data.shard_cache import GIB, ShardCache
+from mtp_lightning.data.loading.datamodule import MtpDataModule
+from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.shards import cache as shard_cache
+from mtp_lightning.data.shards import remote
+from mtp_lightning.data.shards.cache import GIB, ShardCache
+from mtp_lightning.data.shards.manifest import Shard, load_manifest
+from mtp_lightning.data.shards.remote import mirror
 from mtp_lightning.errors import DataError
 from tests.data.corpora import build_tiny, tiny_recipe, write_corpus
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtp_lightning.data import remote
-from mtp_lightning.data.corpus import prepare_named
-from mtp_lightning.data.manifest import Shard, fingerprint_of, load_manifest
-from mtp_lightning.data.opening import open_rows
-from mtp_lightning.data.remote import mirror
-from mtp_lightning.data.shard_cache import ShardCache
+from mtp_lightning.data.loading.corpus import prepare_named
+from mtp_lightning.data.loading.factory import open_rows
+from mtp_lightning.data.shards import remote
+from mtp_lightning.data.shards.cache import ShardCache
+from mtp_lightning.data.shards.manifest import Shard, fingerprint_of, load_manifest
+from mtp_lightning.data.shards.remote import mirror
 from mtp_lightning.errors import DataError
 from tests.data.corpora import tiny_recipe
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mtp_lightning.data import mapped as mapped_module
-from mtp_lightning.data.index import write_index
-from mtp_lightning.data.manifest import Manifest, Split, load_manifest, manifest_text
-from mtp_lightning.data.rows import Rows
-from mtp_lightning.data.shard_writer import SplitWriter
-from mtp_lightning.data.tokenizers import TokenArray
+from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.shards import mapped as mapped_module
+from mtp_lightning.data.shards.index import write_index
+from mtp_lightning.data.shards.manifest import Manifest, Split, load_manifest, manifest_text
+from mtp_lightning.data.shards.writer import SplitWriter
+from mtp_lightning.data.tokenizers.base import TokenArray
 from mtp_lightning.errors import DataError
 from tests.data.corpora import build_tiny, is_held_out, rows_by_hand, write_corpus
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.data.corpus import prepare_shards
-from mtp_lightning.data.datamodule import MtpDataModule
-from mtp_lightning.data.order import with_skipped, without_skipped
+from mtp_lightning.data.loading.corpus import prepare_shards
+from mtp_lightning.data.loading.datamodule import MtpDataModule
+from mtp_lightning.data.sampling.order import with_skipped, without_skipped
 from mtp_lightning.errors import CheckpointError, DataError
 from tests.data.corpora import tiny_recipe
 

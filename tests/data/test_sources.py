@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.data.documents import Document
-from mtp_lightning.data.sources import find_files
-from mtp_lightning.data.units import cut_into_units
+from mtp_lightning.data.text.blocks import cut_into_units
+from mtp_lightning.data.text.documents import Document
+from mtp_lightning.data.text.sources import find_files
 from mtp_lightning.errors import DataError
 
 

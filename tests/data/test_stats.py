@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.data.manifest import load_manifest
-from mtp_lightning.data.stats import bins_of, lengths_of, show_statistics
+from mtp_lightning.data.shards.manifest import load_manifest
+from mtp_lightning.data.shards.stats import bins_of, lengths_of, show_statistics
 from mtp_lightning.errors import DataError
 from tests.data.corpora import build_tiny, is_held_out, write_corpus
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from mtp_lightning.data.datamodule import MtpDataModule
-from mtp_lightning.data.opening import open_rows
-from mtp_lightning.data.streaming import tars_of
+from mtp_lightning.data.loading.datamodule import MtpDataModule
+from mtp_lightning.data.loading.factory import open_rows
+from mtp_lightning.data.loading.stream_documents import tars_of
 from mtp_lightning.errors import CheckpointError, DataError
 from tests.data.corpora import END, tiny_recipe
 

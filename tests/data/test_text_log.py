@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.data.text_log import TextLog, Texts
+from mtp_lightning.data.generated.log import TextLog, Texts
 
 BATCHES: list[Texts] = [[[1, 2, 3], [4]], [[70_000], [5, 6]], [[7] * 20]]
 

@@ -14,7 +14,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.data.tokenizers import Tokenizer, open_tokenizer
+from mtp_lightning.data.tokenizers.base import Tokenizer
+from mtp_lightning.data.tokenizers.open import open_tokenizer
 from mtp_lightning.errors import DataError
 from tests.data.text_tokenizers import END, SENTENCES, write_sentencepiece, write_tokenizer_json
 

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.data.tokenizers import ByteTokenizer, open_tokenizer, token_dtype
+from mtp_lightning.data.tokenizers.base import ByteTokenizer, token_dtype
+from mtp_lightning.data.tokenizers.open import open_tokenizer
 from mtp_lightning.errors import DataError
 
 

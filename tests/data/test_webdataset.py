@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from mtp_lightning.data.manifest import Split, load_manifest
-from mtp_lightning.data.rows import Rows
+from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.shards.manifest import Split, load_manifest
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset 1.0.2 leaves files open

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mtp_lightning.decode import Settings, applicable_decoders, build_tree
-from mtp_lightning.decode.session import Session, prefill
+from mtp_lightning.decode.state import Session, prefill
 from mtp_lightning.losses.targets import shifted_targets
 from mtp_lightning.model.mtp_model import MtpModel
 from tests.support.tiny import HEAD_KINDS, NEOX, tiny_model, tiny_recipe

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from mtp_lightning.cli import app
-from mtp_lightning.data import token_shards
+from mtp_lightning.cli.app import app
+from mtp_lightning.data.generated import shards as token_shards
 from tests.checkpoint.runs import save_run
 from tests.support.tiny import tiny_model, tiny_recipe
 
@@ -34,7 +34,7 @@ def arguments(run: Path, out: object, *options: object, prompts: str = "prompts.
 
 def begin_command(command: list[str]) -> subprocess.Popen[bytes]:
     """Start `mtp` as a user does."""
-    start = [sys.executable, "-c", "from mtp_lightning.cli import main; main()", *command]
+    start = [sys.executable, "-c", "from mtp_lightning.cli.app import main; main()", *command]
     return subprocess.Popen(start, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 

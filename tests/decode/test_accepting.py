@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.decode.accepting import accept_drawn, accept_greedy, accept_point_mass, accept_typical
 from mtp_lightning.decode.sampling import Sampling, draw
 from mtp_lightning.decode.tree import TreeTables, accept_tree_greedy, build_tree
+from mtp_lightning.decode.verify import accept_drawn, accept_greedy, accept_point_mass, accept_typical
 
 ROWS, V = 2000, 5
 WARM = Sampling(temperature=1.0)

@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mtp_lightning.checkpoint.loading import load_model
-from mtp_lightning.cli import app
-from mtp_lightning.cli.generate_screen import Writer
-from mtp_lightning.data.tokenizers import ByteTokenizer
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.cli.app import app
+from mtp_lightning.cli.generate_view import Writer
+from mtp_lightning.data.tokenizers.base import ByteTokenizer
 from mtp_lightning.decode import Settings, generate, stream
 from tests.checkpoint.runs import save_run
 from tests.support.tiny import tiny_recipe

@@ -3,12 +3,12 @@
 import pytest
 from typer.testing import CliRunner, Result
 
-from mtp_lightning.checkpoint.loading import load_model
-from mtp_lightning.cli import app
-from mtp_lightning.data.build import BuildOptions, build_shards
-from mtp_lightning.data.manifest import load_manifest
-from mtp_lightning.data.mapped import ShardMaps
-from mtp_lightning.data.verify import verify_shards
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.cli.app import app
+from mtp_lightning.data.shards.build import BuildOptions, build_shards
+from mtp_lightning.data.shards.manifest import load_manifest
+from mtp_lightning.data.shards.mapped import ShardMaps
+from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.decode import generate
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train

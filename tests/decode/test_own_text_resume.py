@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from mtp_lightning.cli import app
-from mtp_lightning.data import token_shards
-from mtp_lightning.data.text_log import TextLog
-from mtp_lightning.data.verify import verify_shards
-from mtp_lightning.decode import own_text
+from mtp_lightning.cli.app import app
+from mtp_lightning.data.generated import shards as token_shards
+from mtp_lightning.data.generated.log import TextLog
+from mtp_lightning.data.shards.verify import verify_shards
+from mtp_lightning.decode import self_generated as own_text
 from tests.data.test_build import contents
 from tests.decode.own_text_builds import PROMPTS, arguments, begin_command, build_in_a_process, save_writer
 

@@ -6,8 +6,8 @@ import pytest
 
 from mtp_lightning.evaluation.acceptance import measure_acceptance
 from mtp_lightning.recipe import load_recipe
-from mtp_lightning.training.callbacks.metrics_table import read_rows
 from mtp_lightning.training.fit import train
+from mtp_lightning.training.logging.metrics_table import read_rows
 from tests.support.runs import ROOT, mtp
 
 RUN = ("run.steps=12", "run.validate_every_steps=12", "run.log_every_steps=12", "run.validation_rows=12")

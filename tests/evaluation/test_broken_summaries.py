@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from mtp_lightning.cli import app
+from mtp_lightning.cli.app import app
 from mtp_lightning.errors import RunFolderError
 
 SUMMARY = {"recipe": "mine", "seed": 0, "num_offsets": 2}

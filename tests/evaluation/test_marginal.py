@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mtp_lightning.checkpoint.loading import load_model
+from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.errors import DataError, DecodingError
 from mtp_lightning.evaluation.lens import layer_states, measure_lens
 from mtp_lightning.evaluation.marginal import held_out_texts, measure_marginal

@@ -4,8 +4,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mtp_lightning.checkpoint.consolidate import consolidate
-from mtp_lightning.cli import app
+from mtp_lightning.checkpoint.convert.consolidate import consolidate
+from mtp_lightning.cli.app import app
 from mtp_lightning.errors import CheckpointError, RunFolderError
 from mtp_lightning.evaluation.mixture import read_mixtures
 from tests.checkpoint.runs import save_run

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.checkpoint.layout import complete_checkpoints
+from mtp_lightning.checkpoint.format.layout import complete_checkpoints
 from mtp_lightning.errors import LaunchError
 from mtp_lightning.launch.local import needs_ranks
-from mtp_lightning.launch.seat import local_seat
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.launch.rank_env import local_seat
+from mtp_lightning.recipe.schema.root import Recipe
 from tests.support.runs import ROOT
 
 LAUNCHER = """
 import sys
 from mtp_lightning.launch import local
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.root import Recipe
 local.GRACE_S = float(sys.argv[1])
 recipe = Recipe.model_validate({"strategy": {"kind": "zero1", "ranks_per_node": int(sys.argv[2])}})
 sys.exit(local.run_ranks(recipe, sys.argv[3:]))

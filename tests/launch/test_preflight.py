@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from mtp_lightning.decode import steps
-from mtp_lightning.decode.accepting import Verdict
+from mtp_lightning.decode.verify import Verdict
+from mtp_lightning.diagnostics.preflight_lines import Failure, line_of
+from mtp_lightning.diagnostics.preflight_trial import decoded
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
-from mtp_lightning.training.preflight_lines import Failure, line_of
-from mtp_lightning.training.preflight_trial import decoded
 from tests.support.runs import ROOT, mtp
 
 RECIPE = str(ROOT / "recipes/debug/parallel.yaml")

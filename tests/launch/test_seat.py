@@ -3,8 +3,16 @@
 import pytest
 
 from mtp_lightning.errors import LaunchError
-from mtp_lightning.launch import seat
-from mtp_lightning.launch.seat import FIRST_PORT, LOCAL_PORTS, NUM_PORTS, find_seat, first_host, free_port, local_seat
+from mtp_lightning.launch import rank_env as seat
+from mtp_lightning.launch.rank_env import (
+    FIRST_PORT,
+    LOCAL_PORTS,
+    NUM_PORTS,
+    find_seat,
+    first_host,
+    free_port,
+    local_seat,
+)
 
 TORCHRUN = {
     "RANK": "5",

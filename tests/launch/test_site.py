@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mtp_lightning.errors import LaunchError, SiteError
-from mtp_lightning.launch.placing import check_place
+from mtp_lightning.launch.fits_site import check_place
 from mtp_lightning.launch.site import Site, known_sites, load_site
 from mtp_lightning.launch.sweep import folder_name, sweep_points
 from mtp_lightning.recipe import Recipe, load_recipe

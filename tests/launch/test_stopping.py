@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from mtp_lightning.checkpoint.layout import complete_checkpoints
-from mtp_lightning.launch.stopping import REQUEUE, STOP_SIGNALS, StopRequest, heeding_signals
+from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.launch.signals import REQUEUE, STOP_SIGNALS, StopRequest, heeding_signals
 from tests.launch.signalled import after_step, child_signalled, group_signalled, has_begun, saves, signalled, start
 from tests.support.runs import ROOT, figures, mtp
 
@@ -24,7 +24,7 @@ SHORT = ("run.checkpoint_every_steps=1000", "run.validate_every_steps=20", "run.
 TWO_RANKS = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "run.log_every_steps=1")
 STOPPED = """
 import signal
-from mtp_lightning.launch.stopping import StopRequest, heeding_signals
+from mtp_lightning.launch.signals import StopRequest, heeding_signals
 with heeding_signals(StopRequest()) as stop:
     stop.defer()
     signal.raise_signal(signal.SIGTERM)

@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from mtp_lightning.launch.stopping import INTERRUPTED, REQUEUE
+from mtp_lightning.launch.signals import INTERRUPTED, REQUEUE
 from tests.support.runs import ROOT
 
 WAITING = """
 import ctypes, signal, sys
-from mtp_lightning.launch.stopping import StopRequest, ending_at_signals, heeding_signals
+from mtp_lightning.launch.signals import StopRequest, ending_at_signals, heeding_signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
 with heeding_signals(StopRequest()), ending_at_signals("waiting for a lock"):
@@ -23,9 +23,9 @@ with heeding_signals(StopRequest()), ending_at_signals("waiting for a lock"):
 """
 JOINING = """
 import signal, sys
-from mtp_lightning.launch.stopping import StopRequest, heeding_signals
-from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.training.joining import joined_ranks
+from mtp_lightning.launch.signals import StopRequest, heeding_signals
+from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.training.strategies.process_group import joined_ranks
 signal.signal(signal.SIGINT, signal.default_int_handler)
 recipe = Recipe.model_validate({"strategy": {"kind": "zero2", "ranks_per_node": 2}, "run": {"device": "cpu"}})
 with heeding_signals(StopRequest()), joined_ranks(recipe):
@@ -33,7 +33,7 @@ with heeding_signals(StopRequest()), joined_ranks(recipe):
 """
 PASSING = """
 import signal, threading
-from mtp_lightning.launch.stopping import StopRequest, ending_at_signals, heeding_signals
+from mtp_lightning.launch.signals import StopRequest, ending_at_signals, heeding_signals
 with heeding_signals(StopRequest()) as stop:
     stop.defer()
     with ending_at_signals("doing little"):

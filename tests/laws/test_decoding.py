@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mtp_lightning.decode import Settings, Tree, applicable_decoders, generate
 from mtp_lightning.decode.drafting import draft_blockwise, draft_chain
-from mtp_lightning.decode.session import verify
+from mtp_lightning.decode.state import verify
 from tests.decode.oracles import (
     DECODED_KINDS,
     LENGTH,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp_lightning.decode.drafting import draft_blockwise, draft_chain
-from mtp_lightning.decode.session import keep_path, verify, verify_tree
+from mtp_lightning.decode.state import keep_path, verify, verify_tree
 from mtp_lightning.decode.tree import TreeTables
 from tests.decode.oracles import DECODED_KINDS, PROMPTS, TREE, begun_session, full_logits, model_of
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mtp_lightning.checkpoint.loading import load_model
+from mtp_lightning.checkpoint.convert.load_model import load_model
 from tests.laws.test_schedules_agree import assert_same_step
 from tests.support.runs import ROOT, mtp
 from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from mtp_lightning.checkpoint.extending import extend_checkpoint
-from mtp_lightning.checkpoint.loading import load_model
+from mtp_lightning.checkpoint.convert.add_heads import extend_checkpoint
+from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.errors import CheckpointError, RecipeError, TrainingError
-from mtp_lightning.model.extend import parameter_origins
+from mtp_lightning.model.add_heads import parameter_origins
 from mtp_lightning.model.freezing import freeze_before, parameters_of
 from mtp_lightning.recipe import load_recipe
-from mtp_lightning.recipe.extending import extended_recipe
+from mtp_lightning.recipe.add_heads import extended_recipe
 from mtp_lightning.training import lightning_module
 from mtp_lightning.training.fit import train
 from tests.laws.test_schedules_agree import TOLERANCE

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from mtp_lightning.training.parity import TOLERANCE
+from mtp_lightning.diagnostics.parity import TOLERANCE
 from tests.support.ranked import on_ranks
 
 CELLS = {"zero1:bf16": 3, "zero2:bf16": 3, "zero3:bf16": 3}  # how many fits begin after another

@@ -22,15 +22,15 @@ import numpy as np
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from mtp_lightning.checkpoint.folder import read_state
-from mtp_lightning.checkpoint.layout import newest_complete
-from mtp_lightning.data.corpus import prepare_shards
-from mtp_lightning.data.datamodule import MtpDataModule
-from mtp_lightning.data.order import permute
-from mtp_lightning.data.rows import Rows
-from mtp_lightning.launch.seat import free_port, local_seat
+from mtp_lightning.checkpoint.format.layout import newest_complete
+from mtp_lightning.checkpoint.format.state_folder import read_state
+from mtp_lightning.data.loading.corpus import prepare_shards
+from mtp_lightning.data.loading.datamodule import MtpDataModule
+from mtp_lightning.data.sampling.order import permute
+from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.launch.rank_env import free_port, local_seat
 from mtp_lightning.recipe import load_recipe
-from mtp_lightning.recipe.data_sections import BatchSection, RampSection
+from mtp_lightning.recipe.schema.data import BatchSection, RampSection
 from mtp_lightning.training import fit
 from tests.support.runs import ROOT, figures
 

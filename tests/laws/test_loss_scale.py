@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
-from mtp_lightning.training.schedules import MicroBatch, Objective, run_schedule
+from mtp_lightning.training.step.backward_order import MicroBatch, Objective, run_schedule
 from tests.support.tiny import HEAD_KINDS, relative_error, tiny_model, tiny_recipe, tiny_rows
 
 SCALE = 2.0**12

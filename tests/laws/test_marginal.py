@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mtp_lightning.decode.session import Session, prefill
+from mtp_lightning.decode.state import Session, prefill
 from mtp_lightning.evaluation.marginal import BRANCH_TOKENS, laws_ahead
 from tests.decode.oracles import full_logits, model_of
 

@@ -6,9 +6,9 @@ own, as `mtp bench memory` does. The two agree, which is what makes resident mem
 
 import pytest
 
-from mtp_lightning.bench.memory import run_probe
+from mtp_lightning.bench.training.memory import run_probe
 from mtp_lightning.planner.variants import with_offsets, with_schedule
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.root import Recipe
 from tests.support.live_tensors import count_schedule
 
 KINDS = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mtp_lightning.model.geometry import positions_in_document
+from mtp_lightning.model.positions import positions_in_document
 from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe
 
 

@@ -11,7 +11,7 @@ from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.model.roles import ROLES, role_of
 from mtp_lightning.planner.counts import parameter_counts, trainable_parameters
 from mtp_lightning.planner.passes import passes_of
-from mtp_lightning.recipe.loading import load_recipe
+from mtp_lightning.recipe.loading.load import load_recipe
 from tests.support.tiny import HEAD_KINDS, NEOX, tiny_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))

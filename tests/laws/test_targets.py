@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtp_lightning.data.peek import targets_of_row
+from mtp_lightning.data.loading.peek import targets_of_row
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.losses.targets import IGNORE, count_targets, oracle_targets, shifted_targets
-from mtp_lightning.training import checks
-from mtp_lightning.training.checks import MOST_MISSES, TargetArrival, check_targets
+from mtp_lightning.training.step import gradient_checks as checks
+from mtp_lightning.training.step.gradient_checks import MOST_MISSES, TargetArrival, check_targets
 
 
 @st.composite

@@ -8,8 +8,8 @@ from itertools import combinations, product
 
 import pytest
 
-from mtp_lightning.training.parity import LOSS_TOLERANCE, TOLERANCE, compare_strategies
-from mtp_lightning.training.parity_cells import (
+from mtp_lightning.diagnostics.parity import LOSS_TOLERANCE, TOLERANCE, compare_strategies
+from mtp_lightning.diagnostics.parity_matrix import (
     ADAPTATIONS,
     RANKS,
     SCHEDULES,
@@ -70,7 +70,8 @@ def test_the_whole_matrix():
 def test_unequal_cells_are_named_and_fail_the_command():
     """Nothing is as near as this tolerance asks for: rounding itself must be found."""
     code = (
-        "from mtp_lightning.training import parity; parity.TOLERANCE = 1e-9; from mtp_lightning.cli import main; main()"
+        "from mtp_lightning.diagnostics import parity; parity.TOLERANCE = 1e-9; "
+        "from mtp_lightning.cli.app import main; main()"
     )
     command = [sys.executable, "-c", code, "doctor", "--strategies"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -10,7 +10,7 @@ from mtp_lightning.losses.chunked import Term, chunk_rows, chunked_loss
 from mtp_lightning.losses.distillation import Distillation, teacher_positions
 from mtp_lightning.losses.scores import CrossEntropy
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
-from mtp_lightning.recipe.objective_sections import DistillSection
+from mtp_lightning.recipe.schema.objective import DistillSection
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "tv", "lk_alpha", "lk_lambda")
 P, D, V = 11, 5, 9

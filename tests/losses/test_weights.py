@@ -3,7 +3,7 @@
 import pytest
 
 from mtp_lightning.losses.weights import offset_weights
-from mtp_lightning.recipe.objective_sections import ConstantWeights, CurriculumWeights, DecayWeights, LambdaWeights
+from mtp_lightning.recipe.schema.objective import ConstantWeights, CurriculumWeights, DecayWeights, LambdaWeights
 
 
 def over_run(spec, n=4, steps=10):

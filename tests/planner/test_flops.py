@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 from mtp_lightning.planner.flops import attention_flops_per_position, flop_ratio, flops_per_position, flops_per_step
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.root import Recipe
 
 PAPER_SHAPES = {"1.3B": (2048, 24, 16), "6.7B": (4096, 32, 32), "13B": (5120, 40, 40)}
 

@@ -8,8 +8,8 @@ import pytest
 from mtp_lightning.planner.layout import Layout, layout_of
 from mtp_lightning.planner.memory import BOUNDARY_STATES, GIB, layer_bytes, memory, most_micro_rows
 from mtp_lightning.planner.shape import shape_of
-from mtp_lightning.recipe.loading import load_recipe
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.loading.load import load_recipe
+from mtp_lightning.recipe.schema.root import Recipe
 from tests.structure.source import ROOT
 
 MIB = 2**20

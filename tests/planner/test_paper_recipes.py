@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.cli.plan_screen import cost_line
+from mtp_lightning.cli.plan_view import cost_line
 from mtp_lightning.planner.counts import parameter_counts
 from mtp_lightning.planner.flops import tokens_per_step
 from mtp_lightning.planner.report import build_plan
-from mtp_lightning.recipe.loading import load_recipe
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.loading.load import load_recipe
+from mtp_lightning.recipe.schema.root import Recipe
 from tests.structure.source import ROOT
 
 FOLDER = ROOT / "recipes/paper"

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mtp_lightning.cli import plan_screen
+from mtp_lightning.cli import plan_view as plan_screen
 from mtp_lightning.errors import MtpError
 from mtp_lightning.planner.report import SCALES, build_plan
-from mtp_lightning.recipe.loading import load_recipe
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.loading.load import load_recipe
+from mtp_lightning.recipe.schema.root import Recipe
 from tests.recipe.golden import assert_golden
 from tests.structure.source import ROOT
 

@@ -9,7 +9,7 @@ from mtp_lightning.planner.hardware import hardware, known_hardware
 from mtp_lightning.planner.layout import layout_of
 from mtp_lightning.planner.shape import shape_of
 from mtp_lightning.planner.throughput import communication_bytes, communication_s, step_time
-from mtp_lightning.recipe.loading import load_recipe
+from mtp_lightning.recipe.loading.load import load_recipe
 from tests.structure.source import ROOT
 from tests.support.tiny import HEAD_KINDS, tiny_recipe
 

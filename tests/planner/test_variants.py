@@ -2,7 +2,7 @@
 
 from mtp_lightning.planner.counts import parameter_counts
 from mtp_lightning.planner.variants import obstacle, with_offsets, with_schedule
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.root import Recipe
 
 
 def test_every_offset_gets_a_weight():

@@ -5,9 +5,9 @@ from typing import Any, get_origin
 import annotated_types
 from hypothesis import strategies as st
 
-from mtp_lightning.recipe.schema import Option, options_of
-from mtp_lightning.recipe.section import Section
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.base import Section
+from mtp_lightning.recipe.schema.field_types import Option, options_of
+from mtp_lightning.recipe.schema.root import Recipe
 
 
 def recipes() -> st.SearchStrategy[Recipe]:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mtp_lightning.recipe import RUN_FIELDS, Recipe, changed_fields, diff_recipes, recipe_hash
-from mtp_lightning.recipe.comparing import NOTED, FieldDiff, leaves
+from mtp_lightning.recipe.diff import NOTED, FieldDiff, leaves
 
 DEFAULT = Recipe()
 

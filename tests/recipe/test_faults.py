@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.cli.screen import error_lines
+from mtp_lightning.console.errors import error_lines
 from mtp_lightning.errors import RecipeError
 from mtp_lightning.recipe import Recipe, check_rules, load_recipe
-from mtp_lightning.recipe.loading import fault_lines
-from mtp_lightning.recipe.rules import RULES
+from mtp_lightning.recipe.loading.load import fault_lines
+from mtp_lightning.recipe.rules.all import RULES
 from tests.recipe.catalogue import CASES, RECIPE, Case
 from tests.recipe.catalogue import RULES as RULE_CASES
 from tests.recipe.golden import GOLDEN, assert_golden

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from mtp_lightning.errors import RecipeError
 from mtp_lightning.recipe import Recipe, load_recipe
-from mtp_lightning.recipe.comparing import leaves
-from mtp_lightning.recipe.objective_sections import ConstantWeights, DecayWeights
+from mtp_lightning.recipe.diff import leaves
+from mtp_lightning.recipe.schema.objective import ConstantWeights, DecayWeights
 
 Write = Callable[..., str]
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.recipe.overrides import read_overrides
-from mtp_lightning.recipe.yaml12 import one_line_yaml
+from mtp_lightning.recipe.loading.overrides import read_overrides
+from mtp_lightning.recipe.yaml import one_line_yaml
 
 
 def read(text: str) -> object:

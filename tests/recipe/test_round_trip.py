@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 
 from mtp_lightning.recipe import Recipe, diff_recipes, load_recipe, recipe_hash, recipe_to_yaml
-from mtp_lightning.recipe.comparing import leaves
-from mtp_lightning.recipe.reading import read_yaml
+from mtp_lightning.recipe.diff import leaves
+from mtp_lightning.recipe.loading.parse import read_yaml
 from tests.recipe.any_recipe import recipes
 
 ROOT = Path(__file__).parents[2]

@@ -3,7 +3,7 @@
 import pytest
 
 from mtp_lightning.recipe import diff_recipes, load_recipe, recipe_to_yaml
-from mtp_lightning.recipe.phases import phases_of
+from mtp_lightning.recipe.loading.phases import phases_of
 from tests.support.runs import ROOT
 
 PAPER = sorted((ROOT / "recipes/paper").glob("*.yaml"))

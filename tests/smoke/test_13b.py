@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from mtp_lightning.checkpoint.layout import complete_checkpoints
-from mtp_lightning.checkpoint.loading import load_model
-from mtp_lightning.checkpoint.shard_reader import ShardReader
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from tests.support.runs import ROOT, mtp
 
 RECIPE = str(ROOT / "recipes/paper/13b_n4.yaml")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.recipe.section import Section
-from mtp_lightning.recipe.sections import Recipe
+from mtp_lightning.recipe.schema.base import Section
+from mtp_lightning.recipe.schema.root import Recipe
 from tests.structure.source import ROOT
 
 SKIPPED = {"build", "dist", "runs", "node_modules"}

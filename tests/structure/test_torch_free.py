@@ -39,7 +39,7 @@ def test_torch_free_packages_load_nothing_heavy() -> None:
 def test_command_loads_nothing_heavy(arguments: list[str]) -> None:
     code = f"""
 import sys
-from mtp_lightning.cli import main
+from mtp_lightning.cli.app import main
 sys.argv = ["mtp", *{arguments}]
 try:
     main()

@@ -5,11 +5,11 @@ import os
 import sys
 from contextlib import contextmanager, nullcontext
 
+from mtp_lightning.diagnostics.parity import run_cell
+from mtp_lightning.diagnostics.parity_matrix import STAGES, Cell
 from mtp_lightning.ranks import Ranks
-from mtp_lightning.training.checks import GradientSums
-from mtp_lightning.training.joining import joined_ranks
-from mtp_lightning.training.parity import run_cell
-from mtp_lightning.training.parity_cells import STAGES, Cell
+from mtp_lightning.training.step.gradient_checks import GradientSums
+from mtp_lightning.training.strategies.process_group import joined_ranks
 from mtp_lightning.training.strategies.zero import ZeroStrategy
 
 

@@ -17,14 +17,15 @@ from unittest import mock
 
 import lightning as L
 
-from mtp_lightning.launch.seat import find_seat
+from mtp_lightning.diagnostics import parity
+from mtp_lightning.diagnostics.parity import RandomData
+from mtp_lightning.diagnostics.parity_matrix import Cell
+from mtp_lightning.launch.rank_env import find_seat
 from mtp_lightning.ranks import Ranks
-from mtp_lightning.training import device, parity
 from mtp_lightning.training.fit import build_trainer
-from mtp_lightning.training.joining import joined_ranks
 from mtp_lightning.training.lightning_module import MtpLightningModule
-from mtp_lightning.training.parity import RandomData
-from mtp_lightning.training.parity_cells import Cell
+from mtp_lightning.training.strategies import device
+from mtp_lightning.training.strategies.process_group import joined_ranks
 from mtp_lightning.training.strategies.zero import ZeroStrategy
 
 HIGH = 22  # 2^22 times a gradient of about 0.1 is more than fp16 holds

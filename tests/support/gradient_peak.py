@@ -8,10 +8,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from mtp_lightning.diagnostics.parity import RandomData
 from mtp_lightning.ranks import Ranks
-from mtp_lightning.training.joining import joined_ranks
 from mtp_lightning.training.lightning_module import MtpLightningModule
-from mtp_lightning.training.parity import RandomData
+from mtp_lightning.training.strategies.process_group import joined_ranks
 from mtp_lightning.training.strategies.zero import build_strategy
 from tests.support.tiny import tiny_recipe
 

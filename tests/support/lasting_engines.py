@@ -17,7 +17,7 @@ import torch
 
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training import fit, lightning_module
-from mtp_lightning.training.joining import joined_ranks
+from mtp_lightning.training.strategies.process_group import joined_ranks
 from tests.support.runs import ROOT
 
 RECIPE = """

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.mtp_model import MtpModel
-from mtp_lightning.training.schedules import MicroBatch, Objective, run_schedule
+from mtp_lightning.training.step.backward_order import MicroBatch, Objective, run_schedule
 
 
 class LiveTensors(TorchDispatchMode):

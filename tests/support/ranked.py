@@ -6,7 +6,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 
-from mtp_lightning.launch.seat import free_port, local_seat
+from mtp_lightning.launch.rank_env import free_port, local_seat
 from tests.support.runs import ROOT
 
 TIMEOUT_S = 240

@@ -43,7 +43,7 @@ def figures(metrics: Path) -> list[dict[str, str]]:
 
 
 def _command(arguments: tuple[str, ...]) -> list[str]:
-    return [sys.executable, "-c", "from mtp_lightning.cli import main; main()", *arguments]
+    return [sys.executable, "-c", "from mtp_lightning.cli.app import main; main()", *arguments]
 
 
 def _environment() -> dict[str, str]:

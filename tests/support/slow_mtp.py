@@ -2,8 +2,8 @@
 
 import time
 
-from mtp_lightning.cli import main
-from mtp_lightning.launch.stopping import StopRequest, heeding_signals
+from mtp_lightning.cli.app import main
+from mtp_lightning.launch.signals import StopRequest, heeding_signals
 
 LONGER_S = 4.0
 

@@ -6,8 +6,8 @@ from torch import Tensor
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.mtp_model import MtpModel, build_model
-from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.training.schedules import MicroBatch, Objective, OffsetLosses, run_schedule
+from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.training.step.backward_order import MicroBatch, Objective, OffsetLosses, run_schedule
 
 HEAD_KINDS: dict[str, dict[str, object]] = {
     "parallel": {"kind": "parallel"},

@@ -5,15 +5,15 @@ import itertools
 import pytest
 import torch
 
-from mtp_lightning.checkpoint.consolidate import consolidate
-from mtp_lightning.checkpoint.loading import load_model
+from mtp_lightning.checkpoint.convert.consolidate import consolidate
+from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.decode import generate
 from mtp_lightning.errors import CheckpointError, TrainingError
 from mtp_lightning.model.roles import role_of
 from mtp_lightning.recipe import load_recipe
-from mtp_lightning.recipe.phases import phases_of
+from mtp_lightning.recipe.loading.phases import phases_of
 from mtp_lightning.training.fit import train
-from mtp_lightning.training.guard import Rows, evaluating, record
+from mtp_lightning.training.health.drift_measure import Rows, evaluating, record
 from tests.support.runs import ROOT, figures, mtp
 
 RECIPE = """

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mtp_lightning.errors import TrainingError
-from mtp_lightning.launch.seat import local_seat
-from mtp_lightning.recipe.sections import OptimizerSection, Recipe
-from mtp_lightning.training.device import check_own_device, prepare_device
-from mtp_lightning.training.optimizer import build_optimizer
+from mtp_lightning.launch.rank_env import local_seat
+from mtp_lightning.recipe.schema.root import OptimizerSection, Recipe
+from mtp_lightning.training.step.optimizer import build_optimizer
+from mtp_lightning.training.strategies.device import check_own_device, prepare_device
 from tests.support.tiny import tiny_model, tiny_recipe
 
 

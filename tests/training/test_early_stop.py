@@ -2,14 +2,14 @@
 
 import pytest
 
-from mtp_lightning.checkpoint.folder import read_state
-from mtp_lightning.checkpoint.layout import newest_complete
-from mtp_lightning.launch.run_status import statuses
+from mtp_lightning.checkpoint.format.layout import newest_complete
+from mtp_lightning.checkpoint.format.state_folder import read_state
+from mtp_lightning.launch.status import statuses
 from mtp_lightning.recipe import load_recipe
-from mtp_lightning.recipe.sections import EarlyStopSection
-from mtp_lightning.training.callbacks.early_stop import EarlyStop
-from mtp_lightning.training.callbacks.metrics_table import read_rows
+from mtp_lightning.recipe.schema.root import EarlyStopSection
 from mtp_lightning.training.fit import train
+from mtp_lightning.training.health.early_stop import EarlyStop
+from mtp_lightning.training.logging.metrics_table import read_rows
 from tests.support.runs import ROOT
 
 RUN = ("run.steps=40", "run.validate_every_steps=2", "run.checkpoint_every_steps=40", "run.log_every_steps=1")

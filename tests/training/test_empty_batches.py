@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mtp_lightning.checkpoint.loading import load_model
+from mtp_lightning.checkpoint.convert.load_model import load_model
 from tests.support.runs import ROOT, figures, mtp
 
 RECIPE = str(ROOT / "recipes/debug/parallel.yaml")

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from mtp_lightning.checkpoint.layout import complete_checkpoints
+from mtp_lightning.checkpoint.format.layout import complete_checkpoints
 from mtp_lightning.errors import CheckpointError, DataError, NonFiniteError, RunFolderError, TrainingError
 from mtp_lightning.launch.run_marker import claim
 from mtp_lightning.recipe import load_recipe
@@ -140,7 +140,7 @@ def test_data_of_another_corpus_is_refused_on_resume(run, tmp_path, cache):
 
 
 def test_ctrl_c_ends_with_its_own_code_and_a_checkpoint(tmp_path, cache):
-    command = "from mtp_lightning.cli import main; main()"
+    command = "from mtp_lightning.cli.app import main; main()"
     settings = ("run.steps=5000", "run.log_every_steps=1", "run.dir=run", f"run.cache={cache}")
     process = subprocess.Popen(
         [sys.executable, "-c", command, "train", str(ROOT / "recipes/debug/parallel.yaml"), *settings],

@@ -5,10 +5,10 @@ import torch
 
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.ranks import Ranks
-from mtp_lightning.recipe.sections import OptimizerSection
-from mtp_lightning.training.checks import GradientArrival
-from mtp_lightning.training.fragments import whole_fragments
-from mtp_lightning.training.optimizer import build_optimizer, rates_by_role
+from mtp_lightning.recipe.schema.root import OptimizerSection
+from mtp_lightning.training.step.gradient_checks import GradientArrival
+from mtp_lightning.training.step.optimizer import build_optimizer, rates_by_role
+from mtp_lightning.training.strategies.param_shards import whole_fragments
 from tests.support.tiny import HEAD_KINDS, gradients_of, tiny_model, tiny_recipe, tiny_rows
 
 ALL = [1.0, 1.0, 1.0, 1.0]

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from mtp_lightning.checkpoint.loading import load_model
-from mtp_lightning.data.datamodule import MtpDataModule
-from mtp_lightning.data.dataset import tensors_of
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.data.loading.datamodule import MtpDataModule
+from mtp_lightning.data.loading.dataset import tensors_of
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import load_recipe
-from mtp_lightning.training.callbacks.guard import guard_of
 from mtp_lightning.training.fit import train
-from mtp_lightning.training.guard import Rows, drift_of, drift_sums, record
+from mtp_lightning.training.health.drift import guard_of
+from mtp_lightning.training.health.drift_measure import Rows, drift_of, drift_sums, record
 from tests.support.runs import ROOT, figures, mtp
 from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe, tiny_rows
 

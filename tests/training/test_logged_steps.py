@@ -5,7 +5,7 @@ import torch
 
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.freezing import freeze
-from mtp_lightning.training.schedules import MicroBatch, Objective, run_schedule
+from mtp_lightning.training.step.backward_order import MicroBatch, Objective, run_schedule
 from tests.support.tiny import tiny_model, tiny_recipe, tiny_rows
 
 

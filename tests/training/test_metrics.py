@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
-from mtp_lightning.training.metrics import OffsetMetrics
-from mtp_lightning.training.objective import MicroBatch, Objective, OffsetLosses
-from mtp_lightning.training.schedules import evaluate
+from mtp_lightning.training.step.backward_order import evaluate
+from mtp_lightning.training.step.metrics import OffsetMetrics
+from mtp_lightning.training.step.objective import MicroBatch, Objective, OffsetLosses
 from tests.support.tiny import tiny_model, tiny_recipe, tiny_rows
 
 N, B, T = 3, 2, 9

@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from mtp_lightning.checkpoint.layout import complete_checkpoints
-from mtp_lightning.checkpoint.shard_reader import ShardReader
-from mtp_lightning.data.datamodule import MtpDataModule
-from mtp_lightning.data.order import ShuffledOrder
+from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.checkpoint.format.read_shards import ShardReader
+from mtp_lightning.data.loading.datamodule import MtpDataModule
+from mtp_lightning.data.sampling.order import ShuffledOrder
 from mtp_lightning.errors import NonFiniteError, RunFolderError
 from mtp_lightning.launch.run_marker import claim
 from mtp_lightning.recipe import load_recipe
-from mtp_lightning.recipe.sections import NonFiniteSection
-from mtp_lightning.training import fit, nonfinite
-from mtp_lightning.training.callbacks.checkpoints import Checkpoints
+from mtp_lightning.recipe.schema.root import NonFiniteSection
+from mtp_lightning.training import fit
 from mtp_lightning.training.fit import train
+from mtp_lightning.training.health import rollback as nonfinite
+from mtp_lightning.training.health.rollback import NonFiniteStreak, SkippedSteps
 from mtp_lightning.training.lightning_module import MtpLightningModule
-from mtp_lightning.training.nonfinite import NonFiniteStreak, SkippedSteps
+from mtp_lightning.training.saving.save_checkpoints import Checkpoints
 from mtp_lightning.training.strategies.single import SingleStrategy
 from tests.support.ranked import on_ranks
 from tests.support.runs import ROOT, figures, mtp

@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 
-from mtp_lightning.checkpoint.consolidate import consolidate
-from mtp_lightning.checkpoint.extending import extend_checkpoint
-from mtp_lightning.checkpoint.loading import load_model
+from mtp_lightning.checkpoint.convert.add_heads import extend_checkpoint
+from mtp_lightning.checkpoint.convert.consolidate import consolidate
+from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.errors import CheckpointError, RunFolderError
-from mtp_lightning.launch.run_status import statuses
+from mtp_lightning.launch.status import statuses
 from mtp_lightning.recipe import load_recipe
-from mtp_lightning.recipe.phases import phases_of
+from mtp_lightning.recipe.loading.phases import phases_of
 from mtp_lightning.training.fit import train
 from tests.support.runs import ROOT, figures, last_step, mtp, mtp_killed
 

@@ -6,9 +6,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from mtp_lightning.checkpoint.importing import Wanted, import_folder
-from mtp_lightning.checkpoint.loading import load_model
-from mtp_lightning.checkpoint.shard_reader import ShardReader
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.checkpoint.format.read_shards import ShardReader
+from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train

@@ -7,9 +7,9 @@ import torch
 
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.ranks import Ranks
-from mtp_lightning.recipe.layers import num_trunk_layers
-from mtp_lightning.training.checks import GradientSums, _products
-from mtp_lightning.training.fragments import whole_fragments
+from mtp_lightning.recipe.layer_counts import num_trunk_layers
+from mtp_lightning.training.step.gradient_checks import GradientSums, _products
+from mtp_lightning.training.strategies.param_shards import whole_fragments
 from tests.support.ranked import on_ranks
 from tests.support.tiny import HEAD_KINDS, gradients_of, tiny_model, tiny_recipe, tiny_rows
 
@@ -137,7 +137,7 @@ def test_a_skipped_step_does_not_count():
 def test_products_of_fragments_add_up(monkeypatch):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     whole = _products("name", values, 0)
-    monkeypatch.setattr("mtp_lightning.training.checks.WAVE_ENTRIES", 64)
+    monkeypatch.setattr("mtp_lightning.training.step.gradient_checks.WAVE_ENTRIES", 64)
     parts = [_products("name", values[start:stop], start) for start, stop in ((0, 333), (333, 334), (334, 1000))]
     torch.testing.assert_close(sum(parts), whole)
     assert whole[2] == pytest.approx(float(values.square().sum()))

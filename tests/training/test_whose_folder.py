@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from mtp_lightning.checkpoint.consolidate import consolidate
+from mtp_lightning.checkpoint.convert.consolidate import consolidate
 from mtp_lightning.errors import CheckpointError, RunFolderError
 from mtp_lightning.launch.run_marker import MARKER
 from mtp_lightning.recipe import load_recipe

@@ -8,7 +8,7 @@ import pytest
 
 from mtp_lightning.errors import RecipeError
 from mtp_lightning.recipe import load_recipe
-from mtp_lightning.training.zero_config import merged, zero_config
+from mtp_lightning.training.strategies.zero_config import merged, zero_config
 from tests.support.runs import ROOT
 
 GOLDEN = ROOT / "tests/golden/zero_configs"

@@ -6,8 +6,8 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from mtp_lightning.model.geometry import Geometry
-from mtp_lightning.recipe.model_sections import HeadsSection
+from mtp_lightning.model.positions import Geometry
+from mtp_lightning.recipe.schema.model import HeadsSection
 
 TRUNK = 0  # the trunk's output stands in the place of an offset where heads name what they read
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.model.heads.base import TRUNK, HeadContext, Heads
-from mtp_lightning.recipe.model_sections import HeadsSection, ModelSection
+from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 
 
 class ResidualBlock(nn.Module):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.model.heads.base import HeadContext, Heads
 from mtp_lightning.model.heads.sequential import MtpModule
-from mtp_lightning.recipe.model_sections import HeadsSection, ModelSection
+from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 
 
 class RecursiveHeads(Heads):

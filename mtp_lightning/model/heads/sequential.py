@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.model.geometry import Geometry
 from mtp_lightning.model.heads.base import HeadContext, Heads
 from mtp_lightning.model.layers import LayerStack, build_norm
-from mtp_lightning.recipe.model_sections import HeadsSection, ModelSection
+from mtp_lightning.model.positions import Geometry
+from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 
 
 class MtpModule(nn.Module):

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from mtp_lightning.checkpoint.folder import read_state
-from mtp_lightning.checkpoint.reader_view import Reader
-from mtp_lightning.checkpoint.shard_reader import ShardReader
+from mtp_lightning.checkpoint.format.read_shards import ShardReader
+from mtp_lightning.checkpoint.format.reader_view import Reader
+from mtp_lightning.checkpoint.format.state_folder import read_state
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.ranks import Ranks
-from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.training.fragments import Fragment, names_of
+from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.training.strategies.param_shards import Fragment, names_of
 
 
 class RunStrategy(ABC):

@@ -6,11 +6,11 @@ from typing import final
 
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from mtp_lightning.checkpoint.reader_view import Reader
+from mtp_lightning.checkpoint.format.reader_view import Reader
 from mtp_lightning.model.mtp_model import MtpModel, build_model
-from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.training.fragments import Fragment, check_names, provide_moments, whole_fragments
+from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.strategies.base import RunStrategy
+from mtp_lightning.training.strategies.param_shards import Fragment, check_names, provide_moments, whole_fragments
 
 
 @final

@@ -24,15 +24,15 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
-from mtp_lightning.checkpoint.reader_view import Reader
-from mtp_lightning.checkpoint.shards import WEIGHT
+from mtp_lightning.checkpoint.format.reader_view import Reader
+from mtp_lightning.checkpoint.format.write_shards import WEIGHT
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.model.mtp_model import MtpModel, build_model, initialise
-from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.training.fragments import Fragment, check_names, moments_of, provide_moments
+from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.strategies.base import RunStrategy
+from mtp_lightning.training.strategies.param_shards import Fragment, check_names, moments_of, provide_moments
 from mtp_lightning.training.strategies.single import SingleStrategy
-from mtp_lightning.training.zero_config import STAGES, zero_config
+from mtp_lightning.training.strategies.zero_config import STAGES, zero_config
 
 COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from mtp_lightning.training.checks import GradientArrival
-from mtp_lightning.training.fragments import Fragment
-from mtp_lightning.training.metrics import RunMetrics
+from mtp_lightning.training.step.gradient_checks import GradientArrival
+from mtp_lightning.training.step.metrics import RunMetrics
 from mtp_lightning.training.strategies import zero
+from mtp_lightning.training.strategies.param_shards import Fragment
 from tests.support.fake_cuda.patches import silent
 
 ON = RunMetrics.on
@@ -38,7 +38,7 @@ def collectives_where_fragments_are() -> Iterator[Any]:
 
 def gpus_by_rank() -> Iterator[Any]:
     """Leave it to Lightning and DeepSpeed which GPU is whose, and NCCL to whichever is current."""
-    yield mock.patch("mtp_lightning.training.device.find_seat", silent())
+    yield mock.patch("mtp_lightning.training.strategies.device.find_seat", silent())
 
 
 def engines_as_they_end() -> Iterator[Any]:

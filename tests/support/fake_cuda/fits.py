@@ -18,19 +18,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from mtp_lightning.checkpoint.layout import complete_checkpoints
-from mtp_lightning.launch.seat import local_seat
+from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.launch.rank_env import local_seat
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.training import fit
-from mtp_lightning.training.callbacks.checkpoints import Checkpoints
-from mtp_lightning.training.callbacks.guard import MainHeadGuard
-from mtp_lightning.training.callbacks.start import Frozen, StartFrom
-from mtp_lightning.training.callbacks.stragglers import Stragglers
-from mtp_lightning.training.joining import joined_ranks
+from mtp_lightning.training.health.drift import MainHeadGuard
+from mtp_lightning.training.health.stragglers import Stragglers
 from mtp_lightning.training.lightning_module import MtpLightningModule
-from mtp_lightning.training.saving import Content
+from mtp_lightning.training.saving.init_from import Frozen, StartFrom
+from mtp_lightning.training.saving.save_checkpoints import Checkpoints
+from mtp_lightning.training.saving.snapshot import Content
+from mtp_lightning.training.strategies.process_group import joined_ranks
 from tests.support.fake_cuda.breakages import BREAKAGES
 from tests.support.fake_cuda.guard import NUM_GPUS
 from tests.support.fake_cuda.ledger import Collective, Ledger
@@ -238,7 +238,7 @@ def of_package(ledger: Ledger, recipe: Recipe, rank: int) -> Iterator[Any]:
     yield noted("wait", lambda self: None)
     yield noted("any", lambda self, is_so: bool((ANY(self, is_so), is_so)[1]))
     yield mock.patch.object(Content, "write", _write)
-    yield mock.patch("mtp_lightning.checkpoint.commit._check_shared", silent())  # all have written the same
+    yield mock.patch("mtp_lightning.checkpoint.format.commit._check_shared", silent())  # all have written the same
 
     def gathered(result: torch.Tensor, group: Any = None) -> Sequence[torch.Tensor]:
         ledger.note("gather of metrics", result)
@@ -250,7 +250,7 @@ def of_package(ledger: Ledger, recipe: Recipe, rank: int) -> Iterator[Any]:
             fake_group(recipe.strategy.num_ranks, rank)
 
     yield mock.patch("torch.distributed.init_process_group", join)
-    yield mock.patch("mtp_lightning.training.joining.check_own_device", silent())  # all say the same
+    yield mock.patch("mtp_lightning.training.strategies.process_group.check_own_device", silent())  # all say the same
     yield mock.patch("torchmetrics.metric.gather_all_tensors", gathered)
 
 
@@ -259,7 +259,7 @@ def _of_lightning() -> Iterator[Any]:
     lightning, deepspeed = "lightning.pytorch", "deepspeed.runtime.zero"
     yield mock.patch("torch.distributed.broadcast_object_list", silent())
     at_once = SimpleNamespace(Thread=_AtOnce)  # fake tensors are not for two threads
-    yield mock.patch("mtp_lightning.training.saving.threading", at_once)
+    yield mock.patch("mtp_lightning.training.saving.snapshot.threading", at_once)
     yield mock.patch("torch.distributed.new_group", _same_group)
     yield mock.patch(f"{lightning}.loops.training_epoch_loop._TrainingEpochLoop._broadcast_sigterm_tensor", silent())
     yield mock.patch(

@@ -12,11 +12,11 @@ from typing import Any
 import deepspeed.runtime.engine  # noqa: F401, before a fork
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mtp_lightning.diagnostics import preflight as checks
+from mtp_lightning.diagnostics.preflight_lines import Failure, name_and_free_bytes
 from mtp_lightning.recipe import load_recipe
-from mtp_lightning.training import preflight as checks
-from mtp_lightning.training.device import prepare_device
-from mtp_lightning.training.joining import joined_ranks
-from mtp_lightning.training.preflight_lines import Failure, name_and_free_bytes
+from mtp_lightning.training.strategies.device import prepare_device
+from mtp_lightning.training.strategies.process_group import joined_ranks
 from tests.support.fake_cuda.breakages import BREAKAGES
 from tests.support.fake_cuda.fits import of_package, run_fit
 from tests.support.fake_cuda.ledger import Ledger

@@ -16,12 +16,12 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from mtp_lightning.checkpoint.commit import read_pointer
-from mtp_lightning.checkpoint.folder import read_state
-from mtp_lightning.checkpoint.layout import complete_checkpoints, newest_complete
+from mtp_lightning.checkpoint.format.commit import read_pointer
+from mtp_lightning.checkpoint.format.layout import complete_checkpoints, newest_complete
+from mtp_lightning.checkpoint.format.state_folder import read_state
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.recipe.sections import Recipe
-from mtp_lightning.training.callbacks.checkpoints import Checkpoints
+from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.training.saving.save_checkpoints import Checkpoints
 from tests.checkpoint.savers import forkserver
 from tests.training.callbacks.tiny_run import LAYERS, TinyModule, fit, tiny_recipe
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from mtp_lightning.training.callbacks.score import Score, score_of
+from mtp_lightning.training.saving.score import Score, score_of
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.launch.seat import free_port
-from mtp_lightning.launch.stopping import HANG
-from mtp_lightning.training.callbacks.stragglers import Pace, slow_ranks
-from mtp_lightning.training.callbacks.watchdog import Watchdog
+from mtp_lightning.launch.rank_env import free_port
+from mtp_lightning.launch.signals import HANG
+from mtp_lightning.training.health.stragglers import Pace, slow_ranks
+from mtp_lightning.training.health.watchdog import Watchdog
 from tests.launch.signalled import after_step, children, start
 from tests.support.runs import ROOT
 from tests.training.callbacks.tiny_run import TinyModule, fit, tiny_recipe
@@ -134,7 +134,7 @@ def test_slow_ranks_are_those_far_from_the_median() -> None:
 
 SLOW_READER = """
 import os, sys, time
-from mtp_lightning.cli import main
+from mtp_lightning.cli.app import main
 from mtp_lightning.data import dataset
 
 read = dataset.SampleDataset.read

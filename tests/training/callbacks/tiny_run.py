@@ -14,11 +14,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from mtp_lightning.checkpoint.layout import newest_complete
-from mtp_lightning.recipe.model_sections import HeadsSection
-from mtp_lightning.recipe.sections import BatchSection, DataSection, Recipe, RunSection
-from mtp_lightning.training.callbacks.build import build_callbacks
-from mtp_lightning.training.callbacks.summary import Summary
+from mtp_lightning.checkpoint.format.layout import newest_complete
+from mtp_lightning.recipe.schema.model import HeadsSection
+from mtp_lightning.recipe.schema.root import BatchSection, DataSection, Recipe, RunSection
+from mtp_lightning.training.build_callbacks import build_callbacks
+from mtp_lightning.training.logging.summary import Summary
 from mtp_lightning.training.strategies.single import SingleStrategy
 
 WIDTH = 6

@@ -1,0 +1,1 @@
+"""Speed-up of decoding with drafts."""

@@ -1,0 +1,98 @@
+"""Times of several ways of decoding in one process: interleaved rounds on the same prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.console.tables import watched
+from mtp_lightning.decode import Generation, Settings, Statistics, Tree, applicable_decoders, generate
+from mtp_lightning.decode.settings import ADAPTIVE, Decoder
+from mtp_lightning.model.mtp_model import MtpModel
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to decode."""
+
+    decoder: Decoder
+    draft_length: int | Literal["adaptive"] | None
+    is_ceiling: bool = False
+
+
+@dataclass
+class WayTimings:
+    """What one way took in every round, and what it gave, which is the same in all but adaptive ones."""
+
+    prefill_s: list[float] = field(default_factory=list)
+    decode_s: list[float] = field(default_factory=list)
+    texts: list[list[int]] = field(default_factory=list)
+    statistics: Statistics = field(default_factory=Statistics)
+
+
+class WrittenDrafts:
+    """Drafts copied from the plain text of the same prompts: all are right."""
+
+    def __init__(self, prompts: Sequence[list[int]], plain: Generation, device: torch.device) -> None:
+        texts = [torch.tensor([*prompt, *text]) for prompt, text in zip(prompts, plain.tokens, strict=True)]
+        self.texts = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
+        self.places = torch.arange(self.texts.shape[1], device=device)
+
+    def __call__(self, lengths: Tensor, num_drafts: int) -> Tensor:
+        """Copy the drafts of every row: (B,) -> (B, K)."""
+        slots = lengths[:, None] + 1 + self.places[:num_drafts]
+        return self.texts.gather(1, slots.clamp(max=self.texts.shape[1] - 1))
+
+
+def ways_of(model: MtpModel, tree: Tree | None) -> list[Way]:
+    """List plain greedy, every decoder that fits at every length of drafts, a tree if there is one, and the ceiling."""
+    ways = [Way("greedy", None)]
+    drafting = [decoder for decoder in applicable_decoders(model) if decoder not in ("greedy", "tree")]
+    for decoder in drafting:
+        ways += [Way(decoder, length) for length in range(1, model.num_offsets)]
+    if drafting:
+        ways.append(Way(drafting[0], ADAPTIVE))
+        if tree is not None and "tree" in applicable_decoders(model):
+            ways.append(Way("tree", None))
+        ways.append(Way(drafting[0], model.num_offsets - 1, is_ceiling=True))
+    return ways
+
+
+def time_ways(
+    model: MtpModel,
+    prompts: list[list[int]],
+    tree: Tree | None,
+    batches: Sequence[int],
+    *,
+    new_tokens: int,
+    rounds: int,
+) -> dict[tuple[int, Way], WayTimings]:
+    """Measure all ways at all batches; every other round in reverse order, after one that is not timed."""
+    cells = [(batch, way) for batch in batches for way in ways_of(model, tree)]
+    timings = {cell: WayTimings() for cell in cells}
+    settings = Settings(max_new_tokens=new_tokens, tree=tree)
+    scripts = {batch: _script(model, prompts[:batch], settings) for batch in batches}
+    with watched((1 + rounds) * len(cells)) as report:
+        for number in range(1 + rounds):
+            for index, (batch, way) in enumerate(cells[:: -1 if number % 2 else 1]):
+                report(f"batch {batch}, {way.decoder} {way.draft_length or ''}", done=number * len(cells) + index)
+                chosen = replace(settings, decoder=way.decoder, draft_length=way.draft_length)
+                script = scripts[batch] if way.is_ceiling else None
+                made = generate(model, prompts[:batch], chosen, script=script)
+                if number:
+                    _note(timings[batch, way], made)
+    return timings
+
+
+def _script(model: MtpModel, prompts: list[list[int]], settings: Settings) -> WrittenDrafts:
+    longer = replace(settings, decoder="greedy", max_new_tokens=settings.max_new_tokens + model.num_offsets)
+    return WrittenDrafts(prompts, generate(model, prompts, longer), model.trunk.embed_tokens.weight.device)
+
+
+def _note(timings: WayTimings, made: Generation) -> None:
+    assert made.statistics.is_consistent, "tokens emitted are not those that the steps account for"
+    timings.prefill_s.append(made.prefill_s)
+    timings.decode_s.append(made.decode_s)
+    timings.texts, timings.statistics = made.tokens, made.statistics

@@ -1,0 +1,98 @@
+"""One real optimizer step on random tokens: what training does, without Lightning around it."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.errors import NonFiniteError
+from mtp_lightning.losses.distillation import teacher_positions
+from mtp_lightning.losses.targets import IGNORE, shifted_targets
+from mtp_lightning.model.freezing import first_taught, freeze
+from mtp_lightning.model.mtp_model import build_model
+from mtp_lightning.planner.variants import with_schedule
+from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.training.step.backward_order import run_schedule
+from mtp_lightning.training.step.objective import MicroBatch, Objective
+from mtp_lightning.training.step.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from mtp_lightning.training.strategies.param_shards import gradient_norms, whole_fragments
+
+
+class TrainingStep:
+    """A recipe's model, optimizer and one batch of random rows, each row a document of its own.
+
+    Every position has a target at every offset, and every offset that is not frozen has weight 1: the dearest batch
+    that there is.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.model = build_model(recipe, device)
+        freeze(self.model, recipe)
+        if recipe.objective.compile:
+            self.model.compile_layers()
+        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        set_learning_rate(self.optimizer, recipe.optimizer, learning_rate(recipe.optimizer, 0, recipe.run.steps))
+        self.tokens = random_tokens(recipe).to(device)  # (R, T+n)
+        self.documents = torch.zeros_like(self.tokens)
+        self.targets = shifted_targets(self.tokens, self.documents, recipe.heads.num_offsets)  # (N, R, T)
+
+    def run(self, schedule: str, *, predicts: bool) -> None:
+        """Do one optimizer step by a schedule; `predicts` also takes every offset's argmax, as logged steps do."""
+        counts = (self.targets != IGNORE).sum((1, 2))
+        section = with_schedule(self.recipe, schedule).objective
+        teacher_counts = teacher_positions(self.targets).sum((1, 2))
+        num_frozen = first_taught(self.recipe) - 1
+        weights = [0.0] * num_frozen + [1.0] * (len(counts) - num_frozen)
+        objective = Objective(section, weights, counts, counts[0], predicts, teacher_counts=teacher_counts)
+        for micro_batch in self._micro_batches():
+            with self._autocast(enabled=self.recipe.run.precision == "bf16"):
+                run_schedule(self.model, micro_batch, objective, self._backward)
+        self._update()
+
+    def to(self, device: torch.device) -> None:
+        """Move weights, optimizer state and batch, to make room for another model."""
+        self.device = device
+        self.tokens, self.documents, self.targets = (
+            batch.to(device) for batch in (self.tokens, self.documents, self.targets)
+        )
+        self.model.to(device)
+        for state in self.optimizer.state.values():
+            state.update({key: value.to(device) for key, value in state.items()})
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        size = self.recipe.batch.micro_rows
+        for start in range(0, len(self.tokens), size):
+            rows = slice(start, start + size)
+            yield MicroBatch(self.tokens[rows], self.documents[rows], self.targets[:, rows])
+
+    def _autocast(self, *, enabled: bool) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _backward(self, loss: Tensor) -> None:
+        with self._autocast(enabled=False):
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def _update(self) -> None:
+        norms = gradient_norms(
+            whole_fragments(self.model.named_parameters(), self.optimizer), Ranks(device=self.device)
+        )
+        if not math.isfinite(norms["all"].item()):
+            raise NonFiniteError(
+                "every gradient must be finite",
+                "a gradient that is not, on random tokens",
+                "Lower optimizer.lr or model.init_std, or use run.precision=fp32.",
+            )
+        if self.recipe.optimizer.clip_norm is not None:
+            clip_gradients(self.model.parameters(), norms["all"], self.recipe.optimizer.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def random_tokens(recipe: Recipe) -> Tensor:
+    """Draw the rows of one optimizer step: (R, T+n)."""
+    shape = (recipe.batch.rows, recipe.data.window_tokens + recipe.heads.num_offsets)
+    generator = torch.Generator().manual_seed(recipe.run.seed)
+    return torch.randint(recipe.model.vocabulary, shape, generator=generator)

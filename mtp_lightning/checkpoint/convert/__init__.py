@@ -1,0 +1,1 @@
+"""Whole models from checkpoints: load, consolidate, merge LoRA, add heads."""

@@ -1,0 +1,1 @@
+"""The checkpoint folder on disk: safetensors shards, state documents, a manifest, atomic commits."""

@@ -1,0 +1,209 @@
+"""Committing a checkpoint, pointing at it, and deleting old ones."""
+
+import hashlib
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mtp_lightning import __version__
+from mtp_lightning.checkpoint.format.layout import check_sizes, complete_checkpoints, name_of_step
+from mtp_lightning.checkpoint.format.manifest import MANIFEST_NAME, RECIPE_NAME, Manifest, Moment, RunFacts
+from mtp_lightning.errors import CheckpointError
+from mtp_lightning.files.durable import FileRecord, replace_durably, sync_folder, write_durably
+from mtp_lightning.ranks import Ranks
+
+_LEFTOVER = re.compile(r"step-\d{8,}\.(partial|removed)|(last|best)\.tmp")
+
+
+def partial_path(folder: Path, step: int) -> Path:
+    """Folder that a step's checkpoint is written into before it is complete."""
+    return folder / f"{name_of_step(step)}.partial"
+
+
+def save_together(
+    ranks: Ranks, folder: Path, moment: Moment, facts: RunFacts, write: Callable[[Path], Mapping[str, FileRecord]]
+) -> Path:
+    """Commit what every rank writes as one checkpoint, or leave no trace of it; all ranks call it.
+
+    When it returns or raises, it has done so on every rank: either the checkpoint is complete, or the partial
+    folder is gone.
+
+    Args:
+        ranks: who takes part; all must see the same folder.
+        folder: where checkpoints lie.
+        moment: where in the run this is; the first rank's goes into the manifest.
+        facts: what is the same over the run; the first rank's goes into the manifest.
+        write: fills the partial folder and returns the records of the files it wrote, which must be on disk. Files
+            that no record names are forced to disk and hashed by the first rank.
+
+    Returns:
+        The committed folder.
+
+    Raises:
+        CheckpointError: the system refused a write on some rank (a full disk, a quota), or the ranks do not share the
+            folder; earlier checkpoints are untouched.
+    """
+    partial = partial_path(folder, moment.step)
+    with ranks.agreeing(), _leaving_no_trace(partial if ranks.is_first else None):
+        with ranks.agreeing(), _explaining(folder, moment.step):
+            if ranks.is_first:
+                _make_empty(partial)
+        records: Mapping[str, FileRecord] = {}
+        with ranks.agreeing(), _explaining(folder, moment.step):
+            records = write(partial)
+        records_of_ranks = ranks.gather(dict(records))
+        if ranks.is_first:
+            with _explaining(folder, moment.step):
+                _check_shared(partial, records_of_ranks)
+                _commit(
+                    partial, moment, facts, {name: record for own in records_of_ranks for name, record in own.items()}
+                )
+    return partial.with_suffix("")
+
+
+@contextmanager
+def _leaving_no_trace(partial: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _explaining(folder: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(folder, step, error) from error
+
+
+def _make_empty(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _check_shared(partial: Path, records_of_ranks: list[dict[str, FileRecord]]) -> None:
+    """Check that the first rank sees what every rank says that it wrote."""
+    owner: dict[str, int] = {}
+    for rank, records in enumerate(records_of_ranks):
+        for name, record in records.items():
+            file = partial / name
+            size_bytes = file.stat().st_size if file.is_file() else None
+            if name in owner or size_bytes != record.size_bytes:
+                what = (
+                    f"written by rank {owner[name]} too" if name in owner else f"seen by rank 0 with {size_bytes} bytes"
+                )
+                raise CheckpointError(
+                    "every rank must write files of its own into one folder that all ranks share",
+                    f"{name} written by rank {rank} with {record.size_bytes} bytes, {what}, in {partial}",
+                    "Put run.dir on a file system that all nodes share",
+                )
+            owner[name] = rank
+
+
+def _describe(partial: Path, moment: Moment, facts: RunFacts, records: Mapping[str, FileRecord]) -> Manifest:
+    return Manifest(
+        package_version=__version__,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        step=moment.step,
+        tokens=moment.tokens,
+        recipe_hash=facts.recipe_hash,
+        num_offsets=facts.num_offsets,
+        layers=dict(facts.layers),
+        world_size=facts.world_size,
+        strategy=facts.strategy,
+        metrics={name: value for name, value in moment.metrics.items() if math.isfinite(value)},
+        files={path.name: records.get(path.name) or _record(path) for path in sorted(partial.iterdir())},
+    )
+
+
+def _record(path: Path) -> FileRecord:
+    """Force a file to disk and describe it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(size_bytes=os.fstat(file.fileno()).st_size, sha256=digest)
+
+
+def _commit(partial: Path, moment: Moment, facts: RunFacts, records: Mapping[str, FileRecord]) -> None:
+    if facts.recipe_text:
+        records = {**records, RECIPE_NAME: write_durably(partial / RECIPE_NAME, facts.recipe_text.encode())}
+    manifest = _describe(partial, moment, facts, records)
+    write_durably(partial / MANIFEST_NAME, manifest.model_dump_json(indent=2).encode())
+    sync_folder(partial)
+    final = partial.with_suffix("")
+    former = _set_aside(final) if final.exists() else None  # the same step again, after going back
+    partial.rename(final)
+    sync_folder(final.parent)
+    if former:
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def _unwritable(folder: Path, step: int, error: OSError) -> CheckpointError:
+    complete = complete_checkpoints(folder)
+    survivor = f"{complete[-1].path.name} is complete" if complete else "there is no earlier checkpoint"
+    return CheckpointError(
+        f"the checkpoint of step {step} must be written to {folder}",
+        f"{error.strerror or error} ({_free_mib(folder):.0f} MiB free there)",
+        f"Make room or repair access, then run the same command again: {survivor}",
+    )
+
+
+def _free_mib(folder: Path) -> float:
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free / 2**20
+
+
+def retain(folder: Path, *, keep: int, best: str | None) -> None:
+    """Delete old checkpoints; the newest two, the newest `keep` and the one named `best` are not touched."""
+    complete = complete_checkpoints(folder)
+    for checkpoint in complete[: -max(keep, 2)]:
+        if checkpoint.path.name != best:
+            shutil.rmtree(_set_aside(checkpoint.path), ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what an interrupted save or removal left; call it when no other process writes here."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a checkpoint before it is deleted, so that a half-deleted one never bears its name."""
+    aside = path.with_name(path.name + ".removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
+
+
+def write_pointer(folder: Path, kind: str, name: str) -> None:
+    """Let the file `last` or `best` name a checkpoint.
+
+    Raises:
+        CheckpointError: the system refused the write; checkpoints are untouched.
+    """
+    try:
+        replace_durably(folder / kind, f"{name}\n".encode())
+    except OSError as error:
+        raise CheckpointError(
+            f"the pointer {kind} in {folder} must be writable",
+            f"{error.strerror or error} ({_free_mib(folder):.0f} MiB free there)",
+            f"Make room or repair access, then run the same command again: {name} is complete",
+        ) from error
+
+
+def read_pointer(folder: Path, kind: str) -> Path | None:
+    """Follow `last` or `best`; None where it is missing or names no complete checkpoint."""
+    try:
+        path = folder / (folder / kind).read_text().strip()
+        check_sizes(path)
+    except (OSError, CheckpointError):
+        return None
+    return path

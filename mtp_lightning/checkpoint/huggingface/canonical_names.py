@@ -1,0 +1,109 @@
+"""What every parameter of a recipe's model is in words that all formats share."""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from mtp_lightning.model.mtp_model import MtpModel
+from mtp_lightning.recipe.layer_counts import num_trunk_layers
+from mtp_lightning.recipe.schema.root import Recipe
+
+BASE = ("embed_tokens.", "layers.", "norm.", "lm_head.")
+"""Beginnings of places in the model that predicts the next token."""
+INSIDE = (
+    r"(?:self_attn\.[qkvo]_proj|self_attn\.[qk]_norm|mlp\.(?:gate|up|down)_proj|input_layernorm|post_attention_layernorm)"
+    r"\.(?:weight|bias)"
+)
+LAYER = re.compile(rf"layers\.(\d+)\.({INSIDE})")
+MODULE = re.compile(r"modules\.(\d+)\.(.+)")
+EXTRA = re.compile(r"extra\.(\d+)\.(\d+)\.(.+)")
+
+
+class Parameter(NamedTuple):
+    """A parameter of the model."""
+
+    place: str | None
+    shape: tuple[int, ...]
+    owner: str  # trunk, offset k, or unembedding
+
+
+def parameters_of(recipe: Recipe) -> dict[str, Parameter]:
+    """Describe every parameter of a recipe's model by its name.
+
+    A place is one of `embed_tokens.weight`, `layers.I.NAME` (of the model that predicts the next token: trunk and main
+    head), `norm.NAME`, `lm_head.weight`, `modules.D.NAME` (what predicts one more token from the state before and the
+    token in between), `extra.J.I.NAME` (layer I of a head beside the main head); None for what no format of others
+    has.
+    """
+    with torch.device("meta"):
+        model = MtpModel(recipe)
+    offsets = {
+        id(parameter): offset
+        for offset in reversed(model.heads.offsets)
+        for module in model.heads.modules_of(offset)
+        for parameter in module.parameters()
+    }
+    offsets |= {id(mixture.weight): int(offset) for offset, mixture in model.mixtures.items()}
+    path = model.heads.path(1) if model.heads.modules_of(1) else []
+    return {
+        name: Parameter(
+            _place_of(name, path, recipe),
+            tuple(parameter.shape),
+            f"offset {offsets[id(parameter)]}" if id(parameter) in offsets else name.partition(".")[0],
+        )
+        for name, parameter in model.named_parameters()
+    }
+
+
+def num_base_layers(parameters: Mapping[str, Parameter]) -> int:
+    """Count the layers that a token passes on its way to the next-token scores."""
+    places = (parameter.place for parameter in parameters.values())
+    return len({match[1] for place in places if place and (match := LAYER.fullmatch(place))})
+
+
+def _place_of(name: str, path: list[int], recipe: Recipe) -> str | None:
+    """Find the place of a parameter; `path` lists the offsets whose heads are on the way to offset 1."""
+    role, _, rest = name.partition(".")
+    if role == "mixtures":
+        return None
+    if role == "trunk":
+        return rest
+    if role == "heads":
+        return _place_in_heads(rest, path, recipe)
+    owner, number, inner = rest.split(".", 2) if rest.count(".") > 1 else (rest, "", "")
+    if owner == "norms":
+        return f"norm.{inner}" if number == "0" else f"modules.{int(number) - 1}.norm.{inner}"
+    return "lm_head.weight" if (owner, number) == ("lm_heads", "0") else None
+
+
+def _place_in_heads(rest: str, path: list[int], recipe: Recipe) -> str | None:
+    kind, depth = recipe.heads.kind, recipe.heads.layers_per_head
+    if kind == "recursive":
+        return f"modules.0.{rest.removeprefix('block.')}"
+    if kind == "sequential":
+        return f"modules.{rest.removeprefix('blocks.')}"
+    if kind not in ("parallel", "chained"):
+        return None
+    _, block, layer, inner = rest.split(".", 3)
+    offset = int(block) + 1
+    if offset in path:
+        return f"layers.{num_trunk_layers(recipe) + path.index(offset) * depth + int(layer)}.{inner}"
+    return f"extra.{offset - 2}.{layer}.{inner}"
+
+
+def copied_place(place: str, num_layers: int, layers_per_head: int) -> str | None:
+    """Name the place that a head's layers or norm can start as a copy of: the model's own last ones.
+
+    >>> copied_place("extra.1.0.mlp.up_proj.weight", 12, 1)
+    'layers.11.mlp.up_proj.weight'
+    >>> copied_place("modules.0.eh_proj.weight", 12, 1)
+    """
+    first = num_layers - layers_per_head
+    if extra := EXTRA.fullmatch(place):
+        return f"layers.{first + int(extra[2])}.{extra[3]}"
+    module = MODULE.fullmatch(place)
+    if module and (layer := LAYER.fullmatch(module[2])):
+        return f"layers.{first + int(layer[1])}.{layer[2]}"
+    return module[2] if module and module[2].startswith("norm.") else None

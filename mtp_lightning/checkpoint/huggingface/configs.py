@@ -1,0 +1,204 @@
+"""Settings of a model as transformers writes them: config.json read with care, and the fields that families share."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+from pydantic import ValidationError
+
+from mtp_lightning.errors import CheckpointError
+from mtp_lightning.launch.untrusted import LONGEST_SHOWN, shown
+from mtp_lightning.recipe.schema.model import ModelSection
+
+
+@final
+class Config:
+    """The fields of a config.json; null counts as absent."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    def need(self, name: str) -> Any:
+        """Return a field.
+
+        Raises:
+            CheckpointError: It is not there.
+        """
+        value = self.values.get(name)
+        if value is None:
+            raise self.refused(f"{self.path.name} must say {name}", "nothing", "Download the folder again")
+        return value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field, or the default where it is absent."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def refused(self, must_hold: str, found: str, remedy: str) -> CheckpointError:
+        """Build the error about a field."""
+        return CheckpointError(must_hold, f"{found}, in {self.path}", remedy)
+
+    def check_is(self, name: str, wanted: Any, default: Any = None) -> None:
+        """Check that a field has the one value that the model here can have.
+
+        Raises:
+            CheckpointError: It has another.
+        """
+        if (value := self.get(name, default)) != wanted:
+            remedy = "Models with another value are not supported: choose another model"
+            raise self.refused(f"{name} must be {wanted!r}", shown(value), remedy)
+
+    def impossible(self, found: str) -> CheckpointError:
+        """Build the error about a field of a wrong type or value."""
+        return self.refused("the settings must be possible ones", found, "Download the folder again")
+
+    def whole(self, name: str, default: int | None, *, least: int, most: int) -> int | None:
+        """Return a field that is a whole number within bounds.
+
+        Raises:
+            CheckpointError: It is something else.
+        """
+        value = self.get(name, default)
+        if value is not None and not (type(value) is int and least <= value <= most):
+            raise self.impossible(f"{name}: {shown(value)} (a whole number up to {most:,} is meant)")
+        return value
+
+    def number(self, name: str, value: Any) -> float:
+        """Return what a field says as a floating-point number.
+
+        Raises:
+            CheckpointError: It says none.
+        """
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise self.impossible(f"{name}: {shown(value)} (a number is meant)") from None
+
+
+def named(value: object) -> str:
+    """Show a value as it is if it is a short text, else in a few words."""
+    return value if isinstance(value, str) and len(value) <= LONGEST_SHOWN else shown(value)
+
+
+@contextmanager
+def possible_settings(config: Config) -> Iterator[None]:
+    """Turn what settings of a wrong type or value bring about into an error about the file."""
+    try:
+        yield
+        return
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{'.'.join(map(str, first['loc']))}: {shown(first['input'])} ({first['msg']})"
+    except KeyError as error:
+        found = f"no {error.args[0]} beside the others that belong to it"
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        found = named(str(error))
+    raise config.impossible(found)
+
+
+def shared_fields(config: Config) -> dict[str, Any]:
+    """Read what every family says in the same words into fields of the model section."""
+    check_attends_to_all(config)
+    heads, width = config.need("num_attention_heads"), config.need("hidden_size")
+    head_width = config.get("head_dim")
+    return {
+        "width": width,
+        "num_layers": config.need("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "head_width": None if head_width is None or head_width * heads == width else head_width,
+        "mlp_width": config.need("intermediate_size"),
+        "vocabulary": config.need("vocab_size"),
+        "max_positions": config.need("max_position_embeddings"),
+        "tie_embeddings": config.get("tie_word_embeddings", default=False),
+        "init_std": config.get("initializer_range") or ModelSection().init_std,
+    }
+
+
+def written_shared(section: ModelSection) -> dict[str, Any]:
+    """Write what every family says in the same words; transformers 4 and 5 and vLLM read it."""
+    return {
+        "hidden_size": section.width,
+        "num_hidden_layers": section.num_layers,
+        "num_attention_heads": section.num_attention_heads,
+        "intermediate_size": section.resolved_mlp_width,
+        "vocab_size": section.vocabulary,
+        "max_position_embeddings": section.max_positions,
+        "tie_word_embeddings": section.tie_embeddings,
+        "initializer_range": section.init_std,
+        "use_cache": True,
+    }
+
+
+def check_attends_to_all(config: Config) -> None:
+    """Check that no layer attends to less than the whole window.
+
+    Raises:
+        CheckpointError: A sliding window is shorter than the positions, or a layer is of another type.
+    """
+    positions = config.need("max_position_embeddings")
+    window = config.get("sliding_window") if config.get("use_sliding_window", default=True) else None
+    if window is not None and window < positions:
+        raise config.refused(
+            "every layer must attend to all positions",
+            f"a sliding_window of {window} for {positions} positions",
+            "Set sliding_window to null in config.json if no longer text than the window is to be read, "
+            "and max_position_embeddings to the window; else choose a model without one",
+        )
+    told = config.get("layer_types", default=[])
+    kinds = sorted({named(kind) for kind in told} - {"full_attention", "sliding_attention"})
+    if kinds:
+        remedy = "Choose a model whose layers are ordinary attention"
+        raise config.refused("every layer must be of type full_attention", ", ".join(kinds), remedy)
+
+
+def rotary_fields(config: Config) -> dict[str, Any]:
+    """Read the rotary positions, from `rope_parameters` or from the keys before transformers 5.
+
+    Raises:
+        CheckpointError: They are scaled in a way that is not known here.
+    """
+    told = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(told, dict):
+        raise config.impossible(f"rope_parameters or rope_scaling: {shown(told)}")
+    theta = told.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0
+    share = told.get("partial_rotary_factor") or config.get("partial_rotary_factor") or config.get("rotary_pct")
+    return {
+        "rope_theta": config.number("rope_theta", theta),
+        "rotary_share": config.number("partial_rotary_factor", share or 1.0),
+        "rope_scaling": _scaling(config, told),
+    }
+
+
+def _scaling(config: Config, told: dict[str, Any]) -> dict[str, Any] | None:
+    kind = told.get("rope_type") or told.get("type") or "default"
+    if kind == "default" and not any(isinstance(value, dict) for value in told.values()):
+        return None
+    if kind == "linear":
+        return {"kind": "linear", "factor": config.number("factor", told["factor"])}
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        numbers = {name: config.number(name, told[name]) for name in names}
+        return {"kind": kind, **numbers, "original_positions": told["original_max_position_embeddings"]}
+    raise config.refused(
+        "rotary positions must be plain, or scaled by linear or llama3",
+        "another scaling for each type of layer" if kind == "default" else named(kind),
+        "Choose a model with one of these; a model that was scaled afterwards (yarn, dynamic) is the plain one without "
+        "that entry, for texts as long as it was first trained on",
+    )
+
+
+def written_rotary(section: ModelSection) -> dict[str, Any]:
+    """Write the rotary positions in the keys before transformers 5, which all readers know."""
+    scaling = section.rope_scaling
+    if scaling is None:
+        return {"rope_theta": section.rope_theta, "rope_scaling": None}
+    told: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        told |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_positions,
+        }
+    return {"rope_theta": section.rope_theta, "rope_scaling": told}

@@ -1,0 +1,170 @@
+"""The next-token model of a checkpoint as an ordinary folder of transformers, with MTP modules where asked."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtp_lightning.checkpoint.convert.config_json import CONFIG_NAME, DtypeName
+from mtp_lightning.checkpoint.convert.consolidate import (
+    DTYPES,
+    Advance,
+    appearing,
+    check_target,
+    check_whole,
+    write_whole,
+)
+from mtp_lightning.checkpoint.convert.load_model import check_tensors, find_checkpoint, model_files, offering_another
+from mtp_lightning.checkpoint.convert.merge_lora import MergedReader, plain_recipe
+from mtp_lightning.checkpoint.format.layout import check_digests
+from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME
+from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
+from mtp_lightning.checkpoint.huggingface.canonical_names import BASE, Parameter, num_base_layers, parameters_of
+from mtp_lightning.checkpoint.huggingface.families import FAMILIES, settings_of
+from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, MIMO, ModuleLayout, fits
+from mtp_lightning.checkpoint.huggingface.tensor_layouts import Cell
+from mtp_lightning.checkpoint.huggingface.tensor_plan import listed
+from mtp_lightning.checkpoint.huggingface.tokenizer import carry_tokenizer
+from mtp_lightning.checkpoint.huggingface.weights import OutgoingWeights
+from mtp_lightning.console.progress import say, watched
+from mtp_lightning.errors import CheckpointError
+from mtp_lightning.files.durable import write_durably
+from mtp_lightning.model.mtp_model import MtpModel
+from mtp_lightning.recipe import Recipe, load_recipe
+from mtp_lightning.recipe.rules.adapt import mixing_offsets
+from mtp_lightning.recipe.schema.model import Family
+
+TORCH_NAMES: dict[DtypeName, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def export_hf(path: Path, out: Path, *, dtype: DtypeName = "fp32", with_modules: bool = False) -> None:
+    """Write trunk and main head as a folder that transformers opens, checked value by value.
+
+    Args:
+        path: run folder (its newest complete checkpoint), checkpoint, exported or imported folder.
+        out: folder to write; new or empty. It appears by one rename when it is complete.
+        dtype: type of the written weights.
+        with_modules: write sequential modules too, under DeepSeek's names (MiMo's in a model of that family).
+
+    Raises:
+        CheckpointError: there is nothing to export, it is damaged, no family of transformers is this model, the heads
+            are not modules that its readers could run, or `out` cannot be written.
+    """
+    checkpoint = find_checkpoint(path)
+    check_target(out)
+    with offering_another(checkpoint):
+        files = model_files(checkpoint)
+        recipe = load_recipe(checkpoint / RECIPE_NAME).recipe
+        trained, recipe = recipe, plain_recipe(recipe)
+        _check_main_head(recipe)
+        parameters = parameters_of(recipe)
+        section = recipe.model.model_copy(update={"num_layers": num_base_layers(parameters)})
+        family, settings = settings_of(section)
+        layout = _layout_of(recipe, family) if with_modules else None
+        cells = cells_of(recipe, parameters, family, layout)
+        settings |= _frame(recipe, family, layout, dtype)
+        reader = ShardReader(checkpoint)
+        weights = OutgoingWeights(MergedReader(reader, trained), cells, section)
+        read_bytes = sum(record.size_bytes for record in files.values())
+        with watched(f"Exporting {checkpoint.name}", total_bytes=3 * read_bytes, show=True) as advance:
+            check_digests(checkpoint, files, advance)
+            with torch.device("meta"):
+                check_tensors(MtpModel(trained), reader)
+            size_bytes = _write(weights, out, dtype, advance, recipe=recipe, settings=settings)
+    say(f"Exported {checkpoint} to {out} as {family}: {size_bytes / 1e6:,.1f} MB of {dtype} weights, checked")
+    if left := {parameters[name].owner for name in parameters} - {parameters[name].owner for name in cells}:
+        say(f"Left out, because the format has no place for it: {', '.join(sorted(left))}")
+
+
+def _write(
+    weights: OutgoingWeights,
+    out: Path,
+    dtype: DtypeName,
+    advance: Advance,
+    *,
+    recipe: Recipe,
+    settings: dict[str, Any],
+) -> int:
+    """Write the folder; return the bytes of its weights."""
+    size_bytes = sum(math.prod(weights.shape(name)) for name in weights.names) * DTYPES[dtype].itemsize
+    with appearing(out, size_bytes=size_bytes) as partial:
+        record = write_whole(weights, partial / WHOLE_MODEL, DTYPES[dtype], advance)
+        check_whole(weights, ShardReader(partial), advance)
+        write_durably(partial / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True).encode() + b"\n")
+        if recipe.data.tokenizer != "byte" and (tokenizer := Path(recipe.data.tokenizer)).is_file():
+            carry_tokenizer(tokenizer, partial)
+    return record.size_bytes
+
+
+def _check_main_head(recipe: Recipe) -> None:
+    if 1 in mixing_offsets(recipe):
+        raise CheckpointError(
+            "the main head of an exported model must read the last layer, as transformers runs it",
+            "a mixture of all layers (adapt.weighted_states)",
+            "Train with adapt.weighted_states.main_head=false, or export with --format consolidated",
+        )
+
+
+def _layout_of(recipe: Recipe, family: Family) -> ModuleLayout:
+    layout = MIMO if family == "mimo" else DEEPSEEK
+    if not fits(layout, recipe.heads) or FAMILIES[family].cell("norm.weight") != FAMILIES["llama"].cell("norm.weight"):
+        heads = recipe.heads
+        raise CheckpointError(
+            f"modules in {layout.name}'s layout must be sequential, of one layer, behind a trunk with Llama's names, "
+            f"and read the hidden state {layout.heads['hidden']}, as its readers let them",
+            f"{heads.kind} heads of {heads.layers_per_head} layers, {heads.hidden}, on {family}",
+            "Export the next-token model alone with --format hf, or everything with --format consolidated",
+        )
+    return layout
+
+
+def cells_of(
+    recipe: Recipe, parameters: dict[str, Parameter], family: Family, layout: ModuleLayout | None
+) -> dict[str, Cell]:
+    """Find where each parameter goes that the format has a place for.
+
+    Raises:
+        CheckpointError: one that the scores depend on goes nowhere.
+    """
+    cells, num_layers = {}, num_base_layers(parameters)
+    for name, parameter in parameters.items():
+        cell = FAMILIES[family].cell(parameter.place) if parameter.place else None
+        if cell is None and parameter.place and layout:
+            cell = layout.cell(parameter.place, num_layers, concatenation=recipe.heads.concatenation)
+        if cell is not None:
+            cells[name] = cell
+    wanted = (*BASE, "modules.") if layout else BASE
+    lost = [name for name, one in parameters.items() if name not in cells and _is_wanted(one, wanted)]
+    if lost:
+        raise CheckpointError(
+            f"all that the scores depend on must have a place in the format of {family}",
+            f"none for {listed(lost)}",
+            "Export with --format consolidated",
+        )
+    return cells
+
+
+def _is_wanted(parameter: Parameter, wanted: tuple[str, ...]) -> bool:
+    """Tell whether a parameter lies in one of some places, or is not known to be in another."""
+    if parameter.place is not None:
+        return parameter.place.startswith(wanted)
+    return not parameter.owner.startswith(("offset ", "unembedding"))
+
+
+def _frame(recipe: Recipe, family: Family, layout: ModuleLayout | None, dtype: DtypeName) -> dict[str, Any]:
+    """What config.json says beside the settings of the family."""
+    told: dict[str, Any] = {
+        "architectures": [FAMILIES[family].architecture],
+        "model_type": family,
+        "torch_dtype": TORCH_NAMES[dtype],
+        "bos_token_id": None,
+        "eos_token_id": recipe.data.end_of_document,
+    }
+    if layout is not None:
+        num_modules = recipe.heads.num_offsets - 1
+        told |= {"num_nextn_predict_layers": num_modules, "num_mtp_layers": num_modules}
+        if family in ("qwen2", "qwen3"):
+            told["mtp_layer_types"] = ["full_attention"] * num_modules
+    return told

@@ -1,0 +1,242 @@
+"""Families of pretrained models, one row each: what their settings mean, and where their tensors lie."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtp_lightning.checkpoint.huggingface.canonical_names import LAYER
+from mtp_lightning.checkpoint.huggingface.configs import (
+    Config,
+    named,
+    possible_settings,
+    rotary_fields,
+    shared_fields,
+    written_rotary,
+    written_shared,
+)
+from mtp_lightning.checkpoint.huggingface.tensor_layouts import FUSED, PLAIN, Cell
+from mtp_lightning.errors import CheckpointError
+from mtp_lightning.launch.untrusted import shown
+from mtp_lightning.recipe.schema.model import Family, ModelSection
+
+BUFFERS = re.compile(r"(.+\.rotary_emb\.inv_freq|.+\.attention\.(masked_)?bias|rope\.freqs)")
+"""Names of stored tensors that are computed anew."""
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """What there is to know of a family."""
+
+    architecture: str  # class of transformers
+    read: Callable[[Config], dict[str, Any]]  # settings to fields of the model section
+    write: Callable[[ModelSection], dict[str, Any]]
+    cell: Callable[[str], Cell | None]  # of a place
+
+
+def _read_llama(config: Config) -> dict[str, Any]:
+    config.check_is("hidden_act", "silu", default="silu")
+    config.check_is("partial_rotary_factor", 1.0, default=1.0)
+    heads, shared = config.need("num_attention_heads"), config.get("num_key_value_heads")
+    has_bias = config.get("attention_bias", default=False)
+    return {
+        **shared_fields(config),
+        **rotary_fields(config),
+        "num_key_value_heads": None if shared == heads else shared,
+        "norm_eps": config.number("rms_norm_eps", config.get("rms_norm_eps", default=1e-6)),
+        "qkv_bias": has_bias,
+        "output_bias": has_bias,
+        "mlp_bias": config.get("mlp_bias", default=False),
+    }
+
+
+def _write_llama(section: ModelSection) -> dict[str, Any]:
+    return {
+        **_write_plain(section),
+        "attention_bias": section.qkv_bias,
+        "mlp_bias": section.mlp_bias,
+    }
+
+
+def _write_plain(section: ModelSection) -> dict[str, Any]:
+    return {
+        **written_shared(section),
+        **written_rotary(section),
+        "hidden_act": "silu",
+        "num_key_value_heads": section.resolved_key_value_heads,
+        "head_dim": section.resolved_head_width,
+        "rms_norm_eps": section.norm_eps,
+    }
+
+
+def _read_without_bias(config: Config) -> dict[str, Any]:
+    return _read_llama(config) | {"qkv_bias": False, "output_bias": False, "mlp_bias": False}
+
+
+def _write_mistral(section: ModelSection) -> dict[str, Any]:
+    return {**_write_plain(section), "sliding_window": None}
+
+
+def _read_qwen2(config: Config) -> dict[str, Any]:
+    return _read_without_bias(_with_default(config, "use_sliding_window", value=False)) | {"qkv_bias": True}
+
+
+def _write_qwen2(section: ModelSection) -> dict[str, Any]:
+    told = {**_write_plain(section), "use_sliding_window": False, "sliding_window": None}
+    if section.head_width is None:
+        del told["head_dim"]  # no field of this family's own
+    return told
+
+
+def _read_qwen3(config: Config) -> dict[str, Any]:
+    config = _with_default(_with_default(config, "use_sliding_window", value=False), "head_dim", value=128)
+    return _read_llama(config) | {"qk_norm": True, "mlp_bias": False}
+
+
+def _write_qwen3(section: ModelSection) -> dict[str, Any]:
+    return {**_write_qwen2(section), "head_dim": section.resolved_head_width, "attention_bias": section.qkv_bias}
+
+
+def _with_default(config: Config, name: str, *, value: Any) -> Config:
+    """Let an absent field be read as the family's own default."""
+    return Config(config.path, config.values | {name: config.get(name, value)})
+
+
+def _read_neox(config: Config) -> dict[str, Any]:
+    config.check_is("hidden_act", "gelu", default="gelu")
+    has_bias = config.get("attention_bias", default=True)
+    return {
+        **shared_fields(config),
+        **rotary_fields(_with_default(config, "rotary_pct", value=0.25)),
+        "norm": "layer",
+        "norm_eps": config.number("layer_norm_eps", config.get("layer_norm_eps", default=1e-5)),
+        "mlp": "gelu",
+        "parallel_residual": config.get("use_parallel_residual", default=True),
+        "qkv_bias": has_bias,
+        "output_bias": has_bias,
+        "mlp_bias": True,
+    }
+
+
+def _write_neox(section: ModelSection) -> dict[str, Any]:
+    rotary = written_rotary(section)
+    return {
+        **written_shared(section),
+        "hidden_act": "gelu",
+        "layer_norm_eps": section.norm_eps,
+        "use_parallel_residual": section.parallel_residual,
+        "attention_bias": section.qkv_bias,
+        "rotary_pct": section.rotary_share,
+        "rotary_emb_base": section.rope_theta,
+        "rope_scaling": rotary["rope_scaling"],
+    }
+
+
+def _llama_cell(place: str) -> Cell | None:
+    if place == "lm_head.weight":
+        return Cell(place, PLAIN)
+    is_base = LAYER.fullmatch(place) or place.startswith(("embed_tokens.", "norm."))
+    return Cell(f"model.{place}", PLAIN) if is_base else None
+
+
+NEOX_OUTSIDE = {"embed_tokens": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "lm_head": "embed_out"}
+NEOX_INSIDE = {
+    "self_attn.q_proj": ("attention.query_key_value", 0),
+    "self_attn.k_proj": ("attention.query_key_value", 1),
+    "self_attn.v_proj": ("attention.query_key_value", 2),
+    "self_attn.o_proj": ("attention.dense", None),
+    "mlp.up_proj": ("mlp.dense_h_to_4h", None),
+    "mlp.down_proj": ("mlp.dense_4h_to_h", None),
+    "input_layernorm": ("input_layernorm", None),
+    "post_attention_layernorm": ("post_attention_layernorm", None),
+}
+
+
+def _neox_cell(place: str) -> Cell | None:
+    owner, _, kind = place.rpartition(".")
+    if owner in NEOX_OUTSIDE:
+        return Cell(f"{NEOX_OUTSIDE[owner]}.{kind}", PLAIN)
+    layer = LAYER.fullmatch(place)
+    inner = layer[2].removesuffix(f".{kind}") if layer else ""
+    if layer is None or inner not in NEOX_INSIDE:
+        return None
+    name, part = NEOX_INSIDE[inner]
+    stored = f"gpt_neox.layers.{layer[1]}.{name}.{kind}"
+    return Cell(stored, PLAIN) if part is None else Cell(stored, FUSED, part)
+
+
+FAMILIES: dict[Family, FamilyRow] = {
+    "llama": FamilyRow("LlamaForCausalLM", _read_llama, _write_llama, _llama_cell),
+    "mistral": FamilyRow("MistralForCausalLM", _read_without_bias, _write_mistral, _llama_cell),
+    "qwen2": FamilyRow("Qwen2ForCausalLM", _read_qwen2, _write_qwen2, _llama_cell),
+    "qwen3": FamilyRow("Qwen3ForCausalLM", _read_qwen3, _write_qwen3, _llama_cell),
+    "mimo": FamilyRow("MiMoForCausalLM", _read_qwen2, _write_qwen2, _llama_cell),
+    "gpt_neox": FamilyRow("GPTNeoXForCausalLM", _read_neox, _write_neox, _neox_cell),
+}
+"""By `model_type`."""
+
+
+def family_of(config: Config) -> Family:
+    """Name the family of a folder.
+
+    Raises:
+        CheckpointError: It is none of those known here, or its weights are quantized.
+    """
+    told, listed = config.get("model_type"), config.get("architectures", default=[])
+    names = [named(name) for name in (listed if isinstance(listed, list) else [listed])]
+    found = [name for name, row in FAMILIES.items() if name == told or (told is None and row.architecture in names)]
+    if not found:
+        raise config.refused(
+            f"the architecture must be one of {', '.join(FAMILIES)}",
+            f"model_type {shown(told)} ({named(', '.join(names)) or 'no architectures'})",
+            "Choose a model of these, or add a row to checkpoint/hf/families.py",
+        )
+    if (quantization := config.get("quantization_config")) is not None:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise config.refused(
+            "weights must be plain fp32, bf16 or fp16 numbers",
+            f"weights quantized by the method {named(method)}",
+            "Take the model's release without quantization",
+        )
+    return found[0]
+
+
+def section_of(config: Config, family: Family) -> ModelSection:
+    """Build the model section of a folder.
+
+    Raises:
+        CheckpointError: A setting is missing, impossible, or asks for what the model here cannot do.
+    """
+    with possible_settings(config):
+        return ModelSection.model_validate(FAMILIES[family].read(config) | {"family": family})
+
+
+def settings_of(section: ModelSection) -> tuple[Family, dict[str, Any]]:
+    """Write a model section as settings of its family, or of the first that can say it.
+
+    Raises:
+        CheckpointError: No family can.
+    """
+    lost: dict[str, list[str]] = {}
+    for family in [section.family] if section.family else FAMILIES:
+        settings = FAMILIES[family].write(section)
+        told = section_of(Config(Path("config.json"), settings), family)
+        lost[family] = [
+            f"{name} = {getattr(section, name)}"
+            for name in ModelSection.model_fields
+            if name != "family" and _meaning(section, name) != _meaning(told, name)
+        ]
+        if not lost[family]:
+            return family, settings
+    nearest = min(lost, key=lambda family: len(lost[family]))
+    raise CheckpointError(
+        f"a model to be exported must be one that a family of transformers can be: {', '.join(lost)}",
+        f"{', '.join(lost[nearest])}, which {nearest} cannot have",
+        "Set model.family=null for the first that fits, or export with --format consolidated",
+    )
+
+
+def _meaning(section: ModelSection, name: str) -> Any:
+    """Value of a field, computed ones resolved."""
+    return getattr(section, f"resolved_{name.removeprefix('num_')}", getattr(section, name))

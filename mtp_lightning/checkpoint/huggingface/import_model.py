@@ -1,0 +1,205 @@
+"""A pretrained model of others as an exported folder that training can start from, with heads on it."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mtp_lightning.checkpoint.convert.config_json import Provenance, write_config
+from mtp_lightning.checkpoint.convert.consolidate import (
+    REPORT_NAME,
+    appearing,
+    check_target,
+    check_whole,
+    name_of,
+    write_whole,
+)
+from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME
+from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
+from mtp_lightning.checkpoint.huggingface.folder import Foreign, open_folder
+from mtp_lightning.checkpoint.huggingface.tensor_plan import Init, Plan, plan_import
+from mtp_lightning.checkpoint.huggingface.tokenizer import carry_tokenizer, end_of_document, find_tokenizer
+from mtp_lightning.checkpoint.huggingface.weights import IncomingWeights
+from mtp_lightning.console.progress import say, watched
+from mtp_lightning.errors import CheckpointError, RecipeError, visible
+from mtp_lightning.files.durable import write_durably
+from mtp_lightning.launch.untrusted import shown
+from mtp_lightning.recipe import Recipe, check_rules, recipe_to_yaml
+
+COPYING_KINDS = ("parallel", "chained", "sequential", "recursive")
+MOST_OFFSETS = 1024
+PEAK_LR = 1e-5
+"""What a pretrained trunk is usually trained on with, when all of it is."""
+HEADER = """\
+# {what}, imported from {path}, with n = {num_offsets} ({kind} heads, {init}).
+# A run starts from the weights in this folder, which know this file by its digest: change fields on the command line
+# (mtp train {recipe} optimizer.lr=1e-4), or in a recipe of your own that says `extends: {recipe}`.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is to become of a folder; None leaves the choice to what it holds.
+
+    Attributes:
+        num_offsets: number n of predicted tokens; None means those that the folder has heads for.
+        kind: head kind.
+        init: what heads beyond the main one start as: the folder's own (`native`), copies of the last layer, or random.
+        allow: patterns of stored tensors that may be missing (their parameters start anew) or left out.
+        end_of_document: id of the token that ends a document.
+    """
+
+    num_offsets: int | None = None
+    kind: str | None = None
+    init: Init | None = None
+    allow: tuple[str, ...] = ()
+    end_of_document: int | None = None
+
+
+def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
+    """Write a pretrained model with heads on it into a new folder, and check it there value by value.
+
+    Weights keep their type and their bits; of several types they take fp32, which holds them all. Memory beside the
+    libraries' own: the largest stored tensor, twice, where a family stores several parameters in one; else 4 MiB
+    blocks. The folder's recipe is ready to be trained.
+
+    Args:
+        path: folder as transformers (or Meta) writes it.
+        out: folder to write; new or empty. It appears by one rename when it is complete.
+        wanted: the heads, and what the folder may lack.
+
+    Raises:
+        CheckpointError: the folder is not one that can be imported, a tensor is missing, left over, or of another
+            shape, the tokenizer does not fit, or `out` cannot be written.
+        RecipeError: the heads do not fit the model.
+    """
+    check_target(out)
+    foreign = open_folder(path)
+    init = _init_of(foreign, wanted)
+    recipe = _recipe_of(foreign, wanted, init, out)
+    weights = IncomingWeights(foreign, plan_import(foreign, recipe, init, wanted.allow), recipe)
+    size_bytes = _write(weights, out, header=_header(foreign, recipe, init, out))
+    say(visible(f"Imported {foreign.what} from {path} to {out}: {size_bytes / 1e6:,.1f} MB, checked"))
+    for line in weights.plan.report():
+        say(line)
+    if recipe.data.tokenizer == Recipe().data.tokenizer:
+        say(visible(f"No tokenizer in {path}: give data.tokenizer, or shards whose ids are this model's"))
+    say(f"Train it: mtp train {out / RECIPE_NAME}")
+
+
+def _write(weights: IncomingWeights, out: Path, *, header: str) -> int:
+    """Write the folder; return the bytes of its weights."""
+    foreign = weights.foreign
+    size_bytes = sum(math.prod(weights.shape(name)) for name in weights.names) * weights.dtype.itemsize
+    with (
+        watched(f"Importing {visible(foreign.path.name)}", total_bytes=2 * size_bytes, show=True) as advance,
+        appearing(out, size_bytes=size_bytes) as partial,
+    ):
+        record = write_whole(weights, partial / WHOLE_MODEL, weights.dtype, advance)
+        check_whole(weights, ShardReader(partial), advance)
+        if (tokenizer := find_tokenizer(foreign.path)) is not None:
+            carry_tokenizer(tokenizer, partial)
+        write_durably(partial / REPORT_NAME, _report_of(foreign, weights.plan))
+        text = header + recipe_to_yaml(weights.recipe)
+        files = {WHOLE_MODEL: record, RECIPE_NAME: write_durably(partial / RECIPE_NAME, text.encode())}
+        provenance = Provenance.of_file(foreign.settings_path)
+        write_config(partial, weights.recipe, provenance, files, dtype=name_of(weights.dtype))
+    return record.size_bytes
+
+
+def _init_of(foreign: Foreign, wanted: Wanted) -> Init:
+    """Choose what heads start as, and check that it can be done."""
+    kind = wanted.kind or "parallel"
+    init = wanted.init or ("native" if foreign.native else "copy" if kind in COPYING_KINDS else "random")
+    if init == "native" and foreign.native is None:
+        found = f"neither modules nor extra heads in {foreign.path}"
+        raise CheckpointError("--init native needs a folder with heads", found, "Choose --init copy or --init random")
+    if init == "copy" and kind not in COPYING_KINDS:
+        raise CheckpointError(
+            f"--init copy needs heads made of layers: {', '.join(COPYING_KINDS)}",
+            f"--kind {kind}",
+            "Choose --init random: these heads start as the identity",
+        )
+    return init
+
+
+def _recipe_of(foreign: Foreign, wanted: Wanted, init: Init, out: Path) -> Recipe:
+    """Build the recipe that trains the heads.
+
+    Raises:
+        CheckpointError: the folder's heads are of another kind, or its tokenizer does not fit.
+        RecipeError: the heads do not fit the model.
+    """
+    default, native = Recipe(), foreign.native
+    count, implied = (native.count, native.heads) if native and init == "native" else (0, {})
+    kind = wanted.kind or implied.get("kind", "parallel")
+    if kind != implied.get("kind", kind) and (kind, implied["kind"]) != ("recursive", "sequential"):
+        raise CheckpointError(
+            f"--init native must keep the kind of the folder's heads, {implied['kind']}",
+            f"--kind {kind}",
+            "Leave --kind out, or choose another --init",
+        )
+    num_offsets = wanted.num_offsets or 1 + count
+    if num_offsets > MOST_OFFSETS:
+        must_hold = f"the model must predict at most {MOST_OFFSETS:,} tokens"
+        raise CheckpointError(must_hold, f"{num_offsets:,}", "Give a smaller number with --offsets")
+    heads = {**implied, "kind": kind, "num_offsets": num_offsets, "match_parameters": False}
+    window = min(default.data.window_tokens, foreign.section.max_positions)
+    values = {
+        "name": out.absolute().name,
+        "model": foreign.section.model_dump(),
+        "heads": heads,
+        "data": {**_tokenizer_fields(foreign, wanted, out), "window_tokens": window},
+        "optimizer": {"lr": PEAK_LR},
+        "run": {"dir": f"runs/{out.absolute().name}", "start_from": str(out.absolute())},
+    }
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{'.'.join(map(str, first['loc']))}: {shown(first['input'])} ({first['msg']})"
+        must_hold, remedy = "the folder's settings must make a model that can be trained", "Choose another model"
+        raise CheckpointError(must_hold, f"{found}, from {foreign.settings_path}", remedy) from None
+    if faults := check_rules(recipe):
+        raise RecipeError(faults)
+    return recipe
+
+
+def _tokenizer_fields(foreign: Foreign, wanted: Wanted, out: Path) -> dict[str, Any]:
+    found = find_tokenizer(foreign.path)
+    if found is None:
+        return {}
+    given = foreign.end_of_document if wanted.end_of_document is None else wanted.end_of_document
+    end = end_of_document(found, foreign.section.vocabulary, given)
+    return {"tokenizer": str(out.absolute() / found.name), "end_of_document": end}
+
+
+def _report_of(foreign: Foreign, plan: Plan) -> bytes:
+    """Write down for every parameter what it started as."""
+    parameters: Mapping[str, Mapping[str, str | None]] = {
+        name: {"how": how, "from": cell.stored if cell else None} for name, (how, cell) in plan.origins.items()
+    }
+    report = {
+        "source": str(foreign.path.absolute()),
+        "what": foreign.what,
+        "parameters": parameters,
+        "missing": plan.missing,
+        "unexpected": plan.unexpected,
+    }
+    return json.dumps(report, indent=1).encode() + b"\n"
+
+
+def _header(foreign: Foreign, recipe: Recipe, init: Init, out: Path) -> str:
+    heads = recipe.heads
+    return HEADER.format(
+        what=foreign.what,
+        path=visible(str(foreign.path.absolute()), kept=""),  # a line break would end the comment
+        num_offsets=heads.num_offsets,
+        kind=heads.kind,
+        init=init,
+        recipe=visible(str(out.absolute() / RECIPE_NAME), kept=""),
+    )

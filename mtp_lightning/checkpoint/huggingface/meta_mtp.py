@@ -1,0 +1,91 @@
+"""Meta's own layout: Llama weights before their conversion, with `extra_heads` in `facebook/multi-token-prediction`.
+
+`params.json` counts the layers of all heads; `layers` holds the trunk's and, last, the main head's [model card].
+"""
+
+import re
+from typing import Any
+
+from mtp_lightning.checkpoint.format.tensors import Entry
+from mtp_lightning.checkpoint.huggingface.canonical_names import LAYER
+from mtp_lightning.checkpoint.huggingface.configs import Config
+from mtp_lightning.checkpoint.huggingface.modules import Native, extra_place
+from mtp_lightning.checkpoint.huggingface.tensor_layouts import PAIRED, PLAIN, Cell
+from mtp_lightning.recipe.schema.model import ModelSection
+
+SETTINGS = "params.json"
+MOST_HEADS = 1024
+POSITIONS = 4096  # of Llama 2; params.json does not say
+OUTSIDE = {
+    "embed_tokens.weight": "tok_embeddings.weight",
+    "norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+}
+INSIDE = {
+    "self_attn.q_proj.weight": ("attention.wq.weight", PAIRED),
+    "self_attn.k_proj.weight": ("attention.wk.weight", PAIRED),
+    "self_attn.v_proj.weight": ("attention.wv.weight", PLAIN),
+    "self_attn.o_proj.weight": ("attention.wo.weight", PLAIN),
+    "mlp.gate_proj.weight": ("feed_forward.w1.weight", PLAIN),
+    "mlp.down_proj.weight": ("feed_forward.w2.weight", PLAIN),
+    "mlp.up_proj.weight": ("feed_forward.w3.weight", PLAIN),
+    "input_layernorm.weight": ("attention_norm.weight", PLAIN),
+    "post_attention_layernorm.weight": ("ffn_norm.weight", PLAIN),
+}
+
+
+def meta_section(config: Config, entries: dict[str, Entry]) -> ModelSection:
+    """Build the model section from params.json and, for what it leaves open, the shapes of tensors."""
+    heads, width = config.need("n_heads"), config.need("dim")
+    shared = config.get("n_kv_heads", heads)
+    values: dict[str, Any] = {
+        "width": width,
+        "num_layers": config.need("n_layers") - num_extra_heads(config),
+        "num_attention_heads": heads,
+        "num_key_value_heads": None if shared == heads else shared,
+        "mlp_width": _rows(config, entries, "layers.0.feed_forward.w1.weight"),
+        "vocabulary": _rows(config, entries, "tok_embeddings.weight"),
+        "max_positions": config.get("max_seq_len", POSITIONS),
+        "norm_eps": config.number("norm_eps", config.get("norm_eps", 1e-5)),
+        "rope_theta": config.number("rope_theta", config.get("rope_theta", 10000.0)),
+        "family": "llama",
+    }
+    return ModelSection.model_validate(values)
+
+
+def num_extra_heads(config: Config) -> int:
+    """Count the heads beside the main one."""
+    return (config.whole("n_future_tokens", 1, least=1, most=MOST_HEADS) or 1) - 1
+
+
+def meta_cell(place: str) -> Cell | None:
+    """Find a place of the base model."""
+    if place in OUTSIDE:
+        return Cell(OUTSIDE[place], PLAIN)
+    layer = LAYER.fullmatch(place)
+    return _inside(f"layers.{layer[1]}", layer[2]) if layer else None
+
+
+def native_heads(config: Config) -> Native | None:
+    """Describe the extra heads, if there are any."""
+    count = num_extra_heads(config)
+    return Native("Meta", count, {"kind": "parallel"}, _extra_cell, {}) if count else None
+
+
+def _extra_cell(place: str) -> Cell | None:
+    extra = extra_place(place)
+    return _inside(f"extra_heads.{extra[0]}", extra[1]) if extra else None
+
+
+def _inside(layer: str, inner: str) -> Cell | None:
+    if inner not in INSIDE:
+        return None
+    name, packing = INSIDE[inner]
+    return Cell(f"{layer}.{name}", packing)
+
+
+def _rows(config: Config, entries: dict[str, Entry], name: str) -> int:
+    if name not in entries or not entries[name].shape:
+        beginnings = ", ".join(sorted({re.sub(r"\d+", "N", other) for other in entries})[:6])
+        raise config.refused(f"the weights beside {SETTINGS} must have {name}", beginnings, "Download the folder again")
+    return entries[name].shape[0]

@@ -1,0 +1,139 @@
+"""Extra modules for tokens beyond the next, as published folders name them; their numbers count extra tokens only.
+
+[DeepSeek-V3] weights file description; [MiMo] and [Qwen3-Next] as vLLM 0.32 reads them.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mtp_lightning.checkpoint.huggingface.canonical_names import EXTRA, LAYER, MODULE
+from mtp_lightning.checkpoint.huggingface.tensor_layouts import PLAIN, SWAPPED, Cell
+from mtp_lightning.recipe.schema.model import HeadsSection
+
+
+@dataclass(frozen=True)
+class ModuleLayout:
+    """Where the tensors of extra modules lie."""
+
+    name: str
+    prefix: Callable[[int, int], str]  # of module d behind L layers
+    names: Mapping[str, str]  # beginnings of a place inside a module, and what they are called
+    heads: Mapping[str, Any]  # fields of the heads section that the layout implies
+    copies: Mapping[str, str]  # optional tensors in a module, and the place that they must be equal to
+    marker: str  # pattern of one tensor per module
+
+    def cell(self, place: str, num_layers: int, *, concatenation: str | None = None) -> Cell | None:
+        """Find a place inside a module; `concatenation` is the model's own, None for that of the layout."""
+        match = MODULE.fullmatch(place)
+        beginning = next((own for own in self.names if match and match[2].startswith(own)), None)
+        if match is None or beginning is None or (beginning.startswith("layers.") and not LAYER.fullmatch(match[2])):
+            return None
+        name = self.names[beginning] + match[2].removeprefix(beginning)
+        swaps = beginning == "eh_proj." and concatenation not in (None, self.heads["concatenation"])
+        return Cell(self.prefix(int(match[1]), num_layers) + name, SWAPPED if swaps else PLAIN)
+
+    def count(self, stored: Iterable[str]) -> int:
+        """Count the modules among names of stored tensors."""
+        return sum(re.fullmatch(self.marker, name) is not None for name in stored)
+
+    def copied(self, num_modules: int, num_layers: int) -> dict[str, str]:
+        """Name the optional tensors, each with the place that it must be equal to."""
+        return {
+            self.prefix(module, num_layers) + name: place
+            for module in range(num_modules)
+            for name, place in self.copies.items()
+        }
+
+
+_NORMED = {"kind": "sequential", "hidden": "post_norm", "concatenation": "embedding_first"}
+
+DEEPSEEK = ModuleLayout(
+    name="DeepSeek",
+    prefix=lambda module, num_layers: f"model.layers.{num_layers + module}.",
+    names={
+        "enorm.": "enorm.",
+        "hnorm.": "hnorm.",
+        "eh_proj.": "eh_proj.",
+        "layers.0.": "",
+        "norm.": "shared_head.norm.",
+    },
+    heads=_NORMED,
+    copies={"embed_tokens.weight": "embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"},
+    marker=r"model\.layers\.\d+\.eh_proj\.weight",
+)
+MIMO = ModuleLayout(
+    name="MiMo",
+    prefix=lambda module, num_layers: f"model.mtp_layers.{module}.",
+    names={
+        "enorm.": "token_layernorm.",
+        "hnorm.": "hidden_layernorm.",
+        "eh_proj.": "input_proj.",
+        "layers.0.": "",
+        "norm.": "final_layernorm.",
+    },
+    heads={"kind": "sequential", "hidden": "pre_norm", "concatenation": "hidden_first"},
+    copies={},
+    marker=r"model\.mtp_layers\.\d+\.input_proj\.weight",
+)
+QWEN = ModuleLayout(
+    name="Qwen",
+    prefix=lambda module, num_layers: "mtp.",
+    names={
+        "enorm.": "pre_fc_norm_embedding.",
+        "hnorm.": "pre_fc_norm_hidden.",
+        "eh_proj.": "fc.",
+        "layers.": "layers.",
+        "norm.": "norm.",
+    },
+    heads=_NORMED,
+    copies={},
+    marker=r"mtp\.fc\.weight",
+)
+LAYOUTS = (DEEPSEEK, MIMO, QWEN)
+
+
+@dataclass(frozen=True)
+class Native:
+    """The heads that a folder brings with it."""
+
+    name: str
+    count: int  # modules or heads beyond the next token
+    heads: Mapping[str, Any]  # fields of the heads section
+    cell: Callable[[str], Cell | None]  # of a place in them
+    copies: Mapping[str, str]  # optional stored tensors, and the place that each must be equal to
+
+
+def native_modules(stored: Iterable[str], num_layers: int, declared: int, *, default: ModuleLayout) -> Native | None:
+    """Find the modules among the names of a folder's tensors; those that its settings declare must be there.
+
+    Args:
+        stored: names of all tensors.
+        num_layers: layers of the model without modules.
+        declared: number of modules in its settings.
+        default: layout to look for where only the settings speak of modules.
+    """
+    names = [*stored]
+    layout = next((layout for layout in LAYOUTS if layout.count(names)), default)
+    count = max(layout.count(names), declared)
+    if not count:
+        return None
+    return Native(
+        name=layout.name,
+        count=count,
+        heads=layout.heads,
+        cell=lambda place: layout.cell(place, num_layers),
+        copies=layout.copied(count, num_layers),
+    )
+
+
+def extra_place(place: str) -> tuple[int, str] | None:
+    """Number a head of one layer beside the main head, from 0, and name the place inside its layer."""
+    match = EXTRA.fullmatch(place)
+    return (int(match[1]), match[3]) if match and match[2] == "0" else None
+
+
+def fits(layout: ModuleLayout, heads: HeadsSection) -> bool:
+    """Tell whether readers of a layout compute what the heads do."""
+    return heads.kind == "sequential" and heads.hidden == layout.heads["hidden"] and heads.layers_per_head == 1

@@ -1,0 +1,93 @@
+"""Weights on their way in or out, under the names of the other side; one tensor is whole in memory at most."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.checkpoint.convert.merge_lora import MergedReader
+from mtp_lightning.checkpoint.huggingface.folder import Foreign
+from mtp_lightning.checkpoint.huggingface.tensor_layouts import PLAIN, Cell, Packing
+from mtp_lightning.checkpoint.huggingface.tensor_plan import Plan
+from mtp_lightning.checkpoint.huggingface.tensor_source import read_blocks, read_whole
+from mtp_lightning.model.mtp_model import initialise_parameter
+from mtp_lightning.recipe.schema.model import ModelSection
+from mtp_lightning.recipe.schema.root import Recipe
+
+
+@final
+@dataclass(frozen=True)
+class IncomingWeights:
+    """Parameters of a recipe's model, made of a folder's tensors as a plan says."""
+
+    foreign: Foreign
+    plan: Plan
+    recipe: Recipe
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every parameter."""
+        return tuple(self.plan.parameters)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+        return self.plan.parameters[name].shape
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Read or make a parameter's values in consecutive blocks."""
+        cell = self.plan.origins[name].cell
+        if cell is None:
+            made = torch.empty(self.shape(name))
+            initialise_parameter(name, made, self.recipe)
+            yield 0, made.flatten()
+        elif cell.packing is PLAIN:
+            yield from read_blocks(self.foreign, cell.stored)
+        else:
+            parts = cell.packing.split(read_whole(self.foreign, cell.stored), self.foreign.section)
+            yield 0, parts[cell.part].flatten().contiguous()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that every stored weight fits into."""
+        types = {self.foreign.entries[stored].dtype for stored in self.plan.used} or {torch.float32}
+        return types.pop() if len(types) == 1 else torch.float32
+
+
+class _Stored(NamedTuple):
+    """A tensor of the other side, and the parameters that are its parts."""
+
+    packing: Packing
+    parts: dict[int, str]
+
+
+@final
+class OutgoingWeights:
+    """Tensors of others, made of the parameters of a checkpoint."""
+
+    def __init__(self, reader: MergedReader, cells: Mapping[str, Cell], section: ModelSection) -> None:
+        """Gather the parts; `cells` says where each parameter goes."""
+        self.reader, self._section = reader, section
+        self._stored: dict[str, _Stored] = {}
+        for name, cell in cells.items():
+            self._stored.setdefault(cell.stored, _Stored(cell.packing, {})).parts[cell.part] = name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor of the other side."""
+        return tuple(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        packing, parts = self._stored[name]
+        return packing.stored_shape(self.reader.shape(parts[0]))
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Read or put together a tensor's values in consecutive blocks."""
+        packing, parts = self._stored[name]
+        if packing is PLAIN:
+            yield from self.reader.blocks(parts[0])
+        else:
+            whole = [self.reader.read(parts[n]).view(self.reader.shape(parts[n])) for n in range(packing.num_parts)]
+            yield 0, packing.join(whole, self._section).flatten().contiguous()

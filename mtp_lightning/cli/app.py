@@ -1,0 +1,148 @@
+"""The command `mtp`. Each verb imports what it needs when it runs, so that help and recipe checks need no torch."""
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from mtp_lightning import __version__
+from mtp_lightning.cli import bench as bench_verbs
+from mtp_lightning.cli import data as data_verbs
+from mtp_lightning.cli import doctor as doctor_verbs
+from mtp_lightning.cli import eval as eval_verbs
+from mtp_lightning.cli import export_model as export_verbs
+from mtp_lightning.cli import extend_model as extend_verbs
+from mtp_lightning.cli import generate as generate_verbs
+from mtp_lightning.cli import import_model as import_verbs
+from mtp_lightning.cli import plan as plan_verbs
+from mtp_lightning.cli import preflight as preflight_verbs
+from mtp_lightning.cli import recipe as recipe_verbs
+from mtp_lightning.cli import report as report_verbs
+from mtp_lightning.cli import status as status_verbs
+from mtp_lightning.cli import submit as submit_verbs
+from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
+from mtp_lightning.console.errors import end_without_output, go_on_without_output, guard_output, print_error, screen
+from mtp_lightning.errors import MtpError
+
+if TYPE_CHECKING:
+    from mtp_lightning.recipe import LoadedRecipe
+
+INTERRUPTED = 130
+EPILOG = "For example: mtp train recipes/quickstart.yaml run.steps=200 run.dir=runs/mine"
+
+
+class MtpGroup(TyperGroup):
+    """All verbs; failures that a user can cause or cure end as a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except MtpError as error:
+            print_error(error)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as interrupt:
+            screen(stderr=True).print("interrupted")
+            raise typer.Exit(INTERRUPTED) from interrupt
+
+
+app = typer.Typer(
+    cls=MtpGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EPILOG
+)
+app.add_typer(data_verbs.app, name="data")
+app.add_typer(recipe_verbs.app, name="recipe")
+app.add_typer(bench_verbs.app, name="bench")
+app.add_typer(eval_verbs.app, name="eval")
+app.add_typer(report_verbs.app, name="report")
+
+
+def _print_version(*, value: bool) -> None:
+    if value:
+        screen().print(f"mtp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def describe(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train multi-token prediction language models."""
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Train a recipe; given a run that was interrupted, go on where it was."""
+    guard_output(go_on_without_output)
+    loaded = open_recipe(recipe, overrides)
+    code = _train(loaded)
+    if code == 0 and loaded.recipe.run.sample is not None and not _is_one_of_several():
+        generate_verbs.show_sample(loaded.recipe)
+    raise typer.Exit(code)
+
+
+def _train(loaded: "LoadedRecipe") -> int:
+    from mtp_lightning.launch.local import needs_ranks, run_ranks
+
+    if needs_ranks(loaded.recipe, os.environ):
+        return run_ranks(loaded.recipe, sys.argv[1:])
+    from mtp_lightning.launch.signals import StopRequest, heeding_signals
+
+    with heeding_signals(StopRequest()) as stop:  # before torch is loaded, which takes seconds
+        from mtp_lightning.training.fit import train
+
+        return train(loaded, stop)
+
+
+app.command()(doctor_verbs.doctor)
+app.command()(plan_verbs.plan)
+app.command()(preflight_verbs.preflight)
+app.command()(submit_verbs.submit)
+app.command()(status_verbs.status)
+app.command("import")(import_verbs.import_model)
+app.command()(export_verbs.export)
+app.command()(extend_verbs.extend)
+app.command()(generate_verbs.generate)
+
+
+def main() -> None:
+    """Run the command line."""
+    guard_output(end_without_output)
+    try:
+        _run()
+    except SystemExit as end:
+        if not _is_one_of_several():
+            raise
+        _leave(end)
+
+
+def _run() -> None:
+    """Run a verb, and write out all that it has printed while a failure to do so can still be answered."""
+    try:
+        app()
+    except SystemExit:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        raise
+
+
+def _is_one_of_several() -> bool:
+    from mtp_lightning.launch.rank_env import find_seat
+
+    try:
+        return find_seat(os.environ) is not None
+    except MtpError:  # told by those verbs to which it matters
+        return False
+
+
+def _leave(end: SystemExit) -> NoReturn:
+    """End one of several ranks without taking the interpreter down first.
+
+    Threads of gloo (torch 2.13) may still free tensors then, which aborts a run that has ended well with code 134. Can
+    go when `destroy_process_group` waits for them.
+    """
+    os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))

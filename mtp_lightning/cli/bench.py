@@ -1,0 +1,110 @@
+"""`mtp bench memory | train | overhead | data | decode | tree | adapt`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from mtp_lightning.cli import adapt_bench_verbs
+from mtp_lightning.cli import bench_decoding as decode_bench_verbs
+from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
+
+app = typer.Typer(no_args_is_help=True, help="Measure training, decoding and adaptations.")
+
+OffsetsOption = Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of offsets to measure.")]
+SchedulesOption = Annotated[str, typer.Option(metavar="NAME,...", help="Schedules to measure.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")]
+
+
+@app.command()
+def memory(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    offsets: OffsetsOption = "1,2,4,8",
+    schedules: SchedulesOption = "sequential,joint",
+    json: JsonOption = None,
+) -> None:
+    """Measure the peak memory of a training step, for several numbers of offsets and schedules."""
+    numbers, names = _offsets(offsets), _schedules(schedules)
+    loaded = open_recipe(recipe, overrides)
+    from mtp_lightning.bench.training.memory import bench_memory
+
+    bench_memory(loaded.recipe, offsets=numbers, schedules=names, json_path=json)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    offsets: OffsetsOption = "1,2,4,8",
+    schedules: SchedulesOption = "sequential,joint",
+    json: JsonOption = None,
+) -> None:
+    """Measure the speed of training, for several numbers of offsets and schedules."""
+    numbers, names = _offsets(offsets), _schedules(schedules)
+    loaded = open_recipe(recipe, overrides)
+    from mtp_lightning.bench.training.speed import bench_train
+
+    bench_train(loaded.recipe, offsets=numbers, schedules=names, json_path=json)
+
+
+@app.command()
+def overhead(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    pairs: Annotated[int, typer.Option(min=2, help="Pairs of rounds, with the callbacks and without.")] = 10,
+    round_steps: Annotated[int, typer.Option(min=2, help="Steps of a round.")] = 10,
+    json: JsonOption = None,
+) -> None:
+    """Measure what watchdog, polling for signals and timing of ranks cost, as a share of a step."""
+    loaded = open_recipe(recipe, overrides)
+    from mtp_lightning.launch.local import needs_ranks, run_ranks
+
+    if needs_ranks(loaded.recipe, os.environ):
+        raise typer.Exit(run_ranks(loaded.recipe, sys.argv[1:]))
+    from mtp_lightning.bench.training.overhead import bench_overhead
+
+    bench_overhead(loaded.recipe, pairs=pairs, round_steps=round_steps, json_path=json)
+
+
+app.command()(decode_bench_verbs.decode)
+app.command()(decode_bench_verbs.tree)
+app.command()(adapt_bench_verbs.adapt)
+
+
+@app.command()
+def data(
+    *,
+    text_mb: Annotated[int, typer.Option(min=1, help="Megabytes of text to make up and build from.")] = 64,
+    tokenizer: Annotated[str | None, typer.Option(help="Measure building with this tokenizer, too.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Passes over the rows, of which the median counts.")] = 5,
+    json: JsonOption = None,
+) -> None:
+    """Measure reading and building of shards on one core, rows against np.memmap."""
+    from mtp_lightning.bench.data_loading import bench_data
+
+    bench_data(text_mb=text_mb, tokenizer=tokenizer, repeats=repeats, json_path=json)
+
+
+def _offsets(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
+        raise typer.BadParameter(
+            f"must be whole numbers >= 1 with commas between; found {text!r}", param_hint="--offsets"
+        )
+    return [int(part) for part in parts]
+
+
+def _schedules(text: str) -> list[str]:
+    from mtp_lightning.recipe.schema.objective import ObjectiveSection
+
+    known = get_args(ObjectiveSection.model_fields["schedule"].annotation)
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"must be among {', '.join(known)}; found {unknown[0]!r}", param_hint="--schedules")
+    return names

@@ -1,0 +1,172 @@
+"""`mtp eval`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mtp_lightning.cli.generate import DeviceName, DeviceOption, DtypeName, DtypeOption, ModelArgument
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mtp_lightning.evaluation.acceptance import Acceptance
+    from mtp_lightning.evaluation.marginal import MarginalReport
+
+app = typer.Typer(no_args_is_help=True, help="Ask questions of a trained model.")
+
+
+@app.callback()
+def describe() -> None:
+    """Ask questions of a trained model."""
+
+
+@app.command()
+def acceptance(
+    path: ModelArgument,
+    *,
+    rows: Annotated[int, typer.Option(min=1, help="Held-out rows to measure on.")] = 256,
+    shards: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Shards to measure on; the recipe's data unless given.")
+    ] = None,
+    device: DeviceOption = DeviceName.auto,
+    dtype: DtypeOption = DtypeName.stored,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
+    ] = None,
+) -> None:
+    """Measure on held-out rows how often each offset's drafts are accepted, greedily and under sampling."""
+    import json
+
+    from mtp_lightning.cli.generate import device_of, dtype_of
+    from mtp_lightning.console.errors import screen
+    from mtp_lightning.evaluation.acceptance import measure_acceptance
+
+    measured = measure_acceptance(
+        path, num_rows=rows, shards=shards, device=str(device_of(device)), dtype=dtype_of(dtype)
+    )
+    screen().print(_table(measured))
+    figures = measured.figures
+    lengths = f"accepted length  {figures['accepted_length']:.3f} tokens per forward"
+    if measured.num_offsets > 1:
+        lengths += f", {figures['sampled_length']:.3f} under sampling"
+    screen().print(f"{lengths}; {measured.num_rows:,} rows")
+    for source, own in measured.by_source.items():
+        screen().print(f"  of {source}  {own['accepted_length']:.3f}, {own['sampled_length']:.3f} under sampling")
+    if json_path is not None:
+        json_path.write_text(json.dumps(measured.as_json(), indent=2) + "\n")
+
+
+def _table(measured: "Acceptance") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    kinds = {
+        "loss": ("loss\nnats", ".3f"),
+        "label_accuracy": ("top-1\nlabel", ".1%"),
+        "agreement": ("agrees\nwith main", ".1%"),
+        "conditional_acceptance": ("accepted\nif so far", ".1%"),
+        "cumulative_acceptance": ("accepted\ncumulative", ".1%"),
+        "overlap": ("overlap\nwith main", ".1%"),
+        "sampled_acceptance": ("accepted\nsampling", ".1%"),
+    }
+    table.add_column("\noffset", justify="right")
+    for head, _ in kinds.values():
+        table.add_column(head, justify="right")
+    for k in range(1, measured.num_offsets + 1):
+        found = ((measured.figures.get(f"{kind}_{k}"), form) for kind, (_, form) in kinds.items())
+        table.add_row(str(k), *("-" if figure is None else f"{figure:{form}}" for figure, form in found))
+    return table
+
+
+@app.command()
+def marginal(
+    path: ModelArgument,
+    *,
+    offsets: Annotated[int, typer.Option(metavar="K", help="How many tokens ahead.")] = 2,
+    samples: Annotated[int, typer.Option(min=1, help="Held-out texts.")] = 50,
+    last: Annotated[int, typer.Option(min=1, help="Tokens at the end of each text to measure at.")] = 20,
+    top: Annotated[int, typer.Option(help="Is the true token among so many likeliest?")] = 5,
+    nucleus: Annotated[float, typer.Option(help="Share of the probability that is summed over.")] = 0.99,
+    paths: Annotated[int, typer.Option(help="Most paths that are summed over.")] = 1024,
+    device: DeviceOption = DeviceName.auto,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
+    ] = None,
+) -> None:
+    """Predict tokens further on with the main head alone, summed over those in between, beside the heads."""
+    import json
+
+    from mtp_lightning.cli.generate import device_of
+    from mtp_lightning.console.errors import screen
+    from mtp_lightning.evaluation.marginal import measure_marginal
+
+    report = measure_marginal(
+        path,
+        num_offsets=offsets,
+        num_samples=samples,
+        last_tokens=last,
+        top=top,
+        nucleus=nucleus,
+        most_paths=paths,
+        device=str(device_of(device)),
+    )
+    screen().print(_marginal_table(report))
+    screen().print(
+        f"{report.num_positions:,} positions at the ends of {report.num_samples} held-out texts; summed over "
+        f"{nucleus:.0%} of the probability, at most {paths:,} paths"
+    )
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.as_json(), indent=2) + "\n")
+
+
+def _marginal_table(report: "MarginalReport") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    best = f"top-{report.top}"
+    heads = ("offset", "marginal\ntop-1", f"marginal\n{best}", "head\ntop-1", f"head\n{best}", "paths", "mass")
+    for name in heads:
+        table.add_column(name, justify="right")
+    for row in report.offsets:
+        shares = (row.marginal_top1, row.marginal_top, row.head_top1, row.head_top)
+        shown = ("-" if share is None else f"{share:.3f}" for share in shares)
+        table.add_row(str(row.offset), *shown, f"{row.mean_paths:,.0f}", f"{row.mean_mass:.3f}")
+    return table
+
+
+@app.command()
+def lens(
+    path: ModelArgument,
+    *,
+    samples: Annotated[int, typer.Option(min=1, help="Held-out texts.")] = 32,
+    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the figures, too.")] = None,
+    device: DeviceOption = DeviceName.auto,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
+    ] = None,
+) -> None:
+    """Read every layer as if it were the last: where does the model commit to the next token?"""
+    import json
+
+    from rich import box
+    from rich.table import Table
+
+    from mtp_lightning.cli.generate import device_of
+    from mtp_lightning.console.errors import screen
+    from mtp_lightning.evaluation.lens import draw_lens, measure_lens
+
+    report = measure_lens(path, num_samples=samples, device=str(device_of(device)))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    for name in ("layer", "depth", "KL from final, nats", "same likeliest token"):
+        table.add_column(name, justify="right")
+    for number, layer in enumerate(report.layers):
+        table.add_row(str(number), f"{layer.depth:.2f}", f"{layer.kl:.4f}", f"{layer.agreement:.1%}")
+    screen().print(table)
+    screen().print(f"{report.num_positions:,} positions; layer 0 is the embedding")
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.as_json(), indent=2) + "\n")
+    if plot is not None:
+        draw_lens(report, plot)

@@ -1,0 +1,184 @@
+"""`mtp generate`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from mtp_lightning.cli.prompt_files import read_prompts
+
+if TYPE_CHECKING:
+    import torch
+
+    from mtp_lightning.recipe import Recipe
+
+SAMPLE_TOKENS = 128
+SAMPLE_TEMPERATURE = 0.7  # by its likeliest tokens alone, a small model repeats itself
+ADAPTIVE: Literal["adaptive"] = "adaptive"
+
+
+class DecoderName(StrEnum):
+    """Ways to decode."""
+
+    auto = "auto"
+    greedy = "greedy"
+    blockwise = "blockwise"
+    chain = "chain"
+    tree = "tree"
+
+
+class DeviceName(StrEnum):
+    """Where to run."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class DtypeName(StrEnum):
+    """Types of weights to run with."""
+
+    stored = "stored"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PATH", help="Folder of a run, of one of its checkpoints, or of an export.", show_default=False
+    ),
+]
+PromptsOption = Annotated[
+    Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts: one per line, or *.jsonl with `prompt`.")
+]
+DeviceOption = Annotated[DeviceName, typer.Option(help="Where to run; auto takes CUDA when there is one.")]
+DtypeOption = Annotated[DtypeName, typer.Option(help="Type of the weights to run with.")]
+TreeOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Tree for --decoder tree, from `mtp bench tree`.")
+]
+
+
+def generate(
+    path: ModelArgument,
+    *,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A prompt; may be given again.")] = None,
+    prompts: PromptsOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 128,
+    decoder: Annotated[
+        DecoderName, typer.Option(help="greedy: one token per forward; the others draft. auto: by head kind.")
+    ] = DecoderName.auto,
+    draft_length: Annotated[
+        str | None, typer.Option(metavar="K|adaptive", help="Drafts per step; n - 1 unless given.", show_default=False)
+    ] = None,
+    tree: TreeOption = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that hold this share.")] = None,
+    typical: Annotated[bool, typer.Option("--typical", help="LOSSY: keep drafts that are likely enough.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End where this text is complete.")] = None,
+    show_drafts: Annotated[
+        bool, typer.Option("--show-drafts", help="Colour drafts: kept ones green, rejected ones red.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Decode without drafts too, and say how much faster this was.")
+    ] = False,
+    device: DeviceOption = DeviceName.auto,
+    dtype: DtypeOption = DtypeName.stored,
+) -> None:
+    """Continue prompts with a trained model, its heads drafting; the text is the model's own."""
+    texts = _texts(prompt, prompts)
+    length = parse_draft_length(draft_length)
+    from mtp_lightning.checkpoint.convert.load_model import load_model
+    from mtp_lightning.cli.generate_view import print_generations
+    from mtp_lightning.data.loading.corpus import recipe_tokenizer
+    from mtp_lightning.decode import Settings
+    from mtp_lightning.decode.tree_files import read_tree
+
+    recipe, model = load_model(path, device=device_of(device), dtype=dtype_of(dtype))
+    tokenizer = recipe_tokenizer(recipe)
+    settings = Settings(
+        max_new_tokens=max_new_tokens,
+        decoder=decoder.value,
+        draft_length=length,
+        tree=None if tree is None else read_tree(tree),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        typical=typical,
+        seed=seed,
+        stop_tokens=[tokenizer.end_of_document],
+        stop_strings=[text.encode() for text in stop or []],
+    )
+    print_generations(model, tokenizer, texts, settings, show_drafts=show_drafts, compare=compare)
+
+
+def show_sample(recipe: "Recipe") -> None:
+    """Continue `run.sample` with what a run has trained, drafts coloured, and say what drafting gains."""
+    from mtp_lightning.checkpoint.convert.load_model import load_model
+    from mtp_lightning.cli.generate_view import print_generations
+    from mtp_lightning.console.errors import screen
+    from mtp_lightning.data.loading.corpus import recipe_tokenizer
+    from mtp_lightning.decode import Settings
+
+    assert recipe.run.sample is not None
+    trained, model = load_model(recipe.run.dir, device=device_of(DeviceName.auto))
+    tokenizer = recipe_tokenizer(trained)
+    prompt = recipe.run.sample.encode()
+    room = trained.model.max_positions - len(tokenizer.encode(prompt))
+    if room < 1:
+        screen(stderr=True).print(f"\nrun.sample fills all {trained.model.max_positions} positions: nothing is written")
+        return
+    settings = Settings(
+        max_new_tokens=min(SAMPLE_TOKENS, room),
+        temperature=SAMPLE_TEMPERATURE,
+        seed=recipe.run.seed,
+        stop_tokens=[tokenizer.end_of_document],
+    )
+    is_drafting = trained.heads.num_offsets > 1
+    screen(stderr=True).print(f"\nWhat it writes (mtp generate {recipe.run.dir} --prompt TEXT --show-drafts for more):")
+    print_generations(model, tokenizer, [prompt], settings, show_drafts=is_drafting, compare=is_drafting)
+
+
+def parse_draft_length(text: str | None) -> int | Literal["adaptive"] | None:
+    """Read a draft length from the command line."""
+    if text is None:
+        return None
+    if text == ADAPTIVE:
+        return ADAPTIVE
+    if not text.isdecimal():
+        raise typer.BadParameter(f"must be a whole number or {ADAPTIVE}; found {text!r}", param_hint="--draft-length")
+    return int(text)
+
+
+def device_of(name: DeviceName) -> "torch.device":
+    """Choose the device.
+
+    Raises:
+        DecodingError: CUDA is asked for, and there is none.
+    """
+    import torch
+
+    from mtp_lightning.errors import DecodingError
+
+    has_cuda = torch.cuda.is_available()
+    if name == DeviceName.cuda and not has_cuda:
+        raise DecodingError(
+            "--device cuda needs a CUDA device", f"none (torch {torch.__version__})", "Use --device cpu"
+        )
+    return torch.device("cuda" if has_cuda and name != DeviceName.cpu else "cpu")
+
+
+def dtype_of(name: DtypeName) -> "torch.dtype | None":
+    """Choose the type of the weights; None for that in which they are stored."""
+    import torch
+
+    return {DtypeName.stored: None, DtypeName.fp32: torch.float32, DtypeName.bf16: torch.bfloat16}[name]
+
+
+def _texts(prompts: list[str] | None, file: Path | None) -> list[bytes]:
+    if bool(prompts) == (file is not None):
+        raise typer.BadParameter("give either --prompt TEXT or --prompts FILE", param_hint="--prompt")
+    return [text.encode() for text in prompts or []] if file is None else read_prompts(file)

@@ -1,0 +1,86 @@
+"""Recipes on the screen: resolved, checked, compared."""
+
+import textwrap
+from pathlib import Path
+
+from rich.text import Text
+
+from mtp_lightning.cli.recipe_argument import open_recipe
+from mtp_lightning.console.errors import screen
+from mtp_lightning.errors import Fault, RecipeError
+from mtp_lightning.recipe.diff import diff_recipes
+from mtp_lightning.recipe.loading.dump import yaml_lines
+from mtp_lightning.recipe.loading.load import LoadedRecipe
+from mtp_lightning.recipe.schema.field_types import place_at
+from mtp_lightning.recipe.yaml import one_line_yaml
+
+ORIGIN_COLUMN = 44
+NARROWEST = 20
+
+
+def print_recipe(recipe: str, overrides: list[str] | None, *, with_origins: bool, with_docs: bool) -> None:
+    """Print a resolved recipe, each field with its meaning above it and its origin behind it where asked for."""
+    loaded = open_recipe(recipe, overrides)
+    console = screen()
+    for line, path in yaml_lines(loaded.recipe):
+        for comment in _doc_comments(path, line, console.width) if with_docs else ():
+            console.print(comment)
+        console.print(_with_origin(line, loaded, path) if with_origins else _coloured(line))
+
+
+def _coloured(line: str) -> Text:
+    key, colon, value = line.partition(":")
+    return Text.assemble((key, "blue"), colon, value)
+
+
+def _with_origin(line: str, loaded: LoadedRecipe, path: str) -> Text:
+    origin = loaded.origins.get(path)
+    if origin is None:
+        return _coloured(line)
+    style = "dim" if origin == "default" else "green"
+    padding = " " * max(ORIGIN_COLUMN - len(line), 1)
+    return Text.assemble(_coloured(line), padding, (f"# {origin}", style))
+
+
+def _doc_comments(path: str, line: str, width: int) -> list[Text]:
+    place = place_at(path.split("."))
+    words = place.field.description if place and place.field else None
+    indent = " " * (len(line) - len(line.lstrip()))
+    room = max(width - len(indent) - 2, NARROWEST)
+    comments = [Text(f"{indent}# {part}", style="dim") for part in textwrap.wrap(words or "", room)]
+    return [Text(), *comments] if line.endswith(":") else comments
+
+
+def print_verdicts(arguments: list[str]) -> None:
+    """Print a line for each recipe among the arguments, the others being overrides; raise all faults together."""
+    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
+    files = [argument for argument in arguments if argument not in overrides]
+    faults: dict[Fault, None] = {}
+    console = screen()
+    for file in files:
+        own = _faults_of(file, overrides)
+        faults.update(dict.fromkeys(own))
+        verdict = Text.assemble(("faulty  ", "bold red"), file, f"  ({len(own)})") if own else None
+        console.print(verdict or Text.assemble(("ok      ", "green"), file))
+    if faults:
+        raise RecipeError(list(faults))
+
+
+def _faults_of(file: str, overrides: list[str]) -> list[Fault]:
+    try:
+        open_recipe(file, overrides)
+    except RecipeError as error:
+        return error.faults
+    return []
+
+
+def print_differences(a: str, b: str) -> None:
+    """Print a line for each field in which two recipes differ."""
+    differences = diff_recipes(open_recipe(a).recipe, open_recipe(b).recipe)
+    console = screen()
+    if not differences:
+        console.print("no field differs")
+    width = max((len(difference.path) for difference in differences), default=0)
+    for difference in differences:
+        old, new = (one_line_yaml(value) for value in (difference.a, difference.b))
+        console.print(Text.assemble(f"{difference.path:<{width}}  ", (old, "red"), " -> ", (new, "green")))

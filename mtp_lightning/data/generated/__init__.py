@@ -1,0 +1,1 @@
+"""Shards of text that a model has generated itself."""

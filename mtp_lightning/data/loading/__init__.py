@@ -1,0 +1,1 @@
+"""Batches for training: data module, datasets, streams."""

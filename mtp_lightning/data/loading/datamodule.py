@@ -1,0 +1,257 @@
+"""The recipe's data as a Lightning data module; its whole position is the number of rows consumed."""
+
+import itertools
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, final
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+
+from mtp_lightning.console.progress import say
+from mtp_lightning.data.loading.dataset import RankSlices, SampleDataset, TrainingBatches, ValidationBatches
+from mtp_lightning.data.loading.factory import OpenData, open_data, open_rows, prepare_data
+from mtp_lightning.data.loading.stream_batches import StreamBatches, stream_identity, stream_rows
+from mtp_lightning.data.loading.stream_documents import StreamRows
+from mtp_lightning.data.sampling.order import Range, with_skipped, without_skipped
+from mtp_lightning.data.sampling.windows import RowSource
+from mtp_lightning.errors import CheckpointError, DataError
+from mtp_lightning.recipe.schema.root import Recipe
+
+STATE_VERSION = 1
+MOST_SKIP_RANGES = 20  # so that the state stays below 1 KiB
+
+
+@final
+class MtpDataModule(LightningDataModule):
+    """Feed one batch per optimizer step: `tokens` and `documents`, each (R, T+n) int64, R rows on this rank.
+
+    Where some tokens may not be targets there is a `loss_mask` too, (R, T+n) bool, true for those that may.
+
+    Sample i of a run is a pure function of (shards, seed, i). A step takes the next `batch.rows` samples (fewer at
+    the beginning under `batch.ramp`), each rank a contiguous part of them, so neither ranks nor workers change what
+    is learnt from. The position moves only by `advance`, after a step is complete: batches fetched ahead and never
+    used are simply fetched again.
+
+    A stream (`data.kind: webdataset_stream`) has no numbered samples: there the position only counts.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self._recipe = recipe
+        self.rows_consumed = 0
+        self._skip_ranges: tuple[Range, ...] = ()  # of samples, which are rows consumed and rows skipped
+
+    @cached_property
+    def training_data(self) -> OpenData:
+        """Open the training split."""
+        return open_data(self._recipe, "train")
+
+    @property
+    def training_rows(self) -> RowSource:
+        """The rows of the training split."""
+        return self.training_data.rows
+
+    @cached_property
+    def validation_rows(self) -> RowSource:
+        """Open the held-out split."""
+        return open_rows(self._recipe, "validation")
+
+    def prepare_data(self) -> None:
+        """Build what the recipe leaves to the run and is missing."""
+        prepare_data(self._recipe)
+
+    def setup(self, stage: str) -> None:
+        """Open both splits and refuse what cannot be trained on.
+
+        Raises:
+            DataError: Shards are damaged or do not fit the recipe, or a global batch cannot be cut or filled.
+        """
+        self._check_batch()
+        self._check_validation()
+
+    def train_dataloader(self) -> TrainingBatches | StreamBatches:
+        """Return this rank's part of every global batch, without end, from `rows_consumed` at first use."""
+        workers = self._recipe.data.workers
+        pin_memory = self._recipe.run.device != "cpu" and torch.cuda.is_available()
+        if self._is_stream:
+            return StreamBatches(rows=self._stream, slices=self._slices, workers=workers, pin_memory=pin_memory)
+        dataset = SampleDataset(self.training_rows, self.training_data.order, self._recipe.model.vocabulary)
+        return TrainingBatches(dataset=dataset, slices=self._slices, workers=workers, pin_memory=pin_memory)
+
+    def val_dataloader(self) -> ValidationBatches:
+        """Return this rank's part of rows that are spread evenly over the held-out split, in file order."""
+        share = self._num_validation_rows // self._world_size
+        chosen = self.validation_rows.spread(self._num_validation_rows)
+        return ValidationBatches(
+            rows=self.validation_rows,
+            numbers=chosen[self._rank * share : (self._rank + 1) * share],
+            batch_rows=self._recipe.batch.micro_rows,
+            vocabulary=self._recipe.model.vocabulary,
+        )
+
+    def describe_training(self) -> str:
+        """Say in words how much there is to train on."""
+        if self._is_stream:
+            return f"a stream of {len(self._stream().tars):,} tars"
+        return f"{len(self.training_rows):,} rows"
+
+    def advance(self, rows: int) -> None:
+        """Count the rows of a completed optimizer step, over all ranks."""
+        self.rows_consumed += rows
+
+    def skip_rows(self, first: int, count: int) -> None:
+        """Leave out rows that lie ahead: those that would be the `first` to be consumed and the `count` - 1 after it.
+
+        For going back behind a window that did harm: resume from before it, skip it, train on. Takes effect when
+        batches are next asked for from the beginning; row `first` then means the one that came after.
+
+        Raises:
+            DataError: The rows are behind the position, or the state would grow beyond bounds.
+        """
+        if first < self.rows_consumed or count < 1:
+            raise DataError(
+                f"rows to be skipped must lie ahead, from {self.rows_consumed:,} on",
+                f"{count:,} from {first:,} on",
+                "Resume from an earlier checkpoint first",
+            )
+        begin, last = without_skipped(np.array([first, first + count - 1]), self._skip_ranges).tolist()
+        ranges = with_skipped(self._skip_ranges, begin, last + 1)
+        if len(ranges) > MOST_SKIP_RANGES:
+            raise DataError(
+                f"at most {MOST_SKIP_RANGES} ranges of rows can be skipped",
+                f"{len(ranges)}",
+                "Look for the reason instead: so many harmful windows are not bad luck",
+            )
+        self._skip_ranges = tuple(ranges)
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Take up another run's position, whose rows may be of other offsets or shards; skipped rows if they are not.
+
+        Raises:
+            CheckpointError: The position is none.
+        """
+        self.rows_consumed = _rows_consumed_of(state)
+        if all(state.get(key) == value for key, value in self._identity().items()):
+            self._skip_ranges = _skip_ranges_of(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, and what it is a position in; below 1 KiB."""
+        skipped = [list(own) for own in self._skip_ranges]
+        return {**self._identity(), "rows_consumed": self.rows_consumed, "skip_ranges": skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a position.
+
+        Raises:
+            CheckpointError: It belongs to other shards, windows or another seed, so it would name other rows.
+        """
+        own = self._identity()
+        wrong = [key for key, value in own.items() if state_dict.get(key) != value]
+        if wrong:
+            raise CheckpointError(
+                f"a run must go on with the data it began with: {_spelled(own, wrong)} in the recipe",
+                f"{_spelled(state_dict, wrong)} in the checkpoint",
+                "Give the recipe the values of the checkpoint, or start a new run",
+            )
+        self.rows_consumed = _rows_consumed_of(state_dict)
+        self._skip_ranges = _skip_ranges_of(state_dict)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            **(stream_identity(self._recipe) if self._is_stream else self.training_data.identity),
+            "window_tokens": self._recipe.data.window_tokens,
+            "num_offsets": self._recipe.heads.num_offsets,
+            "seed": self._recipe.run.seed,
+        }
+
+    @property
+    def _is_stream(self) -> bool:
+        return self._recipe.data.kind == "webdataset_stream"
+
+    def _stream(self) -> StreamRows:
+        """Open the tars; where they begin depends on the position, so that a restart does not repeat its start."""
+        num_skipped = sum(end - begin for begin, end in self._skip_ranges)
+        begin = f"{self.rows_consumed} rows, {num_skipped} skipped"
+        return stream_rows(self._recipe, begin=begin, rank=self._rank, world_size=self._world_size)
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def _num_validation_rows(self) -> int:
+        """Return how many held-out rows are scored, over all ranks: no more than asked for, equally many on each."""
+        rows = min(self._recipe.run.validation_rows, len(self.validation_rows))
+        return rows - rows % self._world_size
+
+    def _slices(self) -> RankSlices:
+        return RankSlices(
+            rows_consumed=self.rows_consumed,
+            skip_ranges=self._skip_ranges,
+            batch=self._recipe.batch,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+
+    def _check_batch(self) -> None:
+        rows, first = self._recipe.batch.rows, self._recipe.batch.rows_at(0)
+        name = "batch.rows" if first == rows else "batch.ramp.from_rows"
+        if first % self._world_size:
+            raise DataError(
+                f"{name} must be a multiple of the number of ranks, {self._world_size}",
+                str(first),
+                f"Set {name}={-(-first // self._world_size) * self._world_size}, or change the number of ranks",
+            )
+        if self._is_stream:
+            self._stream()
+        elif rows > len(self.training_rows):
+            raise DataError(
+                f"the training split must have the batch.rows = {rows:,} rows of one step",
+                f"{len(self.training_rows):,} rows of {self.training_rows.width_tokens:,} tokens",
+                "Add documents, or lower batch.rows or data.window_tokens",
+            )
+
+    def _check_validation(self) -> None:
+        asked, there = self._recipe.run.validation_rows, self._num_validation_rows
+        if there == 0:
+            raise DataError(
+                f"validation must have at least one row for each of {self._world_size} ranks",
+                f"{asked:,} asked for by run.validation_rows and {len(self.validation_rows):,} held out",
+                "Raise run.validation_rows or data.validation_share, or use fewer ranks",
+            )
+        if there < asked and self._rank == 0:
+            held_out = f"{len(self.validation_rows):,} are held out"
+            say(f"validating on {there:,} rows, not {asked:,}: {held_out}", stderr=True)
+
+
+def _rows_consumed_of(state: Mapping[str, Any]) -> int:
+    consumed = state.get("rows_consumed")
+    if type(consumed) is not int or consumed < 0:
+        raise CheckpointError(
+            "rows_consumed of a checkpoint must be a count", repr(consumed), "Resume from another checkpoint"
+        )
+    return consumed
+
+
+def _skip_ranges_of(state: Mapping[str, Any]) -> tuple[Range, ...]:
+    """Read the ranges of a state; states from before there were any have none."""
+    given = state.get("skip_ranges", [])
+    is_list_of_pairs = isinstance(given, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in given)
+    bounds: list[Any] = [bound for pair in given for bound in pair] if is_list_of_pairs else [None]
+    is_growing = all(type(bound) is int for bound in bounds) and all(a < b for a, b in itertools.pairwise(bounds))
+    if not is_growing:
+        raise CheckpointError(
+            "skip_ranges of a checkpoint must be pairs of growing sample numbers", repr(given), "Resume from another"
+        )
+    return tuple((begin, end) for begin, end in given)
+
+
+def _spelled(state: dict[str, Any], keys: list[str]) -> str:
+    return ", ".join(f"{key} = {state.get(key)}" for key in keys)

@@ -1,0 +1,1 @@
+"""Which rows a step reads: windows, packing, shuffles, mixtures."""

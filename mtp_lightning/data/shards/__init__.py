@@ -1,0 +1,1 @@
+"""Token shards on disk and behind URLs: build, index, verify, cache."""

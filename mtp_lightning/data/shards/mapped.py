@@ -1,0 +1,219 @@
+"""Tar shards in memory: mapped when first needed, a bounded number at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtp_lightning.data.shards.cache import ShardCache
+from mtp_lightning.data.shards.index import Index, load_index
+from mtp_lightning.data.shards.integrity import MemberChecks
+from mtp_lightning.data.shards.manifest import Manifest, Shard, Split, load_manifest
+from mtp_lightning.errors import DataError
+
+MOST_MAPPED_SHARDS = 256  # each keeps a file descriptor and the ends of its documents
+Integers = NDArray[np.int64]
+
+
+@final
+class ShardMaps:
+    """The shards of one split, by their place in it; copies sent to other processes map anew."""
+
+    def __init__(self, folder: Path, split: Split, cache: ShardCache | None = None) -> None:
+        """Open a shard folder and check that every shard file has its size, unless shards come from a cache.
+
+        Raises:
+            DataError: The folder is damaged.
+        """
+        self.folder = folder
+        self.cache = cache
+        self.manifest = load_manifest(folder)
+        if cache is None:
+            check_sizes(folder, self.manifest)
+        self.shards = self.manifest.shards_of(split)
+        self.index = load_index(folder, self.manifest)
+        self._numbers = [i for i, shard in enumerate(self.manifest.shards) if shard.split == split]
+        self._mapped: dict[int, MappedShard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": {}}
+
+    def __getitem__(self, place: int) -> "MappedShard":
+        if place not in self._mapped:
+            if len(self._mapped) >= MOST_MAPPED_SHARDS:
+                del self._mapped[next(iter(self._mapped))]
+            number = self._numbers[place]
+            members = Members(self.manifest, self.index, number, self._origin(place))
+            self._mapped[place] = MappedShard(self._opened(place), members)
+        return self._mapped[place]
+
+    def keep_only(self, places: Sequence[int]) -> None:
+        """Unmap all shards but some, so that a cache may remove them."""
+        for place in self._mapped.keys() - set(places):
+            del self._mapped[place]
+
+    def _opened(self, place: int) -> BinaryIO:
+        shard = self.shards[place]
+        if self.cache is not None:
+            return self.cache.open(shard, free_own=self._mapped.clear)
+        check_size(self.folder, shard)  # again: it may have been replaced since
+        return _opened_file(self.folder / shard.name)
+
+    def describe(self, place: int, start: int) -> str:
+        """Return the place of a token of a shard in words: file, member, token in it, byte of the file."""
+        shard = self[place]
+        return f"{shard.describe(start, self._origin(place))}, byte {shard.byte_of(start):,}"
+
+    def _origin(self, place: int) -> str:
+        return f"{self.cache.url if self.cache else self.folder}/{self.shards[place].name}"
+
+
+@dataclass(frozen=True)
+class Members:
+    """Which shard of a manifest a file is."""
+
+    manifest: Manifest
+    index: Index
+    number: int  # of the shard in the manifest
+    origin: str  # path or URL
+
+
+@final
+class MappedShard:
+    """One tar file in memory, seen as one array of token ids with the members' places in it."""
+
+    def __init__(self, file: BinaryIO, members: Members) -> None:
+        """Map an open file and close it; the map keeps what is locked of it locked."""
+        index, inside = members.index, members.index.shard == members.number
+        dtype = np.dtype(members.manifest.dtype).newbyteorder("<")
+        self._first_tokens = np.concatenate([[0], np.cumsum(index.num_tokens[inside])])
+        # Payloads begin at multiples of 512 bytes, so the whole file may be seen as tokens.
+        self._shifts = index.tokens_at[inside] // dtype.itemsize - self._first_tokens[:-1]
+        self._mask_at = index.mask_at[inside]
+        with file:
+            self._words = np.asarray(np.memmap(file, dtype=dtype, mode="r"))
+        self._checks = MemberChecks(
+            members.manifest.shards[members.number],
+            self._words.view(np.uint8),
+            members.origin,
+            token_bytes=dtype.itemsize,
+        )
+
+    def tokens(self, starts: Integers, width: int) -> NDArray[Any]:
+        """Return the windows of a width that begin at those tokens of the shard, in the type they are stored in.
+
+        Raises:
+            DataError: A member that is read for the first time is not as written.
+        """
+        member = self._first_tokens.searchsorted(starts, side="right") - 1
+        last = self._first_tokens.searchsorted(starts + width) - 1
+        self._checks.check_tokens(member, last)
+        fits = member == last
+        at = starts + self._shifts[member]
+        windows = np.empty((starts.size, width), dtype=self._words.dtype.newbyteorder("="))  # (B, width)
+        for line, (begin, is_whole) in enumerate(zip(at.tolist(), fits.tolist(), strict=True)):
+            # Slice by slice: a gather is several times slower.
+            windows[line] = self._words[begin : begin + width] if is_whole else self._across(starts[line], width)
+        return windows
+
+    def documents(self, starts: Integers, width: int) -> NDArray[np.int32]:
+        """Return for each token of those windows the number of its document within the window."""
+        ends = self.document_ends
+        first = np.searchsorted(ends, starts, side="right")
+        last = np.searchsorted(ends, starts + width - 1, side="right")
+        counts = last - first + 1  # documents in each window
+        line = np.repeat(np.arange(starts.size), counts)
+        number = np.arange(line.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        end = ends[np.minimum(first[line] + number, ends.size - 1)]
+        stop = np.where(number == counts[line] - 1, width, end - starts[line])  # in the window
+        length = np.where(number == 0, stop, stop - np.concatenate([[0], stop[:-1]]))
+        return np.repeat(number.astype(np.int32), length).reshape(starts.size, width)
+
+    def loss_mask(self, starts: Integers, width: int) -> NDArray[np.bool_]:
+        """Return for each token of those windows whether it may be a target."""
+        positions = starts[:, None] + np.arange(width)  # (B, width)
+        member = np.searchsorted(self._first_tokens, positions, side="right") - 1
+        has_mask = self._mask_at[member] >= 0
+        at = np.where(has_mask, self._mask_at[member] + positions - self._first_tokens[member], 0)
+        return np.where(has_mask, self._words.view(np.uint8)[at] == 1, True)
+
+    def document_places(self) -> tuple[Integers, Integers]:
+        """Return for each document of the shard its first token and its length."""
+        ends = self.document_ends
+        begins = np.concatenate([[0], ends[:-1]])
+        return begins, ends - begins
+
+    def describe(self, start: int, name: str) -> str:
+        """Return the place of a token in words: shard, member, token in it."""
+        member = int(np.searchsorted(self._first_tokens, start, side="right")) - 1
+        return f"{name}, member {member}, token {start - int(self._first_tokens[member]):,}"
+
+    def byte_of(self, start: int) -> int:
+        """Return where a token lies in the file."""
+        member = int(np.searchsorted(self._first_tokens, start, side="right")) - 1
+        return int(start + self._shifts[member]) * self._words.itemsize
+
+    @cached_property
+    def document_ends(self) -> Integers:
+        """Return for each document of the shard the token after its last one."""
+        return np.cumsum(np.concatenate(self._checks.lengths()), dtype=np.int64)
+
+    def _across(self, start: np.int64, width: int) -> NDArray[Any]:
+        positions = start + np.arange(width)
+        member = np.searchsorted(self._first_tokens, positions, side="right") - 1
+        words: NDArray[Any] = self._words[positions + self._shifts[member]]
+        return words
+
+
+def bytes_of(path: Path) -> NDArray[np.uint8]:
+    """Return the bytes of a file, mapped.
+
+    Raises:
+        DataError: It cannot be opened.
+    """
+    with _opened_file(path) as file:
+        return np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+
+
+def _opened_file(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"shard {path} must be readable", error.strerror or str(error), "See to its rights") from error
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Check that the shard files of a manifest are there, as long as they were written, and no others.
+
+    Raises:
+        DataError: One is not; a shard that was cut short is found here, before anything is read.
+    """
+    for shard in manifest.shards:
+        check_size(folder, shard)
+    known = {shard.name for shard in manifest.shards}
+    strange = sorted({path.relative_to(folder).as_posix() for path in folder.glob("*/*.tar")} - known)
+    if strange:
+        raise DataError(
+            f"{folder} must hold only the shards of its manifest",
+            ", ".join(strange[:3]),
+            "Move it away, or build the shards again with `mtp data build`",
+        )
+
+
+def check_size(folder: Path, shard: Shard) -> None:
+    """Check that a shard file is there, and as long as it was written.
+
+    Raises:
+        DataError: It is not.
+    """
+    path = folder / shard.name
+    must_hold = f"shard {path} must have {shard.num_bytes:,} bytes, as its manifest says"
+    remedy = "Copy the file again from its source, or build the shards again with `mtp data build`"
+    if not path.is_file():
+        raise DataError(must_hold, "no such file", remedy)
+    if path.stat().st_size != shard.num_bytes:
+        raise DataError(must_hold, f"{path.stat().st_size:,} bytes", remedy)

@@ -1,0 +1,193 @@
+"""A build on its way: the folder that it fills, and what a later build may take over when it was killed."""
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+
+from mtp_lightning.console.progress import say
+from mtp_lightning.data.shards.manifest import SPLITS, Shard, Split
+from mtp_lightning.errors import DataError
+
+RECORD_SUFFIX = ".json"
+JOURNAL_NAME = "journal.jsonl"
+Counts = dict[Split, int]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shard: Shard
+    largest_token: NonNegativeInt
+
+
+class _Counts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: NonNegativeInt
+    validation: NonNegativeInt
+
+
+@final
+class Partial:
+    """The folder of an unfinished build; its shards are finished, or are built again.
+
+    A finished shard has its record beside it, written after the shard was. The journal says how many documents of
+    each split there were up to the end of each unit, so that a later build need not tokenize what is in shards.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Take over what a killed build left: shards up to the first that is not as its record says."""
+        self.path = path
+        self.largest_token = 0
+        self.kept: dict[Split, list[Shard]] = {split: self._finished_shards(split) for split in SPLITS}
+        self.kept_lengths = {split: self._lengths(split) for split in SPLITS}
+        self.num_written = 0
+        self._journaled = self._journal_entries()
+        self._journal = (path / JOURNAL_NAME).open("w")
+        self._journal.writelines(json.dumps(counts) + "\n" for counts in self._journaled)
+
+    @property
+    def num_kept(self) -> int:
+        """Number of finished shards that were found."""
+        return sum(map(len, self.kept.values()))
+
+    def known(self, unit: int) -> frozenset[Split]:
+        """Return the splits whose documents up to the end of this unit are all in finished shards."""
+        if unit >= len(self._journaled):
+            return frozenset()
+        counts = self._journaled[unit]
+        return frozenset(split for split in SPLITS if counts[split] <= self.kept_lengths[split].size)
+
+    def note_shard(self, shard: Shard, largest_token: int) -> None:
+        """Record a shard that is finished and on disk."""
+        record = self._record(shard.name)
+        unfinished = record.with_suffix(".unfinished")
+        unfinished.write_text(_Record(shard=shard, largest_token=largest_token).model_dump_json())
+        unfinished.rename(record)
+        self.largest_token = max(self.largest_token, largest_token)
+        self.num_written += 1
+
+    def note_unit(self, number: int, counts: Counts) -> None:
+        """Record how many documents of each split there are up to the end of a unit."""
+        if number >= len(self._journaled):
+            self._journal.write(json.dumps(counts) + "\n")
+            self._journal.flush()
+
+    def close(self) -> None:
+        """Remove what only an unfinished build needs."""
+        self._journal.close()
+        (self.path / JOURNAL_NAME).unlink(missing_ok=True)
+        for split in SPLITS:
+            for record in (self.path / split).glob(f"*{RECORD_SUFFIX}"):
+                record.unlink()
+
+    def abandon(self, *, is_kept: bool) -> None:
+        """Let go of the folder; unless its finished shards are to be kept for the next build, remove it."""
+        self._journal.close()
+        if not (is_kept and self.num_kept + self.num_written):
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _record(self, name: str) -> Path:
+        return self.path / f"{name}{RECORD_SUFFIX}"
+
+    def _finished_shards(self, split: Split) -> list[Shard]:
+        shards: list[Shard] = []
+        while shard := self._finished_shard(f"{split}/{len(shards):05d}.tar"):
+            shards.append(shard)
+        keep = {shard.name for shard in shards} | {f"{shard.name}{RECORD_SUFFIX}" for shard in shards}
+        for path in (self.path / split).glob("*"):
+            if f"{split}/{path.name}" not in keep:
+                path.unlink()
+        return shards
+
+    def _finished_shard(self, name: str) -> Shard | None:
+        try:
+            record = _Record.model_validate_json(self._record(name).read_bytes())
+            with (self.path / name).open("rb") as file:
+                sha256, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+        except (OSError, ValidationError):
+            return None
+        if (name, sha256, size) != (record.shard.name, record.shard.sha256, record.shard.num_bytes):
+            return None
+        if max(member.end(token_bytes=2) for member in record.shard.members) > size:
+            return None
+        self.largest_token = max(self.largest_token, record.largest_token)
+        return record.shard
+
+    def _lengths(self, split: Split) -> NDArray[np.int64]:
+        """Return the lengths of all documents in the finished shards of a split."""
+        lengths = [np.array([], dtype=np.int64)]
+        for shard in self.kept[split]:
+            content = np.memmap(self.path / shard.name, dtype=np.uint8, mode="r")
+            lengths += [
+                content[member.lengths_at : member.lengths_at + 4 * member.num_documents].view("<u4").astype(np.int64)
+                for member in shard.members
+            ]
+        return np.concatenate(lengths)
+
+    def _journal_entries(self) -> list[Counts]:
+        """Return the entries before the first that is not as it was written."""
+        path = self.path / JOURNAL_NAME
+        entries: list[Counts] = []
+        with contextlib.suppress(ValidationError):
+            for line in path.read_bytes().splitlines() if path.exists() else []:
+                counts = _Counts.model_validate_json(line)
+                entries.append({split: getattr(counts, split) for split in SPLITS})
+        return entries
+
+
+@contextlib.contextmanager
+def claimed(out: Path, identity: str, say_it: Callable[[str], None]) -> Iterator[Path | None]:
+    """Yield the folder to build into, for this process alone; None when another has built the very same meanwhile.
+
+    The folder is named after the build's identity, so that a build is taken up only by an equal one. A process that
+    finds it in use waits: the lock ends with its holder, however that ends.
+    """
+    path = out.with_name(f"{out.name}.partial-{identity[:12]}")
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            _lock(descriptor, lambda: say_it(f"waiting for another process that builds the same into {path}"))
+            if _is_same(descriptor, path):
+                yield path
+                return
+            if _is_same(descriptor, out):
+                yield None
+                return
+        finally:
+            os.close(descriptor)
+
+
+def say_others(out: Path, own: Path) -> None:
+    """Name what other builds left; theirs is not removed, since one may be at work."""
+    for path in sorted(out.parent.glob(f"{glob.escape(out.name)}.partial-*")):
+        if path != own:
+            left = "was left by a build that was killed, unless another process is at work on it"
+            say(f"{path} {left}; it may be removed")
+
+
+def _lock(descriptor: int, on_waiting: Callable[[], None]) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        on_waiting()
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        remedy = "Build on a disk of this machine, and copy the folder"
+        raise DataError("the file system of a build must have locks (flock)", str(error), remedy) from error
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())

@@ -1,0 +1,1 @@
+"""Documents from files: plain text, JSON lines, Parquet, compressed."""

@@ -1,0 +1,1 @@
+"""Bytes, `tokenizer.json` and SentencePiece as one interface."""

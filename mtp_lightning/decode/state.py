@@ -1,0 +1,148 @@
+"""A batch of texts in the making: its tokens, its cache, and the forward passes of trunk and main head.
+
+A row of length m has the trunk's states of its first m tokens; token m is committed too, but not yet fed.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.decode.kv_cache import Cache, Window, attentions
+from mtp_lightning.model.heads import TRUNK, HeadContext
+from mtp_lightning.model.mtp_model import MtpModel
+
+
+@final
+class Session:
+    """What decoders read and write."""
+
+    def __init__(
+        self, model: MtpModel, prompts: Sequence[Sequence[int]], *, most_drafts: int, room: int, seed: int
+    ) -> None:
+        """Prepare a batch, without running the model.
+
+        Args:
+            model: The model.
+            prompts: Token ids of each row, none empty.
+            most_drafts: Deepest offset that will draft, less one.
+            room: Positions to hold behind the longest prompt, drafts included.
+            seed: Seed of everything that is drawn.
+        """
+        self.model = model
+        self.device = model.trunk.embed_tokens.weight.device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.path = main_path(model)
+        drafting = range(2, 2 + most_drafts)
+        self.drafting = [offset for offset in drafting if offset not in self.path]
+        self.cache = Cache(model, {*self.path, *self.drafting}, len(prompts), max(map(len, prompts)) + room + 1)
+        self.rows = torch.arange(len(prompts), device=self.device)
+        self.tokens = torch.zeros(len(prompts), self.cache.capacity, dtype=torch.long, device=self.device)  # (B, C)
+        self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+        self.tokens[:, : padded.shape[1]] = padded
+        self.is_finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        self.shortest, self.longest, self.all_finished = 0, 0, False  # what the host knows
+        self.catches_up = any(attentions(model, offset) for offset in self.drafting)
+        self.valid = {offset: torch.zeros_like(self.cache.lengths) for offset in self.drafting}
+        read = {model.source(offset) for offset in self.drafting} - {*self.drafting}
+        self.anchors = self._allocate_anchors(read | ({*drafting} & {*self.path}))
+
+    def _allocate_anchors(self, offsets: Collection[int]) -> dict[int, Tensor]:
+        """Hold the states that drafting begins from, at every position: (B, C, D) for each that `source` names."""
+        shape = (*self.tokens.shape, self.model.section.width)
+        weight = self.model.trunk.embed_tokens.weight
+        return {offset: weight.new_zeros(shape) for offset in offsets}
+
+    @property
+    def lengths(self) -> Tensor:
+        """Positions that the trunk has computed: (B,)."""
+        return self.cache.lengths
+
+    def run(self, fed: Tensor, window: Window) -> dict[int, Tensor]:
+        """Run trunk and main head over a window: (B, T) tokens -> (B, T, D) per offset on the way, and the trunk's."""
+        model = self.model
+        embedded = model.trunk.embed_tokens(fed)  # (B, T, D)
+        states = model.trunk_states(embedded, self.cache.geometry(window, TRUNK))
+        for offset in self.path:
+            source = model.source(offset)
+            context = HeadContext(self.cache.geometry(window, offset), embedded)
+            states[offset] = model.heads(offset, model.read(offset, states[source]), context)
+        return states
+
+    def keep_anchors(self, states: dict[int, Tensor], slots: Tensor) -> None:
+        """Keep the states that drafting begins from: (B, T, D) at (B, T) slots."""
+        index = (self.cache.row_starts + slots).flatten()
+        for offset, kept in self.anchors.items():
+            kept.view(-1, kept.shape[-1]).index_copy_(0, index, states[offset].flatten(0, 1))
+
+    def commit(self, block: Tensor, accepted: Tensor) -> None:
+        """Append accepted drafts and the token after them to every row that is not finished: (B, K+1), (B,)."""
+        slots = self.lengths[:, None] + torch.arange(1, block.shape[1] + 1, device=self.device)
+        self.tokens.scatter_(1, slots, block)
+        self.cache.lengths += torch.where(self.is_finished, 0, accepted + 1)
+
+    def note_progress(self) -> None:
+        """Tell the host how far the rows are: on a GPU, this waits for it."""
+        shortest, longest = self.lengths.aminmax()
+        self.shortest, self.longest, finished = (
+            int(fact) for fact in torch.stack((shortest, longest, self.is_finished.all().long())).tolist()
+        )
+        self.all_finished = finished == 1
+
+
+def main_path(model: MtpModel) -> list[int]:
+    """List the offsets that must be computed for the main head, in order."""
+    path = [1]
+    while (source := model.heads.source(path[0])) != TRUNK:
+        path.insert(0, source)
+    return path
+
+
+def prefill(session: Session) -> Tensor:
+    """Run the prompts, each row from position 0, and return the main head's scores after its last token: (B, V)."""
+    longest = int(session.prompt_lengths.max())
+    window = session.cache.window(torch.zeros_like(session.lengths), longest, reach=longest, aligned=True)
+    states = session.run(session.tokens[:, :longest], window)
+    session.keep_anchors(states, window.slots)
+    session.cache.lengths.copy_(session.prompt_lengths)
+    last = states[1][session.rows, session.prompt_lengths - 1]  # (B, D)
+    scores: Tensor = session.model.unembedding.logits(1, last)
+    return scores
+
+
+def verify(session: Session, drafts: Tensor) -> Tensor:
+    """Feed the committed token and (B, K) drafts of every row; return the main head's scores: (B, K+1, V).
+
+    One forward of trunk and main head. Its keys, values and states stand at the positions that follow the row's
+    length; `Session.commit` makes the accepted ones count, the next pass overwrites the rest.
+    """
+    num_fed = drafts.shape[1] + 1
+    committed = session.tokens.gather(1, session.lengths[:, None])
+    fed = torch.cat((committed, drafts), dim=1)
+    aligned = session.shortest == session.longest
+    window = session.cache.window(session.lengths, num_fed, reach=session.longest + num_fed, aligned=aligned)
+    states = session.run(fed, window)
+    session.keep_anchors(states, window.slots)
+    scores: Tensor = session.model.unembedding.logits(1, states[1])
+    return scores
+
+
+def verify_tree(session: Session, nodes: Tensor, depths: Tensor, ancestry: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    """Feed the nodes of a tree, (B, T), the committed token first; return main head's scores (B, T, V) and states.
+
+    One forward, in which every node sees the past and its own ancestors. `keep_path` makes one path of it the past.
+    """
+    window = session.cache.tree_window(depths, ancestry, reach=session.longest + nodes.shape[1])
+    states = session.run(nodes, window)
+    return session.model.unembedding.logits(1, states[1]), states
+
+
+def keep_path(session: Session, states: dict[int, Tensor], path: Tensor) -> None:
+    """Move keys, values and states of the (B, P) nodes of a path to the positions that follow the row's length."""
+    here = session.lengths[:, None]
+    slots = here + torch.arange(path.shape[1], device=session.device)
+    session.cache.move(session.path, here + path, slots)
+    rows = session.rows[:, None]
+    session.keep_anchors({offset: states[offset][rows, path] for offset in session.anchors}, slots)

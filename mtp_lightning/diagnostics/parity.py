@@ -1,0 +1,255 @@
+"""What every ZeRO stage and schedule hands to the optimizer on ranks of this machine, held against plain torch.
+
+A cell is one way of training: stage, ranks, schedule, micro-batches, unembedding, heads, clipping. Each is trained for
+a few steps by the Lightning module, strategy and trainer of every run, and compared with `plain_run`: gradients before
+each step and weights after it, parameter by parameter, under SGD with momentum. AdamW would turn the rounding of
+near-zero gradients into visible steps, so under AdamW the losses of 20 steps are compared instead.
+"""
+
+import gc
+import json
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, final
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mtp_lightning.diagnostics.parity_matrix import RANKS, Cell, matrix
+from mtp_lightning.diagnostics.plain_loop import PlainStep, build_named_optimizer, plain_run, random_batch
+from mtp_lightning.errors import TrainingError
+from mtp_lightning.launch.local import run_ranks
+from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.training.lightning_module import MtpLightningModule
+from mtp_lightning.training.strategies.base import RunStrategy
+from mtp_lightning.training.strategies.process_group import joined_ranks
+from mtp_lightning.training.strategies.zero import build_strategy
+
+TOLERANCE = 1e-5  # relative: of a parameter's gradient, and of its value
+LOSS_TOLERANCE = 1e-4  # relative: of an offset's loss
+CELLS_BETWEEN_COLLECTIONS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How far a cell is from plain torch: worst relative errors over parameters (or offsets) and steps."""
+
+    cell: Cell
+    gradients: float = 0.0
+    weights: float = 0.0
+    losses: float = 0.0
+    worst: str = ""  # parameter and step of the worst gradient
+    failure: str = ""  # what stopped it
+
+    @property
+    def error(self) -> float:
+        """The larger of the gradients' and the weights' error; infinite where the cell did not run through."""
+        return math.inf if self.failure else max(self.gradients, self.weights)
+
+    @property
+    def is_good(self) -> bool:
+        """Tell whether every error is within its tolerance; NaN is not."""
+        return self.error <= TOLERANCE and self.losses <= LOSS_TOLERANCE
+
+
+def compare_strategies(*, full: bool) -> list[Outcome]:
+    """Run the matrix on one rank, then on two, as processes of their own; return what they found.
+
+    Raises:
+        TrainingError: The ranks ended before the last cell.
+    """
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for num_ranks in RANKS:
+            results = Path(folder) / f"{num_ranks}.jsonl"
+            options = ["--full"] if full else []
+            recipe = Recipe.model_validate({"strategy": {"kind": "zero1", "ranks_per_node": num_ranks}})
+            code = run_ranks(recipe, ["doctor", "--strategies", *options, "--results", str(results)])
+            found = read_outcomes(results)
+            expected = len(matrix(num_ranks, full=full))
+            if code or len(found) != expected:
+                raise TrainingError(
+                    f"{num_ranks} ranks must be able to run all {expected} cells of the comparison",
+                    f"exit code {code} after {len(found)}",
+                    "See what the ranks have said above",
+                )
+            outcomes += found
+    return outcomes
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """Read what `walk_cells` has written."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines]
+    return [Outcome(**{**record, "cell": Cell(**record["cell"])}) for record in records]
+
+
+def walk_cells(cells: list[Cell], results: Path, tell: Callable[[int, Outcome], None]) -> None:
+    """Run cells one after the other on the ranks that this process is one of; the first rank writes and tells.
+
+    Args:
+        cells: all of this number of ranks.
+        results: file to append one line of JSON per cell to.
+        tell: called on the first rank with the number of cells done and the last one's outcome.
+    """
+    with joined_ranks(cells[0].recipe), _silence(), results.open("a") as file:
+        gc.freeze()  # of no use to look through torch after every cell
+        for number, cell in enumerate(cells, start=1):
+            outcome = run_cell(cell)
+            if number % CELLS_BETWEEN_COLLECTIONS == 0:
+                gc.collect()  # engines are cycles; looking for them takes a fifth of a cell's time
+            if Ranks().is_first:
+                file.write(json.dumps(asdict(outcome)) + "\n")
+                file.flush()
+                tell(number, outcome)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what Lightning and DeepSpeed say of every start to themselves."""
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def run_cell(cell: Cell) -> Outcome:
+    """Train a cell with Lightning and compare it on the way; all its ranks call this."""
+    recipe = cell.recipe
+    plain = replace(cell, stage="single", ranks=1, schedule="joint", accumulation=1)
+    comparison = _Comparison(_expected(plain), cell)
+    module = _Module(recipe, cell.optimizer)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=build_strategy(recipe, torch.device("cpu")),
+        precision="32-true",
+        max_steps=recipe.run.steps,
+        max_epochs=-1,
+        callbacks=[comparison],
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    try:
+        with Ranks().agreeing():
+            trainer.fit(module, datamodule=RandomData(recipe, Ranks()))
+    except Exception as error:
+        return Outcome(cell=cell, failure=f"{type(error).__name__}: {error}")
+    return comparison.outcome()
+
+
+@cache
+def _expected(cell: Cell) -> list[PlainStep]:
+    return plain_run(cell.recipe, cell.optimizer)
+
+
+@final
+class _Module(MtpLightningModule):
+    """The module of every run, under the optimizer of a cell."""
+
+    def __init__(self, recipe: Recipe, optimizer_name: str) -> None:
+        super().__init__(recipe)
+        self.optimizer_name = optimizer_name
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with momentum, or AdamW."""
+        return build_named_optimizer(self.model, self.recipe.optimizer, self.optimizer_name)
+
+
+@final
+class RandomData(L.LightningDataModule):
+    """This rank's rows of the batches that `plain_run` sees."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
+        super().__init__()
+        self.recipe, self.ranks = recipe, ranks
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """One batch per step."""
+        share = self.recipe.batch.rows // self.ranks.size
+        own = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+        batches = [random_batch(self.recipe, step) for step in range(self.recipe.run.steps)]
+        own_batches = [{name: rows[own] for name, rows in batch.items()} for batch in batches]
+        return DataLoader(own_batches, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style data set
+
+    def advance(self, rows: int) -> None:
+        """Do nothing: nobody resumes."""
+
+
+@final
+class _Comparison(Callback):
+    """Compares every rank's fragments with the plain run; the ranks' sums make the errors."""
+
+    def __init__(self, expected: list[PlainStep], cell: Cell) -> None:
+        self.expected, self.cell = expected, cell
+        self.sums: dict[str, Tensor] = {}  # kind, step, parameter -> squares of difference and of expected, entries
+        self.losses = 0.0
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Compare gradients: the very last moment before the optimizer clips and uses them."""
+        if self.cell.optimizer == "sgd":
+            self._compare(trainer, "gradient", self.expected[trainer.global_step].gradients)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """Compare weights under SGD, losses under AdamW."""
+        expected = self.expected[trainer.global_step - 1]
+        if self.cell.optimizer == "sgd":
+            self._compare(trainer, "weight", expected.weights)
+        for offset, loss in enumerate(expected.losses, start=1):
+            error = abs(pl_module.metrics[f"train/loss_{offset}"] - loss) / loss
+            self.losses = math.nan if math.isnan(error) else max(self.losses, error)
+
+    def _compare(self, trainer: L.Trainer, kind: str, expected: dict[str, Tensor]) -> None:
+        strategy, step = trainer.strategy, trainer.global_step
+        assert isinstance(strategy, RunStrategy)
+        for name in expected:
+            self.sums[f"{kind} {step} {name}"] = torch.zeros(3, dtype=torch.float64)
+        for fragment in strategy.fragments():
+            values = getattr(fragment, kind)
+            if values is not None:
+                run = slice(fragment.start, fragment.start + values.numel())
+                wanted = expected[fragment.name].view(-1)[run].double()
+                squares = [float((values.double() - wanted).square().sum()), float(wanted.square().sum())]
+                sums = torch.tensor([*squares, values.numel()], dtype=torch.float64)
+                self.sums[f"{kind} {step} {fragment.name}"] += sums
+
+    def outcome(self) -> Outcome:
+        """Put the ranks' sums together; all ranks call this."""
+        keys = list(self.sums)
+        sums = Ranks().sum(torch.stack(list(self.sums.values()))) if keys else torch.zeros(0, 3)
+        errors = {key: self._error(key, row) for key, row in zip(keys, sums.tolist(), strict=True)}
+        gradients = {key: error for key, error in errors.items() if key.startswith("gradient")}
+        worst = max(gradients, key=lambda key: gradients[key], default="")
+        return Outcome(
+            cell=self.cell,
+            gradients=gradients.get(worst, 0.0),
+            weights=max((error for key, error in errors.items() if key.startswith("weight")), default=0.0),
+            losses=max(Ranks().gather(self.losses)),
+            worst=worst,
+        )
+
+    def _error(self, key: str, sums: list[float]) -> float:
+        """Relative error of a parameter; infinite where fragments do not cover it, or are not finite."""
+        _, _, name = key.split(" ", 2)
+        differing, expected, entries = sums
+        is_whole = entries == self.expected[0].weights[name].numel() and math.isfinite(differing)
+        if not expected:  # the half of a low-rank update whose other half is zero yet
+            return 0.0 if is_whole and not differing else math.inf
+        return math.sqrt(differing / expected) if is_whole else math.inf

@@ -1,0 +1,69 @@
+"""Training written out in plain torch, which the strategies are held against: one process, no schedule."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mtp_lightning.losses.targets import IGNORE, shifted_targets
+from mtp_lightning.model.freezing import freeze
+from mtp_lightning.model.mtp_model import MtpModel, build_model
+from mtp_lightning.recipe.schema.root import OptimizerSection, Recipe
+from mtp_lightning.training.step.optimizer import build_optimizer, parameter_groups
+
+MOMENTUM = 0.9
+
+
+class PlainStep(NamedTuple):
+    """One optimizer step."""
+
+    losses: list[float]  # mean over the valid targets of each offset
+    gradients: dict[str, Tensor]  # before clipping
+    weights: dict[str, Tensor]  # after the step
+
+
+def random_batch(recipe: Recipe, step: int) -> dict[str, Tensor]:
+    """A global batch of random rows with document boundaries and a loss mask; each (R, T+n), the same on every rank."""
+    generator = torch.Generator().manual_seed(step)
+    shape = (recipe.batch.rows, recipe.data.window_tokens + recipe.heads.num_offsets)
+    return {
+        "tokens": torch.randint(recipe.model.vocabulary, shape, generator=generator),
+        "documents": (torch.rand(shape, generator=generator) < 0.1).cumsum(1),
+        "loss_mask": torch.rand(shape, generator=generator) < 0.8,
+    }
+
+
+def plain_run(recipe: Recipe, optimizer_name: str) -> list[PlainStep]:
+    """Train a recipe's model on random batches for `run.steps` steps with `sgd` or `adamw`, at a constant rate."""
+    model = build_model(recipe)
+    freeze(model, recipe)
+    optimizer = build_named_optimizer(model, recipe.optimizer, optimizer_name)
+    return [_plain_step(model, optimizer, recipe, step) for step in range(recipe.run.steps)]
+
+
+def _plain_step(model: MtpModel, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> PlainStep:
+    batch = random_batch(recipe, step)
+    targets = shifted_targets(batch["tokens"], batch["documents"], recipe.heads.num_offsets, batch["loss_mask"])
+    hiddens = model.hidden_states(batch["tokens"], batch["documents"])
+    losses = [
+        F.cross_entropy(
+            model.unembedding.logits(offset, hidden).flatten(0, 1), targets[offset - 1].flatten(), ignore_index=IGNORE
+        )
+        for offset, hidden in hiddens.items()
+    ]
+    optimizer.zero_grad()
+    torch.autograd.backward(torch.stack(losses).sum())
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    if recipe.optimizer.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
+    optimizer.step()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return PlainStep([float(loss.detach()) for loss in losses], gradients, weights)
+
+
+def build_named_optimizer(model: MtpModel, section: OptimizerSection, name: str) -> torch.optim.Optimizer:
+    """Build `sgd` (with momentum) or `adamw` over groups by role."""
+    if name == "adamw":
+        return build_optimizer(model, section)
+    return torch.optim.SGD(parameter_groups(model, section), lr=section.lr, momentum=MOMENTUM)

@@ -1,0 +1,73 @@
+"""Writes that are on disk when the function returns, described without a second read."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, final
+
+from pydantic import BaseModel, ConfigDict
+
+
+class FileRecord(BaseModel):
+    """Size and digest of one file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    size_bytes: int
+    sha256: str
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names created, renamed or removed in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing and force it to disk at the end; its name is durable once the folder is synced too."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_durably(path: Path, content: bytes) -> FileRecord:
+    """Write a file and force it to disk; its name is durable once the folder is synced too."""
+    with durable_file(path) as file:
+        file.write(content)
+    return FileRecord(size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Give a file new content at once: readers see the old or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    write_durably(temporary, content)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+@final
+class Recorder:
+    """Passes bytes on to a file, and knows how many and with which digest."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._size_bytes = 0
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Write bytes."""
+        self._file.write(content)
+        self._digest.update(content)
+        self._size_bytes += len(content)
+
+    @property
+    def record(self) -> FileRecord:
+        """Describe what has been written so far."""
+        return FileRecord(size_bytes=self._size_bytes, sha256=self._digest.hexdigest())

@@ -1,0 +1,135 @@
+"""Files that somebody else may have written: regular files only, of bounded size, parsed without surprises."""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from mtp_lightning.recipe.yaml import RecipeYamlLoader
+
+MOST_JSON_BYTES = 2**26
+"""The index of a model of hundreds of layers, each with hundreds of experts, takes about 2**24."""
+MOST_YAML_BYTES = 2**22
+LONGEST_SHOWN = 80
+TOO_DEEP = "brackets nested too deep"
+NO_TEXT = "bytes that are not UTF-8 text"
+
+
+class OddFileError(Exception):
+    """A file that is not what its name promises; says in a few words what it is."""
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to be read in bytes, without waiting for the other end of a FIFO.
+
+    Raises:
+        OSError: It cannot be opened.
+        OddFileError: It is a folder, a FIFO or a device.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OddFileError("a folder, a FIFO or a device in place of a file")
+    with os.fdopen(handle, "rb") as file:
+        yield file
+
+
+def read_bounded(path: Path, most_bytes: int) -> bytes:
+    """Read a file whole.
+
+    Raises:
+        OSError: It cannot be read.
+        OddFileError: It is no regular file, or larger than it can be.
+    """
+    with open_regular(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes > most_bytes:
+            raise OddFileError(f"{size_bytes:,} bytes, where at most {most_bytes:,} are read")
+        return file.read(size_bytes)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        OSError: It cannot be read.
+        OddFileError: It is something else.
+    """
+    try:
+        value = json.loads(read_bounded(path, MOST_JSON_BYTES))
+    except UnicodeDecodeError:
+        raise OddFileError(NO_TEXT) from None
+    except json.JSONDecodeError as error:
+        raise OddFileError(f"no JSON ({error})") from None
+    except ValueError:
+        raise OddFileError("a number of too many digits") from None
+    except RecursionError:
+        raise OddFileError(TOO_DEEP) from None
+    if not isinstance(value, dict):
+        raise OddFileError(f"{shown(value)} in place of an object")
+    return value
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        OSError: It cannot be read.
+        OddFileError: It is something else.
+    """
+    try:
+        text = read_bounded(path, MOST_YAML_BYTES).decode()
+    except UnicodeDecodeError:
+        raise OddFileError(NO_TEXT) from None
+    return parse_yaml(text)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML.
+
+    Raises:
+        OddFileError: It is something else.
+    """
+    try:
+        return yaml.load(text, Loader=RecipeYamlLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise OddFileError(f"no YAML ({error.problem or error.context}{line})") from None
+    except yaml.YAMLError as error:
+        raise OddFileError(f"no YAML ({str(error).splitlines()[0]})") from None
+    except RecursionError:
+        raise OddFileError(TOO_DEEP) from None
+    except (ValueError, LookupError, AttributeError, TypeError):  # from PyYAML's constructors
+        raise OddFileError("a number of too many digits, or a value that its tag does not fit") from None
+
+
+def shown(value: object) -> str:
+    """Show a value of any type, depth and length in a few words.
+
+    >>> shown("x" * 200)[-30:], shown([[1]]), shown(None)
+    ('xxxxxxxxxx... (202 characters)', 'a list', 'null')
+    """
+    plain = {dict: "an object", list: "a list", type(None): "null"}
+    if (words := plain.get(type(value))) is not None:
+        return words
+    try:
+        text = repr(value)
+    except ValueError:  # of an integer with too many digits for Python to write out
+        return "an integer of thousands of digits"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text):,} characters)"
+
+
+def reason_of(error: Exception) -> str:
+    """Say in words why a file could not be read.
+
+    >>> reason_of(FileNotFoundError(2, "No such file or directory"))
+    'no such file or directory'
+    """
+    said = error.strerror if isinstance(error, OSError) else None
+    return said.lower() if said else str(error)

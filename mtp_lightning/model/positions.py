@@ -1,0 +1,94 @@
+"""Where each position stands and what it may attend to."""
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.recipe.schema.model import ModelSection
+
+
+class Past(ABC):
+    """Keys and values of earlier positions, which attention goes on from."""
+
+    @abstractmethod
+    def extend(self, layer: object, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep a layer's keys and values of T new positions and return all S: two (B, K, T, W) -> two (B, K, S, W)."""
+
+
+class Geometry(NamedTuple):
+    """Rotary tables and attention mask of a batch of windows.
+
+    `mask` None means plain causal attention over the window, or, for a single new position, all of the past.
+    """
+
+    cos: Tensor  # (B or 1, 1, T, R), R of a head's W channels are turned
+    sin: Tensor  # (B or 1, 1, T, R)
+    mask: Tensor | None  # (B, 1, T, S), true where attention is allowed; S = T without a past
+    past: Past | None = None
+
+
+def window_geometry(num_positions: int, section: ModelSection, *, like: Tensor) -> Geometry:
+    """Attend causally over the whole window; positions count from its start. `like` gives dtype and device."""
+    positions = torch.arange(num_positions, device=like.device)[None]  # (1, T)
+    return Geometry(*rotary_tables(positions, section, like=like), None)
+
+
+def document_geometry(documents: Tensor, section: ModelSection, *, like: Tensor) -> Geometry:
+    """Attend causally within each document only; positions restart at every document.
+
+    Args:
+        documents: (B, T) number of the document each position belongs to; equal numbers are contiguous.
+        section: Says how positions turn the channels of a head.
+        like: Tensor whose dtype and device the tables take.
+    """
+    positions = positions_in_document(documents)
+    same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
+    mask = torch.tril(same)[:, None]  # (B, 1, T, T)
+    return Geometry(*rotary_tables(positions, section, like=like), mask)
+
+
+def positions_in_document(documents: Tensor) -> Tensor:
+    """Count positions from the first one of each document: (B, T) -> (B, T)."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def rotary_tables(positions: Tensor, section: ModelSection, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, two equal halves as in HF: (B, T) -> two (B, 1, T, R)."""
+    exact = torch.promote_types(like.dtype, torch.float32)
+    exponents = torch.arange(0, section.rotary_width, 2, device=positions.device, dtype=exact) / section.rotary_width
+    frequencies = _scaled(1.0 / section.rope_theta**exponents, section)
+    angles = positions[:, None, :, None].to(exact) * frequencies  # (B, 1, T, R/2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def _scaled(frequencies: Tensor, section: ModelSection) -> Tensor:
+    """Slow frequencies down as `model.rope_scaling` says: (R/2,) -> (R/2,)."""
+    scaling = section.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_positions * frequencies / (2 * math.pi)  # within the window of the first training
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotate(states: Tensor, geometry: Geometry) -> Tensor:
+    """Apply the rotary embedding to the first R channels of queries or keys: (B, H, T, W) -> (B, H, T, W)."""
+    width = geometry.cos.shape[-1]
+    if width < states.shape[-1]:
+        return torch.cat((_turned(states[..., :width], geometry), states[..., width:]), dim=-1)
+    return _turned(states, geometry)
+
+
+def _turned(states: Tensor, geometry: Geometry) -> Tensor:
+    first, second = states.chunk(2, dim=-1)
+    return states * geometry.cos + torch.cat((-second, first), dim=-1) * geometry.sin

@@ -1,0 +1,125 @@
+"""YAML text to a tree of values; everything wrong on the way is noted as a fault."""
+
+import re
+from collections.abc import Callable
+
+import yaml
+
+from mtp_lightning.errors import Fault
+from mtp_lightning.recipe.tree import Names, Node
+from mtp_lightning.recipe.yaml import RecipeYamlLoader, scalar_value
+
+FAULTY = object()
+TAG_PREFIX = "tag:yaml.org,2002:"
+PLAIN_TAGS = (f"{TAG_PREFIX}map", f"{TAG_PREFIX}seq")
+FILE_REMEDY = "Check the indentation (spaces, no tabs), the space after each colon, and open quotes or brackets."
+PLAIN_PROBLEMS = (
+    (r"found character '\\t' that cannot start any token", "a tab, where only spaces may indent"),
+    (r"expected <block end>, but found .*", "a line that is indented unlike its neighbours"),
+    (r"but found another document", "a second document, after a line of dashes"),
+    (r"found undefined alias '(.*)'", r"*\1, an alias to nothing (text that begins with * needs quotes)"),
+    (r"mapping values are not allowed here", "a colon, where no key can stand"),
+    (r"expected '.' or '(.)', but got .*", r"a bracket that is not closed by \1"),
+    (r"found unexpected end of stream", "quotes that are not closed"),
+    (r"could not find expected ':'", "a line without a colon"),
+    (r"expected the node content, but found .*", "a value that breaks off"),
+    (r"found (.*)", r"\1"),
+)
+
+
+def read_yaml(
+    text: str, name: str, faults: list[Fault], *, where: Callable[[int], str], remedy: str = FILE_REMEDY
+) -> Node | None:
+    """Parse YAML into a tree; `where` turns a line number into an origin.
+
+    Return None for a text that is empty, and for one that is at fault, which is noted.
+    """
+    try:
+        root = yaml.compose(text, Loader=RecipeYamlLoader)
+    except yaml.MarkedYAMLError as error:
+        found, line = _plain_problem(error), _line_of(error)
+    except yaml.reader.ReaderError as error:
+        found = f"the character {chr(error.character)!a}, which YAML does not allow"
+        line = text.count("\n", 0, error.position) + 1
+    except RecursionError:
+        found, line = "brackets nested without end", 1
+    else:
+        return _TreeBuilder(name, faults, where).build(root, ()) if root else None
+    origin = where(line)
+    faults.append(Fault(path=name, must_hold="must be well-formed YAML", found=found, origin=origin, remedy=remedy))
+    return None
+
+
+def _plain_problem(error: yaml.MarkedYAMLError) -> str:
+    problem = error.problem or error.context or "text out of place"
+    for pattern, words in PLAIN_PROBLEMS:
+        if re.fullmatch(pattern, problem):
+            return re.sub(pattern, words, problem)
+    return problem.replace("<", "").replace(">", "")
+
+
+def _line_of(error: yaml.MarkedYAMLError) -> int:
+    """Return the line to look at: where something was opened, else where reading failed."""
+    opened = ("while scanning a simple key", "while scanning a quoted scalar", "while parsing a flow")
+    was_opened = (error.context or "").startswith(opened)
+    mark = (was_opened and error.context_mark) or error.problem_mark or error.context_mark
+    return mark.line + 1 if mark else 1
+
+
+class _TreeBuilder:
+    """Turns PyYAML's nodes into ours; duplicate keys, tags and loops of aliases become faults."""
+
+    def __init__(self, name: str, faults: list[Fault], where: Callable[[int], str]) -> None:
+        self.name = name
+        self.faults = faults
+        self.where = where
+        self.open_nodes: list[yaml.Node] = []
+
+    def build(self, node: yaml.Node, path: Names, line: int | None = None) -> Node | None:
+        """Build the tree below `node`, or None if it is at fault; `line` is that of its key."""
+        origin = self.where(line or node.start_mark.line + 1)
+        if node in self.open_nodes:
+            self.note(path, origin, "must not contain itself", "an alias to an enclosing value", "Undo the loop.")
+            return None
+        self.open_nodes.append(node)
+        value = self.value(node, path, origin)
+        self.open_nodes.pop()
+        return None if value is FAULTY else Node(value, origin)
+
+    def value(self, node: yaml.Node, path: Names, origin: str) -> object:
+        """Build a mapping, a list or a scalar."""
+        if isinstance(node, yaml.MappingNode) and node.tag in PLAIN_TAGS:
+            return self.mapping(node, path)
+        if isinstance(node, yaml.SequenceNode) and node.tag in PLAIN_TAGS:
+            items = [self.build(item, (*path, str(index))) for index, item in enumerate(node.value)]
+            return [item for item in items if item]
+        found, remedy = f"the tag {node.tag.replace(TAG_PREFIX, '!!')}", "Remove the tag; put quotes around text."
+        if isinstance(node, yaml.ScalarNode):
+            try:
+                return scalar_value(node.tag, node.value)
+            except KeyError:
+                pass  # the tag is foreign or does not fit
+            except ValueError:
+                found, remedy = f"a number of {len(node.value)} characters", "Shorten it, or put quotes around text."
+        self.note(path, origin, "must be a plain value", found, remedy)
+        return FAULTY
+
+    def mapping(self, node: yaml.MappingNode, path: Names) -> dict[str, Node]:
+        """Build the entries of a mapping; of a key given twice the first entry is kept."""
+        entries: dict[str, Node] = {}
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            name = str(key.value) if isinstance(key, yaml.ScalarNode) else "?"
+            line = lines.setdefault(name, key.start_mark.line + 1)
+            if line != key.start_mark.line + 1 or name in entries:
+                found = f"a second entry (the first: {self.where(line)})"
+                here = self.where(key.start_mark.line + 1)
+                self.note((*path, name), here, "must be given once", found, "Keep one of the two.")
+            elif built := self.build(value, (*path, name), line):
+                entries[name] = built
+        return entries
+
+    def note(self, path: Names, origin: str, must_hold: str, found: str, remedy: str) -> None:
+        """Note a fault."""
+        name = ".".join(path) or self.name
+        self.faults.append(Fault(path=name, must_hold=must_hold, found=found, origin=origin, remedy=remedy))

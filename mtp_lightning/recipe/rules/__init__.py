@@ -1,0 +1,1 @@
+"""Conditions between keys of a recipe, all checked together."""

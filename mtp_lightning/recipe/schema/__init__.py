@@ -1,0 +1,1 @@
+"""Typed sections of a recipe, and questions to their types."""

@@ -1,0 +1,117 @@
+"""Sections of a recipe on data: where tokens come from, how windows are cut, how many make a step."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mtp_lightning.recipe.schema.base import PositiveFloat, PositiveInt, Section
+
+MIXTURE_BLOCK_ROWS = 4096
+"""Rows over which a mixture keeps its weights exactly."""
+
+
+class StreamSection(Section):
+    """WebDataset tars that others made, for `data.kind: webdataset_stream`.
+
+    A sample is a document: `.txt`, `.json` with a text field, or token ids in `.npy` or `.tok`.
+    """
+
+    train: list[str] = Field(min_length=1)
+    """Tars to train on: paths, globs, URLs; {00..17} stands for numbers. As many as ranks x loader processes, or more.
+    """
+    validation: list[str] = Field(min_length=1)
+    """Tars whose first rows are held out for validation."""
+    text_field: str = "text"
+    """Field of `.json` samples that holds the text."""
+    token_type: Literal["uint16", "uint32"] = "uint16"
+    """How `.tok` samples store ids, little-endian."""
+
+
+class DataSection(Section):
+    """Where the tokens come from, and how windows are cut."""
+
+    kind: Literal["shards", "webdataset_stream"] = "shards"
+    """Shards with an index, whose rows come in an exact order that any number of ranks resumes; or plain WebDataset
+    tars read from front to back (`data.stream`), whose resume is not exact: it begins at another place, so some
+    documents come again early and others late."""
+    stream: StreamSection | None = None
+    """For kind `webdataset_stream`: the tars."""
+    corpus: list[str] = Field(default=["stdlib"], min_length=1)
+    """Text to build shards from: folders, files, globs, `stdlib` (Python's own library), `stdlib:json` (a package)."""
+    shards: str | None = None
+    """Folder of shards made by `mtp data build`, or its URL (https://, s3://, …); null means: build from the corpus
+    into run.cache when missing."""
+    mixture: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Several folders or URLs of shards and their weights, e.g. {shards/code: 1, shards/web: 3}, instead of `shards`.
+    """
+    mixture_epochs: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """How often a run may at most read through a source of the mixture, e.g. {shards/code: 4}; without, any number."""
+    order: Literal["rows", "shards"] = "rows"
+    """Shuffle all rows of an epoch; or shuffle the shards, and rows within groups of `group_shards` of them, so that
+    a cache smaller than the data will do."""
+    group_shards: PositiveInt = 8
+    """For order `shards`: how many shards rows are shuffled over."""
+    cache_gib: PositiveFloat = 256.0
+    """Most that shards from URLs take below run.cache, in GiB."""
+    tokenizer: str = "byte"
+    """Tokenizer: `byte` (256 bytes + end of document), or a file, `tokenizer.json` or a SentencePiece `*.model`."""
+    end_of_document: Annotated[int, Field(ge=0)] | None = None
+    """Id of the token that ends a document; null means the tokenizer's own."""
+    deduplicate: bool = False
+    """Leave out of a corpus every document that is equal to an earlier one."""
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03
+    """Share of documents held out for validation, chosen by a hash of their path."""
+    window_tokens: Annotated[int, Field(ge=2)] = 256
+    """Positions T per window; each row holds T + n tokens."""
+    packing: Literal["cut", "best_fit"] = "cut"
+    """Windows cut from the documents one after another, or filled with whole documents by best fit."""
+    attention: Literal["document", "window"] = "window"
+    """Attend within the document only (positions restart there), or over the whole window."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Loader processes per rank; 0 reads in a thread of the training process."""
+
+
+class RampSection(Section):
+    """A batch that grows over the first rows of a run, from `from_rows` in steps of as many to `batch.rows`."""
+
+    from_rows: PositiveInt
+    """Rows of the first steps; must divide `batch.rows`."""
+    over_rows: PositiveInt
+    """Rows after which a step has `batch.rows`."""
+
+
+class BatchSection(Section):
+    """Rows per optimizer step, and how they are cut up."""
+
+    rows: PositiveInt = 16
+    """Rows (windows) per optimizer step, over all ranks."""
+    micro_rows: PositiveInt = 16
+    """Rows per forward and backward on one rank; must divide rows."""
+    ramp: RampSection | None = None
+    """Fewer rows per step at the beginning, or null; the learning rate goes by steps all the same."""
+
+    def rows_at(self, rows_consumed: int) -> int:
+        """Rows of the step that begins at a position: a function of it alone, so ranks and restarts agree.
+
+        >>> batch = BatchSection(rows=16, ramp=RampSection(from_rows=4, over_rows=90))
+        >>> [batch.rows_at(position) for position in (0, 29, 30, 60, 90, 1000)]
+        [4, 4, 8, 12, 16, 16]
+        """
+        if self.ramp is None or rows_consumed >= self.ramp.over_rows:
+            return self.rows
+        num_growths = self.rows // self.ramp.from_rows - 1
+        return self.ramp.from_rows * (1 + rows_consumed * num_growths // self.ramp.over_rows)
+
+    def rows_after(self, steps: int) -> int:
+        """Rows of that many steps from the beginning; costs a few operations per size of a step.
+
+        >>> BatchSection(rows=16, ramp=RampSection(from_rows=4, over_rows=90)).rows_after(8 + 4 + 3 + 2)
+        132
+        """
+        position = 0
+        while self.ramp is not None and steps > 0 and (size := self.rows_at(position)) < self.rows:
+            grown, num_growths = size // self.ramp.from_rows, self.rows // self.ramp.from_rows - 1
+            next_growth = -(-grown * self.ramp.over_rows // num_growths)  # the first position of a larger step
+            num_steps = min(steps, -(-(next_growth - position) // size))
+            position, steps = position + num_steps * size, steps - num_steps
+        return position + steps * self.rows

@@ -1,0 +1,123 @@
+"""Sections of the model: the trunk and the heads."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mtp_lightning.recipe.schema.base import PositiveFloat, PositiveInt, Section
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "mimo", "gpt_neox"]
+
+
+class RopeScalingSection(Section):
+    """Slower rotary frequencies, for windows longer than those that the model was first trained on."""
+
+    kind: Literal["linear", "llama3"] = "llama3"
+    """All frequencies alike, or only those whose wave is long against `original_positions` [Llama 3.1]."""
+    factor: PositiveFloat = 8.0
+    """What frequencies are divided by."""
+    low_freq_factor: PositiveFloat = 1.0
+    """For `llama3`: waves longer than original_positions / low_freq_factor are slowed down whole."""
+    high_freq_factor: PositiveFloat = 4.0
+    """For `llama3`: waves shorter than original_positions / high_freq_factor are left as they are."""
+    original_positions: PositiveInt = 8192
+    """For `llama3`: window that the model was first trained on."""
+
+
+class ModelSection(Section):
+    """Shape of the trunk: a decoder of the Llama or the GPT-NeoX type."""
+
+    width: PositiveInt = 256
+    """Width D of the hidden states."""
+    num_layers: PositiveInt = 8
+    """Transformer layers in all; with `heads.match_parameters` the heads' layers are taken from these."""
+    num_attention_heads: PositiveInt = 8
+    """Query heads per layer."""
+    num_key_value_heads: PositiveInt | None = None
+    """Key and value heads per layer (grouped-query attention); null means as many as query heads."""
+    head_width: PositiveInt | None = None
+    """Width of one attention head; null means width / num_attention_heads."""
+    mlp_width: PositiveInt | None = None
+    """Inner width of the feed-forward; null means 8/3 of the width, rounded up to a multiple of 64 (GELU: 4 widths)."""
+    vocabulary: PositiveInt = 257
+    """Vocabulary V; must exceed every token id in the data (257 = bytes + end of document)."""
+    max_positions: PositiveInt = 4096
+    """Longest window the rotary positions are meant for; exported with the model."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScalingSection | None = None
+    """Scaling of the rotary frequencies (Llama 3.1), or null."""
+    rotary_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of each head's channels that the rotary positions turn, the first ones (Pythia: 0.25)."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Every norm of width D: RMSNorm, or LayerNorm with a bias (GPT-NeoX)."""
+    norm_eps: PositiveFloat = 1e-5
+    """Epsilon of every norm."""
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    """Feed-forward: three matrices with a gate, or two with a GELU between them (GPT-NeoX)."""
+    parallel_residual: bool = False
+    """Let attention and feed-forward of a layer read the same input and add both to it (GPT-NeoX)."""
+    qkv_bias: bool = False
+    """Add a bias to the query, key and value projections (Qwen2)."""
+    output_bias: bool = False
+    """Add a bias to the output projection of attention (GPT-NeoX)."""
+    mlp_bias: bool = False
+    """Add a bias to every projection of the feed-forward (GPT-NeoX)."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head (Qwen3)."""
+    tie_embeddings: bool = False
+    """Use the token embedding as the unembedding matrix."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; output projections are scaled down by sqrt(2 x layers)."""
+    family: Family | None = None
+    """Architecture that the model was imported as and is exported as (`mtp export --format hf`); null means the first
+    that it fits."""
+
+    @property
+    def resolved_head_width(self) -> int:
+        """Width of one attention head."""
+        return self.head_width or self.width // self.num_attention_heads
+
+    @property
+    def resolved_key_value_heads(self) -> int:
+        """Key and value heads per layer."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def resolved_mlp_width(self) -> int:
+        """Inner width of the feed-forward."""
+        default = 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // (3 * 64)) * 64
+        return self.mlp_width or default
+
+    @property
+    def rotary_width(self) -> int:
+        """Channels of each head that the rotary positions turn."""
+        return int(self.resolved_head_width * self.rotary_share)
+
+
+class HeadsSection(Section):
+    """Which offsets are predicted, and by what kind of head."""
+
+    num_offsets: PositiveInt = 4
+    """Number n of predicted tokens, the next one included; 1 is a plain next-token model."""
+    kind: Literal["parallel", "linear", "chained", "sequential", "recursive", "medusa"] = "parallel"
+    """Head kind: parallel layers, linear maps, chained layers, DeepSeek modules, one unrolled module, Medusa blocks."""
+    order: Literal["causal", "anticausal"] = "causal"
+    """Direction of the chain, for kind `chained`: next token first, or far token first."""
+    layers_per_head: PositiveInt = 1
+    """Transformer layers (or Medusa blocks) in each head."""
+    match_parameters: bool = True
+    """Take the extra heads' layers from the trunk, so that the layer count does not depend on n."""
+    unembedding: Literal["shared", "replicated"] = "shared"
+    """One V x D matrix for all offsets, or one per offset (byte vocabularies, original Medusa)."""
+    hidden: Literal["post_norm", "pre_norm"] = "post_norm"
+    """Hidden state that sequential and recursive modules read: after or before the final norm."""
+    concatenation: Literal["embedding_first", "hidden_first"] = "embedding_first"
+    """Order of the 2D-wide input of sequential and recursive modules (DeepSeek: embedding first; MiMo: hidden)."""
+    isolate_trunk: bool = False
+    """Keep the gradients of offsets beyond the first out of the trunk."""
+    trainable_from: Annotated[int, Field(ge=2)] | None = None
+    """First offset whose head is trained; trunk, unembedding and the heads before it are frozen. Null trains all."""
+    extend: PositiveInt | None = None
+    """Where `run.start_from` has fewer offsets: how many of its trained heads, the last ones, the new ones are copied
+    from, again and again; null refuses such a model."""

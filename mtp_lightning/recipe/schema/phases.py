@@ -1,0 +1,39 @@
+"""The section of a phase: what differs from the recipe for one stretch of a run."""
+
+from typing import Any
+
+from pydantic import Field
+
+from mtp_lightning.recipe.schema.base import PositiveInt, Section
+
+FOLDER = "phases"
+"""Where the run folders of phases lie in the run's own."""
+
+
+class PhaseSection(Section):
+    """One stretch of a run in phases: the recipe with changes, trained from where the phase before ended.
+
+    Changes hold for their own phase only; what an extension adds stays for the phases after it.
+    """
+
+    extend_to: PositiveInt | None = None
+    """Give the model this many offsets first, the new heads as copies of trained ones; only they are trained, unless
+    `heads.trainable_from` says otherwise."""
+    extend_group: PositiveInt | None = None
+    """How many trained heads are copied again and again, the last ones; null means all beyond the first."""
+    keep_optimizer: bool = False
+    """Go on with the optimizer's state of the phase before, which must have trained the same parameters."""
+    heads: dict[str, Any] = Field(default_factory=dict)
+    """Changes of `heads`: `trainable_from` and `isolate_trunk`."""
+    adapt: dict[str, Any] = Field(default_factory=dict)
+    """Changes of `adapt`; updates and mixtures of a phase cannot be left out by those after it."""
+    objective: dict[str, Any] = Field(default_factory=dict)
+    """Changes of `objective`."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Changes of `data`."""
+    batch: dict[str, Any] = Field(default_factory=dict)
+    """Changes of `batch`."""
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+    """Changes of `optimizer`; warm-up and decay of the learning rate span the phase."""
+    run: dict[str, Any] = Field(default_factory=dict)
+    """Changes of `run`, such as `steps`, which are the phase's own."""

@@ -1,0 +1,191 @@
+"""Sections of a recipe: frozen, typed, torch-free. One docstring per field, shown by `mtp recipe show --docs`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from mtp_lightning.recipe.schema.adapt import AdaptSection
+from mtp_lightning.recipe.schema.base import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from mtp_lightning.recipe.schema.data import BatchSection, DataSection
+from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
+from mtp_lightning.recipe.schema.objective import ObjectiveSection
+from mtp_lightning.recipe.schema.phases import PhaseSection
+
+
+class OptimizerSection(Section):
+    """AdamW with warm-up and cosine decay."""
+
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    lr_scale: dict[Literal["trunk", "heads", "unembedding", "lora", "mixtures"], PositiveFloat] = Field(
+        default_factory=dict
+    )
+    """Factors on the learning rate by role, e.g. {heads: 4}."""
+    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    """Decay rates of AdamW's two moments."""
+    eps: PositiveFloat = 1e-8
+    """Epsilon of AdamW."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay; norms and biases are exempt."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps of linear warm-up; a shorter run ends within it."""
+    decay_ratio: Fraction = 0.1
+    """Learning rate at the last step, as a share of the peak."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest norm of the whole gradient; null means no clipping."""
+
+
+class GuardSection(Section):
+    """Watches how far the main head drifts from the model that the run starts from, on fixed held-out rows."""
+
+    every_steps: PositiveInt = 100
+    """Steps between two looks."""
+    rows: Annotated[int, Field(ge=2)] = 64
+    """Held-out rows to look at."""
+    warn_loss: PositiveFloat | None = 0.01
+    """Warn when the main head's loss has surely risen by this much, in nats: the low end of its 95 % interval."""
+    stop_loss: PositiveFloat | None = 0.05
+    """Stop the run when it has surely risen by this much."""
+    warn_kl: PositiveFloat | None = None
+    """Warn at this mean KL, in nats, of the starting model from the present one."""
+    stop_kl: PositiveFloat | None = None
+    """Stop at this mean KL."""
+    warn_flips: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Warn when the likeliest token has changed at this share of positions."""
+    stop_flips: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Stop at this share."""
+
+
+class NonFiniteSection(Section):
+    """What a run does about a loss or gradient that is not finite."""
+
+    skip_steps: Annotated[int, Field(ge=0)] = 1
+    """Steps in a row that leave the weights as they are and the run goes on from; at one more it rolls back."""
+    rollbacks: Annotated[int, Field(ge=0, le=16)] = 3
+    """How often a run may go back to its last good checkpoint and leave the rows of those steps out; after that it ends
+    with exit code 88."""
+
+
+class EarlyStopSection(Section):
+    """Ends a run, or a phase, whose accepted length no longer rises."""
+
+    validations: PositiveInt = 5
+    """Validations in a row without a gain after which the run ends."""
+    least_gain: NonNegativeFloat = 0.01
+    """Tokens per forward that count as a gain in accepted length; a main head that is better by 5 % always does."""
+
+
+class RunSection(Section):
+    """Where a run lives, how long it lasts, what it writes and when."""
+
+    dir: str = "runs/default"
+    """Run folder; a folder that already has a checkpoint of the same recipe is continued."""
+    cache: str = "runs/cache"
+    """Folder for shards built from a corpus or fetched from a URL, shared between runs."""
+    fresh: bool = False
+    """Start over: move an earlier run in this folder aside instead of continuing it."""
+    start_from: str | None = None
+    """Run, checkpoint or exported folder whose weights a new run starts with; optimizer and data begin anew."""
+    guard: GuardSection | Literal["auto"] | None = "auto"
+    """Guard of the main head, for runs that start from a model; auto: where the main head or what it reads is trained
+    on, warn as below and stop at a wreck, a main head that is surely 0.5 nats worse; null: none."""
+    keep_optimizer: bool = False
+    """Also take the optimizer's state of `start_from`; the same parameters must be trained."""
+    keep_position: bool = False
+    """Go on in the data where `start_from` stood, instead of at the beginning."""
+    sample: str | None = None
+    """Prompt that is continued when the run has ended, drawn at temperature 0.7, drafts coloured and their gain
+    measured; null: none."""
+    early_stop: EarlyStopSection | None = None
+    """End when the accepted length stays where it is, or null: after `steps`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of initial weights and of the order of the data."""
+    steps: PositiveInt = 1000
+    """Optimizer steps."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes CUDA when there is one."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32; bf16: autocast over fp32 weights on one device, bf16 weights beside an fp32 master under ZeRO; fp16: under
+    ZeRO on GPUs only, with loss scaling."""
+    threads: PositiveInt | None = None
+    """CPU threads for tensor work; null leaves torch's choice."""
+    log_every_steps: PositiveInt = 10
+    """Steps between rows of metrics."""
+    validate_every_steps: PositiveInt = 200
+    """Steps between validations; there is one more after the last step."""
+    validation_rows: PositiveInt = 64
+    """Held-out rows per validation."""
+    checkpoint_every_steps: PositiveInt = 200
+    """Steps between checkpoints; there is one more after the last step."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints to keep, besides the best by accepted length."""
+    checkpoint_in_background: bool | None = None
+    """Copy the state to the host and write it while training goes on; null means: where it lies on a GPU."""
+    hang_after_s: PositiveFloat | None = 900.0
+    """Seconds without any progress after which a rank writes its stacks and ends with exit code 89; first steps and
+    saves get six times as long; null means never."""
+    hang_factor: PositiveFloat = 10.0
+    """The same as a multiple of the median step; the longer of the two holds."""
+    nonfinite: NonFiniteSection = NonFiniteSection()
+    """What to do about a loss or gradient that is not finite."""
+
+
+class StrategySection(Section):
+    """How a model is spread over ranks."""
+
+    kind: Literal["single", "zero1", "zero2", "zero3"] = "single"
+    """One rank, or DeepSpeed ZeRO: shard the optimizer's state (1), gradients too (2), parameters too (3)."""
+    num_nodes: PositiveInt = 1
+    """Machines."""
+    ranks_per_node: PositiveInt = 1
+    """Ranks (GPUs) per node."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's state lives when it is not on the GPU."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where sharded parameters live between uses when they are not on the GPU; zero3 only."""
+    nvme_path: str | None = None
+    """Folder on a local disk for what is offloaded to nvme."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Raw DeepSpeed keys merged over the generated configuration."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks on all nodes."""
+        return self.num_nodes * self.ranks_per_node
+
+
+class DebugSection(Section):
+    """Help in trying a recipe out."""
+
+    shrink: bool = False
+    """Make model, step and run small enough for a laptop, and read Python's own library; heads, schedule, precision and
+    strategy stay, and so does whatever the command line sets."""
+
+
+class Recipe(Section):
+    """A whole run as a value."""
+
+    name: str = "default"
+    """Name of the recipe, shown in tables and titles."""
+    model: ModelSection = ModelSection()
+    """Shape of the trunk."""
+    heads: HeadsSection = HeadsSection()
+    """Offsets and head kind."""
+    adapt: AdaptSection = AdaptSection()
+    """What of a pretrained model is frozen, and what is added to it."""
+    objective: ObjectiveSection = ObjectiveSection()
+    """Losses and schedule."""
+    data: DataSection = DataSection()
+    """Tokens and windows."""
+    batch: BatchSection = BatchSection()
+    """Rows per step."""
+    optimizer: OptimizerSection = OptimizerSection()
+    """AdamW and its schedule."""
+    run: RunSection = RunSection()
+    """Folder, length, logging."""
+    strategy: StrategySection = StrategySection()
+    """Ranks, and what is sharded over them."""
+    phases: dict[str, PhaseSection] = Field(default_factory=dict)
+    """Stretches of the run by name, one after the other, each the recipe with changes; empty for a run of one piece."""
+    debug: DebugSection = DebugSection()
+    """Trying out."""

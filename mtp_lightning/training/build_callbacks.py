@@ -1,0 +1,53 @@
+"""The callbacks of a run, in the order that they need."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning.pytorch.callbacks import Callback
+
+from mtp_lightning.launch.signals import StopRequest
+from mtp_lightning.model.freezing import freezes
+from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.training.health.drift import MainHeadGuard, guard_of
+from mtp_lightning.training.health.early_stop import EarlyStop
+from mtp_lightning.training.health.rollbacks import Rollbacks
+from mtp_lightning.training.health.stragglers import Stragglers
+from mtp_lightning.training.health.watchdog import Watchdog
+from mtp_lightning.training.logging.live import LiveView
+from mtp_lightning.training.logging.metrics_files import MetricsFiles
+from mtp_lightning.training.logging.summary import Summary
+from mtp_lightning.training.saving.init_from import Frozen, StartFrom
+from mtp_lightning.training.saving.interruption import Interruption
+from mtp_lightning.training.saving.save_checkpoints import Checkpoints
+
+
+def build_callbacks(
+    recipe: Recipe, run_folder: Path, *, layers: Mapping[str, int], stop: StopRequest | None = None
+) -> list[Callback]:
+    """Make all callbacks of a run.
+
+    Rows are written before the checkpoint of their step; a stop is answered after due saves; the summary comes when
+    files are written and the live view is closed. Slow ranks are looked for before anything that ranks wait in, and
+    the watchdog counts a step from when all else is done.
+
+    Args:
+        recipe: the run.
+        run_folder: gets metrics.csv, tensorboard/, checkpoints/, summary.json and curves.png.
+        layers: layer counts by part, recorded in every checkpoint.
+        stop: where signals ask the run to stop; without, only Ctrl-C does.
+    """
+    checkpoints = Checkpoints(recipe, run_folder / "checkpoints", layers=layers)
+    return [
+        Stragglers(),
+        *([StartFrom(recipe, Path(recipe.run.start_from))] if recipe.run.start_from else []),
+        *([Frozen()] if freezes(recipe) else []),
+        Rollbacks(run_folder),
+        *([MainHeadGuard(recipe, guard)] if (guard := guard_of(recipe)) else []),
+        *([EarlyStop(recipe.run.early_stop)] if recipe.run.early_stop else []),
+        MetricsFiles(recipe, run_folder),
+        checkpoints,
+        Interruption(checkpoints, stop or StopRequest()),
+        LiveView(recipe, run_folder, checkpoints),
+        Summary(recipe, run_folder, checkpoints),
+        Watchdog(recipe, run_folder),
+    ]

@@ -1,0 +1,1 @@
+"""Watching a run: drift, divergence, hangs, stragglers, early stop."""

@@ -1,0 +1,1 @@
+"""When and how a run is saved, and what it starts from."""

@@ -1,0 +1,193 @@
+"""Weights of another model at the beginning of a run, and parts of it that must stay as they are."""
+
+import hashlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, cast, final
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from mtp_lightning.checkpoint.convert.load_model import find_checkpoint, model_files
+from mtp_lightning.checkpoint.format.layout import check_digests
+from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME
+from mtp_lightning.checkpoint.format.read_shards import ShardReader
+from mtp_lightning.checkpoint.format.reader_view import ReaderView
+from mtp_lightning.checkpoint.format.state_folder import STATE_NAME, read_state
+from mtp_lightning.data.loading.datamodule import MtpDataModule
+from mtp_lightning.errors import CheckpointError, TrainingError
+from mtp_lightning.model.add_heads import parameter_origins
+from mtp_lightning.model.freezing import ADDED
+from mtp_lightning.model.roles import role_of
+from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe import Recipe, load_recipe, num_trunk_layers
+from mtp_lightning.recipe.rules.base import value_at
+from mtp_lightning.training.strategies.base import RunStrategy
+from mtp_lightning.training.strategies.param_shards import check_names, listed, whole_shape
+
+SAME_FIELDS = (
+    "model.num_attention_heads",
+    "model.num_key_value_heads",
+    "model.rope_theta",
+    "model.rope_scaling",
+    "model.rotary_share",
+    "model.parallel_residual",
+    "model.norm_eps",
+    "heads.kind",
+    "heads.order",
+    "heads.hidden",
+    "heads.concatenation",
+    "heads.layers_per_head",
+    "data.attention",
+)
+"""Fields that change what the same weights compute."""
+SAME_ADDITIONS = ("adapt.lora.alpha", "adapt.weighted_states.temperature")
+"""The same, where both models have what they belong to."""
+
+
+@final
+class StartFrom(Callback):
+    """Fill a new run with the weights of `run.start_from`; a run that has a checkpoint goes on from that instead.
+
+    With `heads.extend` offsets that are not there start as copies of trained ones; with `run.keep_optimizer` moments
+    come along, with `run.keep_position` the data go on where that run stood.
+    """
+
+    def __init__(self, recipe: Recipe, path: Path) -> None:
+        self._recipe, self._path = recipe, path
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the position in the data; one of this run's own checkpoints replaces it.
+
+        Raises:
+            CheckpointError: `run.start_from` is a model without a position.
+        """
+        if not self._recipe.run.keep_position:
+            return
+        data = cast(MtpDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        with Ranks().agreeing():
+            folder = find_checkpoint(self._path)
+            if not (folder / STATE_NAME).is_file():
+                raise _lacks("run.keep_position", "position in the data", folder)
+            data.go_on_from(read_state(folder)[type(data).__qualname__])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the weights, on every rank its part.
+
+        Raises:
+            CheckpointError: They are not there, damaged, or not those of the recipe's model.
+        """
+        if trainer.global_step:
+            return
+        strategy = cast(RunStrategy, trainer.strategy)
+        with strategy.ranks.agreeing():
+            folder = find_checkpoint(self._path)
+            if strategy.ranks.is_first:
+                check_digests(folder, model_files(folder))
+            reader, fresh = self._view_of(folder, strategy)
+            if strategy.ranks.is_first:
+                added = f"; not in there, and fresh: {listed(fresh)}" if fresh else ""
+                print(f"Starting from the weights of {folder}{added}", flush=True)
+        strategy.fill(reader)
+
+    def _view_of(self, folder: Path, strategy: RunStrategy) -> tuple[ReaderView, list[str]]:
+        """Check what is stored, and see it as this run's model; return this and the names that an adaptation adds."""
+        own, theirs = self._recipe, load_recipe(folder / RECIPE_NAME).recipe
+        found = "; ".join(f"{what} {a} there and {b} here" for what, (a, b) in _compared(theirs, own).items() if a != b)
+        reader = ShardReader(folder)
+        fresh = {
+            name: whole_shape(parameter)
+            for name, parameter in strategy.named_parameters()
+            if role_of(name) in ADDED and not any(role_of(stored) == role_of(name) for stored in reader.names)
+        }
+        view = ReaderView(reader, has_moments=own.run.keep_optimizer, fresh=fresh)
+        if not found:
+            if own.heads.extend and theirs.heads.num_offsets < own.heads.num_offsets:
+                view = ReaderView(reader, self._origins(theirs, folder, fresh), fresh=fresh)
+            try:
+                check_names(view, strategy.named_parameters())
+            except CheckpointError as error:
+                found = error.found
+        if found:
+            raise CheckpointError(
+                "run.start_from must name a model with the parameters and the architecture of this recipe",
+                f"{found}, in {folder}",
+                f"Take sections model, heads and adapt from {folder / RECIPE_NAME}, or leave run.start_from out"
+                + ("; `mtp export` merges low-rank updates into the model" if "lora" in found else ""),
+            )
+        trained = (name for name, parameter in strategy.named_parameters() if parameter.requires_grad)
+        bare = [name for name in trained if own.run.keep_optimizer and len(view.kinds(name)) <= 1]
+        if bare:
+            raise _lacks("run.keep_optimizer", f"optimizer's state of {listed(bare)}", folder)
+        return view, [*fresh]
+
+    def _origins(self, theirs: Recipe, folder: Path, fresh: Collection[str]) -> dict[str, str]:
+        """Find what the parameters of more offsets start as."""
+        adapted = theirs.model_copy(update={"adapt": self._recipe.adapt})
+        origins = parameter_origins(adapted, self._recipe, self._group(theirs, folder))
+        return {name: origin for name, origin in origins.items() if name not in fresh}
+
+    def _group(self, theirs: Recipe, folder: Path) -> int:
+        """Return how many of the last trained heads are copied."""
+        group, extra = self._recipe.heads.extend or 0, theirs.heads.num_offsets - 1
+        if group > extra:
+            raise CheckpointError(
+                "heads.extend must be at most the number of heads beyond the first in run.start_from",
+                f"heads.extend = {group}, and {extra} in {folder}",
+                "Lower heads.extend, or start from a model with more heads",
+            )
+        return group
+
+
+def _compared(theirs: Recipe, own: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Pair what must be the same in both recipes, by its name."""
+    pairs = {field: (value_at(theirs, field), value_at(own, field)) for field in SAME_FIELDS}
+    for field in SAME_ADDITIONS:
+        values = (value_at(theirs, field), value_at(own, field))
+        pairs |= {field: values} if None not in values else {}
+    return pairs | {"layers of the trunk": (num_trunk_layers(theirs), num_trunk_layers(own))}
+
+
+def _lacks(field: str, what: str, folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"with {field} run.start_from must be a run or a checkpoint that holds it",
+        f"no {what} in {folder}",
+        f"Set {field}=false, or start from the run itself",
+    )
+
+
+@final
+class Frozen(Callback):
+    """Compare what is frozen at the end of training with what it was at the start, byte for byte."""
+
+    def __init__(self) -> None:
+        self._digest = ""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the frozen parameters are."""
+        self._digest = _frozen_digest(cast(RunStrategy, trainer.strategy))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare, before the last checkpoint is written.
+
+        Raises:
+            TrainingError: A frozen parameter has changed on some rank.
+        """
+        strategy = cast(RunStrategy, trainer.strategy)
+        if strategy.ranks.any(_frozen_digest(strategy) != self._digest):
+            raise TrainingError(
+                "frozen parameters must be the same bytes after training as before",
+                "others",
+                "Use the checkpoint that the run started from, and report the strategy and the head kind.",
+            )
+
+
+def _frozen_digest(strategy: RunStrategy) -> str:
+    """Digest of this rank's part of all frozen parameters."""
+    digest = hashlib.sha256()
+    for fragment in strategy.fragments():
+        if not fragment.is_trainable:
+            digest.update(fragment.name.encode())
+            digest.update(fragment.weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

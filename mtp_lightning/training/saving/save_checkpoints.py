@@ -1,0 +1,204 @@
+"""Saving by step, and knowing the best."""
+
+import contextlib
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast, final
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from mtp_lightning.checkpoint.format.commit import partial_path, remove_leftovers, retain, save_together, write_pointer
+from mtp_lightning.checkpoint.format.layout import complete_checkpoints, name_of_step
+from mtp_lightning.checkpoint.format.manifest import Moment, RunFacts
+from mtp_lightning.errors import MtpError
+from mtp_lightning.planner.flops import tokens_after
+from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe import Recipe, recipe_hash, recipe_to_yaml
+from mtp_lightning.training.run_folder import note_saved
+from mtp_lightning.training.saving.rng import rng_state, set_rng_state
+from mtp_lightning.training.saving.score import Score, score_of
+from mtp_lightning.training.saving.snapshot import Content, Writer
+from mtp_lightning.training.strategies.base import RunStrategy
+
+
+@final
+class Checkpoints(Callback):
+    """Commit a checkpoint after every `run.checkpoint_every_steps` optimizer steps and after the last one.
+
+    A due step is saved right before the next step begins (or when training ends): its validation is over by then,
+    the data position has moved, and the generators are in the very state that the next step will find. Lightning
+    offers no earlier moment that comes after both the step and a validation that may or may not follow it.
+
+    Attributes:
+        last_step: step of the newest checkpoint, the one resumed from included.
+        best: score of the best checkpoint on disk; only one with a validation at its own step has a score.
+        seconds_saving: time that training stood still for saving, over all attempts as far as known.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, *, layers: Mapping[str, int]) -> None:
+        self.folder = folder
+        self.last_step: int | None = None
+        self.best: Score | None = None
+        self.seconds_saving = 0.0
+        self._recipe = recipe
+        self._layers = layers
+        self._due_step: int | None = None
+        self._validated: tuple[int, dict[str, float]] = (-1, {})
+        self._rng_of_ranks: list[dict[str, Any]] = []
+        self._writer: Writer | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Clear away what an interrupted save left, and look for the best so far."""
+        if trainer.is_global_zero:
+            remove_leftovers(self.folder)
+        for found in complete_checkpoints(self.folder):
+            score = score_of(found.step, found.manifest.metrics)
+            self.best = score if score and score.beats(self.best) else self.best
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Know the checkpoint that was resumed from, if it is one of this run."""
+        if (self.folder / name_of_step(trainer.global_step)).exists():
+            self.last_step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Save the step before if it is due; on the first step after a resume, restore the generators.
+
+        While steps are skipped because they are not finite a save waits: the weights may be the reason.
+        """
+        if self._rng_of_ranks:
+            if trainer.global_rank < len(self._rng_of_ranks):
+                set_rng_state(self._rng_of_ranks[trainer.global_rank])
+            self._rng_of_ranks = []
+        skipped = getattr(pl_module, "skipped_steps", None)
+        if self._due_step is not None and not (skipped and skipped.in_row):
+            self.save(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note that a step is due."""
+        step = trainer.global_step
+        if step % self._recipe.run.checkpoint_every_steps == 0 and step != self.last_step:
+            self._due_step = step
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the validation's figures for the checkpoint of the same step."""
+        if trainer.sanity_checking:
+            return
+        metrics: Mapping[str, Any] = getattr(pl_module, "metrics", {})
+        figures = {name: float(figure) for name, figure in metrics.items() if name.startswith("val/")}
+        self._validated = (trainer.global_step, figures)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step, whether it is due or not."""
+        self.save(trainer)
+        self.finish(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let a checkpoint that is being written become complete; the exception goes first if it cannot."""
+        with contextlib.suppress(MtpError):
+            self.finish(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Make Lightning's batch counters say: this step and its validation are over, the next has not begun.
+
+        Lightning 2.6 repeats or skips a validation, or miscounts by one per resume, depending on the hook that a
+        checkpoint was taken in. Can go when its counters no longer depend on the hook.
+        """
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for part in ("total", "current"):
+            completed = progress[part]["completed"]
+            progress[part].update(ready=completed, started=completed, processed=completed)
+        progress["is_last_batch"] = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Generators of every rank, and the time spent."""
+        return {"rng_of_ranks": Ranks().gather(rng_state()), "seconds_saving": self.seconds_saving}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the generators' states; they are set when the first step begins, after all set-up has drawn."""
+        self._rng_of_ranks = state_dict["rng_of_ranks"]
+        self.seconds_saving = state_dict["seconds_saving"]
+
+    def save(self, trainer: Trainer) -> None:
+        """Save the steps done so far, unless they are saved already; all ranks must call it.
+
+        Raises:
+            CheckpointError: it, or the one before it, could not be written; earlier checkpoints are untouched.
+        """
+        step = trainer.global_step
+        self._due_step = None
+        if step in (0, self.last_step):
+            return
+        began_at = time.monotonic()
+        strategy = cast(RunStrategy, trainer.strategy)
+        writer = self._writer_of(trainer)
+        writer.wait()  # before anything is copied: no two copies at a time
+        trainer.save_checkpoint(partial_path(self.folder, step))  # the strategy captures what Lightning would save
+        content = Content(strategy, copied=writer.in_background)
+        moment = self._moment(step)
+        best = self._best_after(moment)
+        writer.run(partial(self._commit, strategy.ranks.size, moment, content, best))
+        self.last_step = step
+        self._account(trainer, time.monotonic() - began_at)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Return when every checkpoint is complete.
+
+        Raises:
+            CheckpointError: the last one could not be written.
+        """
+        if self._writer is not None:
+            began_at = time.monotonic()
+            self._writer.wait()
+            self._account(trainer, time.monotonic() - began_at)
+
+    def _writer_of(self, trainer: Trainer) -> Writer:
+        if self._writer is None:
+            choice = self._recipe.run.checkpoint_in_background
+            is_on_gpu = trainer.lightning_module.device.type == "cuda"
+            self._writer = Writer(in_background=is_on_gpu if choice is None else choice)
+        return self._writer
+
+    def _account(self, trainer: Trainer, spent_s: float) -> None:
+        self.seconds_saving += spent_s
+        exclude_time = getattr(trainer.lightning_module, "exclude_time", None)
+        if exclude_time is not None:
+            exclude_time(spent_s)
+
+    def _moment(self, step: int) -> Moment:
+        validated_step, figures = self._validated
+        metrics = figures if validated_step == step else {}
+        return Moment(step=step, tokens=tokens_after(self._recipe, step), metrics=metrics)
+
+    def _best_after(self, moment: Moment) -> Score | None:
+        """Return the best score, this moment's included, and remember it."""
+        score = score_of(moment.step, moment.metrics)
+        if score is not None and score.beats(self.best):
+            self.best = score
+        return self.best
+
+    def _commit(self, num_ranks: int, moment: Moment, content: Content, best: Score | None, ranks: Ranks) -> None:
+        """Write a checkpoint with all ranks, point at it, and delete what is no longer needed."""
+        facts = RunFacts(
+            recipe_hash=recipe_hash(self._recipe),
+            num_offsets=self._recipe.heads.num_offsets,
+            layers=self._layers,
+            world_size=num_ranks,
+            strategy=self._recipe.strategy.kind,
+            recipe_text=recipe_to_yaml(self._recipe),
+        )
+        save_together(ranks, self.folder, moment, facts, content.write)
+        with ranks.agreeing():
+            if ranks.is_first:
+                note_saved(self.folder.parent, moment.step)
+                self._point(name_of_step(moment.step), name_of_step(best.step) if best else None)
+
+    def _point(self, name: str, best_name: str | None) -> None:
+        write_pointer(self.folder, "last", name)
+        if name == best_name:
+            write_pointer(self.folder, "best", name)
+        retain(self.folder, keep=self._recipe.run.keep_checkpoints, best=best_name)

@@ -1,0 +1,1 @@
+"""One training step: batch, losses, backward order, checks, optimizer."""

@@ -1,0 +1,142 @@
+"""What a rank holds of every parameter: the one view that checks, norms and checkpoints take of a strategy."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mtp_lightning.checkpoint.format.reader_view import Reader
+from mtp_lightning.checkpoint.format.write_shards import WEIGHT, Piece
+from mtp_lightning.errors import CheckpointError
+from mtp_lightning.model.roles import ROLES, role_of
+from mtp_lightning.ranks import Ranks
+
+PREFIX = "model."  # of the model's parameters inside the LightningModule
+
+
+class Fragment(NamedTuple):
+    """This rank's run of a parameter's flat entries; the fragments of all ranks cover a parameter exactly once.
+
+    Tensors are views: what is written into them, the optimizer sees.
+    """
+
+    name: str
+    shape: torch.Size  # of the whole parameter
+    start: int
+    weight: Tensor  # (m,) in the precision that the optimizer works in
+    gradient: Tensor | None  # (m,); None where none has arrived, or between steps
+    moments: dict[str, Tensor]  # (m,) each; empty before the first step, and for frozen parameters
+    step: Tensor | None  # optimizer steps of this parameter, 0-dimensional
+    is_trainable: bool
+
+    @torch.no_grad()
+    def read_from(self, reader: Reader) -> None:
+        """Take weight and moments from a checkpoint, whoever wrote which part of them."""
+        stop = self.start + self.weight.numel()
+        for kind, values in {WEIGHT: self.weight, **self.moments}.items():
+            if kind in reader.kinds(self.name):
+                values.copy_(reader.read(self.name, kind, self.start, stop))
+        if self.step is not None:
+            self.step.fill_(max(float(self.step), reader.step(self.name) or 0.0))
+
+    def piece(self, *, copied: bool) -> Piece:
+        """What a checkpoint keeps of this; `copied` takes it out of the way of the next optimizer step."""
+        weight, moments = self.weight, self.moments
+        if copied:
+            weight, moments = weight.to("cpu", copy=True), {k: m.to("cpu", copy=True) for k, m in moments.items()}
+        step = None if self.step is None else float(self.step)
+        return Piece(self.name, tuple(self.shape), self.start, weight, moments, step)
+
+
+def names_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield parameters under the names that checkpoints know them by: without the LightningModule's own part."""
+    for name, parameter in module.named_parameters():
+        yield name.removeprefix(PREFIX), parameter
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of a parameter, also while ZeRO-3 has taken it apart."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def whole_fragments(
+    named_parameters: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer
+) -> Iterator[Fragment]:
+    """Yield parameters that this rank holds whole."""
+    for name, p in named_parameters:
+        weight, state = p.detach().view(-1), optimizer.state.get(p, {})
+        moments = {key: moment.view(-1) for key, moment in moments_of(state, p).items()}
+        gradient = None if p.grad is None else p.grad.view(-1)
+        yield Fragment(name, p.shape, 0, weight, gradient, moments, state.get("step"), p.requires_grad)
+
+
+def gradient_norms(
+    fragments: Iterable[Fragment], ranks: Ranks, *, loss_scale: float = 1.0, loss: Tensor | None = None
+) -> dict[str, Tensor]:
+    """L2 norm of the gradient of each role and of all together, by role name and `all`; the same on every rank.
+
+    They are on the ranks' device, wherever the gradients are. Where this rank's loss is given, `all` is finite only if
+    the losses of all ranks are.
+    """
+    gradients: dict[str, list[Tensor]] = {}
+    for fragment in fragments:
+        role = gradients.setdefault(role_of(fragment.name), [])
+        if fragment.gradient is not None:
+            role.append(fragment.gradient)
+    # Of each role, and whether it has gradients at all; one more column has a zero, or NaN if the loss is not finite.
+    squares = torch.zeros(2, len(ROLES) + 1, device=ranks.device, dtype=torch.float32)
+    if loss is not None:
+        squares[0, -1] = 0 * loss
+    for index, parts in enumerate(gradients.get(role, []) for role in ROLES):
+        if parts:
+            squares[0, index] = torch.nn.utils.get_total_norm(parts).float() ** 2
+            squares[1, index] = 1
+    squares, is_there = ranks.sum(squares).unbind()
+    *norms, of_loss = squares.sqrt() / loss_scale
+    of_roles = {role: norm for role, norm, is_in in zip(ROLES, norms, is_there[:-1].tolist(), strict=True) if is_in}
+    return of_roles | {"all": torch.stack(norms).norm() + of_loss}
+
+
+def moments_of(state: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+    """Select from a parameter's optimizer state what has an entry for each of the parameter's."""
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim() and v.numel() == like.numel()}
+
+
+def provide_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, reader: Reader, name: str) -> None:
+    """Give an optimizer that has not stepped yet the moments that a checkpoint has of a parameter, as zeros."""
+    state = optimizer.state[parameter]
+    for kind in reader.kinds(name):
+        if kind != WEIGHT and kind not in state:
+            state[kind] = torch.zeros_like(parameter.detach())
+    if reader.step(name) is not None and "step" not in state:
+        is_on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if is_on_device else "cpu")
+
+
+def check_names(reader: Reader, named_parameters: Iterable[tuple[str, Any]]) -> None:
+    """Refuse a checkpoint that holds other parameters, or other shapes, than the model has.
+
+    Raises:
+        CheckpointError: Naming what differs.
+    """
+    own = {name: whole_shape(p) for name, p in named_parameters}
+    stored = {name: reader.shape(name) for name in reader.names}
+    parts = {
+        "only in the model": own.keys() - stored.keys(),
+        "only in the checkpoint": stored.keys() - own.keys(),
+        "of another shape": {name for name in own.keys() & stored.keys() if own[name] != stored[name]},
+    }
+    found = "; ".join(f"{what}: {listed(sorted(names))}" for what, names in parts.items() if names)
+    if found:
+        raise CheckpointError(
+            "a run must go on with the parameters that its checkpoint holds",
+            found,
+            "Give the recipe the model and heads of the checkpoint, or start a new run",
+        )
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """Write names in a row, the first few of many."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
