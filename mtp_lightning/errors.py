@@ -22,15 +22,15 @@ class MtpError(Exception):
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, must_hold: str, found: str, remedy: str) -> None:
-        self.must_hold = visible(must_hold)
+    def __init__(self, expected: str, found: str, hint: str) -> None:
+        self.expected = visible(expected)
         self.found = visible(found)
-        self.remedy = visible(remedy)
-        super().__init__(f"{self.must_hold}; found {self.found}. {self.remedy}")
+        self.hint = visible(hint)
+        super().__init__(f"{self.expected}; found {self.found}. {self.hint}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Cross process borders (loader workers) as what it is."""
-        return type(self), (self.must_hold, self.found, self.remedy)
+        return type(self), (self.expected, self.found, self.hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,11 @@ class Fault:
     """One thing wrong with a recipe."""
 
     path: str  # dotted path of the field, e.g. "heads.num_offsets"
-    must_hold: str
+    expected: str
     found: str
     origin: str  # "recipes/x.yaml:14", "command line" or "default"
     nearest: str | None = None  # nearest valid name, for a misspelt key or choice
-    remedy: str
+    hint: str
 
     def __post_init__(self) -> None:
         for name, text in vars(self).items():

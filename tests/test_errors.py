@@ -6,7 +6,7 @@ import pytest
 
 from mtp_lightning import errors
 
-FAULT = errors.Fault(path="run.steps", must_hold="must be >= 1", found="0", origin="x.yaml:3", remedy="Raise it.")
+FAULT = errors.Fault(path="run.steps", expected="must be >= 1", found="0", origin="x.yaml:3", hint="Raise it.")
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.MtpError)]
 
 
@@ -23,7 +23,7 @@ def test_a_failure_in_a_worker_arrives_as_what_it_is(kind):
         assert caught.value.faults == [FAULT]
     else:
         assert caught.value.args == kind("this must hold", "that", "Do this.").args
-        assert caught.value.remedy == "Do this."
+        assert caught.value.hint == "Do this."
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,9 @@ def test_a_failure_in_a_worker_arrives_as_what_it_is(kind):
 def test_what_would_change_the_screen_is_shown(text, expected):
     assert errors.visible(text) == expected
     error = errors.DataError(f"must {text}", f"found {text}", f"do {text}")
-    assert (error.must_hold, error.found, error.remedy) == (f"must {expected}", f"found {expected}", f"do {expected}")
+    assert (error.expected, error.found, error.hint) == (f"must {expected}", f"found {expected}", f"do {expected}")
     assert str(error).count(expected) == 3
-    fault = errors.Fault(path=text, must_hold=text, found=text, origin=text, nearest=text, remedy=text)
+    fault = errors.Fault(path=text, expected=text, found=text, origin=text, nearest=text, hint=text)
     assert {*vars(fault).values()} == {expected}
     assert expected in str(errors.RecipeError([fault]))
 

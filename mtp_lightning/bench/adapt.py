@@ -104,7 +104,7 @@ def _reached(run: PlannedRun, settings: Settings, texts_digest: str, place: str)
         measured = measure_run(run, settings, texts_digest)
     except MtpError as error:
         say(f"Run {place}: {run.title} failed: {error}")
-        return Measured(run, failure=f"{error.must_hold}; found {error.found}")
+        return Measured(run, failure=f"{error.expected}; found {error.found}")
     say(f"Run {place}: {run.title}: {_in_words(measured, settings)}")
     return measured
 

@@ -69,7 +69,7 @@ def digest_of_texts(runs: Sequence[PlannedRun], settings: Settings) -> str:
 
 def _key_of_texts(recipe: Recipe) -> str:
     """Spell all that texts depend on, so that they are looked up once for recipes that agree in it."""
-    parts = (recipe.model.vocabulary, recipe.heads.num_offsets, recipe.run.cache, recipe.run.seed)
+    parts = (recipe.model.vocab_size, recipe.heads.num_offsets, recipe.run.cache, recipe.run.seed)
     return json.dumps([recipe.data.model_dump(mode="json"), *parts])
 
 

@@ -15,9 +15,9 @@ RECIPE_NAME = "recipe.yaml"
 OWN_FIELDS = {
     "name": "Each recipe brings its own: remove it.",
     "run.dir": "Give --out.",
-    "run.start_from": "It is BASE: remove it.",
+    "init.path": "It is BASE: remove it.",
     "run.seed": "Give --seeds.",
-    "run.fresh": "Give another --out.",
+    "run.restart": "Give another --out.",
 }
 
 
@@ -92,7 +92,7 @@ def most_offsets(runs: Sequence[PlannedRun]) -> int:
 
 
 def _planned(base: Path, path: str, overrides: Sequence[str], seed: int, out: Path) -> PlannedRun:
-    common = (*overrides, f"run.start_from={one_line_yaml(str(base))}", f"run.seed={seed}", "run.fresh=false")
+    common = (*overrides, f"init.path={one_line_yaml(str(base))}", f"run.seed={seed}", "run.restart=false")
     name = load_recipe(base / RECIPE_NAME, [path, *common]).recipe.name
     folder = out / f"{_folder_name(name)}-{seed}"
     arguments = (str(base / RECIPE_NAME), path, *common, f"run.dir={one_line_yaml(str(folder))}")
@@ -108,10 +108,10 @@ def _faults_of_command(paths: Sequence[str], overrides: Sequence[str]) -> list[F
     faults = [
         Fault(
             path=key,
-            must_hold="must be left to the comparison",
+            expected="must be left to the comparison",
             found=override,
             origin="command line",
-            remedy=OWN_FIELDS[key],
+            hint=OWN_FIELDS[key],
         )
         for override in overrides
         if (key := override.partition("=")[0].strip()) in OWN_FIELDS
@@ -120,10 +120,10 @@ def _faults_of_command(paths: Sequence[str], overrides: Sequence[str]) -> list[F
         faults.append(
             Fault(
                 path="RECIPE",
-                must_hold="must be given at least once",
+                expected="must be given at least once",
                 found=f"none beside {' '.join(overrides)}" if overrides else "none",
                 origin="command line",
-                remedy="Give the recipes to compare, e.g. recipes/adapt/joint.yaml recipes/adapt/heads_only.yaml.",
+                hint="Give the recipes to compare, e.g. recipes/adapt/joint.yaml recipes/adapt/heads_only.yaml.",
             )
         )
     for path in sorted({path for path in paths if paths.count(path) > 1}):
@@ -143,7 +143,5 @@ def _faults_of_names(runs: dict[str, PlannedRun]) -> list[Fault]:
     ]
 
 
-def _twins(path: str, found: str, origin: str, remedy: str) -> Fault:
-    return Fault(
-        path=path, must_hold="must differ between the recipes compared", found=found, origin=origin, remedy=remedy
-    )
+def _twins(path: str, found: str, origin: str, hint: str) -> Fault:
+    return Fault(path=path, expected="must differ between the recipes compared", found=found, origin=origin, hint=hint)

@@ -98,7 +98,7 @@ def _signals_passed_on(process: "subprocess.Popen[bytes]") -> Iterator[list[int]
 def reason_of(code: int, lines: Sequence[str]) -> str:
     r"""Say in one line why a process failed, from its exit code and what it said last.
 
-    >>> reason_of(5, ["error: the loss must be finite\n", "  found    nan\n", "  remedy   Lower it.\n"])
+    >>> reason_of(5, ["error: the loss must be finite\n", "  found    nan\n", "  hint   Lower it.\n"])
     'the loss must be finite; found nan'
     >>> reason_of(1, ["Traceback\n", "ValueError: x\n"]), reason_of(-9, [])
     ('exit code 1: ValueError: x', 'killed by SIGKILL')

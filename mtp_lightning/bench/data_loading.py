@@ -15,7 +15,7 @@ import numpy as np
 from mtp_lightning.console.tables import build_table, console, write_json
 from mtp_lightning.data.loading.dataset import RankSlices, SampleDataset, TrainingBatches, tensors_of
 from mtp_lightning.data.sampling.order import ShuffledOrder, permute
-from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.sampling.windows import WindowDataset
 from mtp_lightning.data.shards.build import BuildOptions, build_shards
 from mtp_lightning.data.tokenizers.open import open_tokenizer
 from mtp_lightning.recipe.schema.data import BatchSection
@@ -58,7 +58,7 @@ def _write_text(path: Path, num_bytes: int) -> list[bytes]:
 
 def _build_rate(folder: Path, tokenizer: str) -> float:
     source = folder / "text.jsonl"
-    options = BuildOptions(tokenizer=tokenizer, validation_share=0.02)
+    options = BuildOptions(tokenizer=tokenizer, validation_fraction=0.02)
     out = folder / Path(tokenizer).stem
     seconds = _seconds(lambda: build_shards([str(source)], out, options, processes=1, show_progress=False))
     return source.stat().st_size / 1e6 / seconds
@@ -66,7 +66,7 @@ def _build_rate(folder: Path, tokenizer: str) -> float:
 
 def _row_figures(folder: Path, repeats: int) -> dict[str, float]:
     """Read all rows in a permuted order, from the shards and from one flat file, in turns."""
-    rows = Rows(folder, "train", window_tokens=WINDOW_TOKENS, num_offsets=NUM_OFFSETS)
+    rows = WindowDataset(folder, "train", seq_len=WINDOW_TOKENS, num_offsets=NUM_OFFSETS)
     flat = _write_flat(rows, folder / "flat.bin")
     numbers = permute(np.arange(len(rows) - 1), seed=0, epoch=0, size=len(rows) - 1)
     batches = [numbers[begin : begin + BATCH_ROWS] for begin in range(0, numbers.size, BATCH_ROWS)]
@@ -98,7 +98,7 @@ def _memmap_rows(flat: Any, batch: Any) -> Any:
     return out
 
 
-def _write_flat(rows: Rows, path: Path) -> Any:
+def _write_flat(rows: WindowDataset, path: Path) -> Any:
     with path.open("wb") as file:
         for begin in range(0, len(rows), 64):
             tokens = rows.read_tokens(np.arange(begin, min(begin + 64, len(rows))))
@@ -117,8 +117,8 @@ def _seek_ms() -> float:
 def _first_batch_s(folder: Path) -> float:
     """Wall time from a folder to the first batch of a run that goes on, as a new process would need it."""
     began_at = time.perf_counter()
-    rows = Rows(folder, "train", window_tokens=WINDOW_TOKENS, num_offsets=NUM_OFFSETS)
-    slices = RankSlices(rows_consumed=10**7, batch=BatchSection(rows=BATCH_ROWS), rank=0, world_size=1)
+    rows = WindowDataset(folder, "train", seq_len=WINDOW_TOKENS, num_offsets=NUM_OFFSETS)
+    slices = RankSlices(rows_consumed=10**7, batch=BatchSection(global_batch_size=BATCH_ROWS), rank=0, world_size=1)
     order = ShuffledOrder(seed=0, num_rows=len(rows))
     batches = TrainingBatches(dataset=SampleDataset(rows, order, 257), slices=lambda: slices)
     next(iter(batches))

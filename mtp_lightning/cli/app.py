@@ -90,9 +90,9 @@ def _train(loaded: "LoadedRecipe") -> int:
 
     if needs_ranks(loaded.recipe, os.environ):
         return run_ranks(loaded.recipe, sys.argv[1:])
-    from mtp_lightning.launch.signals import StopRequest, heeding_signals
+    from mtp_lightning.launch.signals import StopRequest, stop_on_signals
 
-    with heeding_signals(StopRequest()) as stop:  # before torch is loaded, which takes seconds
+    with stop_on_signals(StopRequest()) as stop:  # before torch is loaded, which takes seconds
         from mtp_lightning.training.fit import train
 
         return train(loaded, stop)
@@ -131,10 +131,10 @@ def _run() -> None:
 
 
 def _is_one_of_several() -> bool:
-    from mtp_lightning.launch.rank_env import find_seat
+    from mtp_lightning.launch.rank_env import rank_from_env
 
     try:
-        return find_seat(os.environ) is not None
+        return rank_from_env(os.environ) is not None
     except MtpError:  # told by those verbs to which it matters
         return False
 

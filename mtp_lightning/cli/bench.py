@@ -103,7 +103,7 @@ def _offsets(text: str) -> list[int]:
 def _schedules(text: str) -> list[str]:
     from mtp_lightning.recipe.schema.objective import ObjectiveSection
 
-    known = get_args(ObjectiveSection.model_fields["schedule"].annotation)
+    known = get_args(ObjectiveSection.model_fields["backward_order"].annotation)
     names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise typer.BadParameter(f"must be among {', '.join(known)}; found {unknown[0]!r}", param_hint="--schedules")

@@ -29,9 +29,7 @@ InputsArgument = Annotated[
     ),
 ]
 OutOption = Annotated[Path | None, typer.Option(help="Folder for the shards; must not exist yet.")]
-ShareOption = Annotated[
-    float | None, typer.Option(help="With --out: share of documents held out (0.03 unless given).")
-]
+ShareOption = Annotated[float | None, typer.Option(help="With --out: share of documents held out (0.03 unless given).")]
 TokenizerOption = Annotated[
     str | None, typer.Option(help="With --out: byte (unless given), a tokenizer.json or a SentencePiece *.model.")
 ]
@@ -51,7 +49,7 @@ def build(
     inputs: InputsArgument = None,
     *,
     out: OutOption = None,
-    validation_share: ShareOption = None,
+    validation_fraction: ShareOption = None,
     tokenizer: TokenizerOption = None,
     end_of_document: EndOption = None,
     deduplicate: DeduplicateOption = False,
@@ -70,7 +68,7 @@ def build(
     device: own_text_verbs.OwnDeviceOption = DeviceName.auto,
 ) -> None:
     """Build shards: of a recipe's corpus into its cache, of any texts, or of what a model writes, into a folder."""
-    share = _share_of(validation_share)
+    share = _share_of(validation_fraction)
     if from_model is not None:
         request = own_text_verbs.Request(
             model=from_model,
@@ -81,11 +79,11 @@ def build(
             top_k=top_k,
             top_p=top_p,
             prompt_tokens=prompt_tokens,
-            learns_prompts=learn_prompts,
+            train_on_prompt=learn_prompts,
             seed=seed,
             batch_rows=rows,
             device=device,
-            validation_share=share,
+            validation_fraction=share,
         )
         if out is None or inputs:
             raise typer.BadParameter("needs --out, and prompts in place of texts", param_hint="--from-model")
@@ -94,7 +92,7 @@ def build(
     if not inputs:
         raise typer.BadParameter("give a recipe, texts, or --from-model", param_hint="PATH")
     if out is None:
-        given = (validation_share, tokenizer, end_of_document, processes)
+        given = (validation_fraction, tokenizer, end_of_document, processes)
         _build_of_recipe(inputs, is_for_texts=deduplicate or any(option is not None for option in given))
         return
     from mtp_lightning.data.shards.build import BuildOptions, build_shards
@@ -102,7 +100,7 @@ def build(
     options = BuildOptions(
         tokenizer=tokenizer or "byte",
         end_of_document=end_of_document,
-        validation_share=share,
+        validation_fraction=share,
         deduplicate=deduplicate,
     )
     build_shards(inputs, out, options, processes=processes)
@@ -112,9 +110,9 @@ def _share_of(given: float | None) -> float:
     """Return the share of documents that is held out."""
     from mtp_lightning.recipe.schema.data import DataSection
 
-    share = DataSection().validation_share if given is None else given
+    share = DataSection().validation_fraction if given is None else given
     if not 0 < share < 1:
-        raise typer.BadParameter("must lie between 0 and 1", param_hint="--validation-share")
+        raise typer.BadParameter("must lie between 0 and 1", param_hint="--validation-fraction")
     return share
 
 

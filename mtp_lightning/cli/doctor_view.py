@@ -52,17 +52,17 @@ def _devices() -> str:
 
 def _compiler() -> str:
     found = next(filter(None, map(shutil.which, [os.environ.get("CXX", COMPILERS[0]), *COMPILERS])), None)
-    return found or "none: objective.compile=true will not work"
+    return found or "none: memory.compile=true will not work"
 
 
 def walk_as_rank(results: Path, *, full: bool) -> None:
     """Run the cells of as many ranks as there are, this process being one of them."""
     from mtp_lightning.diagnostics.parity import Outcome, walk_cells
     from mtp_lightning.diagnostics.parity_matrix import matrix
-    from mtp_lightning.launch.rank_env import find_seat
+    from mtp_lightning.launch.rank_env import rank_from_env
 
-    seat = find_seat(os.environ)
-    num_ranks = seat.num_ranks if seat else 1
+    rank_info = rank_from_env(os.environ)
+    num_ranks = rank_info.num_ranks if rank_info else 1
     cells = matrix(num_ranks, full=full)
     noun = "rank" if num_ranks == 1 else "ranks"
 
@@ -79,7 +79,7 @@ def print_outcomes(outcomes: "Sequence[Outcome]") -> bool:
     """Print a row per stage, number of ranks and schedule, then the first cells that failed; tell whether none has."""
     from mtp_lightning.diagnostics.parity import LOSS_TOLERANCE, TOLERANCE
 
-    table = build_table(["stage", "ranks", "schedule", "cells", "gradients", "weights", "losses"], left=2, gap=2)
+    table = build_table(["stage", "ranks", "backward order", "cells", "gradients", "weights", "losses"], left=2, gap=2)
     for (stage, ranks, schedule), group in groupby(
         sorted(outcomes, key=lambda o: (o.cell.stage, o.cell.ranks)),  # stable: schedules stay in their order
         key=lambda o: (o.cell.stage, o.cell.ranks, o.cell.schedule),

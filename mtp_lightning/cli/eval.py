@@ -47,12 +47,14 @@ def acceptance(
     )
     screen().print(_table(measured))
     figures = measured.figures
-    lengths = f"accepted length  {figures['accepted_length']:.3f} tokens per forward"
+    lengths = f"accepted length  {figures['mean_acceptance_length']:.3f} tokens per forward"
     if measured.num_offsets > 1:
-        lengths += f", {figures['sampled_length']:.3f} under sampling"
+        lengths += f", {figures['sampled_acceptance_length']:.3f} under sampling"
     screen().print(f"{lengths}; {measured.num_rows:,} rows")
     for source, own in measured.by_source.items():
-        screen().print(f"  of {source}  {own['accepted_length']:.3f}, {own['sampled_length']:.3f} under sampling")
+        screen().print(
+            f"  of {source}  {own['mean_acceptance_length']:.3f}, {own['sampled_acceptance_length']:.3f} under sampling"
+        )
     if json_path is not None:
         json_path.write_text(json.dumps(measured.as_json(), indent=2) + "\n")
 
@@ -66,10 +68,10 @@ def _table(measured: "Acceptance") -> "Table":
         "loss": ("loss\nnats", ".3f"),
         "label_accuracy": ("top-1\nlabel", ".1%"),
         "agreement": ("agrees\nwith main", ".1%"),
-        "conditional_acceptance": ("accepted\nif so far", ".1%"),
-        "cumulative_acceptance": ("accepted\ncumulative", ".1%"),
+        "conditional_acceptance_rate": ("accepted\nif so far", ".1%"),
+        "acceptance_rate": ("accepted\ncumulative", ".1%"),
         "overlap": ("overlap\nwith main", ".1%"),
-        "sampled_acceptance": ("accepted\nsampling", ".1%"),
+        "sampled_acceptance_rate": ("accepted\nsampling", ".1%"),
     }
     table.add_column("\noffset", justify="right")
     for head, _ in kinds.values():

@@ -127,9 +127,11 @@ def show_sample(recipe: "Recipe") -> None:
     trained, model = load_model(recipe.run.dir, device=device_of(DeviceName.auto))
     tokenizer = recipe_tokenizer(trained)
     prompt = recipe.run.sample.encode()
-    room = trained.model.max_positions - len(tokenizer.encode(prompt))
+    room = trained.model.max_position_embeddings - len(tokenizer.encode(prompt))
     if room < 1:
-        screen(stderr=True).print(f"\nrun.sample fills all {trained.model.max_positions} positions: nothing is written")
+        screen(stderr=True).print(
+            f"\nrun.sample fills all {trained.model.max_position_embeddings} positions: nothing is written"
+        )
         return
     settings = Settings(
         max_new_tokens=min(SAMPLE_TOKENS, room),

@@ -36,7 +36,7 @@ def print_generations(
     from mtp_lightning.decode import stream
     from mtp_lightning.decode.generation import count
 
-    settings = replace(settings, spell=lambda tokens: tokenizer.decode(np.asarray(tokens, dtype=np.int64)))
+    settings = replace(settings, detokenize=lambda tokens: tokenizer.decode(np.asarray(tokens, dtype=np.int64)))
     encoded = [tokenizer.encode(prompt).tolist() for prompt in prompts]
     err = screen(stderr=True)
     for prompt, tokens in zip(prompts, encoded, strict=True):
@@ -115,7 +115,7 @@ def figures(statistics: "Statistics", taken_s: float) -> str:
         return line
     share = statistics.num_accepted_tokens / statistics.num_draft_tokens
     return (
-        f"{line}; {statistics.num_drafts} verifying forwards, accepted length {statistics.accepted_length:.2f}, "
+        f"{line}; {statistics.num_drafts} verifying forwards, accepted length {statistics.mean_acceptance_length:.2f}, "
         f"{share:.0%} of {statistics.num_draft_tokens} drafts kept"
     )
 
@@ -124,7 +124,7 @@ def comparison(model: "MtpModel", tokens: list[int], settings: "Settings") -> st
     """Decode a prompt with and without drafts, nothing printed in between, and say what drafting gained."""
     from mtp_lightning.decode import generate
 
-    plain = replace(settings, decoder="greedy", draft_length=None, tree=None, typical=False, draws_drafts=False)
+    plain = replace(settings, decoder="greedy", draft_length=None, tree=None, typical=False, sample_drafts=False)
     pairs = [(generate(model, [tokens], settings), generate(model, [tokens], plain)) for _ in range(2)]
     drafted, alone = pairs[-1]  # the first pair warms up
     speeds = [len(made.tokens[0]) / (made.prefill_s + made.decode_s) for made in (drafted, alone)]

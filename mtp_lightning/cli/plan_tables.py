@@ -22,9 +22,9 @@ def what_if(plan: Plan, width: int) -> list[tuple[str, Table]]:
     kinds = [_strategy_name(variant) for variant in plan.strategies]
     at_scale = [variant for variant in plan.scales if variant]
     gpus = [f"{variant.layout.num_gpus:,}" for variant in at_scale]
-    checkpointing = "With other checkpointing (objective.checkpoint_trunk, checkpoint_heads)"
+    checkpointing = "With other checkpointing (memory.recompute_trunk, recompute_heads)"
     strategy = "With another strategy (strategy.kind, offload_optimizer, offload_parameters)"
-    scale = f"On more or fewer GPUs, the same {plan.recipe.batch.rows:,} rows per step"
+    scale = f"On more or fewer GPUs, the same {plan.recipe.batch.global_batch_size:,} rows per step"
     tables = [
         (checkpointing, _table("recomputed", recomputed, plan.checkpointing, CHECKPOINTING)),
         (strategy, _table("strategy", kinds, plan.strategies, STRATEGIES)),
@@ -60,7 +60,7 @@ def _largest(variant: Variant) -> str:
 
 
 def _micro_batches(variant: Variant) -> str:
-    return f"{variant.layout.num_micro_batches:,} x {variant.layout.micro_rows}"
+    return f"{variant.layout.num_micro_batches:,} x {variant.layout.micro_batch_size}"
 
 
 def _sent(name: str) -> Cell:

@@ -97,7 +97,7 @@ def cost_line(plan: Plan) -> str:
 
 def _parameters(plan: Plan) -> str:
     counts = plan.shape.parameters
-    added = {"low-rank updates": counts.lora, "mixtures": counts.mixtures}
+    added = {"low-rank updates": counts.lora, "layer mixes": counts.layer_mix}
     return (
         f"{short(counts.total)} ({counts.total:,}): trunk {short(counts.trunk)}, heads {short(counts.heads)}, "
         f"unembedding {short(counts.unembedding)}" + "".join(f", {name} {short(n)}" for name, n in added.items() if n)
@@ -115,8 +115,10 @@ def _trained(plan: Plan) -> str:
 
 def _step(plan: Plan) -> str:
     layout = plan.chosen.layout
-    share = f"{layout.num_micro_batches} x {layout.micro_rows} per GPU" if layout.num_micro_batches > 1 else "at once"
-    rows = f"{plan.recipe.batch.rows:,} rows of {plan.shape.window_tokens:,} tokens ({share})"
+    share = (
+        f"{layout.num_micro_batches} x {layout.micro_batch_size} per GPU" if layout.num_micro_batches > 1 else "at once"
+    )
+    rows = f"{plan.recipe.batch.global_batch_size:,} rows of {plan.shape.seq_len:,} tokens ({share})"
     return f"{rows} = {plan.tokens_per_step:,} tokens, {plan.flops_per_step:.2e} FLOPs"
 
 
@@ -171,9 +173,9 @@ def _verdict(plan: Plan) -> Text:
     if chosen.fits:
         return Text.assemble(("fits", "bold green"), f": {size}; {most}")
     if chosen.most_micro_rows:
-        return Text.assemble(("does not fit", "bold red"), f": {size}; {most} (batch.micro_rows)")
-    remedy = "no micro-batch fits: see below what would, or take more GPUs"
-    return Text.assemble(("does not fit", "bold red"), f": {size}; {remedy}")
+        return Text.assemble(("does not fit", "bold red"), f": {size}; {most} (batch.micro_batch_size)")
+    hint = "no micro-batch fits: see below what would, or take more GPUs"
+    return Text.assemble(("does not fit", "bold red"), f": {size}; {hint}")
 
 
 def _remarks(plan: Plan) -> list[str]:
@@ -188,7 +190,9 @@ def _remarks(plan: Plan) -> list[str]:
         remarks.append("strategy.kind is single: several GPUs are planned as zero1.")
     missing = [f"{num_gpus:,}" for num_gpus, variant in zip(SCALES, plan.scales, strict=True) if variant is None]
     if missing:
-        remarks.append(f"{recipe.batch.rows:,} rows per step (batch.rows) cannot be shared by {one_of(missing)} GPUs.")
+        remarks.append(
+            f"{recipe.batch.global_batch_size:,} rows per step (batch.global_batch_size) cannot be shared by {one_of(missing)} GPUs."
+        )
     if recipe.run.precision == "fp32":
         remarks.append("fp32 is planned at the rate of the ordinary cores; efficiencies are those fitted to bf16.")
     return remarks

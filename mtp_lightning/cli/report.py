@@ -59,7 +59,7 @@ def mixture(
         Path | None, typer.Option(metavar="PNG", help="Where to draw it; in a run folder mixture.png unless given.")
     ] = None,
 ) -> None:
-    """Show what each head has learnt to read of the trunk's layers (adapt.weighted_states)."""
+    """Show what each head has learnt to read of the trunk's layers (adapt.layer_mix)."""
     from rich import box
     from rich.table import Table
 
@@ -91,14 +91,14 @@ def _table(groups: "list[Group]") -> "Table":
         table.add_column(name, justify="left" if name == "recipe" else "right")
     for group in groups:
         figures = group.figures
-        accepted = [_text(figures.get(f"cumulative_acceptance_{k}"), ".3f") for k in offsets]
+        accepted = [_text(figures.get(f"acceptance_rate_{k}"), ".3f") for k in offsets]
         table.add_row(
             visible(group.recipe, kept=""),
             str(len(group.seeds)),
             _text(figures["loss_1"], ".4f"),
             _text(group.loss_change if group is not groups[0] else None, "+.4f"),
-            _text(figures.get("accepted_length"), ".3f"),
-            _text(figures.get("sampled_length"), ".3f"),
+            _text(figures.get("mean_acceptance_length"), ".3f"),
+            _text(figures.get("sampled_acceptance_length"), ".3f"),
             *accepted,
         )
     return table

@@ -63,11 +63,11 @@ class Request:
     top_k: int | None
     top_p: float | None
     prompt_tokens: int
-    learns_prompts: bool
+    train_on_prompt: bool
     seed: int
     batch_rows: int
     device: DeviceName
-    validation_share: float
+    validation_fraction: float
 
 
 def build_from_model(request: Request, out: Path) -> None:
@@ -85,7 +85,7 @@ def build_from_model(request: Request, out: Path) -> None:
     tokenizer = recipe_tokenizer(recipe)
     prompts = _prompts_of(request, tokenizer)
     settings = _settings_of(request, model=f"{folder.name} of sha256 {digest[:16]}", prompts=prompts)
-    made = TokenShards(tokenizer=tokenizer, request=settings, validation_share=request.validation_share)
+    made = TokenShards(tokenizer=tokenizer, request=settings, validation_fraction=request.validation_fraction)
     manifest = write_token_shards(lambda log: _documents(request, folder, prompts, tokenizer, log), out, made)
     if manifest is None:
         say(f"{out} has been built from this model with these settings before")
@@ -118,10 +118,10 @@ def _documents(
         settings=settings,
         end_of_document=tokenizer.end_of_document,
         batch_rows=request.batch_rows,
-        learns_prompts=request.learns_prompts,
+        train_on_prompt=request.train_on_prompt,
     )
     writer = Writer(load_model(folder, device=device_of(request.device))[1], prompts, wanted)
-    check_share(len(prompts), request.validation_share)
+    check_share(len(prompts), request.validation_fraction)
     with counted("writing", total=request.num_documents, unit="documents") as advance:
         yield from writer.documents(log, advance)
     say(f"{writer.num_duplicates:,} duplicates left out")
@@ -157,7 +157,7 @@ def _settings_of(request: Request, *, model: str, prompts: list[list[int]]) -> "
         "--temperature": request.temperature,
         "--top-k": request.top_k if is_sampled else None,
         "--top-p": request.top_p if is_sampled else None,
-        "--learn-prompts": request.learns_prompts,
+        "--learn-prompts": request.train_on_prompt,
         "--seed": request.seed,
         "--rows": request.batch_rows,
         "--device": device_of(request.device).type,

@@ -78,7 +78,7 @@ def _row(run: "RunStatus") -> list[str]:
         _short(run.tokens),
         _short(run.tokens_per_s),
         BLANK if run.loss is None else f"{run.loss:.3f}",
-        BLANK if run.accepted_length is None else f"{run.accepted_length:.2f}",
+        BLANK if run.mean_acceptance_length is None else f"{run.mean_acceptance_length:.2f}",
         BLANK if run.checkpoint is None else f"{run.checkpoint:,}",
         str(run.restarts),
         _duration(run.remaining_s),

@@ -32,8 +32,8 @@ def check_target(path: Path | None, option: str, *, endings: Sequence[str] = (),
     if found is not None:
         raise _refusal(option, found)
     if endings and path.suffix.lower() not in endings:
-        must_hold = f"the file for {option} must end in {', '.join(endings)}"
-        raise RunFolderError(must_hold, str(path), f"Write e.g. {option} {path.stem}{endings[0]}")
+        expected = f"the file for {option} must end in {', '.join(endings)}"
+        raise RunFolderError(expected, str(path), f"Write e.g. {option} {path.stem}{endings[0]}")
 
 
 def write_json(value: Any, path: Path, option: str) -> None:

@@ -128,15 +128,15 @@ def error_lines(error: MtpError, width: int) -> list[Text]:
         num_faults = len(error.faults)
         headline = _paragraph("error: ", f"{num_faults} fault{'s' if num_faults > 1 else ''} to correct", 0, width)
         return headline + [line for fault in error.faults for line in fault_lines(fault, width)]
-    parts = {"found": error.found, "remedy": f"{error.remedy.rstrip('.')}."}
-    return _paragraph("error: ", error.must_hold, 0, width) + _labelled(parts, 2, width)
+    parts = {"found": error.found, "hint": f"{error.hint.rstrip('.')}."}
+    return _paragraph("error: ", error.expected, 0, width) + _labelled(parts, 2, width)
 
 
 def fault_lines(fault: Fault, width: int) -> list[Text]:
     """Lay one fault of a recipe out, an empty line before it."""
-    sentence = _paragraph("", f"{fault.path} {fault.must_hold}", 2, width, style="bold")
+    sentence = _paragraph("", f"{fault.path} {fault.expected}", 2, width, style="bold")
     where = None if fault.origin == fault.path else fault.origin
-    parts = {"found": fault.found, "where": where, "nearest": fault.nearest, "remedy": fault.remedy}
+    parts = {"found": fault.found, "where": where, "nearest": fault.nearest, "hint": fault.hint}
     return [Text(), *sentence, *_labelled(parts, 4, width)]
 
 

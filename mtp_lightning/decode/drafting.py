@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decode.kv_cache import Window
-from mtp_lightning.decode.state import Session
+from mtp_lightning.decode.state import DecodeState
 from mtp_lightning.model.heads import HeadContext
 
 Choose = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -26,7 +26,7 @@ class Draft(NamedTuple):
     drawn_from: Tensor | None  # (B, K, V), for drafts that were drawn at random
 
 
-class _Stretch(NamedTuple):
+class _RecomputeSpan(NamedTuple):
     """The positions that a draft computes."""
 
     window: Window
@@ -34,13 +34,13 @@ class _Stretch(NamedTuple):
     last: Tensor  # (B,) index of the last committed position
 
 
-def draft_blockwise(session: Session, num_drafts: int, choose: Choose) -> Draft:
+def draft_blockwise(session: DecodeState, num_drafts: int, choose: Choose) -> Draft:
     """Draft with heads that read no tokens: all at once, from states that the verifying forward left [Stern 2018]."""
     tokens, drawn_from = choose(head_scores(session, num_drafts))
     return Draft(tokens, drawn_from)
 
 
-def head_scores(session: Session, num_drafts: int) -> Tensor:
+def head_scores(session: DecodeState, num_drafts: int) -> Tensor:
     """Score the next tokens by offsets 2, 3, ... at the last committed position: (B, K, V)."""
     model, offsets = session.model, range(2, 2 + num_drafts)
     stretch = _stretch(session, offsets)
@@ -60,7 +60,7 @@ def head_scores(session: Session, num_drafts: int) -> Tensor:
     return scores
 
 
-def draft_chain(session: Session, num_drafts: int, choose: Choose) -> Draft:
+def draft_chain(session: DecodeState, num_drafts: int, choose: Choose) -> Draft:
     """Draft with modules that read tokens: offset k+1 reads the token that offset k has just drafted."""
     model, offsets = session.model, range(2, 2 + num_drafts)
     stretch = _stretch(session, offsets)
@@ -77,14 +77,14 @@ def draft_chain(session: Session, num_drafts: int, choose: Choose) -> Draft:
             context = HeadContext(session.cache.geometry(stretch.window, offset), embedded)
             states[offset] = model.heads(offset, source, context)
             session.valid[offset] = (session.lengths - (offset - 2)).clamp_(min=0)
-        token, law = choose(model.unembedding.logits(offset, states[offset][session.rows, last]))
+        token, probs = choose(model.unembedding.logits(offset, states[offset][session.rows, last]))
         embedded[session.rows, last + offset] = model.trunk.embed_tokens(token)
         tokens.append(token)
-        laws += [] if law is None else [law]
+        laws += [] if probs is None else [probs]
     return Draft(torch.stack(tokens, 1), torch.stack(laws, 1) if laws else None)
 
 
-def _stretch(session: Session, offsets: range) -> _Stretch:
+def _stretch(session: DecodeState, offsets: range) -> _RecomputeSpan:
     """Open the window from the first row that is not valid to the last committed position."""
     lengths = session.lengths
     if session.catches_up:
@@ -95,5 +95,5 @@ def _stretch(session: Session, offsets: range) -> _Stretch:
         starts, first, last, width = lengths - 1, session.shortest - 1, session.longest - 1, 1
     window = session.cache.window(starts, width, reach=last + width, aligned=first == last)
     rows = session.rows[:, None]
-    states = {offset: kept[rows, window.slots] for offset, kept in session.anchors.items()}
-    return _Stretch(window, states, lengths - 1 - starts)
+    states = {offset: kept[rows, window.slots] for offset, kept in session.draft_states.items()}
+    return _RecomputeSpan(window, states, lengths - 1 - starts)

@@ -19,9 +19,9 @@ from mtp_lightning.decode.settings import (
     resolve_decoder,
     resolve_draft_length,
 )
-from mtp_lightning.decode.state import Session, prefill
+from mtp_lightning.decode.state import DecodeState, prefill
 from mtp_lightning.decode.statistics import Statistics
-from mtp_lightning.decode.steps import ChainDecoding, Decoding, Script, TreeDecoding
+from mtp_lightning.decode.steps import ChainDecoding, Decoding, ForcedDrafts, TreeDecoding
 from mtp_lightning.decode.stopping import Stopping
 from mtp_lightning.model.mtp_model import MtpModel
 
@@ -55,7 +55,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     settings: Settings | None = None,
     *,
-    script: Script | None = None,
+    forced_drafts: ForcedDrafts | None = None,
     **options: Any,
 ) -> Generation:
     """Continue every prompt, all in one batch; prompts may differ in length.
@@ -77,7 +77,7 @@ def generate(
     began_at = time.perf_counter()
     steps: list[Step] = []
     first_at = began_at
-    for step in stream(model, prompts, settings, script=script):
+    for step in stream(model, prompts, settings, forced_drafts=forced_drafts):
         if not steps:
             first_at = time.perf_counter()
         steps.append(step)
@@ -92,7 +92,7 @@ def generate(
 
 
 def stream(
-    model: MtpModel, prompts: Sequence[Sequence[int]], settings: Settings, *, script: Script | None = None
+    model: MtpModel, prompts: Sequence[Sequence[int]], settings: Settings, *, forced_drafts: ForcedDrafts | None = None
 ) -> Iterator[Step]:
     """Check the request, then yield a step for every forward, the prompts' own first. As `generate` otherwise."""
     decoder = resolve_decoder(model, settings.decoder)
@@ -101,17 +101,17 @@ def stream(
     prompts = [list(prompt) for prompt in prompts]
     check_prompts(model, prompts, settings.max_new_tokens)
     if decoder != "tree" or settings.tree is None:
-        room = settings.max_new_tokens + 2 * (longest + 1)
-        session = Session(model, prompts, most_drafts=longest, room=room, seed=settings.seed)
-        return _steps(ChainDecoding(session, settings, decoder, script), session, settings, longest)
+        remaining = settings.max_new_tokens + 2 * (longest + 1)
+        session = DecodeState(model, prompts, max_drafts=longest, remaining=remaining, seed=settings.seed)
+        return _steps(ChainDecoding(session, settings, decoder, forced_drafts), session, settings, longest)
     deepest = len(settings.tree.breadths)
-    room = settings.max_new_tokens + deepest + settings.tree.num_drafts + 2
-    session = Session(model, prompts, most_drafts=deepest, room=room, seed=settings.seed)
+    remaining = settings.max_new_tokens + deepest + settings.tree.num_drafts + 2
+    session = DecodeState(model, prompts, max_drafts=deepest, remaining=remaining, seed=settings.seed)
     return _steps(TreeDecoding(session, settings, settings.tree), session, settings, deepest)
 
 
 @torch.inference_mode()
-def _steps(decoding: Decoding, session: Session, settings: Settings, longest: int) -> Iterator[Step]:
+def _steps(decoding: Decoding, session: DecodeState, settings: Settings, longest: int) -> Iterator[Step]:
     """Prefill, then step until every text has ended."""
     stopping = Stopping(settings, len(session.rows), session.device)
     adaptive = AdaptiveLength(longest) if settings.draft_length == ADAPTIVE and longest else None
@@ -120,10 +120,10 @@ def _steps(decoding: Decoding, session: Session, settings: Settings, longest: in
     yield _end_step(session, stopping, first[:, :0], torch.zeros_like(session.lengths), first)
     while not session.all_finished:
         began_at, num_drafts = time.perf_counter(), adaptive.choose() if adaptive else longest
-        drafts, verdict = decoding.step(num_drafts)
-        step = _end_step(session, stopping, drafts, verdict.accepted, verdict.block)
+        drafts, result = decoding.step(num_drafts)
+        step = _end_step(session, stopping, drafts, result.accepted, result.block)
         if adaptive is not None:
-            adaptive.observe(num_drafts, time.perf_counter() - began_at, verdict.accepted[step.is_active].tolist())
+            adaptive.observe(num_drafts, time.perf_counter() - began_at, result.accepted[step.is_active].tolist())
         yield step
 
 
@@ -134,7 +134,7 @@ def _first_tokens(scores: Tensor, sampling: Sampling, generator: torch.Generator
     return draw(sampling.probabilities(scores), generator)[:, None]
 
 
-def _end_step(session: Session, stopping: Stopping, drafts: Tensor, accepted: Tensor, block: Tensor) -> Step:
+def _end_step(session: DecodeState, stopping: Stopping, drafts: Tensor, accepted: Tensor, block: Tensor) -> Step:
     is_active = ~session.is_finished
     kept, session.is_finished = stopping.cut(block, accepted + 1, session.is_finished)
     session.note_progress()

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from mtp_lightning.model.heads import TRUNK
 from mtp_lightning.model.layers import Attention
 from mtp_lightning.model.mtp_model import MtpModel
-from mtp_lightning.model.positions import Geometry, Past, rotary_tables
+from mtp_lightning.model.positions import AttentionInputs, KVCache, rotary_tables
 
 Layers = dict[object, tuple[Tensor, Tensor]]
 
 
 @final
-class StackPast(Past):
+class StackPast(KVCache):
     """The keys and values of one stack of layers, as one window sees them."""
 
     def __init__(self, layers: Layers, index: Tensor, reach: int) -> None:
@@ -42,7 +42,7 @@ class Window:
     """The positions that one pass computes, a slot of the cache for each."""
 
     slots: Tensor  # (B, T) where keys and values go
-    geometry: Geometry  # without a past
+    geometry: AttentionInputs  # without a past
     index: Tensor  # (B K T,) rows of a cache of shape (B K C, W)
     reach: int  # S, one more than the last slot
 
@@ -62,7 +62,7 @@ class Cache:
         self.row_starts = capacity * torch.arange(num_rows, device=weight.device)[:, None]  # (B, 1)
         self._num_heads = section.resolved_key_value_heads
         self._heads = torch.arange(self._num_heads, device=weight.device)  # (K,)
-        shape = (num_rows, self._num_heads, capacity, section.resolved_head_width)
+        shape = (num_rows, self._num_heads, capacity, section.resolved_head_dim)
         self._stacks: dict[int, Layers] = {
             offset: {layer: (weight.new_zeros(shape), weight.new_zeros(shape)) for layer in attentions(model, offset)}
             for offset in (TRUNK, *offsets)
@@ -105,7 +105,7 @@ class Cache:
         return self._window(slots, self.lengths[:, None] + depths, seen[:, None], reach)
 
     def _window(self, slots: Tensor, positions: Tensor, mask: Tensor | None, reach: int) -> Window:
-        geometry = Geometry(self._cos[positions][:, None], self._sin[positions][:, None], mask)
+        geometry = AttentionInputs(self._cos[positions][:, None], self._sin[positions][:, None], mask)
         return Window(slots, geometry, self._flat(slots), reach)
 
     def _flat(self, slots: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Cache:
         starts = self._num_heads * self.row_starts + self.capacity * self._heads  # (B, K)
         return (starts[:, :, None] + slots[:, None]).flatten()
 
-    def geometry(self, window: Window, offset: int) -> Geometry:
+    def geometry(self, window: Window, offset: int) -> AttentionInputs:
         """What the layers of an offset (or `TRUNK`) are run with in a window: their own past."""
         return window.geometry._replace(past=StackPast(self._stacks[offset], window.index, window.reach))
 

@@ -19,13 +19,13 @@ class Sampling:
     top_p: float | None = None  # keep the fewest tokens that hold this share of the probability
 
     def __post_init__(self) -> None:
-        for must_hold, found, is_kept in (
+        for expected, found, is_kept in (
             ("temperature must not be negative", self.temperature, self.temperature >= 0),
             ("top-k must be at least 1", self.top_k, self.top_k is None or self.top_k >= 1),
             ("top-p must lie above 0 and not above 1", self.top_p, self.top_p is None or 0 < self.top_p <= 1),
         ):
             if not is_kept:
-                raise DecodingError(must_hold, str(found), "Give a value in that range")
+                raise DecodingError(expected, str(found), "Give a value in that range")
         if self.is_greedy and (self.top_k is not None or self.top_p is not None):
             raise DecodingError(
                 "top-k and top-p need a temperature above 0",

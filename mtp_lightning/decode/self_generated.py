@@ -27,7 +27,7 @@ class OwnText:
     settings: Settings  # stop tokens: the end of a document; the seed is that of the first batch
     end_of_document: int
     batch_rows: int = 16
-    learns_prompts: bool = False  # else only continuations are targets
+    train_on_prompt: bool = False  # else only continuations are targets
 
 
 @final
@@ -92,23 +92,23 @@ class Writer:
     def _document(self, prompt: list[int], text: list[int], *, rank: float) -> TokenDocument:
         """Join prompt and text; an end that the model has not written is not learnt."""
         end = self._wanted.end_of_document
-        is_learnt = [self._wanted.learns_prompts] * len(prompt) + [True] * len(text)
+        is_learnt = [self._wanted.train_on_prompt] * len(prompt) + [True] * len(text)
         if text[-1] == end:
             return TokenDocument([*prompt, *text], is_learnt, rank)
         return TokenDocument([*prompt, *text, end], [*is_learnt, False], rank)
 
 
-def check_share(num_prompts: int, validation_share: float) -> None:
+def check_share(num_prompts: int, validation_fraction: float) -> None:
     """Refuse prompts of which none, or all, would be held out, before a word is written.
 
     Raises:
         DataError: So it would be.
     """
-    if len({split_of(_rank(number), validation_share) for number in range(num_prompts)}) == 1:
+    if len({split_of(_rank(number), validation_fraction) for number in range(num_prompts)}) == 1:
         raise DataError(
             "both splits must get at least one document",
-            f"{num_prompts:,} prompts that all fall into one split at a share of {validation_share} held out",
-            "Give more prompts, or change --validation-share",
+            f"{num_prompts:,} prompts that all fall into one split at a share of {validation_fraction} held out",
+            "Give more prompts, or change --validation-fraction",
         )
 
 

@@ -28,14 +28,14 @@ class Settings:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    draws_drafts: bool = False  # with a temperature: draw drafts from the heads, rather than take the likeliest
+    sample_drafts: bool = False  # with a temperature: draw drafts from the heads, rather than take the likeliest
     typical: bool = False  # LOSSY: keep drafts that are likely enough; the text loses the model's law
     typical_epsilon: float = 0.09  # likely enough whatever the entropy [Medusa's generation defaults]
     typical_delta: float = 0.3  # share of exp(-entropy) that is likely enough
     seed: int = 0
     stop_tokens: Sequence[int] = ()  # end a text, and are its last token
     stop_strings: Sequence[bytes] = ()  # end a text with the token that completes one
-    spell: Callable[[Sequence[int]], bytes] | None = None  # what tokens stand for; needed for stop strings
+    detokenize: Callable[[Sequence[int]], bytes] | None = None  # what tokens stand for; needed for stop strings
 
     @cached_property
     def sampling(self) -> Sampling:
@@ -119,17 +119,17 @@ def check_settings(model: MtpModel, decoder: Decoder, settings: Settings) -> Non
     checks = (
         ("max_new_tokens must be at least 1", settings.max_new_tokens, settings.max_new_tokens >= 1),
         ("typical acceptance needs a temperature above 0", settings.temperature, not (settings.typical and greedy)),
-        ("drawing drafts needs a temperature above 0", settings.temperature, not (settings.draws_drafts and greedy)),
+        ("drawing drafts needs a temperature above 0", settings.temperature, not (settings.sample_drafts and greedy)),
         (
             "drawn drafts must be verified losslessly, in a chain",
             f"decoder {decoder}, typical {settings.typical}",
-            not settings.draws_drafts or (decoder != "tree" and not settings.typical),
+            not settings.sample_drafts or (decoder != "tree" and not settings.typical),
         ),
         ("typical acceptance needs drafts in a chain", "decoder tree", not (settings.typical and decoder == "tree")),
         (
-            "stop strings need `spell`, which says what tokens stand for",
+            "stop strings need `detokenize`, which says what tokens stand for",
             "none",
-            not settings.stop_strings or settings.spell is not None,
+            not settings.stop_strings or settings.detokenize is not None,
         ),
         ("stop strings must not be empty", "b''", all(settings.stop_strings)),
         (
@@ -138,11 +138,11 @@ def check_settings(model: MtpModel, decoder: Decoder, settings: Settings) -> Non
             decoder != "tree" or (settings.tree is not None and settings.draft_length is None),
         ),
     )
-    for must_hold, found, is_kept in checks:
+    for expected, found, is_kept in checks:
         if not is_kept:
-            raise DecodingError(must_hold, str(found), "Change one of the two")
+            raise DecodingError(expected, str(found), "Change one of the two")
     if decoder == "tree" and settings.tree is not None:
-        check_tree(settings.tree, model.num_offsets, model.section.vocabulary)
+        check_tree(settings.tree, model.num_offsets, model.section.vocab_size)
 
 
 def check_prompts(model: MtpModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -151,7 +151,7 @@ def check_prompts(model: MtpModel, prompts: Sequence[Sequence[int]], max_new_tok
     Raises:
         DecodingError: There are none, one is empty, too long for the context, or holds an unknown token.
     """
-    vocabulary, context = model.section.vocabulary, model.section.max_positions
+    vocab_size, context = model.section.vocab_size, model.section.max_position_embeddings
     if not prompts:
         raise DecodingError("there must be a prompt", "none", "Give one or more, as lists of token ids")
     for number, prompt in enumerate(prompts, 1):
@@ -160,16 +160,18 @@ def check_prompts(model: MtpModel, prompts: Sequence[Sequence[int]], max_new_tok
                 "a prompt must hold a token", f"prompt {number} of {len(prompts)}, which is empty", "Give it a text"
             )
         if len(prompt) + max_new_tokens > context:
-            room = context - len(prompt)
+            remaining = context - len(prompt)
             raise DecodingError(
-                f"prompt and new tokens together must fit the context, model.max_positions = {context:,}",
+                f"prompt and new tokens together must fit the context, model.max_position_embeddings = {context:,}",
                 f"prompt {number} of {len(prompts)} with {len(prompt):,} tokens, and {max_new_tokens:,} new ones",
-                f"Ask for at most {room:,} new tokens" if room > 0 else f"Cut the prompt below {context:,} tokens",
+                f"Ask for at most {remaining:,} new tokens"
+                if remaining > 0
+                else f"Cut the prompt below {context:,} tokens",
             )
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            unknown = next(token for token in prompt if not 0 <= token < vocabulary)
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            unknown = next(token for token in prompt if not 0 <= token < vocab_size)
             raise DecodingError(
-                f"every token id must lie in 0 to V - 1 = {vocabulary - 1:,}",
+                f"every token id must lie in 0 to V - 1 = {vocab_size - 1:,}",
                 f"id {unknown:,} in prompt {number} of {len(prompts)}",
                 "Encode the prompt with the tokenizer that the model was trained with",
             )

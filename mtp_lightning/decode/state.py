@@ -15,18 +15,18 @@ from mtp_lightning.model.mtp_model import MtpModel
 
 
 @final
-class Session:
+class DecodeState:
     """What decoders read and write."""
 
     def __init__(
-        self, model: MtpModel, prompts: Sequence[Sequence[int]], *, most_drafts: int, room: int, seed: int
+        self, model: MtpModel, prompts: Sequence[Sequence[int]], *, max_drafts: int, remaining: int, seed: int
     ) -> None:
         """Prepare a batch, without running the model.
 
         Args:
             model: The model.
             prompts: Token ids of each row, none empty.
-            most_drafts: Deepest offset that will draft, less one.
+            max_drafts: Deepest offset that will draft, less one.
             room: Positions to hold behind the longest prompt, drafts included.
             seed: Seed of everything that is drawn.
         """
@@ -34,9 +34,9 @@ class Session:
         self.device = model.trunk.embed_tokens.weight.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.path = main_path(model)
-        drafting = range(2, 2 + most_drafts)
+        drafting = range(2, 2 + max_drafts)
         self.drafting = [offset for offset in drafting if offset not in self.path]
-        self.cache = Cache(model, {*self.path, *self.drafting}, len(prompts), max(map(len, prompts)) + room + 1)
+        self.cache = Cache(model, {*self.path, *self.drafting}, len(prompts), max(map(len, prompts)) + remaining + 1)
         self.rows = torch.arange(len(prompts), device=self.device)
         self.tokens = torch.zeros(len(prompts), self.cache.capacity, dtype=torch.long, device=self.device)  # (B, C)
         self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
@@ -47,11 +47,11 @@ class Session:
         self.catches_up = any(attentions(model, offset) for offset in self.drafting)
         self.valid = {offset: torch.zeros_like(self.cache.lengths) for offset in self.drafting}
         read = {model.source(offset) for offset in self.drafting} - {*self.drafting}
-        self.anchors = self._allocate_anchors(read | ({*drafting} & {*self.path}))
+        self.draft_states = self._allocate_anchors(read | ({*drafting} & {*self.path}))
 
     def _allocate_anchors(self, offsets: Collection[int]) -> dict[int, Tensor]:
         """Hold the states that drafting begins from, at every position: (B, C, D) for each that `source` names."""
-        shape = (*self.tokens.shape, self.model.section.width)
+        shape = (*self.tokens.shape, self.model.section.hidden_size)
         weight = self.model.trunk.embed_tokens.weight
         return {offset: weight.new_zeros(shape) for offset in offsets}
 
@@ -74,7 +74,7 @@ class Session:
     def keep_anchors(self, states: dict[int, Tensor], slots: Tensor) -> None:
         """Keep the states that drafting begins from: (B, T, D) at (B, T) slots."""
         index = (self.cache.row_starts + slots).flatten()
-        for offset, kept in self.anchors.items():
+        for offset, kept in self.draft_states.items():
             kept.view(-1, kept.shape[-1]).index_copy_(0, index, states[offset].flatten(0, 1))
 
     def commit(self, block: Tensor, accepted: Tensor) -> None:
@@ -100,7 +100,7 @@ def main_path(model: MtpModel) -> list[int]:
     return path
 
 
-def prefill(session: Session) -> Tensor:
+def prefill(session: DecodeState) -> Tensor:
     """Run the prompts, each row from position 0, and return the main head's scores after its last token: (B, V)."""
     longest = int(session.prompt_lengths.max())
     window = session.cache.window(torch.zeros_like(session.lengths), longest, reach=longest, aligned=True)
@@ -112,7 +112,7 @@ def prefill(session: Session) -> Tensor:
     return scores
 
 
-def verify(session: Session, drafts: Tensor) -> Tensor:
+def verify(session: DecodeState, drafts: Tensor) -> Tensor:
     """Feed the committed token and (B, K) drafts of every row; return the main head's scores: (B, K+1, V).
 
     One forward of trunk and main head. Its keys, values and states stand at the positions that follow the row's
@@ -129,7 +129,9 @@ def verify(session: Session, drafts: Tensor) -> Tensor:
     return scores
 
 
-def verify_tree(session: Session, nodes: Tensor, depths: Tensor, ancestry: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+def verify_tree(
+    session: DecodeState, nodes: Tensor, depths: Tensor, ancestry: Tensor
+) -> tuple[Tensor, dict[int, Tensor]]:
     """Feed the nodes of a tree, (B, T), the committed token first; return main head's scores (B, T, V) and states.
 
     One forward, in which every node sees the past and its own ancestors. `keep_path` makes one path of it the past.
@@ -139,10 +141,10 @@ def verify_tree(session: Session, nodes: Tensor, depths: Tensor, ancestry: Tenso
     return session.model.unembedding.logits(1, states[1]), states
 
 
-def keep_path(session: Session, states: dict[int, Tensor], path: Tensor) -> None:
+def keep_path(session: DecodeState, states: dict[int, Tensor], path: Tensor) -> None:
     """Move keys, values and states of the (B, P) nodes of a path to the positions that follow the row's length."""
     here = session.lengths[:, None]
     slots = here + torch.arange(path.shape[1], device=session.device)
     session.cache.move(session.path, here + path, slots)
     rows = session.rows[:, None]
-    session.keep_anchors({offset: states[offset][rows, path] for offset in session.anchors}, slots)
+    session.keep_anchors({offset: states[offset][rows, path] for offset in session.draft_states}, slots)

@@ -45,17 +45,17 @@ class Statistics:
         return dict(sorted(counts.items()))
 
     @property
-    def accepted_length(self) -> float:
+    def mean_acceptance_length(self) -> float:
         """Tokens per step: 1 + accepted / steps."""
         return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
 
     @property
-    def cumulative_acceptance(self) -> list[float]:
+    def acceptance_rate_per_position(self) -> list[float]:
         """Share of steps that kept the first, the second, ... draft."""
         return [kept / self.num_drafts for kept in self.num_accepted_tokens_per_pos] if self.num_drafts else []
 
     @property
-    def conditional_acceptance(self) -> list[float]:
+    def conditional_acceptance_rate(self) -> list[float]:
         """Share of steps that kept a draft among those that kept all before it; NaN where none did."""
         kept = [self.num_drafts, *self.num_accepted_tokens_per_pos]
         return [now / before if before else float("nan") for before, now in pairwise(kept)]

@@ -9,18 +9,18 @@ from torch import Tensor
 from mtp_lightning.decode.drafting import Draft, draft_blockwise, draft_chain, head_scores
 from mtp_lightning.decode.sampling import draw
 from mtp_lightning.decode.settings import Decoder, Settings
-from mtp_lightning.decode.state import Session, keep_path, verify, verify_tree
+from mtp_lightning.decode.state import DecodeState, keep_path, verify, verify_tree
 from mtp_lightning.decode.tree import Tree, TreeTables, accept_tree_greedy, accept_tree_sampled
-from mtp_lightning.decode.verify import Verdict, accept_drawn, accept_greedy, accept_point_mass, accept_typical
+from mtp_lightning.decode.verify import AcceptResult, accept_greedy, accept_point_mass, accept_typical, rejection_sample
 
-Script = Callable[[Tensor, int], Tensor]
+ForcedDrafts = Callable[[Tensor, int], Tensor]
 """Says what to draft in place of the heads' own drafts, which are computed all the same: lengths (B,), K -> (B, K)."""
 
 
 class Decoding(Protocol):
     """A decoder at work on a session."""
 
-    def step(self, num_drafts: int) -> tuple[Tensor, Verdict]:
+    def step(self, num_drafts: int) -> tuple[Tensor, AcceptResult]:
         """Draft, verify and commit; return the (B, K) drafts and what became of them."""
 
 
@@ -28,35 +28,37 @@ class Decoding(Protocol):
 class ChainDecoding:
     """Decoders `greedy` (no drafts), `blockwise` and `chain`: one path of drafts."""
 
-    def __init__(self, session: Session, settings: Settings, decoder: Decoder, script: Script | None) -> None:
+    def __init__(
+        self, session: DecodeState, settings: Settings, decoder: Decoder, forced_drafts: ForcedDrafts | None
+    ) -> None:
         self.session = session
         self.settings = settings
         self.draft = draft_chain if decoder == "chain" else draft_blockwise
-        self.script = script
+        self.forced_drafts = forced_drafts
         self.generator = session.generator
 
-    def step(self, num_drafts: int) -> tuple[Tensor, Verdict]:
+    def step(self, num_drafts: int) -> tuple[Tensor, AcceptResult]:
         """Take one step; see `Decoding`."""
         drafts = self._drafts(num_drafts)
-        verdict = self._accept(verify(self.session, drafts.tokens), drafts)
-        self.session.commit(verdict.block, verdict.accepted)
-        return drafts.tokens, verdict
+        result = self._accept(verify(self.session, drafts.tokens), drafts)
+        self.session.commit(result.block, result.accepted)
+        return drafts.tokens, result
 
     def _drafts(self, num_drafts: int) -> Draft:
         if num_drafts == 0:
             return Draft(self.session.tokens[:, :0], None)
         drafts = self.draft(self.session, num_drafts, self._choose)
-        if self.script is None:
+        if self.forced_drafts is None:
             return drafts
-        return Draft(self.script(self.session.lengths, num_drafts), None)
+        return Draft(self.forced_drafts(self.session.lengths, num_drafts), None)
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not self.settings.draws_drafts:
+        if not self.settings.sample_drafts:
             return scores.argmax(-1), None
-        law = self.settings.sampling.probabilities(scores)
-        return draw(law, self.generator), law
+        probs = self.settings.sampling.probabilities(scores)
+        return draw(probs, self.generator), probs
 
-    def _accept(self, scores: Tensor, drafts: Draft) -> Verdict:
+    def _accept(self, scores: Tensor, drafts: Draft) -> AcceptResult:
         settings, sampling, generator = self.settings, self.settings.sampling, self.generator
         if sampling.is_greedy:
             return accept_greedy(scores, drafts.tokens)
@@ -64,7 +66,7 @@ class ChainDecoding:
             limits = {"epsilon": settings.typical_epsilon, "delta": settings.typical_delta}
             return accept_typical(scores, drafts.tokens, sampling, generator, **limits)
         if drafts.drawn_from is not None:
-            return accept_drawn(scores, drafts.tokens, drafts.drawn_from, sampling, generator)
+            return rejection_sample(scores, drafts.tokens, drafts.drawn_from, sampling, generator)
         return accept_point_mass(scores, drafts.tokens, sampling, generator)
 
 
@@ -72,22 +74,22 @@ class ChainDecoding:
 class TreeDecoding:
     """Decoder `tree`: several paths of drafts, of which one is kept."""
 
-    def __init__(self, session: Session, settings: Settings, tree: Tree) -> None:
+    def __init__(self, session: DecodeState, settings: Settings, tree: Tree) -> None:
         self.session = session
         self.sampling = settings.sampling
         self.tables = TreeTables(tree, session.device)
         self.generator = session.generator
 
-    def step(self, num_drafts: int) -> tuple[Tensor, Verdict]:
+    def step(self, num_drafts: int) -> tuple[Tensor, AcceptResult]:
         """Take one step; see `Decoding`. The tree says how many drafts there are."""
         session, tables = self.session, self.tables
         drafts = tables.fill(head_scores(session, tables.deepest))
         nodes = torch.cat((session.tokens.gather(1, session.lengths[:, None]), drafts), dim=1)  # (B, T)
         scores, states = verify_tree(session, nodes, tables.depths, tables.ancestry)
         if self.sampling.is_greedy:
-            verdict, path = accept_tree_greedy(scores, nodes, tables)
+            result, path = accept_tree_greedy(scores, nodes, tables)
         else:
-            verdict, path = accept_tree_sampled(scores, nodes, tables, self.sampling, self.generator)
+            result, path = accept_tree_sampled(scores, nodes, tables, self.sampling, self.generator)
         keep_path(session, states, path)
-        session.commit(verdict.block, verdict.accepted)
-        return drafts, verdict
+        session.commit(result.block, result.accepted)
+        return drafts, result

@@ -27,8 +27,8 @@ class Stopping:
             num_new: (B,) how many of them were decoded.
             is_finished: (B,) texts that ended before.
         """
-        room = self.settings.max_new_tokens - self.emitted
-        kept = torch.where(is_finished, 0, torch.minimum(num_new, room))
+        remaining = self.settings.max_new_tokens - self.emitted
+        kept = torch.where(is_finished, 0, torch.minimum(num_new, remaining))
         ends = is_finished
         if len(self.stop_tokens):
             places = torch.arange(block.shape[1], device=block.device)
@@ -43,13 +43,13 @@ class Stopping:
 
     def _cut_at_strings(self, block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Spell the rows on the host, token by token; only texts that may end at a string pay for this."""
-        spell = self.settings.spell
-        assert spell is not None
+        detokenize = self.settings.detokenize
+        assert detokenize is not None
         counts = kept.tolist()
         completes = [False] * len(counts)
         for row, tokens in enumerate(block.tolist()):
             for place, token in enumerate(tokens[: counts[row]]):
-                spelled = spell([token])
+                spelled = detokenize([token])
                 text = self.tails[row] + spelled
                 self.tails[row] = text[max(0, len(text) - self.longest_string + 1) :]
                 if any(string in text for string in self.settings.stop_strings):

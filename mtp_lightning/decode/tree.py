@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decode.sampling import Sampling, draw
-from mtp_lightning.decode.verify import Verdict
+from mtp_lightning.decode.verify import AcceptResult
 from mtp_lightning.errors import DecodingError
 
 MOST_NODES = 64
@@ -83,7 +83,7 @@ def _candidates(
     return [(-chance * share, depth + 1, rank, parent) for rank, share in below if share > 0]
 
 
-def check_tree(tree: Tree, num_offsets: int, vocabulary: int) -> None:
+def check_tree(tree: Tree, num_offsets: int, vocab_size: int) -> None:
     """Refuse a tree that the model's heads cannot fill.
 
     Raises:
@@ -104,9 +104,9 @@ def check_tree(tree: Tree, num_offsets: int, vocabulary: int) -> None:
             lambda: len({*zip(tree.parents, tree.ranks, strict=True)}) == size,
         ),
         (
-            f"ranks in a tree must lie in 0 to {vocabulary - 1}",
+            f"ranks in a tree must lie in 0 to {vocab_size - 1}",
             tree.ranks,
-            lambda: all(0 <= rank < vocabulary for rank in tree.ranks),
+            lambda: all(0 <= rank < vocab_size for rank in tree.ranks),
         ),
         (
             f"a tree must be at most n - 1 = {num_offsets - 1} deep",
@@ -114,9 +114,9 @@ def check_tree(tree: Tree, num_offsets: int, vocabulary: int) -> None:
             lambda: max(tree.depths) < num_offsets,
         ),
     )
-    for must_hold, found, is_kept in checks:
+    for expected, found, is_kept in checks:
         if not is_kept():
-            raise DecodingError(must_hold, str(found), "Build a tree from this model with `mtp bench tree`")
+            raise DecodingError(expected, str(found), "Build a tree from this model with `mtp bench tree`")
 
 
 @final
@@ -149,7 +149,7 @@ class TreeTables:
         return choices[:, self.depths[1:] - 1, self.ranks]
 
 
-def accept_tree_greedy(logits: Tensor, nodes: Tensor, tables: TreeTables) -> tuple[Verdict, Tensor]:
+def accept_tree_greedy(logits: Tensor, nodes: Tensor, tables: TreeTables) -> tuple[AcceptResult, Tensor]:
     """Keep the path on which every token is the main head's first choice after its parent.
 
     Args:
@@ -168,23 +168,23 @@ def accept_tree_greedy(logits: Tensor, nodes: Tensor, tables: TreeTables) -> tup
     depth = torch.where(num_wrong == 0, tables.depths, -1)
     accepted, node = depth.max(1)  # (B,)
     path = tables.paths[node]  # (B, depth+1)
-    return Verdict(accepted, choices.gather(1, path)), path
+    return AcceptResult(accepted, choices.gather(1, path)), path
 
 
 def accept_tree_sampled(
     logits: Tensor, nodes: Tensor, tables: TreeTables, sampling: Sampling, generator: torch.Generator
-) -> tuple[Verdict, Tensor]:
+) -> tuple[AcceptResult, Tensor]:
     """Walk down from the root, sibling by sibling: keep x with probability p(x), else remove x from p, renormalise.
 
     What is left when no sibling is kept is drawn from. The text has the law of plain sampling: given that earlier
     siblings failed, what is left is the law of what comes out [Miao 2023]. Arguments and results as in
     `accept_tree_greedy`.
     """
-    law = sampling.probabilities(logits)  # (B, T, V)
+    probs = sampling.probabilities(logits)  # (B, T, V)
     rows = torch.arange(len(nodes), device=nodes.device)
     node = torch.zeros_like(rows)  # (B,) where each row stands
     is_moving = torch.ones_like(rows, dtype=torch.bool)
-    left = law[rows, node]  # (B, V)
+    left = probs[rows, node]  # (B, V)
     for _ in range(tables.deepest):
         here, has_moved = node, torch.zeros_like(is_moving)
         for rank in range(tables.children.shape[1]):
@@ -198,8 +198,8 @@ def accept_tree_sampled(
             has_moved |= is_kept
             failed = torch.where(is_tried & ~is_kept, 0, left.gather(1, token)[:, 0])
             left = left.scatter(1, token, failed[:, None])
-        left = torch.where(has_moved[:, None], law[rows, node], left)
+        left = torch.where(has_moved[:, None], probs[rows, node], left)
         is_moving = has_moved
     accepted, path = tables.depths[node], tables.paths[node]
     block = nodes.gather(1, path).roll(-1, 1).scatter(1, accepted[:, None], draw(left, generator)[:, None])
-    return Verdict(accepted, block), path
+    return AcceptResult(accepted, block), path

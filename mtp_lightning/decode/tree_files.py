@@ -56,7 +56,7 @@ def choice_shares(model: MtpModel, tokens: Tensor, documents: Tensor, num_choice
         documents: (R, T+n) documents that the tokens belong to.
         num_choices: How many choices to look at.
     """
-    num_choices = min(num_choices, model.section.vocabulary)
+    num_choices = min(num_choices, model.section.vocab_size)
     hits = torch.zeros(model.num_offsets - 1, num_choices, dtype=torch.float64)
     totals = torch.zeros(model.num_offsets - 1, 1, dtype=torch.float64)
     for row, of_row in zip(tokens, documents, strict=True):

@@ -33,7 +33,7 @@ from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.strategies.base import RunStrategy
-from mtp_lightning.training.strategies.process_group import joined_ranks
+from mtp_lightning.training.strategies.process_group import process_group
 from mtp_lightning.training.strategies.zero import build_strategy
 
 TOLERANCE = 1e-5  # relative: of a parameter's gradient, and of its value
@@ -103,7 +103,7 @@ def walk_cells(cells: list[Cell], results: Path, tell: Callable[[int, Outcome], 
         results: file to append one line of JSON per cell to.
         tell: called on the first rank with the number of cells done and the last one's outcome.
     """
-    with joined_ranks(cells[0].recipe), _silence(), results.open("a") as file:
+    with process_group(cells[0].recipe), _silence(), results.open("a") as file:
         gc.freeze()  # of no use to look through torch after every cell
         for number, cell in enumerate(cells, start=1):
             outcome = run_cell(cell)
@@ -183,7 +183,7 @@ class RandomData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """One batch per step."""
-        share = self.recipe.batch.rows // self.ranks.size
+        share = self.recipe.batch.global_batch_size // self.ranks.size
         own = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
         batches = [random_batch(self.recipe, step) for step in range(self.recipe.run.steps)]
         own_batches = [{name: rows[own] for name, rows in batch.items()} for batch in batches]

@@ -20,10 +20,13 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 ADAPTATIONS: dict[str, dict[str, Any]] = {
     "none": {},
-    "low-rank updates": {"lora": {"rank": 2}},
-    "frozen trunk": {"frozen": ["trunk", "unembedding"]},
-    "mixtures of a trained trunk": {"weighted_states": {}},
-    "mixtures of layers": {"weighted_states": {"temperature": 0.5}, "lora": {"rank": 2}, "frozen": ["unembedding"]},
+    "low-rank updates": {"adapt": {"lora": {"rank": 2}}},
+    "frozen trunk": {"freeze": ["trunk", "unembedding"]},
+    "mixtures of a trained trunk": {"adapt": {"layer_mix": {}}},
+    "mixtures of layers": {
+        "adapt": {"layer_mix": {"temperature": 0.5}, "lora": {"rank": 2}},
+        "freeze": ["unembedding"],
+    },
 }
 UNEMBEDDINGS = ("shared", "tied", "replicated")
 
@@ -55,32 +58,36 @@ class Cell:
         return Recipe.model_validate(
             {
                 "model": {
-                    "width": 16,
-                    "num_layers": 4,
+                    "hidden_size": 16,
+                    "num_hidden_layers": 4,
                     "num_attention_heads": 4,
                     "num_key_value_heads": 2,
-                    "mlp_width": 24,
-                    "vocabulary": 29,
-                    "init_std": 0.1,
-                    "tie_embeddings": self.unembedding == "tied",
+                    "intermediate_size": 24,
+                    "vocab_size": 29,
+                    "initializer_range": 0.1,
+                    "tie_word_embeddings": self.unembedding == "tied",
                 },
                 "heads": {
                     **HEADS[self.heads],
                     "num_offsets": 3,
                     "unembedding": "replicated" if self.unembedding == "replicated" else "shared",
-                    "match_parameters": self.adaptation == "none",  # else the trunk keeps layers to choose from
+                    "layers_from_trunk": self.adaptation == "none",  # else the trunk keeps layers to choose from
                 },
-                "adapt": ADAPTATIONS[self.adaptation],
-                "objective": {"schedule": self.schedule, "chunk_mib": 11 * 29 * 4 / 2**20},  # 11 rows: ragged chunks
-                "data": {"window_tokens": 10},
-                "batch": {"rows": ROWS, "micro_rows": ROWS // (self.ranks * self.accumulation)},
+                **ADAPTATIONS[self.adaptation],
+                "objective": {
+                    "backward_order": self.schedule,
+                    "chunk_mib": 11 * 29 * 4 / 2**20,
+                },  # 11 rows: ragged chunks
+                "data": {"seq_len": 10},
+                "batch": {"global_batch_size": ROWS, "micro_batch_size": ROWS // (self.ranks * self.accumulation)},
                 "optimizer": {
                     "lr": 0.1 if self.optimizer == "sgd" else 3e-3,
                     "warmup_steps": 0,
-                    "decay_ratio": 1.0,
-                    "clip_norm": CLIP_NORM if self.clips else None,
+                    "min_lr_ratio": 1.0,
+                    "max_grad_norm": CLIP_NORM if self.clips else None,
                 },
-                "run": {"steps": STEPS[self.optimizer], "device": "cpu", "log_every_steps": 1, "threads": 1},
+                "run": {"steps": STEPS[self.optimizer], "device": "cpu", "threads": 1},
+                "logging": {"every_steps": 1},
                 "strategy": {
                     "kind": self.stage,
                     "ranks_per_node": self.ranks,

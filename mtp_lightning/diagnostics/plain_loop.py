@@ -26,9 +26,9 @@ class PlainStep(NamedTuple):
 def random_batch(recipe: Recipe, step: int) -> dict[str, Tensor]:
     """A global batch of random rows with document boundaries and a loss mask; each (R, T+n), the same on every rank."""
     generator = torch.Generator().manual_seed(step)
-    shape = (recipe.batch.rows, recipe.data.window_tokens + recipe.heads.num_offsets)
+    shape = (recipe.batch.global_batch_size, recipe.data.seq_len + recipe.heads.num_offsets)
     return {
-        "tokens": torch.randint(recipe.model.vocabulary, shape, generator=generator),
+        "tokens": torch.randint(recipe.model.vocab_size, shape, generator=generator),
         "documents": (torch.rand(shape, generator=generator) < 0.1).cumsum(1),
         "loss_mask": torch.rand(shape, generator=generator) < 0.8,
     }
@@ -55,8 +55,8 @@ def _plain_step(model: MtpModel, optimizer: torch.optim.Optimizer, recipe: Recip
     optimizer.zero_grad()
     torch.autograd.backward(torch.stack(losses).sum())
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    if recipe.optimizer.clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
+    if recipe.optimizer.max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.max_grad_norm)
     optimizer.step()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return PlainStep([float(loss.detach()) for loss in losses], gradients, weights)

@@ -1,4 +1,4 @@
-"""What can be known before an allocation is spent: each check is a line, ok or with a remedy."""
+"""What can be known before an allocation is spent: each check is a line, ok or with a hint."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ from mtp_lightning.planner.shape import shape_of
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.training.strategies.device import prepare_device
-from mtp_lightning.training.strategies.process_group import joined_ranks
+from mtp_lightning.training.strategies.process_group import process_group
 
 PACKAGES = ("torch", "lightning", "deepspeed", "numpy", "mtp_lightning")
 REDUCED_BYTES = 2**24
@@ -33,22 +33,22 @@ GIB = 2**30
 def preflight(recipe: Recipe) -> int:
     """Run all checks on all ranks, print a line for each on the first; return 0 if all are ok, else 6."""
     lines: list[Line] = []
-    with joined_ranks(recipe):
+    with process_group(recipe):
         device = prepare_device(recipe)
         for name, check in CHECKS.items():
             lines.append(line_of(name, check, recipe, device))
         folder = Path(Ranks().broadcast(str(Path(recipe.run.dir).absolute() / f"logs/preflight-{time.time_ns()}")))
-    codes = train_twice(recipe, folder) if all(line.remedy is None for line in lines) else None
-    with joined_ranks(recipe):
+    codes = train_twice(recipe, folder) if all(line.hint is None for line in lines) else None
+    with process_group(recipe):
         if codes is not None:
             gathered = Ranks().gather(codes)
             lines.append(line_of("training", lambda *_: compared(folder, gathered, device), recipe, device))
-        if codes is not None and lines[-1].remedy is None:
+        if codes is not None and lines[-1].hint is None:
             lines.append(line_of("decode", lambda *_: decoded(recipe, folder, device), recipe, device))
         Ranks().wait()
         if Ranks().is_first:
             shutil.rmtree(folder, ignore_errors=True)
-    return 0 if all(line.remedy is None for line in lines) else 6
+    return 0 if all(line.hint is None for line in lines) else 6
 
 
 def _versions(recipe: Recipe, device: torch.device) -> str:
@@ -68,7 +68,7 @@ def _devices(recipe: Recipe, device: torch.device) -> str:
         raise Failure(f"{name}, and among all {', '.join(names)}", "Leave nodes out, or site.constraint=… for one kind")
     if needed > free:
         found = f"{free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB needed by `mtp plan`"
-        raise Failure(found, "End what else runs there, or lower batch.micro_rows")
+        raise Failure(found, "End what else runs there, or lower batch.micro_batch_size")
     return f"{name}, {free / GIB:.1f} GiB free where {needed / GIB:.2g} GiB are needed"
 
 
@@ -124,16 +124,16 @@ def _shards(recipe: Recipe, device: torch.device) -> str:
         if Ranks().is_first:
             data.prepare_data()
     data.setup("fit")
-    return f"{data.describe_training()} to train on, {len(data.validation_rows):,} held out"
+    return f"{data.describe_training()} to train on, {len(data.validation_samples):,} held out"
 
 
 def _room(recipe: Recipe, device: torch.device) -> str:
-    checkpoints = recipe.run.keep_checkpoints + 2  # the best, and the one being written
+    checkpoints = recipe.checkpoint.keep + 2  # the best, and the one being written
     needed = checkpoints * BYTES_PER_PARAMETER * parameter_counts(recipe).total
     free = shutil.disk_usage(Path(recipe.run.dir).absolute()).free
     if free < needed:
         found = f"{free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB needed for {checkpoints} checkpoints"
-        raise Failure(found, "Make room, or lower run.keep_checkpoints")
+        raise Failure(found, "Make room, or lower checkpoint.keep")
     return f"{free / GIB:,.0f} GiB free where {checkpoints} checkpoints take {needed / GIB:,.2g} GiB"
 
 

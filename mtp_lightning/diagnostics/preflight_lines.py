@@ -1,4 +1,4 @@
-"""What a check of `mtp preflight` says: a line, ok or with a remedy, the same on all ranks."""
+"""What a check of `mtp preflight` says: a line, ok or with a hint, the same on all ranks."""
 
 import os
 import platform
@@ -18,9 +18,9 @@ Check = Callable[[Recipe, torch.device], str]
 class Failure(Exception):
     """A check that has found something."""
 
-    def __init__(self, found: str, remedy: str) -> None:
+    def __init__(self, found: str, hint: str) -> None:
         super().__init__(found)
-        self.found, self.remedy = found, remedy
+        self.found, self.hint = found, hint
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Line:
 
     name: str
     found: str
-    remedy: str | None = None  # None: all is well
+    hint: str | None = None  # None: all is well
 
     def __str__(self) -> str:
-        mark = "ok  " if self.remedy is None else "FAIL"
-        return f"{mark} {self.name:<12} {self.found}" + (f". {self.remedy}" if self.remedy else "")
+        mark = "ok  " if self.hint is None else "FAIL"
+        return f"{mark} {self.name:<12} {self.found}" + (f". {self.hint}" if self.hint else "")
 
 
 def line_of(name: str, check: Check, recipe: Recipe, device: torch.device) -> Line:
@@ -41,9 +41,9 @@ def line_of(name: str, check: Check, recipe: Recipe, device: torch.device) -> Li
     try:
         line = Line(name, check(recipe, device))
     except Failure as failure:
-        line = Line(name, failure.found, failure.remedy)
+        line = Line(name, failure.found, failure.hint)
     except MtpError as error:
-        line = Line(name, f"{error.must_hold}; found {error.found}", error.remedy)
+        line = Line(name, f"{error.expected}; found {error.found}", error.hint)
     except OSError as error:
         line = Line(name, f"{error.strerror}: {error.filename}", "Repair access")
     except RuntimeError as error:  # CUDA, NCCL and gloo
@@ -52,8 +52,8 @@ def line_of(name: str, check: Check, recipe: Recipe, device: torch.device) -> Li
     ranks = Ranks()
     lines = ranks.gather((platform.node(), line))
     for rank, (host, other) in enumerate(lines):
-        if other.remedy is not None:
-            line = Line(name, f"rank {rank} on {host}: {other.found}", other.remedy)
+        if other.hint is not None:
+            line = Line(name, f"rank {rank} on {host}: {other.found}", other.hint)
             break
     if ranks.is_first:
         print(line, flush=True)

@@ -14,7 +14,7 @@ from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.checkpoint.format.layout import complete_checkpoints
 from mtp_lightning.decode import generate
 from mtp_lightning.diagnostics.preflight_lines import Failure, name_and_free_bytes
-from mtp_lightning.launch.rank_env import find_seat
+from mtp_lightning.launch.rank_env import rank_from_env
 from mtp_lightning.planner.counts import parameter_counts
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, recipe_to_yaml
@@ -31,16 +31,16 @@ def train_twice(recipe: Recipe, folder: Path) -> list[int]:
     """Train two steps of one micro-batch each, go back to the first and train the second again, as processes."""
     codes = []
     for name, is_again in (("first", False), ("again", True)):
-        seat = find_seat(os.environ)
-        is_first = seat is None or seat.rank == 0
+        rank_info = rank_from_env(os.environ)
+        is_first = rank_info is None or rank_info.rank == 0
         if is_first and not is_again:
             _write_trial(recipe, folder)
         if is_again and is_first:
             _go_back(folder)
         arguments = [sys.executable, "-m", "mtp_lightning", "train", str(_appeared(folder / f"{name}.yaml"))]
         environment = dict(os.environ)
-        if seat is not None:
-            environment |= seat.environment | {"MASTER_PORT": str(seat.main_port + 1 + is_again)}
+        if rank_info is not None:
+            environment |= rank_info.environment | {"MASTER_PORT": str(rank_info.main_port + 1 + is_again)}
         done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=TRIAL_S, check=False)
         codes.append(done.returncode)
         if done.returncode and is_first:
@@ -54,15 +54,18 @@ def _write_trial(recipe: Recipe, folder: Path) -> None:
     run = {
         "dir": str(folder / "run"),
         "steps": 2,
-        "log_every_steps": 1,
         "validate_every_steps": 2,
-        "validation_rows": recipe.strategy.num_ranks,
-        "checkpoint_every_steps": 1,
-        "fresh": False,
+        "validation_samples": recipe.strategy.num_ranks,
+        "restart": False,
     }
-    batch = {"rows": recipe.batch.micro_rows * recipe.strategy.num_ranks}
+    batch = {"global_batch_size": recipe.batch.micro_batch_size * recipe.strategy.num_ranks}
     trial = recipe.model_copy(
-        update={"run": recipe.run.model_copy(update=run), "batch": recipe.batch.model_copy(update=batch)}
+        update={
+            "run": recipe.run.model_copy(update=run),
+            "checkpoint": recipe.checkpoint.model_copy(update={"every_steps": 1}),
+            "logging": recipe.logging.model_copy(update={"every_steps": 1}),
+            "batch": recipe.batch.model_copy(update=batch),
+        }
     )
     folder.mkdir(parents=True, exist_ok=True)
     _place(folder / "first.yaml", recipe_to_yaml(trial))
@@ -125,7 +128,7 @@ def decoded(recipe: Recipe, folder: Path, device: torch.device) -> str:
     if needed > free:
         return f"not tried: {needed / GIB:.1f} GiB of weights do not fit into the {free / GIB:.1f} GiB of one device"
     _, model = load_model(folder / "run", device=device, verify=False)
-    prompt = [token % recipe.model.vocabulary for token in range(1, 1 + PROMPT_TOKENS)]
+    prompt = [token % recipe.model.vocab_size for token in range(1, 1 + PROMPT_TOKENS)]
     drafting, plain = (
         generate(model, [prompt], max_new_tokens=NEW_TOKENS, decoder=decoder) for decoder in ("auto", "greedy")
     )

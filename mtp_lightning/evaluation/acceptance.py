@@ -52,7 +52,7 @@ def measure_acceptance(
     """
     recipe, model = load_model(path, device=device, dtype=dtype)
     if shards is not None:
-        data = recipe.data.model_copy(update={"shards": shards, "mixture": {}, "mixture_epochs": {}})
+        data = recipe.data.model_copy(update={"shards": shards, "mixture": {}, "max_epochs": {}})
         recipe = recipe.model_copy(update={"data": data})
     batches = _held_out(recipe, num_rows)
     names = batches.rows.source_names
@@ -78,13 +78,13 @@ def _held_out(recipe: Recipe, num_rows: int) -> ValidationBatches:
     rows = open_rows(recipe, "validation")
     if len(rows) == 0:
         raise DataError(
-            "shards to measure on must hold rows out", "none", "Build them with a larger data.validation_share"
+            "shards to measure on must hold rows out", "none", "Build them with a larger data.validation_fraction"
         )
     return ValidationBatches(
         rows=rows,
         numbers=rows.spread(min(num_rows, len(rows))),
-        batch_rows=recipe.batch.micro_rows,
-        vocabulary=recipe.model.vocabulary,
+        batch_rows=recipe.batch.micro_batch_size,
+        vocab_size=recipe.model.vocab_size,
     )
 
 

@@ -167,7 +167,7 @@ def draw(groups: Sequence[Group], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for place, group in enumerate(groups):
         offsets = range(2, group.num_offsets + 1)
-        accepted = {k: group.figures[name] for k in offsets if (name := f"cumulative_acceptance_{k}") in group.figures}
+        accepted = {k: group.figures[name] for k in offsets if (name := f"acceptance_rate_{k}") in group.figures}
         means, margins = [own.mean for own in accepted.values()], [own.margin or 0.0 for own in accepted.values()]
         left.errorbar([*accepted], means, yerr=margins, marker="o", capsize=3, label=_label(group))
         loss = group.figures["loss_1"]

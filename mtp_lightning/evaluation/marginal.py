@@ -15,7 +15,7 @@ from torch import Tensor
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.console.progress import counted
 from mtp_lightning.data.loading.factory import open_rows, prepare_data
-from mtp_lightning.decode.state import Session, prefill, verify, verify_tree
+from mtp_lightning.decode.state import DecodeState, prefill, verify, verify_tree
 from mtp_lightning.errors import DataError, DecodingError
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe import Recipe
@@ -63,7 +63,7 @@ class MarginalReport:
 
 
 @torch.no_grad()
-def laws_ahead(session: Session, num_offsets: int, *, nucleus: float, most_paths: int) -> list[Law]:
+def laws_ahead(session: DecodeState, num_offsets: int, *, nucleus: float, most_paths: int) -> list[Law]:
     """Return the laws of the next tokens of a session of one row, the main head's own first.
 
     Args:
@@ -94,7 +94,7 @@ def _nucleus(probabilities: Tensor, share: float, most: int) -> Tensor:
     return index[(behind < share)][:most]
 
 
-def _laws_after(session: Session, paths: Tensor) -> Tensor:
+def _laws_after(session: DecodeState, paths: Tensor) -> Tensor:
     """Laws of the token after each path of (S, J) tokens that follows the committed one: (S, V) float64."""
     length = paths.shape[1]
     laws = []
@@ -142,7 +142,7 @@ def measure_marginal(
         for text in texts:
             scores = _head_scores(model, text)
             begin = len(text) - last_tokens - 1
-            session = _begun(model, text, begin, room=last_tokens + BRANCH_TOKENS + num_offsets)
+            session = _begun(model, text, begin, remaining=last_tokens + BRANCH_TOKENS + num_offsets)
             for place in range(begin, len(text) - 1):
                 laws = laws_ahead(session, num_offsets, nucleus=nucleus, most_paths=most_paths)
                 for k, law in enumerate(laws[: len(text) - 1 - place]):
@@ -173,9 +173,9 @@ def check_settings(num_offsets: int, last_tokens: int, top: int, nucleus: float,
         ("--nucleus must lie above 0, and at most at 1", nucleus, 0 < nucleus <= 1),
         ("--paths must be 1 or more", most_paths, most_paths >= 1),
     )
-    for must_hold, found, holds in checks:
+    for expected, found, holds in checks:
         if not holds:
-            raise DecodingError(must_hold, str(found), "Change it")
+            raise DecodingError(expected, str(found), "Change it")
 
 
 def held_out_texts(recipe: Recipe, num_texts: int, least_tokens: int) -> list[list[int]]:
@@ -189,7 +189,7 @@ def held_out_texts(recipe: Recipe, num_texts: int, least_tokens: int) -> list[li
     arrays = rows.read(rows.spread(min(4 * num_texts, len(rows))))
     texts = []
     for tokens, documents in zip(arrays["tokens"].tolist(), arrays["documents"], strict=True):
-        lengths = np.bincount(documents[: recipe.data.window_tokens])
+        lengths = np.bincount(documents[: recipe.data.seq_len])
         begin = int(lengths[: lengths.argmax()].sum())
         texts.append(tokens[begin : begin + int(lengths.max())])
     long = [text for text in texts if len(text) >= least_tokens][:num_texts]
@@ -197,21 +197,21 @@ def held_out_texts(recipe: Recipe, num_texts: int, least_tokens: int) -> list[li
         raise DataError(
             f"held-out rows must hold {least_tokens} tokens of one document",
             f"{max(map(len, texts), default=0)} at most in {len(texts)} rows",
-            "Lower --last, or train with a larger data.window_tokens",
+            "Lower --last, or train with a larger data.seq_len",
         )
     return long
 
 
-def _begun(model: MtpModel, text: list[int], begin: int, *, room: int) -> Session:
+def _begun(model: MtpModel, text: list[int], begin: int, *, remaining: int) -> DecodeState:
     """A session that has read the text before a place and has committed the token there."""
-    session = Session(model, [text[:begin]], most_drafts=0, room=room, seed=0)
+    session = DecodeState(model, [text[:begin]], max_drafts=0, remaining=remaining, seed=0)
     prefill(session)
     session.tokens[0, begin] = text[begin]
     session.note_progress()
     return session
 
 
-def _step(session: Session, token: int) -> None:
+def _step(session: DecodeState, token: int) -> None:
     """Feed the committed token, which `verify` has done, and commit the next."""
     session.cache.lengths += 1
     session.tokens[0, int(session.lengths[0])] = token

@@ -38,14 +38,14 @@ def read_mixtures(path: Path) -> list[LearntMixture]:
     """
     folder = find_checkpoint(path)
     recipe, reader = load_recipe(folder / RECIPE_NAME).recipe, ShardReader(folder)
-    section = recipe.adapt.weighted_states
+    section = recipe.adapt.layer_mix
     if section is None:
         raise CheckpointError(
-            "a run whose mixtures are shown must have adapt.weighted_states",
-            f"adapt.weighted_states = null in {folder / RECIPE_NAME}",
+            "a run whose mixtures are shown must have adapt.layer_mix",
+            f"adapt.layer_mix = null in {folder / RECIPE_NAME}",
             "Name a run that was trained with them",
         )
-    weights = {offset: reader.read(f"mixtures.{offset}.weight").double() for offset in mixing_offsets(recipe)}
+    weights = {offset: reader.read(f"layer_mix.{offset}.weight").double() for offset in mixing_offsets(recipe)}
     return [LearntMixture(k, (weight / section.temperature).softmax(0).tolist()) for k, weight in weights.items()]
 
 

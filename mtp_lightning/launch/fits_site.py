@@ -10,7 +10,7 @@ from mtp_lightning.recipe.schema.root import Recipe
 GIB = 2**30
 
 
-def check_place(recipe: Recipe, site: Site, *, force: bool = False) -> None:
+def check_fits_site(recipe: Recipe, site: Site, *, force: bool = False) -> None:
     """Refuse what the job would be refused for, or would burn its allocation on.
 
     Raises:
@@ -26,11 +26,11 @@ def _check_ranks(recipe: Recipe, site: Site) -> None:
     ranks, gpus, total = recipe.strategy.ranks_per_node, site.gpus_per_node, recipe.strategy.num_ranks
     if gpus and gpus % ranks:
         nodes, rest = divmod(total, gpus)
-        remedy = f"Set strategy.num_nodes={nodes} strategy.ranks_per_node={gpus}"
+        hint = f"Set strategy.num_nodes={nodes} strategy.ranks_per_node={gpus}"
         raise LaunchError(
             f"the {gpus} GPUs of a node must be a multiple of strategy.ranks_per_node",
             str(ranks),
-            remedy if nodes and not rest else f"Choose a number of ranks that is a multiple of {gpus}, or divides it",
+            hint if nodes and not rest else f"Choose a number of ranks that is a multiple of {gpus}, or divides it",
         )
 
 
@@ -47,10 +47,10 @@ def _check_folder(recipe: Recipe, site: Site) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         what = "read-only" if existing.is_dir() else "a file"
         raise LaunchError("run.dir must be a folder that can be written to", f"{existing}, {what}", "Give another")
-    if recipe.run.fresh:
+    if recipe.run.restart:
         raise LaunchError(
             "a submitted run must be able to go on when it is requeued",
-            "run.fresh=true, which would start it over each time",
+            "run.restart=true, which would start it over each time",
             "Give another run.dir, or move the earlier run aside",
         )
 
@@ -66,11 +66,11 @@ def _check_memory(recipe: Recipe, site: Site) -> None:
     device = hardware(site.gpu)
     variant = build_variant(recipe, shape_of(recipe), layout_of(recipe), device)
     if not variant.fits:
-        micro_rows = variant.most_micro_rows
+        micro_batch_size = variant.most_micro_rows
         raise LaunchError(
             f"the recipe must fit into the {device.memory_bytes / GIB:.0f} GiB of an {device.name}",
             f"{variant.memory.total / GIB:.1f} GiB by `mtp plan`",
-            f"Set batch.micro_rows={micro_rows}"
-            if micro_rows
-            else "Use more GPUs, a later ZeRO stage or objective.checkpoint_trunk=true; --force submits all the same",
+            f"Set batch.micro_batch_size={micro_batch_size}"
+            if micro_batch_size
+            else "Use more GPUs, a later ZeRO stage or memory.recompute_trunk=true; --force submits all the same",
         )

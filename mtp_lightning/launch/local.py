@@ -14,7 +14,7 @@ from types import FrameType
 from typing import IO
 
 from mtp_lightning.errors import LaunchError
-from mtp_lightning.launch.rank_env import Seat, find_seat, free_port, local_seat
+from mtp_lightning.launch.rank_env import RankInfo, free_port, local_rank_info, rank_from_env
 from mtp_lightning.launch.signals import heeded_signals
 from mtp_lightning.recipe.schema.root import Recipe
 
@@ -30,7 +30,7 @@ def needs_ranks(recipe: Recipe, environment: Mapping[str, str]) -> bool:
     Raises:
         LaunchError: The recipe's ranks are on several nodes, which only a cluster's launcher can start.
     """
-    if recipe.strategy.num_ranks == 1 or find_seat(environment) is not None:
+    if recipe.strategy.num_ranks == 1 or rank_from_env(environment) is not None:
         return False
     if recipe.strategy.num_nodes > 1:
         nodes, ranks = recipe.strategy.num_nodes, recipe.strategy.ranks_per_node
@@ -44,7 +44,7 @@ def needs_ranks(recipe: Recipe, environment: Mapping[str, str]) -> bool:
 
 @dataclass(frozen=True)
 class _Rank:
-    seat: Seat
+    rank_info: RankInfo
     process: "subprocess.Popen[bytes]"
     log: IO[bytes] | None  # of all ranks but the first, whose output is the run's
 
@@ -63,7 +63,7 @@ def run_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
     """
     port, num_ranks = free_port(), recipe.strategy.ranks_per_node
     with ExitStack() as until_the_end:
-        ranks = [_start(local_seat(rank, num_ranks, port), arguments, until_the_end) for rank in range(num_ranks)]
+        ranks = [_start(local_rank_info(rank, num_ranks, port), arguments, until_the_end) for rank in range(num_ranks)]
         with _signals_passed_on(ranks):
             failed = _await(ranks)
             if failed is None:
@@ -71,27 +71,27 @@ def run_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
             _stop(ranks)
         code = failed.exit_code or 1
         if failed.log is not None and ranks[0].exit_code != code:
-            print(f"Rank {failed.seat.rank} of {num_ranks} ended with exit code {code}:", file=sys.stderr)
+            print(f"Rank {failed.rank_info.rank} of {num_ranks} ended with exit code {code}:", file=sys.stderr)
             sys.stderr.write(_tail(failed.log))
         return code
 
 
-def _start(seat: Seat, arguments: Sequence[str], until_the_end: ExitStack) -> _Rank:
+def _start(rank_info: RankInfo, arguments: Sequence[str], until_the_end: ExitStack) -> _Rank:
     log: IO[bytes] | None = None
-    if seat.rank:
+    if rank_info.rank:
         log = until_the_end.enter_context(tempfile.TemporaryFile())  # noqa: SIM115, the stack is its context
-    threads = max(1, len(os.sched_getaffinity(0)) // seat.local_ranks)
+    threads = max(1, len(os.sched_getaffinity(0)) // rank_info.local_ranks)
     libc = ctypes.CDLL(None)
     process = subprocess.Popen(
         [sys.executable, "-m", "mtp_lightning", *arguments],
-        env={"OMP_NUM_THREADS": str(threads), **os.environ, **seat.environment},
+        env={"OMP_NUM_THREADS": str(threads), **os.environ, **rank_info.environment},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
         start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
         preexec_fn=lambda: libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL),
     )
-    return _Rank(seat, process, log)
+    return _Rank(rank_info, process, log)
 
 
 @contextmanager

@@ -10,11 +10,11 @@ FIRST_PORT = 20_000  # ports from here on; the job's number picks one, so that j
 NUM_PORTS = 12_000  # below the range that kernels give to outgoing connections
 LOCAL_PORTS = range(10_000, FIRST_PORT)  # for ranks that are started here
 VALID_PORTS = range(1, 65_536)
-REMEDY = "start ranks with srun, torchrun or a plain `mtp train` (without RANK and WORLD_SIZE)"
+HINT = "start ranks with srun, torchrun or a plain `mtp train` (without RANK and WORLD_SIZE)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seat:
+class RankInfo:
     """A process's place among the ranks of a run."""
 
     rank: int
@@ -39,25 +39,25 @@ class Seat:
         }
 
 
-def find_seat(environment: Mapping[str, str]) -> Seat | None:
-    """Read this process's seat; None where nothing has started it as one of several.
+def rank_from_env(environment: Mapping[str, str]) -> RankInfo | None:
+    """Read this process's rank_info; None where nothing has started it as one of several.
 
     Raises:
-        LaunchError: A variable is missing or is not a number, or there can be no such seat.
+        LaunchError: A variable is missing or is not a number, or there can be no such rank_info.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        seat = _from_torchrun(environment)
+        rank_info = _from_torchrun(environment)
     elif "SLURM_STEP_ID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
-        seat = _from_slurm(environment)
+        rank_info = _from_slurm(environment)
     else:
         return None
-    _check(seat)
-    return seat
+    _check(rank_info)
+    return rank_info
 
 
-def local_seat(rank: int, num_ranks: int, port: int) -> Seat:
-    """Make a seat on this machine, where all ranks are."""
-    return Seat(
+def local_rank_info(rank: int, num_ranks: int, port: int) -> RankInfo:
+    """Make a rank_info on this machine, where all ranks are."""
+    return RankInfo(
         rank=rank,
         num_ranks=num_ranks,
         local_rank=rank,
@@ -96,9 +96,9 @@ def free_port() -> int:
     )
 
 
-def _from_torchrun(environment: Mapping[str, str]) -> Seat:
+def _from_torchrun(environment: Mapping[str, str]) -> RankInfo:
     num_ranks = _number(environment, "WORLD_SIZE")
-    return Seat(
+    return RankInfo(
         rank=_number(environment, "RANK"),
         num_ranks=num_ranks,
         local_rank=_number(environment, "LOCAL_RANK"),
@@ -109,12 +109,12 @@ def _from_torchrun(environment: Mapping[str, str]) -> Seat:
     )
 
 
-def _from_slurm(environment: Mapping[str, str]) -> Seat:
+def _from_slurm(environment: Mapping[str, str]) -> RankInfo:
     num_ranks = _number(environment, "SLURM_STEP_NUM_TASKS")
     num_nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or "127.0.0.1"
     job, step = _number(environment, "SLURM_JOB_ID", 0), _number(environment, "SLURM_STEP_ID")
-    return Seat(
+    return RankInfo(
         rank=_number(environment, "SLURM_PROCID"),
         num_ranks=num_ranks,
         local_rank=_number(environment, "SLURM_LOCALID"),
@@ -135,19 +135,19 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
-def _check(seat: Seat) -> None:
-    for name, rank in (("RANK or SLURM_PROCID", seat.rank), ("LOCAL_RANK or SLURM_LOCALID", seat.local_rank)):
-        if not 0 <= rank < seat.num_ranks:
+def _check(rank_info: RankInfo) -> None:
+    for name, rank in (("RANK or SLURM_PROCID", rank_info.rank), ("LOCAL_RANK or SLURM_LOCALID", rank_info.local_rank)):
+        if not 0 <= rank < rank_info.num_ranks:
             raise LaunchError(
                 f"{name} must be at least 0 and below the number of ranks, WORLD_SIZE or SLURM_STEP_NUM_TASKS",
-                f"{rank} of {seat.num_ranks}",
-                f"Correct them, or {REMEDY}",
+                f"{rank} of {rank_info.num_ranks}",
+                f"Correct them, or {HINT}",
             )
-    if seat.main_port not in VALID_PORTS:
+    if rank_info.main_port not in VALID_PORTS:
         raise LaunchError(
             f"MASTER_PORT must be a port for the ranks to meet at, {VALID_PORTS.start} to {VALID_PORTS.stop - 1}",
-            str(seat.main_port),
-            f"Correct it, or {REMEDY}",
+            str(rank_info.main_port),
+            f"Correct it, or {HINT}",
         )
 
 
@@ -159,5 +159,5 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
         raise LaunchError(
             f"the environment variable {name} must be a whole number: by it the ranks of a run find each other",
             "none" if value is None else repr(value),
-            f"Correct it, or {REMEDY}",
+            f"Correct it, or {HINT}",
         ) from None

@@ -27,11 +27,11 @@ def check_may_be_run(folder: Path, field: str = "run.dir") -> None:
     """
     if is_run(folder) or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    what, remedy = kind_of(folder)
+    what, hint = kind_of(folder)
     raise RunFolderError(
         f"{field} must be a new folder, an empty one, or one that a run has made ({MARKER} in it)",
         f"{folder}, which is {what}",
-        f"{remedy} Nothing has been changed.",
+        f"{hint} Nothing has been changed.",
     )
 
 
@@ -63,7 +63,7 @@ def kind_of(folder: Path) -> tuple[str, str]:
     names = {path.name for path in folder.iterdir()}
     new = "Give a new run.dir"
     own = shlex.quote(str(folder))
-    start = f"Start a new run from its weights: mtp train {own}/recipe.yaml run.start_from={own} run.dir=runs/NEW."
+    start = f"Start a new run from its weights: mtp train {own}/recipe.yaml init.path={own} run.dir=runs/NEW."
     if names >= {"manifest.json", "state.json"} or folder.parent.name == "checkpoints":
         return "a checkpoint", f"To go on with its run, give {folder.parent.parent}; or {start[0].lower()}{start[1:]}"
     if "environment.json" in names and folder.parent.name == "logs":

@@ -55,7 +55,7 @@ def heeded_signals() -> list[signal.Signals]:
 
 
 @contextmanager
-def heeding_signals(stop: StopRequest) -> Iterator[StopRequest]:
+def stop_on_signals(stop: StopRequest) -> Iterator[StopRequest]:
     """Let the stop signals of this process ask for a stop in the body; only the main thread can handle signals."""
     if threading.current_thread() is not threading.main_thread():
         yield stop

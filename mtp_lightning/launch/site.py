@@ -124,13 +124,13 @@ def load_site(name: str, overrides: Sequence[str] = ()) -> Site:
 def _changed(override: str) -> tuple[str, Any]:
     """Split `key=value`, the value in YAML."""
     key, equals, value = override.partition("=")
-    must_hold, remedy = "a change of the site must be written site.KEY=VALUE", "Write site.time=02:00:00"
+    expected, hint = "a change of the site must be written site.KEY=VALUE", "Write site.time=02:00:00"
     if not equals:
-        raise SiteError(must_hold, override, remedy)
+        raise SiteError(expected, override, hint)
     try:
         return key, parse_yaml(value)
     except OddFileError as error:
-        raise SiteError(f"{must_hold}, the value in YAML", f"{OVERRIDE}{override}: {error}", remedy) from None
+        raise SiteError(f"{expected}, the value in YAML", f"{OVERRIDE}{override}: {error}", hint) from None
 
 
 def known_sites() -> list[str]:
@@ -203,8 +203,8 @@ def _check_values(site: Site, where: str) -> None:
         raise SiteError(f"{where} must name variables by letters, digits and _", repr(wrong[0]), "Rename it")
     _check_text(site.model_dump(), where)
     if site.memory is not None and not _MEMORY.fullmatch(site.memory):
-        must_hold = f"{where} must give memory per node as Slurm does"
-        raise SiteError(must_hold, repr(site.memory), "Write e.g. memory: 900G")
+        expected = f"{where} must give memory per node as Slurm does"
+        raise SiteError(expected, repr(site.memory), "Write e.g. memory: 900G")
     if site.gpu is not None and not site.gpus_per_node:
         raise SiteError(
             f"{where} must have gpus_per_node of 1 or more where it names a gpu",

@@ -43,7 +43,7 @@ class RunStatus:
     remaining_tokens: int | None
     tokens_per_s: float | None
     loss: float | None  # of the main head: of the last validation, or else of training
-    accepted_length: float | None
+    mean_acceptance_length: float | None
     checkpoint: int | None  # step of the newest
     restarts: int
     faults: tuple[str, ...] = ()  # what of the folder could not be read, in words
@@ -153,7 +153,7 @@ def _opened(reading: _Reading, job: str | None, job_state: str | None, *, is_loc
         remaining_tokens=_remaining_tokens(recipe, step),
         tokens_per_s=row.get("tokens_per_s"),
         loss=row.get("val/loss_1", row.get("train/loss_1")),
-        accepted_length=row.get("val/accepted_length", row.get("train/accepted_length")),
+        mean_acceptance_length=row.get("val/mean_acceptance_length", row.get("train/mean_acceptance_length")),
         checkpoint=max(saved, default=None),
         restarts=max(0, sum(_ATTEMPT.fullmatch(path.name) is not None for path in run.glob("logs/attempt_*")) - 1),
         faults=tuple(reading.faults),
@@ -172,7 +172,7 @@ def _closed(run: Path, job_state: str | None, found: str) -> RunStatus:
         remaining_tokens=None,
         tokens_per_s=None,
         loss=None,
-        accepted_length=None,
+        mean_acceptance_length=None,
         checkpoint=None,
         restarts=0,
         faults=(f"cannot be looked into: {found}",),
@@ -206,7 +206,7 @@ def _remaining_tokens(content: dict[str, Any], step: int) -> int | None:
     except ValidationError:  # of another version
         return None
     ramp = recipe.batch.ramp
-    if recipe.run.steps > MOST or (ramp and recipe.batch.rows > MOST_GROWTHS * ramp.from_rows):
+    if recipe.run.steps > MOST or (ramp and recipe.batch.global_batch_size > MOST_GROWTHS * ramp.from_batch_size):
         return None  # counting would take long
     return tokens_after(recipe, recipe.run.steps) - tokens_after(recipe, step)
 

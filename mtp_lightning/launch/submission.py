@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtp_lightning.errors import LaunchError
-from mtp_lightning.launch.fits_site import check_place
+from mtp_lightning.launch.fits_site import check_fits_site
 from mtp_lightning.launch.run_marker import check_may_be_run, claim
 from mtp_lightning.launch.sbatch import Job, Task, render
 from mtp_lightning.launch.scheduler import submit
@@ -89,7 +89,7 @@ def prepare(
     named = [(base / name, own) for name, own in points] or [(base, recipe)]
     placed = [_at(own, folder) for folder, own in named]
     for own in placed:
-        check_place(own, site, force=force)
+        check_fits_site(own, site, force=force)
     ranks = {(own.strategy.num_nodes, own.strategy.ranks_per_node) for own in placed}
     if len(ranks) > 1:
         raise LaunchError("all runs of a sweep must have equally many ranks", f"{sorted(ranks)}", "Submit one by one")

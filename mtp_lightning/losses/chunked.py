@@ -77,7 +77,7 @@ def chunked_loss(
 
 
 def chunk_rows(
-    num_rows: int, vocabulary: int, dtype: torch.dtype, chunk_bytes: int, distillation: Distillation | None = None
+    num_rows: int, vocab_size: int, dtype: torch.dtype, chunk_bytes: int, distillation: Distillation | None = None
 ) -> int:
     """Rows per chunk within a byte budget, as even as possible; low precision keeps two extra copies.
 
@@ -85,9 +85,9 @@ def chunk_rows(
     """
     exact = torch.promote_types(dtype, torch.float32)
     entry_bytes = exact.itemsize + (2 * dtype.itemsize if dtype != exact else 0)
-    row_bytes = vocabulary * entry_bytes
+    row_bytes = vocab_size * entry_bytes
     if distillation is not None:
-        row_bytes = 2 * row_bytes + DISTILLED_COPIES * distillation.kept(vocabulary) * exact.itemsize
+        row_bytes = 2 * row_bytes + DISTILLED_COPIES * distillation.kept(vocab_size) * exact.itemsize
     most = max(1, chunk_bytes // row_bytes)
     num_chunks = -(-num_rows // most)
     return -(-num_rows // num_chunks)
@@ -205,8 +205,8 @@ def _run_term(plan: _Plan, term: Term, side: _Side, teacher: _Side | None) -> Te
 
 def _run_chunks(plan: _Plan, term: Term, side: _Side, teacher: _Side | None, coefficient: Tensor) -> None:
     """Score one term chunk by chunk, gradients multiplied by the given coefficient."""
-    num_rows, (vocabulary, _) = len(side.hidden), side.matrix.shape
-    step = chunk_rows(num_rows, vocabulary, side.matrix.dtype, plan.chunk_bytes, term.distillation)
+    num_rows, (vocab_size, _) = len(side.hidden), side.matrix.shape
+    step = chunk_rows(num_rows, vocab_size, side.matrix.dtype, plan.chunk_bytes, term.distillation)
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
         logits = side.logits(rows)  # (C, V)

@@ -44,9 +44,9 @@ class Distillation:
         num_rows = len(self.has_teacher)
         return slice(min(rows.start + self.shift, num_rows), min(rows.stop + self.shift, num_rows))
 
-    def kept(self, vocabulary: int) -> int:
+    def kept(self, vocab_size: int) -> int:
         """Number K of entries that are compared."""
-        return self.section.resolved_top_k(vocabulary)
+        return self.section.resolved_top_k(vocab_size)
 
     def compare(self, teacher: Tensor, student: Tensor, rows: slice, *, both: bool) -> tuple[Slope, Slope | None]:
         """Compare a chunk's logits: teacher (m, V) with the first m rows of student (C, V), neither changed.
@@ -56,8 +56,8 @@ class Distillation:
         """
         section, student = self.section, student[: len(teacher)]
         index = None
-        kept, vocabulary = self.kept(teacher.shape[1]), teacher.shape[1]
-        if kept < vocabulary:
+        kept, vocab_size = self.kept(teacher.shape[1]), teacher.shape[1]
+        if kept < vocab_size:
             teacher, index = teacher.topk(kept, dim=1, sorted=False)  # (m, K)
             student = student.gather(1, index)
         log_p, log_q = (_tempered(logits, section.temperature).log_softmax(1) for logits in (teacher, student))

@@ -10,9 +10,7 @@ from mtp_lightning.recipe.schema.objective import DistillSection
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> Tensor:
     """Loss of each row: (P, V) logits, (P,) targets -> (P,); 0 where the target is `IGNORE`."""
-    losses = F.cross_entropy(
-        logits, targets, ignore_index=IGNORE, label_smoothing=smoothing, reduction="none"
-    )
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, label_smoothing=smoothing, reduction="none")
     if z_loss:
         losses = losses + z_loss * logits.logsumexp(1).square() * (targets != IGNORE)
     return losses

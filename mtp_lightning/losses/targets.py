@@ -6,9 +6,7 @@ from torch import Tensor
 IGNORE = -100  # target of a position that does not count, as in torch's cross-entropy
 
 
-def shifted_targets(
-    tokens: Tensor, documents: Tensor, num_offsets: int, loss_mask: Tensor | None = None
-) -> Tensor:
+def shifted_targets(tokens: Tensor, documents: Tensor, num_offsets: int, loss_mask: Tensor | None = None) -> Tensor:
     """Shift a batch of rows by every offset.
 
     The target of offset k at position t is token t+k, if it lies in the document of position t and the loss mask

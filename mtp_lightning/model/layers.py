@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtp_lightning.model.positions import Geometry, rotate
+from mtp_lightning.model.positions import AttentionInputs, rotate
 from mtp_lightning.recipe.schema.model import ModelSection
 
 
 def build_norm(section: ModelSection) -> nn.Module:
     """Build a norm of width D."""
     kind = nn.LayerNorm if section.norm == "layer" else nn.RMSNorm
-    return kind(section.width, section.norm_eps)
+    return kind(section.hidden_size, section.norm_eps)
 
 
 class Attention(nn.Module):
@@ -22,18 +22,18 @@ class Attention(nn.Module):
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
-        self.head_width = section.resolved_head_width
+        self.head_dim = section.resolved_head_dim
         self.is_grouped = section.resolved_key_value_heads != section.num_attention_heads
-        inner = section.num_attention_heads * self.head_width
-        shared = section.resolved_key_value_heads * self.head_width
-        self.q_proj = nn.Linear(section.width, inner, bias=section.qkv_bias)
-        self.k_proj = nn.Linear(section.width, shared, bias=section.qkv_bias)
-        self.v_proj = nn.Linear(section.width, shared, bias=section.qkv_bias)
-        self.o_proj = nn.Linear(inner, section.width, bias=section.output_bias)
-        self.q_norm = nn.RMSNorm(self.head_width, section.norm_eps) if section.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_width, section.norm_eps) if section.qk_norm else None
+        inner = section.num_attention_heads * self.head_dim
+        shared = section.resolved_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(section.hidden_size, inner, bias=section.qkv_bias)
+        self.k_proj = nn.Linear(section.hidden_size, shared, bias=section.qkv_bias)
+        self.v_proj = nn.Linear(section.hidden_size, shared, bias=section.qkv_bias)
+        self.o_proj = nn.Linear(inner, section.hidden_size, bias=section.output_bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, section.norm_eps) if section.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, section.norm_eps) if section.qk_norm else None
 
-    def forward(self, hidden: Tensor, geometry: Geometry) -> Tensor:
+    def forward(self, hidden: Tensor, geometry: AttentionInputs) -> Tensor:
         """Mix positions: (B, T, D) -> (B, T, D)."""
         query = self._split(self.q_proj(hidden))  # (B, H, T, W)
         key = self._split(self.k_proj(hidden))  # (B, K, T, W)
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         return output
 
     def _split(self, projected: Tensor) -> Tensor:
-        return projected.view(*projected.shape[:-1], -1, self.head_width).transpose(1, 2)
+        return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
 
 class Mlp(nn.Module):
@@ -63,10 +63,10 @@ class Mlp(nn.Module):
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
-        inner, bias = section.resolved_mlp_width, section.mlp_bias
-        self.gate_proj = nn.Linear(section.width, inner, bias=bias) if section.mlp == "swiglu" else None
-        self.up_proj = nn.Linear(section.width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, section.width, bias=bias)
+        inner, bias = section.resolved_intermediate_size, section.mlp_bias
+        self.gate_proj = nn.Linear(section.hidden_size, inner, bias=bias) if section.mlp == "swiglu" else None
+        self.up_proj = nn.Linear(section.hidden_size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, section.hidden_size, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Transform each position: (B, T, D) -> (B, T, D)."""
@@ -87,7 +87,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = build_norm(section)
         self.mlp = Mlp(section)
 
-    def forward(self, hidden: Tensor, geometry: Geometry) -> Tensor:
+    def forward(self, hidden: Tensor, geometry: AttentionInputs) -> Tensor:
         """Run the layer: (B, T, D) -> (B, T, D)."""
         attended = hidden + self.self_attn(self.input_layernorm(hidden), geometry)
         read = hidden if self.is_parallel else attended
@@ -102,13 +102,13 @@ class LayerStack(nn.ModuleList):
         super().__init__(Layer(section) for _ in range(num_layers))
         self.recompute = recompute
 
-    def forward(self, hidden: Tensor, geometry: Geometry) -> Tensor:
+    def forward(self, hidden: Tensor, geometry: AttentionInputs) -> Tensor:
         """Run every layer: (B, T, D) -> (B, T, D)."""
         for output in self.walk(hidden, geometry):
             hidden = output
         return hidden
 
-    def walk(self, hidden: Tensor, geometry: Geometry) -> Iterator[Tensor]:
+    def walk(self, hidden: Tensor, geometry: AttentionInputs) -> Iterator[Tensor]:
         """Run every layer on the output of the one before, (B, T, D), and yield the output of each."""
         for layer in self:
             if self.recompute and torch.is_grad_enabled():

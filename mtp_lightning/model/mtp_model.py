@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mtp_lightning.model.heads import KINDS, TRUNK, HeadContext
 from mtp_lightning.model.layers import Layer
 from mtp_lightning.model.lora import add_updates, initialise_update
-from mtp_lightning.model.positions import Geometry, document_geometry, window_geometry
-from mtp_lightning.model.roles import LORA, role_of
-from mtp_lightning.model.scalar_mix import Mixture, Sums
+from mtp_lightning.model.positions import AttentionInputs, document_geometry, window_geometry
+from mtp_lightning.model.roles import LAYER_MIX, LORA, role_of
+from mtp_lightning.model.scalar_mix import ScalarMix, Sums
 from mtp_lightning.model.trunk import Trunk
 from mtp_lightning.model.unembedding import Unembedding
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
@@ -29,28 +29,26 @@ class MtpModel(nn.Module):
         super().__init__()
         self.section = recipe.model
         self.num_offsets = recipe.heads.num_offsets
-        self.attends_in_document = recipe.data.attention == "document"
-        self.trunk = Trunk(
-            recipe.model, num_trunk_layers(recipe), recompute=recipe.objective.checkpoint_trunk
-        )
-        recompute = recipe.objective.checkpoint_heads
+        self.attends_in_document = recipe.data.document_mask
+        self.trunk = Trunk(recipe.model, num_trunk_layers(recipe), recompute=recipe.memory.recompute_trunk)
+        recompute = recipe.memory.recompute_heads
         if recompute is None:
             recompute = recipe.heads.kind == "recursive"
         self.heads = KINDS[recipe.heads.kind](recipe.model, recipe.heads, recompute=recompute)
         self.unembedding = Unembedding(recipe, self.heads)
-        self.mixtures = nn.ModuleDict(
-            {str(offset): Mixture(num_trunk_layers(recipe), section) for offset in mixing_offsets(recipe)}
-            if (section := recipe.adapt.weighted_states)
+        self.layer_mix = nn.ModuleDict(
+            {str(offset): ScalarMix(num_trunk_layers(recipe), section) for offset in mixing_offsets(recipe)}
+            if (section := recipe.adapt.layer_mix)
             else {}
         )
         if (lora := recipe.adapt.lora) is not None:
             for part in (self.trunk, self.heads) if lora.in_heads else (self.trunk,):
                 add_updates(part, lora)
-        self.tie_embeddings()
+        self.tie_word_embeddings()
 
-    def tie_embeddings(self) -> None:
+    def tie_word_embeddings(self) -> None:
         """Make embedding and unembedding one parameter where the recipe says so."""
-        if self.section.tie_embeddings:
+        if self.section.tie_word_embeddings:
             self.unembedding.lm_heads[0].weight = self.trunk.embed_tokens.weight
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -60,38 +58,38 @@ class MtpModel(nn.Module):
         embedded: Tensor = self.trunk.embed_tokens(tokens)
         return embedded
 
-    def geometry(self, documents: Tensor, *, like: Tensor) -> Geometry:
+    def geometry(self, documents: Tensor, *, like: Tensor) -> AttentionInputs:
         """Positions and attention mask of a batch of rows, from the documents of its (B, T+n) tokens."""
         num_positions = documents.shape[1] - self.num_offsets
         if self.attends_in_document:
             return document_geometry(documents[:, :num_positions], self.section, like=like)
         return window_geometry(num_positions, self.section, like=like)
 
-    def context(self, embedded: Tensor, geometry: Geometry) -> HeadContext:
+    def context(self, embedded: Tensor, geometry: AttentionInputs) -> HeadContext:
         """What heads may look at; without a gradient path to the embedding where the trunk is isolated."""
-        if self.heads.isolates_trunk:
+        if self.heads.detaches_trunk:
             embedded = embedded.detach()
         return HeadContext(geometry, embedded)
 
     def source(self, offset: int) -> int:
         """Name what an offset reads: another offset, `TRUNK`, or by its own number, negative, its mixture of layers."""
-        return -offset if str(offset) in self.mixtures else self.heads.source(offset)
+        return -offset if str(offset) in self.layer_mix else self.heads.source(offset)
 
-    def readers(self, state: int) -> list[int]:
+    def dependents(self, state: int) -> list[int]:
         """Offsets that read a state; the inverse of `source`."""
         return [offset for offset in self.heads.offsets if self.source(offset) == state]
 
-    def trunk_states(self, embedded: Tensor, geometry: Geometry) -> dict[int, Tensor]:
+    def trunk_states(self, embedded: Tensor, geometry: AttentionInputs) -> dict[int, Tensor]:
         """Run the trunk: (B, T, D) -> one (B, T, D) for each of its states that `source` names, and `TRUNK`."""
-        if not self.mixtures:
+        if not self.layer_mix:
             return {TRUNK: self.trunk(embedded, geometry)[0]}
-        sums = Sums({-int(offset): mixture() for offset, mixture in self.mixtures.items()})
+        sums = Sums({-int(offset): mixture() for offset, mixture in self.layer_mix.items()})
         last, *mixed = self.trunk(embedded, geometry, sums=sums)
         return {TRUNK: last, **dict(zip(sums.states, mixed, strict=True))}
 
     def read(self, offset: int, state: Tensor) -> Tensor:
         """What an offset reads of the state of its source, normed or cut off: (B, T, D) -> (B, T, D)."""
-        if self.heads.is_cut_off(offset):
+        if self.heads.detaches_input(offset):
             state = state.detach()
         norm = self.heads.reads_norm_of(offset)
         return state if norm is None else self.unembedding.normalize(norm, state)
@@ -126,7 +124,7 @@ def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> MtpModel:
     with torch.device("meta"):
         model = MtpModel(recipe)
     model.to_empty(device=device)
-    model.tie_embeddings()
+    model.tie_word_embeddings()
     initialise(model, recipe)
     return model
 
@@ -160,9 +158,9 @@ def initialise(model: MtpModel, recipe: Recipe, *, whole: Whole = _as_they_are) 
 @torch.no_grad()
 def initialise_parameter(name: str, parameter: Tensor, recipe: Recipe) -> None:
     """Set one parameter of the recipe's model, in place, as `initialise` says; replicated matrices apart."""
-    if parameter.dim() == 1 and role_of(name) == "mixtures":
-        assert recipe.adapt.weighted_states is not None
-        parameter.fill_(recipe.adapt.weighted_states.init)
+    if parameter.dim() == 1 and role_of(name) == LAYER_MIX:
+        assert recipe.adapt.layer_mix is not None
+        parameter.fill_(recipe.adapt.layer_mix.init)
     elif parameter.dim() == 1:
         parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     elif role_of(name) == LORA:
@@ -172,9 +170,9 @@ def initialise_parameter(name: str, parameter: Tensor, recipe: Recipe) -> None:
     elif name.startswith("heads.") and recipe.heads.kind == "medusa":
         parameter.zero_()
     else:
-        std = recipe.model.init_std
+        std = recipe.model.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            std /= math.sqrt(2 * recipe.model.num_layers)
+            std /= math.sqrt(2 * recipe.model.num_hidden_layers)
         generator = _generator_of(name, parameter, recipe)
         exact = torch.promote_types(parameter.dtype, torch.float32)
         drawn = torch.empty(parameter.shape, dtype=exact, device=parameter.device)

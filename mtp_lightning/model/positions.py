@@ -10,7 +10,7 @@ from torch import Tensor
 from mtp_lightning.recipe.schema.model import ModelSection
 
 
-class Past(ABC):
+class KVCache(ABC):
     """Keys and values of earlier positions, which attention goes on from."""
 
     @abstractmethod
@@ -18,7 +18,7 @@ class Past(ABC):
         """Keep a layer's keys and values of T new positions and return all S: two (B, K, T, W) -> two (B, K, S, W)."""
 
 
-class Geometry(NamedTuple):
+class AttentionInputs(NamedTuple):
     """Rotary tables and attention mask of a batch of windows.
 
     `mask` None means plain causal attention over the window, or, for a single new position, all of the past.
@@ -27,16 +27,16 @@ class Geometry(NamedTuple):
     cos: Tensor  # (B or 1, 1, T, R), R of a head's W channels are turned
     sin: Tensor  # (B or 1, 1, T, R)
     mask: Tensor | None  # (B, 1, T, S), true where attention is allowed; S = T without a past
-    past: Past | None = None
+    past: KVCache | None = None
 
 
-def window_geometry(num_positions: int, section: ModelSection, *, like: Tensor) -> Geometry:
+def window_geometry(num_positions: int, section: ModelSection, *, like: Tensor) -> AttentionInputs:
     """Attend causally over the whole window; positions count from its start. `like` gives dtype and device."""
     positions = torch.arange(num_positions, device=like.device)[None]  # (1, T)
-    return Geometry(*rotary_tables(positions, section, like=like), None)
+    return AttentionInputs(*rotary_tables(positions, section, like=like), None)
 
 
-def document_geometry(documents: Tensor, section: ModelSection, *, like: Tensor) -> Geometry:
+def document_geometry(documents: Tensor, section: ModelSection, *, like: Tensor) -> AttentionInputs:
     """Attend causally within each document only; positions restart at every document.
 
     Args:
@@ -47,7 +47,7 @@ def document_geometry(documents: Tensor, section: ModelSection, *, like: Tensor)
     positions = positions_in_document(documents)
     same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
     mask = torch.tril(same)[:, None]  # (B, 1, T, T)
-    return Geometry(*rotary_tables(positions, section, like=like), mask)
+    return AttentionInputs(*rotary_tables(positions, section, like=like), mask)
 
 
 def positions_in_document(documents: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def _scaled(frequencies: Tensor, section: ModelSection) -> Tensor:
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def rotate(states: Tensor, geometry: Geometry) -> Tensor:
+def rotate(states: Tensor, geometry: AttentionInputs) -> Tensor:
     """Apply the rotary embedding to the first R channels of queries or keys: (B, H, T, W) -> (B, H, T, W)."""
     width = geometry.cos.shape[-1]
     if width < states.shape[-1]:
@@ -89,6 +89,6 @@ def rotate(states: Tensor, geometry: Geometry) -> Tensor:
     return _turned(states, geometry)
 
 
-def _turned(states: Tensor, geometry: Geometry) -> Tensor:
+def _turned(states: Tensor, geometry: AttentionInputs) -> Tensor:
     first, second = states.chunk(2, dim=-1)
     return states * geometry.cos + torch.cat((-second, first), dim=-1) * geometry.sin

@@ -1,8 +1,9 @@
 """Roles of parameters, by their names: what groups of the optimizer, norms and freezing are told apart by."""
 
-ROLES = ("trunk", "heads", "unembedding", "lora", "mixtures")
+ROLES = ("trunk", "heads", "unembedding", "lora", "layer_mix")
 """Parts of `MtpModel`, and what an adaptation adds to them."""
 LORA = "lora"
+LAYER_MIX = "layer_mix"
 
 
 def role_of(parameter_name: str) -> str:

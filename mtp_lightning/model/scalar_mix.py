@@ -12,14 +12,14 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.recipe.schema.adapt import WeightedStatesSection
+from mtp_lightning.recipe.schema.adapt import LayerMixSection
 
 
 @final
-class Mixture(nn.Module):
+class ScalarMix(nn.Module):
     """How much one head reads of each layer."""
 
-    def __init__(self, num_layers: int, section: WeightedStatesSection) -> None:
+    def __init__(self, num_layers: int, section: LayerMixSection) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_layers))
         self.temperature = section.temperature

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from mtp_lightning.model.layers import LayerStack
-from mtp_lightning.model.positions import Geometry
+from mtp_lightning.model.positions import AttentionInputs
 from mtp_lightning.model.scalar_mix import Sums
 from mtp_lightning.recipe.schema.model import ModelSection
 
@@ -13,10 +13,10 @@ class Trunk(nn.Module):
 
     def __init__(self, section: ModelSection, num_layers: int, *, recompute: bool) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(section.vocabulary, section.width)
+        self.embed_tokens = nn.Embedding(section.vocab_size, section.hidden_size)
         self.layers = LayerStack(section, num_layers, recompute=recompute)
 
-    def forward(self, embedded: Tensor, geometry: Geometry, *, sums: Sums | None = None) -> tuple[Tensor, ...]:
+    def forward(self, embedded: Tensor, geometry: AttentionInputs, *, sums: Sums | None = None) -> tuple[Tensor, ...]:
         """Run the layers on embedded tokens: (B, T, D) -> the last state, then those of `sums`, (B, T, D) each.
 
         Sums are returned, not only kept in `sums`: ZeRO-3 looks for a module's way back at what it returns, and fails

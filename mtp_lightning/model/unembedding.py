@@ -24,12 +24,10 @@ class Unembedding(nn.Module):
         num_matrices = recipe.heads.num_offsets if self.is_replicated else 1
         self.norms = nn.ModuleList(build_norm(section) for _ in range(num_norms))
         self.lm_heads = nn.ModuleList(
-            nn.Linear(section.width, section.vocabulary, bias=False) for _ in range(num_matrices)
+            nn.Linear(section.hidden_size, section.vocab_size, bias=False) for _ in range(num_matrices)
         )
         self.token_order = (
-            nn.Linear(section.width, section.vocabulary, bias=False)
-            if recipe.objective.token_order
-            else None
+            nn.Linear(section.hidden_size, section.vocab_size, bias=False) if recipe.objective.token_order else None
         )
         self.chunk_bytes = int(recipe.objective.chunk_mib * 2**20)
 

@@ -38,27 +38,27 @@ class ParameterCounts:
     heads: int
     unembedding: int
     lora: int = 0
-    mixtures: int = 0
+    layer_mix: int = 0
 
     @property
     def total(self) -> int:
         """All parameters of the model."""
-        return self.trunk + self.heads + self.unembedding + self.lora + self.mixtures
+        return self.trunk + self.heads + self.unembedding + self.lora + self.layer_mix
 
 
 def parameter_counts(recipe: Recipe) -> ParameterCounts:
     """Count the parameters that training updates and a checkpoint holds.
 
     >>> parameter_counts(Recipe())
-    ParameterCounts(trunk=3279104, heads=3213312, unembedding=66048, lora=0, mixtures=0)
+    ParameterCounts(trunk=3279104, heads=3213312, unembedding=66048, lora=0, layer_mix=0)
     """
-    embedding = recipe.model.vocabulary * recipe.model.width
+    embedding = recipe.model.vocab_size * recipe.model.hidden_size
     return ParameterCounts(
         trunk=embedding + (num_trunk_layers(recipe) * layer_weights(recipe.model)).total,
         heads=head_weights(recipe).total,
         unembedding=unembedding_weights(recipe).total,
         lora=update_weights(recipe).total,
-        mixtures=len(mixing_offsets(recipe)) * num_trunk_layers(recipe),
+        layer_mix=len(mixing_offsets(recipe)) * num_trunk_layers(recipe),
     )
 
 
@@ -67,12 +67,12 @@ def trainable_parameters(recipe: Recipe) -> int:
 
     Of a number of offsets that are trained, those count that no frozen offset uses, and what an adaptation adds.
 
-    >>> heads = {"kind": "sequential", "trainable_from": 4, "match_parameters": False}
-    >>> trainable_parameters(Recipe.model_validate({"heads": heads}))
+    >>> fields = {"heads": {"kind": "sequential", "layers_from_trunk": False}, "freeze": ["offsets_below_4"]}
+    >>> trainable_parameters(Recipe.model_validate(fields))
     935168
     """
-    first, counts = recipe.heads.trainable_from, asdict(parameter_counts(recipe))
-    frozen = {*recipe.adapt.frozen, *(["trunk"] if first or recipe.adapt.lora else [])}
+    first, counts = recipe.first_trained_offset, asdict(parameter_counts(recipe))
+    frozen = {*recipe.frozen_parts, *(["trunk"] if first or recipe.adapt.lora else [])}
     if first is not None:
         before = recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"num_offsets": first - 1})})
         counts["heads"] -= head_weights(before).total
@@ -89,21 +89,21 @@ def bucket_entries(recipe: Recipe) -> int:
     869120
     """
     head = recipe.heads.layers_per_head * layer_weights(recipe.model).total
-    return min(LARGEST_BUCKET, head + recipe.model.vocabulary * recipe.model.width)
+    return min(LARGEST_BUCKET, head + recipe.model.vocab_size * recipe.model.hidden_size)
 
 
 def layer_weights(model: ModelSection) -> Weights:
     """Count one transformer layer: four projections of attention, three of a SwiGLU or two of a GELU, two norms.
 
-    >>> layer_weights(ModelSection(width=8, num_attention_heads=2, mlp_width=16))
+    >>> layer_weights(ModelSection(hidden_size=8, num_attention_heads=2, intermediate_size=16))
     Weights(matrices=640, vectors=16)
     """
-    queries = model.num_attention_heads * model.resolved_head_width
-    keys = model.resolved_key_value_heads * model.resolved_head_width
-    inner, width, num_inner = model.resolved_mlp_width, model.width, 2 if model.mlp == "swiglu" else 1
+    queries = model.num_attention_heads * model.resolved_head_dim
+    keys = model.resolved_key_value_heads * model.resolved_head_dim
+    inner, width, num_inner = model.resolved_intermediate_size, model.hidden_size, 2 if model.mlp == "swiglu" else 1
     biases = (queries + 2 * keys if model.qkv_bias else 0) + (width if model.output_bias else 0)
     biases += num_inner * inner + width if model.mlp_bias else 0
-    head_norms = 2 * model.resolved_head_width if model.qk_norm else 0
+    head_norms = 2 * model.resolved_head_dim if model.qk_norm else 0
     return Weights(
         matrices=width * (2 * queries + 2 * keys + (num_inner + 1) * inner),
         vectors=2 * norm_vectors(model) + biases + head_norms,
@@ -124,15 +124,15 @@ def update_weights_of_layer(recipe: Recipe) -> int:
     1024
     """
     model, lora = recipe.model, recipe.adapt.lora
-    queries = model.num_attention_heads * model.resolved_head_width
-    keys, inner = model.resolved_key_value_heads * model.resolved_head_width, model.resolved_mlp_width
+    queries = model.num_attention_heads * model.resolved_head_dim
+    keys, inner = model.resolved_key_value_heads * model.resolved_head_dim, model.resolved_intermediate_size
     other_side = {"q": queries, "k": keys, "v": keys, "o": queries, "gate": inner, "up": inner, "down": inner}
-    return lora.rank * sum(model.width + other_side[target] for target in lora.targets) if lora else 0
+    return lora.rank * sum(model.hidden_size + other_side[target] for target in lora.targets) if lora else 0
 
 
 def norm_vectors(model: ModelSection) -> int:
     """Count the parameters of one norm of width D."""
-    return (2 if model.norm == "layer" else 1) * model.width
+    return (2 if model.norm == "layer" else 1) * model.hidden_size
 
 
 def head_weights(recipe: Recipe) -> Weights:
@@ -145,22 +145,24 @@ def unembedding_weights(recipe: Recipe) -> Weights:
     """Count the final norms and the V x D matrices; a tied matrix is counted with the trunk."""
     heads = recipe.heads
     num_matrices = heads.num_offsets if heads.unembedding == "replicated" else 1
-    num_matrices += (1 if recipe.objective.token_order else 0) - (1 if recipe.model.tie_embeddings else 0)
+    num_matrices += (1 if recipe.objective.token_order else 0) - (1 if recipe.model.tie_word_embeddings else 0)
     num_norms = {"sequential": heads.num_offsets, "recursive": min(2, heads.num_offsets)}.get(heads.kind, 1)
-    return Weights(num_matrices * recipe.model.vocabulary * recipe.model.width, num_norms * norm_vectors(recipe.model))
+    return Weights(
+        num_matrices * recipe.model.vocab_size * recipe.model.hidden_size, num_norms * norm_vectors(recipe.model)
+    )
 
 
 def _modules(model: ModelSection, num_modules: int) -> Weights:
     """Projection from 2D to D and two norms of each sequential module."""
-    return num_modules * Weights(2 * model.width**2, 2 * norm_vectors(model))
+    return num_modules * Weights(2 * model.hidden_size**2, 2 * norm_vectors(model))
 
 
 BESIDES_LAYERS: dict[str, Callable[[ModelSection, HeadsSection], Weights]] = {
     "parallel": lambda model, heads: Weights(),
     "chained": lambda model, heads: Weights(),
-    "linear": lambda model, heads: (heads.num_offsets - 1) * Weights(model.width**2),
+    "linear": lambda model, heads: (heads.num_offsets - 1) * Weights(model.hidden_size**2),
     "medusa": lambda model, heads: (
-        (heads.num_offsets - 1) * heads.layers_per_head * Weights(model.width**2, model.width)
+        (heads.num_offsets - 1) * heads.layers_per_head * Weights(model.hidden_size**2, model.hidden_size)
     ),
     "sequential": lambda model, heads: _modules(model, heads.num_offsets - 1),
     "recursive": lambda model, heads: _modules(model, min(1, heads.num_offsets - 1)),

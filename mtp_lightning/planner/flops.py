@@ -45,7 +45,7 @@ def attention_flops_per_position(recipe: Recipe) -> int:
 
 def _attended(recipe: Recipe) -> int:
     model = recipe.model
-    return model.num_attention_heads * model.resolved_head_width * recipe.data.window_tokens
+    return model.num_attention_heads * model.resolved_head_dim * recipe.data.seq_len
 
 
 def tokens_after(recipe: Recipe, steps: int) -> int:
@@ -54,7 +54,7 @@ def tokens_after(recipe: Recipe, steps: int) -> int:
     >>> tokens_after(Recipe(), 10)
     40960
     """
-    return recipe.batch.rows_after(steps) * recipe.data.window_tokens
+    return recipe.batch.samples_after(steps) * recipe.data.seq_len
 
 
 def tokens_per_step(recipe: Recipe) -> int:
@@ -63,7 +63,7 @@ def tokens_per_step(recipe: Recipe) -> int:
     >>> tokens_per_step(Recipe())
     4096
     """
-    return recipe.batch.rows * recipe.data.window_tokens
+    return recipe.batch.global_batch_size * recipe.data.seq_len
 
 
 def flops_per_step(recipe: Recipe) -> int:
@@ -78,10 +78,10 @@ def flops_per_step(recipe: Recipe) -> int:
 def flop_ratio(recipe: Recipe, num_offsets: int) -> float:
     """Divide the operations with n offsets by those with one: the least that n offsets can cost.
 
-    With `heads.match_parameters` and transformer heads, the difference is n - 1 products with the V x D matrix.
+    With `heads.layers_from_trunk` and transformer heads, the difference is n - 1 products with the V x D matrix.
 
-    >>> model = {"width": 4096, "num_layers": 32, "num_attention_heads": 32, "vocabulary": 32_000}
-    >>> recipe = Recipe.model_validate({"model": model, "data": {"window_tokens": 4096}})
+    >>> model = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32_000}
+    >>> recipe = Recipe.model_validate({"model": model, "data": {"seq_len": 4096}})
     >>> round(flop_ratio(recipe, 4), 3)
     1.051
     """

@@ -20,7 +20,7 @@ class Layout:
     stage: int = 3  # of ZeRO; 0: every GPU holds everything
     num_gpus: int
     gpus_per_node: int = 8
-    micro_rows: int
+    micro_batch_size: int
     num_micro_batches: int = 1  # per optimizer step
     precision: str = "bf16"
     schedule: str = "sequential"
@@ -51,7 +51,7 @@ class Layout:
     @property
     def rows_per_step(self) -> int:
         """Rows of an optimizer step over all GPUs."""
-        return self.num_gpus * self.micro_rows * self.num_micro_batches
+        return self.num_gpus * self.micro_batch_size * self.num_micro_batches
 
     @property
     def num_nodes(self) -> int:
@@ -62,9 +62,9 @@ class Layout:
         """Count the parts that something which ZeRO shards from `stage` on is split into."""
         return self.num_gpus if self.stage >= stage else 1
 
-    def with_rows(self, micro_rows: int, rows_per_gpu: int) -> "Layout":
+    def with_rows(self, micro_batch_size: int, rows_per_gpu: int) -> "Layout":
         """Cut the same rows of a GPU into other micro-batches."""
-        return replace(self, micro_rows=micro_rows, num_micro_batches=-(-rows_per_gpu // micro_rows))
+        return replace(self, micro_batch_size=micro_batch_size, num_micro_batches=-(-rows_per_gpu // micro_batch_size))
 
 
 def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
@@ -73,24 +73,24 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
     The rows of a step stay what they are; micro-batches shrink where a GPU's share leaves no other way. On several
     GPUs `single` becomes ZeRO-1, which is data parallelism with its optimizer shared out.
 
-    >>> layout_of(Recipe()).num_micro_batches, layout_of(Recipe(), 4).micro_rows
+    >>> layout_of(Recipe()).num_micro_batches, layout_of(Recipe(), 4).micro_batch_size
     (1, 4)
     """
-    strategy, objective = recipe.strategy, recipe.objective
+    strategy, objective, memory = recipe.strategy, recipe.objective, recipe.memory
     gpus = num_gpus or strategy.num_ranks
-    rows_per_gpu = -(-recipe.batch.rows // gpus)
-    micro_rows = max(rows for rows in range(1, recipe.batch.micro_rows + 1) if rows_per_gpu % rows == 0)
-    recomputes_heads = objective.checkpoint_heads
+    rows_per_gpu = -(-recipe.batch.global_batch_size // gpus)
+    micro_batch_size = max(rows for rows in range(1, recipe.batch.micro_batch_size + 1) if rows_per_gpu % rows == 0)
+    recomputes_heads = memory.recompute_heads
     return Layout(
         stage=max(STAGES[strategy.kind], 1 if gpus > 1 else 0),
         num_gpus=gpus,
         gpus_per_node=strategy.ranks_per_node if strategy.num_ranks > 1 else GPUS_PER_NODE,
-        micro_rows=micro_rows,
-        num_micro_batches=rows_per_gpu // micro_rows,
+        micro_batch_size=micro_batch_size,
+        num_micro_batches=rows_per_gpu // micro_batch_size,
         precision=recipe.run.precision,
-        schedule=objective.schedule,
+        schedule=objective.backward_order,
         chunk_bytes=objective.chunk_mib * 2**20,
-        recomputes_trunk=objective.checkpoint_trunk,
+        recomputes_trunk=memory.recompute_trunk,
         recomputes_heads=recipe.heads.kind == "recursive" if recomputes_heads is None else recomputes_heads,
         offload_optimizer=strategy.offload_optimizer,
         offload_parameters=strategy.offload_parameters,

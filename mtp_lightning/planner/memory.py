@@ -102,7 +102,7 @@ def layer_bytes(layer: Layer, layout: Layout, keeps: frozenset[str] = ALL_PROJEC
 
 
 def _activations(shape: Shape, layout: Layout) -> dict[str, float]:
-    positions = layout.micro_rows * shape.window_tokens
+    positions = layout.micro_batch_size * shape.seq_len
     passes, residual = shape.passes, layout.weight_bytes * shape.layer.width
     trunk_layer, head_layer = (layer_bytes(shape.layer, layout, part.keeps) for part in (passes.trunk, passes.heads))
     heads = _stack(_heads_alive(shape, layout), head_layer, residual, recomputes=layout.recomputes_heads)
@@ -116,7 +116,7 @@ def _activations(shape: Shape, layout: Layout) -> dict[str, float]:
     else:
         trunk = passes.trunk.work.layers_back * trunk_layer
     trunk += max(0.0, at_work - (held + logits) / positions)
-    mask = 4 * layout.micro_rows * shape.window_tokens**2 if shape.attends_in_document else 0
+    mask = 4 * layout.micro_batch_size * shape.seq_len**2 if shape.attends_in_document else 0
     trunk += passes.num_mixed_states * residual
     return {"trunk_activations": positions * trunk + mask, "head_activations": held, "logits": logits}
 
@@ -144,7 +144,7 @@ def _logits(shape: Shape, layout: Layout) -> float:
     Joint keeps the fp32 log-probabilities of every offset, and has three more such tensors of one offset in hand.
     """
     low = 0 if layout.compute_bytes == FP32 else layout.compute_bytes
-    entries = layout.micro_rows * shape.window_tokens * shape.vocabulary
+    entries = layout.micro_batch_size * shape.seq_len * shape.vocab_size
     if layout.schedule == "joint":
         return float(entries * ((shape.passes.num_losses + 3) * FP32 + low))
     return min(layout.chunk_bytes, float(entries * (FP32 + 2 * low)))

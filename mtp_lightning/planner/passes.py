@@ -87,7 +87,7 @@ def passes_of(recipe: Recipe) -> Passes:
     >>> everything = passes_of(Recipe()).all
     >>> everything.forward == everything.inputs == everything.weights
     True
-    >>> trunk = passes_of(Recipe.model_validate({"adapt": {"frozen": ["trunk", "unembedding"]}})).trunk.work
+    >>> trunk = passes_of(Recipe.model_validate({"freeze": ["trunk", "unembedding"]})).trunk.work
     >>> trunk.inputs, trunk.weights, trunk.layers_back
     (0, 0, 0)
     """
@@ -140,11 +140,11 @@ class _Walk:
         has_path = trained.reads_path(offset, self.has_path)
         num_layers = heads.layers_per_head if heads.kind in ("parallel", "chained") else 0
         if heads.kind in ("sequential", "recursive") and offset > 1:
-            reads = has_path or is_trained or (trained.trunk and not heads.isolate_trunk)  # the norms before it, too
-            self.heads += product(2 * model.width**2, reads=reads, is_trained=is_trained)
+            reads = has_path or is_trained or (trained.trunk and not heads.detach_trunk)  # the norms before it, too
+            self.heads += product(2 * model.hidden_size**2, reads=reads, is_trained=is_trained)
             has_path, num_layers = reads, heads.layers_per_head
         for _ in range({"linear": 1, "medusa": heads.layers_per_head}.get(heads.kind, 0) if offset > 1 else 0):
-            self.heads += product(model.width**2, reads=has_path, is_trained=is_trained)
+            self.heads += product(model.hidden_size**2, reads=has_path, is_trained=is_trained)
             has_path = has_path or is_trained
         lora = recipe.adapt.lora
         stack = _Stack(recipe, is_trained=is_trained, is_updated=lora is not None and lora.in_heads)
@@ -160,12 +160,12 @@ class _Walk:
             return
         if offset == 1 and self.recipe.objective.token_order is not None:
             scored[-1] = trained.token_order
-        distill, entries = self.recipe.objective.distill, self.recipe.model.vocabulary * self.recipe.model.width
+        distill, entries = self.recipe.objective.distill, self.recipe.model.vocab_size * self.recipe.model.hidden_size
         if offset > 1 and distill is not None and distill.beta_of(offset):
             reads_main, learns = self.has_path[1] or trained.norm_after(1), not distill.detach_teacher
             self.teacher += product(entries, reads=learns and reads_main, is_trained=learns and trained.matrix(1))
             self.num_compared += 1
-            self.num_compared_entries += distill.resolved_top_k(self.recipe.model.vocabulary)
+            self.num_compared_entries += distill.resolved_top_k(self.recipe.model.vocab_size)
         for number, is_trained in scored.items():
             self.unembedding += product(entries, reads=reads, is_trained=is_trained)
             self.num_losses += 1
@@ -228,13 +228,13 @@ def product(entries: int, *, reads: bool, is_trained: bool) -> Work:
 def projection_widths(model: ModelSection) -> dict[str, tuple[int, int]]:
     """List the projections of a transformer layer with their widths, in and out.
 
-    >>> model = ModelSection(width=8, num_attention_heads=2, num_key_value_heads=1, mlp="gelu", mlp_width=16)
+    >>> model = ModelSection(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, mlp="gelu", intermediate_size=16)
     >>> projection_widths(model)
     {'q': (8, 8), 'k': (8, 4), 'v': (8, 4), 'o': (8, 8), 'up': (8, 16), 'down': (16, 8)}
     """
-    width, inner = model.width, model.resolved_mlp_width
-    queries = model.num_attention_heads * model.resolved_head_width
-    keys = model.resolved_key_value_heads * model.resolved_head_width
+    width, inner = model.hidden_size, model.resolved_intermediate_size
+    queries = model.num_attention_heads * model.resolved_head_dim
+    keys = model.resolved_key_value_heads * model.resolved_head_dim
     gate = {"gate": (width, inner)} if model.mlp == "swiglu" else {}
     return {
         "q": (width, queries),

@@ -96,7 +96,7 @@ def build_plan(recipe: Recipe, gpu: str = "H100", num_gpus: int | None = None) -
     >>> plan.chosen.fits, plan.tokens_per_step
     (True, 4096)
     """
-    _check_share(recipe.batch.rows, num_gpus or 1)
+    _check_share(recipe.batch.global_batch_size, num_gpus or 1)
     device, shape, layout = hardware(gpu), shape_of(recipe), layout_of(recipe, num_gpus)
 
     def variant(changed: Layout) -> Variant:
@@ -118,7 +118,7 @@ def build_plan(recipe: Recipe, gpu: str = "H100", num_gpus: int | None = None) -
             for heads in (False, True)
         ),
         scales=tuple(
-            None if recipe.batch.rows % scale else variant(layout_of(recipe, scale)) for scale in SCALES
+            None if recipe.batch.global_batch_size % scale else variant(layout_of(recipe, scale)) for scale in SCALES
         ),
     )
 
@@ -126,7 +126,7 @@ def build_plan(recipe: Recipe, gpu: str = "H100", num_gpus: int | None = None) -
 def build_variant(recipe: Recipe, shape: Shape, layout: Layout, device: Hardware) -> Variant:
     """Work one way of running out."""
     needed, time = memory(shape, layout), step_time(shape, layout, device)
-    tokens = layout.rows_per_step * shape.window_tokens / layout.num_gpus
+    tokens = layout.rows_per_step * shape.seq_len / layout.num_gpus
     per_gpu = tokens / time.total_s
     return Variant(
         layout=layout,
@@ -145,9 +145,11 @@ def _check_share(num_rows: int, num_gpus: int) -> None:
     if num_rows % num_gpus:
         shares = [str(count) for count in SCALES if num_rows % count == 0]
         raise MtpError(
-            "the rows of a step (batch.rows) must be a multiple of the number of GPUs",
+            "the rows of a step (batch.global_batch_size) must be a multiple of the number of GPUs",
             f"{num_rows:,} rows for {num_gpus:,} GPUs",
-            f"Take {' or '.join(shares[-2:])} GPUs, or change batch.rows." if shares else "Change batch.rows.",
+            f"Take {' or '.join(shares[-2:])} GPUs, or change batch.global_batch_size."
+            if shares
+            else "Change batch.global_batch_size.",
         )
 
 

@@ -23,7 +23,7 @@ class Layer:
     matrices: int  # entries of all matrices
     query_width: int
     key_width: int
-    mlp_width: int
+    intermediate_size: int
     is_gated: bool = True  # SwiGLU: three matrices, not two
     num_residuals: int = 2  # inputs of norms: one where attention and feed-forward read the same
 
@@ -32,7 +32,7 @@ class Layer:
 
         The last projection's input is among them only where the gradient of its matrix, or of its update, is wanted.
         """
-        return ((3 if self.is_gated else 1) + ("down" in keeps)) * self.mlp_width
+        return ((3 if self.is_gated else 1) + ("down" in keeps)) * self.intermediate_size
 
     def input_copies(self, keeps: frozenset[str], *, are_cast: bool) -> int:
         """Count the normed states that are kept for gradients of the projections which read them.
@@ -62,14 +62,14 @@ class Shape:
     layer: Layer
     num_trunk_layers: int
     heads: Heads = Heads()
-    vocabulary: int
-    window_tokens: int
+    vocab_size: int
+    seq_len: int
     attends_in_document: bool = False  # by a mask, with which no part of the products is skipped
 
     @property
     def matrix(self) -> int:
         """Entries of one V x D matrix."""
-        return self.vocabulary * self.layer.width
+        return self.vocab_size * self.layer.width
 
     @property
     def num_walked(self) -> int:
@@ -81,7 +81,7 @@ class Shape:
     @property
     def flops_per_position(self) -> int:
         """Operations per position, counted as in `flops.py`."""
-        return self.passes.flops(self.layer.query_width * self.window_tokens)
+        return self.passes.flops(self.layer.query_width * self.seq_len)
 
 
 def shape_of(recipe: Recipe) -> Shape:
@@ -103,20 +103,20 @@ def shape_of(recipe: Recipe) -> Shape:
             num_layers=num_head_layers(recipe),
             is_chain=heads.kind in CHAINED_KINDS,
         ),
-        vocabulary=recipe.model.vocabulary,
-        window_tokens=recipe.data.window_tokens,
-        attends_in_document=recipe.data.attention == "document",
+        vocab_size=recipe.model.vocab_size,
+        seq_len=recipe.data.seq_len,
+        attends_in_document=recipe.data.document_mask,
     )
 
 
 def _layer_of(recipe: Recipe) -> Layer:
     model = recipe.model
     return Layer(
-        width=model.width,
+        width=model.hidden_size,
         matrices=layer_weights(model).matrices,
-        query_width=model.num_attention_heads * model.resolved_head_width,
-        key_width=model.resolved_key_value_heads * model.resolved_head_width,
-        mlp_width=model.resolved_mlp_width,
+        query_width=model.num_attention_heads * model.resolved_head_dim,
+        key_width=model.resolved_key_value_heads * model.resolved_head_dim,
+        intermediate_size=model.resolved_intermediate_size,
         is_gated=model.mlp == "swiglu",
         num_residuals=1 if model.parallel_residual else 2,
     )

@@ -81,7 +81,7 @@ def step_time(shape: Shape, layout: Layout, hardware: Hardware) -> StepTime:
 
 
 def _positions(shape: Shape, layout: Layout) -> int:
-    return layout.micro_rows * shape.window_tokens
+    return layout.micro_batch_size * shape.seq_len
 
 
 def _recomputed(shape: Shape, layout: Layout) -> tuple[int, int]:
@@ -92,7 +92,7 @@ def _recomputed(shape: Shape, layout: Layout) -> tuple[int, int]:
     """
     trunk = shape.passes.trunk.work.layers_back if layout.recomputes_trunk else 0
     heads = shape.passes.heads.work.layers_back if layout.recomputes_heads else 0
-    last = shape.layer.mlp_width * shape.layer.width
+    last = shape.layer.intermediate_size * shape.layer.width
     return trunk + heads, (trunk + heads) * (shape.layer.matrices - last)
 
 
@@ -106,7 +106,7 @@ def _products_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
 def _attention_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     again, _ = _recomputed(shape, layout)
     work = shape.passes.all
-    attended = shape.window_tokens * (1 if shape.attends_in_document else 0.5)
+    attended = shape.seq_len * (1 if shape.attends_in_document else 0.5)
     per_channel = FORWARD_ATTENTION * (work.layers + again) + BACKWARD_ATTENTION * work.layers_back
     operations = _positions(shape, layout) * per_channel * shape.layer.query_width * attended
     return operations / (hardware.peak(layout.precision) * hardware.attention_efficiency)
@@ -116,10 +116,10 @@ def _memory_bound_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     again, _ = _recomputed(shape, layout)
     work = shape.passes.all
     passes = FORWARD_PASSES * work.layers + BACKWARD_PASSES * work.layers_back + RECOMPUTE_PASSES * again
-    logits = LOGIT_BYTES * shape.passes.num_losses * shape.vocabulary
+    logits = LOGIT_BYTES * shape.passes.num_losses * shape.vocab_size
     compared = COMPARED_BYTES * shape.passes.num_compared_entries
     if layout.schedule != "joint":
-        compared += TEACHER_BYTES * shape.passes.num_compared * shape.vocabulary
+        compared += TEACHER_BYTES * shape.passes.num_compared * shape.vocab_size
     moved = _positions(shape, layout) * (passes * layer_bytes(shape.layer, layout) + logits + compared)
     return moved / (hardware.memory_bytes_per_s * MEMORY_EFFICIENCY)
 

@@ -11,12 +11,12 @@ class Trained:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.heads = recipe, recipe.heads
-        self.frozen = {*recipe.adapt.frozen}
-        self.first = recipe.heads.trainable_from or 1
+        self.frozen = {*recipe.frozen_parts}
+        self.first = recipe.first_trained_offset or 1
         whole = self.first == 1
         self.trunk = whole and "trunk" not in self.frozen and recipe.adapt.lora is None
         self.updates = recipe.adapt.lora is not None and "lora" not in self.frozen
-        self.mixtures = "mixtures" not in self.frozen
+        self.mixtures = "layer_mix" not in self.frozen
         self.token_order = whole and "unembedding" not in self.frozen
         self.mixing = mixing_offsets(recipe)
 
@@ -31,7 +31,7 @@ class Trained:
 
     def matrix(self, offset: int) -> bool:
         """Tell whether the V x D matrix that scores an offset is trained; a tied one goes with the trunk."""
-        if self.recipe.model.tie_embeddings:
+        if self.recipe.model.tie_word_embeddings:
             return self.trunk
         is_own = self.first == 1 or (self.heads.unembedding == "replicated" and offset >= self.first)
         return "unembedding" not in self.frozen and is_own
@@ -64,9 +64,9 @@ class Trained:
     def reads_path(self, offset: int, has_path: dict[int, bool]) -> bool:
         """Tell whether what an offset reads has a gradient path, given which states have one."""
         source, kind = self.source(offset), self.heads.kind
-        is_cut_off = self.heads.isolate_trunk and offset > 1 and source in (TRUNK, 1)
+        detaches_input = self.heads.detach_trunk and offset > 1 and source in (TRUNK, 1)
         is_mixed = offset in self.mixing and self.mixtures
-        state = (has_path[source] and not is_cut_off) or is_mixed
+        state = (has_path[source] and not detaches_input) or is_mixed
         if offset == 1 or not (kind == "medusa" or self._reads_normed):
             return state
         return state or self.norm_after(1 if kind == "medusa" else source)
@@ -80,7 +80,7 @@ class Trained:
 
         Frozen heads are, where their loss teaches low-rank updates, where others read them or are compared with them.
 
-        >>> Trained(Recipe.model_validate({"heads": {"trainable_from": 3}})).needed_offsets()
+        >>> Trained(Recipe.model_validate({"freeze": ["offsets_below_3"]})).needed_offsets()
         [3, 4]
         """
         offsets = range(1, self.heads.num_offsets + 1)

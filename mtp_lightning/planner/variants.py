@@ -9,7 +9,7 @@ from mtp_lightning.recipe.schema.root import Recipe
 def with_offsets(recipe: Recipe, num_offsets: int) -> Recipe:
     """Change the number of offsets; every offset gets weight 1, because one of weight 0 would not be computed.
 
-    With one offset there is nothing to distil. With `heads.match_parameters` the number of layers stays what it is.
+    With one offset there is nothing to distil. With `heads.layers_from_trunk` the number of layers stays what it is.
 
     >>> with_offsets(Recipe(), 8).heads.num_offsets
     8
@@ -24,13 +24,13 @@ def with_offsets(recipe: Recipe, num_offsets: int) -> Recipe:
     )
 
 
-def with_schedule(recipe: Recipe, schedule: str) -> Recipe:
+def with_backward_order(recipe: Recipe, schedule: str) -> Recipe:
     """Change the order of head forward and backward.
 
-    >>> with_schedule(Recipe(), "joint").objective.schedule
+    >>> with_backward_order(Recipe(), "joint").objective.backward_order
     'joint'
     """
-    return recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"schedule": schedule})})
+    return recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"backward_order": schedule})})
 
 
 def obstacle(recipe: Recipe) -> Fault | None:

@@ -35,10 +35,11 @@ def extended_recipe(recipe: Recipe, num_offsets: int, group: int) -> Recipe:
     _check_chaining(recipe, num_offsets, group)
     trained, values = recipe.heads.num_offsets, recipe.model_dump()
     copied = [copied_offset(offset, trained, group) for offset in range(1, num_offsets + 1)]
-    values["heads"] |= {"num_offsets": num_offsets, "trainable_from": None}
-    if recipe.heads.match_parameters:
+    values["heads"]["num_offsets"] = num_offsets
+    values["freeze"] = recipe.frozen_parts
+    if recipe.heads.layers_from_trunk:
         longer = Recipe.model_validate(values)
-        values["model"]["num_layers"] += num_head_layers(longer) - num_head_layers(recipe)
+        values["model"]["num_hidden_layers"] += num_head_layers(longer) - num_head_layers(recipe)
     objective = values["objective"]
     _repeat(objective["weights"], "values", [offset - 1 for offset in copied])
     for name in ("alpha", "beta"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mtp_lightning.recipe.schema.base import Section
-from mtp_lightning.recipe.schema.root import EarlyStopSection, GuardSection, Recipe, StrategySection
+from mtp_lightning.recipe.schema.root import DriftSection, EarlyStopSection, Recipe, StrategySection
 from mtp_lightning.recipe.yaml import one_line_yaml
 
 Verdict = Literal["warn", "refuse"]
@@ -18,27 +18,27 @@ RUN_FIELDS = frozenset(
         "debug.shrink",
         "model.family",
         "data.cache_gib",
-        "data.mixture_epochs",
+        "data.max_epochs",
         "data.workers",
         "run.dir",
         "run.cache",
-        "run.fresh",
+        "run.restart",
         "run.device",
         "run.threads",
-        "run.log_every_steps",
+        "logging.every_steps",
         "run.validate_every_steps",
-        "run.checkpoint_every_steps",
-        "run.keep_checkpoints",
-        "run.checkpoint_in_background",
-        "run.hang_after_s",
-        "run.hang_factor",
-        "run.nonfinite.skip_steps",
-        "run.nonfinite.rollbacks",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+        "checkpoint.in_background",
+        "health.hang_after_s",
+        "health.hang_factor",
+        "health.nonfinite.skip_steps",
+        "health.nonfinite.rollbacks",
         "run.sample",
         "run.early_stop",
         *(f"run.early_stop.{name}" for name in EarlyStopSection.model_fields),
-        "run.guard",
-        *(f"run.guard.{name}" for name in GuardSection.model_fields),
+        "health.drift",
+        *(f"health.drift.{name}" for name in DriftSection.model_fields),
     }
 )
 """Fields that say where and how a run is carried out, not what it computes."""
@@ -46,18 +46,18 @@ RUN_FIELDS = frozenset(
 REORDERED = "the same sums in another order: the numbers agree up to rounding"
 OTHER_RANKS = "the same sums over other ranks: the numbers agree up to rounding"
 NOTED: dict[str, str] = {
-    "batch.micro_rows": REORDERED,
-    "objective.schedule": REORDERED,
+    "batch.micro_batch_size": REORDERED,
+    "objective.backward_order": REORDERED,
     "objective.chunk_mib": REORDERED,
-    "objective.checkpoint_trunk": REORDERED,
-    "objective.checkpoint_heads": REORDERED,
-    "objective.compile": REORDERED,
+    "memory.recompute_trunk": REORDERED,
+    "memory.recompute_heads": REORDERED,
+    "memory.compile": REORDERED,
     "data.shards": "the shards may have moved; their fingerprint is compared instead",
     "data.mixture": "the shards may have moved; their fingerprints and shares are compared instead",
     "data.tokenizer": "the file may have moved; its hash is compared with that of the shards instead",
-    "run.validation_rows": "validation figures from here on are of other rows",
+    "run.validation_samples": "validation figures from here on are of other rows",
     **dict.fromkeys(
-        ("run.start_from", "run.keep_optimizer", "run.keep_position", "heads.extend"),
+        ("init.path", "init.optimizer", "init.data_position", "heads.extend"),
         "read only by a run that has no checkpoint yet",
     ),
     **{f"strategy.{name}": OTHER_RANKS for name in StrategySection.model_fields},
@@ -67,7 +67,8 @@ NOTED: dict[str, str] = {
 REASONS: dict[str, str] = {
     "model": "the checkpoint holds the tensors of another model",
     "heads": "the checkpoint holds the tensors of other heads",
-    "adapt": "other parts would be frozen, or other tensors trained than the checkpoint holds",
+    "freeze": "other parameters would be trained than the optimizer's state is of",
+    "adapt": "other tensors would be trained than the checkpoint holds",
     "objective": "the rest of the run would minimise another loss",
     "data": "the rest of the run would read other tokens",
     "batch": "the position in the data would mean another batch",

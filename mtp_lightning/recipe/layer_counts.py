@@ -25,19 +25,19 @@ def num_head_layers(recipe: Recipe) -> int:
 
 
 def num_trunk_layers(recipe: Recipe) -> int:
-    """Count the layers left to the trunk out of `model.num_layers`; below 1 the recipe is refused.
+    """Count the layers left to the trunk out of `model.num_hidden_layers`; below 1 the recipe is refused.
 
-    With `heads.match_parameters` all layers inside heads are taken from the trunk. Without it only the main head's
+    With `heads.layers_from_trunk` all layers inside heads are taken from the trunk. Without it only the main head's
     are, so that one offset is the same next-token model for every kind.
 
     >>> num_trunk_layers(Recipe())
     4
     """
-    return recipe.model.num_layers - num_layers_from_trunk(recipe)
+    return recipe.model.num_hidden_layers - num_layers_from_trunk(recipe)
 
 
 def num_layers_from_trunk(recipe: Recipe) -> int:
     """Count the layers that the heads take out of the trunk."""
-    if recipe.heads.match_parameters:
+    if recipe.heads.layers_from_trunk:
         return num_head_layers(recipe)
     return recipe.heads.layers_per_head if recipe.heads.kind in ("parallel", "chained") else 0

@@ -16,7 +16,7 @@ from mtp_lightning.training.health.watchdog import Watchdog
 from mtp_lightning.training.logging.live import LiveView
 from mtp_lightning.training.logging.metrics_files import MetricsFiles
 from mtp_lightning.training.logging.summary import Summary
-from mtp_lightning.training.saving.init_from import Frozen, StartFrom
+from mtp_lightning.training.saving.init_from import Frozen, InitFrom
 from mtp_lightning.training.saving.interruption import Interruption
 from mtp_lightning.training.saving.save_checkpoints import Checkpoints
 
@@ -39,7 +39,7 @@ def build_callbacks(
     checkpoints = Checkpoints(recipe, run_folder / "checkpoints", layers=layers)
     return [
         Stragglers(),
-        *([StartFrom(recipe, Path(recipe.run.start_from))] if recipe.run.start_from else []),
+        *([InitFrom(recipe, Path(recipe.init.path))] if recipe.init.path else []),
         *([Frozen()] if freezes(recipe) else []),
         Rollbacks(run_folder),
         *([MainHeadGuard(recipe, guard)] if (guard := guard_of(recipe)) else []),

@@ -21,11 +21,11 @@ from mtp_lightning.training.health.bad_node import bad_node
 from mtp_lightning.training.health.early_stop import is_over
 from mtp_lightning.training.health.rollback import NonFiniteStreak, roll_back
 from mtp_lightning.training.lightning_module import MtpLightningModule
-from mtp_lightning.training.logging.log_routing import remarks_in
+from mtp_lightning.training.logging.log_routing import redirect_library_logs
 from mtp_lightning.training.phases import train_phases
 from mtp_lightning.training.run_folder import Opened, opened_run_folder
 from mtp_lightning.training.strategies.device import prepare_device
-from mtp_lightning.training.strategies.process_group import joined_ranks
+from mtp_lightning.training.strategies.process_group import process_group
 from mtp_lightning.training.strategies.zero import build_strategy
 
 
@@ -34,11 +34,11 @@ def train(loaded: LoadedRecipe, stop: StopRequest | None = None) -> int:
 
     Args:
         loaded: the recipe.
-        stop: where signals ask to stop; whoever makes it handles them (`heeding_signals`).
+        stop: where signals ask to stop; whoever makes it handles them (`stop_on_signals`).
     """
     recipe, stop = loaded.recipe, stop or StopRequest()
     prepare_device(recipe)
-    with joined_ranks(recipe):
+    with process_group(recipe):
         if recipe.phases:
             return train_phases(recipe, partial(_train_run, stop=stop))
         return _train_run(recipe, stop)
@@ -60,7 +60,7 @@ def _fit_with_rollbacks(recipe: Recipe, opened: Opened, stop: StopRequest) -> in
         try:
             code = _fit(recipe, opened, stop)
         except NonFiniteStreak as streak:
-            checkpoint = roll_back(opened.path, recipe.run.nonfinite, streak)
+            checkpoint = roll_back(opened.path, recipe.health.nonfinite, streak)
             opened = replace(opened, checkpoint=checkpoint)
         _let_go()
         if code is not None:
@@ -79,7 +79,7 @@ def _say_finished(opened: Opened, recipe: Recipe) -> None:
         print(
             f"{opened.path} is finished: {opened.checkpoint.step} of {recipe.run.steps} steps. Raise "
             f"{'run.steps' if opened.checkpoint.step >= recipe.run.steps else 'run.early_stop.validations'} to go on, "
-            "or start over with run.fresh=true.",
+            "or start over with run.restart=true.",
             flush=True,
         )
 
@@ -89,7 +89,7 @@ def _fit(recipe: Recipe, opened: Opened, stop: StopRequest) -> int:
     checkpoint = opened.checkpoint
     if checkpoint is not None and Ranks().is_first:
         print(f"Continuing {opened.path} after step {checkpoint.step} of {recipe.run.steps}", flush=True)
-    with remarks_in(opened.attempt / "lightning.log"):
+    with redirect_library_logs(opened.attempt / "lightning.log"):
         trainer = build_trainer(recipe, opened.path, stop)
         module, data = MtpLightningModule(recipe), MtpDataModule(recipe)
         try:

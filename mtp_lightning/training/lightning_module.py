@@ -59,7 +59,7 @@ class MtpLightningModule(L.LightningModule):
         self.agreed_urgency = 0  # the most urgent of all ranks, as of the last one
         self.recipe = recipe
         self.metrics: dict[str, float] = {}
-        self.skipped_steps = SkippedSteps(recipe.run.nonfinite)
+        self.skipped_steps = SkippedSteps(recipe.health.nonfinite)
 
     def setup(self, stage: str) -> None:
         """Begin to measure."""
@@ -70,7 +70,7 @@ class MtpLightningModule(L.LightningModule):
         if not hasattr(self, "model"):
             self.model = self.strategy.build_model(self.recipe)
             freeze(self.model, self.recipe)
-            if self.recipe.objective.compile:
+            if self.recipe.memory.compile:
                 self.model.compile_layers()
 
     @property
@@ -125,7 +125,7 @@ class MtpLightningModule(L.LightningModule):
 
     def _update_sources(self, micro_batch: MicroBatch, sources: Tensor, losses: OffsetLosses) -> None:
         """Add rows to the figures of the sources that they come from."""
-        names = self.trainer.datamodule.validation_rows.source_names  # type: ignore[attr-defined]
+        names = self.trainer.datamodule.validation_samples.source_names  # type: ignore[attr-defined]
         for name, metrics in self.measured.by_source.items():
             chosen = sources == names.index(name)
             if chosen.any():
@@ -203,7 +203,7 @@ class MtpLightningModule(L.LightningModule):
         )
 
     def _micro_batches(self, batch: Batch, targets: Tensor) -> Iterator[MicroBatch]:
-        size = self.recipe.batch.micro_rows
+        size = self.recipe.batch.micro_batch_size
         for start in range(0, len(batch["tokens"]), size):
             rows = slice(start, start + size)
             sources = batch["sources"][rows] if "sources" in batch else None
@@ -234,12 +234,16 @@ class MtpLightningModule(L.LightningModule):
         has_effect = math.isfinite(norms["all"]) and objective.teaches
         if has_effect:
             self.skipped_steps.end()
-            clip = 1.0 if section.clip_norm is None else min(1.0, section.clip_norm / max(float(norms["all"]), 1e-30))
+            clip = (
+                1.0
+                if section.max_grad_norm is None
+                else min(1.0, section.max_grad_norm / max(float(norms["all"]), 1e-30))
+            )
             scale = clip / strategy.gradient_scale
             self.gradient_arrival.before_step(objective.taught or [], strategy.fragments(), scale=scale)
             self.gradient_sums.compare(strategy.fragments())
-            if section.clip_norm is not None and strategy.clips_here:
-                clip_gradients(self.model.parameters(), norms["all"], section.clip_norm)
+            if section.max_grad_norm is not None and strategy.clips_here:
+                clip_gradients(self.model.parameters(), norms["all"], section.max_grad_norm)
         else:
             self.gradient_sums.forget()
             self._skip(norms, objective, step)
@@ -261,7 +265,7 @@ class MtpLightningModule(L.LightningModule):
             self.skipped_steps.total += 1  # fp16 searches for its loss scale by overflowing: DeepSpeed skips by itself
             return
         first = self.trainer.datamodule.rows_consumed  # type: ignore[attr-defined]
-        rows = range(first, first + self.recipe.batch.rows_at(first))
+        rows = range(first, first + self.recipe.batch.batch_size_at(first))
         if math.isfinite(norms["all"]):
             self.skipped_steps.pass_over(step + 1, rows)
         else:
@@ -271,7 +275,7 @@ class MtpLightningModule(L.LightningModule):
 
     def _is_logged(self, done_steps: int) -> bool:
         """Predictions cost a pass over the logits, so they are taken on logged steps only."""
-        return done_steps % self.recipe.run.log_every_steps == 0 or done_steps == self.recipe.run.steps
+        return done_steps % self.recipe.logging.every_steps == 0 or done_steps == self.recipe.run.steps
 
     def _log_step(self, step: int, norms: dict[str, Tensor]) -> None:
         has_any = self.measured.train.update_called  # unless all steps since the last row were skipped, on all ranks

@@ -65,7 +65,7 @@ def _opened(recipe: Recipe) -> Iterator[Opened]:
     folder = Path(recipe.run.dir)
     _check_writable(folder)
     check_may_be_run(folder)
-    if recipe.run.fresh:
+    if recipe.run.restart:
         _move_aside(folder)
     _check_entries(folder)
     claim(folder)
@@ -144,7 +144,7 @@ def _check_phases(folder: Path, recipe: Recipe) -> None:
         raise RunFolderError(
             f"a run must go on with the phases that {folder} began with",
             f"{', '.join(strangers) or 'a run without phases'} there, and {', '.join(own) or 'none'} in the recipe",
-            "Give another run.dir, take the change back, or start over with run.fresh=true (the old run is kept).",
+            "Give another run.dir, take the change back, or start over with run.restart=true (the old run is kept).",
         )
 
 
@@ -162,7 +162,7 @@ def _check_not_lost(folder: Path) -> None:
         "a run that has saved checkpoints must go on from one of them",
         f"none that is whole in {folder / 'checkpoints'}, which holds {', '.join(there) or 'nothing'}; "
         f"the first was of step {first}",
-        "Bring them back from a copy, or start over with run.fresh=true (what is there is kept, under another name).",
+        "Bring them back from a copy, or start over with run.restart=true (what is there is kept, under another name).",
     )
 
 
@@ -181,7 +181,7 @@ def check_changes(folder: Path, recipe: Recipe) -> None:
         raise RunFolderError(
             f"a run must go on with the recipe that {folder} began with",
             f"{len(refused)} changed field{'s' if len(refused) > 1 else ''}:\n  " + "\n  ".join(refused) + "\n",
-            "Give another run.dir, take the changes back, or start over with run.fresh=true (the old run is kept).",
+            "Give another run.dir, take the changes back, or start over with run.restart=true (the old run is kept).",
         )
     for change in changes:
         print(f"Changed since this run began: {change}", flush=True)

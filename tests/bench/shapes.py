@@ -7,10 +7,10 @@ def quick_recipe(**heads):
     return Recipe.model_validate(
         {
             "name": "quick",
-            "model": {"width": 32, "num_layers": 4, "num_attention_heads": 4, "vocabulary": 300},
+            "model": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 300},
             "heads": heads,
-            "data": {"window_tokens": 16},
-            "batch": {"rows": 4, "micro_rows": 2},
+            "data": {"seq_len": 16},
+            "batch": {"global_batch_size": 4, "micro_batch_size": 2},
             "run": {"device": "cpu", "threads": 1},
         }
     )

@@ -25,19 +25,19 @@ from tests.checkpoint.runs import save_run
 from tests.support.tiny import tiny_recipe
 
 SHARED = """
-heads: {{num_offsets: 2, kind: parallel, match_parameters: false}}
-data: {{corpus: [{here}/corpus], window_tokens: 24, validation_share: 0.2}}
-batch: {{rows: 8, micro_rows: 8}}
+heads: {{num_offsets: 2, kind: parallel, layers_from_trunk: false}}
+data: {{corpus: [{here}/corpus], seq_len: 24, validation_fraction: 0.2}}
+batch: {{global_batch_size: 8, micro_batch_size: 8}}
 optimizer: {{lr: 1.0e-2, warmup_steps: 0}}
-run: {{cache: {here}/cache, steps: 16, log_every_steps: 16, validate_every_steps: 16, validation_rows: 4,
+run: {{cache: {here}/cache, steps: 16, log_every_steps: 16, validate_every_steps: 16, validation_samples: 4,
       checkpoint_every_steps: 4, threads: 1, device: cpu}}
 """
 RECIPES = {
-    "phased": "phases: {heads: {adapt: {frozen: [trunk, unembedding]}, run: {steps: 4}}, joint: {}}",
+    "phased": "phases: {heads: {freeze: [trunk, unembedding], run: {steps: 4}}, joint: {}}",
     "joint": "objective: {weights: {kind: constant, values: [1, 0.5]}}",
-    "wreck": "run: {log_every_steps: 2, guard: {every_steps: 2, stop_loss: 1.0e-6}}\noptimizer: {lr: 5.0}",
+    "wreck": "logging: {every_steps: 2}\nhealth: {drift: {every_steps: 2, stop_loss: 1.0e-6}}\noptimizer: {lr: 5.0}",
     "faulty": "run: {stepz: 3}\nheads: {num_offsets: 0}",
-    "other_texts": "data: {window_tokens: 28}",
+    "other_texts": "data: {seq_len: 28}",
 }
 SEEDS = ("--seeds", "2")
 MEASURED = {"num_samples": 12, "last_tokens": 4}
@@ -52,9 +52,9 @@ def here(tmp_path_factory):
     for number in range(60):
         (folder / f"corpus/{number}.txt").write_text(f"text {number} is number {number**2} of " * 8)
     plain = tiny_recipe(
-        model={"vocabulary": 257},
+        model={"vocab_size": 257},
         heads={"num_offsets": 1},
-        data={"corpus": [str(folder / "corpus")], "window_tokens": 24, "validation_share": 0.2},
+        data={"corpus": [str(folder / "corpus")], "seq_len": 24, "validation_fraction": 0.2},
         run={"dir": str(folder / "plain"), "cache": str(folder / "cache")},
     )
     prepare_data(plain)
@@ -150,7 +150,7 @@ def test_the_figures_are_those_of_runs_that_nobody_disturbed(here, compared):
         run = here / f"runs/{name}-{seed}"
         if seed == 0:
             own = here / f"alone/{name}"
-            overrides = [f"{here}/{name}.yaml", f"run.dir={own}", f"run.start_from={here}/base"]
+            overrides = [f"{here}/{name}.yaml", f"run.dir={own}", f"init.path={here}/base"]
             assert train(load_recipe(here / "base/recipe.yaml", overrides)) == 0
             weights, expected = (dict(load_model(path)[1].named_parameters()) for path in (run, own))
             assert all(torch.equal(weights[key], expected[key]) for key in expected)
@@ -216,7 +216,7 @@ def test_a_run_that_fails_is_reported_and_the_others_are_there(here):
     assert done.exit_code == 5
     wreck, joint = json.loads(path.read_text())["runs"]
     assert wreck["failure"].startswith("the main head must stay as good as the model that the run started from; found")
-    assert "run.guard.stop_loss crossed at step 2" in wreck["failure"]
+    assert "health.drift.stop_loss crossed at step 2" in wreck["failure"]
     assert wreck["report"] is None
     assert joint["report"] is not None
     assert any(line.split()[:5] == ["wreck", "0", "of", "1", "failed"] for line in done.stdout.splitlines())
@@ -258,7 +258,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(here, cas
     assert done.exit_code == code, done.output
     assert said in done.stderr
     assert "found" in done.stderr
-    assert "remedy" in done.stderr
+    assert "hint" in done.stderr
     assert not list(here.glob("refused/*-0"))
 
 

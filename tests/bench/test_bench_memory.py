@@ -13,7 +13,7 @@ from tests.bench.shapes import quick_recipe
 def test_table_and_json(capsys, tmp_path):
     path = tmp_path / "figures" / "memory.json"
     recipe = quick_recipe()
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocabulary": 20_000})})
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab_size": 20_000})})
     bench_memory(recipe, offsets=[1, 8], schedules=["sequential"], json_path=path)
     shown = capsys.readouterr()
     assert "n=8 is not possible" in shown.out

@@ -96,14 +96,14 @@ def test_models_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr(rounds, "_available_bytes", lambda: 1000)
     with pytest.raises(TrainingError) as caught:
         time_rounds(build_cells(quick_recipe(), [1, 2], ["joint"]), torch.device("cpu"), 1)
-    assert "--offsets" in caught.value.remedy
+    assert "--offsets" in caught.value.hint
 
 
 def test_figures_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError) as caught:
         bench_train(quick_recipe(), offsets=[1], schedules=["joint"], json_path=tmp_path / "file" / "x.json", rounds=1)
-    assert "--json" in caught.value.remedy
+    assert "--json" in caught.value.hint
 
 
 @pytest.mark.gpu

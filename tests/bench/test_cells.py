@@ -15,8 +15,8 @@ def test_numbers_of_offsets_that_leave_no_trunk_are_explained():
     assert [cell.num_offsets for cell in grid if cell.obstacle is None] == [1, 1]
     remarks = impossible(grid)
     assert [remark.split()[0] for remark in remarks] == ["n=4", "n=8"]
-    assert "model.num_layers must leave at least one layer to the trunk" in remarks[0]
-    assert "raise model.num_layers to 5 or more" in remarks[0]
+    assert "model.num_hidden_layers must leave at least one layer to the trunk" in remarks[0]
+    assert "raise model.num_hidden_layers to 5 or more" in remarks[0]
 
 
 def test_a_window_shorter_than_the_offsets_is_explained():
@@ -28,7 +28,7 @@ def test_a_window_shorter_than_the_offsets_is_explained():
     ("heads", "said"),
     [
         ({}, "Equal total layers"),
-        ({"match_parameters": False}, "NOT at equal total layers"),
+        ({"layers_from_trunk": False}, "NOT at equal total layers"),
         ({"kind": "medusa"}, "the trunk has 4 at every n"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mtp_lightning.bench.decoding.rounds import Way, WrittenDrafts, time_ways, ways_of
+from mtp_lightning.bench.decoding.rounds import DecodeVariant, WrittenDrafts, time_variants, ways_of
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.cli.app import app
 from mtp_lightning.data.loading.factory import prepare_data
@@ -24,8 +24,8 @@ def run(tmp_path_factory):
     for number in range(60):
         (corpus / f"{number}.txt").write_text(f"text {number} " * 12)
     recipe = tiny_recipe(
-        model={"vocabulary": 257},
-        data={"corpus": [str(corpus)], "window_tokens": 24, "validation_share": 0.2},
+        model={"vocab_size": 257},
+        data={"corpus": [str(corpus)], "seq_len": 24, "validation_fraction": 0.2},
         run={"dir": str(folder / "run"), "cache": str(folder / "cache")},
     )
     prepare_data(recipe)
@@ -57,18 +57,18 @@ def test_table_json_and_picture(run, tmp_path):
 def check_figure(figure):
     assert len(figure["decode_s"]) == 2
     assert figure["same_texts"] == 1
-    assert figure["efficiency"] == pytest.approx(figure["speedup"] / figure["accepted_length"])
+    assert figure["efficiency"] == pytest.approx(figure["speedup"] / figure["mean_acceptance_length"])
     kept, steps = figure["num_accepted_tokens"], figure["num_drafts"]
-    assert figure["accepted_length"] == pytest.approx(1 + kept / steps)
+    assert figure["mean_acceptance_length"] == pytest.approx(1 + kept / steps)
     assert sum(figure["histogram"].values()) == steps
     assert sum(int(count) * times for count, times in figure["histogram"].items()) == kept
     assert sum(figure["num_accepted_tokens_per_pos"]) == kept
-    assert figure["cumulative_acceptance"] == [kept / steps for kept in figure["num_accepted_tokens_per_pos"]]
+    assert figure["acceptance_rate_per_position"] == [kept / steps for kept in figure["num_accepted_tokens_per_pos"]]
     if figure["is_ceiling"]:
-        assert figure["accepted_length"] == 4
-        assert figure["cumulative_acceptance"] == [1, 1, 1]
+        assert figure["mean_acceptance_length"] == 4
+        assert figure["acceptance_rate_per_position"] == [1, 1, 1]
     if figure["decoder"] == "greedy":
-        assert figure["speedup"] == figure["accepted_length"] == 1
+        assert figure["speedup"] == figure["mean_acceptance_length"] == 1
         assert figure["num_draft_tokens"] == 0
 
 
@@ -93,8 +93,8 @@ def test_every_way_that_fits_is_measured(kind):
 
 def test_a_model_that_drafts_nothing_is_measured_alone():
     model = tiny_model(tiny_recipe(heads={"num_offsets": 1}))
-    assert ways_of(model, None) == [Way("greedy", None)]
-    timings = time_ways(model, [[1, 2]], None, [1], new_tokens=3, rounds=1)
+    assert ways_of(model, None) == [DecodeVariant("greedy", None)]
+    timings = time_variants(model, [[1, 2]], None, [1], new_tokens=3, rounds=1)
     assert [len(timing.decode_s) for timing in timings.values()] == [1]
 
 

@@ -47,7 +47,7 @@ def test_a_kernel_that_does_not_tell(monkeypatch, tmp_path):
     monkeypatch.setattr(peak, "STATUS", status)
     with pytest.raises(TrainingError) as caught:
         PeakMeter(torch.device("cpu"))
-    assert "VmRSS" in caught.value.must_hold
+    assert "VmRSS" in caught.value.expected
 
 
 def test_a_peak_that_cannot_be_reset_stands(monkeypatch, tmp_path):

@@ -163,7 +163,7 @@ def test_where_nothing_can_be_written_the_error_says_so(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_room_is_said_so_before_writing(tmp_path: Path, small_disk: Path) -> None:
-    recipe = tiny_recipe(model={"vocabulary": 13_000})
+    recipe = tiny_recipe(model={"vocab_size": 13_000})
     save_run(tmp_path / "run", recipe, 1)
     with pytest.raises(CheckpointError, match="1 MiB free of 2 MiB needed"):
         consolidate(tmp_path / "run", small_disk / "out")
@@ -172,7 +172,7 @@ def test_a_disk_without_room_is_said_so_before_writing(tmp_path: Path, small_dis
 
 
 def test_a_checkpoint_of_another_recipe_is_not_exported(tmp_path: Path) -> None:
-    save_run(tmp_path / "run", RECIPE, 1, model=model_of_step(tiny_recipe(model={"mlp_width": 32}), 1))
+    save_run(tmp_path / "run", RECIPE, 1, model=model_of_step(tiny_recipe(model={"intermediate_size": 32}), 1))
     with pytest.raises(CheckpointError, match=r"of another shape: .*down_proj.weight \[16, 32\] instead of"):
         consolidate(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -236,7 +236,7 @@ def _report_growth(pipe: Connection, warm_up: Path, run: Path, out: Path) -> Non
 
 @pytest.mark.slow
 def test_the_memory_needed_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
-    recipe = tiny_recipe(model={"width": 512, "vocabulary": 102_400, "tie_embeddings": True})
+    recipe = tiny_recipe(model={"hidden_size": 512, "vocab_size": 102_400, "tie_word_embeddings": True})
     weights = {name: torch.zeros(weight.shape) for name, weight in model_of_step(recipe, 1).named_parameters()}
     assert max(math.prod(weight.shape) for weight in weights.values()) * 4 == 200 * 2**20
     save_run(tmp_path / "small", RECIPE, 1)

@@ -16,10 +16,10 @@ from tests.checkpoint.savers import check_step, forkserver, save
 
 def check_failure(folder: Path, error: CheckpointError, reason: int, *, step: int) -> None:
     """The error has its three parts, nothing partial is left, and the earlier checkpoint is good."""
-    assert f"checkpoint of step {step}" in error.must_hold
+    assert f"checkpoint of step {step}" in error.expected
     assert os.strerror(reason) in error.found
     assert "MiB free" in error.found
-    assert "step-00000001 is complete" in error.remedy
+    assert "step-00000001 is complete" in error.hint
     assert [path.name for path in sorted(folder.iterdir())] == ["last", "step-00000001"]
     newest = newest_complete(folder)
     assert newest is not None
@@ -58,7 +58,7 @@ def _save_under_limits(pipe: Connection, folder: Path, limits_bytes: list[int]) 
         try:
             save(folder, 2)
         except CheckpointError as error:
-            pipe.send((error.must_hold, error.found, error.remedy))
+            pipe.send((error.expected, error.found, error.hint))
 
 
 def test_a_write_that_fails_anywhere_spares_the_previous_checkpoint(tmp_path: Path) -> None:

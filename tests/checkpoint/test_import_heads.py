@@ -91,7 +91,7 @@ def test_modules_in_the_folder_are_imported(layout, tmp_path):
     modules = module_tensors(layout)
     recipe, model = imported(tmp_path, llama_tensors() | modules)
     heads = recipe.heads
-    assert (heads.kind, heads.num_offsets, heads.match_parameters) == ("sequential", 2, False)
+    assert (heads.kind, heads.num_offsets, heads.layers_from_trunk) == ("sequential", 2, False)
     assert (heads.hidden, heads.concatenation) == {
         "mimo": ("pre_norm", "hidden_first"),
     }.get(layout, ("post_norm", "embedding_first"))
@@ -167,7 +167,7 @@ def test_metas_layout(tmp_path):
     tensors = write_meta(tmp_path / "meta")
     import_folder(tmp_path / "meta", tmp_path / "ours", Wanted())
     recipe, model = load_model(tmp_path / "ours")
-    assert (recipe.heads.kind, recipe.heads.num_offsets, recipe.model.num_layers) == ("parallel", 3, 3)
+    assert (recipe.heads.kind, recipe.heads.num_offsets, recipe.model.num_hidden_layers) == ("parallel", 3, 3)
     found, expected = scores(model), meta_logits(tensors, TOKENS[:, :16])
     assert len(expected) == 3
     for offset, wanted in enumerate(expected, start=1):
@@ -185,4 +185,4 @@ def test_the_folder_says_what_every_parameter_started_as(tmp_path, capsys):
         "how": "copied",
         "from": "model.layers.2.mlp.up_proj.weight",
     }
-    assert load_recipe(tmp_path / "ours/recipe.yaml").recipe.run.start_from == str(tmp_path / "ours")
+    assert load_recipe(tmp_path / "ours/recipe.yaml").recipe.init.path == str(tmp_path / "ours")

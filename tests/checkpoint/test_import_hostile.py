@@ -27,7 +27,7 @@ def refusal(folder, error=CheckpointError, **wanted):
     finally:
         tracemalloc.stop()
     assert not (folder.parent / "ours").exists()
-    assert all((failure.value.must_hold, failure.value.found, failure.value.remedy))
+    assert all((failure.value.expected, failure.value.found, failure.value.hint))
     assert len(str(failure.value)) < 2000
     return failure.value
 
@@ -41,7 +41,7 @@ VALUES = (10**9, 10**30, 10**4000, -1, 1.5, float("nan"), "x", "x" * 10**6, [], 
 @pytest.mark.parametrize("name", ALL_NUMBERS)
 def test_numbers_that_are_none_or_that_no_file_holds(name, value, tmp_path):
     error = refusal(write_folder(tmp_path / "hf", **{name: value}))
-    assert error.must_hold.startswith("the settings must")
+    assert error.expected.startswith("the settings must")
     assert "config.json" in error.found
 
 
@@ -69,8 +69,8 @@ def test_numbers_that_are_none_or_that_no_file_holds(name, value, tmp_path):
         ({"model_type": ["llama"]}, "model_type a list"),
         ({"model_type": "other", "architectures": 5}, "model_type 'other' (5)"),
         ({"quantization_config": {"quant_method": [[]]}}, "by the method a list"),
-        ({"tie_word_embeddings": "yes"}, "tie_embeddings: 'yes'"),
-        ({"max_position_embeddings": 1}, "window_tokens: 1"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: 'yes'"),
+        ({"max_position_embeddings": 1}, "seq_len: 1"),
     ],
 )
 def test_what_is_odd_is_named(settings, found, tmp_path):
@@ -123,7 +123,7 @@ def test_the_index_names_files_of_the_folder_only(name, tmp_path):
     index["weight_map"]["model.norm.weight"] = name
     (folder / INDEX).write_text(json.dumps(index))
     error = refusal(folder)
-    assert error.must_hold == "weight_map must name files *.safetensors of the folder itself"
+    assert error.expected == "weight_map must name files *.safetensors of the folder itself"
     assert error.found.isprintable()
 
 
@@ -176,8 +176,8 @@ def test_a_command_to_paste_holds_no_odd_names(name, tmp_path):
     (folder / name).write_bytes(b"")
     error = refusal(folder)
     assert name in error.found
-    assert name not in error.remedy
-    assert "torch.load('FILE'" in error.remedy
+    assert name not in error.hint
+    assert "torch.load('FILE'" in error.hint
 
 
 def test_a_header_that_lies_is_found_by_the_import(tmp_path):

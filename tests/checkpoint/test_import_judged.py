@@ -49,7 +49,7 @@ def test_the_main_head_scores_as_in_transformers(case, num_offsets, tmp_path):
     judge = save_model(transformers, case, tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(num_offsets=num_offsets))
     recipe, model = load_model(tmp_path / "ours")
-    assert (recipe.heads.num_offsets, recipe.heads.kind, recipe.model.num_layers) == (num_offsets, "parallel", 3)
+    assert (recipe.heads.num_offsets, recipe.heads.kind, recipe.model.num_hidden_layers) == (num_offsets, "parallel", 3)
     expected = judge(TOKENS).logits
     assert expected.std() > 0.3
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)

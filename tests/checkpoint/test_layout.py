@@ -105,11 +105,11 @@ def test_a_second_damaged_checkpoint_of_one_step_gets_its_own_name(folder: Path)
     assert (folder / "step-00000002.bad.2").is_dir()
 
 
-@pytest.mark.parametrize(("version", "remedy"), [(1, "version that wrote it"), (3, "Upgrade")])
-def test_another_format_is_an_error_and_not_damage(folder: Path, version: int, remedy: str) -> None:
+@pytest.mark.parametrize(("version", "hint"), [(1, "version that wrote it"), (3, "Upgrade")])
+def test_another_format_is_an_error_and_not_damage(folder: Path, version: int, hint: str) -> None:
     path = folder / "step-00000002" / "MANIFEST.json"
     path.write_text(path.read_text().replace('"format_version": 2', f'"format_version": {version}'))
-    with pytest.raises(CheckpointError, match=f"must be 2; found {version} in .*{remedy}"):
+    with pytest.raises(CheckpointError, match=f"must be 2; found {version} in .*{hint}"):
         newest_complete(folder)
     assert (folder / "step-00000002").is_dir()
 

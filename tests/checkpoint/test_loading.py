@@ -37,7 +37,7 @@ def test_a_new_model_is_saved_as_it_was_built(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_tied_embeddings_are_stored_once_and_stay_tied(tmp_path: Path, num_ranks: int) -> None:
-    recipe = tiny_recipe(model={"tie_embeddings": True})
+    recipe = tiny_recipe(model={"tie_word_embeddings": True})
     save_run(tmp_path / "run", recipe, 7, num_ranks=num_ranks)
     consolidate(tmp_path / "run", tmp_path / "out", dtype="bf16")
     for folder, dtype in ((tmp_path / "run", torch.float32), (tmp_path / "out", torch.bfloat16)):
@@ -110,8 +110,8 @@ def test_a_damaged_shard_is_named_and_the_good_checkpoint_before_offered(tmp_pat
     with pytest.raises(DamagedCheckpointError) as failure:
         load_model(tmp_path)
     assert str(paths[3] / shards(2)[rank]) in failure.value.found
-    assert failure.value.remedy == f"The checkpoint before it is good: {paths[1]}"
-    assert load_model(failure.value.remedy.split(": ")[1])
+    assert failure.value.hint == f"The checkpoint before it is good: {paths[1]}"
+    assert load_model(failure.value.hint.split(": ")[1])
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [path.name for path in paths]
 
 
@@ -160,7 +160,7 @@ def test_a_config_of_someone_else_is_said_so(tmp_path: Path, config: str, found:
 
 
 def test_every_tensor_is_used_and_every_parameter_filled(tmp_path: Path) -> None:
-    wider = tiny_recipe(model={"mlp_width": 32}, heads={"unembedding": "replicated"})
+    wider = tiny_recipe(model={"intermediate_size": 32}, heads={"unembedding": "replicated"})
     save_run(tmp_path, RECIPE, 1, model=model_of_step(wider, 1))
     with pytest.raises(CheckpointError) as failure:
         load_model(tmp_path)

@@ -21,7 +21,7 @@ LORA = {"rank": 3, "alpha": 7.0, "targets": ["q", "v", "gate", "down"], "in_head
 
 def adapted(**adapt: object) -> Recipe:
     frozen = ["trunk", "heads", "unembedding"]
-    return tiny_recipe(model={"num_layers": 9}, adapt={"lora": LORA, "frozen": frozen, **adapt})
+    return tiny_recipe(model={"num_hidden_layers": 9}, adapt={"lora": LORA, **adapt}, freeze=frozen)
 
 
 def save(run: Path, recipe: Recipe, *, num_ranks: int = 1) -> None:
@@ -59,7 +59,7 @@ def test_blocks_that_end_inside_a_row_are_merged_right(tmp_path: Path, monkeypat
 
 
 def test_a_folder_of_transformers_is_merged_too(tmp_path: Path) -> None:
-    recipe = adapted(weighted_states={"main_head": False})
+    recipe = adapted(layer_mix={"main_head": False})
     save(tmp_path / "run", recipe)
     export_hf(tmp_path / "run", tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "back", Wanted(num_offsets=4, init="random"))
@@ -68,10 +68,10 @@ def test_a_folder_of_transformers_is_merged_too(tmp_path: Path) -> None:
 
 
 def test_a_main_head_that_reads_a_mixture_is_not_exported_for_transformers(tmp_path: Path) -> None:
-    save(tmp_path / "run", adapted(weighted_states={}))
+    save(tmp_path / "run", adapted(layer_mix={}))
     with pytest.raises(CheckpointError) as caught:
         export_hf(tmp_path / "run", tmp_path / "hf")
-    assert "must read the last layer" in caught.value.must_hold
+    assert "must read the last layer" in caught.value.expected
     consolidate(tmp_path / "run", tmp_path / "out")
     trained, plain = load_model(tmp_path / "run"), load_model(tmp_path / "out")
     for own, expected in zip(logits_of(plain[1]), logits_of(trained[1]), strict=True):

@@ -17,7 +17,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for number in range(20):
         (folder / f"{number}.txt").write_text(f"this is the text number {number}\n" * 3, encoding="utf-8")
-    recipe = "data: {corpus: [corpus], window_tokens: 8, validation_share: 0.2}\nrun: {cache: cache}\n"
+    recipe = "data: {corpus: [corpus], seq_len: 8, validation_fraction: 0.2}\nrun: {cache: cache}\n"
     (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
     return folder
 
@@ -28,7 +28,7 @@ def mtp(*arguments: str) -> Result:
 
 
 def test_shards_are_built_from_paths_and_verified(corpus: Path) -> None:
-    assert mtp("data", "build", "--out", "shards", "--validation-share", "0.2", str(corpus)).exit_code == 0
+    assert mtp("data", "build", "--out", "shards", "--validation-fraction", "0.2", str(corpus)).exit_code == 0
     assert mtp("data", "verify", "shards").exit_code == 0
     next(Path("shards").rglob("*.tar")).write_bytes(b"cut")
     result = mtp("data", "verify", "shards")
@@ -40,7 +40,7 @@ def test_shards_of_a_recipe_are_built_into_its_cache_and_looked_at(corpus: Path)
     assert corpus.is_dir()
     assert mtp("data", "build", "recipe.yaml").exit_code == 0
     assert list(Path("cache").rglob("*.tar"))
-    result = mtp("data", "peek", "recipe.yaml", "data.window_tokens=9", "--row", "1", "--split", "validation")
+    result = mtp("data", "peek", "recipe.yaml", "data.seq_len=9", "--row", "1", "--split", "validation")
     assert result.exit_code == 0
     assert "validation row 1" in result.stdout
 
@@ -54,7 +54,7 @@ def test_empty_corpus_is_an_error(corpus: Path) -> None:
 
 
 def test_shards_are_counted(corpus: Path) -> None:
-    options = ("--out", "shards", "--validation-share", "0.2", "--deduplicate", "--processes", "1")
+    options = ("--out", "shards", "--validation-fraction", "0.2", "--deduplicate", "--processes", "1")
     assert mtp("data", "build", *options, str(corpus)).exit_code == 0
     result = mtp("data", "stats", "shards", "--picture", "lengths.png")
     assert result.exit_code == 0

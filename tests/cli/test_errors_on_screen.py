@@ -34,7 +34,7 @@ def test_error_is_printed_in_three_parts() -> None:
     assert result.stderr.splitlines() == [
         "error: a corpus must hold text",
         "  found    no file in src",
-        "  remedy   Give another folder.",
+        "  hint     Give another folder.",
     ]
 
 
@@ -96,8 +96,8 @@ def test_markup_in_a_message_is_text() -> None:
         ["bench", "memory", "r.yaml", "--offsets", "0"],
         ["bench", "train", "r.yaml", "--schedules", "sequental"],
         ["data", "build", "some/folder"],
-        ["data", "build", "r.yaml", "--validation-share", "0.1"],
-        ["data", "build", "some/folder", "--out", "shards", "--validation-share", "1"],
+        ["data", "build", "r.yaml", "--validation-fraction", "0.1"],
+        ["data", "build", "some/folder", "--out", "shards", "--validation-fraction", "1"],
         ["data", "peek", "r.yaml", "--split", "test"],
     ],
 )

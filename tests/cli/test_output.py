@@ -66,8 +66,7 @@ def test_unbuffered_output_is_no_exception(unbuffered):
 
 def test_files_do_not_get_the_numbers_of_closed_streams():
     code = (
-        "import os; from mtp_lightning.console.errors import *; "
-        "guard_output(print); os._exit(os.open(os.devnull, 0))"
+        "import os; from mtp_lightning.console.errors import *; guard_output(print); os._exit(os.open(os.devnull, 0))"
     )
     command = ["bash", "-c", f'"$0" -c "{code}" <&- >&- 2>&-']
     assert subprocess.run([*command, sys.executable], cwd=ROOT, check=False).returncode > 2
@@ -80,7 +79,7 @@ def test_ranks_that_a_verb_does_not_need_do_not_matter(place):
 
 
 def train(folder, redirection):
-    steps = "run.steps=12 run.log_every_steps=1 run.checkpoint_every_steps=100 run.validate_every_steps=6"
+    steps = "run.steps=12 logging.every_steps=1 checkpoint.every_steps=100 run.validate_every_steps=6"
     return shell(f"train {RECIPE} {steps} run.dir={folder}/run run.cache={folder}/cache", redirection)
 
 

@@ -42,18 +42,18 @@ def test_phases_are_planned_one_by_one(tmp_path: Path) -> None:
 
 def test_plan_takes_overrides_and_options(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    result = mtp(RECIPE, "batch.micro_rows=2", "--gpu", "a100-80", "--gpus", "64", "--json", str(file))
+    result = mtp(RECIPE, "batch.micro_batch_size=2", "--gpu", "a100-80", "--gpus", "64", "--json", str(file))
     assert result.exit_code == 0
     assert "on  64 x A100-80 (8 nodes of 8)" in result.stdout
     figures = json.loads(file.read_text())
-    assert figures["chosen"]["layout"]["micro_rows"] == 2
+    assert figures["chosen"]["layout"]["micro_batch_size"] == 2
     assert figures["hardware"]["name"] == "A100-80"
 
 
 def test_plan_says_what_does_not_fit_and_what_would() -> None:
     text = mtp(RECIPE, "--gpu", "A100-40", "--gpus", "8").stdout
     assert "does not fit: " in text
-    assert "(batch.micro_rows)" in text
+    assert "(batch.micro_batch_size)" in text
 
 
 @pytest.mark.parametrize(

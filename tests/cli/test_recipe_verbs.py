@@ -41,7 +41,7 @@ def test_show_says_where_values_come_from() -> None:
     assert origins["seed"] == "command line"
     assert origins["order"] == "default"
     assert origins["name"].startswith("recipes/debug/linear.yaml:")
-    assert origins["width"].startswith("recipes/debug/base.yaml:")
+    assert origins["hidden_size"].startswith("recipes/debug/base.yaml:")
 
 
 def test_show_says_what_fields_mean() -> None:
@@ -76,7 +76,7 @@ def test_check_prints_a_line_for_each_recipe() -> None:
 
 def test_check_gathers_the_faults_of_all_recipes_and_names_a_shared_one_once() -> None:
     files = ["recipes/quickstart.yaml", "recipes/debug/linear.yaml", "recipes/debug/medusa.yaml"]
-    result = mtp("recipe", "check", *files, "run.setps=4", "data.window_tokens=100")
+    result = mtp("recipe", "check", *files, "run.setps=4", "data.seq_len=100")
     assert result.exit_code == 2
     assert result.stdout == "".join(f"faulty  {file}  (1)\n" for file in files)
     assert result.stderr.count("run.setps must be a field of run") == 1

@@ -29,13 +29,15 @@ def status(*arguments: object) -> Result:
 def make_run(
     folder: Path, *, attempts: int = 1, rows: str = "", saved: tuple[int, ...] = (), ramp: object = None
 ) -> Path:
-    batch = {"rows": 10, "micro_rows": 5, "ramp": ramp}
-    content = {"name": "mine", "run": {"steps": 100, "dir": str(folder)}, "batch": batch, "data": {"window_tokens": 10}}
+    batch = {"global_batch_size": 10, "micro_batch_size": 5, "ramp": ramp}
+    content = {"name": "mine", "run": {"steps": 100, "dir": str(folder)}, "batch": batch, "data": {"seq_len": 10}}
     recipe = Recipe.model_validate(content)
     for attempt in range(1, attempts + 1):
         (folder / f"logs/attempt_{attempt}").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(recipe_to_yaml(recipe))
-    (folder / "metrics.csv").write_text(f"step,tokens,train/loss_1,tokens_per_s,val/loss_1,val/accepted_length\n{rows}")
+    (folder / "metrics.csv").write_text(
+        f"step,tokens,train/loss_1,tokens_per_s,val/loss_1,val/mean_acceptance_length\n{rows}"
+    )
     for step in saved:
         (folder / f"checkpoints/step-{step:08d}").mkdir(parents=True)
     return folder
@@ -54,7 +56,7 @@ def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "a/checkpoints/step-00000030.partial").mkdir()
     found = only(tmp_path)
     assert (found.step, found.steps, found.tokens, found.tokens_per_s) == (30, 100, 3000, 200)  # half a row: none
-    assert (found.loss, found.accepted_length, found.checkpoint, found.restarts) == (3.25, 1.75, 20, 2)
+    assert (found.loss, found.mean_acceptance_length, found.checkpoint, found.restarts) == (3.25, 1.75, 20, 2)
     assert (found.state, found.job, found.remaining_s) == ("stopped", None, None)
 
 
@@ -70,7 +72,10 @@ def test_a_run_that_holds_its_lock_is_running(tmp_path: Path) -> None:
 
 
 def test_steps_of_a_ramp_take_the_longer_the_larger_they_are(tmp_path: Path) -> None:
-    ramp = {"from_rows": 5, "over_rows": 200}  # rows of 40 steps; at step 30 there are 10 more such steps, then 60
+    ramp = {
+        "from_batch_size": 5,
+        "over_samples": 200,
+    }  # rows of 40 steps; at step 30 there are 10 more such steps, then 60
     run = make_run(tmp_path, rows=ROWS, ramp=ramp)
     with (run / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -130,7 +135,11 @@ ODD = {
     "empty": ("summary.json", b"{}", None),
     "huge": ("metrics.csv", b"step,tokens,tokens_per_s\n1e300,1e300,1e-320\n", None),
     "quotes": ("metrics.csv", b'step,"\r,x\n1,"2,3\n', None),
-    "ramp": ("recipe.yaml", b"batch: {rows: 1000000000, ramp: {from_rows: 1}}\nrun: {steps: 9}\n", None),
+    "ramp": (
+        "recipe.yaml",
+        b"batch: {global_batch_size: 1000000000, ramp: {from_batch_size: 1}}\nrun: {steps: 9}\n",
+        None,
+    ),
 }
 
 

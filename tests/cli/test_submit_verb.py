@@ -124,7 +124,7 @@ def test_a_preflight_comes_first(tmp_path: Path) -> None:
         (("--site", "local", "--after", "$(x)"), ["--after must be the number of a job"]),
         (("--site", "local", "strategy.num_nodes=0"), ["strategy.num_nodes"]),
         (("--site", "generic-h100", "strategy.ranks_per_node=16"), ["8 GPUs of a node", "ranks_per_node=8"]),
-        (("--site", "local", "run.fresh=true"), ["start it over"]),
+        (("--site", "local", "run.restart=true"), ["start it over"]),
         (("--site", "local", "--sweep", "optimizer.lr"), ["KEY=VALUE"]),
         (("--site", "local", "--then", "bnech decode"), ["--then must be a command of mtp", "bnech"]),
         (("--site", "local", "--then", "bench"), ["--then must be a whole command", "decode"]),
@@ -145,7 +145,7 @@ def test_wrong_submissions_are_refused(
     assert not [word for word in words if word not in shown], shown
 
 
-BIG = ("model.width=16384", "model.num_attention_heads=128", "batch.micro_rows=8", "strategy.num_nodes=1")
+BIG = ("model.hidden_size=16384", "model.num_attention_heads=128", "batch.micro_batch_size=8", "strategy.num_nodes=1")
 
 
 def test_what_cannot_fit_is_submitted_by_force_only(tmp_path: Path) -> None:

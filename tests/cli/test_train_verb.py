@@ -10,7 +10,7 @@ SAMPLE = "run.sample='def f('"
 def test_a_run_ends_with_a_text_and_what_drafting_gained(tmp_path):
     small = ("run.steps=4", "run.validate_every_steps=4", f"run.dir={tmp_path}/run", f"run.cache={tmp_path}/cache")
     recipe = str(ROOT / "recipes/debug/medusa.yaml")
-    done = mtp("train", recipe, *small, SAMPLE, "data.window_tokens=160", cwd=tmp_path)
+    done = mtp("train", recipe, *small, SAMPLE, "data.seq_len=160", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     gain = r"printing nothing, [\d,]+ and [\d,]+ tokens/s; drafting is \d+\.\d\d times as fast"
     assert re.search(r"a text of the same law; " + gain, done.stderr)

@@ -32,7 +32,7 @@ def build_tiny(
     sources: list[str], out: Path, *, show_progress: bool = False, processes: int = 1, **changes: Any
 ) -> Manifest:
     """Build with members and shards so small that a few documents fill several."""
-    options: dict[str, Any] = {"validation_share": 0.3, "member_tokens": 100, "shard_bytes": 4000}
+    options: dict[str, Any] = {"validation_fraction": 0.3, "member_tokens": 100, "shard_bytes": 4000}
     return build_shards(
         sources, out, BuildOptions(**{**options, **changes}), processes=processes, show_progress=show_progress
     )
@@ -43,7 +43,7 @@ def is_held_out(name: str, share: float) -> bool:
 
 
 def rows_by_hand(
-    documents: list[bytes], manifest: Manifest, split: str, *, window_tokens: int, num_offsets: int
+    documents: list[bytes], manifest: Manifest, split: str, *, seq_len: int, num_offsets: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Concatenate the documents of each shard and cut: token by token, no arrays."""
     rows, numbers = [], []
@@ -58,11 +58,11 @@ def rows_by_hand(
             tokens += ids
             owners += [document] * len(ids)
         begin = 0
-        while begin + window_tokens + num_offsets <= len(tokens):
-            end = begin + window_tokens + num_offsets
+        while begin + seq_len + num_offsets <= len(tokens):
+            end = begin + seq_len + num_offsets
             rows.append(tokens[begin:end])
             numbers.append([owner - owners[begin] for owner in owners[begin:end]])
-            begin += window_tokens
+            begin += seq_len
     assert next(left, None) is None
     return rows, numbers
 
@@ -71,9 +71,9 @@ def tiny_recipe(cache: Path, corpus: Path, **changes: dict[str, Any]) -> Recipe:
     """A recipe over a tiny corpus; keyword arguments change fields of its sections."""
     sections: dict[str, dict[str, Any]] = {
         "heads": {"num_offsets": 3},
-        "data": {"corpus": [str(corpus)], "window_tokens": 8, "validation_share": 0.3},
-        "batch": {"rows": 8, "micro_rows": 4},
-        "run": {"cache": str(cache), "seed": 5, "validation_rows": 10, "device": "cpu"},
+        "data": {"corpus": [str(corpus)], "seq_len": 8, "validation_fraction": 0.3},
+        "batch": {"global_batch_size": 8, "micro_batch_size": 4},
+        "run": {"cache": str(cache), "seed": 5, "validation_samples": 10, "device": "cpu"},
     }
     for name, fields in changes.items():
         sections[name] = {**sections.get(name, {}), **fields}

@@ -117,9 +117,9 @@ def test_split_without_documents_is_refused_with_a_share_that_works(
     tmp_path: Path, corpus: Path, share: float, split: str
 ) -> None:
     with pytest.raises(DataError, match=f"found none of 40 for {split} at") as caught:
-        build_tiny([str(corpus)], tmp_path / "shards", validation_share=share)
-    remedy = float(caught.value.remedy.split("=")[1].split(",")[0])
-    manifest = build_tiny([str(corpus)], tmp_path / "shards", validation_share=remedy)
+        build_tiny([str(corpus)], tmp_path / "shards", validation_fraction=share)
+    hint = float(caught.value.hint.split("=")[1].split(",")[0])
+    manifest = build_tiny([str(corpus)], tmp_path / "shards", validation_fraction=hint)
     assert manifest.num_documents("validation") == 1
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 SLOW_BUILD = """
 import os, signal, sys, time
 from pathlib import Path
-from mtp_lightning.data import units
+from mtp_lightning.data.text import blocks as units
 from mtp_lightning.data.shards.build import BuildOptions, build_shards
 from mtp_lightning.data.shards.staging import Partial
 units.UNIT_BYTES = 2000
@@ -35,10 +35,10 @@ def note_and_die(self, shard, largest_token):
     if self.num_written == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
 Partial.note_shard = note_and_die
-options = BuildOptions(validation_share=0.2, member_tokens=500, shard_bytes=8000, deduplicate=True)
+options = BuildOptions(validation_fraction=0.2, member_tokens=500, shard_bytes=8000, deduplicate=True)
 build_shards([sys.argv[1]], Path(sys.argv[2]), options, processes=1)
 """
-OPTIONS = BuildOptions(validation_share=0.2, member_tokens=500, shard_bytes=8000, deduplicate=True)
+OPTIONS = BuildOptions(validation_fraction=0.2, member_tokens=500, shard_bytes=8000, deduplicate=True)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ import sys
 from pathlib import Path
 from mtp_lightning.data.shards.build import BuildOptions, build_shards
 if __name__ == "__main__":
-    options = BuildOptions(validation_share=0.2)
+    options = BuildOptions(validation_fraction=0.2)
     build_shards([sys.argv[1]], Path(sys.argv[2]), options, processes=2)
 """
     (tmp_path / "build.py").write_text(command)

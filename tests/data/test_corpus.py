@@ -64,7 +64,7 @@ def test_shards_outlive_their_corpus(tmp_path: Path, corpus: Path, capsys: pytes
 
 @pytest.mark.parametrize(
     "changes",
-    [{"data": {"validation_share": 0.4}}, {"data": {"corpus": ["stdlib:json"]}}, {"data": {"corpus": ["stdlib"]}}],
+    [{"data": {"validation_fraction": 0.4}}, {"data": {"corpus": ["stdlib:json"]}}, {"data": {"corpus": ["stdlib"]}}],
 )
 def test_what_decides_the_tokens_decides_the_folder(tmp_path: Path, corpus: Path, changes: dict[str, Any]) -> None:
     base = tiny_recipe(tmp_path, corpus)
@@ -73,7 +73,7 @@ def test_what_decides_the_tokens_decides_the_folder(tmp_path: Path, corpus: Path
 
 def test_what_does_not_decide_the_tokens_does_not(tmp_path: Path, corpus: Path) -> None:
     base = tiny_recipe(tmp_path, corpus)
-    other = tiny_recipe(tmp_path, corpus, data={"window_tokens": 99}, run={"seed": 9}, heads={"num_offsets": 1})
+    other = tiny_recipe(tmp_path, corpus, data={"seq_len": 99}, run={"seed": 9}, heads={"num_offsets": 1})
     assert shards_folder(other) == shards_folder(base)
 
 
@@ -127,9 +127,9 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path: Path, corpus: Path, m
 
 
 def test_vocabulary_smaller_than_a_token_id_is_refused(tmp_path: Path, corpus: Path) -> None:
-    recipe = tiny_recipe(tmp_path / "cache", corpus, model={"vocabulary": 256})
-    with pytest.raises(DataError, match=r"model\.vocabulary = 256; found id 256 in the tokenizer byte\. Raise .*257"):
+    recipe = tiny_recipe(tmp_path / "cache", corpus, model={"vocab_size": 256})
+    with pytest.raises(DataError, match=r"model\.vocab_size = 256; found id 256 in the tokenizer byte\. Raise .*257"):
         prepare_shards(recipe)
     prepare_shards(tiny_recipe(tmp_path / "cache", corpus))
-    with pytest.raises(DataError, match=r"below model\.vocabulary = 256; found id 256 in the shards .*Raise .* to 257"):
+    with pytest.raises(DataError, match=r"below model\.vocab_size = 256; found id 256 in the shards .*Raise .* to 257"):
         open_rows(recipe, "train")

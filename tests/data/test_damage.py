@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.sampling.windows import WindowDataset
 from mtp_lightning.data.shards.manifest import Member, load_manifest
 from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.errors import DataError
@@ -17,8 +17,8 @@ from tests.data.corpora import build_tiny, forge, write_corpus
 SHARD = "train/00001.tar"
 
 
-def open_rows(folder: Path) -> Rows:
-    return Rows(folder, "train", window_tokens=8, num_offsets=3)
+def open_rows(folder: Path) -> WindowDataset:
+    return WindowDataset(folder, "train", seq_len=8, num_offsets=3)
 
 
 def overwrite(path: Path, at: int, content: bytes) -> None:

@@ -51,7 +51,7 @@ def end_of(tar: bytes) -> int:
 
 def texts(tar: str) -> list[bytes]:
     documents = TarDocuments(
-        tokenizer="byte", end_of_document=None, text_field="text", token_type="uint16", vocabulary=257
+        tokenizer="byte", end_of_document=None, text_field="text", token_type="uint16", vocab_size=257
     )
     return [bytes(tokens[:-1].astype(np.uint8)) for tokens in documents.read(tar)]
 

@@ -86,7 +86,7 @@ def test_resumed_run_sees_the_very_next_batches(cache: Path, corpus: Path, worke
     next(batches)  # fetched, but its step never completed
     state = json.loads(json.dumps(first.state_dict()))
     assert state["rows_consumed"] == 32
-    resumed = build(cache, corpus, data={"workers": 2 - workers}, batch={"rows": 8, "micro_rows": 2})
+    resumed = build(cache, corpus, data={"workers": 2 - workers}, batch={"global_batch_size": 8, "micro_batch_size": 2})
     resumed.load_state_dict(state)
     assert_equal(seen + take(resumed, 5), whole)
 
@@ -125,7 +125,7 @@ def test_position_is_read_when_the_first_batch_is_asked_for(cache: Path, corpus:
 
 def test_batch_size_may_change_between_runs(cache: Path, corpus: Path) -> None:
     whole = torch.cat([batch["tokens"] for batch in take(build(cache, corpus), 6)])
-    module = build(cache, corpus, batch={"rows": 3, "micro_rows": 3})
+    module = build(cache, corpus, batch={"global_batch_size": 3, "micro_batch_size": 3})
     module.load_state_dict({**module.state_dict(), "rows_consumed": 8})
     assert torch.equal(torch.cat([batch["tokens"] for batch in take(module, 4)]), whole[8:20])
 
@@ -148,7 +148,7 @@ def test_seed_changes_the_order(cache: Path, corpus: Path) -> None:
     ("changes", "found"),
     [
         ({"run": {"seed": 6}}, r"with: seed = 6 in the recipe; found seed = 5 in the checkpoint"),
-        ({"data": {"window_tokens": 9}}, r"window_tokens = 9 in the recipe; found window_tokens = 8"),
+        ({"data": {"seq_len": 9}}, r"seq_len = 9 in the recipe; found seq_len = 8"),
         ({"heads": {"num_offsets": 2}}, r"num_offsets = 2 in the recipe; found num_offsets = 3"),
         (
             {"run": {"seed": 6}, "heads": {"num_offsets": 2}},
@@ -209,7 +209,7 @@ def test_fewer_validation_rows_than_asked_for_are_all_used_and_said(
     cache: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     available = len(open_rows(tiny_recipe(cache, corpus), "validation"))
-    module = build(cache, corpus, run={"validation_rows": 10_000})
+    module = build(cache, corpus, run={"validation_samples": 10_000})
     assert sum(len(batch["tokens"]) for batch in module.val_dataloader()) == available
     assert f"validating on {available} rows, not 10,000: {available} are held out" in capsys.readouterr().err
 
@@ -222,15 +222,19 @@ def test_ranks_get_equally_many_validation_rows(cache: Path, corpus: Path) -> No
 @pytest.mark.parametrize(
     ("world_size", "changes", "found"),
     [
-        (3, {}, r"batch\.rows must be a multiple of the number of ranks, 3; found 8\. Set batch\.rows=9"),
+        (
+            3,
+            {},
+            r"batch\.global_batch_size must be a multiple of the number of ranks, 3; found 8\. Set batch\.global_batch_size=9",
+        ),
         (
             1,
-            {"batch": {"rows": 4096}},
-            r"must have the batch\.rows = 4,096 rows of one step; found \d+ rows of 11 tokens",
+            {"batch": {"global_batch_size": 4096}},
+            r"must have the batch\.global_batch_size = 4,096 rows of one step; found \d+ rows of 11 tokens",
         ),
-        (8, {"run": {"validation_rows": 7}}, r"at least one row for each of 8 ranks; found 7 asked for"),
-        (1, {"data": {"window_tokens": 100_000}}, r"must have the T \+ n = 100003 tokens of one row"),
-        (1, {"model": {"vocabulary": 100}}, r"below model\.vocabulary = 100; found id 256"),
+        (8, {"run": {"validation_samples": 7}}, r"at least one row for each of 8 ranks; found 7 asked for"),
+        (1, {"data": {"seq_len": 100_000}}, r"must have the T \+ n = 100003 tokens of one row"),
+        (1, {"model": {"vocab_size": 100}}, r"below model\.vocab_size = 100; found id 256"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused_at_setup(
@@ -257,7 +261,7 @@ def test_token_that_the_model_lacks_stops_the_loader(cache: Path, corpus: Path, 
     forge(folder)  # a manifest that does not know of it
     module = build(cache, corpus, data={"workers": workers})
     place = r"train/\d+\.tar, member 0, token \d+, byte [\d,]+"
-    with pytest.raises(DataError, match=rf"vocabulary = 257; found id 300 at .*{place}\. ") as caught:
+    with pytest.raises(DataError, match=rf"vocab_size = 257; found id 300 at .*{place}\. ") as caught:
         take(module, 50)
     at = int(re.findall(r"byte (\d+)", caught.value.found.replace(",", ""))[-1])
     assert data[at : at + 2] == (300).to_bytes(2, "little")

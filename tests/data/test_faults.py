@@ -11,15 +11,15 @@ import pytest
 
 from mtp_lightning.data.sampling.mixture import JoinedRows
 from mtp_lightning.data.sampling.packing import PackedRows, prepare_plan
-from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.sampling.windows import WindowDataset
 from mtp_lightning.data.shards.manifest import load_manifest
 from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.errors import DataError
 from tests.data.corpora import END, build_tiny, forge, write_corpus
 
 
-def open_rows(folder: Path) -> Rows:
-    return Rows(folder, "train", window_tokens=8, num_offsets=3)
+def open_rows(folder: Path) -> WindowDataset:
+    return WindowDataset(folder, "train", seq_len=8, num_offsets=3)
 
 
 def test_shard_that_the_manifest_does_not_know_is_refused(shards: Path) -> None:
@@ -115,7 +115,7 @@ def test_id_that_the_model_lacks_is_named_with_its_source(tmp_path: Path, shards
 
 
 def test_id_in_packed_rows_is_named_with_its_place(tmp_path: Path, shards: Path) -> None:
-    shape = {"window_tokens": 24, "num_offsets": 3}
+    shape = {"seq_len": 24, "num_offsets": 3}
     prepare_plan(shards, "train", tmp_path, **shape)
     packed = PackedRows(shards, "train", tmp_path, **shape)
     for row in range(len(packed)):
@@ -150,7 +150,7 @@ def test_document_longer_than_a_member_is_a_member_of_its_own(tmp_path: Path) ->
     manifest = verify_shards(tmp_path / "shards")
     longest = max(member.num_tokens for shard in manifest.shards for member in shard.members)
     assert longest >= 5001
-    rows = Rows(tmp_path / "shards", "train", window_tokens=600, num_offsets=4)
+    rows = WindowDataset(tmp_path / "shards", "train", seq_len=600, num_offsets=4)
     read = rows.read(np.arange(len(rows)))["tokens"]
     assert (read == ord("x")).all(axis=1).any()
 

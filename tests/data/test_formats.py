@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.sampling.windows import WindowDataset
 from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.data.text import blocks as units_module
 from mtp_lightning.data.text.blocks import cut_into_units
@@ -74,7 +74,7 @@ def test_chat_teaches_the_turns_of_the_assistant_only(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", RECORDS[3:4] * 40)
     build_tiny([str(path)], tmp_path / "shards", member_tokens=1000)
     verify_shards(tmp_path / "shards")
-    rows = Rows(tmp_path / "shards", "train", window_tokens=150, num_offsets=4)
+    rows = WindowDataset(tmp_path / "shards", "train", seq_len=150, num_offsets=4)
     batch = rows.read(np.arange(len(rows)))
     tokens, mask = batch["tokens"].ravel(), batch["loss_mask"].ravel()
     text = bytes(np.where(tokens == END, 0, tokens).astype(np.uint8))

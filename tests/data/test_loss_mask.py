@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mtp_lightning.data.loading.peek import row_table
-from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.sampling.windows import WindowDataset
 from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.errors import DataError
 from mtp_lightning.recipe.schema.root import Recipe
@@ -32,7 +32,7 @@ def chats(tmp_path: Path) -> Path:
 
 def test_rows_carry_the_mask_of_their_documents(chats: Path, tmp_path: Path) -> None:
     manifest = build_tiny([str(chats)], tmp_path / "shards")
-    rows = Rows(tmp_path / "shards", "train", window_tokens=T, num_offsets=N)
+    rows = WindowDataset(tmp_path / "shards", "train", seq_len=T, num_offsets=N)
     batch = rows.read(np.arange(len(rows)))
     expected = batch["tokens"] != ord("q")
     assert (batch["tokens"] == END).any()
@@ -46,7 +46,7 @@ def test_text_alone_has_no_mask(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text("\n".join(json.dumps({"text": "t" * 40}) for _ in range(40)))
     build_tiny([str(path)], tmp_path / "shards")
-    rows = Rows(tmp_path / "shards", "train", window_tokens=T, num_offsets=N)
+    rows = WindowDataset(tmp_path / "shards", "train", seq_len=T, num_offsets=N)
     assert "loss_mask" not in rows.read(np.arange(3))
 
 
@@ -66,8 +66,8 @@ def test_a_changed_mask_is_found(chats: Path, tmp_path: Path) -> None:
 
 def test_peek_says_why_a_target_is_ignored(chats: Path, tmp_path: Path) -> None:
     build_tiny([str(chats)], tmp_path / "shards")
-    rows = Rows(tmp_path / "shards", "train", window_tokens=T, num_offsets=N)
-    recipe = Recipe.model_validate({"data": {"window_tokens": T}, "heads": {"num_offsets": N}})
+    rows = WindowDataset(tmp_path / "shards", "train", seq_len=T, num_offsets=N)
+    recipe = Recipe.model_validate({"data": {"seq_len": T}, "heads": {"num_offsets": N}})
     batch = rows.read(np.arange(len(rows)))
     row = int(np.flatnonzero((~batch["loss_mask"][:, 1:T]).any(1) & (batch["documents"][:, T] > 0))[0])
     reasons = " ".join(str(cell) for cell in row_table(recipe, rows, row).columns[-1].cells)

@@ -17,7 +17,7 @@ from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.data.loading.factory import open_data, prepare_data
 from mtp_lightning.data.sampling.mixture import MixedOrder, quotas_of
 from mtp_lightning.data.sampling.order import ShuffledOrder
-from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.sampling.windows import WindowDataset
 from mtp_lightning.data.shards.manifest import load_manifest
 from mtp_lightning.errors import CheckpointError, DataError
 from mtp_lightning.recipe.schema.data import MIXTURE_BLOCK_ROWS
@@ -130,7 +130,7 @@ def test_a_run_reads_each_source_as_its_share_says(folders: Path) -> None:
     batch = opened.rows.read(opened.order.rows(np.arange(MIXTURE_BLOCK_ROWS)))
     assert abs(num_chats(batch) - 1024) < 10
     assert not batch["loss_mask"].all()
-    alone = {name: Rows(folders / name, "train", window_tokens=8, num_offsets=3) for name in ("code", "chat")}
+    alone = {name: WindowDataset(folders / name, "train", seq_len=8, num_offsets=3) for name in ("code", "chat")}
     known = {tuple(row) for rows in alone.values() for row in rows.read(np.arange(len(rows)))["tokens"].tolist()}
     assert {tuple(row) for row in batch["tokens"].tolist()} <= known
 
@@ -190,11 +190,11 @@ def test_source_with_fewer_rows_than_its_quota_is_refused(folders: Path, tmp_pat
 
 def test_limit_of_epochs_is_held_before_the_first_step(folders: Path) -> None:
     code = str(folders / "code")
-    num_rows = len(Rows(folders / "code", "train", window_tokens=8, num_offsets=3))
+    num_rows = len(WindowDataset(folders / "code", "train", seq_len=8, num_offsets=3))
     steps = num_rows * 2 * 2 // 8
-    limits = {"data": {"mixture_epochs": {code: 2.1}}, "run": {"steps": steps}}
+    limits = {"data": {"max_epochs": {code: 2.1}}, "run": {"steps": steps}}
     build(folders, {"code": 1.0, "web": 1.0}, **limits)
-    limits["data"] = {"mixture_epochs": {code: 1.5}}
+    limits["data"] = {"max_epochs": {code: 1.5}}
     with pytest.raises(DataError, match=r"must read .*code at most 1\.5 times, .* found (1\.9|2\.0)\d times"):
         build(folders, {"code": 1.0, "web": 1.0}, **limits)
 

@@ -63,7 +63,7 @@ def test_a_run_reads_shards_from_an_object_store(tmp_path: Path) -> None:
     manifest = build_tiny([str(tmp_path / "corpus")], folder, shard_bytes=3000)
     assert len(manifest.shards_of("train")) >= 8
     subprocess.run([sys.executable, "-c", UPLOAD, f"{folder}/", "corpora/python"], check=True)
-    fields = ["run.steps=8", "run.validate_every_steps=4", "run.log_every_steps=1", f"run.cache={tmp_path / 'cache'}"]
+    fields = ["run.steps=8", "run.validate_every_steps=4", "logging.every_steps=1", f"run.cache={tmp_path / 'cache'}"]
     train = ("train", str(ROOT / "recipes/debug/parallel.yaml"), *fields)
 
     there = mtp(*train, "data.shards=s3://corpora/python", "data.workers=1", "run.dir=there", cwd=tmp_path)

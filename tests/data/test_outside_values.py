@@ -14,7 +14,7 @@ import pytest
 
 from mtp_lightning.data.generated.half_written import check_request
 from mtp_lightning.data.sampling.packing import PackedRows, Plan, _checksum, plan_path, prepare_plan
-from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.sampling.windows import WindowDataset
 from mtp_lightning.data.shards.arrays import whole_numbers
 from mtp_lightning.data.shards.index import build_index, load_index
 from mtp_lightning.data.shards.manifest import Manifest, fingerprint_of, load_manifest
@@ -57,7 +57,7 @@ MANIFEST = [
     *(("vocabulary", value, "vocabulary") for value in (0, -1, 1e9, 2**33)),
     *((name, value, name) for name in ("end_of_document", "largest_token") for value in (-1, 1.5, 2**32)),
     *((name, 257, "ids up to 256") for name in ("end_of_document", "largest_token")),
-    *(("validation_share", value, "validation_share") for value in (-0.1, 1.5, float("nan"), float("inf"), "x")),
+    *(("validation_fraction", value, "validation_fraction") for value in (-0.1, 1.5, float("nan"), float("inf"), "x")),
     *((name, -1, name) for name in ("source_files", "source_bytes", "skipped_empty", "skipped_binary",
                                     "skipped_not_utf8", "skipped_duplicates")),
     *((name, "x" * 5000, name) for name in ("tokenizer", "tokenizer_hash", "source_listing")),
@@ -177,7 +177,7 @@ def rewritten(path: Path, changes: dict[str, bytes | None], *, compression: int 
 def test_index_is_compared_with_the_manifest(shards: Path, changes: dict[str, bytes | None], found: str) -> None:
     rewritten(shards / "index.npz", changes)
     with pytest.raises(DataError, match=found):
-        Rows(shards, "train", window_tokens=8, num_offsets=3)
+        WindowDataset(shards, "train", seq_len=8, num_offsets=3)
 
 
 def test_index_that_holds_other_types_or_is_compressed_is_refused(shards: Path) -> None:
@@ -223,7 +223,7 @@ PLANS: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = [
 
 @pytest.mark.parametrize(("damage", "found"), PLANS)
 def test_packing_plan_is_compared_with_the_shards(shards: Path, tmp_path: Path, damage: Any, found: str) -> None:
-    shape = {"window_tokens": 40, "num_offsets": 3}
+    shape = {"seq_len": 40, "num_offsets": 3}
     prepare_plan(shards, "train", tmp_path, **shape)
     path = plan_path(tmp_path, load_manifest(shards), "train", **shape)
     arrays = {name: array for name, array in np.load(path).items() if name != "checksum"}

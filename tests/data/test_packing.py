@@ -21,7 +21,7 @@ from mtp_lightning.data.shards.mapped import ShardMaps
 from mtp_lightning.errors import CheckpointError, DataError
 from tests.data.corpora import END, build_tiny, is_held_out, tiny_recipe, write_corpus
 
-SHAPE = {"window_tokens": 24, "num_offsets": 3}
+SHAPE = {"seq_len": 24, "num_offsets": 3}
 
 
 def best_fit_by_hand(lengths: list[int], room: int) -> list[int]:
@@ -59,7 +59,7 @@ def prepared(tmp_path: Path, corpus: Path) -> PackedRows:
 
 def test_every_pair_of_token_and_target_is_in_one_row(tmp_path: Path, corpus: Path, shards: Path) -> None:
     documents = [[*text, END] for name, text in write_corpus(corpus).items() if not is_held_out(name, 0.3)]
-    assert max(map(len, documents)) > 3 * SHAPE["window_tokens"]
+    assert max(map(len, documents)) > 3 * SHAPE["seq_len"]
     expected: Counter[tuple[int, int, int]] = Counter()
     for tokens in documents:
         for position, offset in itertools.product(range(len(tokens)), (1, 2, 3)):
@@ -121,7 +121,7 @@ def _written(path: Path, content: bytes) -> Path:
 
 
 def build(cache: Path, corpus: Path, *, rank: int = 0, world_size: int = 1, packing: str = "best_fit") -> MtpDataModule:
-    recipe = tiny_recipe(cache, corpus, data={"packing": packing, "window_tokens": 24})
+    recipe = tiny_recipe(cache, corpus, data={"packing": packing, "seq_len": 24})
     prepare_data(recipe)
     module = MtpDataModule(recipe)
     module.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]

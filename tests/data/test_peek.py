@@ -24,7 +24,7 @@ def text_corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path, text_corpus: Path) -> Recipe:
-    return tiny_recipe(tmp_path / "cache", text_corpus, data={"attention": "document"})
+    return tiny_recipe(tmp_path / "cache", text_corpus, data={"document_mask": True})
 
 
 @given(
@@ -73,7 +73,7 @@ def test_row_is_shown_with_targets_and_boundaries(recipe: Recipe, capsys: pytest
 
 
 def test_rotary_positions_follow_the_recipe(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    window = recipe.model_copy(update={"data": recipe.data.model_copy(update={"attention": "window"})})
+    window = recipe.model_copy(update={"data": recipe.data.model_copy(update={"document_mask": False})})
     columns = {}
     for name, one in (("document", recipe), ("window", window)):
         cells = [line.split() for line in printed(one, 1, capsys)]
@@ -85,7 +85,7 @@ def test_rotary_positions_follow_the_recipe(recipe: Recipe, capsys: pytest.Captu
 def test_no_target_of_many_offsets_is_cut_off_when_piped(
     tmp_path: Path, text_corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = tiny_recipe(tmp_path / "cache", text_corpus, heads={"num_offsets": 24}, data={"window_tokens": 25})
+    recipe = tiny_recipe(tmp_path / "cache", text_corpus, heads={"num_offsets": 24}, data={"seq_len": 25})
     lines = printed(recipe, 0, capsys)
     assert "…" not in "".join(line for line in lines if "boundary" not in line)
     assert any("+24" in line for line in lines)

@@ -19,39 +19,42 @@ from mtp_lightning.errors import DataError
 from mtp_lightning.recipe.schema.data import BatchSection, RampSection
 from tests.data.corpora import tiny_recipe
 
-RAMP = {"rows": 8, "micro_rows": 2, "ramp": {"from_rows": 2, "over_rows": 30}}
+RAMP = {"global_batch_size": 8, "micro_batch_size": 2, "ramp": {"from_batch_size": 2, "over_samples": 30}}
 
 
 @st.composite
 def ramps(draw: st.DrawFn, shares: int = 1) -> BatchSection:
     """A ramp whose every step so many ranks can share."""
     first = shares * draw(st.integers(1, 4))
-    ramp = RampSection(from_rows=first, over_rows=draw(st.integers(1, 500)))
-    return BatchSection(rows=first * draw(st.integers(1, 9)), micro_rows=1, ramp=ramp)
+    ramp = RampSection(from_batch_size=first, over_samples=draw(st.integers(1, 500)))
+    return BatchSection(global_batch_size=first * draw(st.integers(1, 9)), micro_batch_size=1, ramp=ramp)
 
 
 def steps_by_hand(batch: BatchSection, steps: int) -> list[tuple[int, int]]:
     """Position and rows of each step: one after another."""
     found, position = [], 0
     for _ in range(steps):
-        found.append((position, batch.rows_at(position)))
+        found.append((position, batch.batch_size_at(position)))
         position += found[-1][1]
     return found
 
 
 @given(ramps(), st.integers(0, 300))
 def test_rows_of_many_steps_are_counted_at_once(batch: BatchSection, steps: int) -> None:
-    assert batch.rows_after(steps) == sum(rows for _, rows in steps_by_hand(batch, steps))
+    assert batch.samples_after(steps) == sum(rows for _, rows in steps_by_hand(batch, steps))
 
 
 @given(ramps())
 def test_steps_grow_from_the_first_size_to_the_last_in_equal_parts(batch: BatchSection) -> None:
     assert batch.ramp is not None
-    sizes = [batch.rows_at(position) for position in range(batch.ramp.over_rows + 1)]
-    assert sizes[-1] == batch.rows
-    assert batch.ramp.over_rows < batch.rows // batch.ramp.from_rows or sizes[0] == batch.ramp.from_rows
+    sizes = [batch.batch_size_at(position) for position in range(batch.ramp.over_samples + 1)]
+    assert sizes[-1] == batch.global_batch_size
+    assert (
+        batch.ramp.over_samples < batch.global_batch_size // batch.ramp.from_batch_size
+        or sizes[0] == batch.ramp.from_batch_size
+    )
     assert all(one <= other for one, other in itertools.pairwise(sizes))
-    assert all(size % batch.ramp.from_rows == 0 for size in sizes)
+    assert all(size % batch.ramp.from_batch_size == 0 for size in sizes)
     spans = [len(list(group)) for _, group in itertools.groupby(sizes[:-1])]
     assert max(spans) - min(spans) <= 1
 
@@ -100,7 +103,7 @@ def build(cache: Path, corpus: Path, rank: int = 0, world_size: int = 1, **chang
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_batches_that_grow_are_read_on_by_other_ranks(cache: Path, corpus: Path, workers: int) -> None:
-    constant = build(cache, corpus, batch={"rows": 1, "micro_rows": 1})
+    constant = build(cache, corpus, batch={"global_batch_size": 1, "micro_batch_size": 1})
     rows = [batch["tokens"][0].tolist() for batch in itertools.islice(constant.train_dataloader(), 80)]
     first = build(cache, corpus)
     seen = []
@@ -120,6 +123,6 @@ def test_batches_that_grow_are_read_on_by_other_ranks(cache: Path, corpus: Path,
 
 def test_first_steps_must_be_shared_by_all_ranks(cache: Path, corpus: Path) -> None:
     with pytest.raises(
-        DataError, match=r"batch\.ramp\.from_rows must be a multiple of the number of ranks, 4; found 2"
+        DataError, match=r"batch\.ramp\.from_batch_size must be a multiple of the number of ranks, 4; found 2"
     ):
         build(cache, corpus, world_size=4)

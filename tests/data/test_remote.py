@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from mtp_lightning.data.loading.datamodule import MtpDataModule
-from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.sampling.windows import WindowDataset
 from mtp_lightning.data.shards import cache as shard_cache
 from mtp_lightning.data.shards import remote
 from mtp_lightning.data.shards.cache import GIB, ShardCache
@@ -103,8 +103,8 @@ def size_or_none(path: Path) -> int | None:
 
 @pytest.mark.parametrize("order", ["rows", "shards"])
 def test_rows_from_a_url_are_the_rows_of_the_folder(tmp_path: Path, folder: Path, server: Any, order: str) -> None:
-    local = module_of(tmp_path, str(folder), order=order, group_shards=2)
-    far = module_of(tmp_path, server.url, order=order, group_shards=2)
+    local = module_of(tmp_path, str(folder), shuffle=order, shuffle_shards=2)
+    far = module_of(tmp_path, server.url, shuffle=order, shuffle_shards=2)
     assert torch.equal(take(far, 30), take(local, 30))
     assert far.state_dict() == local.state_dict()
     held_out = [batch["tokens"] for batch in far.val_dataloader()]
@@ -114,7 +114,7 @@ def test_rows_from_a_url_are_the_rows_of_the_folder(tmp_path: Path, folder: Path
 
 
 def test_loader_processes_and_ranks_read_from_the_same_cache(tmp_path: Path, folder: Path, server: Any) -> None:
-    shape: dict[str, Any] = {"order": "shards", "group_shards": 2}
+    shape: dict[str, Any] = {"shuffle": "shards", "shuffle_shards": 2}
     whole = take(module_of(tmp_path, str(folder), **shape), 6)
     parts = [
         take(module_of(tmp_path, server.url, rank=rank, world_size=2, workers=1, **shape), 6).reshape(6, 4, -1)
@@ -147,7 +147,7 @@ def test_cache_stays_within_its_bound_and_reads_on(tmp_path: Path, folder: Path,
     held_out = sum(shard.num_bytes for shard in manifest.shards_of("validation"))
     limit = held_out + sum(sorted(shard.num_bytes for shard in manifest.shards_of("train"))[-4:])
     assert limit < sum(shard.num_bytes for shard in manifest.shards)
-    shape: dict[str, Any] = {"order": "shards", "group_shards": 2}
+    shape: dict[str, Any] = {"shuffle": "shards", "shuffle_shards": 2}
     whole = take(module_of(tmp_path, str(folder), **shape), 100)
     module = module_of(tmp_path, server.url, cache_gib=limit / GIB, **shape)
     num_rows, worst = len(module.training_rows), 0
@@ -166,18 +166,18 @@ def test_cache_stays_within_its_bound_and_reads_on(tmp_path: Path, folder: Path,
 def test_cache_too_small_for_the_order_is_refused_with_what_to_set(tmp_path: Path, folder: Path, server: Any) -> None:
     total = sum(shard.num_bytes for shard in load_manifest(folder).shards)
     with pytest.raises(
-        DataError, match=r"order=rows\); found .* Set data\.cache_gib=\S+, or data\.order=shards"
+        DataError, match=r"shuffle=rows\); found .* Set data\.cache_gib=\S+, or data\.shuffle=shards"
     ) as caught:
-        module_of(tmp_path, server.url, cache_gib=0.7 * total / GIB, group_shards=1)
-    wanted = caught.value.remedy.partition("cache_gib=")[2].partition(",")[0]
+        module_of(tmp_path, server.url, cache_gib=0.7 * total / GIB, shuffle_shards=1)
+    wanted = caught.value.hint.partition("cache_gib=")[2].partition(",")[0]
     assert 1 <= float(wanted) * GIB / total < 1.02
-    with pytest.raises(DataError, match=r"Set data\.cache_gib=\S+, or lower data\.group_shards"):
-        module_of(tmp_path, server.url, cache_gib=0.3 * total / GIB, order="shards", group_shards=8)
+    with pytest.raises(DataError, match=r"Set data\.cache_gib=\S+, or lower data\.shuffle_shards"):
+        module_of(tmp_path, server.url, cache_gib=0.3 * total / GIB, shuffle="shards", shuffle_shards=8)
 
 
 def test_other_order_is_another_run(tmp_path: Path, folder: Path) -> None:
-    state = module_of(tmp_path, str(folder), order="shards", group_shards=2).state_dict()
-    for other in ({"order": "rows"}, {"order": "shards", "group_shards": 3}):
+    state = module_of(tmp_path, str(folder), shuffle="shards", shuffle_shards=2).state_dict()
+    for other in ({"shuffle": "rows"}, {"shuffle": "shards", "shuffle_shards": 3}):
         with pytest.raises(Exception, match=r"order = .* in the recipe; found .*order = shards in groups of 2"):
             module_of(tmp_path, str(folder), **other).load_state_dict(state)
 
@@ -248,7 +248,7 @@ def test_oldest_shard_goes_first_and_none_that_is_in_use(
 
 def test_mapped_shard_is_in_use(tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, shards = cache_of(server, tmp_path, BIG)
-    rows = Rows(mirror(server.url, tmp_path / "cache"), "train", window_tokens=8, num_offsets=3, cache=cache)
+    rows = WindowDataset(mirror(server.url, tmp_path / "cache"), "train", seq_len=8, num_offsets=3, cache=cache)
     rows.read(np.array([0]))
     (mapped,) = cached(tmp_path)
     monkeypatch.setattr(shard_cache, "ROOM_WAIT_S", 0.3)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.sampling.windows import WindowDataset
 from mtp_lightning.data.shards import mapped as mapped_module
 from mtp_lightning.data.shards.index import write_index
 from mtp_lightning.data.shards.manifest import Manifest, Split, load_manifest, manifest_text
@@ -25,18 +25,18 @@ def held_out_or_not(documents: dict[str, bytes], split: Split) -> list[bytes]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize(("window_tokens", "num_offsets"), [(2, 1), (7, 3), (8, 4), (64, 1), (130, 5), (200, 8)])
+@pytest.mark.parametrize(("seq_len", "num_offsets"), [(2, 1), (7, 3), (8, 4), (64, 1), (130, 5), (200, 8)])
 def test_rows_are_documents_concatenated_and_cut(
-    shards: Path, corpus: Path, split: Split, window_tokens: int, num_offsets: int
+    shards: Path, corpus: Path, split: Split, seq_len: int, num_offsets: int
 ) -> None:
     tokens, documents = rows_by_hand(
         held_out_or_not(write_corpus(corpus), split),
         load_manifest(shards),
         split,
-        window_tokens=window_tokens,
+        seq_len=seq_len,
         num_offsets=num_offsets,
     )
-    rows = Rows(shards, split, window_tokens=window_tokens, num_offsets=num_offsets)
+    rows = WindowDataset(shards, split, seq_len=seq_len, num_offsets=num_offsets)
     batch = rows.read(np.arange(len(rows)))
     assert batch["tokens"].tolist() == tokens
     assert batch["documents"].tolist() == documents
@@ -46,7 +46,7 @@ def test_rows_are_documents_concatenated_and_cut(
 @settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=2, max_size=60),
-    window_tokens=st.integers(2, 30),
+    seq_len=st.integers(2, 30),
     num_offsets=st.integers(1, 6),
     member_tokens=st.integers(1, 120),
     shard_bytes=st.sampled_from([1, 3000, 10**6]),
@@ -54,7 +54,7 @@ def test_rows_are_documents_concatenated_and_cut(
 def test_rows_are_right_for_any_shape_of_shards(
     tmp_path_factory: pytest.TempPathFactory,
     lengths: list[int],
-    window_tokens: int,
+    seq_len: int,
     num_offsets: int,
     member_tokens: int,
     shard_bytes: int,
@@ -67,19 +67,19 @@ def test_rows_are_right_for_any_shape_of_shards(
     manifest = build_tiny(
         [str(folder / "x.jsonl")],
         folder / "shards",
-        validation_share=0.5,
+        validation_fraction=0.5,
         member_tokens=member_tokens,
         shard_bytes=shard_bytes,
     )
     documents = [text.encode() for text, is_out in zip(texts, held_out, strict=True) if not is_out]
-    cut = {"window_tokens": window_tokens, "num_offsets": num_offsets}
+    cut = {"seq_len": seq_len, "num_offsets": num_offsets}
     tokens, numbers = rows_by_hand(documents, manifest, "train", **cut)
     if not tokens:
         with pytest.raises(DataError, match="tokens of one row"):
-            Rows(folder / "shards", "train", **cut)
+            WindowDataset(folder / "shards", "train", **cut)
         return
     order = np.random.default_rng(0).permutation(len(tokens))
-    batch = Rows(folder / "shards", "train", **cut).read(order)
+    batch = WindowDataset(folder / "shards", "train", **cut).read(order)
     assert batch["tokens"].tolist() == [tokens[row] for row in order]
     assert batch["documents"].tolist() == [numbers[row] for row in order]
 
@@ -87,7 +87,7 @@ def test_rows_are_right_for_any_shape_of_shards(
 def test_row_that_crosses_members_is_read_from_all_of_them(tmp_path: Path, corpus: Path) -> None:
     members = build_tiny([str(corpus)], tmp_path / "shards", shard_bytes=10**6).shards[0].members
     first = members[0].num_tokens
-    rows = Rows(tmp_path / "shards", "train", window_tokens=first, num_offsets=4)
+    rows = WindowDataset(tmp_path / "shards", "train", seq_len=first, num_offsets=4)
     data = (tmp_path / "shards/train/00000.tar").read_bytes()
     both = [np.frombuffer(data, "<u2", member.num_tokens, member.tokens_at) for member in members[:2]]
     assert rows.read(np.array([0]))["tokens"][0].tolist() == np.concatenate(both)[: first + 4].tolist()
@@ -97,7 +97,7 @@ def test_row_that_crosses_members_is_read_from_all_of_them(tmp_path: Path, corpu
 def test_wide_ids_are_read_as_they_were_written(tmp_path: Path) -> None:
     documents = {split: [np.array([70_000, 1, 2, 99_999], "<u4")] * 9 for split in SPLITS}
     manifest = write_wide(tmp_path, documents)
-    rows = Rows(tmp_path, "train", window_tokens=5, num_offsets=2)
+    rows = WindowDataset(tmp_path, "train", seq_len=5, num_offsets=2)
     assert manifest.dtype == "uint32"
     assert rows.read(np.array([1]))["tokens"].tolist() == [[1, 2, 99_999, 70_000, 1, 2, 99_999]]
     assert rows.read(np.array([1]))["documents"].tolist() == [[0, 0, 0, 1, 1, 1, 1]]
@@ -118,7 +118,7 @@ def write_wide(folder: Path, documents: dict[Split, list[TokenArray]]) -> Manife
         vocabulary=100_000,
         end_of_document=99_999,
         largest_token=99_999,
-        validation_share=0.5,
+        validation_fraction=0.5,
         source_files=1,
         source_bytes=1,
         source_listing="",
@@ -133,20 +133,20 @@ def write_wide(folder: Path, documents: dict[Split, list[TokenArray]]) -> Manife
 
 def test_too_few_tokens_for_a_row_are_refused(shards: Path) -> None:
     longest = max(shard.num_tokens for shard in load_manifest(shards).shards_of("train"))
-    assert len(Rows(shards, "train", window_tokens=longest - 3, num_offsets=3)) == 1
+    assert len(WindowDataset(shards, "train", seq_len=longest - 3, num_offsets=3)) == 1
     with pytest.raises(DataError, match=rf"the T \+ n = {longest + 1} tokens .* found {longest} tokens .* lower data"):
-        Rows(shards, "train", window_tokens=longest - 2, num_offsets=3)
+        WindowDataset(shards, "train", seq_len=longest - 2, num_offsets=3)
 
 
 @pytest.mark.parametrize("wrong", [[-1], [10**6], [0, 10**6]])
 def test_row_out_of_range_is_refused(shards: Path, wrong: list[int]) -> None:
-    rows = Rows(shards, "train", window_tokens=8, num_offsets=3)
+    rows = WindowDataset(shards, "train", seq_len=8, num_offsets=3)
     with pytest.raises(DataError, match=r"a row of train must be in \[0, \d+\); found"):
         rows.read(np.array(wrong))
 
 
 def test_copies_in_other_processes_map_anew(shards: Path) -> None:
-    rows = Rows(shards, "train", window_tokens=8, num_offsets=3)
+    rows = WindowDataset(shards, "train", seq_len=8, num_offsets=3)
     numbers = np.arange(0, len(rows), 5)
     before = rows.read(numbers)
     pickled = pickle.dumps(rows)
@@ -156,10 +156,10 @@ def test_copies_in_other_processes_map_anew(shards: Path) -> None:
 
 
 def test_no_more_shards_stay_mapped_than_allowed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = Rows(shards, "train", window_tokens=8, num_offsets=3)
+    rows = WindowDataset(shards, "train", seq_len=8, num_offsets=3)
     expected = rows.read(np.arange(len(rows)))["tokens"]
     monkeypatch.setattr(mapped_module, "MOST_MAPPED_SHARDS", 1)
-    few = Rows(shards, "train", window_tokens=8, num_offsets=3)
+    few = WindowDataset(shards, "train", seq_len=8, num_offsets=3)
     assert np.array_equal(few.read(np.arange(len(rows)))["tokens"], expected)
     assert len(few._maps._mapped) == 1
     assert len(rows._maps._mapped) > 1

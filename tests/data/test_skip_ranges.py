@@ -102,8 +102,6 @@ def test_damaged_ranges_are_refused(cache: Path, corpus: Path, ranges: object) -
 
 def test_state_from_before_there_were_ranges_is_taken(cache: Path, corpus: Path) -> None:
     module = build(cache, corpus)
-    old = {
-        name: module.state_dict()[name] for name in ("version", "fingerprint", "window_tokens", "num_offsets", "seed")
-    }
+    old = {name: module.state_dict()[name] for name in ("version", "fingerprint", "seq_len", "num_offsets", "seed")}
     module.load_state_dict({**old, "rows_consumed": 8})
     assert module.rows_consumed == 8

@@ -184,7 +184,7 @@ class Bomb:
         ({"a.json": b'{"text": 5}'}, r"must be text in the field text; found int"),
         ({"a.tok": b"123"}, r"must be uint16 ids, 2 bytes each .*; found 3 bytes"),
         ({"ok.txt": b"fine", "a.tok": np.array([5, 6, 300], "<u2").tobytes()},
-         r"below model\.vocabulary = 257; found id 300 at .*0\.tar, sample a, token 2\. Raise"),
+         r"below model\.vocab_size = 257; found id 300 at .*0\.tar, sample a, token 2\. Raise"),
         ({}, r"tars must hold documents; found none in .*0\.tar"),
         ({"a.txt": b""}, r"tars must hold documents; found none in .*0\.tar"),
     ],
@@ -214,7 +214,7 @@ def test_tar_cut_short_is_named(tars: Path) -> None:
 
 def test_fewer_tars_than_readers_are_refused_at_setup(tars: Path) -> None:
     with pytest.raises(DataError, match=r"for each of 3 ranks x 3 loader processes; found 8 tars\. Split"):
-        build(tars, rank=0, world_size=3, data={"workers": 3}, batch={"rows": 9, "micro_rows": 3})
+        build(tars, rank=0, world_size=3, data={"workers": 3}, batch={"global_batch_size": 9, "micro_batch_size": 3})
     with pytest.raises(DataError, match="nowhere"):
         build(tars, train="nowhere/*.tar")
 
@@ -222,7 +222,7 @@ def test_fewer_tars_than_readers_are_refused_at_setup(tars: Path) -> None:
 def test_held_out_rows_are_kept_and_the_same_every_time(tars: Path) -> None:
     module = build(tars)
     held_out = open_rows(module._recipe, "validation")
-    assert len(held_out) == 10  # run.validation_rows
+    assert len(held_out) == 10  # run.validation_samples
     first, second = ([b["tokens"] for b in module.val_dataloader()] for _ in range(2))
     assert all(map(torch.equal, first, second))
     assert first[0][0].tolist() == [*text_of(99, 0).encode()][:WIDTH]

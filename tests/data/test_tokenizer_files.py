@@ -39,7 +39,7 @@ def tokenizer(file: Path) -> Tokenizer:
 def test_text_survives_the_round_trip(tokenizer: Tokenizer, text: str) -> None:
     tokens = tokenizer.encode(text.encode())
     assert tokenizer.end_of_document not in tokens
-    assert tokens.max(initial=0) < tokenizer.vocabulary
+    assert tokens.max(initial=0) < tokenizer.vocab_size
     assert tokenizer.decode(np.append(tokens, tokenizer.end_of_document)) == text.encode()
 
 
@@ -57,7 +57,7 @@ def test_ids_are_those_of_the_library(file: Path, tokenizer: Tokenizer) -> None:
 
 def test_name_size_and_hash_are_those_of_the_file(file: Path, tokenizer: Tokenizer) -> None:
     assert tokenizer.name == file.name
-    assert tokenizer.vocabulary == (400 if file.suffix == ".json" else 340)
+    assert tokenizer.vocab_size == (400 if file.suffix == ".json" else 340)
     assert tokenizer.fingerprint() == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -69,7 +69,7 @@ def test_special_tokens_in_a_text_are_text(file: Path, tokenizer: Tokenizer) -> 
 
 
 def test_every_token_can_be_shown(tokenizer: Tokenizer) -> None:
-    shown = [tokenizer.printable(token) for token in range(tokenizer.vocabulary)]
+    shown = [tokenizer.printable(token) for token in range(tokenizer.vocab_size)]
     assert all(text.isprintable() and " " not in text and text for text in shown)
     assert shown[tokenizer.end_of_document] == "<end>"
     assert len(set(shown)) > 330

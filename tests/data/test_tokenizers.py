@@ -23,9 +23,9 @@ def test_printable_tokens_are_distinct_visible_and_short() -> None:
     assert (shown[10], shown[32], shown[92], shown[97], shown[256]) == ("\\n", "␣", "\\", "a", "<end>")
 
 
-@pytest.mark.parametrize(("vocabulary", "dtype"), [(257, "<u2"), (65_536, "<u2"), (65_537, "<u4")])
-def test_ids_are_stored_in_the_smallest_type_that_holds_them(vocabulary: int, dtype: str) -> None:
-    assert token_dtype(vocabulary) == np.dtype(dtype)
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(257, "<u2"), (65_536, "<u2"), (65_537, "<u4")])
+def test_ids_are_stored_in_the_smallest_type_that_holds_them(vocab_size: int, dtype: str) -> None:
+    assert token_dtype(vocab_size) == np.dtype(dtype)
 
 
 def test_unknown_tokenizer_is_refused_with_the_names_there_are() -> None:

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import webdataset
 
-from mtp_lightning.data.sampling.windows import Rows
+from mtp_lightning.data.sampling.windows import WindowDataset
 from mtp_lightning.data.shards.manifest import Split, load_manifest
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset 1.0.2 leaves files open
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_stock_webdataset_reads_the_same_tokens(shards: Path, split: Split) -> None:
-    rows = Rows(shards, split, window_tokens=5, num_offsets=1)
+    rows = WindowDataset(shards, split, seq_len=5, num_offsets=1)
     read = rows.read(np.arange(len(rows)))["tokens"][:, :5]
     first = 0
     for shard in load_manifest(shards).shards_of(split):

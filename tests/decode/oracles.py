@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mtp_lightning.decode import Settings, applicable_decoders, build_tree
-from mtp_lightning.decode.state import Session, prefill
+from mtp_lightning.decode.state import DecodeState, prefill
 from mtp_lightning.losses.targets import shifted_targets
 from mtp_lightning.model.mtp_model import MtpModel
 from tests.support.tiny import HEAD_KINDS, NEOX, tiny_model, tiny_recipe
@@ -25,15 +25,15 @@ def model_of(kind: str, *, num_offsets: int = 4, attention: str = "window") -> M
     """A tiny random model in float64, of the GPT-NeoX type or with mixtures and updates where the kind says so."""
     heads = HEAD_KINDS[kind.removesuffix("_neox").removesuffix("_mixed")] | {"num_offsets": num_offsets}
     section = NEOX if kind.endswith("_neox") else {}
-    adapt = {"weighted_states": {}, "lora": {}} if kind.endswith("_mixed") else {}
-    recipe = tiny_recipe(heads=heads, data={"attention": attention}, model=section, adapt=adapt)
+    adapt = {"layer_mix": {}, "lora": {}} if kind.endswith("_mixed") else {}
+    recipe = tiny_recipe(heads=heads, data={"document_mask": attention == "document"}, model=section, adapt=adapt)
     return tiny_model(recipe).requires_grad_(requires_grad=False)
 
 
 @functools.cache
 def trained_model_of(kind: str) -> MtpModel:
     """A model that has begun to learn a text of repeated words, so that its heads are often right, and often not."""
-    model = tiny_model(tiny_recipe(heads=HEAD_KINDS[kind], data={"window_tokens": 40}))
+    model = tiny_model(tiny_recipe(heads=HEAD_KINDS[kind], data={"seq_len": 40}))
     generator = torch.Generator().manual_seed(3)
     words = torch.randint(13, (4, 5), generator=generator)
     rows = words[torch.randint(4, (8, 9), generator=generator)].flatten(1)[:, :44]  # (8, T+n)
@@ -86,7 +86,7 @@ class WrittenDrafts:
     def __init__(self, model: MtpModel, prompts, pattern: list[list[int]]) -> None:
         self.texts = [[*prompt, *text] for prompt, text in zip(prompts, plain_texts(model, prompts), strict=True)]
         self.pattern = pattern
-        self.vocabulary = model.section.vocabulary
+        self.vocab_size = model.section.vocab_size
 
     def num_right(self, row: int, length: int, num_drafts: int) -> int:
         """How many drafts of a row are right at a length."""
@@ -100,13 +100,13 @@ class WrittenDrafts:
             text = self.texts[row][length + 1 : length + 1 + num_drafts]
             text += [0] * (num_drafts - len(text))  # behind the end of a finished text
             right = self.num_right(row, length, num_drafts)
-            drafts.append([(token + (j == right)) % self.vocabulary for j, token in enumerate(text)])
+            drafts.append([(token + (j == right)) % self.vocab_size for j, token in enumerate(text)])
         return torch.tensor(drafts)
 
 
-def begun_session(model: MtpModel, prompts) -> Session:
+def begun_session(model: MtpModel, prompts) -> DecodeState:
     """A session whose prompts have been read, each with its first new token committed."""
-    session = Session(model, prompts, most_drafts=model.num_offsets - 1, room=4 * LENGTH, seed=0)
+    session = DecodeState(model, prompts, max_drafts=model.num_offsets - 1, remaining=4 * LENGTH, seed=0)
     session.tokens.scatter_(1, session.prompt_lengths[:, None], prefill(session).argmax(-1)[:, None])
     session.note_progress()
     return session

@@ -21,7 +21,7 @@ DURABLE = ("fsync", "rename", "unlink", "rmdir", "mkdir")
 
 def save_writer(folder: Path, *, step: int = 1) -> None:
     """Save a tiny model of bytes, random but with a leaning, so that it says little; and prompts for it."""
-    recipe = tiny_recipe(model={"vocabulary": 257, "init_std": 0.5}, heads={"num_offsets": 2})
+    recipe = tiny_recipe(model={"vocab_size": 257, "initializer_range": 0.5}, heads={"num_offsets": 2})
     save_run(folder / "run", recipe, step, model=tiny_model(recipe).float())
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
 

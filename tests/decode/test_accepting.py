@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mtp_lightning.decode.sampling import Sampling, draw
 from mtp_lightning.decode.tree import TreeTables, accept_tree_greedy, build_tree
-from mtp_lightning.decode.verify import accept_drawn, accept_greedy, accept_point_mass, accept_typical
+from mtp_lightning.decode.verify import accept_greedy, accept_point_mass, accept_typical, rejection_sample
 
 ROWS, V = 2000, 5
 WARM = Sampling(temperature=1.0)
@@ -46,14 +46,14 @@ def test_drafts_drawn_from_the_model_itself_are_all_kept():
     law = (law / law.sum(1, keepdim=True)).expand(ROWS, -1, -1)
     drafts = draw(law, generator())
     scores = torch.cat((law, law[:, :1]), dim=1).log()
-    accepted, _ = accept_drawn(scores, drafts, WARM.probabilities(scores[:, :2]), WARM, generator())
+    accepted, _ = rejection_sample(scores, drafts, WARM.probabilities(scores[:, :2]), WARM, generator())
     assert accepted.unique().tolist() == [2]
 
 
 def test_drafts_of_disjoint_support_are_all_rejected_and_the_model_speaks():
     q = torch.tensor([[0.5, 0.5, 0, 0, 0]], dtype=torch.float64).expand(ROWS, 1, -1)
     scores = scores_of([[0, 0, 0.25, 0.25, 0.5], [0.2] * 5])
-    accepted, block = accept_drawn(scores, draw(q, generator()), q, WARM, generator())
+    accepted, block = rejection_sample(scores, draw(q, generator()), q, WARM, generator())
     assert accepted.unique().tolist() == [0]
     shares = torch.bincount(block[:, 0], minlength=V) / ROWS
     torch.testing.assert_close(shares, torch.tensor([0, 0, 0.25, 0.25, 0.5]), atol=0.05, rtol=0)

@@ -23,7 +23,7 @@ NEW_TOKENS = 24
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("decode") / "run"
-    recipe = tiny_recipe(model={"vocabulary": 257, "init_std": 0.02}, run={"dir": str(folder)})
+    recipe = tiny_recipe(model={"vocab_size": 257, "initializer_range": 0.02}, run={"dir": str(folder)})
     save_run(folder, recipe, step=3)
     return folder
 
@@ -123,7 +123,7 @@ def test_steps_are_written_as_they_come(run):
     ("arguments", "code", "says"),
     [
         (["--prompt", ""], 7, "a prompt must hold a token"),
-        (["--prompt", "x" * 5000], 7, "must fit the context, model.max_positions = 4,096"),
+        (["--prompt", "x" * 5000], 7, "must fit the context, model.max_position_embeddings = 4,096"),
         (["--prompt", "x", "--draft-length", "4"], 7, "draft_length must lie in 1 to n - 1 = 3"),
         (["--prompt", "x", "--decoder", "chain"], 7, "decoder chain must fit the model's heads"),
         (["--prompt", "x", "--decoder", "tree"], 7, "decoder tree needs a tree"),

@@ -21,26 +21,26 @@ NEW_TOKENS = 41
 
 def model_of(num_offsets, **model):
     recipe = tiny_recipe(
-        heads={"kind": "sequential", "num_offsets": num_offsets, "match_parameters": False},
-        model={"num_layers": 3, "init_std": 0.15, **model},
+        heads={"kind": "sequential", "num_offsets": num_offsets, "layers_from_trunk": False},
+        model={"num_hidden_layers": 3, "initializer_range": 0.15, **model},
     )
     model = tiny_model(recipe, torch.float32).requires_grad_(requires_grad=False)
     for block in model.heads.blocks:  # lean on the token in between, as the trunk does: then drafts are right at times
         block.eh_proj.weight.mul_(0.5)
-        block.eh_proj.weight[:, : recipe.model.width] += torch.eye(recipe.model.width)
+        block.eh_proj.weight[:, : recipe.model.hidden_size] += torch.eye(recipe.model.hidden_size)
     return model
 
 
 def llama_config(model, **extra):
     section = model.section
     return transformers.LlamaConfig(
-        hidden_size=section.width,
-        intermediate_size=section.resolved_mlp_width,
+        hidden_size=section.hidden_size,
+        intermediate_size=section.resolved_intermediate_size,
         num_hidden_layers=len(model.trunk.layers),
         num_attention_heads=section.num_attention_heads,
         num_key_value_heads=section.resolved_key_value_heads,
-        vocab_size=section.vocabulary,
-        max_position_embeddings=section.max_positions,
+        vocab_size=section.vocab_size,
+        max_position_embeddings=section.max_position_embeddings,
         rms_norm_eps=section.norm_eps,
         rope_theta=section.rope_theta,
         tie_word_embeddings=False,

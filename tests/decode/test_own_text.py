@@ -52,7 +52,7 @@ def all_documents(folder):
     return [document for split in ("train", "validation") for document in documents_in(folder, split)]
 
 
-OPTIONS = ("--max-new-tokens", 20, "--validation-share", 0.3)
+OPTIONS = ("--max-new-tokens", 20, "--validation-fraction", 0.3)
 
 
 def test_greedy_documents_are_what_generate_says(run):
@@ -110,7 +110,7 @@ def test_prompts_may_be_targets_and_come_from_shards(run):
     (run / "texts").mkdir()
     for number, prompt in enumerate(PROMPTS):
         (run / "texts" / f"{number}.txt").write_text(prompt * 3)
-    build_shards([str(run / "texts")], run / "shards", BuildOptions(validation_share=0.3), show_progress=False)
+    build_shards([str(run / "texts")], run / "shards", BuildOptions(validation_fraction=0.3), show_progress=False)
     options = ("--prompt-tokens", 5, "--learn-prompts", "--temperature", 0, *OPTIONS)
     done = build(run, "learnt", *options, prompts="shards")
     assert done.exit_code == 0, done.output
@@ -123,16 +123,22 @@ def test_prompts_may_be_targets_and_come_from_shards(run):
 def test_a_run_trains_on_them(run):
     assert build(run, "for_training", "--temperature", 1.5, "--num-documents", 60, *OPTIONS).exit_code == 0
     assert load_manifest(run / "for_training").is_masked("train")
-    options = ["run.steps=2", f"run.dir={run}/trained", f"data.shards={run}/for_training", "run.validation_rows=2"]
-    options += ["data.window_tokens=16", "batch.rows=4", "batch.micro_rows=2", "run.threads=1", f"run.cache={run}/c"]
+    options = ["run.steps=2", f"run.dir={run}/trained", f"data.shards={run}/for_training", "run.validation_samples=2"]
+    options += [
+        "data.seq_len=16",
+        "batch.global_batch_size=4",
+        "batch.micro_batch_size=2",
+        "run.threads=1",
+        f"run.cache={run}/c",
+    ]
     assert train(load_recipe(ROOT / "recipes/debug/parallel.yaml", options)) == 0
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--max-new-tokens", 5000), "positions"),
-        (("--validation-share", 1e-9, "--max-new-tokens", 3), "8 prompts that all fall into one split"),
+        (("--max-new-tokens", 5000), "max_position_embeddings"),
+        (("--validation-fraction", 1e-9, "--max-new-tokens", 3), "8 prompts that all fall into one split"),
         (("--num-documents", 1, *OPTIONS), "both splits must get at least one document"),
     ],
 )

@@ -17,7 +17,18 @@ from mtp_lightning.decode import self_generated as own_text
 from tests.data.test_build import contents
 from tests.decode.own_text_builds import PROMPTS, arguments, begin_command, build_in_a_process, save_writer
 
-OPTIONS = ("--max-new-tokens", 12, "--validation-share", 0.3, "--temperature", 1.5, "--rows", 3, "--num-documents", 40)
+OPTIONS = (
+    "--max-new-tokens",
+    12,
+    "--validation-fraction",
+    0.3,
+    "--temperature",
+    1.5,
+    "--rows",
+    3,
+    "--num-documents",
+    40,
+)
 KILLED = -signal.SIGKILL
 
 
@@ -183,7 +194,7 @@ def test_texts_outlive_a_build_that_ends_when_its_shards_get_their_name(
         (("--rows", 4), "--rows 4, begun with 3"),
         (("--num-documents", 41), "--num-documents 41, begun with 40"),
         (("--max-new-tokens", 13), "--max-new-tokens 13, begun with 12"),
-        (("--validation-share", 0.4), "--validation-share 0.4, begun with 0.3"),
+        (("--validation-fraction", 0.4), "--validation-fraction 0.4, begun with 0.3"),
         (("--top-k", 7), "--top-k 7, begun with 20"),
         (("--top-p", 0.5), "--top-p 0.5, begun with 0.95"),
         (("--learn-prompts",), "--learn-prompts True, begun with False"),
@@ -200,7 +211,7 @@ def test_another_request_is_refused_by_name(
     words = " ".join(done.output.split())
     assert named in words
     assert words.count("begun with") == 2  # what must hold, and nothing but this setting
-    assert "remedy" in words
+    assert "hint" in words
     assert contents(half_written(run, "begun")) == before
     assert not (run / "begun").exists()
 

@@ -17,7 +17,7 @@ CHAIN = Tree((0, 1), (0, 0))
         ("parallel", [[1], []], {}, "must hold a token; found prompt 2 of 2"),
         ("parallel", [[1, 13]], {}, "must lie in 0 to V - 1 = 12; found id 13 in prompt 1"),
         ("parallel", [[-1]], {}, "found id -1"),
-        ("parallel", [[1] * 4000], {"max_new_tokens": 97}, "max_positions = 4,096.*Ask for at most 96 new"),
+        ("parallel", [[1] * 4000], {"max_new_tokens": 97}, "max_position_embeddings = 4,096.*Ask for at most 96 new"),
         ("parallel", [[1] * 5000], {}, "5,000 tokens.*Cut the prompt below 4,096"),
         ("parallel", [[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ("parallel", [[1]], {"draft_length": 4}, r"must lie in 1 to n - 1 = 3; found 4\. Give at most 3"),
@@ -44,16 +44,16 @@ CHAIN = Tree((0, 1), (0, 0))
         ("parallel", [[1]], {"temperature": 1.0, "top_p": 1.5}, "top-p must lie"),
         ("parallel", [[1]], {"temperature": 1.0, "top_k": 0}, "top-k must be"),
         ("parallel", [[1]], {"typical": True}, "typical acceptance needs a temperature"),
-        ("parallel", [[1]], {"draws_drafts": True}, "drawing drafts needs a temperature"),
-        ("parallel", [[1]], {"temperature": 1.0, "typical": True, "draws_drafts": True}, "verified losslessly"),
-        ("parallel", [[1]], {"stop_strings": [b"x"]}, "stop strings need `spell`"),
-        ("parallel", [[1]], {"stop_strings": [b""], "spell": bytes}, "must not be empty"),
+        ("parallel", [[1]], {"sample_drafts": True}, "drawing drafts needs a temperature"),
+        ("parallel", [[1]], {"temperature": 1.0, "typical": True, "sample_drafts": True}, "verified losslessly"),
+        ("parallel", [[1]], {"stop_strings": [b"x"]}, "stop strings need `detokenize`"),
+        ("parallel", [[1]], {"stop_strings": [b""], "detokenize": bytes}, "must not be empty"),
     ],
 )
 def test_refusal(kind, prompts, options, says):
     with pytest.raises(DecodingError, match=says) as caught:
         generate(model_of(kind), prompts, **options)
-    assert caught.value.remedy
+    assert caught.value.hint
 
 
 def test_a_model_with_one_offset_drafts_nothing():

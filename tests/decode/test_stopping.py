@@ -6,14 +6,14 @@ from mtp_lightning.decode import generate
 from tests.decode.oracles import LENGTH, PROMPTS, WrittenDrafts, model_of, plain_texts, settings_of
 
 
-def spell(tokens):
+def detokenize(tokens):
     """Tokens as text: some are several bytes, one is none."""
     return b"".join([b"a", b"b", b"", b"ab", b"\n", b"ba", b"c"][token % 7] for token in tokens)
 
 
 def cut_by_hand(text, strings):
     for length in range(1, len(text) + 1):
-        if any(string in spell(text[:length]) for string in strings):
+        if any(string in detokenize(text[:length]) for string in strings):
             return text[:length]
     return text
 
@@ -24,10 +24,10 @@ def test_text_ends_where_a_string_is_complete(kind, strings):
     model = model_of(kind)
     texts = plain_texts(model, PROMPTS)
     expected = [cut_by_hand(text[: LENGTH - 4], strings) for text in texts]
-    script = WrittenDrafts(model, PROMPTS, [[3], [2, 1], [0, 3], [1], [3, 2]])
-    for chosen in settings_of(model, max_new_tokens=LENGTH - 4, stop_strings=strings, spell=spell):
-        for drafts in (None, script):
-            made = generate(model, PROMPTS, chosen, script=drafts)
+    forced_drafts = WrittenDrafts(model, PROMPTS, [[3], [2, 1], [0, 3], [1], [3, 2]])
+    for chosen in settings_of(model, max_new_tokens=LENGTH - 4, stop_strings=strings, detokenize=detokenize):
+        for drafts in (None, forced_drafts):
+            made = generate(model, PROMPTS, chosen, forced_drafts=drafts)
             assert made.tokens == expected
             assert made.statistics.is_consistent
     assert any(len(text) < LENGTH - 4 for text in expected)

@@ -10,8 +10,14 @@ from mtp_lightning.training.fit import train
 from mtp_lightning.training.logging.metrics_table import read_rows
 from tests.support.runs import ROOT, mtp
 
-RUN = ("run.steps=12", "run.validate_every_steps=12", "run.log_every_steps=12", "run.validation_rows=12")
-SMALL = ("batch.rows=4", "batch.micro_rows=4", "data.window_tokens=16", "data.validation_share=0.3", "run.threads=1")
+RUN = ("run.steps=12", "run.validate_every_steps=12", "logging.every_steps=12", "run.validation_samples=12")
+SMALL = (
+    "batch.global_batch_size=4",
+    "batch.micro_batch_size=4",
+    "data.seq_len=16",
+    "data.validation_fraction=0.3",
+    "run.threads=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +27,11 @@ def mixed(tmp_path_factory):
     sources = {}
     for package, weight in (("json", 1), ("email", 3)):
         sources[str(folder / package)] = weight
-        done = mtp("data", "build", f"stdlib:{package}", "--out", package, "--validation-share", "0.3", cwd=folder)
+        done = mtp("data", "build", f"stdlib:{package}", "--out", package, "--validation-fraction", "0.3", cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
     recipe = load_recipe(
         ROOT / "recipes/debug/sequential.yaml",
-        [*RUN, *SMALL, f"data.mixture={json.dumps(sources)}", f"run.dir={folder / 'run'}", "data.window_tokens=16"],
+        [*RUN, *SMALL, f"data.mixture={json.dumps(sources)}", f"run.dir={folder / 'run'}", "data.seq_len=16"],
     )
     assert train(recipe) == 0
     return folder / "run", sources
@@ -69,7 +75,7 @@ def test_the_verb(mixed, tmp_path):
     done = mtp("eval", "acceptance", str(run), "--rows", "12", "--json", "figures.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert f"accepted length  {figures['figures']['accepted_length']:.3f} tokens per forward" in done.stdout
+    assert f"accepted length  {figures['figures']['mean_acceptance_length']:.3f} tokens per forward" in done.stdout
     assert all(f"of {source}  " in done.stdout for source in sources)
     missing = mtp("eval", "acceptance", str(run), "--shards", "nowhere", cwd=tmp_path)
     assert missing.returncode == 87

@@ -11,7 +11,7 @@ from mtp_lightning.cli.app import app
 from mtp_lightning.errors import RunFolderError
 
 SUMMARY = {"recipe": "mine", "seed": 0, "num_offsets": 2}
-METRICS = "step,tokens,val/loss_1,val/loss_2,val/cumulative_acceptance_2\n4,2048,3.5,3.75,0.5\n"
+METRICS = "step,tokens,val/loss_1,val/loss_2,val/acceptance_rate_2\n4,2048,3.5,3.75,0.5\n"
 
 
 def make_run(folder: Path, **changes: object) -> Path:
@@ -31,7 +31,7 @@ def refusal(*arguments: object) -> str:
     """Compare in vain; return what is said."""
     result = compare(*arguments)
     assert result.exit_code == RunFolderError.exit_code, result.exception or result.output
-    assert [line.split()[0] for line in result.stderr.splitlines()] == ["error:", "found", "remedy"]
+    assert [line.split()[0] for line in result.stderr.splitlines()] == ["error:", "found", "hint"]
     assert result.stdout == ""
     return result.stderr
 

@@ -12,7 +12,7 @@ from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
 from tests.support.runs import ROOT, figures, mtp
 
-SHORT = ("run.steps=4", "run.validate_every_steps=2", "run.log_every_steps=1", "run.threads=1", "heads.num_offsets=3")
+SHORT = ("run.steps=4", "run.validate_every_steps=2", "logging.every_steps=1", "run.threads=1", "heads.num_offsets=3")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_figures_are_those_of_the_last_validations(runs):
     last = {path.name: figures(path / "metrics.csv")[-1] for path in folders(runs, "plain", "distilled")}
     for group in (plain, distilled):
         assert group.tokens == (4 * 8 * 64,)
-        for name in ("loss_1", "cumulative_acceptance_3", "sampled_length"):
+        for name in ("loss_1", "acceptance_rate_3", "sampled_acceptance_length"):
             values = [float(last[f"{group.recipe}-{seed}"][f"val/{name}"]) for seed in group.seeds]
             assert group.figures[name].mean == pytest.approx(statistics.mean(values))
             assert group.figures[name].margin == pytest.approx(4.303 * statistics.stdev(values) / math.sqrt(3))

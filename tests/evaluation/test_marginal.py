@@ -13,7 +13,7 @@ from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
 from tests.support.runs import ROOT, mtp
 
-RUN = ("run.steps=30", "run.validate_every_steps=30", "run.log_every_steps=30", "run.threads=1", "optimizer.lr=1e-2")
+RUN = ("run.steps=30", "run.validate_every_steps=30", "logging.every_steps=30", "run.threads=1", "optimizer.lr=1e-2")
 
 
 @pytest.fixture(scope="module", params=["parallel", "sequential"])

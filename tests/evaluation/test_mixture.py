@@ -13,27 +13,27 @@ from tests.support.tiny import tiny_model, tiny_recipe
 
 
 def save(folder, adapt):
-    recipe = tiny_recipe(model={"num_layers": 9}, adapt=adapt)
+    recipe = tiny_recipe(model={"num_hidden_layers": 9}, adapt=adapt)
     model = tiny_model(recipe).float()
     save_run(folder, recipe, 1, model=model)
     return model
 
 
 def test_shares_are_the_softmax_of_the_weights(tmp_path):
-    model = save(tmp_path / "run", {"weighted_states": {"temperature": 0.2, "main_head": False}})
+    model = save(tmp_path / "run", {"layer_mix": {"temperature": 0.2, "main_head": False}})
     consolidate(tmp_path / "run", tmp_path / "out")
     for folder in ("run", "out"):
         mixtures = read_mixtures(tmp_path / folder)
         assert [mixture.offset for mixture in mixtures] == [2, 3, 4]
         for mixture in mixtures:
-            expected = torch.softmax(model.mixtures[str(mixture.offset)].weight.double() / 0.2, 0)
+            expected = torch.softmax(model.layer_mix[str(mixture.offset)].weight.double() / 0.2, 0)
             assert mixture.shares == pytest.approx(expected.tolist(), rel=1e-6)
             assert len(mixture.shares) == 5
             assert 1 < mixture.depth < 5
 
 
 def test_the_verb_shows_and_draws(tmp_path):
-    save(tmp_path / "run", {"weighted_states": {}})
+    save(tmp_path / "run", {"layer_mix": {}})
     done = CliRunner().invoke(app, ["report", "mixture", str(tmp_path / "run"), "--plot", str(tmp_path / "a.png")])
     assert done.exit_code == 0, done.output
     rows = [line.split() for line in done.output.splitlines() if "%" in line]
@@ -44,7 +44,7 @@ def test_the_verb_shows_and_draws(tmp_path):
 
 
 def test_a_picture_that_cannot_be_written_says_so(tmp_path):
-    save(tmp_path / "run", {"weighted_states": {}})
+    save(tmp_path / "run", {"layer_mix": {}})
     (tmp_path / "file").write_text("")
     place = tmp_path / "file/mixture.png"
     done = CliRunner().invoke(app, ["report", "mixture", str(tmp_path / "run"), "--plot", str(place)])
@@ -55,5 +55,5 @@ def test_a_picture_that_cannot_be_written_says_so(tmp_path):
 
 def test_a_run_without_mixtures_is_refused(tmp_path):
     save(tmp_path / "run", {})
-    with pytest.raises(CheckpointError, match=r"adapt\.weighted_states"):
+    with pytest.raises(CheckpointError, match=r"adapt\.layer_mix"):
         read_mixtures(tmp_path / "run")

@@ -12,7 +12,7 @@ import pytest
 from mtp_lightning.checkpoint.format.layout import complete_checkpoints
 from mtp_lightning.errors import LaunchError
 from mtp_lightning.launch.local import needs_ranks
-from mtp_lightning.launch.rank_env import local_seat
+from mtp_lightning.launch.rank_env import local_rank_info
 from mtp_lightning.recipe.schema.root import Recipe
 from tests.support.runs import ROOT
 
@@ -204,21 +204,21 @@ def test_who_needs_ranks():
     assert not needs_ranks(recipe(), {})
     assert not needs_ranks(recipe(kind="zero3"), {})
     assert needs_ranks(recipe(kind="zero3", ranks_per_node=2), {})
-    assert not needs_ranks(recipe(kind="zero3", ranks_per_node=2), local_seat(0, 2, 1).environment)
+    assert not needs_ranks(recipe(kind="zero3", ranks_per_node=2), local_rank_info(0, 2, 1).environment)
 
 
 def test_ranks_of_several_nodes_are_not_started_here():
     with pytest.raises(LaunchError) as caught:
         needs_ranks(recipe(kind="zero3", ranks_per_node=8, num_nodes=16), {})
-    assert "16 nodes" in caught.value.must_hold
-    assert "srun --nodes=16 --ntasks-per-node=8" in caught.value.remedy
+    assert "16 nodes" in caught.value.expected
+    assert "srun --nodes=16 --ntasks-per-node=8" in caught.value.hint
 
 
 @pytest.mark.slow
 def test_ranks_go_on_when_nobody_reads_what_the_first_prints(tmp_path):
     """The first rank alone has a terminal or pipe, and somebody may close it."""
-    own = [f"run.dir={tmp_path}/run", f"run.cache={tmp_path}/cache", "run.steps=40", "run.log_every_steps=1"]
-    ranks = ["strategy.kind=zero2", "strategy.ranks_per_node=2", "batch.micro_rows=2"]
+    own = [f"run.dir={tmp_path}/run", f"run.cache={tmp_path}/cache", "run.steps=40", "logging.every_steps=1"]
+    ranks = ["strategy.kind=zero2", "strategy.ranks_per_node=2", "batch.micro_batch_size=2"]
     command = [sys.executable, "-m", "mtp_lightning", "train", "recipes/debug/parallel.yaml", *own, *ranks]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
         assert run.stdout is not None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mtp_lightning.decode import steps
-from mtp_lightning.decode.verify import Verdict
+from mtp_lightning.decode.verify import AcceptResult
 from mtp_lightning.diagnostics.preflight_lines import Failure, line_of
 from mtp_lightning.diagnostics.preflight_trial import decoded
 from mtp_lightning.recipe import load_recipe
@@ -34,7 +34,7 @@ def test_all_is_well_and_nothing_stays_behind(tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_found_before_it_is_built(tmp_path):
-    done = preflight(tmp_path, "model.width=65536", "model.num_layers=200")
+    done = preflight(tmp_path, "model.hidden_size=65536", "model.num_hidden_layers=200")
     assert done.returncode == 6, done.stdout + done.stderr
     found = lines_of(done)
     assert found["devices"] == found["room"] == "FAIL"
@@ -56,7 +56,7 @@ def test_what_nccl_and_cuda_say_is_a_line_too(capsys):
         raise RuntimeError("NCCL error: invalid usage\nDuplicate GPU detected")
 
     line = line_of("network", refuse, None, torch.device("cpu"))
-    assert line.remedy
+    assert line.hint
     printed = capsys.readouterr()
     assert printed.out.startswith("FAIL network      rank 0 on ")
     assert "RuntimeError: NCCL error: invalid usage. Look at" in printed.out
@@ -82,7 +82,7 @@ def test_drafts_that_change_the_text_are_found(tmp_path, monkeypatch):
     def keep_others(logits, drafts):
         others = (drafts + 1) % logits.shape[-1]
         kept = torch.full((len(drafts),), drafts.shape[1])
-        return Verdict(kept, torch.cat((others, logits[:, -1:].argmax(-1)), 1))
+        return AcceptResult(kept, torch.cat((others, logits[:, -1:].argmax(-1)), 1))
 
     monkeypatch.setattr(steps, "accept_greedy", keep_others)
     with pytest.raises(Failure, match="of 12 tokens with decoder blockwise"):

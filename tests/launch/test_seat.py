@@ -3,15 +3,15 @@
 import pytest
 
 from mtp_lightning.errors import LaunchError
-from mtp_lightning.launch import rank_env as seat
+from mtp_lightning.launch import rank_env as rank_info
 from mtp_lightning.launch.rank_env import (
     FIRST_PORT,
     LOCAL_PORTS,
     NUM_PORTS,
-    find_seat,
     first_host,
     free_port,
-    local_seat,
+    local_rank_info,
+    rank_from_env,
 )
 
 TORCHRUN = {
@@ -36,35 +36,47 @@ SLURM = {
 
 
 def test_a_plain_shell_gives_no_seat():
-    assert find_seat({}) is None
-    assert find_seat({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}) is None  # inside salloc or sbatch, before srun
-    assert find_seat({"RANK": "0"}) is None
+    assert rank_from_env({}) is None
+    assert rank_from_env({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}) is None  # inside salloc or sbatch, before srun
+    assert rank_from_env({"RANK": "0"}) is None
 
 
 def test_torchrun():
-    seat = find_seat(TORCHRUN)
-    assert seat.environment == TORCHRUN
-    assert (seat.rank, seat.num_ranks, seat.local_rank, seat.local_ranks, seat.node) == (5, 8, 1, 4, 1)
+    rank_info = rank_from_env(TORCHRUN)
+    assert rank_info.environment == TORCHRUN
+    assert (rank_info.rank, rank_info.num_ranks, rank_info.local_rank, rank_info.local_ranks, rank_info.node) == (
+        5,
+        8,
+        1,
+        4,
+        1,
+    )
 
 
 def test_torchrun_of_one_node_may_say_less():
     few = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1"}
-    seat = find_seat(few)
-    assert (seat.local_ranks, seat.node, seat.main_address) == (2, 0, "127.0.0.1")
+    rank_info = rank_from_env(few)
+    assert (rank_info.local_ranks, rank_info.node, rank_info.main_address) == (2, 0, "127.0.0.1")
 
 
 def test_slurm():
-    seat = find_seat(SLURM)
-    assert (seat.rank, seat.num_ranks, seat.local_rank, seat.local_ranks, seat.node) == (5, 8, 1, 4, 1)
-    assert seat.main_address == "gpu03"
-    assert FIRST_PORT <= seat.main_port < FIRST_PORT + NUM_PORTS
+    rank_info = rank_from_env(SLURM)
+    assert (rank_info.rank, rank_info.num_ranks, rank_info.local_rank, rank_info.local_ranks, rank_info.node) == (
+        5,
+        8,
+        1,
+        4,
+        1,
+    )
+    assert rank_info.main_address == "gpu03"
+    assert FIRST_PORT <= rank_info.main_port < FIRST_PORT + NUM_PORTS
 
 
 def test_all_tasks_of_a_step_meet_and_two_steps_do_not():
-    tasks = [find_seat(SLURM | {"SLURM_PROCID": str(rank)}) for rank in range(8)]
+    tasks = [rank_from_env(SLURM | {"SLURM_PROCID": str(rank)}) for rank in range(8)]
     assert len({(task.main_address, task.main_port) for task in tasks}) == 1
     ports = {
-        find_seat(SLURM | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).main_port
+        rank_from_env(SLURM | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).main_port
         for job in (1234, 1235, 1236)
         for step in (0, 1)
     }
@@ -72,17 +84,17 @@ def test_all_tasks_of_a_step_meet_and_two_steps_do_not():
 
 
 def test_slurm_with_address_and_port_given():
-    seat = find_seat(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
-    assert (seat.main_address, seat.main_port) == ("10.0.0.1", 4000)
+    rank_info = rank_from_env(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
+    assert (rank_info.main_address, rank_info.main_port) == ("10.0.0.1", 4000)
 
 
 def test_torchrun_goes_before_slurm():
-    assert find_seat(SLURM | TORCHRUN).main_port == 29500  # torchrun inside of a Slurm job
+    assert rank_from_env(SLURM | TORCHRUN).main_port == 29500  # torchrun inside of a Slurm job
 
 
 def test_a_seat_survives_its_own_environment():
-    seat = local_seat(1, 2, 4321)
-    assert find_seat(seat.environment) == seat
+    rank_info = local_rank_info(1, 2, 4321)
+    assert rank_from_env(rank_info.environment) == rank_info
 
 
 @pytest.mark.parametrize(
@@ -118,14 +130,14 @@ def test_first_host(nodes, first):
 )
 def test_what_is_no_number_is_named(environment, name, found):
     with pytest.raises(LaunchError) as caught:
-        find_seat(environment)
-    assert name in caught.value.must_hold
+        rank_from_env(environment)
+    assert name in caught.value.expected
     assert caught.value.found == found
-    assert "srun, torchrun" in caught.value.remedy
+    assert "srun, torchrun" in caught.value.hint
 
 
 @pytest.mark.parametrize(
-    ("environment", "must_hold", "found"),
+    ("environment", "expected", "found"),
     [
         (TORCHRUN | {"WORLD_SIZE": "2"}, "RANK or SLURM_PROCID must be .* below the number of ranks", "5 of 2"),
         (TORCHRUN | {"WORLD_SIZE": "0"}, "RANK or SLURM_PROCID", "5 of 0"),
@@ -135,11 +147,11 @@ def test_what_is_no_number_is_named(environment, name, found):
         (SLURM | {"MASTER_PORT": "0"}, "MASTER_PORT must be a port", "0"),
     ],
 )
-def test_a_seat_that_there_cannot_be_is_refused(environment, must_hold, found):
-    with pytest.raises(LaunchError, match=must_hold) as caught:
-        find_seat(environment)
+def test_a_seat_that_there_cannot_be_is_refused(environment, expected, found):
+    with pytest.raises(LaunchError, match=expected) as caught:
+        rank_from_env(environment)
     assert caught.value.found == found
-    assert "srun, torchrun" in caught.value.remedy
+    assert "srun, torchrun" in caught.value.hint
 
 
 def test_a_free_port_is_nobodys_and_the_kernel_gives_it_to_nobody(monkeypatch):
@@ -151,6 +163,6 @@ def test_a_free_port_is_nobodys_and_the_kernel_gives_it_to_nobody(monkeypatch):
         assert port in LOCAL_PORTS
         listener.bind(("127.0.0.1", port))
         listener.listen()
-        monkeypatch.setattr(seat, "LOCAL_PORTS", range(port, port + 1))
+        monkeypatch.setattr(rank_info, "LOCAL_PORTS", range(port, port + 1))
         with pytest.raises(LaunchError, match="ports .* must be free .* all are in use"):
             free_port()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mtp_lightning.errors import LaunchError, SiteError
-from mtp_lightning.launch.fits_site import check_place
+from mtp_lightning.launch.fits_site import check_fits_site
 from mtp_lightning.launch.site import Site, known_sites, load_site
 from mtp_lightning.launch.sweep import folder_name, sweep_points
 from mtp_lightning.recipe import Recipe, load_recipe
@@ -128,12 +128,12 @@ def recipe(**strategy: object) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "remedy"), [(16, "strategy.num_nodes=4 strategy.ranks_per_node=8"), (6, "a multiple of 8"), (3, "")]
+    ("ranks", "hint"), [(16, "strategy.num_nodes=4 strategy.ranks_per_node=8"), (6, "a multiple of 8"), (3, "")]
 )
-def test_ranks_must_fit_the_gpus_of_a_node(ranks: int, remedy: str) -> None:
+def test_ranks_must_fit_the_gpus_of_a_node(ranks: int, hint: str) -> None:
     with pytest.raises(LaunchError, match="8 GPUs of a node") as caught:
-        check_place(recipe(num_nodes=2, ranks_per_node=ranks), Site(gpus_per_node=8))
-    assert remedy in caught.value.remedy
+        check_fits_site(recipe(num_nodes=2, ranks_per_node=ranks), Site(gpus_per_node=8))
+    assert hint in caught.value.hint
 
 
 def test_what_cannot_fit_is_refused_unless_forced(tmp_path: Path) -> None:
@@ -142,9 +142,9 @@ def test_what_cannot_fit_is_refused_unless_forced(tmp_path: Path) -> None:
         [f"run.dir={tmp_path}", "strategy.num_nodes=1", "strategy.ranks_per_node=1", "strategy.kind=zero1"],
     ).recipe
     with pytest.raises(LaunchError, match=r"79 GiB of an H100"):
-        check_place(big, Site(gpu="H100", node_local=[]))
-    check_place(big, Site(gpu="H100", node_local=[]), force=True)
-    check_place(big, Site(gpu=None, node_local=[]))
+        check_fits_site(big, Site(gpu="H100", node_local=[]))
+    check_fits_site(big, Site(gpu="H100", node_local=[]), force=True)
+    check_fits_site(big, Site(gpu=None, node_local=[]))
 
 
 def test_a_folder_that_nodes_do_not_share_is_refused(tmp_path: Path) -> None:
@@ -152,20 +152,20 @@ def test_a_folder_that_nodes_do_not_share_is_refused(tmp_path: Path) -> None:
         {"strategy": {"kind": "zero1", "num_nodes": 2, "ranks_per_node": 8}, "run": {"dir": f"{tmp_path}/run"}}
     )
     with pytest.raises(LaunchError, match="which every node has its own of"):
-        check_place(here, Site(node_local=[str(tmp_path)]))
-    check_place(here, Site(node_local=[str(tmp_path / "other")]))
+        check_fits_site(here, Site(node_local=[str(tmp_path)]))
+    check_fits_site(here, Site(node_local=[str(tmp_path / "other")]))
 
 
 def test_a_run_that_would_start_over_is_refused(tmp_path: Path) -> None:
-    fresh = Recipe.model_validate({"run": {"dir": str(tmp_path), "fresh": True}})
+    fresh = Recipe.model_validate({"run": {"dir": str(tmp_path), "restart": True}})
     with pytest.raises(LaunchError, match="start it over"):
-        check_place(fresh, Site(node_local=[]))
+        check_fits_site(fresh, Site(node_local=[]))
 
 
 def test_a_file_as_run_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LaunchError, match="a file"):
-        check_place(Recipe.model_validate({"run": {"dir": f"{tmp_path}/file/x"}}), Site())
+        check_fits_site(Recipe.model_validate({"run": {"dir": f"{tmp_path}/file/x"}}), Site())
 
 
 def test_sweeps() -> None:

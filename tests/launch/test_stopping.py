@@ -14,18 +14,18 @@ import time
 import pytest
 
 from mtp_lightning.checkpoint.format.layout import complete_checkpoints
-from mtp_lightning.launch.signals import REQUEUE, STOP_SIGNALS, StopRequest, heeding_signals
+from mtp_lightning.launch.signals import REQUEUE, STOP_SIGNALS, StopRequest, stop_on_signals
 from tests.launch.signalled import after_step, child_signalled, group_signalled, has_begun, saves, signalled, start
 from tests.support.runs import ROOT, figures, mtp
 
 STEPS = 60
-SHORT = ("run.checkpoint_every_steps=1000", "run.validate_every_steps=20", "run.log_every_steps=3")
+SHORT = ("checkpoint.every_steps=1000", "run.validate_every_steps=20", "logging.every_steps=3")
 # A figure over several steps and ranks is a sum in fp32, whose order a resume within these steps changes.
-TWO_RANKS = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "run.log_every_steps=1")
+TWO_RANKS = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "logging.every_steps=1")
 STOPPED = """
 import signal
-from mtp_lightning.launch.signals import StopRequest, heeding_signals
-with heeding_signals(StopRequest()) as stop:
+from mtp_lightning.launch.signals import StopRequest, stop_on_signals
+with stop_on_signals(StopRequest()) as stop:
     stop.defer()
     signal.raise_signal(signal.SIGTERM)
 raise SystemExit(stop.exit_code)
@@ -150,7 +150,7 @@ def test_loader_workers_leave_the_signal_to_the_run(cwd, whole, signum):
 @pytest.mark.slow
 def test_killed_in_the_save_that_the_signal_asked_for(cwd, whole):
     """SIGTERM without time: what was saved before is what the run goes on from."""
-    extra = ("run.checkpoint_every_steps=5",)
+    extra = ("checkpoint.every_steps=5",)
     process = start(*train(cwd, "cut", *extra), cwd=cwd)
     code, output = signalled(process, cwd / "cut", after_step(9), signal.SIGTERM, signal.SIGKILL)
     assert code == -9, output
@@ -161,7 +161,7 @@ def test_killed_in_the_save_that_the_signal_asked_for(cwd, whole):
 @pytest.mark.parametrize("seed", range(6))
 def test_signals_during_saves_and_validations(cwd, whole, seed):
     """A save every step and a validation every second: the signal falls into one or the other."""
-    name, extra = f"busy_{seed}", ("run.checkpoint_every_steps=1", "run.checkpoint_in_background=true")
+    name, extra = f"busy_{seed}", ("checkpoint.every_steps=1", "checkpoint.in_background=true")
     process = start(*train(cwd, name, *extra), cwd=cwd)
     code, output = signalled(process, cwd / name, saves(18 + seed), signal.SIGUSR1, signal.SIGTERM)
     assert code == REQUEUE, output
@@ -182,7 +182,7 @@ def test_two_ranks_stop_at_the_same_step_whoever_was_asked(cwd):
 def test_signals_are_remembered_once_there_is_something_to_save(capfd):
     stop = StopRequest()
     before = [signal.getsignal(signum) for signum in STOP_SIGNALS]
-    with heeding_signals(stop):
+    with stop_on_signals(stop):
         stop.defer()
         for signum in STOP_SIGNALS:
             signal.raise_signal(signum)
@@ -192,14 +192,14 @@ def test_signals_are_remembered_once_there_is_something_to_save(capfd):
 
 
 def test_signals_end_a_process_that_has_nothing_to_save():
-    with heeding_signals(StopRequest()), pytest.raises(SystemExit, match="85"):
+    with stop_on_signals(StopRequest()), pytest.raises(SystemExit, match="85"):
         signal.raise_signal(signal.SIGTERM)
 
 
 def test_signals_that_are_ignored_stay_ignored():
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with heeding_signals(StopRequest()) as stop:
+        with stop_on_signals(StopRequest()) as stop:
             signal.raise_signal(signal.SIGHUP)  # would end it
         assert stop.exit_code == 0
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -217,7 +217,7 @@ def test_threads_leave_signals_alone():
     before = signal.getsignal(signal.SIGTERM)
 
     def run():
-        with heeding_signals(StopRequest()):
+        with stop_on_signals(StopRequest()):
             found.append(signal.getsignal(signal.SIGTERM))
 
     found: list[object] = []

@@ -14,27 +14,27 @@ from tests.support.runs import ROOT
 
 WAITING = """
 import ctypes, signal, sys
-from mtp_lightning.launch.signals import StopRequest, ending_at_signals, heeding_signals
+from mtp_lightning.launch.signals import StopRequest, ending_at_signals, stop_on_signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
-with heeding_signals(StopRequest()), ending_at_signals("waiting for a lock"):
+with stop_on_signals(StopRequest()), ending_at_signals("waiting for a lock"):
     print("waits", flush=True)
     lock(mutex), lock(mutex)  # which no signal interrupts
 """
 JOINING = """
 import signal, sys
-from mtp_lightning.launch.signals import StopRequest, heeding_signals
+from mtp_lightning.launch.signals import StopRequest, stop_on_signals
 from mtp_lightning.recipe.schema.root import Recipe
-from mtp_lightning.training.strategies.process_group import joined_ranks
+from mtp_lightning.training.strategies.process_group import process_group
 signal.signal(signal.SIGINT, signal.default_int_handler)
 recipe = Recipe.model_validate({"strategy": {"kind": "zero2", "ranks_per_node": 2}, "run": {"device": "cpu"}})
-with heeding_signals(StopRequest()), joined_ranks(recipe):
+with stop_on_signals(StopRequest()), process_group(recipe):
     pass
 """
 PASSING = """
 import signal, threading
-from mtp_lightning.launch.signals import StopRequest, ending_at_signals, heeding_signals
-with heeding_signals(StopRequest()) as stop:
+from mtp_lightning.launch.signals import StopRequest, ending_at_signals, stop_on_signals
+with stop_on_signals(StopRequest()) as stop:
     stop.defer()
     with ending_at_signals("doing little"):
         signal.raise_signal(signal.SIGWINCH)

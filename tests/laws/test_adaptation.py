@@ -10,21 +10,21 @@ from mtp_lightning.training.step.objective import MicroBatch, Objective
 from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
 
 TOLERANCE = 1e-10
-MIXTURES = {"weighted_states": {"temperature": 0.5}}
+MIXTURES = {"layer_mix": {"temperature": 0.5}}
 ADAPTATIONS = {
-    "updates": ({"lora": {"rank": 2}}, {}),
-    "updates_everywhere": ({"lora": {"rank": 2, "in_heads": True, "targets": ["o", "up", "down"]}}, {}),
-    "updates_alone": ({"lora": {"rank": 2}, "frozen": ["heads", "unembedding"]}, {}),
-    "updates_under_a_frozen_main_head": ({"lora": {"rank": 2}}, {"trainable_from": 2}),
-    "heads_alone": ({"frozen": ["trunk", "unembedding"]}, {}),
-    "heads_and_unembedding": ({"frozen": ["trunk"]}, {}),
-    "unembedding_alone": ({"frozen": ["trunk", "heads"]}, {}),
-    "trunk_alone": ({"frozen": ["heads", "unembedding"]}, {}),
-    "mixtures": (MIXTURES, {}),
-    "mixtures_of_a_frozen_trunk": (MIXTURES | {"frozen": ["trunk", "unembedding"]}, {}),
-    "mixtures_alone": (MIXTURES | {"frozen": ["trunk", "heads", "unembedding"]}, {}),
-    "mixtures_and_updates": (MIXTURES | {"lora": {"rank": 2}, "frozen": ["unembedding"]}, {}),
-    "mixtures_of_other_heads": ({"weighted_states": {"main_head": False}, "lora": {}}, {}),
+    "updates": ({"lora": {"rank": 2}}, []),
+    "updates_everywhere": ({"lora": {"rank": 2, "in_heads": True, "targets": ["o", "up", "down"]}}, []),
+    "updates_alone": ({"lora": {"rank": 2}}, ["heads", "unembedding"]),
+    "updates_under_a_frozen_main_head": ({"lora": {"rank": 2}}, ["offsets_below_2"]),
+    "heads_alone": ({}, ["trunk", "unembedding"]),
+    "heads_and_unembedding": ({}, ["trunk"]),
+    "unembedding_alone": ({}, ["trunk", "heads"]),
+    "trunk_alone": ({}, ["heads", "unembedding"]),
+    "mixtures": (MIXTURES, []),
+    "mixtures_of_a_frozen_trunk": (MIXTURES, ["trunk", "unembedding"]),
+    "mixtures_alone": (MIXTURES, ["trunk", "heads", "unembedding"]),
+    "mixtures_and_updates": (MIXTURES | {"lora": {"rank": 2}}, ["unembedding"]),
+    "mixtures_of_other_heads": ({"layer_mix": {"main_head": False}, "lora": {}}, []),
 }
 WITHOUT_LAYERS = ("linear", "medusa", "medusa_replicated")
 READING_THE_TRUNK = ("parallel", "parallel_two_layers", "parallel_replicated", "linear", "medusa", "medusa_replicated")
@@ -41,15 +41,19 @@ def fits(kind, adaptation):
 
 def steps_of(kind, adaptation, objective, *, rows=4):
     """Losses and gradients of a step under each schedule."""
-    adapt, heads = ADAPTATIONS[adaptation]
+    adapt, frozen = ADAPTATIONS[adaptation]
+    memory = objective.get("memory", {})
+    objective = {name: value for name, value in objective.items() if name != "memory"}
     for schedule in ("joint", "sequential", "bridged"):
         recipe = tiny_recipe(
-            model={"num_layers": 9},
-            heads=HEAD_KINDS[kind] | heads,
+            model={"num_hidden_layers": 9},
+            heads=HEAD_KINDS[kind],
+            freeze=frozen,
             adapt=adapt,
-            objective={"schedule": schedule, "chunk_mib": 5 * 13 * 8 / 2**20} | objective,
-            data={"attention": "document"},
-            batch={"rows": rows, "micro_rows": 2},
+            memory=memory,
+            objective={"backward_order": schedule, "chunk_mib": 5 * 13 * 8 / 2**20} | objective,
+            data={"document_mask": True},
+            batch={"global_batch_size": rows, "micro_batch_size": 2},
         )
         model = tiny_model(recipe)
         freeze(model, recipe)
@@ -59,7 +63,7 @@ def steps_of(kind, adaptation, objective, *, rows=4):
 OBJECTIVES = {
     "plain": {},
     "balanced": {"balance": "rms"},
-    "recomputed": {"checkpoint_trunk": True, "checkpoint_heads": True},
+    "recomputed": {"memory": {"recompute_trunk": True, "recompute_heads": True}},
     "taught": {"distill": {"detach_teacher": False}},
 }
 

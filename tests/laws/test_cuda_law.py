@@ -23,13 +23,13 @@ TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SMALL = [
     "heads.num_offsets=3",
     "objective.weights.kind=curriculum",  # heads switch on one after the other: few ranks hold anything of the next
-    "batch.rows=16",
-    "batch.micro_rows=1",
+    "batch.global_batch_size=16",
+    "batch.micro_batch_size=1",
     "run.steps=4",
     "run.precision=bf16",
-    "run.log_every_steps=2",
+    "logging.every_steps=2",
     "run.validate_every_steps=3",
-    "run.checkpoint_every_steps=3",
+    "checkpoint.every_steps=3",
 ]
 
 
@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory):
     """One of two steps, trained for real on the CPU."""
     folder = tmp_path_factory.mktemp("run")
     path, run = ROOT / "recipes/debug/parallel.yaml", folder / "run"
-    fields = ["run.precision=fp32", "run.steps=2", "run.validate_every_steps=2", "run.checkpoint_every_steps=2"]
+    fields = ["run.precision=fp32", "run.steps=2", "run.validate_every_steps=2", "checkpoint.every_steps=2"]
     done = mtp("train", str(path), *SMALL, *fields, f"run.dir={run}", f"run.cache={folder}", cwd=folder)
     assert done.returncode == 0, done.stderr
     return str(run / "checkpoints/step-00000002")
@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory):
 
 def fields_of(kind, *overrides):
     ranks = () if kind == "single" else ("strategy.ranks_per_node=8",)
-    micro = "batch.micro_rows=8" if "strategy.ranks_per_node=1" in (*ranks, *overrides) or not ranks else ""
+    micro = "batch.micro_batch_size=8" if "strategy.ranks_per_node=1" in (*ranks, *overrides) or not ranks else ""
     return [own for own in (*SMALL, f"strategy.kind={kind}", *ranks, micro, *overrides) if own]
 
 
@@ -158,23 +158,23 @@ CHANGES = {
     "anticausal": ["heads.kind=chained", "heads.order=anticausal"],
     "sequential": ["heads.kind=sequential"],
     "recursive": ["heads.kind=recursive"],
-    "bridged": ["objective.schedule=bridged"],
-    "joint": ["objective.schedule=joint"],
+    "bridged": ["objective.backward_order=bridged"],
+    "joint": ["objective.backward_order=joint"],
     "distilled": ["objective.distill={}"],
     "token order": ["objective.token_order={}"],
     "balanced": ["objective.balance=rms"],
     "z-loss": ["objective.z_loss=1e-4"],
-    "recomputed": ["objective.checkpoint_trunk=true", "objective.checkpoint_heads=true"],
-    "documents": ["data.attention=document"],
+    "recomputed": ["memory.recompute_trunk=true", "memory.recompute_heads=true"],
+    "documents": ["data.document_mask=true"],
     "grouped queries, normed": ["model.num_key_value_heads=2", "model.qk_norm=true"],
-    "tied": ["model.tie_embeddings=true"],
+    "tied": ["model.tie_word_embeddings=true"],
     "replicated": ["heads.unembedding=replicated"],
     "updates": ["adapt.lora={rank: 2}"],
-    "frozen trunk": ["adapt.frozen=[trunk]"],
-    "heads alone": ["adapt.frozen=[trunk,unembedding]"],
-    "mixtures": ["adapt.weighted_states={}"],
-    "mixtures, updates": ["adapt.weighted_states={}", "adapt.lora={rank: 2}"],
-    "later offsets alone": ["heads.trainable_from=2"],
+    "frozen trunk": ["freeze=[trunk]"],
+    "heads alone": ["freeze=[trunk,unembedding]"],
+    "mixtures": ["adapt.layer_mix={}"],
+    "mixtures, updates": ["adapt.layer_mix={}", "adapt.lora={rank: 2}"],
+    "later offsets alone": ["freeze=[offsets_below_2]"],
 }
 PRECISIONS = {"bf16": CHANGES, "fp16": ("parallel", "updates", "mixtures"), "fp32": ("parallel", "updates", "mixtures")}
 REFUSED = {("single", "fp16"): "must be fp32 or bf16 for strategy.kind single"}
@@ -201,7 +201,7 @@ def test_every_cell_steps_or_is_refused_by_name(gpu, kind):
 @pytest.mark.slow
 def test_13b_needs_the_memory_that_is_planned(gpu):
     """Its second step: the first has no moments yet."""
-    path, fields = ROOT / "recipes/paper/13b_n4.yaml", ["data.shards=none", "run.steps=2", "run.log_every_steps=2"]
+    path, fields = ROOT / "recipes/paper/13b_n4.yaml", ["data.shards=none", "run.steps=2", "logging.every_steps=2"]
     recipe = load_recipe(path, fields).recipe
     planned = memory(shape_of(recipe), layout_of(recipe))
     books = gpu("fit", path=str(path), overrides=fields, checks_first_step=False)

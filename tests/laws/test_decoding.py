@@ -69,16 +69,16 @@ def test_any_drafts_give_the_plain_text(kind, data):
     right = st.lists(st.integers(0, num_drafts), min_size=1, max_size=5)
     pattern = data.draw(st.lists(right, min_size=num_rows, max_size=num_rows), "right drafts")
     prompts, expected = PROMPTS[:num_rows], plain_texts(model, PROMPTS[:num_rows])
-    script = WrittenDrafts(model, prompts, pattern)
+    forced_drafts = WrittenDrafts(model, prompts, pattern)
     for decoder in set(applicable_decoders(model)) & {"blockwise", "chain"}:
         chosen = Settings(decoder=decoder, draft_length=num_drafts, max_new_tokens=new_tokens)
-        made = generate(model, prompts, chosen, script=script)
+        made = generate(model, prompts, chosen, forced_drafts=forced_drafts)
         assert made.tokens == [text[:new_tokens] for text in expected]
         assert made.statistics.is_consistent
         for row, accepted in enumerate(made.statistics.accepted_by_row):
             length = len(prompts[row])
             for kept in accepted:
-                assert kept == script.num_right(row, length, num_drafts)
+                assert kept == forced_drafts.num_right(row, length, num_drafts)
                 length += kept + 1
 
 
@@ -86,24 +86,24 @@ def test_any_drafts_give_the_plain_text(kind, data):
 @pytest.mark.parametrize("num_offsets", [2, 4])
 def test_all_drafts_right_take_n_tokens_a_step(kind, num_offsets):
     model = model_of(kind, num_offsets=num_offsets)
-    script = WrittenDrafts(model, PROMPTS, [[num_offsets]] * len(PROMPTS))
-    made = generate(model, PROMPTS, max_new_tokens=1 + 5 * num_offsets, script=script)
+    forced_drafts = WrittenDrafts(model, PROMPTS, [[num_offsets]] * len(PROMPTS))
+    made = generate(model, PROMPTS, max_new_tokens=1 + 5 * num_offsets, forced_drafts=forced_drafts)
     assert made.statistics.accepted_by_row == [[num_offsets - 1] * 5] * len(PROMPTS)
     assert made.statistics.num_cut_tokens == 0
-    assert made.statistics.accepted_length == num_offsets
+    assert made.statistics.mean_acceptance_length == num_offsets
 
 
 @kinds
 @pytest.mark.parametrize("drafts_are", ["right", "their own"])
 def test_texts_end_at_a_stop_token_wherever_it_falls(kind, drafts_are):
     model = model_of(kind)
-    script = WrittenDrafts(model, PROMPTS, [[3], [2, 1], [0, 3], [1], [3, 2]]) if drafts_are == "right" else None
+    forced_drafts = WrittenDrafts(model, PROMPTS, [[3], [2, 1], [0, 3], [1], [3, 2]]) if drafts_are == "right" else None
     amid_block = 0
-    for stop in range(0, model.section.vocabulary, 3):
+    for stop in range(0, model.section.vocab_size, 3):
         expected = [text[: text.index(stop) + 1] if stop in text else text for text in plain_texts(model, PROMPTS)]
         expected = [text[: LENGTH - MARGIN] for text in expected]
         for chosen in settings_of(model, max_new_tokens=LENGTH - MARGIN, stop_tokens=[stop]):
-            made = generate(model, PROMPTS, chosen, script=script)
+            made = generate(model, PROMPTS, chosen, forced_drafts=forced_drafts)
             assert made.tokens == expected, chosen.decoder
             assert made.statistics.is_consistent
             amid_block += made.statistics.num_cut_tokens
@@ -113,11 +113,11 @@ def test_texts_end_at_a_stop_token_wherever_it_falls(kind, drafts_are):
 @kinds
 def test_texts_end_at_any_length(kind):
     model = model_of(kind)
-    script = WrittenDrafts(model, PROMPTS, [[3]] * len(PROMPTS))
+    forced_drafts = WrittenDrafts(model, PROMPTS, [[3]] * len(PROMPTS))
     for new_tokens in (1, 2, 4, 5, 7):
         expected = [text[:new_tokens] for text in plain_texts(model, PROMPTS)]
         for chosen in settings_of(model, max_new_tokens=new_tokens):
-            assert generate(model, PROMPTS, chosen, script=script).tokens == expected
+            assert generate(model, PROMPTS, chosen, forced_drafts=forced_drafts).tokens == expected
 
 
 @kinds

@@ -27,14 +27,14 @@ def test_scores_after_any_history_are_those_of_a_full_pass(kind, attention, data
     for _ in range(data.draw(st.integers(1, 4), "steps")):
         num_drafts = data.draw(st.integers(0, 3), "drafts")
         check_heads(session, num_drafts)
-        drafts = torch.randint(model.section.vocabulary, (num_rows, num_drafts), generator=generator)
+        drafts = torch.randint(model.section.vocab_size, (num_rows, num_drafts), generator=generator)
         scores = verify(session, drafts)
         for row in range(num_rows):
             length = int(session.lengths[row])
             text = [*session.tokens[row, : length + 1].tolist(), *drafts[row].tolist()]
             torch.testing.assert_close(scores[row], full_logits(model, text)[1][length:], **EXACT)
         accepted = torch.tensor([data.draw(st.integers(0, num_drafts), "accepted") for _ in range(num_rows)])
-        following = torch.randint(model.section.vocabulary, (num_rows, 1), generator=generator)
+        following = torch.randint(model.section.vocab_size, (num_rows, 1), generator=generator)
         block = torch.cat((drafts, following), dim=1).scatter(1, accepted[:, None], following)
         session.commit(block, accepted)
         session.note_progress()
@@ -92,7 +92,7 @@ def test_tree_nodes_see_their_ancestors_alone(kind, seed, choices):
     session, tables = begun_session(model, PROMPTS[:3]), TreeTables(TREE, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     for choice in choices:
-        nodes = torch.randint(model.section.vocabulary, (3, TREE.num_drafts + 1), generator=generator)
+        nodes = torch.randint(model.section.vocab_size, (3, TREE.num_drafts + 1), generator=generator)
         nodes[:, 0] = session.tokens.gather(1, session.lengths[:, None])[:, 0]
         scores, states = verify_tree(session, nodes, tables.depths, tables.ancestry)
         for row, length in enumerate(session.lengths.tolist()):

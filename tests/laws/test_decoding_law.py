@@ -22,7 +22,7 @@ SAMPLINGS = {
 
 
 def small_model(kind):
-    model = {"vocabulary": VOCABULARY, "init_std": 0.25}
+    model = {"vocab_size": VOCABULARY, "initializer_range": 0.25}
     return tiny_model(tiny_recipe(heads=HEAD_KINDS[kind], model=model)).requires_grad_(requires_grad=False)
 
 
@@ -58,9 +58,9 @@ def deviation(texts, law):
         ("medusa", "plain", {"decoder": "blockwise"}),
         ("medusa", "top_p", {"decoder": "blockwise"}),
         ("sequential", "plain", {"decoder": "chain"}),
-        ("sequential", "hot", {"decoder": "chain", "draws_drafts": True}),
-        ("sequential", "top_k", {"decoder": "chain", "draws_drafts": True}),
-        ("parallel", "top_p", {"decoder": "blockwise", "draws_drafts": True, "draft_length": 2}),
+        ("sequential", "hot", {"decoder": "chain", "sample_drafts": True}),
+        ("sequential", "top_k", {"decoder": "chain", "sample_drafts": True}),
+        ("parallel", "top_p", {"decoder": "blockwise", "sample_drafts": True, "draft_length": 2}),
         ("causal", "top_k", {"decoder": "chain"}),
         ("linear", "plain", {"decoder": "tree", "tree": WIDE}),
         ("parallel", "top_p", {"decoder": "tree", "tree": WIDE}),

@@ -52,17 +52,19 @@ def test_schedules_agree_with_offset_weights_and_other_losses(weights, detached)
 
 @pytest.mark.parametrize("kind", ["parallel", "sequential", "medusa"])
 def test_schedules_agree_with_an_isolated_trunk(kind):
-    assert_same_step(HEAD_KINDS[kind] | {"isolate_trunk": True}, distill(detach_teacher=False))
+    assert_same_step(HEAD_KINDS[kind] | {"detach_trunk": True}, distill(detach_teacher=False))
 
 
 def test_schedules_agree_for_a_tied_model():
     for detached in (True, False):
-        assert_same_step(HEAD_KINDS["sequential"], distill(detach_teacher=detached), model={"tie_embeddings": True})
+        assert_same_step(
+            HEAD_KINDS["sequential"], distill(detach_teacher=detached), model={"tie_word_embeddings": True}
+        )
 
 
 def step(heads, objective, *, schedule="sequential", model_fields=None, prepare=None, weights=None):
     """Losses and gradients of one step of a tiny model in which every position has a teacher, the last ones apart."""
-    recipe = tiny_recipe(heads=heads, objective={"schedule": schedule} | objective, model=model_fields or {})
+    recipe = tiny_recipe(heads=heads, objective={"backward_order": schedule} | objective, model=model_fields or {})
     model = tiny_model(recipe)
     if prepare is not None:
         prepare(model)
@@ -123,16 +125,16 @@ def test_nothing_reaches_a_teacher_of_its_own(kind, schedule):
 def test_through_a_shared_matrix_only_the_students_use_gets_gradient(schedule, tied):
     """Compare with the same step on frozen copies of the teacher's logits, which nothing can reach."""
     recipe = tiny_recipe(
-        heads=HEAD_KINDS["sequential"] | {"isolate_trunk": True},
-        objective={"schedule": schedule} | distill(**ONLY_DIVERGENCE, top_k=6),
-        model={"tie_embeddings": tied},
+        heads=HEAD_KINDS["sequential"] | {"detach_trunk": True},
+        objective={"backward_order": schedule} | distill(**ONLY_DIVERGENCE, top_k=6),
+        model={"tie_word_embeddings": tied},
     )
     model, (tokens, documents, _) = tiny_model(recipe), tiny_rows(recipe, 2)
     documents = torch.zeros_like(documents)
     _, found = gradients_of(model, recipe, (tokens, documents, None))
     frozen, live = model.hidden_states(tokens, documents), model.hidden_states(tokens, documents)
     taught = model.unembedding.logits(1, frozen[1]).detach()
-    num_positions = recipe.data.window_tokens
+    num_positions = recipe.data.seq_len
     loss = torch.nn.functional.cross_entropy(
         model.unembedding.logits(1, live[1]).flatten(0, 1), tokens[:, 1 : num_positions + 1].flatten()
     )
@@ -149,7 +151,7 @@ def test_through_a_shared_matrix_only_the_students_use_gets_gradient(schedule, t
 
 
 def low_precision_step(schedule, kind, fields, *, autocast=True):
-    recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective={"schedule": schedule} | distill(**fields))
+    recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective={"backward_order": schedule} | distill(**fields))
     tokens, documents, _ = tiny_rows(recipe, 2)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         _, gradients = gradients_of(tiny_model(recipe, torch.float32), recipe, (tokens, documents, None))
@@ -170,12 +172,12 @@ def test_bf16_is_within_the_noise_of_joint_bf16(kind, detached):
 RUN = (
     "run.steps=4",
     "run.validate_every_steps=4",
-    "run.checkpoint_every_steps=4",
-    "run.log_every_steps=1",
+    "checkpoint.every_steps=4",
+    "logging.every_steps=1",
     "run.threads=1",
     "run.device=cpu",
     "run.cache=cache",
-    "batch.micro_rows=2",
+    "batch.micro_batch_size=2",
 )
 
 

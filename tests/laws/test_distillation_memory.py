@@ -2,7 +2,7 @@
 
 import pytest
 
-from mtp_lightning.planner.variants import with_offsets, with_schedule
+from mtp_lightning.planner.variants import with_backward_order, with_offsets
 from tests.laws.test_memory import KINDS, MOST_GROWTH, counted_peak, full_recipe, measured_peak
 from tests.support.live_tensors import count_schedule
 
@@ -13,10 +13,10 @@ DISTILLED = {"distill": {}}
 def test_peak_and_largest_tensor_at_a_vocabulary_of_32000():
     recipe = full_recipe(KINDS["parallel"], DISTILLED)
     live, state_bytes = count_schedule(recipe)
-    positions, distill = recipe.data.window_tokens, recipe.objective.distill
+    positions, distill = recipe.data.seq_len, recipe.objective.distill
     assert live.peak_bytes + state_bytes <= MOST_OVERHEAD * counted_peak(full_recipe(KINDS["parallel"]))
-    assert live.largest_numel <= positions * recipe.model.vocabulary / 4
-    assert live.largest_numel < positions * distill.resolved_top_k(recipe.model.vocabulary)
+    assert live.largest_numel <= positions * recipe.model.vocab_size / 4
+    assert live.largest_numel < positions * distill.resolved_top_k(recipe.model.vocab_size)
 
 
 @pytest.mark.slow
@@ -32,7 +32,7 @@ def test_every_kind(kind, fields):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bridged(precision):
     recipe, alone = (
-        with_schedule(full_recipe(KINDS["sequential"], objective, precision), "bridged")
+        with_backward_order(full_recipe(KINDS["sequential"], objective, precision), "bridged")
         for objective in (DISTILLED, {})
     )
     assert counted_peak(recipe) <= MOST_OVERHEAD * counted_peak(alone)

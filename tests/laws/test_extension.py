@@ -19,7 +19,7 @@ from tests.support.runs import ROOT, mtp
 from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
 
 CHAINING = ("causal", "sequential", "sequential_pre_norm", "recursive")
-SHORT = ("run.steps=4", "run.validate_every_steps=4", "run.checkpoint_every_steps=4", "run.log_every_steps=1")
+SHORT = ("run.steps=4", "run.validate_every_steps=4", "checkpoint.every_steps=4", "logging.every_steps=1")
 
 
 def debug_run(kind, folder, cache, *overrides):
@@ -75,7 +75,7 @@ def test_the_new_group_is_an_exact_copy_and_so_is_everything_old(trained, tmp_pa
 def test_training_the_new_group_leaves_the_rest_bit_identical(trained, tmp_path, cache, schedule):
     extend_checkpoint(trained, tmp_path / "more", 6)
     started = weights_of(tmp_path / "more")
-    recipe = load_recipe(tmp_path / "more/recipe.yaml", [f"objective.schedule={schedule}"])
+    recipe = load_recipe(tmp_path / "more/recipe.yaml", [f"objective.backward_order={schedule}"])
     assert train(recipe) == 0
     after = weights_of(recipe.recipe.run.dir)
     moved = {name for name, value in after.items() if not torch.equal(value, started[name])}
@@ -113,8 +113,8 @@ def test_twice_extended(trained, tmp_path):
 @pytest.mark.parametrize("kind", CHAINING)
 @pytest.mark.parametrize("matched", [True, False])
 def test_origins_have_the_shapes_of_what_they_become(kind, matched):
-    heads = HEAD_KINDS[kind] | {"num_offsets": 3, "match_parameters": matched}
-    recipe = tiny_recipe(heads=heads, data={"window_tokens": 16}, objective={"distill": {"beta": [0.5, 0.25]}})
+    heads = HEAD_KINDS[kind] | {"num_offsets": 3, "layers_from_trunk": matched}
+    recipe = tiny_recipe(heads=heads, data={"seq_len": 16}, objective={"distill": {"beta": [0.5, 0.25]}})
     extended = extended_recipe(recipe, 7, 2)
     assert extended.objective.distill.beta == [0.5, 0.25] * 3
     old, new = (dict(tiny_model(r).named_parameters()) for r in (recipe, extended))
@@ -141,8 +141,8 @@ def test_what_cannot_be_extended_is_refused(trained, tmp_path):
         with pytest.raises(CheckpointError, match=message):
             extended_recipe(recipe, num_offsets, group)
     with pytest.raises(RecipeError) as caught:
-        extended_recipe(recipe, recipe.data.window_tokens, 3)
-    assert [fault.path for fault in caught.value.faults] == ["data.window_tokens"]
+        extended_recipe(recipe, recipe.data.seq_len, 3)
+    assert [fault.path for fault in caught.value.faults] == ["data.seq_len"]
     (tmp_path / "out").mkdir()
     (tmp_path / "out/file").touch()
     with pytest.raises(CheckpointError, match="new or empty"):
@@ -159,13 +159,13 @@ def test_a_manifest_that_disagrees_is_refused(trained, tmp_path):
 
 
 def test_a_start_from_another_model_is_refused(trained, tmp_path, cache):
-    start = f"run.start_from={trained}"
+    start = f"init.path={trained}"
     with pytest.raises(CheckpointError, match="of another shape"):
-        debug_run("sequential", tmp_path / "wider", cache, start, "model.mlp_width=80")
+        debug_run("sequential", tmp_path / "wider", cache, start, "model.intermediate_size=80")
     with pytest.raises(CheckpointError, match="pre_norm here"):
         debug_run("sequential", tmp_path / "other", cache, start, "heads.hidden=pre_norm")
     with pytest.raises(CheckpointError, match="only in the checkpoint"):
-        debug_run("sequential", tmp_path / "fewer", cache, start, "heads.num_offsets=3", "model.num_layers=5")
+        debug_run("sequential", tmp_path / "fewer", cache, start, "heads.num_offsets=3", "model.num_hidden_layers=5")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in HEAD_KINDS if kind != "anticausal"])
@@ -177,7 +177,7 @@ def test_frozen_parts_get_no_gradient_and_the_others_the_same(kind, schedule, ob
     weights = [0.0] * (first - 1) + [1.0] * (5 - first)
     results = []
     for own, is_frozen in ((schedule, True), ("joint", True), ("joint", False)):
-        recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective={"schedule": own} | objective)
+        recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective={"backward_order": own} | objective)
         model = tiny_model(recipe)
         if is_frozen:
             freeze_before(model, first)
@@ -204,7 +204,7 @@ def test_a_frozen_parameter_that_changes_stops_the_run_before_its_last_checkpoin
 
     monkeypatch.setattr(lightning_module, "clip_gradients", disturb)
     with pytest.raises(TrainingError, match="the same bytes after training as before"):
-        train(load_recipe(tmp_path / "more/recipe.yaml", [f"run.dir={tmp_path}/run", "run.checkpoint_every_steps=100"]))
+        train(load_recipe(tmp_path / "more/recipe.yaml", [f"run.dir={tmp_path}/run", "checkpoint.every_steps=100"]))
     assert not list((tmp_path / "run/checkpoints").glob("step-*"))
 
 
@@ -213,7 +213,7 @@ def test_the_verb(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "from 4 to 6 offsets" in done.stdout + done.stderr
     recipe = load_recipe(tmp_path / "more/recipe.yaml").recipe
-    assert (recipe.heads.trainable_from, recipe.run.start_from) == (5, str(tmp_path / "more"))
+    assert (recipe.first_trained_offset, recipe.init.path) == (5, str(tmp_path / "more"))
     refused = mtp("extend", str(trained), "--to", "2", "--out", "less", cwd=tmp_path)
     assert refused.returncode == CheckpointError.exit_code
     assert not (tmp_path / "less").exists()
@@ -228,7 +228,7 @@ def test_on_two_ranks_too(trained, tmp_path, stage):
         "strategy.ranks_per_node=2",
         "run.device=cpu",
         "run.dir=run",
-        "batch.micro_rows=1",
+        "batch.micro_batch_size=1",
     )
     done = mtp("train", "more/recipe.yaml", *spread, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -237,7 +237,7 @@ def test_on_two_ranks_too(trained, tmp_path, stage):
     assert moved == {name for name in started if name.startswith(("heads.blocks.3", "heads.blocks.4"))} | {
         f"unembedding.norms.{k - 1}.weight" for k in (5, 6)
     }
-    alone = mtp("train", "more/recipe.yaml", "run.dir=alone", "batch.micro_rows=1", cwd=tmp_path)
+    alone = mtp("train", "more/recipe.yaml", "run.dir=alone", "batch.micro_batch_size=1", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
     for name, value in weights_of(tmp_path / "alone").items():
         torch.testing.assert_close(after[name], value, rtol=1e-3, atol=1e-4, msg=name)

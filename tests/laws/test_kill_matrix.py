@@ -27,8 +27,8 @@ from mtp_lightning.checkpoint.format.state_folder import read_state
 from mtp_lightning.data.loading.corpus import prepare_shards
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.data.sampling.order import permute
-from mtp_lightning.data.sampling.windows import Rows
-from mtp_lightning.launch.rank_env import free_port, local_seat
+from mtp_lightning.data.sampling.windows import WindowDataset
+from mtp_lightning.launch.rank_env import free_port, local_rank_info
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.recipe.schema.data import BatchSection, RampSection
 from mtp_lightning.training import fit
@@ -36,20 +36,20 @@ from tests.support.runs import ROOT, figures
 
 STEPS, KILLS = 160, 11  # of each of the three runs
 WINDOW_TOKENS = 128
-BATCH = BatchSection(rows=16, micro_rows=1, ramp=RampSection(from_rows=4, over_rows=600))
+BATCH = BatchSection(global_batch_size=16, micro_batch_size=1, ramp=RampSection(from_batch_size=4, over_samples=600))
 FIELDS = (
-    "model.width=16",
-    "model.num_layers=3",
+    "model.hidden_size=16",
+    "model.num_hidden_layers=3",
     "model.num_attention_heads=2",
     "heads.num_offsets=2",
-    f"data.window_tokens={WINDOW_TOKENS}",
-    f"batch.rows={BATCH.rows}",
-    "batch.ramp={from_rows: 4, over_rows: 600}",
+    f"data.seq_len={WINDOW_TOKENS}",
+    f"batch.global_batch_size={BATCH.global_batch_size}",
+    "batch.ramp={from_batch_size: 4, over_samples: 600}",
     f"run.steps={STEPS}",
-    "run.checkpoint_every_steps=2",
-    "run.keep_checkpoints=2",
+    "checkpoint.every_steps=2",
+    "checkpoint.keep=2",
     "run.validate_every_steps=1000",
-    "run.log_every_steps=50",
+    "logging.every_steps=50",
     "run.device=cpu",
     "run.seed=11",
 )
@@ -103,15 +103,15 @@ class Matrix:
         """Start the ranks of a drawn shape."""
         kind = self.draw.choice(self.kinds)
         ranks = 1 if kind == "single" else self.draw.choice([1, 2, 2, 4])
-        micro_rows = self.draw.choice([size for size in (1, 2, 4) if 4 % (ranks * size) == 0])
+        micro_batch_size = self.draw.choice([size for size in (1, 2, 4) if 4 % (ranks * size) == 0])
         workers = self.draw.choice([0, 0, 0, 1, 2]) if ranks < 4 else 0
-        self.drawn.add((kind, ranks, micro_rows, workers))
+        self.drawn.add((kind, ranks, micro_batch_size, workers))
         shape = [f"strategy.kind={kind}", f"strategy.ranks_per_node={ranks}", f"data.workers={workers}"]
-        overrides = [*self.fields, *shape, f"batch.micro_rows={micro_rows}"]
+        overrides = [*self.fields, *shape, f"batch.micro_batch_size={micro_batch_size}"]
         port = free_port()
         processes = [
             self.context.Process(
-                target=train_rank, args=(local_seat(rank, ranks, port).environment, overrides, self.record(rank))
+                target=train_rank, args=(local_rank_info(rank, ranks, port).environment, overrides, self.record(rank))
             )
             for rank in range(ranks)
         ]
@@ -146,7 +146,7 @@ class Matrix:
             process.join()
         log = self.record(0, start).with_suffix(".log").read_text()
         assert [process.exitcode for process in processes] == [0] * len(processes), log[-3000:]
-        assert figures(self.folder / "run/metrics.csv")[-1]["tokens"] == str(BATCH.rows_after(STEPS) * WINDOW_TOKENS)
+        assert figures(self.folder / "run/metrics.csv")[-1]["tokens"] == str(BATCH.samples_after(STEPS) * WINDOW_TOKENS)
 
     def committed(self) -> range:
         """Steps of the newest checkpoint, which must say how many rows that is."""
@@ -154,7 +154,7 @@ class Matrix:
         if newest is None:
             return range(0)
         consumed = read_state(newest.path)[MtpDataModule.__qualname__]["rows_consumed"]
-        assert consumed == BATCH.rows_after(newest.step)
+        assert consumed == BATCH.samples_after(newest.step)
         return range(newest.step)
 
     def records(self, start: int) -> Iterator[tuple[int, str]]:
@@ -184,8 +184,8 @@ def wait_for(happens: Any) -> None:
 def golden_rows(matrix: Matrix) -> list[str]:
     """What each position holds: from the order's definition, and rows read one at a time."""
     recipe = load_recipe(str(ROOT / "recipes/debug/parallel.yaml"), matrix.fields).recipe
-    rows = Rows(prepare_shards(recipe), "train", window_tokens=WINDOW_TOKENS, num_offsets=2)
-    total = BATCH.rows_after(STEPS)
+    rows = WindowDataset(prepare_shards(recipe), "train", seq_len=WINDOW_TOKENS, num_offsets=2)
+    total = BATCH.samples_after(STEPS)
     epochs = range(total // len(rows) + 1)
     numbers = np.concatenate([permute(np.arange(len(rows)), seed=11, epoch=e, size=len(rows)) for e in epochs])
     golden = []
@@ -230,9 +230,9 @@ def test_every_row_is_trained_on_once_in_the_golden_order(tmp_path: Path, kinds:
     committed = [0]
     for _ in range(KILLS):
         matrix.kill_at_random()
-        committed.append(BATCH.rows_after(len(matrix.committed())))
+        committed.append(BATCH.samples_after(len(matrix.committed())))
     matrix.finish()
-    committed.append(BATCH.rows_after(len(matrix.committed())))
+    committed.append(BATCH.samples_after(len(matrix.committed())))
     assert committed[-1] == len(golden)
     repeated = compare(matrix, committed, golden)
     print(f"{matrix.num_starts - 1} kills, {len(matrix.drawn)} shapes, {len(golden)} rows, {repeated} read again")

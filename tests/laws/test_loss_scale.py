@@ -11,7 +11,9 @@ SCALE = 2.0**12
 
 
 def gradients(kind, schedule, scale, dtype=torch.float64):
-    recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective={"schedule": schedule, "chunk_mib": 5 * 13 * 8 / 2**20})
+    recipe = tiny_recipe(
+        heads=HEAD_KINDS[kind], objective={"backward_order": schedule, "chunk_mib": 5 * 13 * 8 / 2**20}
+    )
     model = tiny_model(recipe, dtype)
     tokens, documents, mask = tiny_rows(recipe, 2)
     targets = shifted_targets(tokens, documents, recipe.heads.num_offsets, mask)
@@ -34,7 +36,7 @@ def test_half_precision_keeps_small_gradients_until_they_are_scaled(schedule):
     """Loss coefficients of a real batch push gradients below what fp16 can hold; the scale must come first."""
 
     def half(scale):
-        recipe = tiny_recipe(objective={"schedule": schedule})
+        recipe = tiny_recipe(objective={"backward_order": schedule})
         model = tiny_model(recipe, torch.float16)
         tokens, documents, mask = tiny_rows(recipe, 2)
         targets = shifted_targets(tokens, documents, recipe.heads.num_offsets, mask)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mtp_lightning.decode.state import Session, prefill
+from mtp_lightning.decode.state import DecodeState, prefill
 from mtp_lightning.evaluation.marginal import BRANCH_TOKENS, laws_ahead
 from tests.decode.oracles import full_logits, model_of
 
@@ -16,7 +16,7 @@ V = 13
 
 def begun(kind):
     model = model_of(kind)
-    session = Session(model, [PREFIX], most_drafts=0, room=2 * BRANCH_TOKENS, seed=0)
+    session = DecodeState(model, [PREFIX], max_drafts=0, remaining=2 * BRANCH_TOKENS, seed=0)
     prefill(session)
     session.tokens[0, len(PREFIX)] = COMMITTED
     session.note_progress()

@@ -7,7 +7,7 @@ own, as `mtp bench memory` does. The two agree, which is what makes resident mem
 import pytest
 
 from mtp_lightning.bench.training.memory import run_probe
-from mtp_lightning.planner.variants import with_offsets, with_schedule
+from mtp_lightning.planner.variants import with_backward_order, with_offsets
 from mtp_lightning.recipe.schema.root import Recipe
 from tests.support.live_tensors import count_schedule
 
@@ -26,7 +26,7 @@ OBJECTIVES = {
     "smooth": {"label_smoothing": 0.1, "z_loss": 1e-4},
     "balanced": {"balance": "rms"},
     "ordered": {"token_order": {"window_tokens": 64}},
-    "recomputed": {"checkpoint_trunk": True, "checkpoint_heads": True},
+    "recomputed": {"memory": {"recompute_trunk": True, "recompute_heads": True}},
 }
 MOST_GROWTH = 1.15
 WORKSPACE_BYTES = 12 * 2**20  # what libraries may take beside the tensors, or have taken before
@@ -34,13 +34,15 @@ WORKSPACE_BYTES = 12 * 2**20  # what libraries may take beside the tensors, or h
 
 def full_recipe(heads, objective=None, precision="fp32"):
     """The shape that the claim is made for."""
+    objective = dict(objective or {})
     return Recipe.model_validate(
         {
-            "model": {"width": 256, "num_layers": 10, "vocabulary": 32_000},
+            "model": {"hidden_size": 256, "num_hidden_layers": 10, "vocab_size": 32_000},
             "heads": heads | {"num_offsets": 8},
-            "objective": objective or {},
-            "data": {"window_tokens": 2048},
-            "batch": {"rows": 1, "micro_rows": 1},
+            "memory": objective.pop("memory", {}),
+            "objective": objective,
+            "data": {"seq_len": 2048},
+            "batch": {"global_batch_size": 1, "micro_batch_size": 1},
             "run": {"precision": precision, "threads": 1, "device": "cpu"},
         }
     )
@@ -50,11 +52,11 @@ def small_recipe():
     """A shape that is measured in seconds and shows the same."""
     return Recipe.model_validate(
         {
-            "model": {"width": 64, "num_layers": 10, "num_attention_heads": 4, "vocabulary": 8000},
+            "model": {"hidden_size": 64, "num_hidden_layers": 10, "num_attention_heads": 4, "vocab_size": 8000},
             "heads": {"num_offsets": 8},
             "objective": {"chunk_mib": 4.0},
-            "data": {"window_tokens": 1024},
-            "batch": {"rows": 1, "micro_rows": 1},
+            "data": {"seq_len": 1024},
+            "batch": {"global_batch_size": 1, "micro_batch_size": 1},
             "run": {"threads": 1, "device": "cpu"},
         }
     )
@@ -73,16 +75,16 @@ def measured_peak(recipe):
 
 def allowed_growth(kind, recipe):
     """Chained kinds may add the hidden states of their offsets."""
-    hidden_bytes = 4 * recipe.data.window_tokens * recipe.model.width
+    hidden_bytes = 4 * recipe.data.seq_len * recipe.model.hidden_size
     return recipe.heads.num_offsets * hidden_bytes if kind in CHAINED else 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_joint_holds_positions_by_vocabulary(kind):
     recipe = full_recipe(KINDS[kind])
-    positions_by_vocabulary = recipe.data.window_tokens * recipe.model.vocabulary
+    positions_by_vocabulary = recipe.data.seq_len * recipe.model.vocab_size
     largest = {
-        schedule: count_schedule(with_schedule(recipe, schedule))[0].largest_numel
+        schedule: count_schedule(with_backward_order(recipe, schedule))[0].largest_numel
         for schedule in ("sequential", "bridged", "joint")
     }
     assert largest["joint"] == positions_by_vocabulary
@@ -93,9 +95,9 @@ def test_only_joint_holds_positions_by_vocabulary(kind):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_no_objective_holds_positions_by_vocabulary(objective, precision, schedule):
-    recipe = with_schedule(full_recipe({}, OBJECTIVES[objective], precision), schedule)
+    recipe = with_backward_order(full_recipe({}, OBJECTIVES[objective], precision), schedule)
     largest = count_schedule(recipe)[0].largest_numel
-    assert largest <= recipe.data.window_tokens * recipe.model.vocabulary / 4
+    assert largest <= recipe.data.seq_len * recipe.model.vocab_size / 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,18 +109,18 @@ def test_counted_peak_does_not_grow_with_offsets(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_counted_peak_stays_far_below_joint(kind):
     recipe = full_recipe(KINDS[kind])
-    assert counted_peak(recipe) < counted_peak(with_schedule(recipe, "joint")) / 3
+    assert counted_peak(recipe) < counted_peak(with_backward_order(recipe, "joint")) / 3
 
 
 def test_measured_peak_is_the_counted_one_and_does_not_grow():
     recipe = small_recipe()
     one = measured_peak(with_offsets(recipe, 1))
     sequential = measured_peak(recipe)
-    joint = measured_peak(with_schedule(recipe, "joint"))
+    joint = measured_peak(with_backward_order(recipe, "joint"))
     assert sequential <= MOST_GROWTH * one
     assert sequential < joint / 3
     assert sequential == pytest.approx(counted_peak(recipe), abs=WORKSPACE_BYTES)
-    assert joint == pytest.approx(counted_peak(with_schedule(recipe, "joint")), rel=0.05)
+    assert joint == pytest.approx(counted_peak(with_backward_order(recipe, "joint")), rel=0.05)
 
 
 @pytest.mark.slow
@@ -133,4 +135,4 @@ def test_measured_peak_at_the_full_shape(kind):
 @pytest.mark.slow
 def test_measured_peak_stays_far_below_joint_at_the_full_shape():
     recipe = full_recipe({})
-    assert measured_peak(recipe) < measured_peak(with_schedule(recipe, "joint")) / 3
+    assert measured_peak(recipe) < measured_peak(with_backward_order(recipe, "joint")) / 3

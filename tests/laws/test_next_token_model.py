@@ -22,7 +22,7 @@ def plain_next_token_loss(model, tokens, documents, targets):
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 @pytest.mark.parametrize("schedule", ["sequential", "bridged", "joint"])
 def test_one_offset_is_a_next_token_model(kind, schedule):
-    recipe = tiny_recipe(heads=HEAD_KINDS[kind] | {"num_offsets": 1}, objective={"schedule": schedule})
+    recipe = tiny_recipe(heads=HEAD_KINDS[kind] | {"num_offsets": 1}, objective={"backward_order": schedule})
     model = tiny_model(recipe)
     tokens, documents, mask = tiny_rows(recipe, 2)
     losses, gradients = gradients_of(model, recipe, (tokens, documents, mask))
@@ -30,7 +30,7 @@ def test_one_offset_is_a_next_token_model(kind, schedule):
     model.zero_grad()
     expected = plain_next_token_loss(model, tokens, documents, targets)
     expected.backward()
-    assert sum(isinstance(module, Layer) for module in model.modules()) == recipe.model.num_layers
+    assert sum(isinstance(module, Layer) for module in model.modules()) == recipe.model.num_hidden_layers
     assert relative_error(losses[0].nll_sums[0] / (targets != IGNORE).sum(), expected) < 1e-12
     for name, parameter in model.named_parameters():
         assert relative_error(gradients[name], parameter.grad) < 1e-10, name
@@ -41,8 +41,8 @@ def test_one_offset_is_a_next_token_model(kind, schedule):
 @pytest.mark.parametrize("removed_by", ["weight", "isolation"])
 def test_heads_without_say_change_no_trunk_gradient(kind, schedule, removed_by):
     def trunk_gradients(weights, *, isolated):
-        heads = HEAD_KINDS[kind] | {"isolate_trunk": isolated}
-        recipe = tiny_recipe(heads=heads, objective={"schedule": schedule})
+        heads = HEAD_KINDS[kind] | {"detach_trunk": isolated}
+        recipe = tiny_recipe(heads=heads, objective={"backward_order": schedule})
         _, gradients = gradients_of(tiny_model(recipe), recipe, tiny_rows(recipe, 2), weights)
         return {name: gradient for name, gradient in gradients.items() if name.startswith("trunk.")}
 

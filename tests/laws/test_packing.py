@@ -9,7 +9,7 @@ from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_a_packed_document_is_computed_as_if_alone(kind):
-    recipe = tiny_recipe(heads=HEAD_KINDS[kind], data={"attention": "document", "window_tokens": 12})
+    recipe = tiny_recipe(heads=HEAD_KINDS[kind], data={"document_mask": True, "seq_len": 12})
     model = tiny_model(recipe)
     n = recipe.heads.num_offsets
     tokens = torch.randint(13, (1, 12 + n), generator=torch.Generator().manual_seed(3))
@@ -18,7 +18,7 @@ def test_a_packed_document_is_computed_as_if_alone(kind):
     alone = model.hidden_states(tokens[:, 5:], documents[:, 5:])
     for offset in packed:
         torch.testing.assert_close(packed[offset][:, 5:], alone[offset], rtol=1e-10, atol=1e-12)
-    window = tiny_model(recipe.model_copy(update={"data": recipe.data.model_copy(update={"attention": "window"})}))
+    window = tiny_model(recipe.model_copy(update={"data": recipe.data.model_copy(update={"document_mask": False})}))
     difference = (window.hidden_states(tokens, documents)[1][:, 5:] - alone[1]).abs().max()
     assert difference > 1e-3
 
@@ -33,7 +33,7 @@ def test_no_state_looks_ahead(kind):
     """Changing the token at t+k and beyond never changes the state from which offset k is predicted at t."""
     recipe = tiny_recipe(heads=HEAD_KINDS[kind])
     model = tiny_model(recipe)
-    n, T = recipe.heads.num_offsets, recipe.data.window_tokens
+    n, T = recipe.heads.num_offsets, recipe.data.seq_len
     tokens = torch.randint(13, (1, T + n), generator=torch.Generator().manual_seed(4))
     documents = torch.zeros_like(tokens)
     before = model.hidden_states(tokens, documents)

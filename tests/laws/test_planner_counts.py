@@ -19,8 +19,8 @@ MODELS = {
     "plain": {},
     "neox": NEOX,
     "biased": {"qkv_bias": True, "qk_norm": True},
-    "tied": {"tie_embeddings": True},
-    "wide_attention": {"head_width": 10, "num_key_value_heads": 1, "mlp_width": None},
+    "tied": {"tie_word_embeddings": True},
+    "wide_attention": {"head_dim": 10, "num_key_value_heads": 1, "intermediate_size": None},
 }
 
 
@@ -51,13 +51,13 @@ def test_every_recipe(path):
 @pytest.mark.parametrize("num_offsets", [1, 2, 4])
 def test_every_kind(kind, model, num_offsets):
     heads = HEAD_KINDS[kind] | {"num_offsets": num_offsets}
-    assert_counts_match(tiny_recipe(model=MODELS[model] | {"num_layers": 9}, heads=heads))
+    assert_counts_match(tiny_recipe(model=MODELS[model] | {"num_hidden_layers": 9}, heads=heads))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in HEAD_KINDS if kind != "anticausal"])
 @pytest.mark.parametrize("first", [2, 4])
 def test_trainable_parameters_are_those_left_by_freezing(kind, first):
-    recipe = tiny_recipe(model={"num_layers": 9}, heads=HEAD_KINDS[kind] | {"trainable_from": first})
+    recipe = tiny_recipe(model={"num_hidden_layers": 9}, heads=HEAD_KINDS[kind], freeze=[f"offsets_below_{first}"])
     with torch.device("meta"):
         model = MtpModel(recipe)
     freeze_before(model, first)
@@ -67,15 +67,15 @@ def test_trainable_parameters_are_those_left_by_freezing(kind, first):
 
 
 ADAPTATIONS = {
-    "updates": ({"lora": {"rank": 3}}, {}),
+    "updates": ({"lora": {"rank": 3}}, []),
     "updates_everywhere": (
-        {"lora": {"targets": ["q", "k", "v", "o", "gate", "up", "down"], "in_heads": True}, "frozen": ["heads"]},
-        {},
+        {"lora": {"targets": ["q", "k", "v", "o", "gate", "up", "down"], "in_heads": True}},
+        ["heads"],
     ),
-    "updates_beside_frozen_heads": ({"lora": {}}, {"trainable_from": 2}),
-    "mixtures": ({"weighted_states": {}}, {}),
-    "mixtures_of_a_frozen_model": ({"weighted_states": {}, "frozen": ["trunk", "unembedding", "heads"]}, {}),
-    "updates_as_they_are": ({"lora": {}, "frozen": ["lora"]}, {}),
+    "updates_beside_frozen_heads": ({"lora": {}}, ["offsets_below_2"]),
+    "mixtures": ({"layer_mix": {}}, []),
+    "mixtures_of_a_frozen_model": ({"layer_mix": {}}, ["trunk", "unembedding", "heads"]),
+    "updates_as_they_are": ({"lora": {}}, ["lora"]),
 }
 
 
@@ -83,12 +83,14 @@ ADAPTATIONS = {
 @pytest.mark.parametrize("model", ["neox", "tied"])
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 def test_adapted_models(kind, model, adaptation):
-    adapt, heads = ADAPTATIONS[adaptation]
+    adapt, frozen = ADAPTATIONS[adaptation]
     if ((model == "neox" or kind.startswith(("linear", "medusa"))) and adaptation == "updates_everywhere") or (
-        (model, kind[-10:]) == ("tied", "replicated") or (kind == "anticausal" and "trainable_from" in heads)
+        (model, kind[-10:]) == ("tied", "replicated") or (kind == "anticausal" and "offsets_below_2" in frozen)
     ):
         return
-    recipe = tiny_recipe(model=MODELS[model] | {"num_layers": 9}, heads=HEAD_KINDS[kind] | heads, adapt=adapt)
+    recipe = tiny_recipe(
+        model=MODELS[model] | {"num_hidden_layers": 9}, heads=HEAD_KINDS[kind], adapt=adapt, freeze=frozen
+    )
     assert_counts_match(recipe)
     with torch.device("meta"):
         built = MtpModel(recipe)
@@ -106,13 +108,13 @@ def test_token_order_matrix():
 @pytest.mark.parametrize("adapt", [{}, {"lora": {"rank": 3, "targets": ["q", "v", "o", "up", "down"]}}])
 def test_products_forward_are_those_of_the_model(kind, model, adapt):
     """Compare with the matrix products that the model really computes."""
-    recipe = tiny_recipe(model=MODELS[model] | {"num_layers": 9}, heads=HEAD_KINDS[kind], adapt=adapt)
+    recipe = tiny_recipe(model=MODELS[model] | {"num_hidden_layers": 9}, heads=HEAD_KINDS[kind], adapt=adapt)
     model = build_model(recipe)
-    length = recipe.data.window_tokens + recipe.heads.num_offsets
+    length = recipe.data.seq_len + recipe.heads.num_offsets
     tokens = torch.zeros(2, length, dtype=torch.long)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for offset, hidden in model.hidden_states(tokens, tokens).items():
             model.unembedding.logits(offset, hidden)
     by_kind = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     products = sum(flops for op, flops in by_kind.items() if "mm" in op)
-    assert products == 2 * passes_of(recipe).all.forward * 2 * recipe.data.window_tokens
+    assert products == 2 * passes_of(recipe).all.forward * 2 * recipe.data.seq_len

@@ -9,8 +9,8 @@ from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_mo
 
 
 def step(schedule, kind, *, chunk_rows=7, order=slice(None), autocast=True, compiled=False):
-    objective = {"schedule": schedule, "chunk_mib": chunk_rows * 13 * 8 / 2**20}
-    recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective=objective, data={"window_tokens": 24})
+    objective = {"backward_order": schedule, "chunk_mib": chunk_rows * 13 * 8 / 2**20}
+    recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective=objective, data={"seq_len": 24})
     model = tiny_model(recipe, torch.float32)
     if compiled:
         model.compile_layers()

@@ -8,7 +8,7 @@ import pytest
 from tests.support.runs import ROOT, figures, last_step, mtp, mtp_killed
 
 STEPS = 120
-RUN = (f"run.steps={STEPS}", "run.checkpoint_every_steps=7", "run.validate_every_steps=20", "run.log_every_steps=3")
+RUN = (f"run.steps={STEPS}", "checkpoint.every_steps=7", "run.validate_every_steps=20", "logging.every_steps=3")
 
 
 def train(cwd, name, *extra):

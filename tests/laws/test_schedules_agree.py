@@ -11,7 +11,7 @@ OBJECTIVES = {
     "smooth": {"label_smoothing": 0.1, "z_loss": 0.01},
     "balanced": {"balance": "rms"},
     "ordered": {"token_order": {"weight": 0.7, "window_tokens": 6}},
-    "recomputed": {"checkpoint_trunk": True, "checkpoint_heads": True},
+    "recomputed": {"memory": {"recompute_trunk": True, "recompute_heads": True}},
 }
 
 
@@ -20,14 +20,17 @@ def assert_same_step(
 ):
     """Run both lean schedules against the joint oracle."""
     chunk_mib = chunk_rows * 13 * 8 / 2**20
+    memory = objective.get("memory", {})
+    objective = {name: value for name, value in objective.items() if name != "memory"}
     results = {}
     for schedule in ("joint", "sequential", "bridged"):
         recipe = tiny_recipe(
             heads=heads,
-            objective={"schedule": schedule, "chunk_mib": chunk_mib} | objective,
-            data={"attention": attention},
+            objective={"backward_order": schedule, "chunk_mib": chunk_mib} | objective,
+            memory=memory,
+            data={"document_mask": attention == "document"},
             model=model or {},
-            batch={"rows": 2 * accumulation, "micro_rows": 2},
+            batch={"global_batch_size": 2 * accumulation, "micro_batch_size": 2},
         )
         tokens, documents, mask = tiny_rows(recipe, 2 * accumulation)
         rows = (tokens, documents, mask if masked else None)
@@ -60,7 +63,7 @@ def test_every_chunk_size_mask_and_accumulation(kind, accumulation, chunk_rows, 
 
 @pytest.mark.parametrize("kind", [kind for kind in HEAD_KINDS if kind != "anticausal"])
 def test_isolated_trunk(kind):
-    assert_same_step(HEAD_KINDS[kind] | {"isolate_trunk": True}, {})
+    assert_same_step(HEAD_KINDS[kind] | {"detach_trunk": True}, {})
 
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
@@ -70,7 +73,7 @@ def test_offset_weights(kind, weights):
 
 
 def test_tied_biased_normed_model():
-    model = {"tie_embeddings": True, "qkv_bias": True, "qk_norm": True}
+    model = {"tie_word_embeddings": True, "qkv_bias": True, "qk_norm": True}
     assert_same_step(HEAD_KINDS["sequential"], {}, model=model)
 
 

@@ -7,7 +7,7 @@ from mtp_lightning.model.mtp_model import build_model
 from mtp_lightning.recipe import Recipe, check_rules
 from tests.support.tiny import HEAD_KINDS, gradients_of, tiny_model, tiny_recipe, tiny_rows
 
-MIXED = {"weighted_states": {}}
+MIXED = {"layer_mix": {}}
 
 
 def layer_outputs(model, tokens, documents):
@@ -24,18 +24,18 @@ def layer_outputs(model, tokens, documents):
 
 @pytest.fixture
 def mixed():
-    recipe = tiny_recipe(model={"num_layers": 9}, adapt=MIXED)
+    recipe = tiny_recipe(model={"num_hidden_layers": 9}, adapt=MIXED)
     tokens, documents, _ = tiny_rows(recipe, 2)
     return tiny_model(recipe), tokens, documents
 
 
 def test_mixtures_start_as_the_mean_of_the_layers():
-    recipe = tiny_recipe(model={"num_layers": 9}, adapt=MIXED)
+    recipe = tiny_recipe(model={"num_hidden_layers": 9}, adapt=MIXED)
     model = build_model(recipe).double()
     tokens, documents, _ = tiny_rows(recipe, 2)
     outputs, states = layer_outputs(model, tokens, documents)
     assert {*states} == {0, -1, -2, -3, -4}
-    assert torch.equal(model.mixtures["1"].weight.float(), torch.full((5,), 0.1))
+    assert torch.equal(model.layer_mix["1"].weight.float(), torch.full((5,), 0.1))
     for offset in range(1, 5):
         torch.testing.assert_close(states[-offset], outputs.mean(0), rtol=1e-13, atol=1e-14)
 
@@ -44,7 +44,7 @@ def test_mixtures_start_as_the_mean_of_the_layers():
 def test_a_one_hot_mixture_is_that_layer(mixed, layer):
     model, tokens, documents = mixed
     with torch.no_grad():
-        model.mixtures["2"].weight.zero_()[layer] = 100.0
+        model.layer_mix["2"].weight.zero_()[layer] = 100.0
     outputs, states = layer_outputs(model, tokens, documents)
     assert torch.equal(states[-2], outputs[layer])
     assert torch.equal(states[0], outputs[-1])
@@ -54,7 +54,7 @@ def test_any_mixture_is_the_softmax_of_its_weights(mixed):
     model, tokens, documents = mixed
     outputs, states = layer_outputs(model, tokens, documents)
     for offset in range(1, 5):
-        shares = torch.softmax(model.mixtures[str(offset)].weight / 0.1, 0)
+        shares = torch.softmax(model.layer_mix[str(offset)].weight / 0.1, 0)
         assert shares.std() > 0.01
         torch.testing.assert_close(states[-offset], torch.einsum("l,lbtd->btd", shares, outputs))
 
@@ -70,8 +70,8 @@ def test_each_head_reads_its_own_mixture(mixed):
 
 
 def test_the_main_head_may_keep_the_last_layer():
-    recipe = tiny_recipe(model={"num_layers": 9}, adapt={"weighted_states": {"main_head": False}})
-    plain = tiny_recipe(model={"num_layers": 9})
+    recipe = tiny_recipe(model={"num_hidden_layers": 9}, adapt={"layer_mix": {"main_head": False}})
+    plain = tiny_recipe(model={"num_hidden_layers": 9})
     tokens, documents, _ = tiny_rows(recipe, 2)
     own, other = (build_model(r).hidden_states(tokens, documents) for r in (recipe, plain))
     assert torch.equal(own[1], other[1])
@@ -81,7 +81,7 @@ def test_the_main_head_may_keep_the_last_layer():
 def test_gradients_are_those_of_a_stack_of_layers(mixed):
     """The whole stack, mixed by one product, is the definition."""
     model, tokens, documents = mixed
-    weights = [mixture.weight for mixture in model.mixtures.values()]
+    weights = [mixture.weight for mixture in model.layer_mix.values()]
     outputs, states = layer_outputs(model, tokens, documents)
     mixed_states = torch.stack([states[-offset] for offset in range(1, 5)])
     upstream = torch.randn_like(mixed_states)
@@ -110,23 +110,23 @@ def test_a_frozen_trunk_keeps_its_layers_outputs_and_nothing_else(mixed):
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_every_kind_trains_its_mixtures(kind):
-    recipe = tiny_recipe(model={"num_layers": 9}, heads=HEAD_KINDS[kind], adapt=MIXED)
+    recipe = tiny_recipe(model={"num_hidden_layers": 9}, heads=HEAD_KINDS[kind], adapt=MIXED)
     model = tiny_model(recipe)
     readers = {offset for offset in range(1, 5) if model.heads.source(offset) == 0}
-    assert {int(offset) for offset in model.mixtures} == readers
+    assert {int(offset) for offset in model.layer_mix} == readers
     _, gradients = gradients_of(model, recipe, tiny_rows(recipe, 2))
-    assert all(gradients[f"mixtures.{offset}.weight"].abs().max() > 0 for offset in readers)
+    assert all(gradients[f"layer_mix.{offset}.weight"].abs().max() > 0 for offset in readers)
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model": {"num_layers": 5}}, "layers to choose from"),
-        ({"heads": {"isolate_trunk": True}}, "heads.isolate_trunk"),
-        ({"heads": {"trainable_from": 2}}, "a frozen head would read the mean"),
+        ({"model": {"num_hidden_layers": 5}}, "layers to choose from"),
+        ({"heads": {"detach_trunk": True}}, "heads.detach_trunk"),
+        ({"freeze": ["offsets_below_2"]}, "a frozen head would read the mean"),
     ],
 )
 def test_mixtures_that_cannot_be_learnt_are_refused(values, words):
     recipe = Recipe.model_validate({"adapt": MIXED, **values})
-    found = [fault.must_hold for fault in check_rules(recipe)]
+    found = [fault.expected for fault in check_rules(recipe)]
     assert any(words in line for line in found), found

@@ -11,10 +11,16 @@ import pytest
 from tests.support.runs import ROOT, figures, last_step, mtp, mtp_killed
 
 STEPS = 48
-RUN = (f"run.steps={STEPS}", "run.checkpoint_every_steps=6", "run.validate_every_steps=16", "run.log_every_steps=2")
+RUN = (f"run.steps={STEPS}", "checkpoint.every_steps=6", "run.validate_every_steps=16", "logging.every_steps=2")
 ELASTIC_TOLERANCE = 1e-4
 BF16_TOLERANCE = 0.02
-QUICKSTART = ("run.steps=60", "run.log_every_steps=5", "data.window_tokens=64", "batch.rows=16", "batch.micro_rows=4")
+QUICKSTART = (
+    "run.steps=60",
+    "logging.every_steps=5",
+    "data.seq_len=64",
+    "batch.global_batch_size=16",
+    "batch.micro_batch_size=4",
+)
 """Long enough for the loss to fall by a third, short enough for a minute per run."""
 
 
@@ -23,7 +29,7 @@ def train(folder, kind, ranks, *extra):
         "train",
         str(ROOT / "recipes/debug/sequential.yaml"),
         *RUN,
-        "batch.micro_rows=2",
+        "batch.micro_batch_size=2",
         f"run.dir={folder}",
         f"run.cache={folder.parent}/cache",
         f"strategy.kind={kind}",
@@ -141,7 +147,7 @@ def test_killed_runs_go_on_exactly(whole, tmp_path, kind):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])
 def test_killed_while_checkpoints_are_written_in_the_background(whole, tmp_path, kind):
-    folder, often = tmp_path / "killed", ("run.checkpoint_in_background=true", "run.checkpoint_every_steps=2")
+    folder, often = tmp_path / "killed", ("checkpoint.in_background=true", "checkpoint.every_steps=2")
     for seed in range(2):
         killed(folder, kind, 2, *often, seed=10 + seed)
     to_the_end(folder, kind, 2, *often)

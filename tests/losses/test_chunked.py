@@ -11,11 +11,11 @@ from mtp_lightning.losses.scores import CrossEntropy, TokenOrder
 from mtp_lightning.losses.targets import IGNORE
 
 
-def tensors(num_rows=11, width=5, vocabulary=7):
+def tensors(num_rows=11, width=5, vocab_size=7):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_rows, width, generator=generator, dtype=torch.float64, requires_grad=True)
-    matrix = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(vocabulary, (num_rows,), generator=generator)
+    matrix = torch.randn(vocab_size, width, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(vocab_size, (num_rows,), generator=generator)
     targets[::3] = IGNORE
     return hidden, matrix, targets
 

@@ -18,7 +18,7 @@ ALL = ["q", "k", "v", "o", "gate", "up", "down"]
 
 def adapted(lora=None, **sections):
     adapt = {"lora": {"rank": 3, **(lora or {})}} | sections.pop("adapt", {})
-    return tiny_recipe(**({"model": {"num_layers": 9}} | sections), adapt=adapt)
+    return tiny_recipe(**({"model": {"num_hidden_layers": 9}} | sections), adapt=adapt)
 
 
 def trainable(model):
@@ -31,7 +31,7 @@ def test_an_adapted_model_starts_bit_identical(kind, in_heads):
     if in_heads and kind in ("linear", "medusa", "medusa_replicated"):
         return
     recipe = adapted({"targets": ALL, "in_heads": in_heads}, heads=HEAD_KINDS[kind])
-    plain = build_model(tiny_recipe(model={"num_layers": 9}, heads=HEAD_KINDS[kind]))
+    plain = build_model(tiny_recipe(model={"num_hidden_layers": 9}, heads=HEAD_KINDS[kind]))
     model = build_model(recipe)
     tokens, documents, _ = tiny_rows(recipe, 2)
     expected = plain.hidden_states(tokens, documents)
@@ -48,7 +48,7 @@ def test_an_adapted_model_starts_bit_identical(kind, in_heads):
 @pytest.mark.parametrize("model", [{}, NEOX], ids=["plain", "neox"])
 def test_what_is_computed_is_the_merged_weight(model):
     section = LoraSection(rank=3, alpha=5.0)
-    recipe = adapted({"targets": ["q", "v", "down"], "alpha": 5.0}, model={"num_layers": 9} | model)
+    recipe = adapted({"targets": ["q", "v", "down"], "alpha": 5.0}, model={"num_hidden_layers": 9} | model)
     own = tiny_model(recipe)
     plain = build_model(recipe.model_copy(update={"adapt": type(recipe.adapt)()})).double()
     weights = dict(own.named_parameters())
@@ -95,14 +95,14 @@ def test_dropout_falls_on_the_update_alone_and_not_in_evaluation():
     ("values", "parts"),
     [
         ({}, {"lora", "heads", "unembedding"}),
-        ({"adapt": {"frozen": ["unembedding"]}}, {"lora", "heads"}),
-        ({"adapt": {"frozen": ["unembedding", "heads"]}, "lora": {"in_heads": True}}, {"lora"}),
-        ({"adapt": {"frozen": ["lora"]}}, {"heads", "unembedding"}),
-        ({"adapt": {"weighted_states": {}, "frozen": ["heads"]}}, {"lora", "mixtures", "unembedding"}),
+        ({"freeze": ["unembedding"]}, {"lora", "heads"}),
+        ({"freeze": ["unembedding", "heads"], "lora": {"in_heads": True}}, {"lora"}),
+        ({"freeze": ["lora"]}, {"heads", "unembedding"}),
+        ({"adapt": {"layer_mix": {}}, "freeze": ["heads"]}, {"lora", "layer_mix", "unembedding"}),
     ],
 )
 def test_what_is_trained(values, parts):
-    recipe = adapted(values.get("lora"), adapt=values.get("adapt", {}))
+    recipe = adapted(values.get("lora"), adapt=values.get("adapt", {}), freeze=values.get("freeze", []))
     model = MtpModel(recipe)
     freeze(model, recipe)
     named = dict(model.named_parameters())
@@ -111,7 +111,7 @@ def test_what_is_trained(values, parts):
 
 
 def test_with_trained_heads_from_2_on_updates_and_these_heads_are_trained():
-    recipe = adapted(heads={"trainable_from": 2})
+    recipe = adapted(freeze=["offsets_below_2"])
     model = MtpModel(recipe)
     freeze(model, recipe)
     assert {".".join(name.split(".")[:3]) for name in trainable(model) if role_of(name) == "heads"} == {
@@ -123,8 +123,9 @@ def test_with_trained_heads_from_2_on_updates_and_these_heads_are_trained():
 def test_the_frozen_trunk_keeps_nothing_for_a_backward_pass():
     """Heads alone against all: bytes that autograd keeps of the trunk, and of a whole step."""
     kept = {}
-    for name, adapt in {"all": {}, "lora": {"lora": {}}, "heads": {"frozen": ["trunk", "unembedding"]}}.items():
-        recipe = tiny_recipe(model={"num_layers": 9}, adapt=adapt)
+    sections = {"all": {}, "lora": {"adapt": {"lora": {}}}, "heads": {"freeze": ["trunk", "unembedding"]}}
+    for name, changes in sections.items():
+        recipe = tiny_recipe(model={"num_hidden_layers": 9}, **changes)
         model = tiny_model(recipe)
         freeze(model, recipe)
         tokens, documents, _ = tiny_rows(recipe, 2)
@@ -137,7 +138,7 @@ def test_the_frozen_trunk_keeps_nothing_for_a_backward_pass():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            states = model.trunk_states(embedded[:, : recipe.data.window_tokens], geometry)
+            states = model.trunk_states(embedded[:, : recipe.data.seq_len], geometry)
         kept[name] = sum(sizes.values())
         assert states[0].requires_grad == (name != "heads")
     assert kept["heads"] == 0 < kept["lora"] < kept["all"]
@@ -145,7 +146,7 @@ def test_the_frozen_trunk_keeps_nothing_for_a_backward_pass():
 
 @pytest.mark.parametrize("schedule", ["joint", "sequential", "bridged"])
 def test_frozen_parts_get_no_gradient(schedule):
-    recipe = adapted(adapt={"frozen": ["unembedding"]}, objective={"schedule": schedule})
+    recipe = adapted(freeze=["unembedding"], objective={"backward_order": schedule})
     model = tiny_model(recipe)
     freeze(model, recipe)
     _, gradients = gradients_of(model, recipe, tiny_rows(recipe, 2))
@@ -162,8 +163,8 @@ def test_frozen_parts_get_no_gradient(schedule):
         (["adapt.lora.rank=0"], ">= 1"),
         (["adapt.lora.dropout=1"], "< 1"),
         (["adapt.lora.in_heads=true", "heads.kind=medusa"], "must be false where heads hold no transformer layers"),
-        (["adapt.frozen=[trunk, heads, unembedding]"], "must leave something that is trained"),
-        (["adapt.frozen=[heads]", "heads.trainable_from=2"], "must leave something that is trained"),
+        (["freeze=[trunk, heads, unembedding]"], "must leave something that is trained"),
+        (["freeze=[heads, offsets_below_2]"], "must leave something that is trained"),
     ],
 )
 def test_updates_that_cannot_be_are_refused(overrides, words, tmp_path):
@@ -171,6 +172,6 @@ def test_updates_that_cannot_be_are_refused(overrides, words, tmp_path):
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "recipe.yaml", overrides)
     (fault,) = caught.value.faults
-    assert words in f"{fault.must_hold}", fault
+    assert words in f"{fault.expected}", fault
     assert fault.found
-    assert fault.remedy
+    assert fault.hint

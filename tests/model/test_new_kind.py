@@ -12,7 +12,9 @@ class GatedHeads(Heads):
 
     def __init__(self, model, heads, *, recompute):
         super().__init__(heads)
-        self.gates = nn.ModuleList(nn.Linear(model.width, model.width) for _ in range(heads.num_offsets - 1))
+        self.gates = nn.ModuleList(
+            nn.Linear(model.hidden_size, model.hidden_size) for _ in range(heads.num_offsets - 1)
+        )
 
     def source(self, offset):
         return TRUNK
@@ -29,7 +31,7 @@ def test_schedules_run_a_new_kind_unchanged(monkeypatch, schedule):
     monkeypatch.setitem(KINDS, "linear", GatedHeads)  # takes no layers from the trunk, like linear heads
     gradients = {}
     for name in ("joint", schedule):
-        recipe = tiny_recipe(heads={"kind": "linear"}, objective={"schedule": name})
+        recipe = tiny_recipe(heads={"kind": "linear"}, objective={"backward_order": name})
         _, gradients[name] = gradients_of(tiny_model(recipe), recipe, tiny_rows(recipe, 2))
     assert "heads.gates.2.bias" in gradients["joint"]
     for name, expected in gradients["joint"].items():

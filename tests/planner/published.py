@@ -35,8 +35,8 @@ class Run:
     num_parameters: int
     gpu: str
     num_gpus: int
-    window_tokens: int
-    micro_rows: int
+    seq_len: int
+    micro_batch_size: int
     num_micro_batches: int
     recomputes: bool
     tokens_per_s: float  # per GPU
@@ -45,20 +45,20 @@ class Run:
     def shape(self) -> Shape:
         """The model."""
         width, num_layers = WIDTHS_AND_LAYERS[self.model]
-        return mpt(width, num_layers, self.window_tokens, self.num_parameters)
+        return mpt(width, num_layers, self.seq_len, self.num_parameters)
 
     @property
     def layout(self) -> Layout:
         """The step."""
         return Layout(
             num_gpus=self.num_gpus,
-            micro_rows=self.micro_rows,
+            micro_batch_size=self.micro_batch_size,
             num_micro_batches=self.num_micro_batches,
             recomputes_trunk=self.recomputes,
             bucket_entries=0,
             live_entries=0,
             gradient_bytes=BF16,
-            chunk_bytes=4 * self.micro_rows * self.window_tokens * VOCABULARY,
+            chunk_bytes=4 * self.micro_batch_size * self.seq_len * VOCABULARY,
         )
 
 
@@ -67,7 +67,7 @@ def trained(entries: int, num_layers: int = 0) -> Work:
     return Work(forward=entries, inputs=entries, weights=entries, layers=num_layers, layers_back=num_layers)
 
 
-def mpt(width: int, num_layers: int, window_tokens: int, num_parameters: int) -> Shape:
+def mpt(width: int, num_layers: int, seq_len: int, num_parameters: int) -> Shape:
     """Describe an MPT model."""
     return Shape(
         parameters=ParameterCounts(trunk=num_parameters, heads=0, unembedding=0),
@@ -84,12 +84,12 @@ def mpt(width: int, num_layers: int, window_tokens: int, num_parameters: int) ->
             matrices=12 * width * width,
             query_width=width,
             key_width=width,
-            mlp_width=4 * width,
+            intermediate_size=4 * width,
             is_gated=False,
         ),
         num_trunk_layers=num_layers,
-        vocabulary=VOCABULARY,
-        window_tokens=window_tokens,
+        vocab_size=VOCABULARY,
+        seq_len=seq_len,
     )
 
 

@@ -11,10 +11,15 @@ from mtp_lightning.recipe.schema.root import Recipe
 PAPER_SHAPES = {"1.3B": (2048, 24, 16), "6.7B": (4096, 32, 32), "13B": (5120, 40, 40)}
 
 
-def paper_recipe(size, window_tokens):
+def paper_recipe(size, seq_len):
     width, num_layers, num_heads = PAPER_SHAPES[size]
-    model = {"width": width, "num_layers": num_layers, "num_attention_heads": num_heads, "vocabulary": 32_000}
-    return Recipe.model_validate({"model": model, "data": {"window_tokens": window_tokens}})
+    model = {
+        "hidden_size": width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "vocab_size": 32_000,
+    }
+    return Recipe.model_validate({"model": model, "data": {"seq_len": seq_len}})
 
 
 @pytest.mark.parametrize(("size", "floor"), [("1.3B", 1.15), ("6.7B", 1.06), ("13B", 1.04)])
@@ -49,7 +54,7 @@ def test_published_convention():
 
 
 def test_step_counts_every_row():
-    recipe = Recipe.model_validate({"batch": {"rows": 6, "micro_rows": 2}, "data": {"window_tokens": 32}})
+    recipe = Recipe.model_validate({"batch": {"global_batch_size": 6, "micro_batch_size": 2}, "data": {"seq_len": 32}})
     assert flops_per_step(recipe) == 6 * 32 * flops_per_position(recipe)
 
 

@@ -1,6 +1,7 @@
 """What is frozen costs what torch says: operations of a real step of every kind of adaptation."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,30 +15,31 @@ from mtp_lightning.recipe.schema.root import Recipe
 from tests.support.tiny import HEAD_KINDS, NEOX, tiny_recipe
 
 EVERY_TARGET = ["q", "k", "v", "o", "gate", "up", "down"]
-ADAPTATIONS = {
+ADAPTATIONS: dict[str, dict[str, Any]] = {
     "nothing frozen": {},
-    "trunk": {"adapt": {"frozen": ["trunk"]}},
-    "trunk and unembedding": {"adapt": {"frozen": ["trunk", "unembedding"]}},
-    "unembedding": {"adapt": {"frozen": ["unembedding"]}},
-    "heads": {"adapt": {"frozen": ["heads"]}},
-    "heads and unembedding": {"adapt": {"frozen": ["heads", "unembedding"]}},
-    "all but the unembedding": {"adapt": {"frozen": ["trunk", "heads"]}},
-    "from 2": {"heads": {"trainable_from": 2}},
-    "from 3": {"heads": {"trainable_from": 3}},
+    "trunk": {"freeze": ["trunk"]},
+    "trunk and unembedding": {"freeze": ["trunk", "unembedding"]},
+    "unembedding": {"freeze": ["unembedding"]},
+    "heads": {"freeze": ["heads"]},
+    "heads and unembedding": {"freeze": ["heads", "unembedding"]},
+    "all but the unembedding": {"freeze": ["trunk", "heads"]},
+    "from 2": {"freeze": ["offsets_below_2"]},
+    "from 3": {"freeze": ["offsets_below_3"]},
     "updates": {"adapt": {"lora": {"rank": 3}}},
     "updates of k beside frozen matrices": {
-        "adapt": {"lora": {"rank": 3, "targets": ["k"]}, "frozen": ["unembedding", "heads"]}
+        "adapt": {"lora": {"rank": 3, "targets": ["k"]}},
+        "freeze": ["unembedding", "heads"],
     },
-    "updates of the last": {"adapt": {"lora": {"rank": 3, "targets": ["down"]}, "frozen": ["unembedding"]}},
-    "updates under frozen heads": {"adapt": {"lora": {"rank": 3}}, "heads": {"trainable_from": 3}},
-    "updates everywhere": {"adapt": {"lora": {"targets": EVERY_TARGET, "in_heads": True}, "frozen": ["heads"]}},
-    "updates as they are": {"adapt": {"lora": {"rank": 3}, "frozen": ["lora"]}},
-    "mixtures": {"adapt": {"weighted_states": {}, "frozen": ["trunk", "unembedding", "heads"]}},
-    "isolated trunk": {"heads": {"isolate_trunk": True}},
-    "isolated trunk, frozen heads": {"heads": {"isolate_trunk": True}, "adapt": {"frozen": ["heads"]}},
+    "updates of the last": {"adapt": {"lora": {"rank": 3, "targets": ["down"]}}, "freeze": ["unembedding"]},
+    "updates under frozen heads": {"adapt": {"lora": {"rank": 3}}, "freeze": ["offsets_below_3"]},
+    "updates everywhere": {"adapt": {"lora": {"targets": EVERY_TARGET, "in_heads": True}}, "freeze": ["heads"]},
+    "updates as they are": {"adapt": {"lora": {"rank": 3}}, "freeze": ["lora"]},
+    "mixtures": {"adapt": {"layer_mix": {}}, "freeze": ["trunk", "unembedding", "heads"]},
+    "isolated trunk": {"heads": {"detach_trunk": True}},
+    "isolated trunk, frozen heads": {"heads": {"detach_trunk": True}, "freeze": ["heads"]},
 }
 KINDS = [kind for kind in HEAD_KINDS if kind not in ("parallel_two_layers", "parallel_replicated")]  # as others
-MODELS = {"llama": {}, "neox": NEOX, "tied": {"tie_embeddings": True}}
+MODELS = {"llama": {}, "neox": NEOX, "tied": {"tie_word_embeddings": True}}
 Shape = torch.Size
 
 
@@ -45,10 +47,12 @@ def recipe_of(kind: str, adaptation: str, model: str = "llama", **objective: obj
     """Build a tiny recipe in which nothing is computed twice; None where the rules refuse it, or nothing is trained."""
     sections = ADAPTATIONS[adaptation]
     recipe = tiny_recipe(
-        model=MODELS[model] | {"num_layers": 7},
+        model=MODELS[model] | {"num_hidden_layers": 7},
         heads=HEAD_KINDS[kind] | sections.get("heads", {}),
         adapt=sections.get("adapt", {}),
-        objective={"checkpoint_heads": False} | objective,
+        freeze=sections.get("freeze", []),
+        memory={"recompute_heads": False},
+        objective=objective,
     )
     return recipe if obstacle(recipe) is None else None
 
@@ -86,8 +90,8 @@ def assert_counts(recipe: Recipe | None, schedule: str, more_logits: int = 0) ->
     """Compare a step with the planner's count."""
     if recipe is None:
         return
-    positions = recipe.batch.rows * recipe.data.window_tokens
-    extra = 2 * more_logits * recipe.model.vocabulary * recipe.model.width
+    positions = recipe.batch.global_batch_size * recipe.data.seq_len
+    extra = 2 * more_logits * recipe.model.vocab_size * recipe.model.hidden_size
     by_kind = counted(recipe, schedule)
     assert sum(by_kind.values()) == positions * (flops_per_position(recipe) + extra)
     between = sum(flops for op, flops in by_kind.items() if "attention" in op)
@@ -148,13 +152,13 @@ def assert_teacher_counts(kind: str, adaptation: str, schedule: str, *, detach: 
     recipe = recipe_of(kind, adaptation, distill=distill)
     if recipe is None:
         return
-    window = recipe.data.window_tokens
-    passes, micro_positions = passes_of(recipe), recipe.batch.micro_rows * window
-    planned = recipe.batch.rows * window * (flops_per_position(recipe) + 2 * passes.teacher.entries)
+    window = recipe.data.seq_len
+    passes, micro_positions = passes_of(recipe), recipe.batch.micro_batch_size * window
+    planned = recipe.batch.global_batch_size * window * (flops_per_position(recipe) + 2 * passes.teacher.entries)
     if passes.num_compared:  # the last k-1 rows of a micro-batch have no row of the teacher
         compared = [offset for offset in (2, 4) if offset >= 5 - 2 * passes.num_compared + (passes.num_compared - 1)]
         assert len(compared) == passes.num_compared
-        rows = recipe.batch.rows // recipe.batch.micro_rows * sum(offset - 1 for offset in compared)
+        rows = recipe.batch.global_batch_size // recipe.batch.micro_batch_size * sum(offset - 1 for offset in compared)
         planned -= 2 * rows * passes.teacher.entries // passes.num_compared
     assert micro_positions > 3
     assert sum(counted(recipe, schedule).values()) == planned
@@ -165,6 +169,6 @@ def test_a_frozen_main_head_is_run_where_others_are_compared_with_it() -> None:
     assert alone is not None
     assert compared is not None
     between = sum(flops for op, flops in counted(compared, "sequential").items() if "attention" in op)
-    positions = compared.batch.rows * compared.data.window_tokens
+    positions = compared.batch.global_batch_size * compared.data.seq_len
     assert between == positions * attention_flops_per_position(compared)
     assert attention_flops_per_position(compared) > attention_flops_per_position(alone)

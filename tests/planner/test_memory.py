@@ -26,15 +26,15 @@ NEOX = [
 ]
 
 MEASURED_FROZEN_MIB = {
-    ("adapt.frozen=[trunk,unembedding]",): 249,
-    ("adapt.frozen=[trunk]",): 376,
-    ("adapt.frozen=[unembedding]",): 600,
-    ("heads.trainable_from=2",): 240,
+    ("freeze=[trunk,unembedding]",): 249,
+    ("freeze=[trunk]",): 376,
+    ("freeze=[unembedding]",): 600,
+    ("freeze=[offsets_below_2]",): 240,
     ("adapt.lora={rank: 8}",): 562,
-    ("adapt.lora={rank: 8}", "adapt.frozen=[heads,unembedding]"): 388,
-    ("adapt.weighted_states={}", "adapt.frozen=[trunk,unembedding]"): 269,
-    ("adapt.frozen=[trunk,unembedding]", "objective.schedule=joint"): 2040,
-    ("adapt.lora={rank: 8}", "objective.schedule=joint"): 2305,
+    ("adapt.lora={rank: 8}", "freeze=[heads,unembedding]"): 388,
+    ("adapt.layer_mix={}", "freeze=[trunk,unembedding]"): 269,
+    ("freeze=[trunk,unembedding]", "objective.backward_order=joint"): 2040,
+    ("adapt.lora={rank: 8}", "objective.backward_order=joint"): 2305,
 }
 """The same of four offsets, with this on the command line; nothing frozen: 728 and, joint, 2,473."""
 
@@ -50,7 +50,7 @@ def on(**changes: object) -> Layout:
 @pytest.mark.parametrize("cell", MEASURED_MIB, ids=lambda cell: f"{cell[1]}-{cell[0]}")
 def test_predicted_peak_is_near_the_measured_one(cell: tuple[int, str]) -> None:
     num_offsets, schedule = cell
-    overrides = [f"heads.num_offsets={num_offsets}", f"objective.schedule={schedule}"]
+    overrides = [f"heads.num_offsets={num_offsets}", f"objective.backward_order={schedule}"]
     recipe = load_recipe(ROOT / "recipes/debug/memory.yaml", overrides).recipe
     needed = memory(shape_of(recipe), layout_of(recipe))
     assert (needed.total - needed.overhead) / MIB == pytest.approx(MEASURED_MIB[cell], rel=0.15)
@@ -58,7 +58,7 @@ def test_predicted_peak_is_near_the_measured_one(cell: tuple[int, str]) -> None:
 
 @pytest.mark.parametrize("schedule", MEASURED_NEOX_MIB)
 def test_predicted_peak_of_the_neox_type_is_near_the_measured_one(schedule: str) -> None:
-    overrides = ["heads.num_offsets=1", f"objective.schedule={schedule}", *NEOX]
+    overrides = ["heads.num_offsets=1", f"objective.backward_order={schedule}", *NEOX]
     recipe = load_recipe(ROOT / "recipes/debug/memory.yaml", overrides).recipe
     needed = memory(shape_of(recipe), layout_of(recipe))
     assert (needed.total - needed.overhead) / MIB == pytest.approx(MEASURED_NEOX_MIB[schedule], rel=0.15)
@@ -95,17 +95,17 @@ def test_offload_moves_bytes_to_the_host() -> None:
 
 def test_sequential_keeps_one_head_and_joint_all_logits() -> None:
     sequential, joint = memory(SHAPE, LAYOUT), memory(SHAPE, on(schedule="joint"))
-    positions = LAYOUT.micro_rows * SHAPE.window_tokens
+    positions = LAYOUT.micro_batch_size * SHAPE.seq_len
     assert sequential.logits <= 64 * MIB
-    assert joint.logits >= positions * SHAPE.vocabulary * 4 * 4
+    assert joint.logits >= positions * SHAPE.vocab_size * 4 * 4
     one_head = (joint.head_activations - sequential.head_activations) / 3
     assert sequential.head_activations > one_head > 0
 
 
 def test_a_frozen_trunk_keeps_nothing_and_a_frozen_matrix_has_no_gradient() -> None:
-    recipe = load_recipe(ROOT / "recipes/paper/6.7b_n4.yaml", ["adapt.frozen=[trunk,unembedding]"]).recipe
+    recipe = load_recipe(ROOT / "recipes/paper/6.7b_n4.yaml", ["freeze=[trunk,unembedding]"]).recipe
     frozen, whole = memory(shape_of(recipe), LAYOUT), memory(SHAPE, LAYOUT)
-    positions = LAYOUT.micro_rows * SHAPE.window_tokens
+    positions = LAYOUT.micro_batch_size * SHAPE.seq_len
     at_work = positions * layer_bytes(SHAPE.layer, LAYOUT)
     assert frozen.trunk_activations == max(0, at_work - frozen.head_activations - frozen.logits) < at_work
     assert frozen.unembedding_gradient == 0 < whole.unembedding_gradient
@@ -118,7 +118,7 @@ def test_mixtures_keep_the_states_of_a_frozen_trunk_only() -> None:
     for frozen in ("[]", "[trunk]"):
         plain, mixed = (
             memory(shape_of(load_recipe(ROOT / "recipes/debug/memory.yaml", overrides).recipe), LAYOUT)
-            for overrides in ([f"adapt.frozen={frozen}"], [f"adapt.frozen={frozen}", "adapt.weighted_states={}"])
+            for overrides in ([f"freeze={frozen}"], [f"freeze={frozen}", "adapt.layer_mix={}"])
         )
         assert (mixed.trunk_activations > plain.trunk_activations) == (frozen == "[trunk]")
 
@@ -126,7 +126,10 @@ def test_mixtures_keep_the_states_of_a_frozen_trunk_only() -> None:
 def test_low_rank_updates_leave_inputs_of_frozen_matrices_out() -> None:
     layer, all_seven = SHAPE.layer, ["q", "k", "v", "o", "gate", "up", "down"]
     kept = [layer_bytes(layer, on(stage=3), frozenset(all_seven[:count])) for count in range(8)]
-    one, inner = 2 * layer.width, 2 * layer.mlp_width  # bytes in bf16; q, k and v share one input, gate and up another
+    one, inner = (
+        2 * layer.width,
+        2 * layer.intermediate_size,
+    )  # bytes in bf16; q, k and v share one input, gate and up another
     assert [after - before for before, after in pairwise(kept)] == [one, 0, 0, 0, one, 0, inner]
     assert kept[-1] == layer_bytes(layer, on(stage=3))
 
@@ -143,7 +146,7 @@ def test_checkpointing_keeps_inputs_of_layers_and_works_where_heads_have_been() 
     small = shape_of(load_recipe(ROOT / "recipes/paper/6.7b_n4.yaml", ["heads.kind=medusa"]).recipe)
     for shape in (SHAPE, small):
         kept, recomputed = memory(shape, LAYOUT), memory(shape, on(recomputes_trunk=True))
-        state = LAYOUT.micro_rows * shape.window_tokens * 2 * shape.layer.width
+        state = LAYOUT.micro_batch_size * shape.seq_len * 2 * shape.layer.width
         one_layer = kept.trunk_activations / shape.num_trunk_layers
         then = max(one_layer + BOUNDARY_STATES * state, kept.head_activations + kept.logits)
         working = recomputed.trunk_activations + recomputed.head_activations + recomputed.logits
@@ -160,7 +163,7 @@ def test_recipes_may_set_sizes_of_buffers() -> None:
 
 
 def test_document_attention_pays_for_its_mask() -> None:
-    masked = shape_of(PAPER.model_copy(update={"data": PAPER.data.model_copy(update={"attention": "document"})}))
+    masked = shape_of(PAPER.model_copy(update={"data": PAPER.data.model_copy(update={"document_mask": True})}))
     assert memory(masked, LAYOUT).trunk_activations > memory(SHAPE, LAYOUT).trunk_activations
 
 

@@ -44,11 +44,16 @@ def test_scaling_runs_follow_the_papers_tables(size: str, num_offsets: int) -> N
     width, num_layers, num_heads, num_parameters = WIDTHS[size]
     steps, warmup = STEPS_AND_WARMUP.get(size, (10_850, 1000))
     model, optimizer, heads = recipe.model, recipe.optimizer, recipe.heads
-    assert (model.width, model.num_layers, model.num_attention_heads) == (width, num_layers, num_heads)
-    assert (heads.num_offsets, heads.kind, heads.match_parameters) == (num_offsets, "parallel", True)
+    assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads) == (width, num_layers, num_heads)
+    assert (heads.num_offsets, heads.kind, heads.layers_from_trunk) == (num_offsets, "parallel", True)
     assert (recipe.run.steps, optimizer.warmup_steps) == (steps, warmup)
-    assert (optimizer.lr, optimizer.decay_ratio, optimizer.weight_decay, optimizer.clip_norm) == (3e-4, 0.03, 0.1, 1.0)
-    assert (optimizer.betas, model.vocabulary, recipe.data.window_tokens) == ([0.9, 0.95], 32_000, 4096)
+    assert (optimizer.lr, optimizer.min_lr_ratio, optimizer.weight_decay, optimizer.max_grad_norm) == (
+        3e-4,
+        0.03,
+        0.1,
+        1.0,
+    )
+    assert (optimizer.betas, model.vocab_size, recipe.data.seq_len) == ([0.9, 0.95], 32_000, 4096)
     assert tokens_per_step(recipe) == 8 * 2**20
     assert parameter_counts(recipe).total == pytest.approx(num_parameters, rel=0.06)
 
@@ -56,14 +61,14 @@ def test_scaling_runs_follow_the_papers_tables(size: str, num_offsets: int) -> N
 def test_byte_level_run_follows_the_papers_tables() -> None:
     recipe = recipe_at(FOLDER / "6.7b_bytes_n8.yaml")
     assert (recipe.heads.num_offsets, recipe.heads.unembedding) == (8, "replicated")
-    assert (recipe.data.window_tokens, tokens_per_step(recipe), recipe.run.steps) == (8192, 12 * 2**20, 25_000)
-    assert (recipe.model.width, recipe.model.num_layers, recipe.model.vocabulary) == (4096, 32, 257)
+    assert (recipe.data.seq_len, tokens_per_step(recipe), recipe.run.steps) == (8192, 12 * 2**20, 25_000)
+    assert (recipe.model.hidden_size, recipe.model.num_hidden_layers, recipe.model.vocab_size) == (4096, 32, 257)
 
 
 def test_largest_recipe_is_for_sixteen_nodes() -> None:
     recipe = recipe_at(FOLDER / "13b_n4.yaml")
     assert (recipe.strategy.num_nodes, recipe.strategy.ranks_per_node, recipe.strategy.kind) == (16, 8, "zero3")
-    assert recipe.objective.checkpoint_trunk
+    assert recipe.memory.recompute_trunk
     assert recipe.run.precision == "bf16"
 
 

@@ -17,7 +17,7 @@ TYPES_FITTED = {"H100": ("H100",), "A100-80": ("A100-80", "A100-40")}
 
 def error(run: Run, on: Hardware) -> float:
     """Relative error of the predicted tokens/s per GPU."""
-    predicted = run.layout.rows_per_step * run.window_tokens / step_time(run.shape, run.layout, on).total_s
+    predicted = run.layout.rows_per_step * run.seq_len / step_time(run.shape, run.layout, on).total_s
     return predicted / run.num_gpus / run.tokens_per_s - 1
 
 
@@ -44,12 +44,12 @@ def test_tokens_per_second_of_runs_that_nothing_was_fitted_to() -> None:
 
 
 @pytest.mark.parametrize(
-    "run", RUNS + OTHER_RUNS, ids=lambda run: f"{run.gpu}-{run.model}-{run.num_gpus}-{run.window_tokens}"
+    "run", RUNS + OTHER_RUNS, ids=lambda run: f"{run.gpu}-{run.model}-{run.num_gpus}-{run.seq_len}"
 )
 def test_published_micro_batch_fits(run: Run) -> None:
     limit = hardware(run.gpu).memory_bytes
     assert memory(run.shape, run.layout).total <= limit
-    assert run.micro_rows <= most_micro_rows(run.shape, run.layout, limit)
+    assert run.micro_batch_size <= most_micro_rows(run.shape, run.layout, limit)
 
 
 def test_planner_does_not_say_that_everything_fits() -> None:
@@ -61,7 +61,7 @@ def test_planner_does_not_say_that_everything_fits() -> None:
         for run, layout in zip(by_checkpointing, without, strict=True)
     )
     for run in RUNS:
-        assert most_micro_rows(run.shape, run.layout, hardware(run.gpu).memory_bytes) < 4 * run.micro_rows
+        assert most_micro_rows(run.shape, run.layout, hardware(run.gpu).memory_bytes) < 4 * run.micro_batch_size
 
 
 @pytest.mark.parametrize("fitted", TYPES_FITTED)

@@ -36,11 +36,11 @@ PLANS = {
     "paper-13b-n4-on-8-a100-40": (("paper/13b_n4.yaml",), {"gpu": "A100-40", "num_gpus": 8}),
     "paper-6.7b-bytes-n8-on-b200": (("paper/6.7b_bytes_n8.yaml",), {"gpu": "B200"}),
     "paper-1.3b-joint-offloaded": (
-        ("paper/1.3b_n4.yaml", "objective.schedule=joint", "strategy.offload_optimizer=cpu"),
+        ("paper/1.3b_n4.yaml", "objective.backward_order=joint", "strategy.offload_optimizer=cpu"),
         {"num_gpus": 1},
     ),
-    "paper-6.7b-n4-heads-only": (("paper/6.7b_n4.yaml", "adapt.frozen=[trunk,unembedding]"), {"num_gpus": 8}),
-    "paper-6.7b-n4-updates": (("paper/6.7b_n4.yaml", "adapt.lora={}", "adapt.frozen=[unembedding]"), {"num_gpus": 8}),
+    "paper-6.7b-n4-heads-only": (("paper/6.7b_n4.yaml", "freeze=[trunk,unembedding]"), {"num_gpus": 8}),
+    "paper-6.7b-n4-updates": (("paper/6.7b_n4.yaml", "adapt.lora={}", "freeze=[unembedding]"), {"num_gpus": 8}),
 }
 
 
@@ -72,7 +72,7 @@ def test_plan_survives_json() -> None:
 def test_plan_says_what_is_trained() -> None:
     whole, frozen = (
         build_plan(recipe_at("paper/13b_n4.yaml", *overrides)).as_json()
-        for overrides in ((), ("adapt.frozen=[trunk,unembedding]",))
+        for overrides in ((), ("freeze=[trunk,unembedding]",))
     )
     assert whole["trainable_parameters"] == whole["parameters"]["total"]
     assert frozen["trainable_parameters"] == frozen["parameters"]["heads"]

@@ -19,7 +19,7 @@ SHAPE, LAYOUT, H100 = shape_of(PAPER), layout_of(PAPER), hardware("H100")
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_shape_counts_the_operations_of_its_recipe(kind: str) -> None:
-    recipe = tiny_recipe(model={"num_layers": 9}, heads=HEAD_KINDS[kind])
+    recipe = tiny_recipe(model={"num_hidden_layers": 9}, heads=HEAD_KINDS[kind])
     assert shape_of(recipe).flops_per_position == flops_per_position(recipe)
 
 
@@ -27,7 +27,7 @@ def test_shape_counts_the_operations_of_its_recipe(kind: str) -> None:
 def test_no_prediction_beats_the_peak(name: str) -> None:
     device = hardware(name)
     time = step_time(SHAPE, LAYOUT, device).total_s
-    operations = LAYOUT.rows_per_step * SHAPE.window_tokens * SHAPE.flops_per_position / LAYOUT.num_gpus
+    operations = LAYOUT.rows_per_step * SHAPE.seq_len * SHAPE.flops_per_position / LAYOUT.num_gpus
     assert 0.1 < operations / time / device.peak("bf16") < 0.7
 
 
@@ -39,9 +39,7 @@ def test_checkpointing_costs_less_than_a_third() -> None:
 
 def test_zero_sends_what_its_stages_say() -> None:
     whole = 2 * SHAPE.parameters.total * 127 / 128
-    sent = {
-        stage: list(communication_bytes(SHAPE, replace(LAYOUT, stage=stage)).values()) for stage in (0, 1, 2, 3)
-    }
+    sent = {stage: list(communication_bytes(SHAPE, replace(LAYOUT, stage=stage)).values()) for stage in (0, 1, 2, 3)}
     micro_batches = LAYOUT.num_micro_batches
     assert micro_batches > 1
     assert sent[0] == [0, 0]
@@ -83,7 +81,7 @@ def test_what_is_frozen_is_neither_walked_back_nor_updated_nor_sent(stage: int) 
     """A step of heads on a frozen trunk takes between a third and a half of the whole step; with updates, more."""
     whole, heads, updates = (
         shape_of(load_recipe(ROOT / "recipes/paper/13b_n4.yaml", overrides).recipe)
-        for overrides in ([], ["adapt.frozen=[trunk,unembedding]"], ["adapt.lora={}", "adapt.frozen=[unembedding]"])
+        for overrides in ([], ["freeze=[trunk,unembedding]"], ["adapt.lora={}", "freeze=[unembedding]"])
     )
     layout = replace(LAYOUT, stage=stage, recomputes_trunk=False)
     all_s, heads_s, updates_s = (step_time(shape, layout, H100) for shape in (whole, heads, updates))
@@ -112,7 +110,7 @@ def test_distillation_pays_for_the_scores_of_its_teacher(schedule: str) -> None:
     plain, taught = (step_time(shape, layout, H100) for shape in (SHAPE, distilled))
     assert distilled.flops_per_position == SHAPE.flops_per_position
     operations = 0 if schedule == "joint" else 2 * 3 * SHAPE.matrix
-    positions = layout.num_micro_batches * layout.micro_rows * SHAPE.window_tokens
+    positions = layout.num_micro_batches * layout.micro_batch_size * SHAPE.seq_len
     seconds = positions * operations / (H100.peak("bf16") * H100.product_efficiency)
     assert taught.products_s - plain.products_s == pytest.approx(seconds)
     assert taught.memory_bound_s > plain.memory_bound_s

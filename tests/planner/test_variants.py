@@ -1,7 +1,7 @@
 """Recipes with another number of offsets."""
 
 from mtp_lightning.planner.counts import parameter_counts
-from mtp_lightning.planner.variants import obstacle, with_offsets, with_schedule
+from mtp_lightning.planner.variants import obstacle, with_backward_order, with_offsets
 from mtp_lightning.recipe.schema.root import Recipe
 
 
@@ -18,10 +18,10 @@ def test_matched_parameters_stay():
 def test_obstacle_names_what_is_in_the_way():
     fault = obstacle(with_offsets(Recipe(), 8))
     assert fault is not None
-    assert fault.path == "model.num_layers"
+    assert fault.path == "model.num_hidden_layers"
 
 
 def test_schedule_changes_nothing_else():
-    recipe = with_schedule(Recipe(), "bridged")
-    assert recipe.objective.schedule == "bridged"
+    recipe = with_backward_order(Recipe(), "bridged")
+    assert recipe.objective.backward_order == "bridged"
     assert recipe.model == Recipe().model

@@ -58,6 +58,8 @@ def _scalars(option: Option) -> st.SearchStrategy[Any]:
             allow_nan=False,
             allow_infinity=False,
         )
+    if patterns := [limit.pattern for limit in option.limits if hasattr(limit, "pattern")]:
+        return st.from_regex(patterns[0].replace(r"\d", "[0-9]").rstrip("$"), fullmatch=True)
     return {
         int: st.integers(min_value=low, max_value=high),
         str: st.text(),

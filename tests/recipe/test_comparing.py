@@ -27,7 +27,7 @@ def test_every_field_counts_or_is_named_as_free(path: str) -> None:
 
 @pytest.mark.parametrize("names", [RUN_FIELDS, NOTED.keys()])
 def test_fields_with_a_rule_of_their_own_exist(names: Any) -> None:
-    guarded = Recipe.model_validate({"run": {"guard": {}, "early_stop": {}}})
+    guarded = Recipe.model_validate({"run": {"early_stop": {}}, "health": {"drift": {}}})
     assert set(names) <= leaves(DEFAULT).keys() | leaves(guarded).keys()
 
 
@@ -46,10 +46,10 @@ def test_longer_run_warns_and_shorter_run_is_refused() -> None:
 
 
 def test_another_model_is_refused_and_another_order_of_sums_is_not() -> None:
-    other = changed("batch.micro_rows", 4, changed("model.width", 128))
+    other = changed("batch.micro_batch_size", 4, changed("model.hidden_size", 128))
     assert [(change.path, change.verdict) for change in changed_fields(DEFAULT, other)] == [
-        ("model.width", "refuse"),
-        ("batch.micro_rows", "warn"),
+        ("model.hidden_size", "refuse"),
+        ("batch.micro_batch_size", "warn"),
     ]
 
 

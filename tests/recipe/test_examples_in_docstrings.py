@@ -8,7 +8,7 @@ import pytest
 
 import mtp_lightning.recipe
 
-MODULES = [f"mtp_lightning.recipe.{module.name}" for module in pkgutil.iter_modules(mtp_lightning.recipe.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(mtp_lightning.recipe.__path__, "mtp_lightning.recipe.")]
 
 
 @pytest.mark.parametrize("name", MODULES)

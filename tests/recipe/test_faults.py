@@ -55,9 +55,9 @@ def test_fault_is_in_plain_words_and_complete(case: Case, tmp_path: Path, monkey
     for fault in load_case(case).faults:
         text = "\n".join(fault_lines(fault))
         assert not [word for word in JARGON if word in text]
-        assert fault.must_hold.startswith("must ")
+        assert fault.expected.startswith("must ")
         assert all((fault.found, fault.origin))
-        assert fault.remedy.endswith(".")
+        assert fault.hint.endswith(".")
 
 
 def test_every_recorded_message_belongs_to_a_case() -> None:
@@ -68,8 +68,8 @@ def test_every_recorded_message_belongs_to_a_case() -> None:
 
 def test_every_rule_has_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    met = {fault.must_hold for case in RULE_CASES for fault in load_case(case).faults}
-    assert met == {rule.must_hold for rule in RULES}
+    met = {fault.expected for case in RULE_CASES for fault in load_case(case).faults}
+    assert met == {rule.expected for rule in RULES}
 
 
 def test_defaults_break_no_rule() -> None:

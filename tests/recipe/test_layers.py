@@ -7,7 +7,7 @@ from mtp_lightning.recipe import Recipe, num_head_layers, num_trunk_layers
 
 def recipe_with(**heads: object) -> Recipe:
     """A recipe of twelve layers with these heads."""
-    return Recipe.model_validate({"model": {"num_layers": 12}, "heads": heads})
+    return Recipe.model_validate({"model": {"num_hidden_layers": 12}, "heads": heads})
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_layers_of_trunk_and_heads(
         for recipe in (
             recipe_with(kind=kind, num_offsets=1),
             recipe_with(kind=kind, num_offsets=4),
-            recipe_with(kind=kind, num_offsets=4, match_parameters=False),
+            recipe_with(kind=kind, num_offsets=4, layers_from_trunk=False),
         )
     ]
     assert found == [of_one, of_four, of_four_unmatched]

@@ -33,10 +33,10 @@ def test_defaults_hold_where_nothing_is_written(write: Write) -> None:
 
 
 def test_child_overlays_its_parent_field_by_field(write: Write) -> None:
-    base = "model: {width: 64, num_layers: 6}\ndata: {corpus: [a, b]}\n"
-    child = "extends: base.yaml\nmodel: {width: 32}\ndata: {corpus: [c]}\n"
+    base = "model: {hidden_size: 64, num_hidden_layers: 6}\ndata: {corpus: [a, b]}\n"
+    child = "extends: base.yaml\nmodel: {hidden_size: 32}\ndata: {corpus: [c]}\n"
     recipe = load_recipe(write(base=base, child=child)).recipe
-    assert (recipe.model.width, recipe.model.num_layers, recipe.data.corpus) == (32, 6, ["c"])
+    assert (recipe.model.hidden_size, recipe.model.num_hidden_layers, recipe.data.corpus) == (32, 6, ["c"])
 
 
 def test_parent_may_have_a_parent_in_another_folder(write: Write) -> None:
@@ -77,11 +77,11 @@ def test_overrides_of_one_union_do_not_depend_on_their_order(write: Write) -> No
 
 
 def test_null_takes_back_what_the_parent_set(write: Write) -> None:
-    base = "objective: {token_order: {weight: 2}}\noptimizer: {clip_norm: 2}\n"
+    base = "objective: {token_order: {weight: 2}}\noptimizer: {max_grad_norm: 2}\n"
     child = "extends: base.yaml\nobjective: {token_order: null}\n"
-    recipe = load_recipe(write(base=base, child=child), ["optimizer.clip_norm=null"]).recipe
+    recipe = load_recipe(write(base=base, child=child), ["optimizer.max_grad_norm=null"]).recipe
     assert recipe.objective.token_order is None
-    assert recipe.optimizer.clip_norm is None
+    assert recipe.optimizer.max_grad_norm is None
 
 
 def test_later_override_holds(write: Write) -> None:
@@ -89,29 +89,33 @@ def test_later_override_holds(write: Write) -> None:
 
 
 def test_another_recipe_is_laid_over_before_fields(write: Write) -> None:
-    name = write(
-        own="name: own\nmodel: {width: 64}\nrun: {steps: 5, seed: 3}\n",
-        parent="run: {steps: 7}\nobjective: {weights: {kind: decay}}\n",
-        other="extends: parent.yaml\nname: other\nrun: {validation_rows: 3}\n",
-    ).replace("other", "own").replace("parent", "own")
+    name = (
+        write(
+            own="name: own\nmodel: {hidden_size: 64}\nrun: {steps: 5, seed: 3}\n",
+            parent="run: {steps: 7}\nobjective: {weights: {kind: decay}}\n",
+            other="extends: parent.yaml\nname: other\nrun: {validation_samples: 3}\n",
+        )
+        .replace("other", "own")
+        .replace("parent", "own")
+    )
     other = name.replace("own", "other")
-    loaded = load_recipe(name, ["run.validation_rows=4", other])
+    loaded = load_recipe(name, ["run.validation_samples=4", other])
     recipe = loaded.recipe
-    assert (recipe.name, recipe.model.width) == ("other", 64)
-    assert (recipe.run.steps, recipe.run.seed, recipe.run.validation_rows) == (7, 3, 4)
+    assert (recipe.name, recipe.model.hidden_size) == ("other", 64)
+    assert (recipe.run.steps, recipe.run.seed, recipe.run.validation_samples) == (7, 3, 4)
     assert isinstance(recipe.objective.weights, DecayWeights)
     assert loaded.origins["run.steps"] == f"{other.replace('other', 'parent')}:1"
     with pytest.raises(RecipeError) as caught:
         load_recipe(name, ["nothing.yaml"])
-    assert "must be a recipe" in caught.value.faults[0].must_hold
+    assert "must be a recipe" in caught.value.faults[0].expected
 
 
 def test_overrides_take_lists_and_mappings(write: Write) -> None:
-    overrides = ["data.corpus=[src, docs]", "optimizer.lr_scale={heads: 4}", "model={width: 64}"]
-    recipe = load_recipe(write(a="model: {num_layers: 6}\n"), overrides).recipe
+    overrides = ["data.corpus=[src, docs]", "optimizer.lr_scale={heads: 4}", "model={hidden_size: 64}"]
+    recipe = load_recipe(write(a="model: {num_hidden_layers: 6}\n"), overrides).recipe
     assert recipe.data.corpus == ["src", "docs"]
     assert recipe.optimizer.lr_scale == {"heads": 4.0}
-    assert (recipe.model.width, recipe.model.num_layers) == (64, 6)
+    assert (recipe.model.hidden_size, recipe.model.num_hidden_layers) == (64, 6)
 
 
 def test_whole_numbers_may_be_written_as_floats(write: Write) -> None:
@@ -135,8 +139,8 @@ def test_every_field_has_an_origin(write: Write) -> None:
 
 
 def test_aliases_are_read(write: Write) -> None:
-    recipe = load_recipe(write(a="batch:\n  rows: &rows 32\n  micro_rows: *rows\n")).recipe
-    assert (recipe.batch.rows, recipe.batch.micro_rows) == (32, 32)
+    recipe = load_recipe(write(a="batch:\n  global_batch_size: &rows 32\n  micro_batch_size: *rows\n")).recipe
+    assert (recipe.batch.global_batch_size, recipe.batch.micro_batch_size) == (32, 32)
 
 
 def test_default_union_needs_no_mention(write: Write) -> None:
@@ -145,8 +149,8 @@ def test_default_union_needs_no_mention(write: Write) -> None:
 
 def test_rules_pass_over_fields_in_doubt(write: Write) -> None:
     with pytest.raises(RecipeError) as caught:
-        load_recipe(write(a="heads:\n  num_offsets: 300\n  match_parameters: false\ndata:\n  windw_tokens: 512\n"))
-    assert [fault.path for fault in caught.value.faults] == ["data.windw_tokens"]
+        load_recipe(write(a="heads:\n  num_offsets: 300\n  layers_from_trunk: false\ndata:\n  seq_lne: 512\n"))
+    assert [fault.path for fault in caught.value.faults] == ["data.seq_lne"]
 
 
 WORDS = (

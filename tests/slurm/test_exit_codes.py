@@ -162,7 +162,7 @@ def test_time_limits_are_survived_with_the_signal_and_without(cluster: Cluster, 
 def test_a_dead_rank_does_not_hold_the_others(cluster: Cluster, tmp_path: Path) -> None:
     stand_in = StandIn(tmp_path, "if [[ $SLURM_PROCID == 0 ]]; then exit 1; fi; sleep 100", "exit 0")
     ranks = ("strategy.kind=zero1", "strategy.num_nodes=2", "strategy.ranks_per_node=1")
-    job = cluster.submit(*stand_in.arguments, *ranks, "site.wait_s=3", "data.attention=window")
+    job = cluster.submit(*stand_in.arguments, *ranks, "site.wait_s=3", "data.document_mask=false")
     cluster.until_state(job, "COMPLETED", timeout_s=40)
     assert stand_in.output.count("start on") == 4
 
@@ -171,7 +171,10 @@ def test_a_dead_rank_does_not_hold_the_others(cluster: Cluster, tmp_path: Path) 
     ("arguments", "words"),
     [
         (("site.partition=nowhere",), "invalid partition"),
-        (("strategy.kind=zero1", "strategy.num_nodes=4", "batch.micro_rows=1"), "node configuration is not available"),
+        (
+            ("strategy.kind=zero1", "strategy.num_nodes=4", "batch.micro_batch_size=1"),
+            "node configuration is not available",
+        ),
     ],
 )
 def test_what_slurm_would_refuse_is_known_before(

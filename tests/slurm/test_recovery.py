@@ -62,7 +62,7 @@ def test_whatever_happens_the_weights_are_those_of_an_uninterrupted_run(
     cluster: Cluster, folder: Path, whole: Path
 ) -> None:
     run = folder / "troubled"
-    job = submit(cluster, folder, "troubled", "run.checkpoint_every_steps=5")
+    job = submit(cluster, folder, "troubled", "checkpoint.every_steps=5")
 
     cluster.until(has_done(run, 0, 4))  # a job of higher priority takes the nodes away
     cluster.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")

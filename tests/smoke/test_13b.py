@@ -11,7 +11,7 @@ from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from tests.support.runs import ROOT, mtp
 
 RECIPE = str(ROOT / "recipes/paper/13b_n4.yaml")
-SMALL = ("debug.shrink=true", "strategy.num_nodes=1", "run.dir=run", "run.cache=cache", "run.checkpoint_every_steps=3")
+SMALL = ("debug.shrink=true", "strategy.num_nodes=1", "run.dir=run", "run.cache=cache", "checkpoint.every_steps=3")
 
 
 @pytest.mark.slow
@@ -23,7 +23,11 @@ def test_it_trains_on_four_ranks_goes_on_with_others_and_ends_as_one_file(tmp_pa
     assert (manifest.world_size, manifest.strategy) == (4, "zero3")
     assert {f"model-{k}-of-00004.safetensors" for k in ("00001", "00002", "00003", "00004")} < set(manifest.files)
 
-    same_step = ("strategy.ranks_per_node=2", "batch.rows=16", "run.validation_rows=8")  # shrinking goes by ranks
+    same_step = (
+        "strategy.ranks_per_node=2",
+        "batch.global_batch_size=16",
+        "run.validation_samples=8",
+    )  # shrinking goes by ranks
     second = mtp("train", RECIPE, *SMALL, *same_step, "run.steps=8", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert "Continuing run after step 6 of 8" in second.stdout

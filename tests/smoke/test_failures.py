@@ -12,12 +12,16 @@ RECIPE = str(ROOT / "recipes/debug/parallel.yaml")
 CASES = {
     "a misspelt key": (["train", RECIPE, "optimizer.lrr=1e-3"], 2, ["optimizer.lrr", "optimizer.lr"]),
     "a wrong type": (["train", RECIPE, "run.steps=many"], 2, ["run.steps", "many"]),
-    "two faults at once": (["train", RECIPE, "model.width=x", "run.step=3"], 2, ["model.width", "run.step"]),
+    "two faults at once": (
+        ["train", RECIPE, "model.hidden_size=x", "run.step=3"],
+        2,
+        ["model.hidden_size", "run.step"],
+    ),
     "a missing recipe": (["train", "nowhere.yaml"], 2, ["nowhere.yaml"]),
-    "T <= n": (["train", RECIPE, "data.window_tokens=4"], 2, ["data.window_tokens", "heads.num_offsets"]),
+    "T <= n": (["train", RECIPE, "data.seq_len=4"], 2, ["data.seq_len", "heads.num_offsets"]),
     "a corpus that is not there": (["train", RECIPE, "data.corpus=[nowhere.txt]"], 87, ["nowhere.txt"]),
     "an empty corpus": (["train", RECIPE, "data.corpus=[empty.txt]"], 87, ["at least one document"]),
-    "a vocabulary smaller than a token": (["train", RECIPE, "model.vocabulary=100"], 87, ["model.vocabulary"]),
+    "a vocabulary smaller than a token": (["train", RECIPE, "model.vocab_size=100"], 87, ["model.vocab_size"]),
     "shards that are not there": (["train", RECIPE, "data.shards=nowhere"], 87, ["nowhere"]),
     "no GPU": (["train", RECIPE, "run.device=cuda"], 5, ["run.device=cuda"]),
     "a folder of somebody else": (["train", RECIPE, "run.dir=home"], 4, ["thesis.tex"]),
@@ -57,7 +61,7 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path):
     if mounted.returncode:
         pytest.skip("this machine does not let root mount a file system")
     try:
-        settings = ("run.checkpoint_every_steps=4", "run.log_every_steps=1", f"run.cache={tmp_path}/cache")
+        settings = ("checkpoint.every_steps=4", "logging.every_steps=1", f"run.cache={tmp_path}/cache")
         small = ("train", RECIPE, *settings, f"run.dir={disk}/run")
         assert mtp(*small, "run.steps=8", cwd=tmp_path).returncode == 0
         filler = disk / "filler"

@@ -6,26 +6,27 @@ import pytest
 
 from mtp_lightning.recipe import load_recipe, recipe_to_yaml
 from mtp_lightning.recipe.schema.adapt import AdaptSection
+from mtp_lightning.recipe.schema.root import InitSection
 from mtp_lightning.training.fit import train
 from tests.support.runs import ROOT
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 SHRINK = (
-    "model.width=32",
+    "model.hidden_size=32",
     "model.num_attention_heads=4",
-    "model.mlp_width=32",
+    "model.intermediate_size=32",
     "data.shards=null",
     "data.workers=0",
     "data.corpus=[stdlib:json]",
-    "data.validation_share=0.2",
-    "data.window_tokens=32",
-    "batch.rows=4",
-    "batch.micro_rows=2",
+    "data.validation_fraction=0.2",
+    "data.seq_len=32",
+    "batch.global_batch_size=4",
+    "batch.micro_batch_size=2",
     "optimizer.warmup_steps=1",
-    "run.validation_rows=2",
+    "run.validation_samples=2",
     "run.validate_every_steps=2",
-    "run.checkpoint_every_steps=2",
-    "run.log_every_steps=1",
+    "checkpoint.every_steps=2",
+    "logging.every_steps=1",
     "run.device=cpu",
     "run.threads=1",
     "strategy.kind=single",
@@ -43,22 +44,23 @@ def cache(tmp_path_factory):
 def shrink_further(path):
     """Cut a recipe of full size to bytes, and to the layers that its heads need and one more."""
     recipe = load_recipe(path).recipe
-    if recipe.model.num_layers <= DEEPEST:
+    if recipe.model.num_hidden_layers <= DEEPEST:
         return []
-    return ["model.vocabulary=257", f"model.num_layers={recipe.heads.num_offsets + 1}"]
+    return ["model.vocab_size=257", f"model.num_hidden_layers={recipe.heads.num_offsets + 1}"]
 
 
 def start_overrides(path, overrides, folder):
     """Train the model that a recipe starts from, nothing of it adapted, for a step, where it starts from one."""
     recipe = load_recipe(path, overrides).recipe
-    if recipe.run.start_from is None:
+    if recipe.init.path is None:
         return []
-    bare = {"adapt": AdaptSection(), "heads": recipe.heads.model_copy(update={"trainable_from": None}), "phases": {}}
-    run = recipe.run.model_copy(update={"steps": 1, "start_from": None, "guard": None, "dir": str(folder / "start")})
-    (folder / "start.yaml").write_text(recipe_to_yaml(recipe.model_copy(update={**bare, "run": run})))
+    run = recipe.run.model_copy(update={"steps": 1, "dir": str(folder / "start")})
+    bare = {"adapt": AdaptSection(), "freeze": [], "phases": {}, "init": InitSection(), "run": run}
+    bare["health"] = recipe.health.model_copy(update={"drift": None})
+    (folder / "start.yaml").write_text(recipe_to_yaml(recipe.model_copy(update=bare)))
     if not (folder / "start").exists():
         assert train(load_recipe(folder / "start.yaml", ["objective.balance=none"])) == 0
-    return [f"run.start_from={folder}/start"]
+    return [f"init.path={folder}/start"]
 
 
 def phase_overrides(path, steps):

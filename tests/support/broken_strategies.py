@@ -9,7 +9,7 @@ from mtp_lightning.diagnostics.parity import run_cell
 from mtp_lightning.diagnostics.parity_matrix import STAGES, Cell
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.training.step.gradient_checks import GradientSums
-from mtp_lightning.training.strategies.process_group import joined_ranks
+from mtp_lightning.training.strategies.process_group import process_group
 from mtp_lightning.training.strategies.zero import ZeroStrategy
 
 
@@ -81,7 +81,7 @@ def cells(num_ranks):
 def main(num_ranks):
     chosen, sound = cells(int(num_ranks)), (ZeroStrategy.accumulating, GradientSums.compare)
     found = {}
-    with joined_ranks(chosen[0].recipe):
+    with process_group(chosen[0].recipe):
         for breakage in BREAKAGES:
             breakage()
             found[breakage.__name__] = [(cell, run_cell(cell)) for cell in chosen]

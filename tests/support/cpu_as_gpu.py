@@ -20,12 +20,12 @@ import lightning as L
 from mtp_lightning.diagnostics import parity
 from mtp_lightning.diagnostics.parity import RandomData
 from mtp_lightning.diagnostics.parity_matrix import Cell
-from mtp_lightning.launch.rank_env import find_seat
+from mtp_lightning.launch.rank_env import rank_from_env
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.training.fit import build_trainer
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.strategies import device
-from mtp_lightning.training.strategies.process_group import joined_ranks
+from mtp_lightning.training.strategies.process_group import process_group
 from mtp_lightning.training.strategies.zero import ZeroStrategy
 
 HIGH = 22  # 2^22 times a gradient of about 0.1 is more than fp16 holds
@@ -83,12 +83,12 @@ def main(cells):
     device._check_cpu = lambda recipe: None
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    place = find_seat(os.environ)
+    place = rank_from_env(os.environ)
     base = Cell(
         stage="zero1", ranks=place.num_ranks, schedule="sequential", accumulation=2, heads="parallel",
         unembedding="shared", clips=True,
     )  # fmt: skip
-    with joined_ranks(base.recipe):
+    with process_group(base.recipe):
         outcomes = {}
         for cell in cells.split(","):
             stage, precision, optimizer, parameters = cell.split(":")

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from mtp_lightning.diagnostics.parity import RandomData
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.training.lightning_module import MtpLightningModule
-from mtp_lightning.training.strategies.process_group import joined_ranks
+from mtp_lightning.training.strategies.process_group import process_group
 from mtp_lightning.training.strategies.zero import build_strategy
 from tests.support.tiny import tiny_recipe
 
@@ -48,12 +48,12 @@ class Peak(Callback):
 def main(stage, bucket):
     options = {"reduce_bucket_size": int(bucket), "stage3_param_persistence_threshold": 0}
     recipe = tiny_recipe(
-        model={"width": 32, "mlp_width": 48, "num_layers": 8, "vocabulary": 101},
-        batch={"rows": 8, "micro_rows": 2},
+        model={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "vocab_size": 101},
+        batch={"global_batch_size": 8, "micro_batch_size": 2},
         run={"steps": 1, "device": "cpu", "threads": 1},
         strategy={"kind": stage, "ranks_per_node": 2, "deepspeed": {"zero_optimization": options}},
     )
-    with joined_ranks(recipe):
+    with process_group(recipe):
         peak, module = Peak(), MtpLightningModule(recipe)
         trainer = L.Trainer(
             accelerator="cpu",

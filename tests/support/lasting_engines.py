@@ -17,12 +17,15 @@ import torch
 
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training import fit, lightning_module
-from mtp_lightning.training.strategies.process_group import joined_ranks
+from mtp_lightning.training.strategies.process_group import process_group
 from tests.support.runs import ROOT
 
 RECIPE = """
 extends: {root}/recipes/debug/parallel.yaml
-run: {{validate_every_steps: 4, checkpoint_every_steps: 2, log_every_steps: 1, nonfinite: {{skip_steps: 0}}}}
+run: {{validate_every_steps: 4}}
+checkpoint: {{every_steps: 2}}
+logging: {{every_steps: 1}}
+health: {{nonfinite: {{skip_steps: 0}}}}
 phases:
   a: {{run: {{steps: 4}}}}
   b: {{run: {{steps: 2}}}}
@@ -85,8 +88,8 @@ def main(folder, cells):
     path.write_text(RECIPE.format(root=ROOT))
     seen, outcome = spoil_a_step(), {}
     left = note_fits()
-    with joined_ranks(load_recipe(path, ["strategy.kind=zero1", f"strategy.ranks_per_node={num_ranks}"]).recipe):
-        fit.joined_ranks = lambda recipe: nullcontext()  # DeepSpeed does not survive the end of a process group
+    with process_group(load_recipe(path, ["strategy.kind=zero1", f"strategy.ranks_per_node={num_ranks}"]).recipe):
+        fit.process_group = lambda recipe: nullcontext()  # DeepSpeed does not survive the end of a process group
         for cell in cells.split(","):
             kind, precision = cell.split(":")
             own = (f"strategy.kind={kind}", f"run.precision={precision}", f"run.dir={folder}/{kind}-{precision}")

@@ -55,7 +55,7 @@ def count_schedule(recipe):
 
     The state is what AdamW and the weights take, which are there before the schedule begins; gradients are seen.
     """
-    num_offsets, shape = recipe.heads.num_offsets, (recipe.batch.rows, recipe.data.window_tokens)
+    num_offsets, shape = recipe.heads.num_offsets, (recipe.batch.global_batch_size, recipe.data.seq_len)
     with FakeTensorMode():
         model = MtpModel(recipe)
         tokens = torch.zeros(shape[0], shape[1] + num_offsets, dtype=torch.long)

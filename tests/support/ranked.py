@@ -6,7 +6,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 
-from mtp_lightning.launch.rank_env import free_port, local_seat
+from mtp_lightning.launch.rank_env import free_port, local_rank_info
 from tests.support.runs import ROOT
 
 TIMEOUT_S = 240
@@ -24,7 +24,7 @@ def on_ranks(module: str, num_ranks: int, *arguments: str) -> str:
             subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"} | local_seat(rank, num_ranks, port).environment,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | local_rank_info(rank, num_ranks, port).environment,
                 stdout=files[rank][0],
                 stderr=files[rank][1],
             )

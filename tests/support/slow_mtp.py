@@ -3,7 +3,7 @@
 import time
 
 from mtp_lightning.cli.app import main
-from mtp_lightning.launch.signals import StopRequest, heeding_signals
+from mtp_lightning.launch.signals import StopRequest, stop_on_signals
 
 LONGER_S = 4.0
 
@@ -22,6 +22,6 @@ def slow_down():
 
 
 if __name__ == "__main__":
-    with heeding_signals(StopRequest()):  # as `mtp train` does, before torch is loaded
+    with stop_on_signals(StopRequest()):  # as `mtp train` does, before torch is loaded
         slow_down()
         main()

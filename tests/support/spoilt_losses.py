@@ -12,7 +12,7 @@ import torch
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training import fit, lightning_module
 from mtp_lightning.training.lightning_module import MtpLightningModule
-from mtp_lightning.training.strategies.process_group import joined_ranks
+from mtp_lightning.training.strategies.process_group import process_group
 from tests.support.runs import ROOT
 
 STEP = 3  # counted from 0
@@ -41,8 +41,8 @@ def main(folder, cells, *fields):
     spoil_losses()
     num_ranks = os.environ["WORLD_SIZE"]
     path = ROOT / "recipes/debug/parallel.yaml"
-    with joined_ranks(load_recipe(path, ["strategy.kind=zero1", f"strategy.ranks_per_node={num_ranks}"]).recipe):
-        fit.joined_ranks = lambda recipe: nullcontext()  # DeepSpeed does not survive the end of a process group
+    with process_group(load_recipe(path, ["strategy.kind=zero1", f"strategy.ranks_per_node={num_ranks}"]).recipe):
+        fit.process_group = lambda recipe: nullcontext()  # DeepSpeed does not survive the end of a process group
         for cell in cells.split(","):
             kind, precision = cell.split(":")
             own = (f"strategy.kind={kind}", f"run.precision={precision}", f"run.dir={folder}/{kind}-{precision}")

@@ -1,5 +1,7 @@
 """Tiny models and batches for tests: every head kind, ragged documents, optional loss mask."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from mtp_lightning.training.step.backward_order import MicroBatch, Objective, Of
 
 HEAD_KINDS: dict[str, dict[str, object]] = {
     "parallel": {"kind": "parallel"},
-    "parallel_two_layers": {"kind": "parallel", "layers_per_head": 2, "match_parameters": False},
+    "parallel_two_layers": {"kind": "parallel", "layers_per_head": 2, "layers_from_trunk": False},
     "parallel_replicated": {"kind": "parallel", "unembedding": "replicated"},
     "linear": {"kind": "linear"},
     "causal": {"kind": "chained", "order": "causal"},
@@ -25,8 +27,8 @@ HEAD_KINDS: dict[str, dict[str, object]] = {
 
 NEOX: dict[str, object] = {
     "num_key_value_heads": None,
-    "head_width": 6,
-    "rotary_share": 0.4,
+    "head_dim": 6,
+    "partial_rotary_factor": 0.4,
     "rope_scaling": {"original_positions": 8},
     "norm": "layer",
     "mlp": "gelu",
@@ -38,31 +40,31 @@ NEOX: dict[str, object] = {
 """Everything that a model of the GPT-NeoX type does otherwise, with scaled rotary positions."""
 
 
-def tiny_recipe(**sections: dict[str, object]) -> Recipe:
+def tiny_recipe(**sections: dict[str, object] | list[str]) -> Recipe:
     """A recipe of a few thousand parameters; keyword arguments overlay its sections."""
-    defaults: dict[str, dict[str, object]] = {
+    defaults: dict[str, Any] = {
         "model": {
-            "width": 16,
-            "num_layers": 6,
+            "hidden_size": 16,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "mlp_width": 24,
-            "vocabulary": 13,
-            "init_std": 0.3,
+            "intermediate_size": 24,
+            "vocab_size": 13,
+            "initializer_range": 0.3,
         },
         "heads": {"num_offsets": 4},
-        "data": {"window_tokens": 9},
-        "batch": {"rows": 2, "micro_rows": 2},
+        "data": {"seq_len": 9},
+        "batch": {"global_batch_size": 2, "micro_batch_size": 2},
     }
     for name, values in sections.items():
-        defaults[name] = defaults.get(name, {}) | values
+        defaults[name] = defaults.get(name, {}) | values if isinstance(values, dict) else values
     return Recipe.model_validate(defaults)
 
 
 def tiny_model(recipe: Recipe, dtype: torch.dtype = torch.float64) -> MtpModel:
     """The recipe's model with noise on every parameter, so that nothing is zero or one by construction."""
     model = build_model(recipe).to(dtype)
-    model.tie_embeddings()
+    model.tie_word_embeddings()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -74,8 +76,8 @@ def tiny_model(recipe: Recipe, dtype: torch.dtype = torch.float64) -> MtpModel:
 def tiny_rows(recipe: Recipe, num_rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Random rows: tokens, documents with at least one boundary, and a loss mask; each (R, T+n)."""
     generator = torch.Generator().manual_seed(seed)
-    length = recipe.data.window_tokens + recipe.heads.num_offsets
-    tokens = torch.randint(recipe.model.vocabulary, (num_rows, length), generator=generator)
+    length = recipe.data.seq_len + recipe.heads.num_offsets
+    tokens = torch.randint(recipe.model.vocab_size, (num_rows, length), generator=generator)
     documents = (torch.rand(num_rows, length, generator=generator) < 0.15).cumsum(1)
     mask = torch.rand(num_rows, length, generator=generator) < 0.7
     return tokens, documents, mask
@@ -100,8 +102,8 @@ def gradients_of(
     )
     model.zero_grad()
     losses = []
-    for start in range(0, len(tokens), recipe.batch.micro_rows):
-        part = slice(start, start + recipe.batch.micro_rows)
+    for start in range(0, len(tokens), recipe.batch.micro_batch_size):
+        part = slice(start, start + recipe.batch.micro_batch_size)
         batch = MicroBatch(tokens[part], documents[part], targets[:, part])
         losses.append(run_schedule(model, batch, objective, torch.Tensor.backward))
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

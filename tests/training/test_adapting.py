@@ -19,11 +19,13 @@ from tests.support.runs import ROOT, figures, mtp
 RECIPE = """
 extends: {root}/recipes/debug/parallel.yaml
 heads: {{num_offsets: 2}}
-optimizer: {{warmup_steps: 0, decay_ratio: 1.0}}
-run: {{validate_every_steps: 4, checkpoint_every_steps: 4, log_every_steps: 1, threads: 1, cache: {cache}, steps: 8}}
+optimizer: {{warmup_steps: 0, min_lr_ratio: 1.0}}
+run: {{validate_every_steps: 4, threads: 1, cache: {cache}, steps: 8}}
+checkpoint: {{every_steps: 4}}
+logging: {{every_steps: 1}}
 """
-UPDATED = ("adapt.lora={rank: 2, dropout: 0.2}", "adapt.frozen=[unembedding]")
-ZERO = ("strategy.ranks_per_node=2", "batch.micro_rows=2")
+UPDATED = ("adapt.lora={rank: 2, dropout: 0.2}", "freeze=[unembedding]")
+ZERO = ("strategy.ranks_per_node=2", "batch.micro_batch_size=2")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def run(here, name, *overrides, phases=""):
 
 
 def adapted(here, name, *overrides, phases=""):
-    return run(here, name, f"run.start_from={here / 'base'}", *overrides, phases=phases)
+    return run(here, name, f"init.path={here / 'base'}", *overrides, phases=phases)
 
 
 def weights_of(folder):
@@ -60,7 +62,7 @@ def assert_same(found, expected):
 
 
 def test_updates_begin_fresh_and_by_name_and_what_is_frozen_stays(here, capsys):
-    after = weights_of(adapted(here, "updated", *UPDATED, "run.guard={}"))
+    after = weights_of(adapted(here, "updated", *UPDATED, "health.drift={}"))
     (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("Starting from")]
     assert "fresh: trunk.layers.0.self_attn.q_proj.lora.down, trunk.layers.0.self_attn.q_proj.lora.up" in line
     before = weights_of(here / "base")
@@ -74,7 +76,7 @@ def test_updates_begin_fresh_and_by_name_and_what_is_frozen_stays(here, capsys):
 
 def test_a_run_with_dropout_is_resumed_to_the_bit(here):
     adapted(here, "whole", *UPDATED)
-    adapted(here, "halves", *UPDATED, "run.steps=8", "optimizer.decay_ratio=1.0")
+    adapted(here, "halves", *UPDATED, "run.steps=8", "optimizer.min_lr_ratio=1.0")
     newest = sorted((here / "halves/checkpoints").glob("step-*"))[-1]
     for path in sorted(newest.iterdir()):
         path.unlink()
@@ -86,10 +88,10 @@ def test_a_run_with_dropout_is_resumed_to_the_bit(here):
 def test_phases_from_heads_alone_to_updates(here):
     """Head warm-up, then all at another rate; a third phase goes on with the optimizer of the second."""
     phases = """
-adapt: {frozen: [unembedding]}
+freeze: [unembedding]
 phases:
-  heads: {adapt: {frozen: [trunk, unembedding]}, run: {steps: 4}}
-  joint: {adapt: {lora: {rank: 2}}, optimizer: {lr_scale: {heads: 4, lora: 2}}, run: {steps: 4, guard: {stop_loss: 9}}}
+  heads: {freeze: [trunk, unembedding], run: {steps: 4}}
+  joint: {adapt: {lora: {rank: 2}}, optimizer: {lr_scale: {heads: 4, lora: 2}}, run: {steps: 4}, health: {drift: {stop_loss: 9}}}
   more: {adapt: {lora: {rank: 2}}, optimizer: {lr_scale: {heads: 4, lora: 2}}, keep_optimizer: true, run: {steps: 4}}
 """
     folder = adapted(here, "phases", phases=phases)
@@ -103,8 +105,8 @@ phases:
 
 def test_mixtures_are_learnt_and_decoded_with(here):
     """Law 6 with what a run has learnt: drafts change nothing of the text."""
-    recipe, model = load_model(adapted(here, "mixed", "adapt.weighted_states={temperature: 0.01}", *UPDATED[1:]))
-    learnt = [mixture.weight for mixture in model.mixtures.values()]
+    recipe, model = load_model(adapted(here, "mixed", "adapt.layer_mix={temperature: 0.01}", *UPDATED[1:]))
+    learnt = [mixture.weight for mixture in model.layer_mix.values()]
     assert len(learnt) == 2
     assert all(weight.std() > 1e-4 for weight in learnt)
     prompts = [[100, 101, 102], [104], [32, 32, 105, 110]]
@@ -112,18 +114,16 @@ def test_mixtures_are_learnt_and_decoded_with(here):
     made = generate(model, prompts, max_new_tokens=24, decoder="blockwise")
     assert made.tokens == plain.tokens
     assert made.statistics.num_draft_tokens > 0
-    assert recipe.adapt.weighted_states.temperature == 0.01
+    assert recipe.adapt.layer_mix.temperature == 0.01
 
 
 def test_an_adapted_run_speaks_as_its_export_does(here):
     adapted(here, "spoken", *UPDATED)
     consolidate(here / "spoken", here / "exported")
     prompts = [[100, 101, 102], [104]]
-    own, plain = (
-        generate(load_model(here / name)[1], prompts, max_new_tokens=12) for name in ("spoken", "exported")
-    )
+    own, plain = (generate(load_model(here / name)[1], prompts, max_new_tokens=12) for name in ("spoken", "exported"))
     assert own.tokens == plain.tokens
-    run(here, "again", f"run.start_from={here / 'exported'}", "run.steps=4")
+    run(here, "again", f"init.path={here / 'exported'}", "run.steps=4")
 
 
 @pytest.mark.parametrize(
@@ -139,9 +139,9 @@ def test_other_updates_than_those_of_the_start_are_refused(here, overrides, word
     if not (here / "refused").exists():
         adapted(here, "refused", *UPDATED, "run.steps=4")
     with pytest.raises(CheckpointError) as caught:
-        run(here, "other", f"run.start_from={here / 'refused'}", *overrides)
+        run(here, "other", f"init.path={here / 'refused'}", *overrides)
     assert words in caught.value.found
-    assert "mtp export" in caught.value.remedy
+    assert "mtp export" in caught.value.hint
 
 
 def test_what_is_measured_without_dropout_is_measured_again(here):
@@ -178,9 +178,9 @@ def test_a_frozen_parameter_that_changes_stops_the_run(here, monkeypatch):
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])
 def test_ranks_adapt_as_one_does(here, kind):
     """Without dropout, whose zeros differ between ranks; weights up to the order of sums."""
-    options = ("adapt.lora={rank: 2}", "adapt.frozen=[unembedding]", "adapt.weighted_states={}", "run.steps=4")
+    options = ("adapt.lora={rank: 2}", "freeze=[unembedding]", "adapt.layer_mix={}", "run.steps=4")
     adapted(here, "single", *options) if not (here / "single").exists() else None
-    start = f"run.start_from={here / 'base'}"
+    start = f"init.path={here / 'base'}"
     arguments = [str(here / "recipe.yaml"), f"run.dir={here / kind}", start, *options, f"strategy.kind={kind}", *ZERO]
     done = mtp("train", *arguments, cwd=here)
     assert done.returncode == 0, done.stdout + done.stderr

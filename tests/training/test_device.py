@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtp_lightning.errors import TrainingError
-from mtp_lightning.launch.rank_env import local_seat
+from mtp_lightning.launch.rank_env import local_rank_info
 from mtp_lightning.recipe.schema.root import OptimizerSection, Recipe
 from mtp_lightning.training.step.optimizer import build_optimizer
 from mtp_lightning.training.strategies.device import check_own_device, prepare_device
@@ -60,7 +60,7 @@ def test_a_gpu_may_offload_to_the_host_and_not_to_a_disk_yet(tmp_path):
 )
 def test_every_rank_takes_a_gpu_that_it_sees_and_makes_it_current(gpu, monkeypatch, kind, local_rank, visible, index):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    for name, value in local_seat(local_rank, 8, 10_000).environment.items():
+    for name, value in local_rank_info(local_rank, 8, 10_000).environment.items():
         monkeypatch.setenv(name, value)
     assert prepare_device(recipe(kind=kind)) == torch.device("cuda", index)
     assert gpu == [torch.device("cuda", index)]

@@ -12,14 +12,14 @@ from mtp_lightning.training.health.early_stop import EarlyStop
 from mtp_lightning.training.logging.metrics_table import read_rows
 from tests.support.runs import ROOT
 
-RUN = ("run.steps=40", "run.validate_every_steps=2", "run.checkpoint_every_steps=40", "run.log_every_steps=1")
+RUN = ("run.steps=40", "run.validate_every_steps=2", "checkpoint.every_steps=40", "logging.every_steps=1")
 
 
 class Module:
     """What the callback sees of a module: figures."""
 
     def __init__(self, length, loss):
-        self.metrics = {"val/accepted_length": length, "val/loss_1": loss}
+        self.metrics = {"val/mean_acceptance_length": length, "val/loss_1": loss}
 
 
 class Trainer:

@@ -11,14 +11,14 @@ RECIPE = str(ROOT / "recipes/debug/parallel.yaml")
 STEPS = 24
 FIELDS = (
     "data.shards=sft",
-    "data.window_tokens=256",
-    "batch.rows=2",
-    "batch.micro_rows=2",
+    "data.seq_len=256",
+    "batch.global_batch_size=2",
+    "batch.micro_batch_size=2",
     f"run.steps={STEPS}",
-    "run.log_every_steps=1",
+    "logging.every_steps=1",
     f"run.validate_every_steps={STEPS}",
     "optimizer.warmup_steps=0",
-    "run.validation_rows=2",
+    "run.validation_samples=2",
 )
 
 
@@ -28,7 +28,7 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     lines = [{"prompt": f"{number:04d} " * 400, "completion": "ok"} for number in range(300)]
     (folder / "sft.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = mtp("data", "build", "--out", "sft", "sft.jsonl", "--validation-share", "0.1", cwd=folder)
+    done = mtp("data", "build", "--out", "sft", "sft.jsonl", "--validation-fraction", "0.1", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

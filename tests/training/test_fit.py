@@ -29,7 +29,7 @@ def run(tmp_path, cache, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def start(*overrides, recipe="parallel", folder="run"):
-        defaults = ("run.steps=11", "run.validate_every_steps=5", "run.checkpoint_every_steps=4", "run.threads=1")
+        defaults = ("run.steps=11", "run.validate_every_steps=5", "checkpoint.every_steps=4", "run.threads=1")
         path = ROOT / f"recipes/debug/{recipe}.yaml"
         return train(load_recipe(path, [*defaults, f"run.dir={folder}", f"run.cache={cache}", *overrides]))
 
@@ -37,7 +37,7 @@ def run(tmp_path, cache, monkeypatch):
 
 
 def test_steps_checkpoints_and_validations_fall_where_they_should(run, tmp_path):
-    assert run("run.log_every_steps=2") == 0
+    assert run("logging.every_steps=2") == 0
     rows = figures(tmp_path / "run/metrics.csv")
     assert [int(row["step"]) for row in rows] == [2, 4, 5, 6, 8, 10, 11]
     assert [int(row["step"]) for row in rows if row["val/loss_1"]] == [5, 10, 11]
@@ -58,14 +58,14 @@ def test_the_written_recipe_is_the_run(run, tmp_path, capsys):
 def test_a_changed_recipe_is_reported_field_by_field(run, capsys):
     run()
     with pytest.raises(RunFolderError) as caught:
-        run("model.width=64", "optimizer.lr=1e-2", "run.steps=20")
+        run("model.hidden_size=64", "optimizer.lr=1e-2", "run.steps=20")
     assert "2 changed fields" in caught.value.found
-    assert "model.width: 32 -> 64" in caught.value.found
+    assert "model.hidden_size: 32 -> 64" in caught.value.found
     assert "optimizer.lr: 0.003 -> 0.01" in caught.value.found
     assert "run.steps" not in caught.value.found
-    assert run("run.steps=13", "batch.micro_rows=8") == 0
+    assert run("run.steps=13", "batch.micro_batch_size=8") == 0
     printed = capsys.readouterr().out
-    assert "Changed since this run began: batch.micro_rows: 4 -> 8" in printed
+    assert "Changed since this run began: batch.micro_batch_size: 4 -> 8" in printed
     assert "Changed since this run began: run.steps: 11 -> 13" in printed
     assert "Continuing run after step 11 of 13" in printed
 
@@ -79,7 +79,7 @@ def test_a_run_without_a_checkpoint_may_be_corrected(run):
 def test_a_fresh_start_overwrites_nothing(run, tmp_path, capsys):
     run()
     first = (tmp_path / "run/metrics.csv").read_bytes()
-    assert run("run.fresh=true", "run.seed=3") == 0
+    assert run("run.restart=true", "run.seed=3") == 0
     assert "the earlier run is now run.1" in capsys.readouterr().out
     assert (tmp_path / "run.1/metrics.csv").read_bytes() == first
     assert (tmp_path / "run/metrics.csv").read_bytes() != first
@@ -102,20 +102,20 @@ def test_folders_of_others_are_refused(run, tmp_path):
 
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(run, tmp_path):
     with pytest.raises(NonFiniteError, match="every loss and every gradient must be finite") as caught:
-        run("optimizer.lr=1e30", "optimizer.clip_norm=null", "optimizer.warmup_steps=0", "run.checkpoint_every_steps=1")
+        run("optimizer.lr=1e30", "optimizer.max_grad_norm=null", "optimizer.warmup_steps=0", "checkpoint.every_steps=1")
     assert caught.value.exit_code == 88
     assert complete_checkpoints(tmp_path / "run/checkpoints")
 
 
 def test_another_number_of_processes_is_refused_before_anything_is_written(run, tmp_path):
     with pytest.raises(TrainingError, match="1 started, 2 in the recipe"):
-        run("strategy.kind=zero2", "strategy.ranks_per_node=2", "batch.micro_rows=1")
+        run("strategy.kind=zero2", "strategy.ranks_per_node=2", "batch.micro_batch_size=1")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_vocabulary_smaller_than_a_token_is_refused_before_the_first_step(run, tmp_path):
-    with pytest.raises(DataError, match=r"model\.vocabulary"):
-        run("model.vocabulary=100")
+    with pytest.raises(DataError, match=r"model\.vocab_size"):
+        run("model.vocab_size=100")
     assert not (tmp_path / "run/metrics.csv").exists()
 
 
@@ -141,7 +141,7 @@ def test_data_of_another_corpus_is_refused_on_resume(run, tmp_path, cache):
 
 def test_ctrl_c_ends_with_its_own_code_and_a_checkpoint(tmp_path, cache):
     command = "from mtp_lightning.cli.app import main; main()"
-    settings = ("run.steps=5000", "run.log_every_steps=1", "run.dir=run", f"run.cache={cache}")
+    settings = ("run.steps=5000", "logging.every_steps=1", "run.dir=run", f"run.cache={cache}")
     process = subprocess.Popen(
         [sys.executable, "-c", command, "train", str(ROOT / "recipes/debug/parallel.yaml"), *settings],
         cwd=tmp_path,

@@ -18,21 +18,21 @@ from mtp_lightning.training.health.drift_measure import Rows, drift_of, drift_su
 from tests.support.runs import ROOT, figures, mtp
 from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe, tiny_rows
 
-COLUMNS = [f"guard/{name}" for name in ("nll_change", "nll_change_low", "nll_change_high", "kl", "flips")]
+COLUMNS = [f"drift/{name}" for name in ("nll_change", "nll_change_low", "nll_change_high", "kl", "flips")]
 HARM = (
     "objective.distill={beta: [5], detach_teacher: false}",
     "optimizer.lr=3e-2",
     "optimizer.warmup_steps=0",
     "run.steps=30",
-    "run.log_every_steps=2",
-    "run.checkpoint_every_steps=2",
+    "logging.every_steps=2",
+    "checkpoint.every_steps=2",
 )
 
 
-def models(vocabulary=13, kind="sequential"):
+def models(vocab_size=13, kind="sequential"):
     heads = HEAD_KINDS[kind]
     recipe = tiny_recipe(
-        heads=heads, model={"vocabulary": vocabulary}, objective={"chunk_mib": 0.002}, data={"attention": "document"}
+        heads=heads, model={"vocab_size": vocab_size}, objective={"chunk_mib": 0.002}, data={"document_mask": True}
     )
     before, after = tiny_model(recipe), tiny_model(recipe)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_figures_are_the_definitions(kind):
 
 
 def test_kept_tokens_give_a_lower_bound_of_kl_that_is_near():
-    recipe, before, after = models(vocabulary=500)
+    recipe, before, after = models(vocab_size=500)
     rows = batches(recipe)[1]
     found = drift_of(drift_sums(after, rows, record(before, rows)), Ranks()).kl
     p, q = (
@@ -108,12 +108,12 @@ def run(folder, name, *overrides):
 
 @pytest.fixture(scope="module")
 def start(folder):
-    run(folder, "start", "run.steps=180", "run.checkpoint_every_steps=180", "run.validate_every_steps=180")
-    return f"run.start_from={folder / 'start'}"
+    run(folder, "start", "run.steps=180", "checkpoint.every_steps=180", "run.validate_every_steps=180")
+    return f"init.path={folder / 'start'}"
 
 
 def guard_rows(folder, name):
-    rows = [row for row in figures(folder / name / "metrics.csv") if row["guard/nll_change"]]
+    rows = [row for row in figures(folder / name / "metrics.csv") if row["drift/nll_change"]]
     return {int(row["step"]): {column: float(row[column]) for column in COLUMNS} for row in rows}
 
 
@@ -121,13 +121,13 @@ def guard_rows(folder, name):
     ("fields", "is_guarded"),
     [
         ({}, False),
-        ({"start_from": "runs/a"}, True),
-        ({"start_from": "runs/a", "keep_optimizer": True}, False),
-        ({"start_from": "runs/a", "guard": None}, False),
+        ({"init": {"path": "runs/a"}}, True),
+        ({"init": {"path": "runs/a", "optimizer": True}}, False),
+        ({"init": {"path": "runs/a"}, "health": {"drift": None}}, False),
     ],
 )
 def test_who_is_guarded_by_default(fields, is_guarded):
-    assert (guard_of(tiny_recipe(run=fields)) is not None) is is_guarded
+    assert (guard_of(tiny_recipe(**fields)) is not None) is is_guarded
 
 
 @pytest.mark.parametrize(
@@ -142,25 +142,25 @@ def test_who_is_guarded_by_default(fields, is_guarded):
     ],
 )
 def test_a_main_head_that_nothing_can_change_needs_no_guard(kind, frozen, is_guarded):
-    adapted = tiny_recipe(heads=HEAD_KINDS[kind], adapt={"frozen": frozen}, run={"start_from": "runs/a"})
+    adapted = tiny_recipe(heads=HEAD_KINDS[kind], freeze=frozen, init={"path": "runs/a"})
     assert (guard_of(adapted) is not None) is is_guarded
 
 
 def test_the_guard_by_default_is_the_one_that_is_written_out(folder, start):
-    short = [start, "run.steps=4", "run.log_every_steps=2"]
+    short = [start, "run.steps=4", "logging.every_steps=2"]
     run(folder, "unsaid", *short)
-    run(folder, "said", *short, "run.guard={stop_loss: 0.5}")
+    run(folder, "said", *short, "health.drift={stop_loss: 0.5}")
     assert guard_rows(folder, "unsaid") == guard_rows(folder, "said") != {}
 
 
 def test_a_harmful_recipe_is_stopped_before_its_harm_is_saved(folder, start):
-    with pytest.raises(TrainingError, match=r"run.guard.stop_loss crossed at step") as caught:
-        run(folder, "harm", start, "run.guard={every_steps: 4, rows: 16, stop_loss: 0.1}", *HARM)
-    assert "objective.distill.beta" in caught.value.remedy
+    with pytest.raises(TrainingError, match=r"health.drift.stop_loss crossed at step") as caught:
+        run(folder, "harm", start, "health.drift={every_steps: 4, samples: 16, stop_loss: 0.1}", *HARM)
+    assert "objective.distill.beta" in caught.value.hint
     rows = guard_rows(folder, "harm")
     stopped = max(rows)
-    assert rows[stopped]["guard/nll_change_low"] > 0.1
-    assert all(figures["guard/nll_change_low"] <= 0.1 for step, figures in rows.items() if step < stopped)
+    assert rows[stopped]["drift/nll_change_low"] > 0.1
+    assert all(figures["drift/nll_change_low"] <= 0.1 for step, figures in rows.items() if step < stopped)
     saved = [int(path.name.removeprefix("step-")) for path in (folder / "harm/checkpoints").glob("step-*")]
     assert max(saved, default=0) < stopped < 30
 
@@ -171,50 +171,50 @@ def test_without_a_guard_the_same_recipe_goes_on(folder, start):
 
 @pytest.mark.parametrize("limit", ["stop_kl", "stop_flips"])
 def test_other_limits_stop_it_too(folder, start, limit):
-    guard = f"run.guard={{every_steps: 2, rows: 16, stop_loss: null, {limit}: 0.2}}"
-    with pytest.raises(TrainingError, match=f"run.guard.{limit} crossed"):
+    guard = f"health.drift={{every_steps: 2, samples: 16, stop_loss: null, {limit}: 0.2}}"
+    with pytest.raises(TrainingError, match=f"health.drift.{limit} crossed"):
         run(folder, limit, start, guard, *HARM)
 
 
 def test_a_warning_is_printed_and_nothing_stops(folder, start, capsys):
-    guard = "run.guard={every_steps: 10, rows: 16, warn_kl: 0.0001, stop_loss: null}"
+    guard = "health.drift={every_steps: 10, samples: 16, warn_kl: 0.0001, stop_loss: null}"
     assert run(folder, "warned", start, guard, "run.steps=20", "optimizer.lr=1e-4") == 0
     assert "Guard at step 10: the main head's loss has changed by" in capsys.readouterr().out
     assert sorted(guard_rows(folder, "warned")) == [10, 20]
 
 
 def test_a_frozen_main_head_does_not_drift(folder, start):
-    guard = "run.guard={every_steps: 10, rows: 16, warn_loss: 1e-9, stop_loss: 1e-9, stop_flips: 1e-9}"
-    assert run(folder, "frozen", start, guard, "run.steps=20", "heads.trainable_from=2") == 0
-    assert guard_rows(folder, "frozen")[20]["guard/nll_change"] == 0
+    guard = "health.drift={every_steps: 10, samples: 16, warn_loss: 1e-9, stop_loss: 1e-9, stop_flips: 1e-9}"
+    assert run(folder, "frozen", start, guard, "run.steps=20", "freeze=[offsets_below_2]") == 0
+    assert guard_rows(folder, "frozen")[20]["drift/nll_change"] == 0
 
 
 def test_a_resumed_run_is_compared_with_the_model_it_began_as(folder, start):
-    fields = (start, "run.guard={every_steps: 10, rows: 16, stop_loss: null}", "run.checkpoint_every_steps=10")
+    fields = (start, "health.drift={every_steps: 10, samples: 16, stop_loss: null}", "checkpoint.every_steps=10")
     assert run(folder, "twice", *fields, "run.steps=20") == 0
     assert run(folder, "twice", *fields, "run.steps=30") == 0
     (recipe, after), (_, before) = load_model(folder / "twice"), load_model(folder / "start")
-    held_out = MtpDataModule(recipe).validation_rows
+    held_out = MtpDataModule(recipe).validation_samples
     batches = [tensors_of(held_out.read(held_out.spread(16)))]
     rows_of = [Rows(batch["tokens"], batch["documents"], None) for batch in batches]
     expected = measured(after, rows_of, [record(before, rows) for rows in rows_of]).figures
     found = guard_rows(folder, "twice")
     assert sorted(found) == [10, 20, 30]
     assert found[30] == pytest.approx(expected, rel=1e-4)
-    assert found[30]["guard/kl"] > 0.01
+    assert found[30]["drift/kl"] > 0.01
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])
 def test_two_ranks_see_the_drift_that_one_sees_and_stop_together(folder, start, kind):
-    fields = (start, "run.guard={every_steps: 4, rows: 16, stop_loss: 0.1}", *HARM)
+    fields = (start, "health.drift={every_steps: 4, samples: 16, stop_loss: 0.1}", *HARM)
     with pytest.raises(TrainingError):
         run(folder, f"single-{kind}", *fields)
     ranks = (f"strategy.kind={kind}", "strategy.ranks_per_node=2", f"run.dir={folder / kind}")
     own = ("run.steps=40", "optimizer.lr=4e-3", "run.threads=1", f"run.cache={folder / 'cache'}")
     done = mtp("train", str(ROOT / "recipes/debug/sequential.yaml"), *own, *fields, *ranks, cwd=folder)
     assert done.returncode == TrainingError.exit_code
-    assert "run.guard.stop_loss crossed at step" in done.stderr
+    assert "health.drift.stop_loss crossed at step" in done.stderr
     one, two = guard_rows(folder, f"single-{kind}"), guard_rows(folder, kind)
     assert one.keys() == two.keys()
     first = min(one)

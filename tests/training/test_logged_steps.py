@@ -14,7 +14,7 @@ from tests.support.tiny import tiny_model, tiny_recipe, tiny_rows
 @pytest.mark.parametrize("frozen", [["trunk"], ["trunk", "heads"], ["trunk", "unembedding"], ["heads"]])
 def test_logging_changes_no_gradient(schedule: str, kind: str, frozen: list[str]) -> None:
     """The main head of a frozen trunk has no gradient path to its state, but its norm and matrix learn."""
-    recipe = tiny_recipe(heads={"kind": kind}, adapt={"frozen": frozen}, objective={"schedule": schedule})
+    recipe = tiny_recipe(heads={"kind": kind}, freeze=frozen, objective={"backward_order": schedule})
     tokens, documents, mask = tiny_rows(recipe, 2)
     targets = shifted_targets(tokens, documents, recipe.heads.num_offsets, mask)
     counts = (targets != IGNORE).sum((1, 2)).to(torch.float64)

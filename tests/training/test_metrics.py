@@ -49,10 +49,10 @@ def by_hand(batches):
     before = 1.0
     for k in range(2, N + 1):
         cumulative = sum(all(draft[: k - 1]) for draft in drafts) / len(drafts)
-        figures[f"cumulative_acceptance_{k}"] = cumulative
-        figures[f"conditional_acceptance_{k}"] = cumulative / before
+        figures[f"acceptance_rate_{k}"] = cumulative
+        figures[f"conditional_acceptance_rate_{k}"] = cumulative / before
         before = cumulative
-    figures["accepted_length"] = 1 + sum(figures[f"cumulative_acceptance_{k}"] for k in range(2, N + 1))
+    figures["mean_acceptance_length"] = 1 + sum(figures[f"acceptance_rate_{k}"] for k in range(2, N + 1))
     return figures
 
 
@@ -121,10 +121,10 @@ def test_sampled_acceptance_and_divergence_are_the_definitions():
         accepted = sum(math.prod(float(o[j, b, t]) for j in range(1, k)) for o, b, t in drafted) / len(drafted)
         divergence = float(sum(losses.divergence_sums[k - 1] for _, losses in batches)) / len(taught)
         assert found[f"overlap_{k}"] == pytest.approx(overlap, rel=1e-6)
-        assert found[f"sampled_acceptance_{k}"] == pytest.approx(accepted, rel=1e-6)
+        assert found[f"sampled_acceptance_rate_{k}"] == pytest.approx(accepted, rel=1e-6)
         assert found[f"divergence_{k}"] == pytest.approx(divergence, rel=1e-6)
         expected_length += accepted
-    assert found["sampled_length"] == pytest.approx(expected_length, rel=1e-6)
+    assert found["sampled_acceptance_length"] == pytest.approx(expected_length, rel=1e-6)
 
 
 def test_overlaps_are_those_of_full_logits():

@@ -32,14 +32,14 @@ BAD = "~"
 STEPS, ROWS = 12, 4
 SHORT = (
     f"run.steps={STEPS}",
-    f"batch.rows={ROWS}",
-    "batch.micro_rows=2",
-    "run.log_every_steps=1",
+    f"batch.global_batch_size={ROWS}",
+    "batch.micro_batch_size=2",
+    "logging.every_steps=1",
     "run.validate_every_steps=6",
-    "run.checkpoint_every_steps=2",
+    "checkpoint.every_steps=2",
     "run.threads=1",
 )
-WITHOUT_SKIPS = "run.nonfinite.skip_steps=0"
+WITHOUT_SKIPS = "health.nonfinite.skip_steps=0"
 RECIPE = ROOT / "recipes/debug/parallel.yaml"
 
 
@@ -162,7 +162,7 @@ def test_a_restart_after_the_next_checkpoint_leaves_the_rows_out_once(place, see
 
 
 def test_a_single_step_is_skipped_and_its_save_waits(place, seed, poison, capsys):
-    assert train(recipe_of(place, "skipped", f"run.seed={seed}", "run.keep_checkpoints=9")) == 0
+    assert train(recipe_of(place, "skipped", f"run.seed={seed}", "checkpoint.keep=9")) == 0
     rows = figures(place / "skipped/metrics.csv")
     assert [row["skipped_steps"] for row in rows] == ["0"] * 7 + ["1"] * 5
     assert {row["rollbacks"] for row in rows} == {"0"}
@@ -183,7 +183,7 @@ CELLS = [f"{kind}:{precision}" for kind in ("zero1", "zero2", "zero3") for preci
     ],
 )
 def test_an_infinite_loss_is_enough_to_skip_and_nothing_has_changed(place, tmp_path, num_ranks, cells):
-    logged = ("run.steps=4", "run.log_every_steps=2", "run.checkpoint_every_steps=1")
+    logged = ("run.steps=4", "logging.every_steps=2", "checkpoint.every_steps=1")
     short = (*SHORT, *logged, f"run.cache={place}/cache")
     corpus = f"data.corpus=[{place}/texts.jsonl]"
     out = on_ranks("tests.support.spoilt_losses", num_ranks, str(tmp_path), ",".join(cells), *short, corpus)
@@ -244,12 +244,12 @@ def test_rollbacks_are_limited(place, monkeypatch):
 
     monkeypatch.setattr(SingleStrategy, "build_model", build)
     with pytest.raises(NonFiniteError, match="after 2 of 2 rollbacks") as caught:
-        train(recipe_of(place, "limited", "run.nonfinite.rollbacks=2"))
+        train(recipe_of(place, "limited", "health.nonfinite.rollbacks=2"))
     assert caught.value.exit_code == 88
     records = nonfinite.read_rollbacks(place / "limited")
     assert [(record.step, record.first, record.count) for record in records] == [(2, 0, 2 * ROWS), (2, 0, 2 * ROWS)]
     with pytest.raises(NonFiniteError, match="after 2 of 2 rollbacks"):  # nor does another start begin to count anew
-        train(recipe_of(place, "limited", "run.nonfinite.rollbacks=2"))
+        train(recipe_of(place, "limited", "health.nonfinite.rollbacks=2"))
 
 
 def test_a_record_that_cannot_be_read_is_not_forgotten(place):
@@ -288,7 +288,7 @@ def test_two_ranks_go_back_together(place, seed, poison, kind, precision, tmp_pa
     def fields(name, *more):
         ranks = (f"strategy.kind={kind}", "strategy.ranks_per_node=2", f"run.precision={precision}")
         data = (f"data.corpus=[{place}/texts.jsonl]", f"run.cache={place}/cache", f"run.dir={tmp_path}/{name}")
-        return ("train", str(RECIPE), *SHORT, *ranks, *data, f"run.seed={seed}", f"run.start_from={start}", *more)
+        return ("train", str(RECIPE), *SHORT, *ranks, *data, f"run.seed={seed}", f"init.path={start}", *more)
 
     back = mtp(*fields("back", WITHOUT_SKIPS), cwd=tmp_path)
     assert back.returncode == 0, back.stderr

@@ -19,16 +19,18 @@ from tests.support.runs import ROOT, figures, last_step, mtp, mtp_killed
 RECIPE = """
 extends: {root}/recipes/debug/sequential.yaml
 heads: {{num_offsets: 3}}
-optimizer: {{warmup_steps: 0, decay_ratio: 1.0}}
-run: {{validate_every_steps: 4, checkpoint_every_steps: 4, log_every_steps: 1, threads: 1, cache: {cache}}}
+optimizer: {{warmup_steps: 0, min_lr_ratio: 1.0}}
+run: {{validate_every_steps: 4, threads: 1, cache: {cache}}}
+checkpoint: {{every_steps: 4}}
+logging: {{every_steps: 1}}
 phases:
 """
 TWO_HALVES = "  a: {run: {steps: 6}}\n  b: {run: {steps: 6}, keep_optimizer: true}\n"
 MIXED = """
-  heads: {run: {steps: 8}, heads: {trainable_from: 2}}
+  heads: {run: {steps: 8}, freeze: [offsets_below_2]}
   joint: {run: {steps: 12}, optimizer: {lr: 1e-3}, objective: {distill: {beta: [0.5]}}}
   six:   {run: {steps: 8}, extend_to: 6}
-  again: {run: {steps: 4}, keep_optimizer: true, heads: {trainable_from: 4}}
+  again: {run: {steps: 4}, keep_optimizer: true, freeze: [offsets_below_4]}
 """
 
 
@@ -63,7 +65,7 @@ def assert_same(found, expected):
         assert torch.equal(found[name], value), name
 
 
-ZERO = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "batch.micro_rows=4")
+ZERO = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "batch.micro_batch_size=4")
 
 
 def test_two_phases_that_change_nothing_are_one_run(written, tmp_path):
@@ -90,12 +92,12 @@ def test_without_keep_optimizer_only_weights_come_along(written, tmp_path):
     trained(written("  a: {run: {steps: 6}}\n  b: {run: {steps: 6}}\n"), tmp_path / "phases")
     consolidate(tmp_path / "phases/phases/1-a", tmp_path / "exported")
     plain = written("  {}\n", "plain.yaml")
-    own = ("run.steps=6", f"run.start_from={tmp_path / 'exported'}")
+    own = ("run.steps=6", f"init.path={tmp_path / 'exported'}")
     trained(plain, tmp_path / "alone", *own)
-    other = ("run.steps=6", f"run.start_from={tmp_path / 'phases/phases/1-a'}")
+    other = ("run.steps=6", f"init.path={tmp_path / 'phases/phases/1-a'}")
     trained(plain, tmp_path / "from_run", *other)
     assert_same(weights_of(tmp_path / "from_run"), weights_of(tmp_path / "alone"))
-    trained(plain, tmp_path / "kept", *other, "run.keep_position=true")
+    trained(plain, tmp_path / "kept", *other, "init.data_position=true")
     assert_same(weights_of(tmp_path / "kept"), weights_of(tmp_path / "phases"))
     moved = weights_of(tmp_path / "alone")["heads.blocks.0.eh_proj.weight"]
     assert not torch.equal(moved, weights_of(tmp_path / "kept")["heads.blocks.0.eh_proj.weight"])  # other rows
@@ -104,12 +106,12 @@ def test_without_keep_optimizer_only_weights_come_along(written, tmp_path):
 def test_an_extension_in_a_phase_is_the_verb_followed_by_training(written, tmp_path):
     trained(written("  a: {run: {steps: 6}}\n  more: {run: {steps: 4}, extend_to: 6}\n"), tmp_path / "run")
     extend_checkpoint(tmp_path / "run/phases/1-a", tmp_path / "extended", 6)
-    own = (f"run.start_from={tmp_path / 'run/phases/1-a'}", "heads.extend=2", "run.keep_position=true", "run.steps=4")
+    own = (f"init.path={tmp_path / 'run/phases/1-a'}", "heads.extend=2", "init.data_position=true", "run.steps=4")
     trained(tmp_path / "extended/recipe.yaml", tmp_path / "verb", *own)
     assert_same(weights_of(tmp_path / "run"), weights_of(tmp_path / "verb"))
     phases = phases_of(load_recipe(tmp_path / "run/recipe.yaml").recipe)
     assert phases[1].recipe.heads == load_recipe(tmp_path / "verb/recipe.yaml").recipe.heads
-    assert [phase.recipe.model.num_layers for phase in phases] == [6, 9]
+    assert [phase.recipe.model.num_hidden_layers for phase in phases] == [6, 9]
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +178,9 @@ def test_a_finished_phase_must_stay_what_it_was(uninterrupted):
 def test_state_that_is_not_there_is_named(uninterrupted, written, tmp_path):
     consolidate(uninterrupted / "phases/2-joint", tmp_path / "exported")
     plain = written("  {}\n")
-    for field, what in (("run.keep_optimizer", "no optimizer's state of "), ("run.keep_position", "no position")):
+    for field, what in (("init.optimizer", "no optimizer's state of "), ("init.data_position", "no position")):
         with pytest.raises(CheckpointError, match=what):
-            trained(plain, tmp_path / field, f"run.start_from={tmp_path / 'exported'}", f"{field}=true")
-    more = ("heads.num_offsets=5", "model.num_layers=8", "heads.extend=4")
+            trained(plain, tmp_path / field, f"init.path={tmp_path / 'exported'}", f"{field}=true")
+    more = ("heads.num_offsets=5", "model.num_hidden_layers=8", "heads.extend=4")
     with pytest.raises(CheckpointError, match="heads.extend = 4, and 2 in"):
-        trained(plain, tmp_path / "wide", f"run.start_from={uninterrupted / 'phases/2-joint'}", *more)
+        trained(plain, tmp_path / "wide", f"init.path={uninterrupted / 'phases/2-joint'}", *more)

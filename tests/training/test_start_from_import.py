@@ -19,13 +19,13 @@ BYTES = 257
 STILL = ("optimizer.lr=1e-6", "optimizer.weight_decay=0", "optimizer.warmup_steps=0")
 SHORT = (
     "data.corpus=[stdlib:json]",
-    "data.validation_share=0.2",
-    "data.window_tokens=32",
-    "batch={rows: 4, micro_rows: 2}",
+    "data.validation_fraction=0.2",
+    "data.seq_len=32",
+    "batch={global_batch_size: 4, micro_batch_size: 2}",
     "run.steps=2",
     "run.validate_every_steps=2",
-    "run.validation_rows=2",
-    "run.checkpoint_every_steps=2",
+    "run.validation_samples=2",
+    "checkpoint.every_steps=2",
     "run.device=cpu",
     "run.threads=1",
 )
@@ -82,13 +82,13 @@ def test_on_one_rank(family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_in_pieces_of_zero_3(family, tmp_path):
     folder = imported(family, tmp_path)
-    ranks = ("strategy.kind=zero3", "strategy.ranks_per_node=2", "batch.micro_rows=1")
+    ranks = ("strategy.kind=zero3", "strategy.ranks_per_node=2", "batch.micro_batch_size=1")
     done = mtp("train", str(folder / "recipe.yaml"), *SHORT, *STILL, *own_folders(tmp_path), *ranks, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_started_from(tmp_path / "run", folder)
 
 
-@pytest.mark.parametrize("change", ["rotary_share=1", "rope_scaling={}", "parallel_residual=false"])
+@pytest.mark.parametrize("change", ["partial_rotary_factor=1", "rope_scaling={}", "parallel_residual=false"])
 def test_another_way_of_computing_is_refused(change, tmp_path):
     recipe = load_recipe(
         imported("gpt_neox", tmp_path) / "recipe.yaml", [*SHORT, *own_folders(tmp_path), f"model.{change}"]

@@ -87,7 +87,7 @@ def after_a_step(kind="parallel", dtype=torch.float32, **sections):
     recipe = tiny_recipe(heads=HEAD_KINDS[kind], **sections)
     model = tiny_model(recipe, dtype)
     watch = GradientSums(model, Ranks())
-    gradients_of(model, recipe, tiny_rows(recipe, recipe.batch.rows))
+    gradients_of(model, recipe, tiny_rows(recipe, recipe.batch.global_batch_size))
     return model, watch
 
 
@@ -97,7 +97,7 @@ def fragments(model):
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_a_sound_step_is_its_sum_and_ends_the_watch(kind):
-    model, watch = after_a_step(kind, batch={"rows": 6, "micro_rows": 2})
+    model, watch = after_a_step(kind, batch={"global_batch_size": 6, "micro_batch_size": 2})
     assert watch.hooks
     watch.compare(fragments(model))
     assert not watch.hooks
@@ -145,7 +145,7 @@ def test_products_of_fragments_add_up(monkeypatch):
 
 
 def test_the_peak_model_has_this_layer():
-    recipe = tiny_recipe(model={"width": 32, "mlp_width": 48, "num_layers": 8, "vocabulary": 101})
+    recipe = tiny_recipe(model={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "vocab_size": 101})
     model = tiny_model(recipe)
     assert num_trunk_layers(recipe) > 1
     assert sum(p.numel() for p in model.heads.blocks[1].parameters()) == ONE_LAYER

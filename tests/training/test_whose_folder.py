@@ -15,7 +15,7 @@ from tests.checkpoint.foreign import write_folder
 from tests.support.runs import ROOT, figures, mtp
 
 RECIPE = ROOT / "recipes/debug/parallel.yaml"
-SHORT = ("run.steps=4", "run.validate_every_steps=4", "run.checkpoint_every_steps=2", "run.threads=1")
+SHORT = ("run.steps=4", "run.validate_every_steps=4", "checkpoint.every_steps=2", "run.threads=1")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_what_no_run_has_made_is_named_and_stays_as_it_is(start, trained, tmp_pa
     make(folder, trained)
     before = content_of(tmp_path)
     with pytest.raises(RunFolderError) as caught:
-        start(f"run.dir={folder}", f"run.fresh={fresh}")
+        start(f"run.dir={folder}", f"run.restart={fresh}")
     assert what in caught.value.found
     assert content_of(tmp_path) == before
 
@@ -134,7 +134,7 @@ def test_new_empty_and_own_folders_become_runs(start, tmp_path):
         assert start(f"run.dir={folder}") == 0
         assert (tmp_path / folder / MARKER).is_file()
     assert start("run.dir=empty", "run.steps=6") == 0
-    assert start("run.dir=empty", "run.fresh=true") == 0
+    assert start("run.dir=empty", "run.restart=true") == 0
     assert (tmp_path / "empty.1" / MARKER).is_file()
 
 
@@ -153,11 +153,11 @@ def test_a_run_that_has_lost_its_checkpoints_does_not_begin_again(start, trained
     shutil.copytree(trained, tmp_path / "run")
     harm(tmp_path / "run/checkpoints")
     rows = figures(tmp_path / "run/metrics.csv")
-    for overrides in ((), ("model.width=64", "run.seed=7")):
+    for overrides in ((), ("model.hidden_size=64", "run.seed=7")):
         with pytest.raises(CheckpointError, match=r"must go on from one of them; found none that is whole .* step 2"):
             start("run.dir=run", *overrides)
     assert figures(tmp_path / "run/metrics.csv") == rows
-    assert start("run.dir=run", "run.fresh=true") == 0
+    assert start("run.dir=run", "run.restart=true") == 0
     assert (tmp_path / "run.1/metrics.csv").is_file()
 
 

@@ -14,7 +14,7 @@ import torch
 
 from mtp_lightning.bench.decoding.prompts import held_out_prompts, held_out_tree
 from mtp_lightning.bench.decoding.report import DecodeFigure, DecodePlan, decode_table, describe, draw_figures, remarks
-from mtp_lightning.bench.decoding.rounds import Way, WayTimings, time_ways
+from mtp_lightning.bench.decoding.rounds import DecodeVariant, VariantTimings, time_variants
 from mtp_lightning.bench.machine import describe_machine
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.console.tables import console, write_json
@@ -49,8 +49,8 @@ def bench_decode(
     machine = describe_machine(device)
     encoded = _encoded(recipe, prompts, plan)
     tree = held_out_tree(recipe, model, TREE_DRAFTS) if prompts is None else None
-    timings = time_ways(model, encoded, tree, plan.batches, new_tokens=plan.new_tokens, rounds=plan.rounds)
-    figures = [decode_figure(way, batch, timings) for batch, way in timings]
+    timings = time_variants(model, encoded, tree, plan.batches, new_tokens=plan.new_tokens, rounds=plan.rounds)
+    figures = [decode_figure(variant, batch, timings) for batch, variant in timings]
     screen = console()
     screen.print(f"Decoding: {recipe.name}", style="bold")
     screen.print(describe(recipe, model, plan), "", sep="\n")
@@ -83,30 +83,32 @@ def _encoded(recipe: Recipe, prompts: Sequence[bytes] | None, plan: DecodePlan) 
     return [encoded[index % len(encoded)] for index in range(most)]
 
 
-def decode_figure(way: Way, batch: int, timings: dict[tuple[int, Way], WayTimings]) -> DecodeFigure:
+def decode_figure(
+    variant: DecodeVariant, batch: int, timings: dict[tuple[int, DecodeVariant], VariantTimings]
+) -> DecodeFigure:
     """Put one way's time and counters together, beside plain greedy at the same batch."""
-    mine, plain = timings[batch, way], timings[batch, Way("greedy", None)]
+    mine, plain = timings[batch, variant], timings[batch, DecodeVariant("greedy", None)]
     pairs = zip(plain.decode_s, mine.decode_s, strict=True)
     speedup = median(alone_s / taken_s for alone_s, taken_s in pairs)
     statistics = mine.statistics
     same = [text == other for text, other in zip(mine.texts, plain.texts, strict=True)]
     return DecodeFigure(
         batch=batch,
-        decoder=way.decoder,
-        draft_length=way.draft_length,
-        is_ceiling=way.is_ceiling,
+        decoder=variant.decoder,
+        draft_length=variant.draft_length,
+        is_ceiling=variant.is_ceiling,
         tokens_per_s=(statistics.num_emitted_tokens - statistics.num_prompts) / median(mine.decode_s),
         speedup=speedup,
-        accepted_length=statistics.accepted_length,
-        efficiency=speedup / statistics.accepted_length,
+        mean_acceptance_length=statistics.mean_acceptance_length,
+        efficiency=speedup / statistics.mean_acceptance_length,
         prefill_s=median(mine.prefill_s),
         decode_s=mine.decode_s,
         num_drafts=statistics.num_drafts,
         num_draft_tokens=statistics.num_draft_tokens,
         num_accepted_tokens=statistics.num_accepted_tokens,
         num_accepted_tokens_per_pos=statistics.num_accepted_tokens_per_pos,
-        cumulative_acceptance=statistics.cumulative_acceptance,
-        conditional_acceptance=[None if rate != rate else rate for rate in statistics.conditional_acceptance],
+        acceptance_rate_per_position=statistics.acceptance_rate_per_position,
+        conditional_acceptance_rate=[None if rate != rate else rate for rate in statistics.conditional_acceptance_rate],
         histogram=statistics.histogram,
         same_texts=sum(same) / len(same),
     )

@@ -21,7 +21,7 @@ def held_out_prompts(recipe: Recipe, num_prompts: int, num_tokens: int) -> list[
     """
     rows = open_rows(recipe, "validation")
     numbers = rows.spread(min(num_prompts, len(rows)))
-    beginnings = rows.read(numbers)["tokens"][:, : min(num_tokens, recipe.data.window_tokens)].tolist()
+    beginnings = rows.read(numbers)["tokens"][:, : min(num_tokens, recipe.data.seq_len)].tolist()
     return [beginnings[index % len(beginnings)] for index in range(num_prompts)]
 
 

@@ -29,16 +29,16 @@ class DecodeFigure:
     is_ceiling: bool  # drafts were written down from the plain text: all are right
     tokens_per_s: float  # of all rows together, without prefill
     speedup: float  # over plain greedy, median of the ratios within rounds
-    accepted_length: float
-    efficiency: float  # speedup / accepted_length
+    mean_acceptance_length: float
+    efficiency: float  # speedup / mean_acceptance_length
     prefill_s: float
     decode_s: list[float]  # one per round
     num_drafts: int
     num_draft_tokens: int
     num_accepted_tokens: int
     num_accepted_tokens_per_pos: list[int]
-    cumulative_acceptance: list[float]
-    conditional_acceptance: list[float | None]
+    acceptance_rate_per_position: list[float]
+    conditional_acceptance_rate: list[float | None]
     histogram: dict[int, int]  # steps by number of drafts kept
     same_texts: float  # share of the texts that are those of plain greedy
 
@@ -69,9 +69,9 @@ def _row(figure: DecodeFigure) -> list[str]:
         "-" if figure.draft_length is None else str(figure.draft_length),
         number(figure.tokens_per_s, ",.0f"),
         number(figure.speedup, ".2f"),
-        number(figure.accepted_length, ".2f"),
+        number(figure.mean_acceptance_length, ".2f"),
         number(figure.efficiency, ".2f"),
-        " ".join(f"{share:.0%}"[:-1] for share in figure.cumulative_acceptance[:7]),
+        " ".join(f"{share:.0%}"[:-1] for share in figure.acceptance_rate_per_position[:7]),
         number(figure.same_texts, ".0%"),
     ]
 
@@ -133,7 +133,7 @@ def _draw_speedups(axes: Any, figures: list[DecodeFigure]) -> None:
         mine = [f for f in chains if (f.decoder, f.batch) == (decoder, batch)]
         places, colour = [f.draft_length for f in mine], COLOURS[index % len(COLOURS)]
         axes.plot(places, [f.speedup for f in mine], "o-", color=colour, label=f"{decoder}, batch {batch}")
-    widest = {f.draft_length: f.accepted_length for f in chains}
+    widest = {f.draft_length: f.mean_acceptance_length for f in chains}
     axes.plot(list(widest), list(widest.values()), "k--", label="accepted length")
     axes.axhline(1, color="grey", linewidth=1)
     axes.set(title="Speed-up over plain greedy", xlabel="drafts per step", ylabel="times as fast")
@@ -143,14 +143,16 @@ def _draw_speedups(axes: Any, figures: list[DecodeFigure]) -> None:
 
 
 def _draw_acceptance(axes: Any, figures: list[DecodeFigure]) -> None:
-    measured = [f for f in figures if f.cumulative_acceptance and not f.is_ceiling and f.draft_length != "adaptive"]
-    longest = max((len(f.cumulative_acceptance) for f in measured), default=0)
-    by_decoder = {f.decoder: f for f in measured if len(f.cumulative_acceptance) == longest}
+    measured = [
+        f for f in figures if f.acceptance_rate_per_position and not f.is_ceiling and f.draft_length != "adaptive"
+    ]
+    longest = max((len(f.acceptance_rate_per_position) for f in measured), default=0)
+    by_decoder = {f.decoder: f for f in measured if len(f.acceptance_rate_per_position) == longest}
     for index, (decoder, chosen) in enumerate(by_decoder.items()):
         places = range(1, longest + 1)
-        conditional = [float("nan") if rate is None else rate for rate in chosen.conditional_acceptance]
+        conditional = [float("nan") if rate is None else rate for rate in chosen.conditional_acceptance_rate]
         colour = COLOURS[index % len(COLOURS)]
-        axes.plot(places, chosen.cumulative_acceptance, "o-", color=colour, label=f"{decoder}: all up to it")
+        axes.plot(places, chosen.acceptance_rate_per_position, "o-", color=colour, label=f"{decoder}: all up to it")
         axes.plot(places, conditional, "o:", color=colour, label=f"{decoder}: given those before it")
     axes.set(title="Drafts kept", xlabel="place in the draft", ylabel="share of steps", ylim=(0, 1))
     axes.set_xticks(range(1, longest + 1))

@@ -14,7 +14,7 @@ from mtp_lightning.model.mtp_model import MtpModel
 
 
 @dataclass(frozen=True)
-class Way:
+class DecodeVariant:
     """One way to decode."""
 
     decoder: Decoder
@@ -23,7 +23,7 @@ class Way:
 
 
 @dataclass
-class WayTimings:
+class VariantTimings:
     """What one way took in every round, and what it gave, which is the same in all but adaptive ones."""
 
     prefill_s: list[float] = field(default_factory=list)
@@ -46,21 +46,21 @@ class WrittenDrafts:
         return self.texts.gather(1, slots.clamp(max=self.texts.shape[1] - 1))
 
 
-def ways_of(model: MtpModel, tree: Tree | None) -> list[Way]:
+def ways_of(model: MtpModel, tree: Tree | None) -> list[DecodeVariant]:
     """List plain greedy, every decoder that fits at every length of drafts, a tree if there is one, and the ceiling."""
-    ways = [Way("greedy", None)]
+    variants = [DecodeVariant("greedy", None)]
     drafting = [decoder for decoder in applicable_decoders(model) if decoder not in ("greedy", "tree")]
     for decoder in drafting:
-        ways += [Way(decoder, length) for length in range(1, model.num_offsets)]
+        variants += [DecodeVariant(decoder, length) for length in range(1, model.num_offsets)]
     if drafting:
-        ways.append(Way(drafting[0], ADAPTIVE))
+        variants.append(DecodeVariant(drafting[0], ADAPTIVE))
         if tree is not None and "tree" in applicable_decoders(model):
-            ways.append(Way("tree", None))
-        ways.append(Way(drafting[0], model.num_offsets - 1, is_ceiling=True))
-    return ways
+            variants.append(DecodeVariant("tree", None))
+        variants.append(DecodeVariant(drafting[0], model.num_offsets - 1, is_ceiling=True))
+    return variants
 
 
-def time_ways(
+def time_variants(
     model: MtpModel,
     prompts: list[list[int]],
     tree: Tree | None,
@@ -68,21 +68,23 @@ def time_ways(
     *,
     new_tokens: int,
     rounds: int,
-) -> dict[tuple[int, Way], WayTimings]:
+) -> dict[tuple[int, DecodeVariant], VariantTimings]:
     """Measure all ways at all batches; every other round in reverse order, after one that is not timed."""
-    cells = [(batch, way) for batch in batches for way in ways_of(model, tree)]
-    timings = {cell: WayTimings() for cell in cells}
+    cells = [(batch, variant) for batch in batches for variant in ways_of(model, tree)]
+    timings = {cell: VariantTimings() for cell in cells}
     settings = Settings(max_new_tokens=new_tokens, tree=tree)
-    scripts = {batch: _script(model, prompts[:batch], settings) for batch in batches}
+    forced_drafts_by_batch = {batch: _script(model, prompts[:batch], settings) for batch in batches}
     with watched((1 + rounds) * len(cells)) as report:
         for number in range(1 + rounds):
-            for index, (batch, way) in enumerate(cells[:: -1 if number % 2 else 1]):
-                report(f"batch {batch}, {way.decoder} {way.draft_length or ''}", done=number * len(cells) + index)
-                chosen = replace(settings, decoder=way.decoder, draft_length=way.draft_length)
-                script = scripts[batch] if way.is_ceiling else None
-                made = generate(model, prompts[:batch], chosen, script=script)
+            for index, (batch, variant) in enumerate(cells[:: -1 if number % 2 else 1]):
+                report(
+                    f"batch {batch}, {variant.decoder} {variant.draft_length or ''}", done=number * len(cells) + index
+                )
+                chosen = replace(settings, decoder=variant.decoder, draft_length=variant.draft_length)
+                forced_drafts = forced_drafts_by_batch[batch] if variant.is_ceiling else None
+                made = generate(model, prompts[:batch], chosen, forced_drafts=forced_drafts)
                 if number:
-                    _note(timings[batch, way], made)
+                    _note(timings[batch, variant], made)
     return timings
 
 
@@ -91,7 +93,7 @@ def _script(model: MtpModel, prompts: list[list[int]], settings: Settings) -> Wr
     return WrittenDrafts(prompts, generate(model, prompts, longer), model.trunk.embed_tokens.weight.device)
 
 
-def _note(timings: WayTimings, made: Generation) -> None:
+def _note(timings: VariantTimings, made: Generation) -> None:
     assert made.statistics.is_consistent, "tokens emitted are not those that the steps account for"
     timings.prefill_s.append(made.prefill_s)
     timings.decode_s.append(made.decode_s)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mtp_lightning.errors import Fault
-from mtp_lightning.planner.variants import obstacle, with_offsets, with_schedule
+from mtp_lightning.planner.variants import obstacle, with_backward_order, with_offsets
 from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
 from mtp_lightning.recipe.schema.root import Recipe
 
@@ -23,7 +23,7 @@ class Cell:
     @property
     def schedule(self) -> str:
         """Order of head forward and backward."""
-        return self.recipe.objective.schedule
+        return self.recipe.objective.backward_order
 
     @property
     def key(self) -> tuple[int, str]:
@@ -44,7 +44,7 @@ def build_cells(recipe: Recipe, offsets: list[int], schedules: list[str]) -> lis
     """
     variants = [with_offsets(recipe, num_offsets) for num_offsets in dict.fromkeys(offsets)]
     return [
-        Cell(with_schedule(variant, schedule), obstacle(variant))
+        Cell(with_backward_order(variant, schedule), obstacle(variant))
         for variant in variants
         for schedule in dict.fromkeys(schedules)
     ]
@@ -54,7 +54,7 @@ def impossible(cells: list[Cell]) -> list[str]:
     """Say for each number of offsets that cannot run what is in the way and what to do."""
     faults = {cell.num_offsets: cell.obstacle for cell in cells if cell.obstacle is not None}
     return [
-        f"n={num_offsets} is not possible: {fault.path} {fault.must_hold}. {fault.remedy}"
+        f"n={num_offsets} is not possible: {fault.path} {fault.expected}. {fault.hint}"
         for num_offsets, fault in faults.items()
     ]
 
@@ -66,10 +66,14 @@ def describe_shape(recipe: Recipe) -> str:
     'V=257, D=256, T=256, 16 rows in micro-batches of 16, fp32, parallel heads'
     """
     model, batch, heads = recipe.model, recipe.batch, recipe.heads
-    rows = f"{batch.rows} rows in micro-batches of {batch.micro_rows}" if batch.rows > 1 else "1 row"
+    rows = (
+        f"{batch.global_batch_size} rows in micro-batches of {batch.micro_batch_size}"
+        if batch.global_batch_size > 1
+        else "1 row"
+    )
     order = f"{heads.order} " if heads.kind == "chained" else ""
     return (
-        f"V={model.vocabulary:,}, D={model.width:,}, T={recipe.data.window_tokens:,}, {rows}, "
+        f"V={model.vocab_size:,}, D={model.hidden_size:,}, T={recipe.data.seq_len:,}, {rows}, "
         f"{recipe.run.precision}, {order}{heads.kind} heads"
     )
 
@@ -81,7 +85,7 @@ def describe_matching(recipe: Recipe) -> str:
     'Equal total layers: the heads take theirs from the 8 of the model.'
     """
     if recipe.heads.kind in ("linear", "medusa"):
-        return f"The heads hold no transformer layers; the trunk has {recipe.model.num_layers} at every n."
-    if recipe.heads.match_parameters:
-        return f"Equal total layers: the heads take theirs from the {recipe.model.num_layers} of the model."
-    return "NOT at equal total layers: heads.match_parameters is false, so every offset adds layers to n=1."
+        return f"The heads hold no transformer layers; the trunk has {recipe.model.num_hidden_layers} at every n."
+    if recipe.heads.layers_from_trunk:
+        return f"Equal total layers: the heads take theirs from the {recipe.model.num_hidden_layers} of the model."
+    return "NOT at equal total layers: heads.layers_from_trunk is false, so every offset adds layers to n=1."

@@ -24,13 +24,13 @@ def probe(recipe: Recipe) -> dict[str, Any]:
     first, so that what the libraries load and keep for themselves is not counted.
     """
     device = prepare_device(recipe)
-    TrainingStep(shrunken(recipe), device).run(recipe.objective.schedule, predicts=True)
+    TrainingStep(shrunken(recipe), device).run(recipe.objective.backward_order, predicts=True)
     meter = PeakMeter(device)
     step = TrainingStep(recipe, device)
-    step.run(recipe.objective.schedule, predicts=True)
+    step.run(recipe.objective.backward_order, predicts=True)
     meter.reset()
     began_at = time.perf_counter()
-    step.run(recipe.objective.schedule, predicts=True)
+    step.run(recipe.objective.backward_order, predicts=True)
     peak_bytes = meter.peak_bytes()
     step_s = time.perf_counter() - began_at
     return {"peak_bytes": peak_bytes, "step_s": step_s, "machine": asdict(describe_machine(device))}
@@ -38,12 +38,12 @@ def probe(recipe: Recipe) -> dict[str, Any]:
 
 def shrunken(recipe: Recipe) -> Recipe:
     """Make everything small that may be, and leave the code that runs the same."""
-    model = {"width": 64, "head_width": 2, "mlp_width": 64, "vocabulary": 64}
+    model = {"hidden_size": 64, "head_dim": 2, "intermediate_size": 64, "vocab_size": 64}
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update=model),
-            "data": recipe.data.model_copy(update={"window_tokens": recipe.heads.num_offsets + 1}),
-            "batch": recipe.batch.model_copy(update={"rows": 1, "micro_rows": 1}),
+            "data": recipe.data.model_copy(update={"seq_len": recipe.heads.num_offsets + 1}),
+            "batch": recipe.batch.model_copy(update={"global_batch_size": 1, "micro_batch_size": 1}),
         }
     )
 

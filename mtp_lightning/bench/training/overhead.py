@@ -28,11 +28,11 @@ from mtp_lightning.training.health.stragglers import Stragglers
 from mtp_lightning.training.health.watchdog import Watchdog
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.logging.live import LiveView
-from mtp_lightning.training.logging.log_routing import remarks_in
+from mtp_lightning.training.logging.log_routing import redirect_library_logs
 from mtp_lightning.training.logging.summary import Summary
 from mtp_lightning.training.saving.interruption import Interruption
 from mtp_lightning.training.strategies.device import prepare_device
-from mtp_lightning.training.strategies.process_group import joined_ranks
+from mtp_lightning.training.strategies.process_group import process_group
 
 WATCHERS = (Watchdog, Interruption, Stragglers)
 WARM_ROUNDS = 2  # one with and one without, in which all that is slow at first happens
@@ -137,7 +137,7 @@ def bench_overhead(recipe: Recipe, *, pairs: int, round_steps: int, json_path: P
     """Train for `pairs` pairs of rounds in a folder that is thrown away, and print what watching has cost."""
     device = prepare_device(recipe)
     machine = describe_machine(device)
-    with joined_ranks(recipe), tempfile.TemporaryDirectory(prefix="mtp-overhead-") as folder:
+    with process_group(recipe), tempfile.TemporaryDirectory(prefix="mtp-overhead-") as folder:
         short = _short(recipe, (WARM_ROUNDS + 2 * pairs) * round_steps, round_steps)
         overhead = _measured(short, Path(Ranks().broadcast(folder)), round_steps)
         if not Ranks().is_first:
@@ -160,18 +160,23 @@ def _short(recipe: Recipe, steps: int, round_steps: int) -> Recipe:
     """Neither validate nor save between the steps; every round has as many logged steps."""
     run = {
         "steps": steps + 1,  # the last one is followed by a validation
-        "log_every_steps": min(recipe.run.log_every_steps, round_steps),
         "validate_every_steps": steps + 1,
-        "checkpoint_every_steps": steps + 1,
-        "validation_rows": recipe.strategy.num_ranks,
+        "validation_samples": recipe.strategy.num_ranks,
     }
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update=run)})
+    logging = {"every_steps": min(recipe.logging.every_steps, round_steps)}
+    return recipe.model_copy(
+        update={
+            "run": recipe.run.model_copy(update=run),
+            "checkpoint": recipe.checkpoint.model_copy(update={"every_steps": steps + 1}),
+            "logging": recipe.logging.model_copy(update=logging),
+        }
+    )
 
 
 def _measured(recipe: Recipe, folder: Path, round_steps: int) -> Overhead:
     (folder / "logs").mkdir(exist_ok=True)
     times = Times(round_steps)
-    with remarks_in(folder / f"logs/lightning_{Ranks().rank}.log"):
+    with redirect_library_logs(folder / f"logs/lightning_{Ranks().rank}.log"):
         trainer = build_trainer(recipe, folder, StopRequest())
         kept = [own for own in trainer.callbacks if not isinstance(own, (LiveView, Summary))]  # type: ignore[attr-defined]
         watched = [Switched(own, times) if isinstance(own, WATCHERS) else own for own in kept]

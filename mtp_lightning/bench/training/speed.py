@@ -168,9 +168,9 @@ def _remarks(recipe: Recipe, machine: Machine, figures: list[SpeedFigure], peak:
 
 
 def _recompute_remark(recipe: Recipe) -> list[str]:
-    section, kind = recipe.objective, recipe.heads.kind
-    heads = kind == "recursive" if section.checkpoint_heads is None else section.checkpoint_heads
-    parts = [name for name, is_on in (("trunk", section.checkpoint_trunk), ("heads", heads)) if is_on]
+    memory, kind = recipe.memory, recipe.heads.kind
+    heads = kind == "recursive" if memory.recompute_heads is None else memory.recompute_heads
+    parts = [name for name, is_on in (("trunk", memory.recompute_trunk), ("heads", heads)) if is_on]
     if not parts:
         return []
     return [f"Activations of the {' and the '.join(parts)} are computed twice; that shows in time / FLOP."]

@@ -11,7 +11,7 @@ from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.freezing import first_taught, freeze
 from mtp_lightning.model.mtp_model import build_model
-from mtp_lightning.planner.variants import with_schedule
+from mtp_lightning.planner.variants import with_backward_order
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.step.backward_order import run_schedule
@@ -31,7 +31,7 @@ class TrainingStep:
         self.recipe, self.device = recipe, device
         self.model = build_model(recipe, device)
         freeze(self.model, recipe)
-        if recipe.objective.compile:
+        if recipe.memory.compile:
             self.model.compile_layers()
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         set_learning_rate(self.optimizer, recipe.optimizer, learning_rate(recipe.optimizer, 0, recipe.run.steps))
@@ -42,7 +42,7 @@ class TrainingStep:
     def run(self, schedule: str, *, predicts: bool) -> None:
         """Do one optimizer step by a schedule; `predicts` also takes every offset's argmax, as logged steps do."""
         counts = (self.targets != IGNORE).sum((1, 2))
-        section = with_schedule(self.recipe, schedule).objective
+        section = with_backward_order(self.recipe, schedule).objective
         teacher_counts = teacher_positions(self.targets).sum((1, 2))
         num_frozen = first_taught(self.recipe) - 1
         weights = [0.0] * num_frozen + [1.0] * (len(counts) - num_frozen)
@@ -63,7 +63,7 @@ class TrainingStep:
             state.update({key: value.to(device) for key, value in state.items()})
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
-        size = self.recipe.batch.micro_rows
+        size = self.recipe.batch.micro_batch_size
         for start in range(0, len(self.tokens), size):
             rows = slice(start, start + size)
             yield MicroBatch(self.tokens[rows], self.documents[rows], self.targets[:, rows])
@@ -83,16 +83,16 @@ class TrainingStep:
             raise NonFiniteError(
                 "every gradient must be finite",
                 "a gradient that is not, on random tokens",
-                "Lower optimizer.lr or model.init_std, or use run.precision=fp32.",
+                "Lower optimizer.lr or model.initializer_range, or use run.precision=fp32.",
             )
-        if self.recipe.optimizer.clip_norm is not None:
-            clip_gradients(self.model.parameters(), norms["all"], self.recipe.optimizer.clip_norm)
+        if self.recipe.optimizer.max_grad_norm is not None:
+            clip_gradients(self.model.parameters(), norms["all"], self.recipe.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
 
 def random_tokens(recipe: Recipe) -> Tensor:
     """Draw the rows of one optimizer step: (R, T+n)."""
-    shape = (recipe.batch.rows, recipe.data.window_tokens + recipe.heads.num_offsets)
+    shape = (recipe.batch.global_batch_size, recipe.data.seq_len + recipe.heads.num_offsets)
     generator = torch.Generator().manual_seed(recipe.run.seed)
-    return torch.randint(recipe.model.vocabulary, shape, generator=generator)
+    return torch.randint(recipe.model.vocab_size, shape, generator=generator)

@@ -28,6 +28,7 @@ from mtp_lightning.model.add_heads import parameter_origins
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe import Recipe, load_recipe, num_head_layers, num_trunk_layers, recipe_to_yaml
 from mtp_lightning.recipe.add_heads import extended_recipe
+from mtp_lightning.recipe.schema.adapt import BELOW
 
 
 def extend_checkpoint(
@@ -118,9 +119,10 @@ def _to_be_trained(extended: Recipe, recipe: Recipe, out: Path) -> Recipe:
     """Say in the recipe that only the new heads are trained, from this folder on, in a run folder of their own."""
     num_trained, num_offsets = recipe.heads.num_offsets, extended.heads.num_offsets
     first = {"recursive": 2}.get(extended.heads.kind, num_trained + 1) if num_offsets > num_trained else None
-    run = {"start_from": str(out.absolute()), "dir": f"{recipe.run.dir}-n{num_offsets}", "fresh": False}
+    run = {"dir": f"{recipe.run.dir}-n{num_offsets}", "restart": False}
     sections = {
-        "heads": extended.heads.model_copy(update={"trainable_from": first}),
+        "freeze": [*recipe.frozen_parts, *([f"{BELOW}{first}"] if first else [])],
         "run": extended.run.model_copy(update=run),
+        "init": extended.init.model_copy(update={"path": str(out.absolute())}),
     }
     return extended.model_copy(update=sections)

@@ -54,7 +54,7 @@ def find_checkpoint(path: Path) -> Path:
     raise CheckpointError(
         "a run folder must have a complete checkpoint",
         "; ".join(reasons) or f"none in {folder}",
-        "Let the run go on until its first checkpoint (run.checkpoint_every_steps)",
+        "Let the run go on until its first checkpoint (checkpoint.every_steps)",
     )
 
 
@@ -88,7 +88,7 @@ def offering_another(folder: Path) -> Iterator[None]:
     try:
         yield
     except DamagedCheckpointError as error:
-        raise DamagedCheckpointError(error.must_hold, error.found, _offer(folder) or error.remedy) from None
+        raise DamagedCheckpointError(error.expected, error.found, _offer(folder) or error.hint) from None
 
 
 def _offer(folder: Path) -> str | None:
@@ -139,7 +139,7 @@ def _empty_model(
         model = MtpModel(recipe)
     check_tensors(model, reader)
     model.to(dtype or stored_dtype(reader)).to_empty(device=device)
-    model.tie_embeddings()
+    model.tie_word_embeddings()
     return model
 
 

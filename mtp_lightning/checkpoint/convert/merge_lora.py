@@ -17,7 +17,8 @@ def plain_recipe(recipe: Recipe) -> Recipe:
     """Describe the model in which all low-rank updates are merged; nothing of it is frozen."""
     if recipe.adapt.lora is None:
         return recipe
-    return recipe.model_copy(update={"adapt": recipe.adapt.model_copy(update={"lora": None, "frozen": []})})
+    below = [part for part in recipe.freeze if part not in recipe.frozen_parts]
+    return recipe.model_copy(update={"adapt": recipe.adapt.model_copy(update={"lora": None}), "freeze": below})
 
 
 @final

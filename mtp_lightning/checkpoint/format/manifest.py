@@ -101,7 +101,7 @@ def _check_version(content: Any, path: Path) -> None:
             f"{version} in {path}{writer}",
             "Upgrade mtp_lightning"
             if version > FORMAT_VERSION
-            else "Use the version that wrote it, or start over with run.fresh=true",
+            else "Use the version that wrote it, or start over with run.restart=true",
         )
 
 

@@ -45,7 +45,7 @@ def parameters_of(recipe: Recipe) -> dict[str, Parameter]:
         for module in model.heads.modules_of(offset)
         for parameter in module.parameters()
     }
-    offsets |= {id(mixture.weight): int(offset) for offset, mixture in model.mixtures.items()}
+    offsets |= {id(mixture.weight): int(offset) for offset, mixture in model.layer_mix.items()}
     path = model.heads.path(1) if model.heads.modules_of(1) else []
     return {
         name: Parameter(
@@ -66,7 +66,7 @@ def num_base_layers(parameters: Mapping[str, Parameter]) -> int:
 def _place_of(name: str, path: list[int], recipe: Recipe) -> str | None:
     """Find the place of a parameter; `path` lists the offsets whose heads are on the way to offset 1."""
     role, _, rest = name.partition(".")
-    if role == "mixtures":
+    if role == "layer_mix":
         return None
     if role == "trunk":
         return rest

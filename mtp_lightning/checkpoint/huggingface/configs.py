@@ -36,9 +36,9 @@ class Config:
         value = self.values.get(name)
         return default if value is None else value
 
-    def refused(self, must_hold: str, found: str, remedy: str) -> CheckpointError:
+    def refused(self, expected: str, found: str, hint: str) -> CheckpointError:
         """Build the error about a field."""
-        return CheckpointError(must_hold, f"{found}, in {self.path}", remedy)
+        return CheckpointError(expected, f"{found}, in {self.path}", hint)
 
     def check_is(self, name: str, wanted: Any, default: Any = None) -> None:
         """Check that a field has the one value that the model here can have.
@@ -47,8 +47,8 @@ class Config:
             CheckpointError: It has another.
         """
         if (value := self.get(name, default)) != wanted:
-            remedy = "Models with another value are not supported: choose another model"
-            raise self.refused(f"{name} must be {wanted!r}", shown(value), remedy)
+            hint = "Models with another value are not supported: choose another model"
+            raise self.refused(f"{name} must be {wanted!r}", shown(value), hint)
 
     def impossible(self, found: str) -> CheckpointError:
         """Build the error about a field of a wrong type or value."""
@@ -102,31 +102,31 @@ def shared_fields(config: Config) -> dict[str, Any]:
     """Read what every family says in the same words into fields of the model section."""
     check_attends_to_all(config)
     heads, width = config.need("num_attention_heads"), config.need("hidden_size")
-    head_width = config.get("head_dim")
+    head_dim = config.get("head_dim")
     return {
-        "width": width,
-        "num_layers": config.need("num_hidden_layers"),
+        "hidden_size": width,
+        "num_hidden_layers": config.need("num_hidden_layers"),
         "num_attention_heads": heads,
-        "head_width": None if head_width is None or head_width * heads == width else head_width,
-        "mlp_width": config.need("intermediate_size"),
-        "vocabulary": config.need("vocab_size"),
-        "max_positions": config.need("max_position_embeddings"),
-        "tie_embeddings": config.get("tie_word_embeddings", default=False),
-        "init_std": config.get("initializer_range") or ModelSection().init_std,
+        "head_dim": None if head_dim is None or head_dim * heads == width else head_dim,
+        "intermediate_size": config.need("intermediate_size"),
+        "vocab_size": config.need("vocab_size"),
+        "max_position_embeddings": config.need("max_position_embeddings"),
+        "tie_word_embeddings": config.get("tie_word_embeddings", default=False),
+        "initializer_range": config.get("initializer_range") or ModelSection().initializer_range,
     }
 
 
 def written_shared(section: ModelSection) -> dict[str, Any]:
     """Write what every family says in the same words; transformers 4 and 5 and vLLM read it."""
     return {
-        "hidden_size": section.width,
-        "num_hidden_layers": section.num_layers,
+        "hidden_size": section.hidden_size,
+        "num_hidden_layers": section.num_hidden_layers,
         "num_attention_heads": section.num_attention_heads,
-        "intermediate_size": section.resolved_mlp_width,
-        "vocab_size": section.vocabulary,
-        "max_position_embeddings": section.max_positions,
-        "tie_word_embeddings": section.tie_embeddings,
-        "initializer_range": section.init_std,
+        "intermediate_size": section.resolved_intermediate_size,
+        "vocab_size": section.vocab_size,
+        "max_position_embeddings": section.max_position_embeddings,
+        "tie_word_embeddings": section.tie_word_embeddings,
+        "initializer_range": section.initializer_range,
         "use_cache": True,
     }
 
@@ -149,8 +149,8 @@ def check_attends_to_all(config: Config) -> None:
     told = config.get("layer_types", default=[])
     kinds = sorted({named(kind) for kind in told} - {"full_attention", "sliding_attention"})
     if kinds:
-        remedy = "Choose a model whose layers are ordinary attention"
-        raise config.refused("every layer must be of type full_attention", ", ".join(kinds), remedy)
+        hint = "Choose a model whose layers are ordinary attention"
+        raise config.refused("every layer must be of type full_attention", ", ".join(kinds), hint)
 
 
 def rotary_fields(config: Config) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def rotary_fields(config: Config) -> dict[str, Any]:
     share = told.get("partial_rotary_factor") or config.get("partial_rotary_factor") or config.get("rotary_pct")
     return {
         "rope_theta": config.number("rope_theta", theta),
-        "rotary_share": config.number("partial_rotary_factor", share or 1.0),
+        "partial_rotary_factor": config.number("partial_rotary_factor", share or 1.0),
         "rope_scaling": _scaling(config, told),
     }
 

@@ -60,7 +60,7 @@ def export_hf(path: Path, out: Path, *, dtype: DtypeName = "fp32", with_modules:
         trained, recipe = recipe, plain_recipe(recipe)
         _check_main_head(recipe)
         parameters = parameters_of(recipe)
-        section = recipe.model.model_copy(update={"num_layers": num_base_layers(parameters)})
+        section = recipe.model.model_copy(update={"num_hidden_layers": num_base_layers(parameters)})
         family, settings = settings_of(section)
         layout = _layout_of(recipe, family) if with_modules else None
         cells = cells_of(recipe, parameters, family, layout)
@@ -102,8 +102,8 @@ def _check_main_head(recipe: Recipe) -> None:
     if 1 in mixing_offsets(recipe):
         raise CheckpointError(
             "the main head of an exported model must read the last layer, as transformers runs it",
-            "a mixture of all layers (adapt.weighted_states)",
-            "Train with adapt.weighted_states.main_head=false, or export with --format consolidated",
+            "a mixture of all layers (adapt.layer_mix)",
+            "Train with adapt.layer_mix.main_head=false, or export with --format consolidated",
         )
 
 

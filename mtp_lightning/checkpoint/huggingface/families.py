@@ -65,7 +65,7 @@ def _write_plain(section: ModelSection) -> dict[str, Any]:
         **written_rotary(section),
         "hidden_act": "silu",
         "num_key_value_heads": section.resolved_key_value_heads,
-        "head_dim": section.resolved_head_width,
+        "head_dim": section.resolved_head_dim,
         "rms_norm_eps": section.norm_eps,
     }
 
@@ -84,7 +84,7 @@ def _read_qwen2(config: Config) -> dict[str, Any]:
 
 def _write_qwen2(section: ModelSection) -> dict[str, Any]:
     told = {**_write_plain(section), "use_sliding_window": False, "sliding_window": None}
-    if section.head_width is None:
+    if section.head_dim is None:
         del told["head_dim"]  # no field of this family's own
     return told
 
@@ -95,7 +95,7 @@ def _read_qwen3(config: Config) -> dict[str, Any]:
 
 
 def _write_qwen3(section: ModelSection) -> dict[str, Any]:
-    return {**_write_qwen2(section), "head_dim": section.resolved_head_width, "attention_bias": section.qkv_bias}
+    return {**_write_qwen2(section), "head_dim": section.resolved_head_dim, "attention_bias": section.qkv_bias}
 
 
 def _with_default(config: Config, name: str, *, value: Any) -> Config:
@@ -127,7 +127,7 @@ def _write_neox(section: ModelSection) -> dict[str, Any]:
         "layer_norm_eps": section.norm_eps,
         "use_parallel_residual": section.parallel_residual,
         "attention_bias": section.qkv_bias,
-        "rotary_pct": section.rotary_share,
+        "rotary_pct": section.partial_rotary_factor,
         "rotary_emb_base": section.rope_theta,
         "rope_scaling": rotary["rope_scaling"],
     }

@@ -83,7 +83,7 @@ def open_folder(path: Path) -> Foreign:
         declared = max(config.whole(name, 0, least=0, most=MOST_MODULES) or 0 for name in DECLARED)
         check_held(config, section, declared, entries)
         default = MIMO if family == "mimo" else DEEPSEEK
-        native, what = native_modules(entries, section.num_layers, declared, default=default), family
+        native, what = native_modules(entries, section.num_hidden_layers, declared, default=default), family
     return Foreign(
         path=path,
         what=what,
@@ -91,40 +91,40 @@ def open_folder(path: Path) -> Foreign:
         native=native,
         entries=entries,
         files=files,
-        end_of_document=_first_end(config, section.vocabulary),
+        end_of_document=_first_end(config, section.vocab_size),
         settings_path=config.path,
     )
 
 
-def _first_end(config: Config, vocabulary: int) -> int | None:
+def _first_end(config: Config, vocab_size: int) -> int | None:
     """Return the id that ends a document: of several, the first."""
     told = config.get("eos_token_id")
     ends = told if isinstance(told, list) else [] if told is None else [told]
     for end in ends:
-        if not (type(end) is int and 0 <= end < vocabulary):
-            raise config.impossible(f"eos_token_id: {shown(end)} (ids are below {vocabulary:,})")
+        if not (type(end) is int and 0 <= end < vocab_size):
+            raise config.impossible(f"eos_token_id: {shown(end)} (ids are below {vocab_size:,})")
     return ends[0] if ends else None
 
 
 def _read_settings(path: Path) -> Config:
-    remedy = "Give the folder that a model was downloaded to or saved in by transformers"
+    hint = "Give the folder that a model was downloaded to or saved in by transformers"
     try:
         found = next((path / name for name in (CONFIG, SETTINGS) if (path / name).is_file()), None)
         is_folder = path.is_dir()
     except OSError as error:
-        raise CheckpointError("a folder to import must be readable", f"{path}: {reason_of(error)}", remedy) from None
+        raise CheckpointError("a folder to import must be readable", f"{path}: {reason_of(error)}", hint) from None
     if found is None:
         raise CheckpointError(
             f"a folder to import must have a {CONFIG} (or Meta's {SETTINGS})",
             f"neither in {path}" if is_folder else f"no folder {path}",
-            remedy,
+            hint,
         )
     values = _read_json(found)
     if named(values.get("format")).startswith("mtp_lightning"):
         raise CheckpointError(
             "a folder to import must be of another program",
             f"an exported folder of mtp_lightning, {path}",
-            f"Train from it as it is: run.start_from={path}",
+            f"Train from it as it is: init.path={path}",
         )
     return Config(found, values)
 

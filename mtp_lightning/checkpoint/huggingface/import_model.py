@@ -145,25 +145,26 @@ def _recipe_of(foreign: Foreign, wanted: Wanted, init: Init, out: Path) -> Recip
         )
     num_offsets = wanted.num_offsets or 1 + count
     if num_offsets > MOST_OFFSETS:
-        must_hold = f"the model must predict at most {MOST_OFFSETS:,} tokens"
-        raise CheckpointError(must_hold, f"{num_offsets:,}", "Give a smaller number with --offsets")
-    heads = {**implied, "kind": kind, "num_offsets": num_offsets, "match_parameters": False}
-    window = min(default.data.window_tokens, foreign.section.max_positions)
+        expected = f"the model must predict at most {MOST_OFFSETS:,} tokens"
+        raise CheckpointError(expected, f"{num_offsets:,}", "Give a smaller number with --offsets")
+    heads = {**implied, "kind": kind, "num_offsets": num_offsets, "layers_from_trunk": False}
+    window = min(default.data.seq_len, foreign.section.max_position_embeddings)
     values = {
         "name": out.absolute().name,
         "model": foreign.section.model_dump(),
         "heads": heads,
-        "data": {**_tokenizer_fields(foreign, wanted, out), "window_tokens": window},
+        "data": {**_tokenizer_fields(foreign, wanted, out), "seq_len": window},
         "optimizer": {"lr": PEAK_LR},
-        "run": {"dir": f"runs/{out.absolute().name}", "start_from": str(out.absolute())},
+        "run": {"dir": f"runs/{out.absolute().name}"},
+        "init": {"path": str(out.absolute())},
     }
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         found = f"{'.'.join(map(str, first['loc']))}: {shown(first['input'])} ({first['msg']})"
-        must_hold, remedy = "the folder's settings must make a model that can be trained", "Choose another model"
-        raise CheckpointError(must_hold, f"{found}, from {foreign.settings_path}", remedy) from None
+        expected, hint = "the folder's settings must make a model that can be trained", "Choose another model"
+        raise CheckpointError(expected, f"{found}, from {foreign.settings_path}", hint) from None
     if faults := check_rules(recipe):
         raise RecipeError(faults)
     return recipe
@@ -174,7 +175,7 @@ def _tokenizer_fields(foreign: Foreign, wanted: Wanted, out: Path) -> dict[str, 
     if found is None:
         return {}
     given = foreign.end_of_document if wanted.end_of_document is None else wanted.end_of_document
-    end = end_of_document(found, foreign.section.vocabulary, given)
+    end = end_of_document(found, foreign.section.vocab_size, given)
     return {"tokenizer": str(out.absolute() / found.name), "end_of_document": end}
 
 

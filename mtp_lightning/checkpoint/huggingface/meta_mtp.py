@@ -39,13 +39,13 @@ def meta_section(config: Config, entries: dict[str, Entry]) -> ModelSection:
     heads, width = config.need("n_heads"), config.need("dim")
     shared = config.get("n_kv_heads", heads)
     values: dict[str, Any] = {
-        "width": width,
-        "num_layers": config.need("n_layers") - num_extra_heads(config),
+        "hidden_size": width,
+        "num_hidden_layers": config.need("n_layers") - num_extra_heads(config),
         "num_attention_heads": heads,
         "num_key_value_heads": None if shared == heads else shared,
-        "mlp_width": _rows(config, entries, "layers.0.feed_forward.w1.weight"),
-        "vocabulary": _rows(config, entries, "tok_embeddings.weight"),
-        "max_positions": config.get("max_seq_len", POSITIONS),
+        "intermediate_size": _rows(config, entries, "layers.0.feed_forward.w1.weight"),
+        "vocab_size": _rows(config, entries, "tok_embeddings.weight"),
+        "max_position_embeddings": config.get("max_seq_len", POSITIONS),
         "norm_eps": config.number("norm_eps", config.get("norm_eps", 1e-5)),
         "rope_theta": config.number("rope_theta", config.get("rope_theta", 10000.0)),
         "family": "llama",

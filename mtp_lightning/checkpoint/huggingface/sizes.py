@@ -52,12 +52,12 @@ def check_held(config: Config, section: ModelSection, num_extra: int, entries: M
     num_values = sum(math.prod(entry.shape) for entry in entries.values())
     most_layers = min(len(entries), MOST_LAYERS)
     sizes = {
-        "layers": (section.num_layers + num_extra, most_layers),
-        "channels of a hidden state": (section.width, num_values),
-        "tokens in the vocabulary": (section.vocabulary, num_values),
-        "channels inside a feed-forward": (section.resolved_mlp_width, num_values),
-        "channels of all query heads": (section.num_attention_heads * section.resolved_head_width, num_values),
-        "channels of all key heads": (section.resolved_key_value_heads * section.resolved_head_width, num_values),
+        "layers": (section.num_hidden_layers + num_extra, most_layers),
+        "channels of a hidden state": (section.hidden_size, num_values),
+        "tokens in the vocabulary": (section.vocab_size, num_values),
+        "channels inside a feed-forward": (section.resolved_intermediate_size, num_values),
+        "channels of all query heads": (section.num_attention_heads * section.resolved_head_dim, num_values),
+        "channels of all key heads": (section.resolved_key_value_heads * section.resolved_head_dim, num_values),
     }
     for what, (size, most) in sizes.items():
         if size > min(most, MOST):

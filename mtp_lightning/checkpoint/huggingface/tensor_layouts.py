@@ -30,22 +30,22 @@ class Cell(NamedTuple):
 
 
 def _split_heads(stored: Tensor, section: ModelSection) -> Sequence[Tensor]:
-    by_head = stored.reshape(section.num_attention_heads, 3, section.resolved_head_width, *stored.shape[1:])
+    by_head = stored.reshape(section.num_attention_heads, 3, section.resolved_head_dim, *stored.shape[1:])
     return [by_head[:, part].flatten(0, 1) for part in range(3)]
 
 
 def _join_heads(parts: Sequence[Tensor], section: ModelSection) -> Tensor:
-    form = (section.num_attention_heads, section.resolved_head_width, *parts[0].shape[1:])
+    form = (section.num_attention_heads, section.resolved_head_dim, *parts[0].shape[1:])
     return torch.stack([part.reshape(form) for part in parts], dim=1).flatten(0, 2)
 
 
 def _to_halves(stored: Tensor, section: ModelSection) -> Sequence[Tensor]:
-    by_pair = stored.reshape(-1, section.resolved_head_width // 2, 2, *stored.shape[1:])
+    by_pair = stored.reshape(-1, section.resolved_head_dim // 2, 2, *stored.shape[1:])
     return [by_pair.transpose(1, 2).flatten(0, 2)]
 
 
 def _to_pairs(parts: Sequence[Tensor], section: ModelSection) -> Tensor:
-    by_half = parts[0].reshape(-1, 2, section.resolved_head_width // 2, *parts[0].shape[1:])
+    by_half = parts[0].reshape(-1, 2, section.resolved_head_dim // 2, *parts[0].shape[1:])
     return by_half.transpose(1, 2).flatten(0, 2)
 
 

@@ -93,7 +93,9 @@ def _origin(foreign: Foreign, parameter: Parameter, recipe: Recipe, init: Init) 
         cell = foreign.native.cell(place)
     if cell is not None:
         return Origin("loaded", cell)
-    copied = copied_place(place, foreign.section.num_layers, recipe.heads.layers_per_head) if init == "copy" else None
+    copied = (
+        copied_place(place, foreign.section.num_hidden_layers, recipe.heads.layers_per_head) if init == "copy" else None
+    )
     cell = foreign.base_cell(copied) if copied else None
     return Origin("copied", cell) if cell else Origin("fresh", None)
 
@@ -104,10 +106,10 @@ def _left_over(foreign: Foreign, wanted: Collection[str], init: Init) -> list[st
     embedding, matrix = foreign.base_cell("embed_tokens.weight"), foreign.base_cell("lm_head.weight")
     assert embedding is not None
     assert matrix is not None
-    if foreign.section.tie_embeddings:
+    if foreign.section.tie_word_embeddings:
         copies[matrix.stored] = "embed_tokens.weight"
     originals = {"embed_tokens.weight": embedding.stored}
-    originals["lm_head.weight"] = embedding.stored if foreign.section.tie_embeddings else matrix.stored
+    originals["lm_head.weight"] = embedding.stored if foreign.section.tie_word_embeddings else matrix.stored
     return [
         name
         for name in foreign.entries

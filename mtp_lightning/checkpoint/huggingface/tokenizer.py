@@ -15,7 +15,7 @@ def find_tokenizer(folder: Path) -> Path | None:
     return next((folder / name for name in TOKENIZERS if (folder / name).is_file()), None)
 
 
-def end_of_document(path: Path, vocabulary: int, given: int | None) -> int:
+def end_of_document(path: Path, vocab_size: int, given: int | None) -> int:
     """Open a tokenizer and return the id that ends a document.
 
     Raises:
@@ -23,10 +23,10 @@ def end_of_document(path: Path, vocabulary: int, given: int | None) -> int:
         DataError: It cannot be read, or the end is in doubt.
     """
     tokenizer = open_tokenizer(str(path), end_of_document=given)
-    if tokenizer.vocabulary > vocabulary:
+    if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
             "the embedding must have a row for every id of the tokenizer",
-            f"{tokenizer.vocabulary:,} ids in {path} and {vocabulary:,} rows",
+            f"{tokenizer.vocab_size:,} ids in {path} and {vocab_size:,} rows",
             "Take tokenizer and weights from the same model; tokens that were added later have no weights",
         )
     return tokenizer.end_of_document

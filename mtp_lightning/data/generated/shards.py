@@ -50,13 +50,13 @@ class TokenShards:
 
     tokenizer: Tokenizer
     request: Mapping[str, Setting]  # all else that decides the documents, by the names that a user knows
-    validation_share: float
+    validation_fraction: float
 
     @property
     def settings(self) -> dict[str, Setting]:
         """All that decides the shards, by name."""
         tokenizer = f"{self.tokenizer.name} {self.tokenizer.fingerprint()[:16]}, end {self.tokenizer.end_of_document}"
-        return {**self.request, "--validation-share": self.validation_share, "tokenizer": tokenizer}
+        return {**self.request, "--validation-fraction": self.validation_fraction, "tokenizer": tokenizer}
 
     @property
     def listing(self) -> str:
@@ -96,8 +96,8 @@ def write_token_shards(write: WriteTexts, out: Path, made: TokenShards) -> Manif
             manifest = None if (out / MANIFEST_NAME).exists() else _write(write, folder, out, made)
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        remedy = "See to space and rights there; the same command goes on with the texts that are written"
-        raise DataError(f"{out} must be writable", str(error), remedy) from error
+        hint = "See to space and rights there; the same command goes on with the texts that are written"
+        raise DataError(f"{out} must be writable", str(error), hint) from error
     return manifest
 
 
@@ -154,10 +154,10 @@ def _writer(partial: Partial, split: Split) -> SplitWriter:
 
 
 def _add(documents: Iterable[TokenDocument], writers: dict[Split, SplitWriter], made: TokenShards) -> None:
-    dtype = token_dtype(made.tokenizer.vocabulary)
+    dtype = token_dtype(made.tokenizer.vocab_size)
     for document in documents:
         mask = None if all(document.is_learnt) else np.array(document.is_learnt, dtype=np.uint8)
-        split = split_of(document.rank, made.validation_share)
+        split = split_of(document.rank, made.validation_fraction)
         writers[split].add(np.array(document.tokens, dtype=dtype), mask)
 
 
@@ -167,17 +167,17 @@ def _manifest_of(shards: dict[Split, list[Shard]], partial: Partial, made: Token
         if not written:
             raise _EmptySplitError(
                 "both splits must get at least one document",
-                f"none for {split} at a share of {made.validation_share} held out",
-                "Make more documents from more prompts, or change --validation-share",
+                f"none for {split} at a share of {made.validation_fraction} held out",
+                "Make more documents from more prompts, or change --validation-fraction",
             )
     return Manifest(
-        dtype="uint16" if token_dtype(tokenizer.vocabulary).itemsize == 2 else "uint32",
+        dtype="uint16" if token_dtype(tokenizer.vocab_size).itemsize == 2 else "uint32",
         tokenizer=tokenizer.name,
         tokenizer_hash=tokenizer.fingerprint(),
-        vocabulary=tokenizer.vocabulary,
+        vocabulary=tokenizer.vocab_size,
         end_of_document=tokenizer.end_of_document,
         largest_token=partial.largest_token,
-        validation_share=made.validation_share,
+        validation_fraction=made.validation_fraction,
         source_files=0,
         source_bytes=0,
         source_listing=made.listing,

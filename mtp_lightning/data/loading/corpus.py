@@ -60,7 +60,7 @@ def prepare_shards(recipe: Recipe) -> Path:
         options = BuildOptions(
             tokenizer=recipe.data.tokenizer,
             end_of_document=recipe.data.end_of_document,
-            validation_share=recipe.data.validation_share,
+            validation_fraction=recipe.data.validation_fraction,
             deduplicate=recipe.data.deduplicate,
         )
         build_shards(recipe.data.corpus, folder, options)
@@ -74,27 +74,27 @@ def check_manifest(recipe: Recipe, manifest: Manifest, folder: Path) -> None:
         DataError: They are of another tokenizer, or hold ids that the model lacks.
     """
     _check_tokenizer(recipe, manifest)
-    check_largest_token(manifest.largest_token, recipe.model.vocabulary, f"the shards in {folder}")
+    check_largest_token(manifest.largest_token, recipe.model.vocab_size, f"the shards in {folder}")
 
 
-def check_largest_token(largest_token: int, vocabulary: int, where: str) -> None:
+def check_largest_token(largest_token: int, vocab_size: int, where: str) -> None:
     """Check that the model has a row of its embedding for the largest token id.
 
     Raises:
         DataError: It has not.
     """
-    if largest_token >= vocabulary:
+    if largest_token >= vocab_size:
         raise DataError(
-            f"every token id must be below model.vocabulary = {vocabulary:,}",
+            f"every token id must be below model.vocab_size = {vocab_size:,}",
             f"id {largest_token:,} in {where}",
-            f"Raise model.vocabulary to {largest_token + 1:,}, or choose another tokenizer or other shards",
+            f"Raise model.vocab_size to {largest_token + 1:,}, or choose another tokenizer or other shards",
         )
 
 
 def _check_vocabulary(recipe: Recipe) -> None:
     """Refuse a model too small for its tokenizer before text is tokenized."""
     tokenizer = recipe_tokenizer(recipe)
-    check_largest_token(tokenizer.vocabulary - 1, recipe.model.vocabulary, f"the tokenizer {tokenizer.name}")
+    check_largest_token(tokenizer.vocab_size - 1, recipe.model.vocab_size, f"the tokenizer {tokenizer.name}")
 
 
 def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -129,7 +129,7 @@ def _corpus_key(data: DataSection) -> str:
     parts = {
         "corpus": [source if is_stdlib(source) else _absolute(source) for source in data.corpus],
         "tokenizer": open_tokenizer(data.tokenizer, end_of_document=data.end_of_document).fingerprint(),
-        "validation_share": data.validation_share,
+        "validation_fraction": data.validation_fraction,
         "format_version": FORMAT_VERSION,
         "python": f"{platform.python_implementation()} {platform.python_version()}" if needs_python else None,
         **({"end_of_document": data.end_of_document} if data.end_of_document is not None else {}),
@@ -147,8 +147,8 @@ def _say_if_corpus_changed(data: DataSection, folder: Path, manifest: Manifest) 
     built_at = (folder / MANIFEST_NAME).stat().st_mtime
     newer = sum(file.path.stat().st_mtime > built_at for file in files)
     if newer or listing_hash(files) != manifest.source_listing:
-        remedy = f"to use it, remove {folder} and start a new run"
-        say(f"its corpus has changed since ({newer:,} newer files); {remedy}", stderr=True)
+        hint = f"to use it, remove {folder} and start a new run"
+        say(f"its corpus has changed since ({newer:,} newer files); {hint}", stderr=True)
 
 
 def _absolute(source: str) -> str:

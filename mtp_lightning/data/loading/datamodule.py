@@ -15,7 +15,7 @@ from mtp_lightning.data.loading.factory import OpenData, open_data, open_rows, p
 from mtp_lightning.data.loading.stream_batches import StreamBatches, stream_identity, stream_rows
 from mtp_lightning.data.loading.stream_documents import StreamRows
 from mtp_lightning.data.sampling.order import Range, with_skipped, without_skipped
-from mtp_lightning.data.sampling.windows import RowSource
+from mtp_lightning.data.sampling.windows import SequenceSource
 from mtp_lightning.errors import CheckpointError, DataError
 from mtp_lightning.recipe.schema.root import Recipe
 
@@ -29,7 +29,7 @@ class MtpDataModule(LightningDataModule):
 
     Where some tokens may not be targets there is a `loss_mask` too, (R, T+n) bool, true for those that may.
 
-    Sample i of a run is a pure function of (shards, seed, i). A step takes the next `batch.rows` samples (fewer at
+    Sample i of a run is a pure function of (shards, seed, i). A step takes the next `batch.global_batch_size` samples (fewer at
     the beginning under `batch.ramp`), each rank a contiguous part of them, so neither ranks nor workers change what
     is learnt from. The position moves only by `advance`, after a step is complete: batches fetched ahead and never
     used are simply fetched again.
@@ -49,12 +49,12 @@ class MtpDataModule(LightningDataModule):
         return open_data(self._recipe, "train")
 
     @property
-    def training_rows(self) -> RowSource:
+    def training_rows(self) -> SequenceSource:
         """The rows of the training split."""
         return self.training_data.rows
 
     @cached_property
-    def validation_rows(self) -> RowSource:
+    def validation_samples(self) -> SequenceSource:
         """Open the held-out split."""
         return open_rows(self._recipe, "validation")
 
@@ -77,18 +77,18 @@ class MtpDataModule(LightningDataModule):
         pin_memory = self._recipe.run.device != "cpu" and torch.cuda.is_available()
         if self._is_stream:
             return StreamBatches(rows=self._stream, slices=self._slices, workers=workers, pin_memory=pin_memory)
-        dataset = SampleDataset(self.training_rows, self.training_data.order, self._recipe.model.vocabulary)
+        dataset = SampleDataset(self.training_rows, self.training_data.order, self._recipe.model.vocab_size)
         return TrainingBatches(dataset=dataset, slices=self._slices, workers=workers, pin_memory=pin_memory)
 
     def val_dataloader(self) -> ValidationBatches:
         """Return this rank's part of rows that are spread evenly over the held-out split, in file order."""
         share = self._num_validation_rows // self._world_size
-        chosen = self.validation_rows.spread(self._num_validation_rows)
+        chosen = self.validation_samples.spread(self._num_validation_rows)
         return ValidationBatches(
-            rows=self.validation_rows,
+            rows=self.validation_samples,
             numbers=chosen[self._rank * share : (self._rank + 1) * share],
-            batch_rows=self._recipe.batch.micro_rows,
-            vocabulary=self._recipe.model.vocabulary,
+            batch_rows=self._recipe.batch.micro_batch_size,
+            vocab_size=self._recipe.model.vocab_size,
         )
 
     def describe_training(self) -> str:
@@ -162,7 +162,7 @@ class MtpDataModule(LightningDataModule):
         return {
             "version": STATE_VERSION,
             **(stream_identity(self._recipe) if self._is_stream else self.training_data.identity),
-            "window_tokens": self._recipe.data.window_tokens,
+            "seq_len": self._recipe.data.seq_len,
             "num_offsets": self._recipe.heads.num_offsets,
             "seed": self._recipe.run.seed,
         }
@@ -188,7 +188,7 @@ class MtpDataModule(LightningDataModule):
     @property
     def _num_validation_rows(self) -> int:
         """Return how many held-out rows are scored, over all ranks: no more than asked for, equally many on each."""
-        rows = min(self._recipe.run.validation_rows, len(self.validation_rows))
+        rows = min(self._recipe.run.validation_samples, len(self.validation_samples))
         return rows - rows % self._world_size
 
     def _slices(self) -> RankSlices:
@@ -201,8 +201,8 @@ class MtpDataModule(LightningDataModule):
         )
 
     def _check_batch(self) -> None:
-        rows, first = self._recipe.batch.rows, self._recipe.batch.rows_at(0)
-        name = "batch.rows" if first == rows else "batch.ramp.from_rows"
+        rows, first = self._recipe.batch.global_batch_size, self._recipe.batch.batch_size_at(0)
+        name = "batch.global_batch_size" if first == rows else "batch.ramp.from_batch_size"
         if first % self._world_size:
             raise DataError(
                 f"{name} must be a multiple of the number of ranks, {self._world_size}",
@@ -213,21 +213,21 @@ class MtpDataModule(LightningDataModule):
             self._stream()
         elif rows > len(self.training_rows):
             raise DataError(
-                f"the training split must have the batch.rows = {rows:,} rows of one step",
+                f"the training split must have the batch.global_batch_size = {rows:,} rows of one step",
                 f"{len(self.training_rows):,} rows of {self.training_rows.width_tokens:,} tokens",
-                "Add documents, or lower batch.rows or data.window_tokens",
+                "Add documents, or lower batch.global_batch_size or data.seq_len",
             )
 
     def _check_validation(self) -> None:
-        asked, there = self._recipe.run.validation_rows, self._num_validation_rows
+        asked, there = self._recipe.run.validation_samples, self._num_validation_rows
         if there == 0:
             raise DataError(
                 f"validation must have at least one row for each of {self._world_size} ranks",
-                f"{asked:,} asked for by run.validation_rows and {len(self.validation_rows):,} held out",
-                "Raise run.validation_rows or data.validation_share, or use fewer ranks",
+                f"{asked:,} asked for by run.validation_samples and {len(self.validation_samples):,} held out",
+                "Raise run.validation_samples or data.validation_fraction, or use fewer ranks",
             )
         if there < asked and self._rank == 0:
-            held_out = f"{len(self.validation_rows):,} are held out"
+            held_out = f"{len(self.validation_samples):,} are held out"
             say(f"validating on {there:,} rows, not {asked:,}: {held_out}", stderr=True)
 
 

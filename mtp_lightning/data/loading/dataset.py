@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from mtp_lightning.data.sampling.order import Order, Range, without_skipped
-from mtp_lightning.data.sampling.windows import RowArrays, RowSource
+from mtp_lightning.data.sampling.windows import RowArrays, SequenceSource
 from mtp_lightning.data.shards.mapped import Integers
 from mtp_lightning.errors import MtpError
 from mtp_lightning.launch.signals import STOP_SIGNALS
@@ -37,10 +37,10 @@ class SampleDataset(Dataset[RowArrays | MtpError]):
     sending thread is inside torch aborts (torch 2.13 on Python 3.11: "terminate called without an active exception").
     """
 
-    def __init__(self, rows: RowSource, order: Order, vocabulary: int) -> None:
+    def __init__(self, rows: SequenceSource, order: Order, vocab_size: int) -> None:
         self._rows = rows
         self._order = order
-        self._vocabulary = vocabulary
+        self._vocabulary = vocab_size
 
     def __getitem__(self, sample: int) -> RowArrays | MtpError:
         return self.__getitems__([sample])
@@ -59,7 +59,7 @@ class SampleDataset(Dataset[RowArrays | MtpError]):
             DataError: A shard is damaged, or was replaced, or holds an id that the model lacks.
         """
         if samples:
-            self._rows.fetch_ahead(self._order.soon(samples[-1]))
+            self._rows.fetch_ahead(self._order.lookahead(samples[-1]))
         return self._rows.read_known(self._order.rows(np.asarray(samples, dtype=np.int64)), self._vocabulary)
 
 
@@ -77,7 +77,7 @@ class RankSlices:
     def __iter__(self) -> Iterator[list[int]]:
         position = self.rows_consumed
         while True:
-            rows = self.batch.rows_at(position)
+            rows = self.batch.batch_size_at(position)
             share = rows // self.world_size
             begin = position + self.rank * share
             yield without_skipped(np.arange(begin, begin + share), self.skip_ranges).tolist()
@@ -124,10 +124,10 @@ class TrainingBatches:
 class ValidationBatches:
     """The same rows at every validation, in file order; of a mixture also their `sources`, (B,) int64."""
 
-    rows: RowSource
+    rows: SequenceSource
     numbers: Integers
     batch_rows: int
-    vocabulary: int
+    vocab_size: int
 
     def __len__(self) -> int:
         return -(-self.numbers.size // self.batch_rows)
@@ -135,7 +135,7 @@ class ValidationBatches:
     def __iter__(self) -> Iterator[Batch]:
         for begin in range(0, self.numbers.size, self.batch_rows):
             numbers = self.numbers[begin : begin + self.batch_rows]
-            batch = tensors_of(self.rows.read_known(numbers, self.vocabulary))
+            batch = tensors_of(self.rows.read_known(numbers, self.vocab_size))
             yield batch | ({"sources": torch.from_numpy(self.rows.sources(numbers))} if self.rows.source_names else {})
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from mtp_lightning.console.progress import say
 from mtp_lightning.data.loading.corpus import check_manifest, folder_of, prepare_named, prepare_shards, shards_folder
-from mtp_lightning.data.loading.stream_batches import KeptRows
+from mtp_lightning.data.loading.stream_batches import CachedValidationSet
 from mtp_lightning.data.loading.stream_documents import tars_of
-from mtp_lightning.data.sampling.group_order import GroupedOrder
+from mtp_lightning.data.sampling.group_order import ShardLocalShuffle
 from mtp_lightning.data.sampling.mixture import JoinedRows, MixedOrder, mixture_hash, quotas_of
 from mtp_lightning.data.sampling.order import ROWS, Order, ShuffledOrder
 from mtp_lightning.data.sampling.packing import PackedRows, prepare_plan
-from mtp_lightning.data.sampling.windows import Rows, RowSource
+from mtp_lightning.data.sampling.windows import SequenceSource, WindowDataset
 from mtp_lightning.data.shards.cache import GIB, ShardCache
 from mtp_lightning.data.shards.manifest import SPLITS, Manifest, Split
 from mtp_lightning.errors import DataError
@@ -28,7 +28,7 @@ from mtp_lightning.recipe.schema.root import Recipe
 class OpenData:
     """The rows of a split, and which of them each sample reads."""
 
-    rows: RowSource
+    rows: SequenceSource
     order: Order
     identity: dict[str, Any]  # what a position in the order is a position in
 
@@ -36,7 +36,7 @@ class OpenData:
 @dataclass(frozen=True)
 class _Source:
     name: str
-    rows: RowSource
+    rows: SequenceSource
     weight: float
 
     @property
@@ -84,7 +84,7 @@ def open_data(recipe: Recipe, split: Split) -> OpenData:
     return OpenData(rows, _order_of(recipe, rows), _identity(recipe, rows.manifests[0].fingerprint))
 
 
-def open_rows(recipe: Recipe, split: Split) -> RowSource:
+def open_rows(recipe: Recipe, split: Split) -> SequenceSource:
     """Open the rows of a split; see `open_data`."""
     return open_data(recipe, split).rows
 
@@ -118,17 +118,17 @@ def _open_stream(recipe: Recipe, split: Split) -> OpenData:
             "data.kind = webdataset_stream",
             "Look at split validation, or build shards of the text with `mtp data build`",
         )
-    rows = KeptRows(recipe)
+    rows = CachedValidationSet(recipe)
     return OpenData(rows, ShuffledOrder(seed=recipe.run.seed, num_rows=len(rows)), {})
 
 
-def _open_source(recipe: Recipe, name: str, split: Split) -> RowSource:
+def _open_source(recipe: Recipe, name: str, split: Split) -> SequenceSource:
     folder = folder_of(recipe, name)
-    rows: RowSource
+    rows: SequenceSource
     if recipe.data.packing == "best_fit":
         rows = PackedRows(folder, split, _cache(recipe), **_shape(recipe))
     else:
-        rows = Rows(folder, split, cache=_shard_cache(recipe, name), **_shape(recipe))
+        rows = WindowDataset(folder, split, cache=_shard_cache(recipe, name), **_shape(recipe))
     check_manifest(recipe, rows.manifests[0], folder)
     return rows
 
@@ -138,16 +138,16 @@ def _shard_cache(recipe: Recipe, name: str) -> ShardCache | None:
     return ShardCache(name, _cache(recipe) / "remote/shards", limit_bytes=limit_bytes) if is_url(name) else None
 
 
-def _order_of(recipe: Recipe, rows: RowSource, purpose: str = ROWS) -> Order:
-    if recipe.data.order == "shards" and isinstance(rows, Rows):
-        group_shards = recipe.data.group_shards
-        return GroupedOrder(
-            seed=recipe.run.seed, shard_rows=rows.shard_rows, group_shards=group_shards, purpose=purpose
+def _order_of(recipe: Recipe, rows: SequenceSource, purpose: str = ROWS) -> Order:
+    if recipe.data.shuffle == "shards" and isinstance(rows, WindowDataset):
+        shuffle_shards = recipe.data.shuffle_shards
+        return ShardLocalShuffle(
+            seed=recipe.run.seed, shard_rows=rows.shard_rows, shuffle_shards=shuffle_shards, purpose=purpose
         )
     return ShuffledOrder(seed=recipe.run.seed, num_rows=len(rows), purpose=purpose)
 
 
-def _check_cache(recipe: Recipe, rows: dict[str, RowSource]) -> None:
+def _check_cache(recipe: Recipe, rows: dict[str, SequenceSource]) -> None:
     """Refuse a cache that shards from URLs would go in and out of all the time.
 
     Held-out shards are all read at every validation; of the others, all under order `rows`, else those of the present
@@ -155,25 +155,25 @@ def _check_cache(recipe: Recipe, rows: dict[str, RowSource]) -> None:
     """
     manifests = [source.manifests[0] for name, source in rows.items() if is_url(name)]
     all_bytes = sum(shard.num_bytes for manifest in manifests for shard in manifest.shards)
-    group_bytes = sum(_group_bytes(manifest, recipe.data.group_shards) for manifest in manifests)
-    needed, has = (all_bytes if recipe.data.order == "rows" else group_bytes) / GIB, recipe.data.cache_gib
+    group_bytes = sum(_group_bytes(manifest, recipe.data.shuffle_shards) for manifest in manifests)
+    needed, has = (all_bytes if recipe.data.shuffle == "rows" else group_bytes) / GIB, recipe.data.cache_gib
     if needed <= has:
         return
-    if recipe.data.order == "rows":
-        other = f"or data.order=shards, for which {_rounded_up(group_bytes / GIB)} are enough"
+    if recipe.data.shuffle == "rows":
+        other = f"or data.shuffle=shards, for which {_rounded_up(group_bytes / GIB)} are enough"
     else:
-        other = "or lower data.group_shards"
+        other = "or lower data.shuffle_shards"
     raise DataError(
-        f"data.cache_gib must hold the shards that rows are shuffled over (data.order={recipe.data.order})",
+        f"data.cache_gib must hold the shards that rows are shuffled over (data.shuffle={recipe.data.shuffle})",
         f"{has:g} GiB for {needed:.3g} GiB",
         f"Set data.cache_gib={_rounded_up(needed)}, {other}",
     )
 
 
-def _group_bytes(manifest: Manifest, group_shards: int) -> int:
+def _group_bytes(manifest: Manifest, shuffle_shards: int) -> int:
     held_out = sum(shard.num_bytes for shard in manifest.shards_of("validation"))
     largest = sorted((shard.num_bytes for shard in manifest.shards_of("train")), reverse=True)
-    return held_out + sum(largest[: 2 * group_shards])
+    return held_out + sum(largest[: 2 * shuffle_shards])
 
 
 def _rounded_up(number: float) -> str:
@@ -185,7 +185,7 @@ def _rounded_up(number: float) -> str:
 def _identity(recipe: Recipe, fingerprint: str) -> dict[str, Any]:
     """Return what decides the rows besides n, T and the seed; states from before a field existed lack it."""
     packing = recipe.data.packing
-    order = None if recipe.data.order == "rows" else f"shards in groups of {recipe.data.group_shards}"
+    order = None if recipe.data.shuffle == "rows" else f"shards in groups of {recipe.data.shuffle_shards}"
     return {
         "fingerprint": fingerprint,
         "mixture": None,
@@ -206,26 +206,26 @@ def _refuse_twins(sources: list[_Source]) -> None:
 
 def _check_quotas(recipe: Recipe, sources: list[_Source], order: MixedOrder) -> None:
     """Refuse a source that lacks the rows of one block, or that the run would read more often than it may."""
-    taken = order.samples_taken(recipe.batch.rows_after(recipe.run.steps))
+    taken = order.samples_taken(recipe.batch.samples_after(recipe.run.steps))
     for source, quota, num_taken in zip(sources, order.quotas, taken, strict=True):
         num_rows = len(source.rows)
         if num_rows < quota:
             raise DataError(
                 f"a source must have its share of {MIXTURE_BLOCK_ROWS:,} rows, {quota:,} for {source.name}",
                 f"{num_rows:,} rows",
-                "Lower its weight in data.mixture, lower data.window_tokens, or add documents",
+                "Lower its weight in data.mixture, lower data.seq_len, or add documents",
             )
-        most = recipe.data.mixture_epochs.get(source.name)
+        most = recipe.data.max_epochs.get(source.name)
         if most is not None and num_taken > most * num_rows:
             raise DataError(
-                f"a run must read {source.name} at most {most:g} times, as data.mixture_epochs says",
+                f"a run must read {source.name} at most {most:g} times, as data.max_epochs says",
                 f"{num_taken / num_rows:.2f} times: {num_taken:,} samples from {num_rows:,} rows",
                 "Lower its weight in data.mixture or run.steps, or raise its limit",
             )
 
 
 def _shape(recipe: Recipe) -> dict[str, int]:
-    return {"window_tokens": recipe.data.window_tokens, "num_offsets": recipe.heads.num_offsets}
+    return {"seq_len": recipe.data.seq_len, "num_offsets": recipe.heads.num_offsets}
 
 
 def _cache(recipe: Recipe) -> Path:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.data.loading.factory import open_rows, prepare_data
-from mtp_lightning.data.sampling.windows import RowSource
+from mtp_lightning.data.sampling.windows import SequenceSource
 from mtp_lightning.data.shards.manifest import Split
 from mtp_lightning.data.tokenizers.base import Tokenizer
 from mtp_lightning.recipe.schema.root import Recipe
@@ -34,14 +34,14 @@ def peek(recipe: Recipe, *, row: int, split: Split) -> None:
     console.print(table)
 
 
-def row_table(recipe: Recipe, rows: RowSource, row: int) -> Table:
+def row_table(recipe: Recipe, rows: SequenceSource, row: int) -> Table:
     """Return the table of one row: a line per token, a rule where a document ends and where the window does."""
     batch = rows.read(np.array([row]))
     tokens, documents = batch["tokens"][0].tolist(), batch["documents"][0].tolist()
-    num_positions, num_offsets = recipe.data.window_tokens, recipe.heads.num_offsets
+    num_positions, num_offsets = recipe.data.seq_len, recipe.heads.num_offsets
     loss_mask = batch["loss_mask"][0].tolist() if "loss_mask" in batch else [True] * len(tokens)
     targets = targets_of_row(tokens, documents, loss_mask, num_offsets=num_offsets)
-    rotary = _rotary_positions(documents) if recipe.data.attention == "document" else list(range(len(tokens)))
+    rotary = _rotary_positions(documents) if recipe.data.document_mask else list(range(len(tokens)))
     begins = {position for position in range(1, len(tokens)) if documents[position] != documents[position - 1]}
     tokenizer = recipe_tokenizer(recipe)
     table = _empty_table(recipe, rows, row)
@@ -84,8 +84,8 @@ def targets_of_row(
     return targets
 
 
-def _empty_table(recipe: Recipe, rows: RowSource, row: int) -> Table:
-    num_positions, num_offsets = recipe.data.window_tokens, recipe.heads.num_offsets
+def _empty_table(recipe: Recipe, rows: SequenceSource, row: int) -> Table:
+    num_positions, num_offsets = recipe.data.seq_len, recipe.heads.num_offsets
     shape = f"T = {num_positions}, n = {num_offsets}"
     table = Table(
         title=f"{rows.split} row {row:,} of {len(rows):,}: {shape}\n{rows.describe(row)}",

@@ -18,7 +18,7 @@ from mtp_lightning.data.loading.dataset import (
     tensors_of,
 )
 from mtp_lightning.data.loading.stream_documents import StreamRows, TarDocuments, joined_rows, rows_of, tars_of
-from mtp_lightning.data.sampling.windows import RowArrays, RowSource
+from mtp_lightning.data.sampling.windows import RowArrays, SequenceSource
 from mtp_lightning.data.shards.manifest import Manifest
 from mtp_lightning.data.shards.mapped import Integers
 from mtp_lightning.errors import DataError, MtpError
@@ -44,8 +44,8 @@ def stream_rows(recipe: Recipe, *, begin: str, rank: int, world_size: int) -> St
     return StreamRows(
         documents=TarDocuments.of(recipe),
         tars=tars,
-        window_tokens=recipe.data.window_tokens,
-        width_tokens=recipe.data.window_tokens + recipe.heads.num_offsets,
+        seq_len=recipe.data.seq_len,
+        width_tokens=recipe.data.seq_len + recipe.heads.num_offsets,
         seed=recipe.run.seed,
         begin=begin,
         rank=rank,
@@ -102,7 +102,7 @@ class StreamBatches:
 
 
 @final
-class KeptRows(RowSource):
+class CachedValidationSet(SequenceSource):
     """The first rows of the held-out tars, in memory."""
 
     split = "validation"
@@ -114,16 +114,16 @@ class KeptRows(RowSource):
             DataError: A tar cannot be read, or there is not one row.
         """
         assert recipe.data.stream is not None, "a rule of the recipe"
-        self.width_tokens = recipe.data.window_tokens + recipe.heads.num_offsets
+        self.width_tokens = recipe.data.seq_len + recipe.heads.num_offsets
         tars = tars_of(recipe.data.stream.validation)
         documents = itertools.chain.from_iterable(map(TarDocuments.of(recipe).read, tars))
-        rows = rows_of(documents, window_tokens=recipe.data.window_tokens, width_tokens=self.width_tokens)
-        self._rows = list(itertools.islice(rows, recipe.run.validation_rows))
+        rows = rows_of(documents, seq_len=recipe.data.seq_len, width_tokens=self.width_tokens)
+        self._rows = list(itertools.islice(rows, recipe.run.validation_samples))
         if not self._rows:
             raise DataError(
                 f"data.stream.validation must have the T + n = {self.width_tokens} tokens of one row",
                 f"fewer in {', '.join(tars)}",
-                "Add tars, or lower data.window_tokens",
+                "Add tars, or lower data.seq_len",
             )
 
     def __len__(self) -> int:

@@ -92,7 +92,7 @@ class TarDocuments:
     end_of_document: int | None
     text_field: str
     token_type: str
-    vocabulary: int
+    vocab_size: int
 
     @staticmethod
     def of(recipe: Recipe) -> "TarDocuments":
@@ -104,7 +104,7 @@ class TarDocuments:
             end_of_document=recipe.data.end_of_document,
             text_field=stream.text_field,
             token_type=stream.token_type,
-            vocabulary=recipe.model.vocabulary,
+            vocab_size=recipe.model.vocab_size,
         )
 
     def read(self, tar: str) -> Iterator[NDArray[Any]]:
@@ -147,13 +147,13 @@ class TarDocuments:
         raise _wrong(f"{place}.{kind}", f"text in the field {self.text_field}", type(value).__name__)
 
     def _check(self, tokens: NDArray[Any], place: str) -> None:
-        wrong = np.flatnonzero((tokens >= self.vocabulary) | (tokens < 0))
+        wrong = np.flatnonzero((tokens >= self.vocab_size) | (tokens < 0))
         if wrong.size:
             at = int(wrong[0])
             raise DataError(
-                f"every token id must be at least 0 and below model.vocabulary = {self.vocabulary:,}",
+                f"every token id must be at least 0 and below model.vocab_size = {self.vocab_size:,}",
                 f"id {tokens[at]:,} at {place}, token {at:,}",
-                "Raise model.vocabulary, or take the tokenizer and the data.stream.token_type of the tars",
+                "Raise model.vocab_size, or take the tokenizer and the data.stream.token_type of the tars",
             )
 
 
@@ -187,13 +187,13 @@ def _is_document(name: str) -> bool:
 
 def _damaged(tar: str, error: Exception) -> DataError:
     is_ours = isinstance(error, TarDamage)
-    remedy = "Copy it again from its source, or leave it out of data.stream"
+    hint = "Copy it again from its source, or leave it out of data.stream"
     if NO_END in str(error):
-        remedy += "; if it is known to be whole, end it: head -c 1024 /dev/zero >> FILE"
+        hint += "; if it is known to be whole, end it: head -c 1024 /dev/zero >> FILE"
     return DataError(
         f"{tar} must be a whole tar of WebDataset samples",
         str(error) if is_ours else f"{type(error).__name__}: {shown(error)}",
-        remedy,
+        hint,
     )
 
 
@@ -218,7 +218,7 @@ def _wrong(place: str, wanted: str, found: str) -> DataError:
     return DataError(f"{place} must be {wanted}", found, "Write the tar anew, or leave it out of data.stream")
 
 
-def rows_of(documents: Iterator[NDArray[Any]], *, window_tokens: int, width_tokens: int) -> Iterator[RowArrays]:
+def rows_of(documents: Iterator[NDArray[Any]], *, seq_len: int, width_tokens: int) -> Iterator[RowArrays]:
     """Cut documents, one after another, into rows of T + n tokens, the next one T tokens later."""
     tokens, owners = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32)
     for number, document in enumerate(documents):
@@ -226,7 +226,7 @@ def rows_of(documents: Iterator[NDArray[Any]], *, window_tokens: int, width_toke
         owners = np.concatenate([owners, np.full(document.size, number, dtype=np.int32)])
         while tokens.size >= width_tokens:
             yield {"tokens": tokens[:width_tokens], "documents": owners[:width_tokens] - owners[0]}
-            tokens, owners = tokens[window_tokens:], owners[window_tokens:]
+            tokens, owners = tokens[seq_len:], owners[seq_len:]
 
 
 @final
@@ -236,7 +236,7 @@ class StreamRows(IterableDataset[RowArrays | MtpError]):
 
     documents: TarDocuments
     tars: list[str]
-    window_tokens: int
+    seq_len: int
     width_tokens: int
     seed: int
     begin: str  # where the run stood when it was started: each start reads the tars in an order of its own
@@ -246,7 +246,7 @@ class StreamRows(IterableDataset[RowArrays | MtpError]):
     def __iter__(self) -> Iterator[RowArrays | MtpError]:
         """Yield rows; an error as what it is, because torch would lose it between processes."""
         try:
-            yield from rows_of(self._read(), window_tokens=self.window_tokens, width_tokens=self.width_tokens)
+            yield from rows_of(self._read(), seq_len=self.seq_len, width_tokens=self.width_tokens)
         except MtpError as error:
             yield error
 

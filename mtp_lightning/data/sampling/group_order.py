@@ -10,15 +10,15 @@ SHARDS = "shard order 1"
 
 
 @final
-class GroupedOrder(Order):
+class ShardLocalShuffle(Order):
     """Rows of one group of shards after another; which shards are together changes with every epoch.
 
     A pure function of (seed, sample, rows of every shard, shards per group). It costs 8 bytes per shard.
     """
 
-    def __init__(self, *, seed: int, shard_rows: Numbers, group_shards: int, purpose: str = ROWS) -> None:
+    def __init__(self, *, seed: int, shard_rows: Numbers, shuffle_shards: int, purpose: str = ROWS) -> None:
         """Take the number of rows of every shard, in the order in which rows are numbered."""
-        self._seed, self._purpose, self._group_shards = seed, purpose, group_shards
+        self._seed, self._purpose, self._group_shards = seed, purpose, shuffle_shards
         self._shard_rows = shard_rows
         self._first_rows = np.concatenate([[0], np.cumsum(shard_rows)])
         self._num_rows = int(self._first_rows[-1])
@@ -33,7 +33,7 @@ class GroupedOrder(Order):
             rows[inside] = self._rows_of_epoch(samples[inside] % self._num_rows, epoch)
         return rows
 
-    def soon(self, sample: int) -> Numbers:
+    def lookahead(self, sample: int) -> Numbers:
         """Return a row of each shard in the group of a sample and the one after it, in the order of their turn."""
         epoch, position = divmod(sample, self._num_rows)
         order, ends = self._groups(epoch)

@@ -8,7 +8,7 @@ from typing import Any, final
 import numpy as np
 
 from mtp_lightning.data.sampling.order import Numbers, Order, permute
-from mtp_lightning.data.sampling.windows import RowArrays, RowSource
+from mtp_lightning.data.sampling.windows import RowArrays, SequenceSource
 from mtp_lightning.data.shards.manifest import Manifest
 from mtp_lightning.data.shards.mapped import Integers
 from mtp_lightning.recipe.schema.data import MIXTURE_BLOCK_ROWS
@@ -54,13 +54,13 @@ class MixedOrder(Order):
             first += size
         return rows
 
-    def soon(self, sample: int) -> Numbers | None:
+    def lookahead(self, sample: int) -> Numbers | None:
         """Return rows out of all shards that are read at a sample and for a while after it."""
-        if self.orders[0].soon(0) is None:
+        if self.orders[0].lookahead(0) is None:
             return None
         firsts = np.cumsum([0, *self.sizes])
         block = sample // MIXTURE_BLOCK_ROWS  # whose rows of one source come in any order
-        parts = [order.soon(block * quota) for order, quota in zip(self.orders, self.quotas, strict=True)]
+        parts = [order.lookahead(block * quota) for order, quota in zip(self.orders, self.quotas, strict=True)]
         return np.concatenate([first + part for first, part in zip(firsts, parts, strict=False) if part is not None])
 
     def sources(self, samples: Numbers) -> tuple[Numbers, Numbers]:
@@ -90,10 +90,10 @@ class MixedOrder(Order):
 
 
 @final
-class JoinedRows(RowSource):
+class JoinedRows(SequenceSource):
     """The rows of several sources, numbered one source after another."""
 
-    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float], names: Sequence[str]) -> None:
+    def __init__(self, sources: Sequence[SequenceSource], weights: Sequence[float], names: Sequence[str]) -> None:
         """Join sources of the same split and width; the weights serve to spread rows over them."""
         self.source_names = tuple(names)
         self.split = sources[0].split

@@ -23,7 +23,7 @@ class Order(ABC):
     def rows(self, samples: Numbers) -> Numbers:
         """Return the row of each sample; sample numbers grow without end over the epochs."""
 
-    def soon(self, sample: int) -> Numbers | None:
+    def lookahead(self, sample: int) -> Numbers | None:
         """Return rows out of all shards that are read at a sample and for a while after it; None where any may be."""
         return None
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_lightning.console.progress import say
-from mtp_lightning.data.sampling.windows import RowArrays, RowSource
+from mtp_lightning.data.sampling.windows import RowArrays, SequenceSource
 from mtp_lightning.data.shards.arrays import arrays_of
 from mtp_lightning.data.shards.manifest import Manifest, Shard, Split, load_manifest
 from mtp_lightning.data.shards.mapped import Integers, ShardMaps
@@ -38,7 +38,7 @@ class _Pieces:
     lengths: Integers
 
 
-def plan_packing(maps: ShardMaps, *, window_tokens: int, num_offsets: int) -> Plan:
+def plan_packing(maps: ShardMaps, *, seq_len: int, num_offsets: int) -> Plan:
     """Plan rows of T + n tokens: every pair of a token and a target of the documents lies in exactly one row, once.
 
     A document of more than T tokens gives rows of its own, T tokens each and up to n more as targets. What is left
@@ -50,8 +50,8 @@ def plan_packing(maps: ShardMaps, *, window_tokens: int, num_offsets: int) -> Pl
     shards = np.repeat(np.arange(len(places)), [starts.size for starts, _ in places])
     starts = np.concatenate([np.array([], dtype=np.int64), *(starts for starts, _ in places)])
     lengths = np.concatenate([np.array([], dtype=np.int64), *(own for _, own in places)])
-    full, rest = _cut(_Pieces(shards, starts, lengths), window_tokens, num_offsets)
-    rows = np.concatenate([np.arange(full.lengths.size), full.lengths.size + _best_fit(rest.lengths, window_tokens)])
+    full, rest = _cut(_Pieces(shards, starts, lengths), seq_len, num_offsets)
+    rows = np.concatenate([np.arange(full.lengths.size), full.lengths.size + _best_fit(rest.lengths, seq_len)])
     order = np.argsort(rows, kind="stable")
     num_rows = int(rows.max(initial=-1)) + 1
     return Plan(
@@ -62,42 +62,42 @@ def plan_packing(maps: ShardMaps, *, window_tokens: int, num_offsets: int) -> Pl
     )
 
 
-def plan_path(cache: Path, manifest: Manifest, split: Split, *, window_tokens: int, num_offsets: int) -> Path:
+def plan_path(cache: Path, manifest: Manifest, split: Split, *, seq_len: int, num_offsets: int) -> Path:
     """Return where the plan of a split is kept."""
-    return cache / f"packing-{manifest.fingerprint[:16]}-{split}-T{window_tokens}-n{num_offsets}.npz"
+    return cache / f"packing-{manifest.fingerprint[:16]}-{split}-T{seq_len}-n{num_offsets}.npz"
 
 
-def prepare_plan(folder: Path, split: Split, cache: Path, *, window_tokens: int, num_offsets: int) -> None:
+def prepare_plan(folder: Path, split: Split, cache: Path, *, seq_len: int, num_offsets: int) -> None:
     """Make the plan of a split unless it is there, and say how well it fills the rows."""
-    path = plan_path(cache, load_manifest(folder), split, window_tokens=window_tokens, num_offsets=num_offsets)
+    path = plan_path(cache, load_manifest(folder), split, seq_len=seq_len, num_offsets=num_offsets)
     if path.exists():
         return
     maps = ShardMaps(folder, split)
-    plan = plan_packing(maps, window_tokens=window_tokens, num_offsets=num_offsets)
+    plan = plan_packing(maps, seq_len=seq_len, num_offsets=num_offsets)
     _write(path, plan)
     num_rows = plan.first_pieces.size - 1
-    num_tokens = int(np.minimum(plan.lengths, window_tokens).sum())
-    filled = num_tokens / max(1, num_rows * window_tokens)
-    say(f"packed {split} into {num_rows:,} rows of {window_tokens:,} tokens, {filled:.2%} full: {path}", stderr=True)
+    num_tokens = int(np.minimum(plan.lengths, seq_len).sum())
+    filled = num_tokens / max(1, num_rows * seq_len)
+    say(f"packed {split} into {num_rows:,} rows of {seq_len:,} tokens, {filled:.2%} full: {path}", stderr=True)
 
 
 @final
-class PackedRows(RowSource):
+class PackedRows(SequenceSource):
     """Rows as a plan packs them: documents one after another, then padding that is never a target.
 
     Padding is a document of its own, of end-of-document ids.
     """
 
-    def __init__(self, folder: Path, split: Split, cache: Path, *, window_tokens: int, num_offsets: int) -> None:
+    def __init__(self, folder: Path, split: Split, cache: Path, *, seq_len: int, num_offsets: int) -> None:
         """Open a shard folder and the plan that `prepare_plan` made.
 
         Raises:
             DataError: The folder or the plan is damaged or missing.
         """
         self.split = split
-        self.width_tokens = window_tokens + num_offsets
+        self.width_tokens = seq_len + num_offsets
         self._maps = ShardMaps(folder, split)
-        shape = {"window_tokens": window_tokens, "num_offsets": num_offsets}
+        shape = {"seq_len": seq_len, "num_offsets": num_offsets}
         path = plan_path(cache, self._maps.manifest, split, **shape)
         self._plan = _read(path)
         wrong = _wrong_with(self._plan, self._maps.shards, self.width_tokens)
@@ -153,20 +153,16 @@ class PackedRows(RowSource):
         return self._maps.describe(int(self._plan.shards[piece]), int(self._plan.starts[piece]) + position - begin)
 
 
-def _cut(documents: _Pieces, window_tokens: int, num_offsets: int) -> tuple[_Pieces, _Pieces]:
+def _cut(documents: _Pieces, seq_len: int, num_offsets: int) -> tuple[_Pieces, _Pieces]:
     """Cut documents into windows with their tails of targets, and what is left; one token alone has no target."""
-    num_full = (documents.lengths - 1) // window_tokens
+    num_full = (documents.lengths - 1) // seq_len
     whose = np.repeat(np.arange(num_full.size), num_full)
-    done = (np.arange(whose.size) - np.repeat(np.cumsum(num_full) - num_full, num_full)) * window_tokens
+    done = (np.arange(whose.size) - np.repeat(np.cumsum(num_full) - num_full, num_full)) * seq_len
     left = documents.lengths[whose] - done
-    full = _Pieces(
-        documents.shards[whose], documents.starts[whose] + done, np.minimum(left, window_tokens + num_offsets)
-    )
-    rest = documents.lengths - num_full * window_tokens
+    full = _Pieces(documents.shards[whose], documents.starts[whose] + done, np.minimum(left, seq_len + num_offsets))
+    rest = documents.lengths - num_full * seq_len
     has_rest = rest > 1
-    return full, _Pieces(
-        documents.shards[has_rest], (documents.starts + num_full * window_tokens)[has_rest], rest[has_rest]
-    )
+    return full, _Pieces(documents.shards[has_rest], (documents.starts + num_full * seq_len)[has_rest], rest[has_rest])
 
 
 def _best_fit(lengths: Integers, room_tokens: int) -> Integers:

@@ -15,7 +15,7 @@ from mtp_lightning.errors import DataError
 RowArrays = dict[str, NDArray[Any]]
 
 
-class RowSource(ABC):
+class SequenceSource(ABC):
     """Rows of T + n tokens of one split, addressed by number; any row is as near as any other."""
 
     split: Split
@@ -55,7 +55,7 @@ class RowSource(ABC):
     def place(self, row: int, position: int) -> str:
         """Return the place of one token of a row in words: file, member, token in it, byte of the file."""
 
-    def read_known(self, rows: Integers, vocabulary: int) -> RowArrays:
+    def read_known(self, rows: Integers, vocab_size: int) -> RowArrays:
         """Read rows for a model.
 
         Raises:
@@ -63,10 +63,10 @@ class RowSource(ABC):
         """
         batch = self.read(rows)
         tokens = batch["tokens"]
-        if rows.size and tokens.max() >= vocabulary:
-            line, position = (int(number) for number in np.argwhere(tokens >= vocabulary)[0])
+        if rows.size and tokens.max() >= vocab_size:
+            line, position = (int(number) for number in np.argwhere(tokens >= vocab_size)[0])
             raise DataError(
-                f"every token id must be below model.vocabulary = {vocabulary:,}",
+                f"every token id must be below model.vocab_size = {vocab_size:,}",
                 f"id {tokens[line, position]:,} at {self.place(int(rows[line]), position)}",
                 "Its manifest promises smaller ids: copy the shard again from its source, or build the shards again; "
                 "`mtp data verify FOLDER` names all damage",
@@ -93,7 +93,7 @@ class RowSource(ABC):
 
 
 @final
-class Rows(RowSource):
+class WindowDataset(SequenceSource):
     """Rows as cut: row i holds T + n consecutive tokens, and the next one begins T tokens later.
 
     Rows run across the members of a shard, not across shards. Row to bytes is arithmetic on the index; nothing is
@@ -101,7 +101,7 @@ class Rows(RowSource):
     """
 
     def __init__(
-        self, folder: Path, split: Split, *, window_tokens: int, num_offsets: int, cache: ShardCache | None = None
+        self, folder: Path, split: Split, *, seq_len: int, num_offsets: int, cache: ShardCache | None = None
     ) -> None:
         """Open a shard folder and check that every shard file has its size; with a cache, the shards come from there.
 
@@ -110,12 +110,12 @@ class Rows(RowSource):
         """
         self.folder = folder
         self.split = split
-        self.width_tokens = window_tokens + num_offsets
-        self._stride_tokens = window_tokens
+        self.width_tokens = seq_len + num_offsets
+        self._stride_tokens = seq_len
         self._maps = ShardMaps(folder, split, cache)
         self.manifest = self._maps.manifest
         shard_tokens = np.array([shard.num_tokens for shard in self._maps.shards], dtype=np.int64)
-        self.shard_rows = np.maximum(0, (shard_tokens - self.width_tokens) // window_tokens + 1)
+        self.shard_rows = np.maximum(0, (shard_tokens - self.width_tokens) // seq_len + 1)
         self._first_rows = np.concatenate([[0], np.cumsum(self.shard_rows)])
         self._is_masked = self.manifest.is_masked(split)
         self._fetches_all = False
@@ -192,5 +192,5 @@ class Rows(RowSource):
             raise DataError(
                 f"a shard of {self.split} must have the T + n = {self.width_tokens} tokens of one row",
                 f"{most_tokens} tokens in the longest of {len(self._maps.shards)} in {self.folder}",
-                "Add documents, or lower data.window_tokens",
+                "Add documents, or lower data.seq_len",
             )

@@ -46,7 +46,7 @@ class BuildOptions:
 
     tokenizer: str = "byte"
     end_of_document: int | None = None  # the tokenizer's own unless given
-    validation_share: float
+    validation_fraction: float
     deduplicate: bool = False
     member_tokens: int = MEMBER_TOKENS
     shard_bytes: int = SHARD_BYTES
@@ -89,8 +89,8 @@ def build_shards(
             build = _Build(partial, tokenizer, options, [Path(source).name for source in sources])
             manifest = _run(build, files, out, processes=processes or _num_processes(files), show=show_progress)
     except OSError as error:
-        remedy = "See to space and rights there, or choose another folder; finished shards are kept"
-        raise DataError(f"documents must be readable and {out} writable", str(error), remedy) from error
+        hint = "See to space and rights there, or choose another folder; finished shards are kept"
+        raise DataError(f"documents must be readable and {out} writable", str(error), hint) from error
     tell(f"built {describe(manifest)} in {time.monotonic() - began_at:.1f} s: {out}")
     return manifest
 
@@ -176,7 +176,7 @@ class _Build:
         settings = Settings(
             tokenizer=self._options.tokenizer,
             end_of_document=self._options.end_of_document,
-            validation_share=self._options.validation_share,
+            validation_fraction=self._options.validation_fraction,
             deduplicate=self._options.deduplicate,
         )
         stream = encode_units(units.cut_into_units(files), settings, processes=processes, known=self.partial.known)
@@ -189,13 +189,13 @@ class _Build:
         shards = {split: writer.close() for split, writer in self._writers.items()}
         self._refuse_empty(shards, files)
         return Manifest(
-            dtype="uint16" if token_dtype(self._tokenizer.vocabulary).itemsize == 2 else "uint32",
+            dtype="uint16" if token_dtype(self._tokenizer.vocab_size).itemsize == 2 else "uint32",
             tokenizer=self._tokenizer.name,
             tokenizer_hash=self._tokenizer.fingerprint(),
-            vocabulary=self._tokenizer.vocabulary,
+            vocabulary=self._tokenizer.vocab_size,
             end_of_document=self._tokenizer.end_of_document,
             largest_token=self.partial.largest_token,
-            validation_share=self._options.validation_share,
+            validation_fraction=self._options.validation_fraction,
             source_files=len(files),
             source_bytes=_sum_bytes(files),
             source_listing=listing_hash(files),
@@ -223,7 +223,7 @@ class _Build:
             rank = float(encoded.ranks[number])
             inside = slice(int(ends[number] - encoded.lengths[number]), int(ends[number]))
             mask = None if encoded.mask is None else encoded.mask[inside]
-            num_tokens = self._write(split_of(rank, self._options.validation_share), encoded.tokens[inside], mask)
+            num_tokens = self._write(split_of(rank, self._options.validation_fraction), encoded.tokens[inside], mask)
             self._lowest_ranks = sorted([*self._lowest_ranks, rank])[:2]
             self._documents_of[encoded.unit.source] += 1
             self._tokens_of[encoded.unit.source] += num_tokens
@@ -274,7 +274,7 @@ class _Build:
             if not written:
                 raise DataError(
                     "both splits must get at least one document",
-                    f"none of {num_documents:,} for {split} at data.validation_share={self._options.validation_share}",
+                    f"none of {num_documents:,} for {split} at data.validation_fraction={self._options.validation_fraction}",
                     _share_remedy(self._lowest_ranks),
                 )
 
@@ -282,7 +282,7 @@ class _Build:
 def _share_remedy(ranks: list[float]) -> str:
     if len(ranks) == 1:
         return "Add documents; a document is never divided (JSONL has one per line)"
-    return f"Set data.validation_share={sum(ranks) / 2:.3g}, which holds out one of them, or add documents"
+    return f"Set data.validation_fraction={sum(ranks) / 2:.3g}, which holds out one of them, or add documents"
 
 
 def _sum_bytes(files: list[SourceFile]) -> int:
@@ -299,8 +299,8 @@ def _refuse_taken(out: Path, source_listing: str) -> None:
 
 
 def _taken(out: Path, found: str) -> DataError:
-    must_hold = f"shards must be built into a folder of their own ({out})"
-    return DataError(must_hold, found, "Remove it, or choose another folder")
+    expected = f"shards must be built into a folder of their own ({out})"
+    return DataError(expected, found, "Remove it, or choose another folder")
 
 
 def commit(partial: Partial, out: Path, manifest: Manifest) -> None:

@@ -162,7 +162,7 @@ class ShardCache:
                 raise DataError(
                     f"the cache {self._folder} must have room for {shard.num_bytes:,} bytes of {self.url}/{shard.name}",
                     f"{in_use:,} of {self.limit_bytes:,} bytes in use by running processes",
-                    "Raise data.cache_gib, or lower data.group_shards",
+                    "Raise data.cache_gib, or lower data.shuffle_shards",
                 )
             time.sleep(POLL_S)
 

@@ -34,7 +34,7 @@ class Settings:
 
     tokenizer: str
     end_of_document: int | None
-    validation_share: float
+    validation_fraction: float
     deduplicate: bool
 
 
@@ -81,9 +81,9 @@ def held_out_rank(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode(*AS_NAMED)).digest()[:6], "big") / 2**48
 
 
-def split_of(rank: float, validation_share: float) -> Split:
+def split_of(rank: float, validation_fraction: float) -> Split:
     """Return the split that a document of this rank is in."""
-    return "validation" if rank < validation_share else "train"
+    return "validation" if rank < validation_fraction else "train"
 
 
 def _encode_unit(unit: Unit, settings: Settings, known: frozenset[Split]) -> Encoded:
@@ -94,7 +94,7 @@ def _encode_unit(unit: Unit, settings: Settings, known: frozenset[Split]) -> Enc
         fates.append(FATES.index(_fate(document, tokenizer)))
         ranks.append(held_out_rank(document.name))
         digests.append(_digest(document) if settings.deduplicate else b"")
-        is_wanted = fates[-1] == 0 and split_of(ranks[-1], settings.validation_share) not in known
+        is_wanted = fates[-1] == 0 and split_of(ranks[-1], settings.validation_fraction) not in known
         wanted.append(document if is_wanted else None)
     lengths, tokens, mask = _encode_documents(wanted, tokenizer)
     return Encoded(
@@ -112,7 +112,7 @@ def _encode_documents(
     documents: list[Document | None], tokenizer: Tokenizer
 ) -> tuple[NDArray[np.int64], TokenArray, NDArray[np.uint8] | None]:
     """Return lengths, tokens with end-of-document after each document, and the mask if some part is only read."""
-    dtype = token_dtype(tokenizer.vocabulary)
+    dtype = token_dtype(tokenizer.vocab_size)
     end = np.array([tokenizer.end_of_document], dtype=dtype)
     parts = [part for document in documents if document for part in document.parts]
     encoded = iter(tokenizer.encode_many([text for text, _ in parts]))

@@ -89,6 +89,6 @@ def check_document_lengths(lengths: NDArray[np.uint32], num_tokens: int, place: 
         raise wrong_shard(f"lengths at {place} must add up to the {num_tokens:,} tokens", f"{total:,}")
 
 
-def wrong_shard(must_hold: str, found: str) -> DataError:
+def wrong_shard(expected: str, found: str) -> DataError:
     """Return the error of a shard that is not what its manifest says."""
-    return DataError(must_hold, found, "Copy the folder again from its source, or build the shards again")
+    return DataError(expected, found, "Copy the folder again from its source, or build the shards again")

@@ -211,9 +211,9 @@ def check_size(folder: Path, shard: Shard) -> None:
         DataError: It is not.
     """
     path = folder / shard.name
-    must_hold = f"shard {path} must have {shard.num_bytes:,} bytes, as its manifest says"
-    remedy = "Copy the file again from its source, or build the shards again with `mtp data build`"
+    expected = f"shard {path} must have {shard.num_bytes:,} bytes, as its manifest says"
+    hint = "Copy the file again from its source, or build the shards again with `mtp data build`"
     if not path.is_file():
-        raise DataError(must_hold, "no such file", remedy)
+        raise DataError(expected, "no such file", hint)
     if path.stat().st_size != shard.num_bytes:
-        raise DataError(must_hold, f"{path.stat().st_size:,} bytes", remedy)
+        raise DataError(expected, f"{path.stat().st_size:,} bytes", hint)

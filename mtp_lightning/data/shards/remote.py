@@ -116,8 +116,8 @@ def _named(url: str) -> Iterator[None]:
         raise
     except ImportError as error:
         driver = DRIVERS.get(url.partition("://")[0], "the package that it names")
-        remedy = f"Install it: pip install {driver}"
-        raise DataError(f"{url} must be readable by fsspec", shown(error), remedy) from error
+        hint = f"Install it: pip install {driver}"
+        raise DataError(f"{url} must be readable by fsspec", shown(error), hint) from error
     except Exception as error:  # each of fsspec's drivers has exceptions of its own
         raise DataError(
             f"{url} must be readable",

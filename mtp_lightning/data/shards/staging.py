@@ -185,8 +185,8 @@ def _lock(descriptor: int, on_waiting: Callable[[], None]) -> None:
         on_waiting()
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
-        remedy = "Build on a disk of this machine, and copy the folder"
-        raise DataError("the file system of a build must have locks (flock)", str(error), remedy) from error
+        hint = "Build on a disk of this machine, and copy the folder"
+        raise DataError("the file system of a build must have locks (flock)", str(error), hint) from error
 
 
 def _is_same(descriptor: int, path: Path) -> bool:

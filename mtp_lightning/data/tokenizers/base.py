@@ -15,7 +15,7 @@ class Tokenizer(ABC):
     """Turn the bytes of a document into token ids; text never yields the end-of-document id."""
 
     name: str
-    vocabulary: int
+    vocab_size: int
     end_of_document: int
     takes_any_bytes: bool = False  # else UTF-8 only
 
@@ -49,7 +49,7 @@ class ByteTokenizer(Tokenizer):
     """One token per byte, whatever the encoding of the text; end-of-document comes after the bytes."""
 
     name = "byte"
-    vocabulary = 257
+    vocab_size = 257
     end_of_document = 256
     takes_any_bytes = True
 
@@ -72,9 +72,9 @@ class ByteTokenizer(Tokenizer):
         return hashlib.sha256(b"byte: id = byte value; end of document = 256").hexdigest()
 
 
-def token_dtype(vocabulary: int) -> np.dtype[np.unsignedinteger[Any]]:
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
     """Return the little-endian type in which ids below the vocabulary are stored."""
-    return np.dtype("<u2" if vocabulary <= 65_536 else "<u4")
+    return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
 
 def visible(text: str) -> str:

@@ -52,8 +52,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.name = path.name
         if not ids:
             raise _damaged(path, "a tokenizer.json", ValueError("no tokens in it"))
-        self.vocabulary = max(ids.values()) + 1  # ids may have gaps
-        self.end_of_document = _end_of(path, found, end_of_document, self.vocabulary)
+        self.vocab_size = max(ids.values()) + 1  # ids may have gaps
+        self.end_of_document = _end_of(path, found, end_of_document, self.vocab_size)
 
     def encode(self, text: bytes) -> TokenArray:
         """Return the ids of a text in UTF-8."""
@@ -102,11 +102,11 @@ class SentencePieceTokenizer(Tokenizer):
         self._sha256 = hashlib.sha256(content).hexdigest()
         own = self._inner.eos_id()
         self.name = path.name
-        self.vocabulary = int(self._inner.get_piece_size())
-        if not self.vocabulary:
+        self.vocab_size = int(self._inner.get_piece_size())
+        if not self.vocab_size:
             raise _damaged(path, "a SentencePiece model", ValueError("no pieces in it"))
-        found = {self._inner.id_to_piece(own): own} if 0 <= own < self.vocabulary else {}
-        self.end_of_document = _end_of(path, found, end_of_document, self.vocabulary)
+        found = {self._inner.id_to_piece(own): own} if 0 <= own < self.vocab_size else {}
+        self.end_of_document = _end_of(path, found, end_of_document, self.vocab_size)
 
     def encode(self, text: bytes) -> TokenArray:
         """Return the ids of a text in UTF-8."""
@@ -135,22 +135,22 @@ def _read(path: Path) -> bytes:
     try:
         return bounded_content(path, MOST_BYTES)
     except (OSError, ValueError) as error:
-        remedy = "Correct data.tokenizer: byte, or the path of a tokenizer.json or SentencePiece *.model"
-        raise DataError(f"the tokenizer {str(path.absolute())!r} must be readable", str(error), remedy) from error
+        hint = "Correct data.tokenizer: byte, or the path of a tokenizer.json or SentencePiece *.model"
+        raise DataError(f"the tokenizer {str(path.absolute())!r} must be readable", str(error), hint) from error
 
 
 def _damaged(path: Path, what: str, error: Exception) -> DataError:
     return DataError(f"{path} must be {what}", shown(error).strip() or type(error).__name__, "Download the file again")
 
 
-def _end_of(path: Path, found: dict[str, int], given: int | None, vocabulary: int) -> int:
+def _end_of(path: Path, found: dict[str, int], given: int | None, vocab_size: int) -> int:
     """Return the end-of-document id: the one given, else the only one found."""
     if given is None and len(found) == 1:
         return next(iter(found.values()))
-    if given is not None and 0 <= given < vocabulary:
+    if given is not None and 0 <= given < vocab_size:
         return given
     names = ", ".join(f"{shown(name)} = {number}" for name, number in found.items()) or "none of the usual ones"
-    must_hold = f"one token of {path.name} must end a document"
+    expected = f"one token of {path.name} must end a document"
     if given is not None:
-        must_hold, names = f"data.end_of_document must be below the {vocabulary:,} ids of {path.name}", f"{given:,}"
-    raise DataError(must_hold, names, "Give its id: data.end_of_document=ID (--end-of-document ID)")
+        expected, names = f"data.end_of_document must be below the {vocab_size:,} ids of {path.name}", f"{given:,}"
+    raise DataError(expected, names, "Give its id: data.end_of_document=ID (--end-of-document ID)")

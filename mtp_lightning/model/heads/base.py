@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from mtp_lightning.model.positions import Geometry
+from mtp_lightning.model.positions import AttentionInputs
 from mtp_lightning.recipe.schema.model import HeadsSection
 
 TRUNK = 0  # the trunk's output stands in the place of an offset where heads name what they read
@@ -15,7 +15,7 @@ TRUNK = 0  # the trunk's output stands in the place of an offset where heads nam
 class HeadContext(NamedTuple):
     """What a head may look at besides the state that it reads."""
 
-    geometry: Geometry
+    geometry: AttentionInputs
     embedded: Tensor  # (B, T+n, D) embedded tokens
 
     def tokens_between(self, offset: int) -> Tensor:
@@ -36,7 +36,7 @@ class Heads(nn.Module, ABC):
     def __init__(self, heads: HeadsSection) -> None:
         super().__init__()
         self.num_offsets = heads.num_offsets
-        self.isolates_trunk = heads.isolate_trunk
+        self.detaches_trunk = heads.detach_trunk
 
     @abstractmethod
     def source(self, offset: int) -> int:
@@ -72,12 +72,12 @@ class Heads(nn.Module, ABC):
         ordered: list[int] = []
         frontier = [TRUNK]
         while frontier:
-            read = self.readers(frontier.pop(0))
+            read = self.dependents(frontier.pop(0))
             ordered += read
             frontier += read
         return ordered
 
-    def readers(self, offset: int) -> list[int]:
+    def dependents(self, offset: int) -> list[int]:
         """Offsets that read the state of this one."""
         return [reader for reader in self.offsets if self.source(reader) == offset]
 
@@ -88,10 +88,10 @@ class Heads(nn.Module, ABC):
             path.insert(0, source)
         return path
 
-    def subtree(self, offset: int) -> set[int]:
+    def descendants(self, offset: int) -> set[int]:
         """This offset and all whose states depend on it."""
-        return {offset}.union(*(self.subtree(reader) for reader in self.readers(offset)))
+        return {offset}.union(*(self.descendants(reader) for reader in self.dependents(offset)))
 
-    def is_cut_off(self, offset: int) -> bool:
-        """Tell whether this offset's gradients stop before the state that it reads (`heads.isolate_trunk`)."""
-        return self.isolates_trunk and offset > 1 and self.source(offset) in (TRUNK, 1)
+    def detaches_input(self, offset: int) -> bool:
+        """Tell whether this offset's gradients stop before the state that it reads (`heads.detach_trunk`)."""
+        return self.detaches_trunk and offset > 1 and self.source(offset) in (TRUNK, 1)

@@ -15,9 +15,7 @@ class ChainedHeads(Heads):
     def __init__(self, model: ModelSection, heads: HeadsSection, *, recompute: bool) -> None:
         super().__init__(heads)
         self.is_causal = heads.order == "causal"
-        self.blocks = nn.ModuleList(
-            LayerStack(model, heads.layers_per_head, recompute=recompute) for _ in self.offsets
-        )
+        self.blocks = nn.ModuleList(LayerStack(model, heads.layers_per_head, recompute=recompute) for _ in self.offsets)
 
     def source(self, offset: int) -> int:
         """Causal offsets read the one before; anticausal ones the one after, the last reads the trunk."""

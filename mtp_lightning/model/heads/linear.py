@@ -18,7 +18,7 @@ class LinearHeads(Heads):
     def __init__(self, model: ModelSection, heads: HeadsSection, *, recompute: bool) -> None:
         super().__init__(heads)
         self.blocks = nn.ModuleList(
-            nn.Linear(model.width, model.width, bias=False) for _ in range(heads.num_offsets - 1)
+            nn.Linear(model.hidden_size, model.hidden_size, bias=False) for _ in range(heads.num_offsets - 1)
         )
 
     def source(self, offset: int) -> int:

@@ -27,7 +27,7 @@ class MedusaHeads(Heads):
     def __init__(self, model: ModelSection, heads: HeadsSection, *, recompute: bool) -> None:
         super().__init__(heads)
         self.blocks = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(model.width) for _ in range(heads.layers_per_head)))
+            nn.Sequential(*(ResidualBlock(model.hidden_size) for _ in range(heads.layers_per_head)))
             for _ in range(heads.num_offsets - 1)
         )
 

@@ -14,9 +14,7 @@ class ParallelHeads(Heads):
 
     def __init__(self, model: ModelSection, heads: HeadsSection, *, recompute: bool) -> None:
         super().__init__(heads)
-        self.blocks = nn.ModuleList(
-            LayerStack(model, heads.layers_per_head, recompute=recompute) for _ in self.offsets
-        )
+        self.blocks = nn.ModuleList(LayerStack(model, heads.layers_per_head, recompute=recompute) for _ in self.offsets)
 
     def source(self, offset: int) -> int:
         """Every offset reads the trunk."""

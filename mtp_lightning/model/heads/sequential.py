@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.model.heads.base import HeadContext, Heads
 from mtp_lightning.model.layers import LayerStack, build_norm
-from mtp_lightning.model.positions import Geometry
+from mtp_lightning.model.positions import AttentionInputs
 from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 
 
@@ -19,10 +19,10 @@ class MtpModule(nn.Module):
         self.embedding_first = heads.concatenation == "embedding_first"
         self.enorm = build_norm(model)
         self.hnorm = build_norm(model)
-        self.eh_proj = nn.Linear(2 * model.width, model.width, bias=False)
+        self.eh_proj = nn.Linear(2 * model.hidden_size, model.hidden_size, bias=False)
         self.layers = LayerStack(model, heads.layers_per_head, recompute=recompute)
 
-    def forward(self, state: Tensor, embedded: Tensor, geometry: Geometry) -> Tensor:
+    def forward(self, state: Tensor, embedded: Tensor, geometry: AttentionInputs) -> Tensor:
         """Compute the next offset's state: two (B, T, D) -> (B, T, D)."""
         hidden, token = self.hnorm(state), self.enorm(embedded)
         pair = (token, hidden) if self.embedding_first else (hidden, token)
@@ -40,9 +40,7 @@ class SequentialHeads(Heads):
     def __init__(self, model: ModelSection, heads: HeadsSection, *, recompute: bool) -> None:
         super().__init__(heads)
         self.reads_normed = heads.hidden == "post_norm"
-        self.blocks = nn.ModuleList(
-            MtpModule(model, heads, recompute=recompute) for _ in range(heads.num_offsets - 1)
-        )
+        self.blocks = nn.ModuleList(MtpModule(model, heads, recompute=recompute) for _ in range(heads.num_offsets - 1))
 
     def source(self, offset: int) -> int:
         """Each offset reads the one before."""

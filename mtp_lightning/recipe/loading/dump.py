@@ -12,7 +12,7 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     >>> print(recipe_to_yaml(Recipe()).partition("  num_")[0])
     name: default
     model:
-      width: 256
+      hidden_size: 256
     <BLANKLINE>
     """
     return "".join(f"{line}\n" for line, _ in yaml_lines(recipe))

@@ -50,10 +50,10 @@ def _read_mapping(path: Path, faults: list[Fault]) -> Node:
     if len(faults) == num_faults:
         fault = Fault(
             path=str(path),
-            must_hold="must hold a mapping of sections (model, heads, data, run, ...)",
+            expected="must hold a mapping of sections (model, heads, data, run, ...)",
             found=found(root.plain()) if root else "an empty file",
             origin=root.origin if root else f"{path}:1",
-            remedy="Write e.g. `run:` and beneath it, indented, `steps: 200`.",
+            hint="Write e.g. `run:` and beneath it, indented, `steps: 200`.",
         )
         faults.append(fault)
     return nothing
@@ -69,11 +69,11 @@ def _read_text(path: Path, faults: list[Fault]) -> str | None:
     meant = nearest_file(path)
     fault = Fault(
         path=str(path),
-        must_hold="must be a recipe: a YAML file that can be read",
+        expected="must be a recipe: a YAML file that can be read",
         found=reason,
         origin=str(path),
         nearest=meant,
-        remedy=f"Give {meant}, if that was meant." if meant else "Give the path of a recipe file.",
+        hint=f"Give {meant}, if that was meant." if meant else "Give the path of a recipe file.",
     )
     faults.append(fault)
     return None
@@ -85,21 +85,21 @@ def _parent_path(extends: Node, chain: Chain, faults: list[Fault]) -> Path | Non
     parent = Path(os.path.normpath(chain[-1].parent / extends.value)) if is_text else None
     meant = None
     if parent is None:
-        reason, remedy = found(extends.plain()), "Write one path; a parent may extend a parent of its own."
+        reason, hint = found(extends.plain()), "Write one path; a parent may extend a parent of its own."
     elif parent.resolve() in [file.resolve() for file in chain]:
-        reason, remedy = f"a circle: {' -> '.join(map(str, (*chain, parent)))}", "Remove one of its extends lines."
+        reason, hint = f"a circle: {' -> '.join(map(str, (*chain, parent)))}", "Remove one of its extends lines."
     elif not parent.is_file():
         meant = nearest_file(parent)
-        reason, remedy = f"no file {parent}", f"Name {meant}, if that was meant." if meant else "Correct the path."
+        reason, hint = f"no file {parent}", f"Name {meant}, if that was meant." if meant else "Correct the path."
     else:
         return parent
     fault = Fault(
         path="extends",
-        must_hold="must be the path of one other recipe, relative to this file",
+        expected="must be the path of one other recipe, relative to this file",
         found=reason,
         origin=extends.origin,
         nearest=meant,
-        remedy=remedy,
+        hint=hint,
     )
     faults.append(fault)
     return None

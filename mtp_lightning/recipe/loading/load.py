@@ -79,11 +79,11 @@ def _line(fault: Fault) -> tuple[bool, str, int]:
 def fault_lines(fault: Fault) -> list[str]:
     """Write a fault as lines of text, the first a sentence.
 
-    >>> fault_lines(Fault(path="run.steps", must_hold="must be > 0", found="0", origin="x.yaml:3", remedy="Raise it."))
-    ['run.steps must be > 0', 'found: 0', 'where: x.yaml:3', 'remedy: Raise it.']
+    >>> fault_lines(Fault(path="run.steps", expected="must be > 0", found="0", origin="x.yaml:3", hint="Raise it."))
+    ['run.steps must be > 0', 'found: 0', 'where: x.yaml:3', 'hint: Raise it.']
     """
-    lines = [f"{fault.path} {fault.must_hold}", f"found: {fault.found}", f"where: {fault.origin}"]
-    return [*lines, *([f"nearest: {fault.nearest}"] if fault.nearest else []), f"remedy: {fault.remedy}"]
+    lines = [f"{fault.path} {fault.expected}", f"found: {fault.found}", f"where: {fault.origin}"]
+    return [*lines, *([f"nearest: {fault.nearest}"] if fault.nearest else []), f"hint: {fault.hint}"]
 
 
 def _error(faults: list[Fault]) -> RecipeError:

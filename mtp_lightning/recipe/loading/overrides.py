@@ -33,18 +33,18 @@ def _read_override(override: str, faults: list[Fault]) -> Node:
         found = f"the path {key!r}" if key.strip() else "nothing before the equals sign"
         return _refuse(override, "must name a field by a dotted path", found, f"Write e.g. {EXAMPLE}.", faults)
     if names == ["extends"]:
-        remedy = "Make a recipe file with this line, or give its fields as overrides."
-        return _refuse(key, "must stand in a recipe file", "extends among the overrides", remedy, faults)
+        hint = "Make a recipe file with this line, or give its fields as overrides."
+        return _refuse(key, "must stand in a recipe file", "extends among the overrides", hint, faults)
     num_faults = len(faults)
-    node = read_yaml(text, key, faults, where=lambda _: COMMAND_LINE, remedy=SHELL_REMEDY)
+    node = read_yaml(text, key, faults, where=lambda _: COMMAND_LINE, hint=SHELL_REMEDY)
     if node is None and len(faults) == num_faults:
-        remedy = f"Write a value, or {key}=null if none is meant."
-        return _refuse(key, "must have a value after the equals sign", "nothing", remedy, faults)
+        hint = f"Write a value, or {key}=null if none is meant."
+        return _refuse(key, "must have a value after the equals sign", "nothing", hint, faults)
     for name in reversed(names) if node else ():
         node = Node({name: node}, COMMAND_LINE)
     return node or Node({}, COMMAND_LINE)
 
 
-def _refuse(path: str, must_hold: str, found: str, remedy: str, faults: list[Fault]) -> Node:
-    faults.append(Fault(path=path, must_hold=must_hold, found=found, origin=COMMAND_LINE, remedy=remedy))
+def _refuse(path: str, expected: str, found: str, hint: str, faults: list[Fault]) -> Node:
+    faults.append(Fault(path=path, expected=expected, found=found, origin=COMMAND_LINE, hint=hint))
     return Node({}, COMMAND_LINE)

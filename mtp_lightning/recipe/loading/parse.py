@@ -28,7 +28,7 @@ PLAIN_PROBLEMS = (
 
 
 def read_yaml(
-    text: str, name: str, faults: list[Fault], *, where: Callable[[int], str], remedy: str = FILE_REMEDY
+    text: str, name: str, faults: list[Fault], *, where: Callable[[int], str], hint: str = FILE_REMEDY
 ) -> Node | None:
     """Parse YAML into a tree; `where` turns a line number into an origin.
 
@@ -46,7 +46,7 @@ def read_yaml(
     else:
         return _TreeBuilder(name, faults, where).build(root, ()) if root else None
     origin = where(line)
-    faults.append(Fault(path=name, must_hold="must be well-formed YAML", found=found, origin=origin, remedy=remedy))
+    faults.append(Fault(path=name, expected="must be well-formed YAML", found=found, origin=origin, hint=hint))
     return None
 
 
@@ -93,15 +93,15 @@ class _TreeBuilder:
         if isinstance(node, yaml.SequenceNode) and node.tag in PLAIN_TAGS:
             items = [self.build(item, (*path, str(index))) for index, item in enumerate(node.value)]
             return [item for item in items if item]
-        found, remedy = f"the tag {node.tag.replace(TAG_PREFIX, '!!')}", "Remove the tag; put quotes around text."
+        found, hint = f"the tag {node.tag.replace(TAG_PREFIX, '!!')}", "Remove the tag; put quotes around text."
         if isinstance(node, yaml.ScalarNode):
             try:
                 return scalar_value(node.tag, node.value)
             except KeyError:
                 pass  # the tag is foreign or does not fit
             except ValueError:
-                found, remedy = f"a number of {len(node.value)} characters", "Shorten it, or put quotes around text."
-        self.note(path, origin, "must be a plain value", found, remedy)
+                found, hint = f"a number of {len(node.value)} characters", "Shorten it, or put quotes around text."
+        self.note(path, origin, "must be a plain value", found, hint)
         return FAULTY
 
     def mapping(self, node: yaml.MappingNode, path: Names) -> dict[str, Node]:
@@ -119,7 +119,7 @@ class _TreeBuilder:
                 entries[name] = built
         return entries
 
-    def note(self, path: Names, origin: str, must_hold: str, found: str, remedy: str) -> None:
+    def note(self, path: Names, origin: str, expected: str, found: str, hint: str) -> None:
         """Note a fault."""
         name = ".".join(path) or self.name
-        self.faults.append(Fault(path=name, must_hold=must_hold, found=found, origin=origin, remedy=remedy))
+        self.faults.append(Fault(path=name, expected=expected, found=found, origin=origin, hint=hint))

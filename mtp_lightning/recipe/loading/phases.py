@@ -10,29 +10,23 @@ from mtp_lightning.recipe.add_heads import extended_recipe
 from mtp_lightning.recipe.loading.validate import check_fields
 from mtp_lightning.recipe.rules.adapt import added_by
 from mtp_lightning.recipe.rules.all import check_rules
+from mtp_lightning.recipe.schema.adapt import BELOW
 from mtp_lightning.recipe.schema.describe import one_of
 from mtp_lightning.recipe.schema.field_types import changes_kind
 from mtp_lightning.recipe.schema.phases import FOLDER, PhaseSection
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.tree import Node, merge, node_of
 
-CHANGED_SECTIONS = ("heads", "adapt", "objective", "data", "batch", "optimizer", "run")
+CHANGED_SECTIONS = (
+    *("freeze", "heads", "adapt", "objective", "memory", "data", "batch", "optimizer"),
+    *("run", "checkpoint", "logging", "health"),
+)
 CHANGED_FIELDS: Mapping[str, frozenset[str]] = {
-    "heads": frozenset({"trainable_from", "isolate_trunk"}),
-    "run": frozenset(
-        {
-            "steps",
-            "guard",
-            "early_stop",
-            "log_every_steps",
-            "validate_every_steps",
-            "validation_rows",
-            "checkpoint_every_steps",
-            "keep_checkpoints",
-            "hang_after_s",
-            "hang_factor",
-        }
-    ),
+    "heads": frozenset({"detach_trunk"}),
+    "run": frozenset({"steps", "early_stop", "validate_every_steps", "validation_samples"}),
+    "checkpoint": frozenset({"every_steps", "keep"}),
+    "logging": frozenset({"every_steps"}),
+    "health": frozenset({"drift", "hang_after_s", "hang_factor"}),
 }
 """What a phase may change of sections that are not its own as a whole."""
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -60,7 +54,7 @@ def phases_of(recipe: Recipe) -> tuple[Phase, ...]:
     """Return the phases of a recipe, in their order.
 
     >>> recipe = Recipe.model_validate({"phases": {"a": {"run": {"steps": 5}}, "b": {"objective": {"z_loss": 1e-4}}}})
-    >>> [(phase.recipe.run.steps, phase.recipe.run.start_from, phase.recipe.run.dir) for phase in phases_of(recipe)]
+    >>> [(phase.recipe.run.steps, phase.recipe.init.path, phase.recipe.run.dir) for phase in phases_of(recipe)]
     [(5, None, 'runs/default/phases/1-a'), (1000, 'runs/default/phases/1-a', 'runs/default/phases/2-b')]
 
     Raises:
@@ -103,14 +97,15 @@ def _walk(recipe: Recipe, tree: Node) -> Iterator[_Step]:
                 faults += _faults_of_extension(error, name, written)
         values = merge(base, _changes(section, written, before, check_fields(base).recipe), replaces=changes_kind)
         place = {
-            "dir": f"{recipe.run.dir}/{FOLDER}/{number}-{name}",
-            "start_from": former.recipe.run.dir if former else recipe.run.start_from,
-            "keep_optimizer": section.keep_optimizer and former is not None,
-            "keep_position": former is not None,
-            "fresh": False,
+            "run": {"dir": f"{recipe.run.dir}/{FOLDER}/{number}-{name}", "restart": False},
+            "init": {
+                "path": former.recipe.run.dir if former else recipe.init.path,
+                "optimizer": section.keep_optimizer and former is not None,
+                "data_position": former is not None,
+            },
         }
         ramp = {"batch": {"ramp": None}} if former else {}  # it is over: it counts the rows of the whole run
-        placed = node_of({"name": f"{recipe.name}/{name}", "run": place, **ramp}, "default")
+        placed = node_of({"name": f"{recipe.name}/{name}", **place, **ramp}, "default")
         checked = check_fields(merge(values, placed))
         broken = [] if checked.faults else check_rules(checked.recipe)
         faults += [_placed(fault, name, written) for fault in (*checked.faults, *broken)]
@@ -126,7 +121,7 @@ def _extended(base: Node, before: Recipe, section: PhaseSection, origin: str) ->
     group = section.extend_group or before.heads.num_offsets - 1
     longer = extended_recipe(before, section.extend_to, group).model_dump()
     fields = {
-        "model": {"num_layers": longer["model"]["num_layers"]},
+        "model": {"num_hidden_layers": longer["model"]["num_hidden_layers"]},
         "heads": {"num_offsets": section.extend_to},
         "objective": {"weights": longer["objective"]["weights"], "distill": longer["objective"]["distill"]},
     }
@@ -135,14 +130,14 @@ def _extended(base: Node, before: Recipe, section: PhaseSection, origin: str) ->
 
 def _changes(section: PhaseSection, written: Node, before: Recipe, after: Recipe) -> Node:
     """Return the fields that a phase changes, with what its extension implies for itself alone."""
-    entries = {name: node for name in CHANGED_SECTIONS if (node := written.child(name))}
+    entries = {name: node for name in CHANGED_SECTIONS if (node := written.child(name)) and node.value is not None}
     own = Node(entries, written.origin)
     num_trained, num_offsets = before.heads.num_offsets, after.heads.num_offsets
     if num_offsets == num_trained:
         return own
     first = 2 if after.heads.kind == "recursive" else num_trained + 1
     group = section.extend_group or num_trained - 1
-    implied = {"heads": {"extend": group, "trainable_from": first}}
+    implied = {"heads": {"extend": group}, "freeze": [*before.frozen_parts, f"{BELOW}{first}"]}
     return merge(node_of(implied, written.origin), own)
 
 
@@ -152,10 +147,10 @@ def _name_faults(name: str, written: Node) -> list[Fault]:
     return [
         Fault(
             path=f"{FOLDER}.{name}",
-            must_hold="must be named with letters, digits, - and _: it names a folder",
+            expected="must be named with letters, digits, - and _: it names a folder",
             found=repr(name),
             origin=written.origin,
-            remedy="Rename the phase.",
+            hint="Rename the phase.",
         )
     ]
 
@@ -165,10 +160,10 @@ def _change_faults(name: str, section: PhaseSection, written: Node) -> list[Faul
     return [
         Fault(
             path=f"{FOLDER}.{name}.{part}.{field}",
-            must_hold=f"must be {one_of(sorted(allowed))}: the rest of {part} holds for all phases",
+            expected=f"must be {one_of(sorted(allowed))}: the rest of {part} holds for all phases",
             found=f"a change of {part}.{field}",
             origin=written.origin_at((part, field)) or written.origin,
-            remedy=f"Set {part}.{field} for the whole recipe"
+            hint=f"Set {part}.{field} for the whole recipe"
             + (", or give extend_to." if field in ("num_offsets", "extend") else "."),
         )
         for part, allowed in CHANGED_FIELDS.items()
@@ -184,13 +179,13 @@ def _faults_of_extension(error: CheckpointError | RecipeError, name: str, writte
             replace(
                 fault,
                 path=path,
-                must_hold=f"must leave a recipe in which {fault.path} {fault.must_hold}",
+                expected=f"must leave a recipe in which {fault.path} {fault.expected}",
                 origin=origin,
             )
             for fault in error.faults
         ]
-    must_hold = f"must be possible: {error.must_hold}"
-    return [Fault(path=path, must_hold=must_hold, found=error.found, origin=origin, remedy=error.remedy + ".")]
+    expected = f"must be possible: {error.expected}"
+    return [Fault(path=path, expected=expected, found=error.found, origin=origin, hint=error.hint + ".")]
 
 
 def _placed(fault: Fault, name: str, written: Node) -> Fault:
@@ -214,10 +209,10 @@ def _optimizer_faults(former: Phase | None, phase: Phase, section: PhaseSection,
     return [
         Fault(
             path=f"{FOLDER}.{phase.name}.keep_optimizer",
-            must_hold="must be false unless the phase before trains the same parameters",
+            expected="must be false unless the phase before trains the same parameters",
             found=found,
             origin=written.origin_at(("keep_optimizer",)) or written.origin,
-            remedy=f"Remove {FOLDER}.{phase.name}.keep_optimizer: the optimizer then begins anew.",
+            hint=f"Remove {FOLDER}.{phase.name}.keep_optimizer: the optimizer then begins anew.",
         )
     ]
 
@@ -230,10 +225,10 @@ def _adapt_faults(former: Phase | None, phase: Phase, written: Node) -> list[Fau
     return [
         Fault(
             path=f"{FOLDER}.{phase.name}.adapt.{name}",
-            must_hold="must add to the model what the phase before has added",
+            expected="must add to the model what the phase before has added",
             found=f"{former.name} with {what}, {phase.name} with {after.get(name) or 'none'}",
             origin=written.origin_at(("adapt", name)) or written.origin,
-            remedy=f"Set adapt.{name} for the whole recipe, or give it in {phase.name} as in {former.name}.",
+            hint=f"Set adapt.{name} for the whole recipe, or give it in {phase.name} as in {former.name}.",
         )
         for name, what in before.items()
         if what != after.get(name)
@@ -242,12 +237,12 @@ def _adapt_faults(former: Phase | None, phase: Phase, written: Node) -> list[Fau
 
 def trained(recipe: Recipe) -> tuple[Any, ...]:
     """Say which parameters a recipe trains, so that equal answers mean the same ones."""
-    frozen = tuple(sorted({*recipe.adapt.frozen}))
-    return (recipe.heads.trainable_from, recipe.heads.num_offsets, frozen, added_by(recipe))
+    frozen = tuple(sorted({*recipe.frozen_parts}))
+    return (recipe.first_trained_offset, recipe.heads.num_offsets, frozen, added_by(recipe))
 
 
 def _spelled(recipe: Recipe) -> str:
-    first, n = recipe.heads.trainable_from, recipe.heads.num_offsets
+    first, n = recipe.first_trained_offset, recipe.heads.num_offsets
     parts = [f"all of {n} offsets" if first is None else f"offsets {first} to {n}"]
-    parts += [f"without {', '.join(sorted({*recipe.adapt.frozen}))}"] if recipe.adapt.frozen else []
+    parts += [f"without {', '.join(sorted({*recipe.frozen_parts}))}"] if recipe.frozen_parts else []
     return " and ".join([*parts, *added_by(recipe).values()])

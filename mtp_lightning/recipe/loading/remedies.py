@@ -13,11 +13,11 @@ GIVE_FIELDS = "Give a mapping of its fields, or remove it."
 LOOSE_BOOLEANS = ("yes", "no", "on", "off", "true", "false")
 
 
-def remedy_for(place: Place, value: Any) -> str:
+def suggest_fix(place: Place, value: Any) -> str:
     """Say what to do about a value of the wrong type or out of bounds.
 
     >>> from mtp_lightning.recipe.schema.field_types import place_at
-    >>> remedy_for(place_at(["model", "qkv_bias"]), "yes")
+    >>> suggest_fix(place_at(["model", "qkv_bias"]), "yes")
     'Write true, without quotes.'
     """
     types = [get_origin(option.type) or option.type for option in place.options]

@@ -21,13 +21,13 @@ def shrinking(recipe: Recipe) -> Node:
     num_ranks = recipe.strategy.num_ranks
     num_offsets = max(recipe.heads.num_offsets, *(phase.extend_to or 1 for phase in recipe.phases.values()), 1)
     model = {
-        "width": 32,
-        "num_layers": num_layers_from_trunk(recipe) + TRUNK_LAYERS,
+        "hidden_size": 32,
+        "num_hidden_layers": num_layers_from_trunk(recipe) + TRUNK_LAYERS,
         "num_attention_heads": 4,
         "num_key_value_heads": None,
-        "head_width": None,
-        "mlp_width": 64,
-        "vocabulary": 257,
+        "head_dim": None,
+        "intermediate_size": 64,
+        "vocab_size": 257,
     }
     data = {
         "kind": "shards",
@@ -35,26 +35,34 @@ def shrinking(recipe: Recipe) -> Node:
         "corpus": ["stdlib:json"],
         "shards": None,
         "tokenizer": "byte",
-        "validation_share": 0.2,
-        "window_tokens": 8 * max(4, num_offsets),
+        "validation_fraction": 0.2,
+        "seq_len": 8 * max(4, num_offsets),
         "workers": 0,
     }
     run = {
         "steps": 20,
-        "log_every_steps": 1,
         "validate_every_steps": 10,
-        "validation_rows": 2 * num_ranks,
-        "checkpoint_every_steps": 10,
+        "validation_samples": 2 * num_ranks,
     }
     fields: dict[str, dict[str, Any]] = {
         "model": model,
         "data": data,
-        "batch": {"rows": MICRO_BATCHES * MICRO_ROWS * num_ranks, "micro_rows": MICRO_ROWS, "ramp": None},
+        "batch": {
+            "global_batch_size": MICRO_BATCHES * MICRO_ROWS * num_ranks,
+            "micro_batch_size": MICRO_ROWS,
+            "ramp": None,
+        },
         "optimizer": {"warmup_steps": 2},
         "run": run,
+        "checkpoint": {"every_steps": 10},
+        "logging": {"every_steps": 1},
     }
     phases = {
-        name: {part: fields[part] for part in ("data", "batch", "optimizer", "run") if getattr(phase, part)}
+        name: {
+            part: fields[part]
+            for part in ("data", "batch", "optimizer", "run", "checkpoint", "logging")
+            if getattr(phase, part)
+        }
         for name, phase in recipe.phases.items()
     }
     return node_of({**fields, "phases": phases}, ORIGIN)

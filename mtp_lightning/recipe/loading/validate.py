@@ -8,7 +8,7 @@ from pydantic_core import ErrorDetails
 
 from mtp_lightning.errors import Fault
 from mtp_lightning.recipe.loading.overrides import COMMAND_LINE
-from mtp_lightning.recipe.loading.remedies import remedy_for, remedy_for_unknown
+from mtp_lightning.recipe.loading.remedies import remedy_for_unknown, suggest_fix
 from mtp_lightning.recipe.schema.describe import allowed, found, nearest, nearest_field, one_of
 from mtp_lightning.recipe.schema.field_types import ROOT, Place, follow, place_at
 from mtp_lightning.recipe.schema.root import Recipe
@@ -46,8 +46,8 @@ def check_fields(tree: Node) -> Checked:
 def with_whole_numbers(value: Any, place: Place | None) -> Any:
     """Return the values with whole numbers that were written as floats, such as 1e6, turned into integers.
 
-    >>> with_whole_numbers({"model": {"width": 1e3, "init_std": 1.0}}, ROOT)
-    {'model': {'width': 1000, 'init_std': 1.0}}
+    >>> with_whole_numbers({"model": {"hidden_size": 1e3, "initializer_range": 1.0}}, ROOT)
+    {'model': {'hidden_size': 1000, 'initializer_range': 1.0}}
     """
     if place and isinstance(value, dict):
         return {name: with_whole_numbers(entry, place.below(name)) for name, entry in value.items()}
@@ -89,11 +89,11 @@ def _fault_from(detail: ErrorDetails, tree: Node) -> Fault:
         wanted = wanted.replace("a number", "a finite number")
     return Fault(
         path=".".join(names),
-        must_hold=f"must be {wanted}",
+        expected=f"must be {wanted}",
         found=found(value),
         origin=origin,
         nearest=meant,
-        remedy=f"Write {meant}." if meant else remedy_for(place, value),
+        hint=f"Write {meant}." if meant else suggest_fix(place, value),
     )
 
 
@@ -102,14 +102,14 @@ def _unknown_name(names: Names, parent: Place | None, origin: str) -> Fault:
     whole = place_at(names[:-1])
     owners = [kind for kind, section in whole.kinds.items() if name in section.model_fields] if whole else []
     meant = None if owners else nearest_field(name, parent)
-    remedy = remedy_for_unknown(names, parent, meant, is_override=origin == COMMAND_LINE)
+    hint = remedy_for_unknown(names, parent, meant, is_override=origin == COMMAND_LINE)
     return Fault(
         path=".".join(names),
-        must_hold=f"must be a field of {f'the kind that {section} has' if owners else section or 'the recipe'}",
+        expected=f"must be a field of {f'the kind that {section} has' if owners else section or 'the recipe'}",
         found=f"a field of the kind {one_of(owners)}" if owners else f"the unknown name {name}",
         origin=origin,
         nearest=meant,
-        remedy=f"Set {section}.kind to {one_of(owners)}, or remove {name}." if owners else remedy,
+        hint=f"Set {section}.kind to {one_of(owners)}, or remove {name}." if owners else hint,
     )
 
 
@@ -119,9 +119,9 @@ def _unknown_kind(names: Names, place: Place, value: dict[str, Any], tree: Node)
     meant = nearest(given, kinds) if isinstance(given, str) else None
     return Fault(
         path=".".join((*names, "kind")),
-        must_hold=f"must be {one_of(kinds)}",
+        expected=f"must be {one_of(kinds)}",
         found=found(given) if "kind" in value else f"no kind in {found(value)}",
         origin=tree.origin_at((*names, "kind")) or tree.origin_at(names) or "default",
         nearest=meant,
-        remedy=f"Write {meant}." if meant else f"Give a kind, e.g. {'.'.join(names)}.kind={kinds[0]}.",
+        hint=f"Write {meant}." if meant else f"Give a kind, e.g. {'.'.join(names)}.kind={kinds[0]}.",
     )

@@ -24,10 +24,10 @@ def adapted_targets(recipe: Recipe) -> tuple[str, ...]:
 def mixing_offsets(recipe: Recipe) -> tuple[int, ...]:
     """List the offsets that read a mixture of the trunk's layers: of a chain, only the one that reads the trunk.
 
-    >>> mixing_offsets(Recipe.model_validate({"adapt": {"weighted_states": {"main_head": False}}}))
+    >>> mixing_offsets(Recipe.model_validate({"adapt": {"layer_mix": {"main_head": False}}}))
     (2, 3, 4)
     """
-    section, heads = recipe.adapt.weighted_states, recipe.heads
+    section, heads = recipe.adapt.layer_mix, recipe.heads
     if section is None:
         return ()
     offsets = range(1, heads.num_offsets + 1)
@@ -51,47 +51,45 @@ def added_by(recipe: Recipe) -> dict[str, str]:
         where = " in trunk and heads" if lora.in_heads else ""
         added["lora"] = f"updates of rank {lora.rank} of {one_of(targets, 'and')}{where}"
     if mixed:
-        added["weighted_states"] = f"mixtures for offsets {', '.join(map(str, mixed))}"
+        added["layer_mix"] = f"mixtures for offsets {', '.join(map(str, mixed))}"
     return added
 
 
 def _trains_something(recipe: Recipe) -> bool:
-    frozen, heads = {*recipe.adapt.frozen}, recipe.heads
+    frozen, heads = {*recipe.frozen_parts}, recipe.heads
     has_updates = recipe.adapt.lora is not None and "lora" not in frozen
-    has_mixtures = bool(mixing_offsets(recipe)) and "mixtures" not in frozen
+    has_mixtures = bool(mixing_offsets(recipe)) and "layer_mix" not in frozen
     has_heads = "heads" not in frozen and (heads.kind in ("parallel", "chained") or heads.num_offsets > 1)
     own = {"unembedding"} if recipe.adapt.lora else {"trunk", "unembedding"}
-    return has_updates or has_mixtures or has_heads or (heads.trainable_from is None and not own <= frozen)
+    return has_updates or has_mixtures or has_heads or (recipe.first_trained_offset is None and not own <= frozen)
 
 
 ADAPT_RULES: tuple[Rule, ...] = (
     Rule(
-        fields=("adapt.frozen", "heads.trainable_from"),
+        fields=("freeze",),
         holds=_trains_something,
-        must_hold="must leave something that is trained",
-        remedy="Remove a part from adapt.frozen, or add updates with adapt.lora.",
+        expected="must leave something that is trained",
+        hint="Remove a part from freeze, or add updates with adapt.lora.",
     ),
     Rule(
         fields=("adapt.lora.targets", "model.mlp"),
         holds=lambda recipe: recipe.adapt.lora is None or set(adapted_targets(recipe)) == {*recipe.adapt.lora.targets},
-        must_hold="must name projections that the model has: a feed-forward with GELU has no gate",
-        remedy="Remove gate from adapt.lora.targets; the others are q, k, v, o, up and down.",
+        expected="must name projections that the model has: a feed-forward with GELU has no gate",
+        hint="Remove gate from adapt.lora.targets; the others are q, k, v, o, up and down.",
     ),
     Rule(
         fields=("adapt.lora.targets",),
         holds=lambda recipe: (
             recipe.adapt.lora is None or len({*recipe.adapt.lora.targets}) == len(recipe.adapt.lora.targets)
         ),
-        must_hold="must name each projection once",
-        remedy="Remove what is there twice.",
+        expected="must name each projection once",
+        hint="Remove what is there twice.",
     ),
     Rule(
         fields=("adapt.lora.in_heads", "heads.kind"),
-        holds=lambda recipe: (
-            recipe.adapt.lora is None or not recipe.adapt.lora.in_heads or num_head_layers(recipe) > 0
-        ),
-        must_hold="must be false where heads hold no transformer layers: no target would match",
-        remedy="Set adapt.lora.in_heads=false, or choose another heads.kind.",
+        holds=lambda recipe: recipe.adapt.lora is None or not recipe.adapt.lora.in_heads or num_head_layers(recipe) > 0,
+        expected="must be false where heads hold no transformer layers: no target would match",
+        hint="Set adapt.lora.in_heads=false, or choose another heads.kind.",
     ),
     Rule(
         fields=("adapt.lora.dropout", "adapt.lora.in_heads", "objective.distill.detach_teacher"),
@@ -101,35 +99,35 @@ ADAPT_RULES: tuple[Rule, ...] = (
             or recipe.objective.distill.detach_teacher
             or not (recipe.adapt.lora.dropout and recipe.adapt.lora.in_heads)
         ),
-        must_hold="must be 0 in heads that a distillation trains as teachers: they are run twice, with other zeros",
-        remedy="Set adapt.lora.dropout=0, or objective.distill.detach_teacher=true.",
+        expected="must be 0 in heads that a distillation trains as teachers: they are run twice, with other zeros",
+        hint="Set adapt.lora.dropout=0, or objective.distill.detach_teacher=true.",
     ),
     Rule(
-        fields=("adapt.weighted_states.main_head", "heads.kind", "heads.num_offsets"),
-        holds=lambda recipe: recipe.adapt.weighted_states is None or bool(mixing_offsets(recipe)),
-        must_hold="must leave a head that reads the trunk",
-        remedy="Set adapt.weighted_states.main_head=true, or choose parallel, linear or medusa heads.",
+        fields=("adapt.layer_mix.main_head", "heads.kind", "heads.num_offsets"),
+        holds=lambda recipe: recipe.adapt.layer_mix is None or bool(mixing_offsets(recipe)),
+        expected="must leave a head that reads the trunk",
+        hint="Set adapt.layer_mix.main_head=true, or choose parallel, linear or medusa heads.",
     ),
     Rule(
-        fields=("adapt.weighted_states.temperature", "model.num_layers", "heads.match_parameters"),
-        holds=lambda recipe: recipe.adapt.weighted_states is None or num_trunk_layers(recipe) != 1,
-        must_hold="must have layers to choose from: the trunk has 1",
-        remedy="Raise model.num_layers, or set adapt.weighted_states=null.",
+        fields=("adapt.layer_mix.temperature", "model.num_hidden_layers", "heads.layers_from_trunk"),
+        holds=lambda recipe: recipe.adapt.layer_mix is None or num_trunk_layers(recipe) != 1,
+        expected="must have layers to choose from: the trunk has 1",
+        hint="Raise model.num_hidden_layers, or set adapt.layer_mix=null.",
     ),
     Rule(
-        fields=("adapt.weighted_states.main_head", "heads.trainable_from"),
+        fields=("adapt.layer_mix.main_head", "freeze"),
         holds=lambda recipe: (
-            recipe.adapt.weighted_states is None
-            or recipe.heads.trainable_from is None
-            or min(mixing_offsets(recipe), default=recipe.heads.num_offsets) >= recipe.heads.trainable_from
+            recipe.adapt.layer_mix is None
+            or recipe.first_trained_offset is None
+            or min(mixing_offsets(recipe), default=recipe.heads.num_offsets) >= recipe.first_trained_offset
         ),
-        must_hold="must leave mixtures to heads that are trained only: a frozen head would read the mean of all layers",
-        remedy="Set adapt.weighted_states.main_head=false, or heads.trainable_from=null.",
+        expected="must leave mixtures to heads that are trained only: a frozen head would read the mean of all layers",
+        hint="Set adapt.layer_mix.main_head=false, or freeze=[].",
     ),
     Rule(
-        fields=("adapt.weighted_states.temperature", "heads.isolate_trunk"),
-        holds=lambda recipe: recipe.adapt.weighted_states is None or not recipe.heads.isolate_trunk,
-        must_hold="must be left out with heads.isolate_trunk, which lets no gradient reach the mixtures",
-        remedy="Freeze the trunk (adapt.frozen=[trunk]), or set heads.isolate_trunk=false.",
+        fields=("adapt.layer_mix.temperature", "heads.detach_trunk"),
+        holds=lambda recipe: recipe.adapt.layer_mix is None or not recipe.heads.detach_trunk,
+        expected="must be left out with heads.detach_trunk, which lets no gradient reach the mixtures",
+        hint="Freeze the trunk (freeze=[trunk]), or set heads.detach_trunk=false.",
     ),
 )

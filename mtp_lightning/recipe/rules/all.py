@@ -28,8 +28,8 @@ def check_rules(
 ) -> list[Fault]:
     """Return a fault for each rule that a recipe breaks; rules that read a field among `suspects` are passed over.
 
-    >>> recipe = Recipe.model_validate({"data": {"window_tokens": 4}})
-    >>> [fault.must_hold for fault in check_rules(recipe)]
+    >>> recipe = Recipe.model_validate({"data": {"seq_len": 4}})
+    >>> [fault.expected for fault in check_rules(recipe)]
     ['must exceed heads.num_offsets (T > n)']
     """
     return [
@@ -49,11 +49,11 @@ def _fault_from(rule: Rule, recipe: Recipe, origins: Mapping[str, str]) -> Fault
     several = ", ".join(f"{field} = {one_line_yaml(value)}" for field, value in values.items())
     return Fault(
         path=rule.fields[0],
-        must_hold=rule.must_hold,
+        expected=rule.expected,
         found=several if len(values) > 1 else one_line_yaml(values[rule.fields[0]]),
         origin=", ".join(origin for origin in written if origin != "default") or "default",
         nearest=nearest(recipe.data.tokenizer, KNOWN_TOKENIZERS) if rule.fields == ("data.tokenizer",) else None,
-        remedy=rule.remedy if isinstance(rule.remedy, str) else rule.remedy(recipe),
+        hint=rule.hint if isinstance(rule.hint, str) else rule.hint(recipe),
     )
 
 
@@ -67,7 +67,7 @@ def _numbers_of_heads(width: int) -> str:
 
 
 def _has_whole_head_width(recipe: Recipe) -> bool:
-    return recipe.model.head_width is not None or recipe.model.width % recipe.model.num_attention_heads == 0
+    return recipe.model.head_dim is not None or recipe.model.hidden_size % recipe.model.num_attention_heads == 0
 
 
 def _weights_fit(recipe: Recipe) -> bool:
@@ -83,7 +83,7 @@ def _main_head_learns(recipe: Recipe) -> bool:
 
 def _trained_offset_learns(recipe: Recipe) -> bool:
     """Check that a run which trains some heads only gives one of them a loss."""
-    first, weights = recipe.heads.trainable_from, recipe.objective.weights
+    first, weights = recipe.first_trained_offset, recipe.objective.weights
     if first is None:
         return True
     if isinstance(weights, ConstantWeights):
@@ -106,14 +106,14 @@ def _fits_extras(recipe: Recipe, name: str) -> bool:
 
 def _top_k_fits(recipe: Recipe) -> bool:
     distill = recipe.objective.distill
-    return distill is None or (distill.top_k or 0) <= recipe.model.vocabulary
+    return distill is None or (distill.top_k or 0) <= recipe.model.vocab_size
 
 
 def _is_separable(recipe: Recipe) -> bool:
     """Check that no frozen offset depends on a trained one, nor shares a module with it."""
-    heads = recipe.heads
+    heads, first = recipe.heads, recipe.first_trained_offset
     return (heads.kind, heads.order) != ("chained", "anticausal") and not (
-        heads.kind == "recursive" and (heads.trainable_from or 2) > 2
+        heads.kind == "recursive" and (first or 2) > 2
     )
 
 
@@ -127,8 +127,8 @@ def _interval_is_forward(recipe: Recipe) -> bool:
 def _layers_remedy(recipe: Recipe) -> str:
     taken = num_layers_from_trunk(recipe)
     return (
-        f"The heads take {taken} of {recipe.model.num_layers} layers: raise model.num_layers to {taken + 1} or more, "
-        "lower heads.num_offsets, or set heads.match_parameters=false."
+        f"The heads take {taken} of {recipe.model.num_hidden_layers} layers: raise model.num_hidden_layers to {taken + 1} or more, "
+        "lower heads.num_offsets, or set heads.layers_from_trunk=false."
     )
 
 
@@ -147,230 +147,231 @@ def _needs_kind(field: str, default: Any, *kinds: str) -> Rule:
     return Rule(
         fields=(field, "heads.kind"),
         holds=lambda recipe: recipe.heads.kind in kinds or value_at(recipe, field) == default,
-        must_hold=f"must stay {default}: only {one_of(kinds, 'and')} heads read it",
-        remedy=f"Remove {field}, or choose another heads.kind.",
+        expected=f"must stay {default}: only {one_of(kinds, 'and')} heads read it",
+        hint=f"Remove {field}, or choose another heads.kind.",
     )
 
 
 def _needs_start(field: str) -> Rule:
     """Build the rule that a field is left alone by a run that starts from nothing."""
     return Rule(
-        fields=(field, "run.start_from"),
-        holds=lambda recipe: not value_at(recipe, field) or recipe.run.start_from is not None,
-        must_hold="must be left out without run.start_from: there is nothing to take it from",
-        remedy=f"Give run.start_from, or remove {field}.",
+        fields=(field, "init.path"),
+        holds=lambda recipe: not value_at(recipe, field) or recipe.init.path is not None,
+        expected="must be left out without init.path: there is nothing to take it from",
+        hint=f"Give init.path, or remove {field}.",
     )
 
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        fields=("model.width", "model.num_attention_heads"),
+        fields=("model.hidden_size", "model.num_attention_heads"),
         holds=_has_whole_head_width,
-        must_hold="must be divisible by model.num_attention_heads when model.head_width is null",
-        remedy=lambda recipe: (
-            f"Set model.num_attention_heads to {_numbers_of_heads(recipe.model.width)}, "
-            "change model.width, or give model.head_width."
+        expected="must be divisible by model.num_attention_heads when model.head_dim is null",
+        hint=lambda recipe: (
+            f"Set model.num_attention_heads to {_numbers_of_heads(recipe.model.hidden_size)}, "
+            "change model.hidden_size, or give model.head_dim."
         ),
     ),
     Rule(
         fields=("model.num_attention_heads", "model.num_key_value_heads"),
         holds=lambda recipe: recipe.model.num_attention_heads % recipe.model.resolved_key_value_heads == 0,
-        must_hold="must be divisible by model.num_key_value_heads",
-        remedy=lambda recipe: f"Set model.num_key_value_heads to {divisors(recipe.model.num_attention_heads)}.",
+        expected="must be divisible by model.num_key_value_heads",
+        hint=lambda recipe: f"Set model.num_key_value_heads to {divisors(recipe.model.num_attention_heads)}.",
     ),
     Rule(
-        fields=("model.head_width", "model.width", "model.num_attention_heads"),
-        holds=lambda recipe: not _has_whole_head_width(recipe) or recipe.model.resolved_head_width % 2 == 0,
-        must_hold="must be even: rotary positions turn pairs of channels",
-        remedy=lambda recipe: (
-            f"One head is {recipe.model.resolved_head_width} wide: give an even model.head_width, "
-            "or change model.width."
+        fields=("model.head_dim", "model.hidden_size", "model.num_attention_heads"),
+        holds=lambda recipe: not _has_whole_head_width(recipe) or recipe.model.resolved_head_dim % 2 == 0,
+        expected="must be even: rotary positions turn pairs of channels",
+        hint=lambda recipe: (
+            f"One head is {recipe.model.resolved_head_dim} wide: give an even model.head_dim, "
+            "or change model.hidden_size."
         ),
     ),
     Rule(
         fields=(
-            "model.num_layers",
+            "model.num_hidden_layers",
             "heads.num_offsets",
             "heads.kind",
             "heads.layers_per_head",
-            "heads.match_parameters",
+            "heads.layers_from_trunk",
         ),
         holds=lambda recipe: num_trunk_layers(recipe) >= 1,
-        must_hold="must leave at least one layer to the trunk",
-        remedy=_layers_remedy,
+        expected="must leave at least one layer to the trunk",
+        hint=_layers_remedy,
     ),
     _needs_kind("heads.order", "causal", "chained"),
     _needs_kind("heads.hidden", "post_norm", "sequential", "recursive"),
     _needs_kind("heads.concatenation", "embedding_first", "sequential", "recursive"),
     _needs_kind("heads.layers_per_head", 1, "parallel", "chained", "sequential", "recursive", "medusa"),
     Rule(
-        fields=("heads.isolate_trunk", "heads.kind", "heads.order"),
+        fields=("heads.detach_trunk", "heads.kind", "heads.order"),
         holds=lambda recipe: (
-            not (recipe.heads.isolate_trunk and (recipe.heads.kind, recipe.heads.order) == ("chained", "anticausal"))
+            not (recipe.heads.detach_trunk and (recipe.heads.kind, recipe.heads.order) == ("chained", "anticausal"))
         ),
-        must_hold="must be false for an anticausal chain, whose main head reads the other heads",
-        remedy="Set heads.order=causal, or heads.isolate_trunk=false.",
+        expected="must be false for an anticausal chain, whose main head reads the other heads",
+        hint="Set heads.order=causal, or heads.detach_trunk=false.",
     ),
     Rule(
-        fields=("heads.trainable_from", "heads.num_offsets"),
-        holds=lambda recipe: (recipe.heads.trainable_from or 0) <= recipe.heads.num_offsets,
-        must_hold="must be one of the offsets, or nothing trains",
-        remedy=lambda recipe: f"Set heads.trainable_from to {recipe.heads.num_offsets} or less, or to null.",
+        fields=("freeze", "heads.num_offsets"),
+        holds=lambda recipe: 2 <= (recipe.first_trained_offset or 2) <= max(recipe.heads.num_offsets, 2),
+        expected="must name in offsets_below_K one of the extra offsets, or nothing is trained",
+        hint=lambda recipe: f"Choose K from 2 to {recipe.heads.num_offsets}, or remove offsets_below_K.",
     ),
     Rule(
-        fields=("heads.trainable_from", "objective.weights"),
+        fields=("freeze", "objective.weights"),
         holds=_trained_offset_learns,
-        must_hold="must leave an offset that is trained and whose loss counts",
-        remedy="Give an offset from heads.trainable_from on a weight above 0.",
+        expected="must leave an offset that is trained and whose loss counts",
+        hint="Give an offset that is not frozen a weight above 0.",
     ),
     Rule(
-        fields=("heads.trainable_from", "heads.kind", "heads.order"),
-        holds=lambda recipe: recipe.heads.trainable_from is None or _is_separable(recipe),
-        must_hold="must be null for an anticausal chain, at most 2 for recursive heads: frozen offsets would change",
-        remedy="Set heads.trainable_from=null, or choose another heads.kind.",
+        fields=("freeze", "heads.kind", "heads.order"),
+        holds=lambda recipe: recipe.first_trained_offset is None or _is_separable(recipe),
+        expected="must not hold offsets_below_K for an anticausal chain, nor K > 2 for recursive heads: frozen offsets "
+        "would change",
+        hint="Remove offsets_below_K from freeze, or choose another heads.kind.",
     ),
     Rule(
-        fields=("heads.trainable_from", "objective.token_order.weight"),
-        holds=lambda recipe: recipe.heads.trainable_from is None or recipe.objective.token_order is None,
-        must_hold="must be null with objective.token_order, a loss of the main head",
-        remedy="Set objective.token_order=null.",
+        fields=("freeze", "objective.token_order.weight"),
+        holds=lambda recipe: recipe.first_trained_offset is None or recipe.objective.token_order is None,
+        expected="must not hold offsets_below_K with objective.token_order, a loss of the main head",
+        hint="Set objective.token_order=null.",
     ),
     Rule(
-        fields=("heads.unembedding", "model.tie_embeddings"),
-        holds=lambda recipe: not (recipe.heads.unembedding == "replicated" and recipe.model.tie_embeddings),
-        must_hold="must be shared when model.tie_embeddings is true: one embedding cannot be n matrices",
-        remedy="Set heads.unembedding=shared, or model.tie_embeddings=false.",
+        fields=("heads.unembedding", "model.tie_word_embeddings"),
+        holds=lambda recipe: not (recipe.heads.unembedding == "replicated" and recipe.model.tie_word_embeddings),
+        expected="must be shared when model.tie_word_embeddings is true: one embedding cannot be n matrices",
+        hint="Set heads.unembedding=shared, or model.tie_word_embeddings=false.",
     ),
     Rule(
         fields=("heads.unembedding", "heads.kind"),
         holds=lambda recipe: (
             not (recipe.heads.unembedding == "replicated" and recipe.heads.kind in ("sequential", "recursive"))
         ),
-        must_hold="must be shared for sequential and recursive modules",
-        remedy="Set heads.unembedding=shared.",
+        expected="must be shared for sequential and recursive modules",
+        hint="Set heads.unembedding=shared.",
     ),
     Rule(
         fields=("objective.weights.values", "heads.num_offsets"),
         holds=_weights_fit,
-        must_hold="must hold one weight per offset",
-        remedy=lambda recipe: f"Give {recipe.heads.num_offsets} weights, or null for 1 each.",
+        expected="must hold one weight per offset",
+        hint=lambda recipe: f"Give {recipe.heads.num_offsets} weights, or null for 1 each.",
     ),
     Rule(
         fields=("objective.weights.values",),
         holds=_main_head_learns,
-        must_hold="must give the main head, which comes first, a weight above 0",
-        remedy="Raise the first weight.",
+        expected="must give the main head, which comes first, a weight above 0",
+        hint="Raise the first weight.",
     ),
     Rule(
         fields=("objective.weights.begins_at", "objective.weights.ends_at"),
         holds=_interval_is_forward,
-        must_hold="must lie before objective.weights.ends_at",
-        remedy="Lower objective.weights.begins_at, or set objective.weights.change=step.",
+        expected="must lie before objective.weights.ends_at",
+        hint="Lower objective.weights.begins_at, or set objective.weights.change=step.",
     ),
     Rule(
         fields=("heads.num_offsets", "objective.distill.beta"),
         holds=lambda recipe: recipe.objective.distill is None or recipe.heads.num_offsets > 1,
-        must_hold="must be 2 or more with objective.distill: the main head is the teacher",
-        remedy="Raise heads.num_offsets, or set objective.distill=null.",
+        expected="must be 2 or more with objective.distill: the main head is the teacher",
+        hint="Raise heads.num_offsets, or set objective.distill=null.",
     ),
     Rule(
         fields=("objective.distill.alpha", "heads.num_offsets"),
         holds=lambda recipe: _fits_extras(recipe, "alpha"),
-        must_hold="must hold one weight for all extra offsets, or one for each",
-        remedy=lambda recipe: f"Give 1 weight or {recipe.heads.num_offsets - 1}.",
+        expected="must hold one weight for all extra offsets, or one for each",
+        hint=lambda recipe: f"Give 1 weight or {recipe.heads.num_offsets - 1}.",
     ),
     Rule(
         fields=("objective.distill.beta", "heads.num_offsets"),
         holds=lambda recipe: _fits_extras(recipe, "beta"),
-        must_hold="must hold one weight for all extra offsets, or one for each",
-        remedy=lambda recipe: f"Give 1 weight or {recipe.heads.num_offsets - 1}.",
+        expected="must hold one weight for all extra offsets, or one for each",
+        hint=lambda recipe: f"Give 1 weight or {recipe.heads.num_offsets - 1}.",
     ),
     Rule(
         fields=("objective.distill.beta", "objective.distill.alpha"),
         holds=_distills_every_offset,
-        must_hold="must be above 0 where objective.distill.alpha is 0, or an offset learns nothing",
-        remedy="Raise one of the two.",
+        expected="must be above 0 where objective.distill.alpha is 0, or an offset learns nothing",
+        hint="Raise one of the two.",
     ),
     Rule(
-        fields=("objective.distill.top_k", "model.vocabulary"),
+        fields=("objective.distill.top_k", "model.vocab_size"),
         holds=_top_k_fits,
-        must_hold="must not exceed model.vocabulary",
-        remedy="Lower objective.distill.top_k, or set it to null for as many as there are, 10,000 at most.",
+        expected="must not exceed model.vocab_size",
+        hint="Lower objective.distill.top_k, or set it to null for as many as there are, 10,000 at most.",
     ),
     Rule(
         fields=("objective.balance", "objective.distill.beta"),
         holds=lambda recipe: recipe.objective.balance == "none" or recipe.objective.distill is None,
-        must_hold="must be none with objective.distill, whose alpha and beta weigh the losses",
-        remedy="Set objective.balance=none, or objective.distill=null.",
+        expected="must be none with objective.distill, whose alpha and beta weigh the losses",
+        hint="Set objective.balance=none, or objective.distill=null.",
     ),
     Rule(
         fields=("data.tokenizer",),
         holds=lambda recipe: _is_tokenizer(recipe.data.tokenizer),
-        must_hold=f"must be {one_of(KNOWN_TOKENIZERS)}, or a file that ends in {one_of(TOKENIZER_FILES)}",
-        remedy=f"Set data.tokenizer={KNOWN_TOKENIZERS[0]}, or give the path of a tokenizer.json.",
+        expected=f"must be {one_of(KNOWN_TOKENIZERS)}, or a file that ends in {one_of(TOKENIZER_FILES)}",
+        hint=f"Set data.tokenizer={KNOWN_TOKENIZERS[0]}, or give the path of a tokenizer.json.",
     ),
     Rule(
         fields=("data.end_of_document", "data.tokenizer"),
         holds=lambda recipe: recipe.data.tokenizer not in KNOWN_TOKENIZERS or recipe.data.end_of_document is None,
-        must_hold="must be null unless data.tokenizer is a file",
-        remedy="Remove data.end_of_document.",
+        expected="must be null unless data.tokenizer is a file",
+        hint="Remove data.end_of_document.",
     ),
     Rule(
         fields=("data.mixture", "data.shards"),
         holds=lambda recipe: not recipe.data.mixture or recipe.data.shards is None,
-        must_hold="must be empty when data.shards names a folder",
-        remedy="Remove data.shards, or give its folder a weight in data.mixture.",
+        expected="must be empty when data.shards names a folder",
+        hint="Remove data.shards, or give its folder a weight in data.mixture.",
     ),
     Rule(
         fields=("data.mixture",),
         holds=_weights_are_near,
-        must_hold=f"must give every source at least 1 of {MIXTURE_BLOCK_ROWS} rows",
-        remedy="Raise the smallest weight, or leave the source out.",
+        expected=f"must give every source at least 1 of {MIXTURE_BLOCK_ROWS} rows",
+        hint="Raise the smallest weight, or leave the source out.",
     ),
     Rule(
-        fields=("data.mixture_epochs", "data.mixture"),
-        holds=lambda recipe: recipe.data.mixture_epochs.keys() <= recipe.data.mixture.keys(),
-        must_hold="must name sources of data.mixture only",
-        remedy="Spell the sources as in data.mixture.",
+        fields=("data.max_epochs", "data.mixture"),
+        holds=lambda recipe: recipe.data.max_epochs.keys() <= recipe.data.mixture.keys(),
+        expected="must name sources of data.mixture only",
+        hint="Spell the sources as in data.mixture.",
     ),
     Rule(
-        fields=("data.window_tokens", "heads.num_offsets"),
-        holds=lambda recipe: recipe.data.window_tokens > recipe.heads.num_offsets,
-        must_hold="must exceed heads.num_offsets (T > n)",
-        remedy="Raise data.window_tokens, or lower heads.num_offsets.",
+        fields=("data.seq_len", "heads.num_offsets"),
+        holds=lambda recipe: recipe.data.seq_len > recipe.heads.num_offsets,
+        expected="must exceed heads.num_offsets (T > n)",
+        hint="Raise data.seq_len, or lower heads.num_offsets.",
     ),
     Rule(
-        fields=("data.window_tokens", "model.max_positions"),
-        holds=lambda recipe: recipe.data.window_tokens <= recipe.model.max_positions,
-        must_hold="must not exceed model.max_positions",
-        remedy="Lower data.window_tokens, or raise model.max_positions.",
+        fields=("data.seq_len", "model.max_position_embeddings"),
+        holds=lambda recipe: recipe.data.seq_len <= recipe.model.max_position_embeddings,
+        expected="must not exceed model.max_position_embeddings",
+        hint="Lower data.seq_len, or raise model.max_position_embeddings.",
     ),
     Rule(
-        fields=("batch.micro_rows", "batch.rows"),
-        holds=lambda recipe: recipe.batch.rows % recipe.batch.micro_rows == 0,
-        must_hold="must divide batch.rows",
-        remedy=lambda recipe: f"Set batch.micro_rows to {divisors(recipe.batch.rows)}.",
+        fields=("batch.micro_batch_size", "batch.global_batch_size"),
+        holds=lambda recipe: recipe.batch.global_batch_size % recipe.batch.micro_batch_size == 0,
+        expected="must divide batch.global_batch_size",
+        hint=lambda recipe: f"Set batch.micro_batch_size to {divisors(recipe.batch.global_batch_size)}.",
     ),
     Rule(
         fields=("optimizer.betas",),
         holds=lambda recipe: all(0 <= beta < 1 for beta in recipe.optimizer.betas),
-        must_hold="must each be >= 0 and < 1",
-        remedy="Choose decay rates such as [0.9, 0.95].",
+        expected="must each be >= 0 and < 1",
+        hint="Choose decay rates such as [0.9, 0.95].",
     ),
     Rule(
-        fields=("run.guard.rows", "run.start_from"),
+        fields=("health.drift.samples", "init.path"),
         holds=lambda recipe: (
-            recipe.run.guard in ("auto", None) or recipe.run.start_from is not None or recipe.phases != {}
+            recipe.health.drift in ("auto", None) or recipe.init.path is not None or recipe.phases != {}
         ),
-        must_hold="must be left out without run.start_from: there is no model to compare the main head with",
-        remedy="Give run.start_from, or set run.guard=null.",
+        expected="must be left out without init.path: there is no model to compare the main head with",
+        hint="Give init.path, or set health.drift=null.",
     ),
-    *(_needs_start(field) for field in ("run.keep_optimizer", "run.keep_position", "heads.extend")),
+    *(_needs_start(field) for field in ("init.optimizer", "init.data_position", "heads.extend")),
     Rule(
         fields=("run.seed",),
         holds=lambda recipe: recipe.run.seed <= LARGEST_SEED,
-        must_hold=f"must be at most {LARGEST_SEED}",
-        remedy="Choose a smaller seed.",
+        expected=f"must be at most {LARGEST_SEED}",
+        hint="Choose a smaller seed.",
     ),
     *MODEL_RULES,
     *ADAPT_RULES,

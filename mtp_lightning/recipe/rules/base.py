@@ -16,8 +16,8 @@ class Rule:
 
     fields: tuple[str, ...]
     holds: Callable[[Recipe], bool]
-    must_hold: str
-    remedy: str | Callable[[Recipe], str]
+    expected: str
+    hint: str | Callable[[Recipe], str]
 
 
 def value_at(recipe: Recipe, field: str) -> Any:

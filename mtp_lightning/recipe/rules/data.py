@@ -21,17 +21,17 @@ def _remote_sources(data: DataSection) -> list[str]:
 
 def _ramp_starts_with_a_divisor(recipe: Recipe) -> bool:
     ramp = recipe.batch.ramp
-    return ramp is None or recipe.batch.rows % ramp.from_rows == 0
+    return ramp is None or recipe.batch.global_batch_size % ramp.from_batch_size == 0
 
 
 def _ramp_can_be_shared(recipe: Recipe) -> bool:
     ramp, num_ranks = recipe.batch.ramp, recipe.strategy.num_ranks
-    return ramp is None or ramp.from_rows % (num_ranks * recipe.batch.micro_rows) == 0
+    return ramp is None or ramp.from_batch_size % (num_ranks * recipe.batch.micro_batch_size) == 0
 
 
 def _reads_only_the_stream(recipe: Recipe) -> bool:
     data = recipe.data
-    is_default = not data.mixture and data.shards is None and data.packing == "cut" and data.order == "rows"
+    is_default = not data.mixture and data.shards is None and data.packing == "cut" and data.shuffle == "rows"
     return data.kind != "webdataset_stream" or is_default
 
 
@@ -39,31 +39,36 @@ DATA_RULES: tuple[Rule, ...] = (
     Rule(
         fields=("data.kind", "data.stream.train"),
         holds=lambda recipe: (recipe.data.kind == "webdataset_stream") == (recipe.data.stream is not None),
-        must_hold="must be webdataset_stream when data.stream is given, and only then",
-        remedy="Set both, or neither.",
+        expected="must be webdataset_stream when data.stream is given, and only then",
+        hint="Set both, or neither.",
     ),
     Rule(
-        fields=("data.kind", "data.shards", "data.mixture", "data.packing", "data.order"),
+        fields=("data.kind", "data.shards", "data.mixture", "data.packing", "data.shuffle"),
         holds=_reads_only_the_stream,
-        must_hold="must be shards for data.shards, data.mixture, data.packing and data.order, which a stream lacks",
-        remedy="Remove these fields, or build shards of the text with `mtp data build`.",
+        expected="must be shards for data.shards, data.mixture, data.packing and data.shuffle, which a stream lacks",
+        hint="Remove these fields, or build shards of the text with `mtp data build`.",
     ),
     Rule(
         fields=("data.packing", "data.shards", "data.mixture"),
         holds=lambda recipe: recipe.data.packing == "cut" or not _remote_sources(recipe.data),
-        must_hold="must be cut for shards from a URL: the plan of a packing needs every document's length",
-        remedy="Set data.packing=cut, or copy the shards to a folder.",
+        expected="must be cut for shards from a URL: the plan of a packing needs every document's length",
+        hint="Set data.packing=cut, or copy the shards to a folder.",
     ),
     Rule(
-        fields=("batch.ramp.from_rows", "batch.rows"),
+        fields=("batch.ramp.from_batch_size", "batch.global_batch_size"),
         holds=_ramp_starts_with_a_divisor,
-        must_hold="must divide batch.rows",
-        remedy=lambda recipe: f"Set batch.ramp.from_rows to {divisors(recipe.batch.rows)}.",
+        expected="must divide batch.global_batch_size",
+        hint=lambda recipe: f"Set batch.ramp.from_batch_size to {divisors(recipe.batch.global_batch_size)}.",
     ),
     Rule(
-        fields=("batch.ramp.from_rows", "strategy.num_nodes", "strategy.ranks_per_node", "batch.micro_rows"),
+        fields=(
+            "batch.ramp.from_batch_size",
+            "strategy.num_nodes",
+            "strategy.ranks_per_node",
+            "batch.micro_batch_size",
+        ),
         holds=_ramp_can_be_shared,
-        must_hold="must be a multiple of the ranks (strategy.num_nodes x ranks_per_node) times batch.micro_rows",
-        remedy="Raise batch.ramp.from_rows, lower batch.micro_rows, or take fewer ranks.",
+        expected="must be a multiple of the ranks (strategy.num_nodes x ranks_per_node) times batch.micro_batch_size",
+        hint="Raise batch.ramp.from_batch_size, lower batch.micro_batch_size, or take fewer ranks.",
     ),
 )

@@ -7,7 +7,7 @@ from mtp_lightning.recipe.schema.root import Recipe
 def _turns_pairs(recipe: Recipe) -> bool:
     """Leave heads of an odd width to the rule about these."""
     model = recipe.model
-    if model.rotary_share == 1 or (model.width % model.num_attention_heads and model.head_width is None):
+    if model.partial_rotary_factor == 1 or (model.hidden_size % model.num_attention_heads and model.head_dim is None):
         return True
     return model.rotary_width >= 2 and model.rotary_width % 2 == 0
 
@@ -19,18 +19,18 @@ def _slows_a_range(recipe: Recipe) -> bool:
 
 MODEL_RULES: tuple[Rule, ...] = (
     Rule(
-        fields=("model.rotary_share", "model.head_width", "model.width", "model.num_attention_heads"),
+        fields=("model.partial_rotary_factor", "model.head_dim", "model.hidden_size", "model.num_attention_heads"),
         holds=_turns_pairs,
-        must_hold="must leave an even number of channels, 2 or more: rotary positions turn pairs",
-        remedy=lambda recipe: (
-            f"It is {recipe.model.rotary_width} of {recipe.model.resolved_head_width} channels: change the share, "
+        expected="must leave an even number of channels, 2 or more: rotary positions turn pairs",
+        hint=lambda recipe: (
+            f"It is {recipe.model.rotary_width} of {recipe.model.resolved_head_dim} channels: change the share, "
             "or the width of a head."
         ),
     ),
     Rule(
         fields=("model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor"),
         holds=_slows_a_range,
-        must_hold="must lie below model.rope_scaling.high_freq_factor",
-        remedy="Take the factors from the model's config.json: low_freq_factor is the smaller one.",
+        expected="must lie below model.rope_scaling.high_freq_factor",
+        hint="Take the factors from the model's config.json: low_freq_factor is the smaller one.",
     ),
 )

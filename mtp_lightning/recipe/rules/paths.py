@@ -24,9 +24,9 @@ def _path_rule(field: str, *, may_be_home: bool = False) -> Rule:
     return Rule(
         fields=(field,),
         holds=holds,
-        must_hold=f"must be a path on this machine's file systems: not empty, no URL, {unexpanded} here",
-        remedy=f'Write it out; a shell expands "{field}=$SCRATCH/x" before it gets here.',
+        expected=f"must be a path on this machine's file systems: not empty, no URL, {unexpanded} here",
+        hint=f'Write it out; a shell expands "{field}=$SCRATCH/x" before it gets here.',
     )
 
 
-PATH_RULES = (_path_rule("run.dir"), _path_rule("run.start_from"), _path_rule("run.cache", may_be_home=True))
+PATH_RULES = (_path_rule("run.dir"), _path_rule("init.path"), _path_rule("run.cache", may_be_home=True))

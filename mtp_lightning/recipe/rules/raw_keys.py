@@ -5,12 +5,12 @@ from typing import Any
 
 from mtp_lightning.recipe.schema.describe import one_of
 
-OWNED_BY_RECIPE = {
-    "train_batch_size": "batch.rows",
-    "train_micro_batch_size_per_gpu": "batch.micro_rows",
-    "gradient_accumulation_steps": "batch.micro_rows",
-    "managed_gradient_accumulation": "objective.schedule",
-    "gradient_clipping": "optimizer.clip_norm",
+RESERVED_DEEPSPEED_KEYS = {
+    "train_batch_size": "batch.global_batch_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.micro_batch_size",
+    "managed_gradient_accumulation": "objective.backward_order",
+    "gradient_clipping": "optimizer.max_grad_norm",
     "optimizer": "optimizer",
     "scheduler": "optimizer",
     "amp": "run.precision",
@@ -32,12 +32,12 @@ def keys_owned_by_recipe(raw: Mapping[str, Any]) -> list[str]:
     >>> keys_owned_by_recipe({"zero_optimization": {"stage": 3, "reduce_bucket_size": 5}})
     ['zero_optimization.stage']
     """
-    return [key for key in OWNED_BY_RECIPE if _value_at(raw, key) is not None]
+    return [key for key in RESERVED_DEEPSPEED_KEYS if _value_at(raw, key) is not None]
 
 
 def owned_remedy(raw: Mapping[str, Any]) -> str:
     """Say which field to set in the place of each such key."""
-    wanted = [f"{key} with {OWNED_BY_RECIPE[key]}" for key in keys_owned_by_recipe(raw)]
+    wanted = [f"{key} with {RESERVED_DEEPSPEED_KEYS[key]}" for key in keys_owned_by_recipe(raw)]
     return f"Set {one_of(wanted, 'and')}."
 
 

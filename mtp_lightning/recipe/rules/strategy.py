@@ -6,19 +6,19 @@ from mtp_lightning.recipe.schema.root import Recipe, StrategySection
 
 
 def _global_rows_divide(recipe: Recipe) -> bool:
-    """Leave the case of micro_rows that do not even divide rows to the rule about these two."""
-    rows, micro_rows = recipe.batch.rows, recipe.batch.micro_rows
-    is_other_fault = recipe.strategy.kind == "single" or rows % micro_rows != 0
-    return is_other_fault or rows % (recipe.strategy.num_ranks * micro_rows) == 0
+    """Leave the case of micro_batch_size that do not even divide rows to the rule about these two."""
+    rows, micro_batch_size = recipe.batch.global_batch_size, recipe.batch.micro_batch_size
+    is_other_fault = recipe.strategy.kind == "single" or rows % micro_batch_size != 0
+    return is_other_fault or rows % (recipe.strategy.num_ranks * micro_batch_size) == 0
 
 
 def _rows_remedy(recipe: Recipe) -> str:
-    num_ranks, rows = recipe.strategy.num_ranks, recipe.batch.rows
+    num_ranks, rows = recipe.strategy.num_ranks, recipe.batch.global_batch_size
     if rows % num_ranks:
         multiple = max(1, round(rows / num_ranks)) * num_ranks
-        return f"Each of {num_ranks} ranks takes an equal share: set batch.rows to {multiple}, or change strategy."
+        return f"Each of {num_ranks} ranks takes an equal share: set batch.global_batch_size to {multiple}, or change strategy."
     share = rows // num_ranks
-    return f"Each of {num_ranks} ranks takes {share}: set batch.micro_rows to {divisors(share)}."
+    return f"Each of {num_ranks} ranks takes {share}: set batch.micro_batch_size to {divisors(share)}."
 
 
 def _offloads(strategy: StrategySection, *places: str) -> bool:
@@ -28,63 +28,63 @@ def _offloads(strategy: StrategySection, *places: str) -> bool:
 STRATEGY_RULES: tuple[Rule, ...] = (
     Rule(
         fields=(
-            "batch.rows",
+            "batch.global_batch_size",
             "strategy.num_nodes",
             "strategy.ranks_per_node",
-            "batch.micro_rows",
+            "batch.micro_batch_size",
         ),
         holds=_global_rows_divide,
-        must_hold="must be a multiple of the ranks (strategy.num_nodes x ranks_per_node) times batch.micro_rows",
-        remedy=_rows_remedy,
+        expected="must be a multiple of the ranks (strategy.num_nodes x ranks_per_node) times batch.micro_batch_size",
+        hint=_rows_remedy,
     ),
     Rule(
         fields=("strategy.kind", "strategy.num_nodes", "strategy.ranks_per_node"),
         holds=lambda recipe: recipe.strategy.kind != "single" or recipe.strategy.num_ranks == 1,
-        must_hold="must be zero1, zero2 or zero3 for more than one rank",
-        remedy="Set strategy.kind=zero2, or one node and one rank per node.",
+        expected="must be zero1, zero2 or zero3 for more than one rank",
+        hint="Set strategy.kind=zero2, or one node and one rank per node.",
     ),
     Rule(
         fields=("strategy.kind", "strategy.offload_optimizer", "strategy.offload_parameters"),
         holds=lambda recipe: recipe.strategy.kind != "single" or not _offloads(recipe.strategy, "cpu", "nvme"),
-        must_hold="must be zero1, zero2 or zero3 to offload: DeepSpeed does it",
-        remedy="Set strategy.kind=zero2 (zero3 for parameters), or offload nothing.",
+        expected="must be zero1, zero2 or zero3 to offload: DeepSpeed does it",
+        hint="Set strategy.kind=zero2 (zero3 for parameters), or offload nothing.",
     ),
     Rule(
         fields=("strategy.offload_parameters", "strategy.kind"),
         holds=lambda recipe: (
             recipe.strategy.offload_parameters == "none" or recipe.strategy.kind in ("single", "zero3")
         ),
-        must_hold="must be none unless strategy.kind is zero3, which alone shards the parameters",
-        remedy="Set strategy.kind=zero3, or strategy.offload_parameters=none.",
+        expected="must be none unless strategy.kind is zero3, which alone shards the parameters",
+        hint="Set strategy.kind=zero3, or strategy.offload_parameters=none.",
     ),
     Rule(
         fields=("strategy.offload_optimizer", "strategy.offload_parameters", "run.device"),
         holds=lambda recipe: recipe.run.device != "cpu" or not _offloads(recipe.strategy, "cpu", "nvme"),
-        must_hold="must be none when run.device is cpu: there is no GPU to offload from",
-        remedy="Offload nothing, or set run.device=cuda.",
+        expected="must be none when run.device is cpu: there is no GPU to offload from",
+        hint="Offload nothing, or set run.device=cuda.",
     ),
     Rule(
         fields=("strategy.deepspeed",),
         holds=lambda recipe: not keys_owned_by_recipe(recipe.strategy.deepspeed),
-        must_hold="must not set what other fields of the recipe decide",
-        remedy=lambda recipe: owned_remedy(recipe.strategy.deepspeed),
+        expected="must not set what other fields of the recipe decide",
+        hint=lambda recipe: owned_remedy(recipe.strategy.deepspeed),
     ),
     Rule(
         fields=("run.precision", "strategy.kind"),
         holds=lambda recipe: recipe.run.precision != "fp16" or recipe.strategy.kind != "single",
-        must_hold="must be fp32 or bf16 for strategy.kind single: DeepSpeed does the loss scaling of fp16",
-        remedy="Set run.precision=bf16, or strategy.kind=zero1 (one rank will do).",
+        expected="must be fp32 or bf16 for strategy.kind single: DeepSpeed does the loss scaling of fp16",
+        hint="Set run.precision=bf16, or strategy.kind=zero1 (one rank will do).",
     ),
     Rule(
         fields=("run.precision", "run.device"),
         holds=lambda recipe: recipe.run.precision != "fp16" or recipe.run.device != "cpu",
-        must_hold="must be fp32 or bf16 when run.device is cpu, which has no fp16 arithmetic worth the name",
-        remedy="Set run.precision=bf16.",
+        expected="must be fp32 or bf16 when run.device is cpu, which has no fp16 arithmetic worth the name",
+        hint="Set run.precision=bf16.",
     ),
     Rule(
         fields=("strategy.nvme_path", "strategy.offload_optimizer", "strategy.offload_parameters"),
         holds=lambda recipe: recipe.strategy.nvme_path is not None or not _offloads(recipe.strategy, "nvme"),
-        must_hold="must name a folder on a local disk to offload to nvme",
-        remedy="Give strategy.nvme_path, or offload to cpu.",
+        expected="must name a folder on a local disk to offload to nvme",
+        hint="Give strategy.nvme_path, or offload to cpu.",
     ),
 )

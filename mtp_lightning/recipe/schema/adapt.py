@@ -6,6 +6,9 @@ from pydantic import Field
 
 from mtp_lightning.recipe.schema.base import PositiveFloat, PositiveInt, Section
 
+BELOW = "offsets_below_"
+FrozenPart = Annotated[str, Field(pattern=rf"^(trunk|heads|unembedding|lora|layer_mix|{BELOW}\d+)$")]
+
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
@@ -24,7 +27,7 @@ class LoraSection(Section):
     """Also update the projections of the layers inside heads; these stay trained themselves unless they are frozen."""
 
 
-class WeightedStatesSection(Section):
+class LayerMixSection(Section):
     """What a head reads of the trunk: not its last layer, but softmax(w / T) over all layers, w its own [Mehra 2025].
 
     The embedding is not among the layers; heads that read another offset are left as they are.
@@ -41,9 +44,7 @@ class WeightedStatesSection(Section):
 class AdaptSection(Section):
     """Adaptation of a pretrained model; as it is by default, all of a model is trained and nothing is added."""
 
-    frozen: list[Literal["trunk", "heads", "unembedding", "lora", "mixtures"]] = Field(default_factory=list)
-    """Parts that are not trained; the unembedding's are the final norms and the V x D matrices."""
     lora: LoraSection | None = None
     """Low-rank updates of the trunk, or null."""
-    weighted_states: WeightedStatesSection | None = None
+    layer_mix: LayerMixSection | None = None
     """Mixtures of the trunk's layers for the heads to read, or null."""

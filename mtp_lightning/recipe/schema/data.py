@@ -44,12 +44,12 @@ class DataSection(Section):
     mixture: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Several folders or URLs of shards and their weights, e.g. {shards/code: 1, shards/web: 3}, instead of `shards`.
     """
-    mixture_epochs: dict[str, PositiveFloat] = Field(default_factory=dict)
+    max_epochs: dict[str, PositiveFloat] = Field(default_factory=dict)
     """How often a run may at most read through a source of the mixture, e.g. {shards/code: 4}; without, any number."""
-    order: Literal["rows", "shards"] = "rows"
-    """Shuffle all rows of an epoch; or shuffle the shards, and rows within groups of `group_shards` of them, so that
+    shuffle: Literal["rows", "shards"] = "rows"
+    """Shuffle all rows of an epoch; or shuffle the shards, and rows within groups of `shuffle_shards` of them, so that
     a cache smaller than the data will do."""
-    group_shards: PositiveInt = 8
+    shuffle_shards: PositiveInt = 8
     """For order `shards`: how many shards rows are shuffled over."""
     cache_gib: PositiveFloat = 256.0
     """Most that shards from URLs take below run.cache, in GiB."""
@@ -59,59 +59,62 @@ class DataSection(Section):
     """Id of the token that ends a document; null means the tokenizer's own."""
     deduplicate: bool = False
     """Leave out of a corpus every document that is equal to an earlier one."""
-    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03
     """Share of documents held out for validation, chosen by a hash of their path."""
-    window_tokens: Annotated[int, Field(ge=2)] = 256
+    seq_len: Annotated[int, Field(ge=2)] = 256
     """Positions T per window; each row holds T + n tokens."""
     packing: Literal["cut", "best_fit"] = "cut"
     """Windows cut from the documents one after another, or filled with whole documents by best fit."""
-    attention: Literal["document", "window"] = "window"
-    """Attend within the document only (positions restart there), or over the whole window."""
+    document_mask: bool = False
+    """Attend within the document only (positions restart there) instead of over the whole window."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Loader processes per rank; 0 reads in a thread of the training process."""
 
 
 class RampSection(Section):
-    """A batch that grows over the first rows of a run, from `from_rows` in steps of as many to `batch.rows`."""
+    """A batch that grows over the first rows of a run, from `from_batch_size` in steps of as many to `batch.global_batch_size`."""
 
-    from_rows: PositiveInt
-    """Rows of the first steps; must divide `batch.rows`."""
-    over_rows: PositiveInt
-    """Rows after which a step has `batch.rows`."""
+    from_batch_size: PositiveInt
+    """Rows of the first steps; must divide `batch.global_batch_size`."""
+    over_samples: PositiveInt
+    """Rows after which a step has `batch.global_batch_size`."""
 
 
 class BatchSection(Section):
     """Rows per optimizer step, and how they are cut up."""
 
-    rows: PositiveInt = 16
+    global_batch_size: PositiveInt = 16
     """Rows (windows) per optimizer step, over all ranks."""
-    micro_rows: PositiveInt = 16
+    micro_batch_size: PositiveInt = 16
     """Rows per forward and backward on one rank; must divide rows."""
     ramp: RampSection | None = None
     """Fewer rows per step at the beginning, or null; the learning rate goes by steps all the same."""
 
-    def rows_at(self, rows_consumed: int) -> int:
+    def batch_size_at(self, rows_consumed: int) -> int:
         """Rows of the step that begins at a position: a function of it alone, so ranks and restarts agree.
 
-        >>> batch = BatchSection(rows=16, ramp=RampSection(from_rows=4, over_rows=90))
-        >>> [batch.rows_at(position) for position in (0, 29, 30, 60, 90, 1000)]
+        >>> batch = BatchSection(global_batch_size=16, ramp=RampSection(from_batch_size=4, over_samples=90))
+        >>> [batch.batch_size_at(position) for position in (0, 29, 30, 60, 90, 1000)]
         [4, 4, 8, 12, 16, 16]
         """
-        if self.ramp is None or rows_consumed >= self.ramp.over_rows:
-            return self.rows
-        num_growths = self.rows // self.ramp.from_rows - 1
-        return self.ramp.from_rows * (1 + rows_consumed * num_growths // self.ramp.over_rows)
+        if self.ramp is None or rows_consumed >= self.ramp.over_samples:
+            return self.global_batch_size
+        num_growths = self.global_batch_size // self.ramp.from_batch_size - 1
+        return self.ramp.from_batch_size * (1 + rows_consumed * num_growths // self.ramp.over_samples)
 
-    def rows_after(self, steps: int) -> int:
+    def samples_after(self, steps: int) -> int:
         """Rows of that many steps from the beginning; costs a few operations per size of a step.
 
-        >>> BatchSection(rows=16, ramp=RampSection(from_rows=4, over_rows=90)).rows_after(8 + 4 + 3 + 2)
+        >>> BatchSection(global_batch_size=16, ramp=RampSection(from_batch_size=4, over_samples=90)).samples_after(8 + 4 + 3 + 2)
         132
         """
         position = 0
-        while self.ramp is not None and steps > 0 and (size := self.rows_at(position)) < self.rows:
-            grown, num_growths = size // self.ramp.from_rows, self.rows // self.ramp.from_rows - 1
-            next_growth = -(-grown * self.ramp.over_rows // num_growths)  # the first position of a larger step
+        while self.ramp is not None and steps > 0 and (size := self.batch_size_at(position)) < self.global_batch_size:
+            grown, num_growths = (
+                size // self.ramp.from_batch_size,
+                self.global_batch_size // self.ramp.from_batch_size - 1,
+            )
+            next_growth = -(-grown * self.ramp.over_samples // num_growths)  # the first position of a larger step
             num_steps = min(steps, -(-(next_growth - position) // size))
             position, steps = position + num_steps * size, steps - num_steps
-        return position + steps * self.rows
+        return position + steps * self.global_batch_size

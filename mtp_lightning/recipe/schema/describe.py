@@ -37,14 +37,20 @@ def allowed(place: Place) -> str:
 def _allowed_by(option: Option) -> str:
     if option.section:
         return "a mapping of fields"
-    if option.choices:
-        return one_of(option.choices)
+    if words := option.choices or _words_of_pattern(option):
+        return one_of(words)
     if get_origin(option.type) is dict:
         return f"a mapping from {one_of(option.keys or ['names'])} to {_entries(option)[1]}"
     if get_origin(option.type) is list:
         return f"a list of {_entries(option)[1]}{_length(option)}"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     return f"{names[option.type]}{_bounds(option)}"
+
+
+def _words_of_pattern(option: Option) -> list[str]:
+    """List the words that a pattern such as `^(trunk|below_\\d+)$` stands for; empty where there is no pattern."""
+    patterns = [limit.pattern for limit in option.limits if hasattr(limit, "pattern")]
+    return patterns[0].strip("^()$").replace(r"\d+", "K").split("|") if patterns else []
 
 
 def _entries(option: Option) -> tuple[str, str]:
@@ -54,6 +60,8 @@ def _entries(option: Option) -> tuple[str, str]:
         return "anything", "anything"
     if entry.choices:
         return one_of(entry.choices), f"words out of {one_of(entry.choices, 'and')}"
+    if words := _words_of_pattern(entry):
+        return one_of(words), f"words out of {one_of(words, 'and')}"
     plural = {int: "whole numbers", float: "numbers", str: "texts"}[entry.type]
     return _allowed_by(entry), f"{plural}{_bounds(entry)}"
 

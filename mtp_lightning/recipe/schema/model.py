@@ -27,27 +27,27 @@ class RopeScalingSection(Section):
 class ModelSection(Section):
     """Shape of the trunk: a decoder of the Llama or the GPT-NeoX type."""
 
-    width: PositiveInt = 256
+    hidden_size: PositiveInt = 256
     """Width D of the hidden states."""
-    num_layers: PositiveInt = 8
-    """Transformer layers in all; with `heads.match_parameters` the heads' layers are taken from these."""
+    num_hidden_layers: PositiveInt = 8
+    """Transformer layers in all; with `heads.layers_from_trunk` the heads' layers are taken from these."""
     num_attention_heads: PositiveInt = 8
     """Query heads per layer."""
     num_key_value_heads: PositiveInt | None = None
     """Key and value heads per layer (grouped-query attention); null means as many as query heads."""
-    head_width: PositiveInt | None = None
-    """Width of one attention head; null means width / num_attention_heads."""
-    mlp_width: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    """Width of one attention head; null means hidden_size / num_attention_heads."""
+    intermediate_size: PositiveInt | None = None
     """Inner width of the feed-forward; null means 8/3 of the width, rounded up to a multiple of 64 (GELU: 4 widths)."""
-    vocabulary: PositiveInt = 257
+    vocab_size: PositiveInt = 257
     """Vocabulary V; must exceed every token id in the data (257 = bytes + end of document)."""
-    max_positions: PositiveInt = 4096
+    max_position_embeddings: PositiveInt = 4096
     """Longest window the rotary positions are meant for; exported with the model."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScalingSection | None = None
     """Scaling of the rotary frequencies (Llama 3.1), or null."""
-    rotary_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    partial_rotary_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of each head's channels that the rotary positions turn, the first ones (Pythia: 0.25)."""
     norm: Literal["rms", "layer"] = "rms"
     """Every norm of width D: RMSNorm, or LayerNorm with a bias (GPT-NeoX)."""
@@ -65,18 +65,18 @@ class ModelSection(Section):
     """Add a bias to every projection of the feed-forward (GPT-NeoX)."""
     qk_norm: bool = False
     """Normalise queries and keys per head (Qwen3)."""
-    tie_embeddings: bool = False
+    tie_word_embeddings: bool = False
     """Use the token embedding as the unembedding matrix."""
-    init_std: PositiveFloat = 0.02
+    initializer_range: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections are scaled down by sqrt(2 x layers)."""
     family: Family | None = None
     """Architecture that the model was imported as and is exported as (`mtp export --format hf`); null means the first
     that it fits."""
 
     @property
-    def resolved_head_width(self) -> int:
+    def resolved_head_dim(self) -> int:
         """Width of one attention head."""
-        return self.head_width or self.width // self.num_attention_heads
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def resolved_key_value_heads(self) -> int:
@@ -84,15 +84,15 @@ class ModelSection(Section):
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
-    def resolved_mlp_width(self) -> int:
+    def resolved_intermediate_size(self) -> int:
         """Inner width of the feed-forward."""
-        default = 4 * self.width if self.mlp == "gelu" else -(-8 * self.width // (3 * 64)) * 64
-        return self.mlp_width or default
+        default = 4 * self.hidden_size if self.mlp == "gelu" else -(-8 * self.hidden_size // (3 * 64)) * 64
+        return self.intermediate_size or default
 
     @property
     def rotary_width(self) -> int:
         """Channels of each head that the rotary positions turn."""
-        return int(self.resolved_head_width * self.rotary_share)
+        return int(self.resolved_head_dim * self.partial_rotary_factor)
 
 
 class HeadsSection(Section):
@@ -106,7 +106,7 @@ class HeadsSection(Section):
     """Direction of the chain, for kind `chained`: next token first, or far token first."""
     layers_per_head: PositiveInt = 1
     """Transformer layers (or Medusa blocks) in each head."""
-    match_parameters: bool = True
+    layers_from_trunk: bool = True
     """Take the extra heads' layers from the trunk, so that the layer count does not depend on n."""
     unembedding: Literal["shared", "replicated"] = "shared"
     """One V x D matrix for all offsets, or one per offset (byte vocabularies, original Medusa)."""
@@ -114,10 +114,8 @@ class HeadsSection(Section):
     """Hidden state that sequential and recursive modules read: after or before the final norm."""
     concatenation: Literal["embedding_first", "hidden_first"] = "embedding_first"
     """Order of the 2D-wide input of sequential and recursive modules (DeepSeek: embedding first; MiMo: hidden)."""
-    isolate_trunk: bool = False
+    detach_trunk: bool = False
     """Keep the gradients of offsets beyond the first out of the trunk."""
-    trainable_from: Annotated[int, Field(ge=2)] | None = None
-    """First offset whose head is trained; trunk, unembedding and the heads before it are frozen. Null trains all."""
     extend: PositiveInt | None = None
-    """Where `run.start_from` has fewer offsets: how many of its trained heads, the last ones, the new ones are copied
+    """Where `init.path` has fewer offsets: how many of its trained heads, the last ones, the new ones are copied
     from, again and again; null refuses such a model."""

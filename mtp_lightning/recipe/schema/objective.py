@@ -93,9 +93,9 @@ class DistillSection(Section):
     detach_teacher: bool = True
     """Stop the gradient at the teacher; false lets the divergence change the main head too, an ablation."""
 
-    def resolved_top_k(self, vocabulary: int) -> int:
+    def resolved_top_k(self, vocab_size: int) -> int:
         """Number K of logits that are compared."""
-        return min(self.top_k or DISTILLED_LOGITS, vocabulary)
+        return min(self.top_k or DISTILLED_LOGITS, vocab_size)
 
     def alpha_of(self, offset: int) -> float:
         """Weight of the cross-entropy of an extra offset."""
@@ -109,7 +109,7 @@ class DistillSection(Section):
 class ObjectiveSection(Section):
     """Losses and the order in which they are computed."""
 
-    schedule: Literal["sequential", "bridged", "joint"] = "sequential"
+    backward_order: Literal["sequential", "bridged", "joint"] = "sequential"
     """Order of head forward and backward: one head at a time, one autograd node, or plain logits of all heads."""
     weights: OffsetWeights = ConstantWeights()
     """Weight of each offset's loss."""
@@ -125,9 +125,14 @@ class ObjectiveSection(Section):
     """Distillation of the main head into the others, or null."""
     chunk_mib: PositiveFloat = 64.0
     """Memory that one chunk of logits may take, in MiB; sets how many positions are scored at once."""
-    checkpoint_trunk: bool = False
+
+
+class MemorySection(Section):
+    """Memory and speed of the same computation: nothing here changes a gradient."""
+
+    recompute_trunk: bool = False
     """Recompute the trunk's layers in the backward pass instead of keeping their activations."""
-    checkpoint_heads: bool | None = None
+    recompute_heads: bool | None = None
     """Recompute the heads in the backward pass instead of keeping their activations; null means for kind `recursive`
     only, whose module's layers run n-1 times on top of the trunk's."""
     compile: bool = False

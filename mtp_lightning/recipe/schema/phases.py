@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import Field
 
+from mtp_lightning.recipe.schema.adapt import FrozenPart
 from mtp_lightning.recipe.schema.base import PositiveInt, Section
 
 FOLDER = "phases"
@@ -18,17 +19,21 @@ class PhaseSection(Section):
 
     extend_to: PositiveInt | None = None
     """Give the model this many offsets first, the new heads as copies of trained ones; only they are trained, unless
-    `heads.trainable_from` says otherwise."""
+    `freeze` says otherwise."""
     extend_group: PositiveInt | None = None
     """How many trained heads are copied again and again, the last ones; null means all beyond the first."""
     keep_optimizer: bool = False
     """Go on with the optimizer's state of the phase before, which must have trained the same parameters."""
+    freeze: list[FrozenPart] | None = None
+    """Parts that are not trained in this phase, in place of the recipe's `freeze`; null means the recipe's."""
     heads: dict[str, Any] = Field(default_factory=dict)
-    """Changes of `heads`: `trainable_from` and `isolate_trunk`."""
+    """Changes of `heads`: `detach_trunk`."""
     adapt: dict[str, Any] = Field(default_factory=dict)
     """Changes of `adapt`; updates and mixtures of a phase cannot be left out by those after it."""
     objective: dict[str, Any] = Field(default_factory=dict)
     """Changes of `objective`."""
+    memory: dict[str, Any] = Field(default_factory=dict)
+    """Changes of `memory`."""
     data: dict[str, Any] = Field(default_factory=dict)
     """Changes of `data`."""
     batch: dict[str, Any] = Field(default_factory=dict)
@@ -37,3 +42,9 @@ class PhaseSection(Section):
     """Changes of `optimizer`; warm-up and decay of the learning rate span the phase."""
     run: dict[str, Any] = Field(default_factory=dict)
     """Changes of `run`, such as `steps`, which are the phase's own."""
+    checkpoint: dict[str, Any] = Field(default_factory=dict)
+    """Changes of `checkpoint`: `every_steps` and `keep`."""
+    logging: dict[str, Any] = Field(default_factory=dict)
+    """Changes of `logging`: `every_steps`."""
+    health: dict[str, Any] = Field(default_factory=dict)
+    """Changes of `health`: `drift`, `hang_after_s` and `hang_factor`."""

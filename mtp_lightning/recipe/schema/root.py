@@ -4,11 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mtp_lightning.recipe.schema.adapt import AdaptSection
+from mtp_lightning.recipe.schema.adapt import BELOW, AdaptSection, FrozenPart
 from mtp_lightning.recipe.schema.base import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from mtp_lightning.recipe.schema.data import BatchSection, DataSection
 from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
-from mtp_lightning.recipe.schema.objective import ObjectiveSection
+from mtp_lightning.recipe.schema.objective import MemorySection, ObjectiveSection
 from mtp_lightning.recipe.schema.phases import PhaseSection
 
 
@@ -17,7 +17,7 @@ class OptimizerSection(Section):
 
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
-    lr_scale: dict[Literal["trunk", "heads", "unembedding", "lora", "mixtures"], PositiveFloat] = Field(
+    lr_scale: dict[Literal["trunk", "heads", "unembedding", "lora", "layer_mix"], PositiveFloat] = Field(
         default_factory=dict
     )
     """Factors on the learning rate by role, e.g. {heads: 4}."""
@@ -29,19 +29,19 @@ class OptimizerSection(Section):
     """Decoupled weight decay; norms and biases are exempt."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Steps of linear warm-up; a shorter run ends within it."""
-    decay_ratio: Fraction = 0.1
+    min_lr_ratio: Fraction = 0.1
     """Learning rate at the last step, as a share of the peak."""
-    clip_norm: PositiveFloat | None = 1.0
+    max_grad_norm: PositiveFloat | None = 1.0
     """Largest norm of the whole gradient; null means no clipping."""
 
 
-class GuardSection(Section):
-    """Watches how far the main head drifts from the model that the run starts from, on fixed held-out rows."""
+class DriftSection(Section):
+    """Measures how far the main head drifts from the model that the run starts from, on fixed held-out samples."""
 
     every_steps: PositiveInt = 100
     """Steps between two looks."""
-    rows: Annotated[int, Field(ge=2)] = 64
-    """Held-out rows to look at."""
+    samples: Annotated[int, Field(ge=2)] = 64
+    """Held-out samples to look at."""
     warn_loss: PositiveFloat | None = 0.01
     """Warn when the main head's loss has surely risen by this much, in nats: the low end of its 95 % interval."""
     stop_loss: PositiveFloat | None = 0.05
@@ -76,28 +76,14 @@ class EarlyStopSection(Section):
 
 
 class RunSection(Section):
-    """Where a run lives, how long it lasts, what it writes and when."""
+    """Where a run lives, how long it lasts and on what it computes."""
 
     dir: str = "runs/default"
     """Run folder; a folder that already has a checkpoint of the same recipe is continued."""
     cache: str = "runs/cache"
     """Folder for shards built from a corpus or fetched from a URL, shared between runs."""
-    fresh: bool = False
+    restart: bool = False
     """Start over: move an earlier run in this folder aside instead of continuing it."""
-    start_from: str | None = None
-    """Run, checkpoint or exported folder whose weights a new run starts with; optimizer and data begin anew."""
-    guard: GuardSection | Literal["auto"] | None = "auto"
-    """Guard of the main head, for runs that start from a model; auto: where the main head or what it reads is trained
-    on, warn as below and stop at a wreck, a main head that is surely 0.5 nats worse; null: none."""
-    keep_optimizer: bool = False
-    """Also take the optimizer's state of `start_from`; the same parameters must be trained."""
-    keep_position: bool = False
-    """Go on in the data where `start_from` stood, instead of at the beginning."""
-    sample: str | None = None
-    """Prompt that is continued when the run has ended, drawn at temperature 0.7, drafts coloured and their gain
-    measured; null: none."""
-    early_stop: EarlyStopSection | None = None
-    """End when the accepted length stays where it is, or null: after `steps`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights and of the order of the data."""
     steps: PositiveInt = 1000
@@ -109,25 +95,59 @@ class RunSection(Section):
     ZeRO on GPUs only, with loss scaling."""
     threads: PositiveInt | None = None
     """CPU threads for tensor work; null leaves torch's choice."""
-    log_every_steps: PositiveInt = 10
-    """Steps between rows of metrics."""
     validate_every_steps: PositiveInt = 200
     """Steps between validations; there is one more after the last step."""
-    validation_rows: PositiveInt = 64
-    """Held-out rows per validation."""
-    checkpoint_every_steps: PositiveInt = 200
+    validation_samples: PositiveInt = 64
+    """Held-out samples (sequences of `data.seq_len`) per validation."""
+    early_stop: EarlyStopSection | None = None
+    """End when the mean acceptance length no longer rises, or null: after `steps`."""
+    sample: str | None = None
+    """Prompt that is continued when the run has ended, drawn at temperature 0.7, drafts coloured and their gain
+    measured; null: none."""
+
+
+class InitSection(Section):
+    """The model that a new run starts from; without one, weights are drawn at random."""
+
+    path: str | None = None
+    """Run, checkpoint or exported folder whose weights a new run starts with; optimizer and data begin anew."""
+    optimizer: bool = False
+    """Also take the optimizer's state of `init.path`; the same parameters must be trained."""
+    data_position: bool = False
+    """Go on in the data where `init.path` stood, instead of at the beginning."""
+
+
+class CheckpointSection(Section):
+    """When the state of a run is saved, and how many checkpoints are kept."""
+
+    every_steps: PositiveInt = 200
     """Steps between checkpoints; there is one more after the last step."""
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    """Newest checkpoints to keep, besides the best by accepted length."""
-    checkpoint_in_background: bool | None = None
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints to keep, besides the best by mean acceptance length."""
+    in_background: bool | None = None
     """Copy the state to the host and write it while training goes on; null means: where it lies on a GPU."""
+
+
+class LoggingSection(Section):
+    """What is measured of a run, and when."""
+
+    every_steps: PositiveInt = 10
+    """Steps between rows of metrics."""
+
+
+class HealthSection(Section):
+    """What a run watches itself for."""
+
+    drift: DriftSection | Literal["auto"] | None = "auto"
+    """Drift of the main head, for runs that start from a model; auto: where the main head or what it reads is trained
+    on, warn as below and stop when its loss has surely risen by 0.5 nats; null: do not measure."""
+    nonfinite: NonFiniteSection = NonFiniteSection()
+    """What to do about a loss or gradient that is not finite."""
     hang_after_s: PositiveFloat | None = 900.0
     """Seconds without any progress after which a rank writes its stacks and ends with exit code 89; first steps and
     saves get six times as long; null means never."""
     hang_factor: PositiveFloat = 10.0
     """The same as a multiple of the median step; the longer of the two holds."""
-    nonfinite: NonFiniteSection = NonFiniteSection()
-    """What to do about a loss or gradient that is not finite."""
 
 
 class StrategySection(Section):
@@ -171,21 +191,44 @@ class Recipe(Section):
     """Shape of the trunk."""
     heads: HeadsSection = HeadsSection()
     """Offsets and head kind."""
+    freeze: list[FrozenPart] = Field(default_factory=list)
+    """Parts that are not trained: trunk, heads, unembedding (final norms and V x D matrices), lora, layer_mix; or
+    offsets_below_K: all that the offsets 1 to K-1 compute with, so that only the heads from K on are trained."""
     adapt: AdaptSection = AdaptSection()
-    """What of a pretrained model is frozen, and what is added to it."""
+    """What is added to a pretrained model."""
     objective: ObjectiveSection = ObjectiveSection()
-    """Losses and schedule."""
+    """Losses and the order of backward."""
+    memory: MemorySection = MemorySection()
+    """Recomputation and compilation."""
     data: DataSection = DataSection()
-    """Tokens and windows."""
+    """Tokens and sequences."""
     batch: BatchSection = BatchSection()
-    """Rows per step."""
+    """Sequences per step."""
     optimizer: OptimizerSection = OptimizerSection()
     """AdamW and its schedule."""
     run: RunSection = RunSection()
-    """Folder, length, logging."""
+    """Folder, length, device."""
+    init: InitSection = InitSection()
+    """The model that the run starts from."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """Saving."""
+    logging: LoggingSection = LoggingSection()
+    """Metrics."""
+    health: HealthSection = HealthSection()
+    """Watching."""
     strategy: StrategySection = StrategySection()
     """Ranks, and what is sharded over them."""
     phases: dict[str, PhaseSection] = Field(default_factory=dict)
     """Stretches of the run by name, one after the other, each the recipe with changes; empty for a run of one piece."""
     debug: DebugSection = DebugSection()
     """Trying out."""
+
+    @property
+    def first_trained_offset(self) -> int | None:
+        """K of `offsets_below_K` in `freeze`: the first offset whose head is trained; None where there is none."""
+        return max((int(part.removeprefix(BELOW)) for part in self.freeze if part.startswith(BELOW)), default=None)
+
+    @property
+    def frozen_parts(self) -> list[str]:
+        """Parts of `freeze` that are frozen for all offsets."""
+        return [part for part in self.freeze if not part.startswith(BELOW)]

@@ -11,36 +11,36 @@ from mtp_lightning.console.progress import say
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.data.loading.dataset import ValidationBatches
 from mtp_lightning.errors import TrainingError
-from mtp_lightning.recipe.schema.root import GuardSection, Recipe
+from mtp_lightning.recipe.schema.root import DriftSection, Recipe
 from mtp_lightning.training.health.drift_measure import Drift, Record, Rows, drift_of, drift_sums, evaluating, record
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.strategies.base import RunStrategy
 
-REMEDY = (
+HINT = (
     "Lower objective.distill.beta or the weights of the extra offsets (objective.weights), keep them out of the trunk "
-    "with heads.isolate_trunk=true, or lower optimizer.lr. Checkpoints of before are in the run folder."
+    "with heads.detach_trunk=true, or lower optimizer.lr. Checkpoints of before are in the run folder."
 )
 
 
 WRECK_NATS = 0.5
 
 
-def guard_of(recipe: Recipe) -> GuardSection | None:
+def guard_of(recipe: Recipe) -> DriftSection | None:
     """Return the guard of a run: its own, or by default one where a model that was there before is trained on.
 
     A run that keeps the optimizer goes on with the training of before. Where nothing is trained that the main head
     reads, as when Medusa's heads are put on a frozen trunk, it stays what it was.
 
-    >>> guard_of(Recipe()), guard_of(Recipe.model_validate({"run": {"start_from": "runs/a"}})).stop_loss
+    >>> guard_of(Recipe()), guard_of(Recipe.model_validate({"init": {"path": "runs/a"}})).stop_loss
     (None, 0.5)
     """
-    run = recipe.run
-    if run.guard != "auto":
-        return run.guard
-    is_adapted = run.start_from is not None and not run.keep_optimizer
+    drift, init = recipe.health.drift, recipe.init
+    if drift != "auto":
+        return drift
+    is_adapted = init.path is not None and not init.optimizer
     path = {"trunk", "unembedding"} | ({"heads"} if recipe.heads.kind in ("parallel", "chained") else set())
-    trains_main = recipe.heads.trainable_from is None and not path <= {*recipe.adapt.frozen}
-    return GuardSection(stop_loss=WRECK_NATS) if is_adapted and trains_main else None
+    trains_main = recipe.first_trained_offset is None and not path <= {*recipe.frozen_parts}
+    return DriftSection(stop_loss=WRECK_NATS) if is_adapted and trains_main else None
 
 
 @final
@@ -51,7 +51,7 @@ class MainHeadGuard(Callback):
     stop comes before the next step, so that the figures are in metrics.csv, and before the step is saved.
     """
 
-    def __init__(self, recipe: Recipe, section: GuardSection) -> None:
+    def __init__(self, recipe: Recipe, section: DriftSection) -> None:
         self._recipe, self._section = recipe, section
         self._reference: Record | None = None  # of all ranks' rows
         self._looked_step = 0
@@ -110,15 +110,15 @@ class MainHeadGuard(Callback):
 
     def _rows(self, trainer: Trainer) -> Iterator[Rows]:
         """Yield this rank's held-out rows; the same number on every rank."""
-        held_out = cast(MtpDataModule, trainer.datamodule).validation_rows  # type: ignore[attr-defined]
-        share = min(self._section.rows, len(held_out)) // trainer.world_size
+        held_out = cast(MtpDataModule, trainer.datamodule).validation_samples  # type: ignore[attr-defined]
+        share = min(self._section.samples, len(held_out)) // trainer.world_size
         num_rows = share * trainer.world_size if self._reference is None else len(self._reference.losses)
         share = num_rows // trainer.world_size
         batches = ValidationBatches(
             rows=held_out,
             numbers=held_out.spread(num_rows)[trainer.global_rank * share : (trainer.global_rank + 1) * share],
-            batch_rows=self._recipe.batch.micro_rows,
-            vocabulary=self._recipe.model.vocabulary,
+            batch_rows=self._recipe.batch.micro_batch_size,
+            vocab_size=self._recipe.model.vocab_size,
         )
         for batch in batches:
             there = {name: tensor.to(trainer.strategy.root_device) for name, tensor in batch.items()}
@@ -134,13 +134,13 @@ class MainHeadGuard(Callback):
             for level in ("warn", "stop")
         }
         if crossed["stop"]:
-            limits = ", ".join(f"run.guard.stop_{name}" for name in crossed["stop"])
+            limits = ", ".join(f"health.drift.stop_{name}" for name in crossed["stop"])
             self._stop = f"{limits} crossed at step {step}: {drift}"
         elif crossed["warn"] and is_first:
-            say(f"Guard at step {step}: {drift}. {REMEDY}")
+            say(f"Guard at step {step}: {drift}. {HINT}")
 
     def _stop_if_asked(self) -> None:
         if self._stop is not None:
             raise TrainingError(
-                "the main head must stay as good as the model that the run started from", self._stop, REMEDY
+                "the main head must stay as good as the model that the run started from", self._stop, HINT
             )

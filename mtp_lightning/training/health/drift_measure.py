@@ -48,11 +48,11 @@ class Drift:
     def figures(self) -> dict[str, float]:
         """Columns of metrics.csv."""
         return {
-            "guard/nll_change": self.loss_change,
-            "guard/nll_change_low": self.low,
-            "guard/nll_change_high": self.high,
-            "guard/kl": self.kl,
-            "guard/flips": self.flips,
+            "drift/nll_change": self.loss_change,
+            "drift/nll_change_low": self.low,
+            "drift/nll_change_high": self.high,
+            "drift/kl": self.kl,
+            "drift/flips": self.flips,
         }
 
     def __str__(self) -> str:
@@ -121,8 +121,8 @@ def _main_log_probabilities(model: MtpModel, rows: Rows) -> Iterator[tuple[slice
     """Yield the main head's log-probabilities of some positions of all rows at a time, (R, C, V)."""
     hidden = model.hidden_states(rows.tokens, rows.documents, model.heads.path(1))[1]  # (R, T, D)
     num_rows, num_positions, _ = hidden.shape
-    unembedding, vocabulary = model.unembedding, model.section.vocabulary
-    together = chunk_rows(num_rows * num_positions, vocabulary, torch.float32, unembedding.chunk_bytes // 2)
+    unembedding, vocab_size = model.unembedding, model.section.vocab_size
+    together = chunk_rows(num_rows * num_positions, vocab_size, torch.float32, unembedding.chunk_bytes // 2)
     step = max(1, together // num_rows)
     for start in range(0, num_positions, step):
         part = slice(start, min(start + step, num_positions))

@@ -66,7 +66,7 @@ class EarlyStop(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Count and best so far."""
         best = self._best
-        return {"num_flat": self.num_flat, "best": best and [best.step, best.accepted_length, best.loss]}
+        return {"num_flat": self.num_flat, "best": best and [best.step, best.mean_acceptance_length, best.loss]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
@@ -77,4 +77,4 @@ class EarlyStop(Callback):
         """Compare like scores of checkpoints, which judge accepted lengths of about equally good main heads only."""
         if max(score.loss, best.loss) > min(score.loss, best.loss) * (1 + LOSS_TOLERANCE):
             return score.loss < best.loss
-        return score.accepted_length > best.accepted_length + self._section.least_gain
+        return score.mean_acceptance_length > best.mean_acceptance_length + self._section.least_gain

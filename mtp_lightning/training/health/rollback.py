@@ -15,10 +15,10 @@ from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import NonFiniteSection
 
-MUST_HOLD = "every loss and every gradient must be finite"
-REMEDY = (
+EXPECTED = "every loss and every gradient must be finite"
+HINT = (
     "The last good checkpoint is whole: lower optimizer.lr, lengthen optimizer.warmup_steps, or use "
-    "run.precision=fp32; or allow more of run.nonfinite.skip_steps and rollbacks."
+    "run.precision=fp32; or allow more of health.nonfinite.skip_steps and rollbacks."
 )
 RECORDS = Path("logs/rollbacks.json")
 
@@ -35,11 +35,11 @@ class NonFiniteStreak(NonFiniteError):
 
     def __init__(self, found: str, step: int, first_row: int, end_row: int) -> None:
         self.step, self.first_row, self.end_row = step, first_row, end_row
-        super().__init__(MUST_HOLD, f"{found} that is not, at step {step}", REMEDY)
+        super().__init__(EXPECTED, f"{found} that is not, at step {step}", HINT)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Cross process borders as the error that users see."""
-        return NonFiniteError, (self.must_hold, self.found, self.remedy)
+        return NonFiniteError, (self.expected, self.found, self.hint)
 
 
 @final
@@ -146,7 +146,7 @@ def roll_back(run_folder: Path, section: NonFiniteSection, streak: NonFiniteStre
             records = read_rollbacks(run_folder)
             if len(records) >= section.rollbacks:
                 raise NonFiniteError(
-                    MUST_HOLD, f"{streak.found}, after {len(records)} of {section.rollbacks} rollbacks", REMEDY
+                    EXPECTED, f"{streak.found}, after {len(records)} of {section.rollbacks} rollbacks", HINT
                 )
             found, record = _chosen(run_folder, records, streak)
             content = json.dumps([asdict(own) for own in (*records, record)], indent=1)

@@ -30,15 +30,15 @@ WRITE_S = 10.0  # a file system that hangs must not keep the process from ending
 class Watchdog(Callback):
     """End this rank with exit code 89 when nothing has moved for too long; the stacks of its threads are kept.
 
-    Too long is `run.hang_after_s`, or `run.hang_factor` median steps if that is more; six times that for what is slow
+    Too long is `health.hang_after_s`, or `health.hang_factor` median steps if that is more; six times that for what is slow
     by nature. Every rank has a thread that looks; the other ranks wait for the one that hangs, so all of them end.
     Time in which the whole process was stopped (SIGSTOP, a suspended machine) does not count: it could not move.
     """
 
     def __init__(self, recipe: Recipe, run_folder: Path, *, end: Callable[[int], object] = os._exit) -> None:
-        self._least_s = recipe.run.hang_after_s
-        self._factor = recipe.run.hang_factor
-        self._save_steps = recipe.run.checkpoint_every_steps
+        self._least_s = recipe.health.hang_after_s
+        self._factor = recipe.health.hang_factor
+        self._save_steps = recipe.checkpoint.every_steps
         self._run_folder = run_folder
         self._end = end
         self._durations_s: deque[float] = deque(maxlen=WINDOW_STEPS)

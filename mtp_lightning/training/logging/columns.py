@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from mtp_lightning.model import roles as model_roles
 
-GUARD_FIGURES = ("nll_change", "nll_change_low", "nll_change_high", "kl", "flips")
+DRIFT_FIGURES = ("nll_change", "nll_change_low", "nll_change_high", "kl", "flips")
 ROLES = (*model_roles.ROLES, "all")
 
 
@@ -28,13 +28,13 @@ def metric_columns(num_offsets: int, sources: Iterable[str] = ()) -> list[str]:
         *_figures("val", num_offsets),
         *_sampled(num_offsets),
         *(f"{name}@{source}" for source in sources for name in _of_source(num_offsets)),
-        *(f"guard/{name}" for name in GUARD_FIGURES),
+        *(f"drift/{name}" for name in DRIFT_FIGURES),
     ]
 
 
 def _sampled(num_offsets: int) -> list[str]:
-    names = [f"{kind}_{k}" for kind in ("overlap", "sampled_acceptance") for k in range(2, num_offsets + 1)]
-    return [f"val/{name}" for name in (*names, "sampled_length")]
+    names = [f"{kind}_{k}" for kind in ("overlap", "sampled_acceptance_rate") for k in range(2, num_offsets + 1)]
+    return [f"val/{name}" for name in (*names, "sampled_acceptance_length")]
 
 
 def _of_source(num_offsets: int) -> list[str]:
@@ -47,11 +47,11 @@ def _figures(split: str, num_offsets: int) -> list[str]:
         "loss": 1,
         "label_accuracy": 1,
         "agreement": 2,
-        "conditional_acceptance": 2,
-        "cumulative_acceptance": 2,
+        "conditional_acceptance_rate": 2,
+        "acceptance_rate": 2,
     }
     names = [f"{kind}_{k}" for kind, first in first_offsets.items() for k in range(first, num_offsets + 1)]
-    return [f"{split}/{name}" for name in (*names, "accepted_length")]
+    return [f"{split}/{name}" for name in (*names, "mean_acceptance_length")]
 
 
 def as_number(value: object) -> int | float | None:

@@ -54,18 +54,18 @@ def _draw_acceptance(axes: Any, rows: list[Row]) -> None:
     """Draw acceptance with a second axis for the accepted length, whose ends 1 and n match those of the first."""
     axes.set_title("Acceptance by the main head")
     axes.set_xlabel("step")
-    offsets = _offsets_of(rows, "cumulative_acceptance")
+    offsets = _offsets_of(rows, "acceptance_rate")
     if not offsets:
         axes.text(0.5, 0.5, "no acceptance: one offset, or no figures yet", ha="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
     for k in offsets:
-        _draw_pair(axes, rows, f"cumulative_acceptance_{k}", colour=_colour_of(k), label=None)
+        _draw_pair(axes, rows, f"acceptance_rate_{k}", colour=_colour_of(k), label=None)
     axes.set_ylabel("offsets 2 to k all accepted (share of positions)")
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.25)
     lengths = axes.twinx()
-    _draw_pair(lengths, rows, "accepted_length", colour=_LENGTH_COLOUR, label="accepted length", style="--")
+    _draw_pair(lengths, rows, "mean_acceptance_length", colour=_LENGTH_COLOUR, label="accepted length", style="--")
     lengths.set_ylabel("accepted length (tokens per forward)")
     lengths.set_ylim(1, max(offsets))
 

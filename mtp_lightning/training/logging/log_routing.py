@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def needless_warnings_ignored() -> Iterator[None]:
+def ignore_known_warnings() -> Iterator[None]:
     """Ignore in the body what Lightning and DeepSpeed warn of and a run has seen to."""
     with warnings.catch_warnings():
         # One batch is one step and cheap to read: no worker is a choice (data.workers), not an oversight.
@@ -23,14 +23,14 @@ def needless_warnings_ignored() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def remarks_in(path: Path) -> Iterator[None]:
+def redirect_library_logs(path: Path) -> Iterator[None]:
     """Keep Lightning's remarks out of the live view: they go to the attempt's log."""
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
     former = [(logger.handlers, logger.propagate) for logger in loggers]
     handler = logging.FileHandler(path)
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
-    with needless_warnings_ignored():
+    with ignore_known_warnings():
         try:
             yield
         finally:

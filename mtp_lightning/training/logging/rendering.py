@@ -46,11 +46,11 @@ def _offset_row(progress: Progress, k: int) -> list[str]:
     top_1 = train.get(f"train/label_accuracy_{k}")
     cells = [str(k), number(loss), number(loss / math.log(2)), share(top_1)]
     if progress.recipe.heads.num_offsets > 1:
-        kinds = ("agreement", "conditional_acceptance", "cumulative_acceptance")
+        kinds = ("agreement", "conditional_acceptance_rate", "acceptance_rate")
         cells += [share(train.get(f"train/{kind}_{k}")) for kind in kinds]
     cells.append(number(validation.get(f"val/loss_{k}")))
     if progress.recipe.heads.num_offsets > 1:
-        cells.append(share(validation.get(f"val/cumulative_acceptance_{k}")))
+        cells.append(share(validation.get(f"val/acceptance_rate_{k}")))
     return cells
 
 
@@ -73,12 +73,12 @@ def status_lines(progress: Progress) -> list[str]:
 
 
 def _lengths(progress: Progress) -> str:
-    length = number(progress.train.get("train/accepted_length"), ".2f")
+    length = number(progress.train.get("train/mean_acceptance_length"), ".2f")
     if progress.validated_step is None:
         return f"train {length}  val {BLANK}"
-    validated = number(progress.validation.get("val/accepted_length"), ".2f")
+    validated = number(progress.validation.get("val/mean_acceptance_length"), ".2f")
     best = progress.best
-    so_far = f"best {best.accepted_length:.2f} at step {best.step:,}" if best else f"best {BLANK}"
+    so_far = f"best {best.mean_acceptance_length:.2f} at step {best.step:,}" if best else f"best {BLANK}"
     if best and best.step == progress.validated_step:
         so_far = "the best so far"
     return f"train {length}  val {validated} at step {progress.validated_step:,} ({so_far})"
@@ -120,9 +120,9 @@ def _figures(metrics: dict[str, float], split: str, num_offsets: int) -> list[st
     offsets = range(1, num_offsets + 1)
     figures = ["loss " + " ".join(number(metrics.get(f"{split}/loss_{k}")) for k in offsets)]
     if num_offsets > 1:
-        accepted = " ".join(share(metrics.get(f"{split}/cumulative_acceptance_{k}")) for k in offsets[1:])
+        accepted = " ".join(share(metrics.get(f"{split}/acceptance_rate_{k}")) for k in offsets[1:])
         figures.append(f"accepted {accepted}")
-        figures.append(f"length {number(metrics.get(f'{split}/accepted_length'), '.2f')}")
+        figures.append(f"length {number(metrics.get(f'{split}/mean_acceptance_length'), '.2f')}")
     return figures
 
 

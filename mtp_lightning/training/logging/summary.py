@@ -105,7 +105,8 @@ class Summary(Callback):
             "wall_s": {"attempt": attempt_s, "total": self._earlier_s + attempt_s},
             "checkpoints_s": checkpoints.seconds_saving,
             "last_checkpoint": name_of_step(last) if last else None,
-            "best_checkpoint": best and {"name": name_of_step(best.step), "accepted_length": best.accepted_length},
+            "best_checkpoint": best
+            and {"name": name_of_step(best.step), "mean_acceptance_length": best.mean_acceptance_length},
             "bits_unit": bits_unit(recipe),
             "training": _figures(rows, "train", recipe.heads.num_offsets),
             "validation": _figures(rows, "val", recipe.heads.num_offsets),
@@ -125,8 +126,11 @@ def _figures(rows: list[Row], split: str, num_offsets: int, of: str = "") -> dic
     row = next((row for row in reversed(rows) if f"{split}/loss_1" in row), None)
     if row is None:
         return None
-    figures: dict[str, Any] = {"step": row["step"], "accepted_length": _finite(row.get(f"{split}/accepted_length{of}"))}
-    for kind in ("loss", "label_accuracy", "agreement", "conditional_acceptance", "cumulative_acceptance"):
+    figures: dict[str, Any] = {
+        "step": row["step"],
+        "mean_acceptance_length": _finite(row.get(f"{split}/mean_acceptance_length{of}")),
+    }
+    for kind in ("loss", "label_accuracy", "agreement", "conditional_acceptance_rate", "acceptance_rate"):
         names = {k: f"{split}/{kind}_{k}{of}" for k in range(1, num_offsets + 1)}
         figures[kind] = {str(k): _finite(row.get(name)) for k, name in names.items() if name in row}
     losses = figures["loss"].items()
@@ -142,15 +146,15 @@ def summary_view(content: dict[str, Any]) -> RenderableType:
     """Lay out a summary: a row per offset, then the run as a whole."""
     validation, best, wall_s = content["validation"] or {}, content["best_checkpoint"], content["wall_s"]
     state = "finished" if content["is_finished"] else "interrupted"
-    length = number(validation.get("accepted_length"), ".3f")
-    best_name = f"{best['name']} (accepted length {best['accepted_length']:.3f})" if best else "none"
+    length = number(validation.get("mean_acceptance_length"), ".3f")
+    best_name = f"{best['name']} (accepted length {best['mean_acceptance_length']:.3f})" if best else "none"
     title = f"{content['recipe']}: {state} after {content['steps']:,} steps, {count(content['tokens'])} tokens"
     lines: list[str | Table] = [
         f"validation at step {validation['step']:,}" if validation else "no validation yet",
         _validation_table(content, validation),
         f"expected accepted length  {length} tokens per forward",
         *(
-            f"  of {source}  {number(figures['accepted_length'], '.3f')}"
+            f"  of {source}  {number(figures['mean_acceptance_length'], '.3f')}"
             for source, figures in content["validation_by_source"].items()
             if figures
         ),
@@ -164,7 +168,7 @@ def summary_view(content: dict[str, Any]) -> RenderableType:
 
 
 def _validation_table(content: dict[str, Any], validation: dict[str, Any]) -> Table:
-    kinds = ["loss", "bits", "label_accuracy", "agreement", "cumulative_acceptance"]
+    kinds = ["loss", "bits", "label_accuracy", "agreement", "acceptance_rate"]
     heads = ["loss\nnats", f"loss\n{content['bits_unit']}", "top-1\nlabel", "agree\nwith main", "accepted\ncumulative"]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     table.add_column("\noffset", justify="right")

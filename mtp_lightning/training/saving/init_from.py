@@ -31,7 +31,7 @@ SAME_FIELDS = (
     "model.num_key_value_heads",
     "model.rope_theta",
     "model.rope_scaling",
-    "model.rotary_share",
+    "model.partial_rotary_factor",
     "model.parallel_residual",
     "model.norm_eps",
     "heads.kind",
@@ -39,19 +39,19 @@ SAME_FIELDS = (
     "heads.hidden",
     "heads.concatenation",
     "heads.layers_per_head",
-    "data.attention",
+    "data.document_mask",
 )
 """Fields that change what the same weights compute."""
-SAME_ADDITIONS = ("adapt.lora.alpha", "adapt.weighted_states.temperature")
+SAME_ADDITIONS = ("adapt.lora.alpha", "adapt.layer_mix.temperature")
 """The same, where both models have what they belong to."""
 
 
 @final
-class StartFrom(Callback):
-    """Fill a new run with the weights of `run.start_from`; a run that has a checkpoint goes on from that instead.
+class InitFrom(Callback):
+    """Fill a new run with the weights of `init.path`; a run that has a checkpoint goes on from that instead.
 
-    With `heads.extend` offsets that are not there start as copies of trained ones; with `run.keep_optimizer` moments
-    come along, with `run.keep_position` the data go on where that run stood.
+    With `heads.extend` offsets that are not there start as copies of trained ones; with `init.optimizer` moments
+    come along, with `init.data_position` the data go on where that run stood.
     """
 
     def __init__(self, recipe: Recipe, path: Path) -> None:
@@ -61,15 +61,15 @@ class StartFrom(Callback):
         """Take the position in the data; one of this run's own checkpoints replaces it.
 
         Raises:
-            CheckpointError: `run.start_from` is a model without a position.
+            CheckpointError: `init.path` is a model without a position.
         """
-        if not self._recipe.run.keep_position:
+        if not self._recipe.init.data_position:
             return
         data = cast(MtpDataModule, trainer.datamodule)  # type: ignore[attr-defined]
         with Ranks().agreeing():
             folder = find_checkpoint(self._path)
             if not (folder / STATE_NAME).is_file():
-                raise _lacks("run.keep_position", "position in the data", folder)
+                raise _lacks("init.data_position", "position in the data", folder)
             data.go_on_from(read_state(folder)[type(data).__qualname__])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,7 +101,7 @@ class StartFrom(Callback):
             for name, parameter in strategy.named_parameters()
             if role_of(name) in ADDED and not any(role_of(stored) == role_of(name) for stored in reader.names)
         }
-        view = ReaderView(reader, has_moments=own.run.keep_optimizer, fresh=fresh)
+        view = ReaderView(reader, has_moments=own.init.optimizer, fresh=fresh)
         if not found:
             if own.heads.extend and theirs.heads.num_offsets < own.heads.num_offsets:
                 view = ReaderView(reader, self._origins(theirs, folder, fresh), fresh=fresh)
@@ -111,15 +111,15 @@ class StartFrom(Callback):
                 found = error.found
         if found:
             raise CheckpointError(
-                "run.start_from must name a model with the parameters and the architecture of this recipe",
+                "init.path must name a model with the parameters and the architecture of this recipe",
                 f"{found}, in {folder}",
-                f"Take sections model, heads and adapt from {folder / RECIPE_NAME}, or leave run.start_from out"
+                f"Take sections model, heads and adapt from {folder / RECIPE_NAME}, or leave init.path out"
                 + ("; `mtp export` merges low-rank updates into the model" if "lora" in found else ""),
             )
         trained = (name for name, parameter in strategy.named_parameters() if parameter.requires_grad)
-        bare = [name for name in trained if own.run.keep_optimizer and len(view.kinds(name)) <= 1]
+        bare = [name for name in trained if own.init.optimizer and len(view.kinds(name)) <= 1]
         if bare:
-            raise _lacks("run.keep_optimizer", f"optimizer's state of {listed(bare)}", folder)
+            raise _lacks("init.optimizer", f"optimizer's state of {listed(bare)}", folder)
         return view, [*fresh]
 
     def _origins(self, theirs: Recipe, folder: Path, fresh: Collection[str]) -> dict[str, str]:
@@ -133,7 +133,7 @@ class StartFrom(Callback):
         group, extra = self._recipe.heads.extend or 0, theirs.heads.num_offsets - 1
         if group > extra:
             raise CheckpointError(
-                "heads.extend must be at most the number of heads beyond the first in run.start_from",
+                "heads.extend must be at most the number of heads beyond the first in init.path",
                 f"heads.extend = {group}, and {extra} in {folder}",
                 "Lower heads.extend, or start from a model with more heads",
             )
@@ -151,7 +151,7 @@ def _compared(theirs: Recipe, own: Recipe) -> dict[str, tuple[Any, Any]]:
 
 def _lacks(field: str, what: str, folder: Path) -> CheckpointError:
     return CheckpointError(
-        f"with {field} run.start_from must be a run or a checkpoint that holds it",
+        f"with {field} init.path must be a run or a checkpoint that holds it",
         f"no {what} in {folder}",
         f"Set {field}=false, or start from the run itself",
     )

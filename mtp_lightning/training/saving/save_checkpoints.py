@@ -26,7 +26,7 @@ from mtp_lightning.training.strategies.base import RunStrategy
 
 @final
 class Checkpoints(Callback):
-    """Commit a checkpoint after every `run.checkpoint_every_steps` optimizer steps and after the last one.
+    """Commit a checkpoint after every `checkpoint.every_steps` optimizer steps and after the last one.
 
     A due step is saved right before the next step begins (or when training ends): its validation is over by then,
     the data position has moved, and the generators are in the very state that the next step will find. Lightning
@@ -81,7 +81,7 @@ class Checkpoints(Callback):
     ) -> None:
         """Note that a step is due."""
         step = trainer.global_step
-        if step % self._recipe.run.checkpoint_every_steps == 0 and step != self.last_step:
+        if step % self._recipe.checkpoint.every_steps == 0 and step != self.last_step:
             self._due_step = step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,7 +158,7 @@ class Checkpoints(Callback):
 
     def _writer_of(self, trainer: Trainer) -> Writer:
         if self._writer is None:
-            choice = self._recipe.run.checkpoint_in_background
+            choice = self._recipe.checkpoint.in_background
             is_on_gpu = trainer.lightning_module.device.type == "cuda"
             self._writer = Writer(in_background=is_on_gpu if choice is None else choice)
         return self._writer
@@ -201,4 +201,4 @@ class Checkpoints(Callback):
         write_pointer(self.folder, "last", name)
         if name == best_name:
             write_pointer(self.folder, "best", name)
-        retain(self.folder, keep=self._recipe.run.keep_checkpoints, best=best_name)
+        retain(self.folder, keep=self._recipe.checkpoint.keep, best=best_name)

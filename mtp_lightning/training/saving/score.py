@@ -12,7 +12,7 @@ class Score:
     """The figures of a validation that decide."""
 
     step: int
-    accepted_length: float
+    mean_acceptance_length: float
     loss: float  # of the main head
 
     def beats(self, other: "Score | None") -> bool:
@@ -25,14 +25,14 @@ class Score:
             return True
         if max(self.loss, other.loss) > min(self.loss, other.loss) * (1 + LOSS_TOLERANCE):
             return self.loss < other.loss
-        own = (self.accepted_length, -self.loss, self.step)
-        return own > (other.accepted_length, -other.loss, other.step)
+        own = (self.mean_acceptance_length, -self.loss, self.step)
+        return own > (other.mean_acceptance_length, -other.loss, other.step)
 
 
 def score_of(step: int, metrics: Mapping[str, float]) -> Score | None:
     """Score a step by its validation; None without one, or where it is not finite."""
-    accepted_length = metrics.get("val/accepted_length", math.nan)
+    mean_acceptance_length = metrics.get("val/mean_acceptance_length", math.nan)
     loss = metrics.get("val/loss_1", math.nan)
-    if not (math.isfinite(accepted_length) and math.isfinite(loss)):
+    if not (math.isfinite(mean_acceptance_length) and math.isfinite(loss)):
         return None
-    return Score(step, accepted_length, loss)
+    return Score(step, mean_acceptance_length, loss)

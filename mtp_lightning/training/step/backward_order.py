@@ -26,7 +26,7 @@ Backward = Callable[[Tensor], None]
 
 def run_schedule(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
     """Add the gradients of one micro-batch to the parameters, in the order that the recipe names."""
-    return SCHEDULES[objective.section.schedule](model, batch, objective, backward)
+    return SCHEDULES[objective.section.backward_order](model, batch, objective, backward)
 
 
 def needed_offsets(model: MtpModel, objective: Objective) -> list[int]:
@@ -34,7 +34,7 @@ def needed_offsets(model: MtpModel, objective: Objective) -> list[int]:
     active = {offset for offset, weight in enumerate(objective.weights, start=1) if weight > 0}
     if objective.predicts or objective.section.distill is not None:
         active.add(1)  # what the others are compared with, also where it is frozen
-    return [offset for offset in model.heads.offsets if model.heads.subtree(offset) & active]
+    return [offset for offset in model.heads.offsets if model.heads.descendants(offset) & active]
 
 
 def sequential(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
@@ -76,10 +76,10 @@ class _Walk:
         leaf = state.detach().requires_grad_(state.requires_grad)
         if offset == 1:
             self._meet_teacher(leaf)
-        readers = [reader for reader in self.model.readers(offset) if reader in self.needed]
-        if offset == 1 and readers and self.terms.objective.is_balanced:
+        dependents = [reader for reader in self.model.dependents(offset) if reader in self.needed]
+        if offset == 1 and dependents and self.terms.objective.is_balanced:
             self._measure_main(leaf)
-        for reader in readers:
+        for reader in dependents:
             hidden = self.model.heads(reader, self.model.read(reader, leaf), self.context)
             gradient = self.descend(reader, hidden)
             if hidden is leaf:  # a main head that is the trunk's output itself, and comes before all other readers
@@ -237,7 +237,7 @@ def evaluate(model: MtpModel, batch: MicroBatch, objective: Objective) -> Offset
 
 def _distance(terms: Terms, offset: int, distances: Tensor) -> Distillation:
     """Compare all of an offset's distribution with the main head's by total variation, kept for each row."""
-    section = DistillSection(divergence="tv", top_k=terms.model.section.vocabulary)
+    section = DistillSection(divergence="tv", top_k=terms.model.section.vocab_size)
     has_teacher, weight = terms.has_teacher[offset - 1].flatten(), torch.zeros_like(terms.objective.coefficients[0])
     matrix = terms.model.unembedding.matrix_index(1)
     return Distillation(section, offset - 1, has_teacher, weight, matrix, row_losses=distances)

@@ -92,7 +92,7 @@ class TargetArrival:
             raise TrainingError(
                 "every trained offset must have a valid target now and then",
                 f"none at offset {', '.join(map(str, empty))} in the first {MOST_MISSES} global batches",
-                "Raise batch.rows or data.window_tokens, predict fewer offsets (heads.num_offsets), "
+                "Raise batch.global_batch_size or data.seq_len, predict fewer offsets (heads.num_offsets), "
                 "or look at the loss mask with `mtp data peek`.",
             )
         return [weight if count else 0.0 for count, weight in pairs]
@@ -238,7 +238,7 @@ class GradientArrival:
         users: dict[int, set[int]] = {}  # id of a parameter -> offsets that it serves
         for offset in heads.offsets:
             for parameter in self._own_parameters(offset):
-                users.setdefault(id(parameter), set()).update(heads.subtree(offset))
+                users.setdefault(id(parameter), set()).update(heads.descendants(offset))
             for parameter in unembedding.parameters_of(offset):
                 users.setdefault(id(parameter), set()).add(offset)
         active = {offset for offset, weight in enumerate(weights, start=1) if weight > 0}
@@ -248,7 +248,7 @@ class GradientArrival:
         return idle | {name for name in self.pending if name.removesuffix(DOWN) + UP in self.pending and DOWN in name}
 
     def _own_parameters(self, offset: int) -> Iterable[Tensor]:
-        mixture = [self.model.mixtures[str(offset)]] if str(offset) in self.model.mixtures else []
+        mixture = [self.model.layer_mix[str(offset)]] if str(offset) in self.model.layer_mix else []
         for module in [*self.model.heads.modules_of(offset), *mixture]:
             yield from module.parameters()
 

@@ -79,7 +79,7 @@ class OffsetMetrics(Metric):
             self.num_sampled += drafted.sum()
 
     def compute(self) -> dict[str, float]:
-        """All figures by name, e.g. `loss_2`, `agreement_3`, `accepted_length`; NaN where nothing was counted."""
+        """All figures by name, e.g. `loss_2`, `agreement_3`, `mean_acceptance_length`; NaN where nothing was counted."""
         loss = self.nll_sum / self.num_targets
         accuracy = self.num_correct / self.num_predicted
         agreement = self.num_agreeing / self.num_comparable
@@ -90,16 +90,16 @@ class OffsetMetrics(Metric):
             figures[f"label_accuracy_{k}"] = accuracy[k - 1]
         for k in range(2, self.num_offsets + 1):
             figures[f"agreement_{k}"] = agreement[k - 1]
-            figures[f"conditional_acceptance_{k}"] = cumulative[k - 1] / cumulative[k - 2]
-            figures[f"cumulative_acceptance_{k}"] = cumulative[k - 1]
-        figures["accepted_length"] = cumulative.sum()
+            figures[f"conditional_acceptance_rate_{k}"] = cumulative[k - 1] / cumulative[k - 2]
+            figures[f"acceptance_rate_{k}"] = cumulative[k - 1]
+        figures["mean_acceptance_length"] = cumulative.sum()
         if self.num_taught.any():
             figures |= _by_offset("divergence", self.divergence_sum / self.num_taught)
         if self.num_sampled:
             sampled = self.sampled_sum / self.num_sampled
             figures |= _by_offset("overlap", self.overlap_sum / self.num_comparable)
-            figures |= _by_offset("sampled_acceptance", sampled)
-            figures["sampled_length"] = sampled.sum()
+            figures |= _by_offset("sampled_acceptance_rate", sampled)
+            figures["sampled_acceptance_length"] = sampled.sum()
         return {name: float(figure) for name, figure in figures.items()}
 
 
@@ -128,8 +128,8 @@ class RunMetrics:
 def of_source(figures: dict[str, float], source: str) -> dict[str, float]:
     """Name the figures of one data source; its losses are not known apart.
 
-    >>> of_source({"loss_1": 0.0, "accepted_length": 2.5}, "code")
-    {'accepted_length@code': 2.5}
+    >>> of_source({"loss_1": 0.0, "mean_acceptance_length": 2.5}, "code")
+    {'mean_acceptance_length@code': 2.5}
     """
     return {f"{name}@{source}": figure for name, figure in figures.items() if not name.startswith("loss_")}
 

@@ -45,9 +45,9 @@ def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.
 
 
 def learning_rate(section: OptimizerSection, step: int, num_steps: int) -> float:
-    """Learning rate of a 0-based step: linear warm-up to the peak, then cosine to decay_ratio x peak at the last.
+    """Learning rate of a 0-based step: linear warm-up to the peak, then cosine to min_lr_ratio x peak at the last.
 
-    >>> section = OptimizerSection(lr=1.0, warmup_steps=2, decay_ratio=0.1)
+    >>> section = OptimizerSection(lr=1.0, warmup_steps=2, min_lr_ratio=0.1)
     >>> [round(learning_rate(section, step, 5), 3) for step in range(5)]
     [0.5, 1.0, 0.775, 0.325, 0.1]
     """
@@ -55,7 +55,7 @@ def learning_rate(section: OptimizerSection, step: int, num_steps: int) -> float
         return section.lr * (step + 1) / section.warmup_steps
     done = (step + 1 - section.warmup_steps) / max(1, num_steps - section.warmup_steps)
     cosine = (1 + math.cos(math.pi * min(1.0, done))) / 2
-    return section.lr * (section.decay_ratio + (1 - section.decay_ratio) * cosine)
+    return section.lr * (section.min_lr_ratio + (1 - section.min_lr_ratio) * cosine)
 
 
 def rates_by_role(section: OptimizerSection, lr: float) -> dict[str, float]:
@@ -71,8 +71,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, section: OptimizerSectio
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, clip_norm: float) -> None:
-    """Scale all gradients down so that their norm, given, is at most `clip_norm`."""
+def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, max_grad_norm: float) -> None:
+    """Scale all gradients down so that their norm, given, is at most `max_grad_norm`."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    scale = (clip_norm / norm.clamp(min=clip_norm)).to(gradients[0].dtype)
+    scale = (max_grad_norm / norm.clamp(min=max_grad_norm)).to(gradients[0].dtype)
     torch._foreach_mul_(gradients, scale)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mtp_lightning.errors import TrainingError
-from mtp_lightning.launch.rank_env import find_seat
+from mtp_lightning.launch.rank_env import rank_from_env
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
 
@@ -36,7 +36,7 @@ def prepare_device(recipe: Recipe) -> torch.device:
         torch.set_num_threads(recipe.run.threads)
     if not is_cuda:
         return torch.device("cpu")
-    place = find_seat(os.environ) if recipe.strategy.kind != "single" else None
+    place = rank_from_env(os.environ) if recipe.strategy.kind != "single" else None
     device = torch.device("cuda", place.local_rank % torch.cuda.device_count() if place else 0)
     torch.cuda.set_device(device)  # else NCCL, and whoever asks for "cuda", would take the first on every rank
     return device

@@ -317,14 +317,14 @@ def _forget_modules() -> None:
 
 @final
 class _Joined(TorchElasticEnvironment):
-    """Read this rank's place from the variables that `joined_ranks` has set.
+    """Read this rank's place from the variables that `process_group` has set.
 
     Lightning 2.6 takes the GPU that bears the rank's number on its node, which a rank does not see where the scheduler
     binds GPUs to tasks. So it is told of this rank's device alone, and its count of the others would not be right.
     """
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """Do nothing: `joined_ranks` has compared the number of ranks with the recipe's."""
+        """Do nothing: `process_group` has compared the number of ranks with the recipe's."""
 
 
 @final

@@ -14,8 +14,8 @@ def zero_config(recipe: Recipe) -> dict[str, Any]:
     Gradients of low-precision weights accumulate in fp32: a shared unembedding receives n of them per micro-batch.
     """
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": recipe.batch.micro_rows,
-        "gradient_clipping": recipe.optimizer.clip_norm or 0.0,
+        "train_micro_batch_size_per_gpu": recipe.batch.micro_batch_size,
+        "gradient_clipping": recipe.optimizer.max_grad_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": _zero_optimization(recipe),
         "steps_per_print": 2**31 - 1,

@@ -38,7 +38,7 @@ def collectives_where_fragments_are() -> Iterator[Any]:
 
 def gpus_by_rank() -> Iterator[Any]:
     """Leave it to Lightning and DeepSpeed which GPU is whose, and NCCL to whichever is current."""
-    yield mock.patch("mtp_lightning.training.strategies.device.find_seat", silent())
+    yield mock.patch("mtp_lightning.training.strategies.device.rank_from_env", silent())
 
 
 def engines_as_they_end() -> Iterator[Any]:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from mtp_lightning.checkpoint.format.layout import complete_checkpoints
-from mtp_lightning.launch.rank_env import local_seat
+from mtp_lightning.launch.rank_env import local_rank_info
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe
@@ -27,17 +27,17 @@ from mtp_lightning.training import fit
 from mtp_lightning.training.health.drift import MainHeadGuard
 from mtp_lightning.training.health.stragglers import Stragglers
 from mtp_lightning.training.lightning_module import MtpLightningModule
-from mtp_lightning.training.saving.init_from import Frozen, StartFrom
+from mtp_lightning.training.saving.init_from import Frozen, InitFrom
 from mtp_lightning.training.saving.save_checkpoints import Checkpoints
 from mtp_lightning.training.saving.snapshot import Content
-from mtp_lightning.training.strategies.process_group import joined_ranks
+from mtp_lightning.training.strategies.process_group import process_group
 from tests.support.fake_cuda.breakages import BREAKAGES
 from tests.support.fake_cuda.guard import NUM_GPUS
 from tests.support.fake_cuda.ledger import Collective, Ledger
 from tests.support.fake_cuda.patches import fake_group, operators, silent, torch_cuda
 
 WRITE, INIT, ANY = Content.write, dist.init_process_group, Ranks.any
-KEPT = (Checkpoints, Frozen, MainHeadGuard, StartFrom, Stragglers)
+KEPT = (Checkpoints, Frozen, MainHeadGuard, InitFrom, Stragglers)
 """Callbacks that touch tensors; the others make files, screens and stops of values, which there are none of."""
 
 
@@ -87,7 +87,7 @@ def run_fit(
             stack.enter_context(patch)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(ledger)
-        with joined_ranks(recipe):
+        with process_group(recipe):
             books.device = str(_fit(recipe, Path(folder), ledger, books, checkpoint, saves, checks_first_step))
             fit._let_go()
         books.left_bytes = ledger.live
@@ -168,13 +168,13 @@ class _Rows(L.LightningDataModule):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
-        self.validation_rows = _Validation(recipe)
+        self.validation_samples = _Validation(recipe)
 
     def train_dataloader(self) -> Any:
-        return _Batches(self.recipe, self.recipe.batch.rows // self.recipe.strategy.num_ranks, 10**9)
+        return _Batches(self.recipe, self.recipe.batch.global_batch_size // self.recipe.strategy.num_ranks, 10**9)
 
     def val_dataloader(self) -> Any:
-        return _Batches(self.recipe, self.recipe.batch.micro_rows, 1)
+        return _Batches(self.recipe, self.recipe.batch.micro_batch_size, 1)
 
     def advance(self, rows: int) -> None:
         self.rows_consumed += rows
@@ -190,12 +190,12 @@ class _Validation:
         self.recipe, self.source_names = recipe, list(recipe.data.mixture)
 
     def __len__(self) -> int:
-        return self.recipe.run.validation_rows
+        return self.recipe.run.validation_samples
 
 
 class _Batches:
     def __init__(self, recipe: Recipe, rows: int, count: int) -> None:
-        self.shape, self.count = (rows, recipe.data.window_tokens + recipe.heads.num_offsets), count
+        self.shape, self.count = (rows, recipe.data.seq_len + recipe.heads.num_offsets), count
 
     def __len__(self) -> int:
         return self.count
@@ -217,7 +217,7 @@ def _same_group(*args: Any, **kwargs: Any) -> Any:
 
 def of_package(ledger: Ledger, recipe: Recipe, rank: int) -> Iterator[Any]:
     """Yield patches of the package: weights without values, and ranks that all say what this one says."""
-    place = local_seat(rank, recipe.strategy.num_ranks, 29_500).environment
+    place = local_rank_info(rank, recipe.strategy.num_ranks, 29_500).environment
     local = rank % recipe.strategy.ranks_per_node
     place |= {"LOCAL_RANK": str(local), "GROUP_RANK": str(rank // recipe.strategy.ranks_per_node)}
     yield mock.patch.dict(os.environ, place if recipe.strategy.kind != "single" else {})

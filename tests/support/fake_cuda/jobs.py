@@ -16,7 +16,7 @@ from mtp_lightning.diagnostics import preflight as checks
 from mtp_lightning.diagnostics.preflight_lines import Failure, name_and_free_bytes
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.strategies.device import prepare_device
-from mtp_lightning.training.strategies.process_group import joined_ranks
+from mtp_lightning.training.strategies.process_group import process_group
 from tests.support.fake_cuda.breakages import BREAKAGES
 from tests.support.fake_cuda.fits import of_package, run_fit
 from tests.support.fake_cuda.ledger import Ledger
@@ -39,7 +39,7 @@ def preflight(
             stack.enter_context(patch)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(ledger)
-        with joined_ranks(recipe):
+        with process_group(recipe):
             device = prepare_device(recipe)
             name, _ = name_and_free_bytes(device)
             with contextlib.suppress(Failure):  # sums have no values

@@ -65,7 +65,7 @@ def test_every_due_step_is_saved_once_and_after_its_validation(tmp_path: Path, e
     found = complete_checkpoints(tmp_path / "checkpoints")
     assert [checkpoint.step for checkpoint in found] == due
     for checkpoint in found:
-        assert ("val/accepted_length" in checkpoint.manifest.metrics) == (checkpoint.step % validate == 0)
+        assert ("val/mean_acceptance_length" in checkpoint.manifest.metrics) == (checkpoint.step % validate == 0)
         assert checkpoint.manifest.tokens == checkpoint.step * 64
         assert checkpoint.manifest.layers == LAYERS
         assert read_state(checkpoint.path)["global_step"] == checkpoint.step
@@ -83,7 +83,7 @@ def test_the_best_is_chosen_by_accepted_length_and_kept(tmp_path: Path) -> None:
     assert read_pointer(folder, "last") == folder / "step-00000006"
     best = checkpoints_of(trainer).best
     assert best is not None
-    assert (best.step, best.accepted_length) == (2, 2.5)
+    assert (best.step, best.mean_acceptance_length) == (2, 2.5)
 
 
 def test_the_best_so_far_is_known_after_a_resume(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_the_first_step_of_an_untrained_model_is_not_the_best(tmp_path: Path) ->
     figures = {1: (4.0, 3.0), 2: (1.5, 2.0), 3: (2.0, 1.95), 4: (1.8, 1.9)}
     module = TinyModule(recipe)
     module.figures = lambda split, losses, step: {  # type: ignore[method-assign]
-        f"{split}/accepted_length": figures[step][0],
+        f"{split}/mean_acceptance_length": figures[step][0],
         f"{split}/loss_1": figures[step][1],
     }
     trainer, _ = fit(tmp_path, recipe, module=module)
@@ -113,7 +113,7 @@ def test_figures_that_are_not_finite_leave_a_checkpoint_readable(tmp_path: Path)
     recipe = tiny_recipe(validate_every_steps=2)
     fit(tmp_path, recipe, module=TinyModule(recipe, lambda step: math.nan))
     assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path / "checkpoints")] == [4, 6]
-    assert "val/accepted_length" not in complete_checkpoints(tmp_path / "checkpoints")[0].manifest.metrics
+    assert "val/mean_acceptance_length" not in complete_checkpoints(tmp_path / "checkpoints")[0].manifest.metrics
 
 
 @pytest.mark.parametrize("validate", [1, 2, 3, 100])
@@ -200,7 +200,7 @@ def _train_in_child(pipe: Connection, folder: Path, recipe: Recipe, deed: Callab
     try:
         fit(folder, recipe, module=module)
     except CheckpointError as error:
-        pipe.send((error.must_hold, error.found, error.remedy))
+        pipe.send((error.expected, error.found, error.hint))
     else:
         pipe.send((module.seen, [weight.numpy() for weight in weights(module)]))
 
@@ -259,10 +259,10 @@ class LimitFileSize:
 
 def test_a_refused_write_stops_training_with_the_earlier_checkpoint_intact(tmp_path: Path) -> None:
     recipe = tiny_recipe()
-    must_hold, found, remedy = train_in_new_process(tmp_path, recipe, LimitFileSize(3))
-    assert "checkpoint of step 4" in must_hold
+    expected, found, hint = train_in_new_process(tmp_path, recipe, LimitFileSize(3))
+    assert "checkpoint of step 4" in expected
     assert "File too large" in found
-    assert "step-00000002 is complete" in remedy
+    assert "step-00000002 is complete" in hint
     newest = newest_complete(tmp_path / "checkpoints")
     assert newest is not None
     assert newest.step == 2

@@ -24,8 +24,8 @@ def full_progress(num_offsets: int, *, steps: int = 300) -> Progress:
     figures = dict.fromkeys(metric_columns(num_offsets), 0.123456)
     for k in range(1, num_offsets + 1):
         figures |= {f"train/loss_{k}": 10 + k / 8, f"val/loss_{k}": 11 + k / 8}
-        figures |= {f"train/cumulative_acceptance_{k}": 1 / k, f"val/cumulative_acceptance_{k}": 1.0}
-    figures |= {"train/accepted_length": 1.234, "val/accepted_length": 2.345, "lr": 9.8e-4}
+        figures |= {f"train/acceptance_rate_{k}": 1 / k, f"val/acceptance_rate_{k}": 1.0}
+    figures |= {"train/mean_acceptance_length": 1.234, "val/mean_acceptance_length": 2.345, "lr": 9.8e-4}
     figures |= {"tokens_per_s": 1_234_567.8, "memory_gib": 123.456}
     figures |= {f"grad_norm/{role}": 0.123 for role in ("trunk", "heads", "unembedding", "all")}
     progress = Progress(tiny_recipe(num_offsets, steps=steps))
@@ -57,7 +57,7 @@ def test_every_figure_of_an_offset_is_in_its_row() -> None:
     bits = (10 + 3 / 8) / math.log(2)
     assert lines[5].split() == ["3", "10.375", f"{bits:.3f}", "12.3%", "12.3%", "12.3%", "33.3%", "11.375", "100.0%"]
     assert "grad norm  trunk 0.12  heads 0.12  unembedding 0.12  all 0.12   lr 9.80e-04" in lines
-    assert "           lora 0.12  mixtures 0.12" in lines
+    assert "           lora 0.12  layer_mix 0.12" in lines
     assert "accepted length  train 1.23  val 2.35 at step 299 (the best so far)" in [line.strip() for line in lines]
     assert any("1.23M tokens/s  123.46 GiB  last checkpoint step 299" in line for line in lines)
     assert lines[6].startswith("step 299/300")
@@ -66,7 +66,7 @@ def test_every_figure_of_an_offset_is_in_its_row() -> None:
 
 def test_a_run_that_adds_nothing_shows_nothing_of_it() -> None:
     progress = full_progress(3)
-    for role in ("lora", "mixtures"):
+    for role in ("lora", "layer_mix"):
         del progress.train[f"grad_norm/{role}"]
     assert "lora" not in rendered(live_view(progress), 80)
 
@@ -87,7 +87,7 @@ def test_an_empty_view_keeps_the_columns_where_they_will_be() -> None:
 def test_the_best_of_earlier_validations_is_shown() -> None:
     progress = Progress(tiny_recipe())
     for step, length in ((10, 1.5), (20, 1.9), (30, 1.7), (40, math.nan)):
-        progress.take({"val/accepted_length": length, "val/loss_1": 1.0}, step)
+        progress.take({"val/mean_acceptance_length": length, "val/loss_1": 1.0}, step)
     assert "val - at step 40 (best 1.90 at step 20)" in rendered(live_view(progress), 80)
 
 

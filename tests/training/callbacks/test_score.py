@@ -26,7 +26,12 @@ def test_any_score_beats_none() -> None:
 
 @pytest.mark.parametrize(
     "metrics",
-    [{}, {"val/loss_1": 1.0}, {"val/accepted_length": math.nan, "val/loss_1": 1.0}, {"val/accepted_length": 2.0}],
+    [
+        {},
+        {"val/loss_1": 1.0},
+        {"val/mean_acceptance_length": math.nan, "val/loss_1": 1.0},
+        {"val/mean_acceptance_length": 2.0},
+    ],
 )
 def test_without_figures_there_is_no_score(metrics: dict[str, float]) -> None:
     assert score_of(1, metrics) is None

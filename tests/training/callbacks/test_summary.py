@@ -27,8 +27,8 @@ def test_the_summary_tells_the_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert validation["step"] == 6
     assert validation["loss"] == {str(k): last[f"val/loss_{k}"] for k in (1, 2, 3)}
     assert validation["bits"]["2"] == pytest.approx(last["val/loss_2"] / math.log(2))
-    assert validation["cumulative_acceptance"] == {str(k): last[f"val/cumulative_acceptance_{k}"] for k in (2, 3)}
-    assert validation["accepted_length"] == last["val/accepted_length"]
+    assert validation["acceptance_rate"] == {str(k): last[f"val/acceptance_rate_{k}"] for k in (2, 3)}
+    assert validation["mean_acceptance_length"] == last["val/mean_acceptance_length"]
     assert content["training"]["loss"]["1"] == last["train/loss_1"]
     assert content["best_checkpoint"]["name"] in ("step-00000006", "step-00000004")
     assert content["last_checkpoint"] == "step-00000006"
@@ -38,7 +38,7 @@ def test_the_summary_tells_the_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert 0 < content["checkpoints_s"] < content["wall_s"]["attempt"] == content["wall_s"]["total"]
     out = capsys.readouterr().out
     assert "tiny: finished after 6 steps, 384 tokens" in out
-    assert f"expected accepted length  {last['val/accepted_length']:.3f}" in out
+    assert f"expected accepted length  {last['val/mean_acceptance_length']:.3f}" in out
     assert imread(tmp_path / "curves.png").shape[:2] == (500, 1200)
 
 
@@ -62,7 +62,7 @@ def test_a_run_without_validation_or_acceptance_has_a_summary(tmp_path: Path) ->
 def test_figures_that_are_not_finite_become_null(tmp_path: Path) -> None:
     recipe = tiny_recipe()
     fit(tmp_path, recipe, module=TinyModule(recipe, lambda step: math.nan), summary=True)
-    assert summary_of(tmp_path)["validation"]["accepted_length"] is None
+    assert summary_of(tmp_path)["validation"]["mean_acceptance_length"] is None
 
 
 def stop_at(folder: Path, step_to_stop: int, stop: Any) -> None:
@@ -112,15 +112,15 @@ ROWS: list[dict[str, int | float]] = [
         "step": 10,
         "train/loss_1": 3.0,
         "train/loss_2": 4.0,
-        "train/cumulative_acceptance_2": 0.25,
-        "train/accepted_length": 1.25,
+        "train/acceptance_rate_2": 0.25,
+        "train/mean_acceptance_length": 1.25,
     },
     {
         "step": 20,
         "val/loss_1": 2.0,
         "val/loss_2": math.nan,
-        "val/cumulative_acceptance_2": 0.5,
-        "val/accepted_length": 1.5,
+        "val/acceptance_rate_2": 0.5,
+        "val/mean_acceptance_length": 1.5,
     },
 ]
 

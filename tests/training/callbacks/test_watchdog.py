@@ -112,8 +112,8 @@ def test_no_limit_means_no_thread(tmp_path: Path) -> None:
 def test_a_rank_that_stands_still_ends_the_run(tmp_path: Path) -> None:
     """One rank is stopped; the other waits for it in vain, and says where."""
     recipe = str(ROOT / "recipes/debug/parallel.yaml")
-    two = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "run.steps=5000", "run.log_every_steps=1")
-    process = start("train", recipe, *two, "run.dir=run", "run.cache=cache", "run.hang_after_s=4", cwd=tmp_path)
+    two = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "run.steps=5000", "logging.every_steps=1")
+    process = start("train", recipe, *two, "run.dir=run", "run.cache=cache", "health.hang_after_s=4", cwd=tmp_path)
     while process.poll() is None and not after_step(8)(tmp_path / "run"):
         time.sleep(0.05)
     os.kill(children(process)[1], signal.SIGSTOP)
@@ -135,7 +135,7 @@ def test_slow_ranks_are_those_far_from_the_median() -> None:
 SLOW_READER = """
 import os, sys, time
 from mtp_lightning.cli.app import main
-from mtp_lightning.data import dataset
+from mtp_lightning.data.loading import dataset
 
 read = dataset.SampleDataset.read
 
@@ -153,7 +153,7 @@ main()
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_rank_whose_storage_is_slow_is_named(tmp_path: Path) -> None:
-    fields = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "run.steps=12", "run.log_every_steps=2")
+    fields = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "run.steps=12", "logging.every_steps=2")
     command = [sys.executable, "-c", SLOW_READER, "train", str(ROOT / "recipes/debug/parallel.yaml"), *fields]
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [

@@ -16,7 +16,15 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from mtp_lightning.checkpoint.format.layout import newest_complete
 from mtp_lightning.recipe.schema.model import HeadsSection
-from mtp_lightning.recipe.schema.root import BatchSection, DataSection, Recipe, RunSection
+from mtp_lightning.recipe.schema.root import (
+    BatchSection,
+    CheckpointSection,
+    DataSection,
+    HealthSection,
+    LoggingSection,
+    Recipe,
+    RunSection,
+)
 from mtp_lightning.training.build_callbacks import build_callbacks
 from mtp_lightning.training.logging.summary import Summary
 from mtp_lightning.training.strategies.single import SingleStrategy
@@ -25,15 +33,26 @@ WIDTH = 6
 LAYERS = {"trunk": 2, "heads": 1}
 
 
-def tiny_recipe(num_offsets: int = 3, **run: Any) -> Recipe:
+def tiny_recipe(
+    num_offsets: int = 3,
+    *,
+    log_every_steps: int = 2,
+    checkpoint_every_steps: int = 2,
+    keep_checkpoints: int = 2,
+    hang_after_s: float | None = 900.0,
+    hang_factor: float = 10.0,
+    **run: Any,
+) -> Recipe:
     """Six steps; a row logged every second, a validation every third, a checkpoint every second."""
-    values = {"steps": 6, "log_every_steps": 2, "validate_every_steps": 3, "checkpoint_every_steps": 2} | run
     return Recipe(
         name="tiny",
         heads=HeadsSection(num_offsets=num_offsets),
-        data=DataSection(window_tokens=16),
-        batch=BatchSection(rows=4, micro_rows=4),
-        run=RunSection(**values),
+        data=DataSection(seq_len=16),
+        batch=BatchSection(global_batch_size=4, micro_batch_size=4),
+        run=RunSection(**({"steps": 6, "validate_every_steps": 3} | run)),
+        checkpoint=CheckpointSection(every_steps=checkpoint_every_steps, keep=keep_checkpoints),
+        logging=LoggingSection(every_steps=log_every_steps),
+        health=HealthSection(hang_after_s=hang_after_s, hang_factor=hang_factor),
     )
 
 
@@ -102,7 +121,7 @@ class TinyModule(LightningModule):
         self.trainer.datamodule.steps_consumed += 1
         self.seen.append((step, batch_idx, losses.sum().item()))
         done = step + 1
-        if done % self.recipe.run.log_every_steps == 0 or done == self.recipe.run.steps:
+        if done % self.recipe.logging.every_steps == 0 or done == self.recipe.run.steps:
             self.metrics = {"step": done, "tokens": done * 64, "lr": 1e-2, "tokens_per_s": 640.0, "memory_gib": 0.5}
             self.metrics |= {"grad_norm/all": 1.0} | self.figures("train", losses, done)
         self.on_step(done)
@@ -120,10 +139,10 @@ class TinyModule(LightningModule):
         for k in range(2, len(losses) + 1):
             share = math.exp(-losses[k - 1].item())
             length += share
-            figures |= {f"{split}/cumulative_acceptance_{k}": share, f"{split}/agreement_{k}": share}
-        figures[f"{split}/accepted_length"] = length
+            figures |= {f"{split}/acceptance_rate_{k}": share, f"{split}/agreement_{k}": share}
+        figures[f"{split}/mean_acceptance_length"] = length
         if self._length_of_step:  # at the same loss, so that the length decides
-            figures |= {f"{split}/accepted_length": self._length_of_step(step), f"{split}/loss_1": 1.0}
+            figures |= {f"{split}/mean_acceptance_length": self._length_of_step(step), f"{split}/loss_1": 1.0}
         return figures
 
 
