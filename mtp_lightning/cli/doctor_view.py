@@ -55,24 +55,23 @@ def _compiler() -> str:
     return found or "none: memory.compile=true will not work"
 
 
-def walk_as_rank(results: Path, *, full: bool) -> None:
-    """Run the cells of as many ranks as there are, this process being one of them."""
-    from mtp_lightning.diagnostics.parity import Outcome, walk_cells
-    from mtp_lightning.diagnostics.parity_matrix import matrix
+def compare_as_rank(cells_path: Path, results: Path) -> None:
+    """Run the cells of a file on as many ranks as there are, this process being one of them."""
+    from mtp_lightning.diagnostics.parity import Outcome, compare_all, read_cells
     from mtp_lightning.launch.rank_env import rank_from_env
 
     rank_info = rank_from_env(os.environ)
     num_ranks = rank_info.num_ranks if rank_info else 1
-    cells = matrix(num_ranks, full=full)
+    cells = read_cells(cells_path)
     noun = "rank" if num_ranks == 1 else "ranks"
 
-    def tell(done: int, outcome: Outcome) -> None:
+    def show(done: int, outcome: Outcome) -> None:
         if not outcome.is_good:
             print(f"not equal: {outcome.cell}", file=sys.stderr, flush=True)
         if done % TOLD_EVERY == 0 or done == len(cells):
             print(f"{num_ranks} {noun}: {done} of {len(cells)} cells", file=sys.stderr, flush=True)
 
-    walk_cells(cells, results, tell)
+    compare_all(cells, results, show)
 
 
 def print_outcomes(outcomes: "Sequence[Outcome]") -> bool:

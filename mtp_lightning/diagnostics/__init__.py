@@ -1,1 +1,1 @@
-"""Checks of a machine and of ourselves: parity of strategies, reference loop, preflight."""
+"""Checks of this machine and of the strategies: parity with a plain loop, and the preflight of a recipe."""

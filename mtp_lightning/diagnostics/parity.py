@@ -1,8 +1,8 @@
-"""What every ZeRO stage and schedule hands to the optimizer on ranks of this machine, held against plain torch.
+"""Compare the gradients that every ZeRO stage and schedule hands to the optimizer on this machine with plain torch.
 
-A cell is one way of training: stage, ranks, schedule, micro-batches, unembedding, heads, clipping. Each is trained for
-a few steps by the Lightning module, strategy and trainer of every run, and compared with `plain_run`: gradients before
-each step and weights after it, parameter by parameter, under SGD with momentum. AdamW would turn the rounding of
+A cell is one combination of stage, ranks, schedule, micro-batches, unembedding, heads and clipping. Each is trained for
+a few steps by the Lightning module, strategy and trainer of every run, and compared with `reference_loop`: gradients
+before each step and weights after it, parameter by parameter, under SGD with momentum. AdamW would turn the rounding of
 near-zero gradients into visible steps, so under AdamW the losses of 20 steps are compared instead.
 """
 
@@ -12,7 +12,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -25,8 +25,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mtp_lightning.diagnostics.parity_matrix import RANKS, Cell, matrix
-from mtp_lightning.diagnostics.plain_loop import PlainStep, build_named_optimizer, plain_run, random_batch
+from mtp_lightning.diagnostics.parity_matrix import RANKS, Cell
+from mtp_lightning.diagnostics.plain_loop import PlainStep, build_named_optimizer, random_batch, reference_loop
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.launch.local import run_ranks
 from mtp_lightning.ranks import Ranks
@@ -63,8 +63,8 @@ class Outcome:
         return self.error <= TOLERANCE and self.losses <= LOSS_TOLERANCE
 
 
-def compare_strategies(*, full: bool) -> list[Outcome]:
-    """Run the matrix on one rank, then on two, as processes of their own; return what they found.
+def compare_strategies(cells: Sequence[Cell]) -> list[Outcome]:
+    """Run cells in processes of their own, those of one rank first, then those of two; return their outcomes.
 
     Raises:
         TrainingError: The ranks ended before the last cell.
@@ -72,15 +72,17 @@ def compare_strategies(*, full: bool) -> list[Outcome]:
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         for num_ranks in RANKS:
-            results = Path(folder) / f"{num_ranks}.jsonl"
-            options = ["--full"] if full else []
+            own, results = Path(folder) / f"{num_ranks}.cells.jsonl", Path(folder) / f"{num_ranks}.jsonl"
+            expected = [cell for cell in cells if cell.ranks == num_ranks]
+            if not expected:
+                continue
+            own.write_text("".join(json.dumps(asdict(cell)) + "\n" for cell in expected))
             recipe = Recipe.model_validate({"strategy": {"kind": "zero1", "ranks_per_node": num_ranks}})
-            code = run_ranks(recipe, ["doctor", "--strategies", *options, "--results", str(results)])
+            code = run_ranks(recipe, ["doctor", "--strategies", "--cells", str(own), "--results", str(results)])
             found = read_outcomes(results)
-            expected = len(matrix(num_ranks, full=full))
-            if code or len(found) != expected:
+            if code or len(found) != len(expected):
                 raise TrainingError(
-                    f"{num_ranks} ranks must be able to run all {expected} cells of the comparison",
+                    f"{num_ranks} ranks must be able to run all {len(expected)} cells of the comparison",
                     f"exit code {code} after {len(found)}",
                     "See what the ranks have said above",
                 )
@@ -88,22 +90,27 @@ def compare_strategies(*, full: bool) -> list[Outcome]:
     return outcomes
 
 
+def read_cells(path: Path) -> list[Cell]:
+    """Read the cells that `compare_strategies` asks its ranks for."""
+    return [Cell(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
 def read_outcomes(path: Path) -> list[Outcome]:
-    """Read what `walk_cells` has written."""
+    """Read the outcomes that `compare_all` has written."""
     lines = path.read_text().splitlines() if path.exists() else []
     records = [json.loads(line) for line in lines]
     return [Outcome(**{**record, "cell": Cell(**record["cell"])}) for record in records]
 
 
-def walk_cells(cells: list[Cell], results: Path, tell: Callable[[int, Outcome], None]) -> None:
-    """Run cells one after the other on the ranks that this process is one of; the first rank writes and tells.
+def compare_all(cells: list[Cell], results: Path, on_result: Callable[[int, Outcome], None]) -> None:
+    """Run cells one after the other on the ranks that this process is one of; the first rank writes and reports.
 
     Args:
         cells: all of this number of ranks.
         results: file to append one line of JSON per cell to.
-        tell: called on the first rank with the number of cells done and the last one's outcome.
+        on_result: called on the first rank with the number of cells done and the last one's outcome.
     """
-    with process_group(cells[0].recipe), _silence(), results.open("a") as file:
+    with process_group(cells[0].recipe), _silence_libraries(), results.open("a") as file:
         gc.freeze()  # of no use to look through torch after every cell
         for number, cell in enumerate(cells, start=1):
             outcome = run_cell(cell)
@@ -112,12 +119,12 @@ def walk_cells(cells: list[Cell], results: Path, tell: Callable[[int, Outcome], 
             if Ranks().is_first:
                 file.write(json.dumps(asdict(outcome)) + "\n")
                 file.flush()
-                tell(number, outcome)
+                on_result(number, outcome)
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Keep what Lightning and DeepSpeed say of every start to themselves."""
+def _silence_libraries() -> Iterator[None]:
+    """Suppress log lines and warnings that Lightning and DeepSpeed give at every start."""
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -157,7 +164,7 @@ def run_cell(cell: Cell) -> Outcome:
 
 @cache
 def _expected(cell: Cell) -> list[PlainStep]:
-    return plain_run(cell.recipe, cell.optimizer)
+    return reference_loop(cell.recipe, cell.optimizer)
 
 
 @final
@@ -175,7 +182,7 @@ class _Module(MtpLightningModule):
 
 @final
 class RandomData(L.LightningDataModule):
-    """This rank's rows of the batches that `plain_run` sees."""
+    """This rank's rows of the batches that `reference_loop` sees."""
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
         super().__init__()
@@ -195,7 +202,7 @@ class RandomData(L.LightningDataModule):
 
 @final
 class _Comparison(Callback):
-    """Compares every rank's fragments with the plain run; the ranks' sums make the errors."""
+    """Compares every rank's shards with the reference loop; the ranks' sums make the errors."""
 
     def __init__(self, expected: list[PlainStep], cell: Cell) -> None:
         self.expected, self.cell = expected, cell
@@ -221,14 +228,14 @@ class _Comparison(Callback):
         assert isinstance(strategy, RunStrategy)
         for name in expected:
             self.sums[f"{kind} {step} {name}"] = torch.zeros(3, dtype=torch.float64)
-        for fragment in strategy.fragments():
-            values = getattr(fragment, kind)
+        for shard in strategy.param_shards():
+            values = getattr(shard, kind)
             if values is not None:
-                run = slice(fragment.start, fragment.start + values.numel())
-                wanted = expected[fragment.name].view(-1)[run].double()
+                run = slice(shard.start, shard.start + values.numel())
+                wanted = expected[shard.name].view(-1)[run].double()
                 squares = [float((values.double() - wanted).square().sum()), float(wanted.square().sum())]
                 sums = torch.tensor([*squares, values.numel()], dtype=torch.float64)
-                self.sums[f"{kind} {step} {fragment.name}"] += sums
+                self.sums[f"{kind} {step} {shard.name}"] += sums
 
     def outcome(self) -> Outcome:
         """Put the ranks' sums together; all ranks call this."""
@@ -246,7 +253,7 @@ class _Comparison(Callback):
         )
 
     def _error(self, key: str, sums: list[float]) -> float:
-        """Relative error of a parameter; infinite where fragments do not cover it, or are not finite."""
+        """Relative error of a parameter; infinite where shards do not cover it, or are not finite."""
         _, _, name = key.split(" ", 2)
         differing, expected, entries = sums
         is_whole = entries == self.expected[0].weights[name].numel() and math.isfinite(differing)

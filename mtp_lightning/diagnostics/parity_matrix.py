@@ -1,8 +1,7 @@
-"""The ways of training that are held against plain torch, and a tiny recipe of each."""
+"""The cells of `mtp doctor --strategies`: ways of training to compare with plain torch, and a tiny recipe of each."""
 
-from dataclasses import dataclass, fields, replace
-from functools import cache
-from itertools import combinations, product
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from mtp_lightning.recipe.schema.root import Recipe
@@ -33,7 +32,7 @@ UNEMBEDDINGS = ("shared", "tied", "replicated")
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One way of training."""
+    """One combination of strategy, backward order and model."""
 
     stage: str
     ranks: int
@@ -97,58 +96,30 @@ class Cell:
         )
 
 
-def matrix(num_ranks: int, *, full: bool) -> list[Cell]:
-    """List the cells of a number of ranks: all, or a sample in which every three values meet that can."""
-    chosen = [cell for cell in (_every_cell() if full else sample()) if cell.ranks == num_ranks]
+def sample() -> list[Cell]:
+    """List a few cells in which every two values meet that can: a plain one of each stage, ranks and schedule.
+
+    AdamW meets every stage and number of ranks; adaptations meet every stage, every schedule and number of ranks.
+    """
     cells: list[Cell] = []
-    for stage, schedule in product(STAGES, SCHEDULES):
-        row = [cell for cell in chosen if (cell.stage, cell.schedule) == (stage, schedule)]
-        curves = row[::8] if full else row[: schedule == SCHEDULES[0]]
-        cells += row + [replace(cell, optimizer="adamw") for cell in curves]
-        cells += _adapted(stage, schedule, num_ranks, full=full)
+    for (s, stage), (r, ranks), (k, schedule) in product(enumerate(STAGES), enumerate(RANKS), enumerate(SCHEDULES)):
+        heads, unembedding = [*HEADS][(s + k) % 3], UNEMBEDDINGS[(s + 2 * k + r) % 3]
+        plain = Cell(
+            stage=stage,
+            ranks=ranks,
+            schedule=schedule,
+            accumulation=(1, 3)[(r + k) % 2],
+            heads=heads,
+            unembedding="shared" if (heads, unembedding) == ("sequential", "replicated") else unembedding,
+            clips=bool((s + r) % 2),
+        )
+        cells += [plain, *([replace(plain, optimizer="adamw")] if (s + r + k) % 3 == 0 else [])]
+        adapted = [name for number, name in enumerate(ADAPTATIONS) if (number + s + k) % 3 == (number + s + r) % 2 == 0]
+        cells += [adapted_cell(stage, ranks, schedule, name) for name in adapted if name != "none"]
     return cells
 
 
-def _every_cell() -> list[Cell]:
-    """List every combination that there is, of models that are not adapted."""
-    names = ("stage", "ranks", "schedule", "heads", "unembedding", "accumulation", "clips")
-    return [
-        Cell(**dict(zip(names, values, strict=True)))
-        for values in product(STAGES, RANKS, SCHEDULES, HEADS, UNEMBEDDINGS, (1, 3), (False, True))
-        if values[3:5] != ("sequential", "replicated")
-    ]
-
-
-@cache
-def sample() -> tuple[Cell, ...]:
-    """Choose cells until all triples of values have met that meet in any cell: each time the one with most new ones."""
-    triples = {cell: set(combinations(_values(cell), 3)) for cell in _every_cell()}
-    missing, chosen = set[Any]().union(*triples.values()), []
-    while missing:
-        best = max(triples, key=lambda cell: len(triples[cell] & missing))
-        missing -= triples[best]
-        chosen.append(best)
-    return tuple(chosen)
-
-
-def _values(cell: Cell) -> list[tuple[str, Any]]:
-    return [(field.name, getattr(cell, field.name)) for field in fields(cell)]
-
-
-def _adapted(stage: str, schedule: str, num_ranks: int, *, full: bool) -> list[Cell]:
-    """List cells of adapted models: every stage, schedule and adaptation; in the sample every two of these meet."""
-    names = [name for name in ADAPTATIONS if name != "none"]
-    return [
-        Cell(
-            stage=stage,
-            ranks=num_ranks,
-            schedule=schedule,
-            accumulation=3,
-            heads="parallel",
-            unembedding="shared",
-            clips=True,
-            adaptation=name,
-        )
-        for number, name in enumerate(names)
-        if full or (number + STAGES.index(stage) + SCHEDULES.index(schedule)) % len(SCHEDULES) == 0
-    ]
+def adapted_cell(stage: str, ranks: int, schedule: str, adaptation: str) -> Cell:
+    """Return the cell of an adapted model."""
+    where: dict[str, Any] = {"stage": stage, "ranks": ranks, "schedule": schedule, "adaptation": adaptation}
+    return Cell(**where, accumulation=3, heads="parallel", unembedding="shared", clips=True)

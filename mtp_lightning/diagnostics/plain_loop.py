@@ -1,4 +1,4 @@
-"""Training written out in plain torch, which the strategies are held against: one process, no schedule."""
+"""The reference training loop in plain torch that strategies are compared with: one process, one full backward."""
 
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ def random_batch(recipe: Recipe, step: int) -> dict[str, Tensor]:
     }
 
 
-def plain_run(recipe: Recipe, optimizer_name: str) -> list[PlainStep]:
+def reference_loop(recipe: Recipe, optimizer_name: str) -> list[PlainStep]:
     """Train a recipe's model on random batches for `run.steps` steps with `sgd` or `adamw`, at a constant rate."""
     model = build_model(recipe)
     freeze(model, recipe)

@@ -1,4 +1,4 @@
-"""What can be known before an allocation is spent: each check is a line, ok or with a hint."""
+"""Check a recipe on the nodes that it will run on, before an allocation is spent: a line per check."""
 
 import os
 import platform
@@ -10,8 +10,16 @@ from pathlib import Path
 import torch
 
 from mtp_lightning.data.loading.datamodule import MtpDataModule
-from mtp_lightning.diagnostics.preflight_lines import Check, Failure, Line, line_of, name_and_free_bytes
-from mtp_lightning.diagnostics.preflight_trial import compared, decoded, train_twice
+from mtp_lightning.diagnostics.preflight_trial import (
+    Check,
+    Failure,
+    Line,
+    check_decoding,
+    compare_runs,
+    name_and_free_bytes,
+    run_check,
+    train_twice,
+)
 from mtp_lightning.launch.run_marker import claim
 from mtp_lightning.planner.counts import parameter_counts
 from mtp_lightning.planner.layout import layout_of
@@ -36,15 +44,15 @@ def preflight(recipe: Recipe) -> int:
     with process_group(recipe):
         device = prepare_device(recipe)
         for name, check in CHECKS.items():
-            lines.append(line_of(name, check, recipe, device))
+            lines.append(run_check(name, check, recipe, device))
         folder = Path(Ranks().broadcast(str(Path(recipe.run.dir).absolute() / f"logs/preflight-{time.time_ns()}")))
     codes = train_twice(recipe, folder) if all(line.hint is None for line in lines) else None
     with process_group(recipe):
         if codes is not None:
             gathered = Ranks().gather(codes)
-            lines.append(line_of("training", lambda *_: compared(folder, gathered, device), recipe, device))
+            lines.append(run_check("training", lambda *_: compare_runs(folder, gathered, device), recipe, device))
         if codes is not None and lines[-1].hint is None:
-            lines.append(line_of("decode", lambda *_: decoded(recipe, folder, device), recipe, device))
+            lines.append(run_check("decode", lambda *_: check_decoding(recipe, folder, device), recipe, device))
         Ranks().wait()
         if Ranks().is_first:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,11 +1,15 @@
-"""Two real steps of a recipe, saved, loaded and compared, and a text decoded with what they have trained."""
+"""Checks as lines of a report, and the longest: two real steps, saved, loaded and compared, and a text decoded."""
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +17,7 @@ import torch
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.checkpoint.format.layout import complete_checkpoints
 from mtp_lightning.decode import generate
-from mtp_lightning.diagnostics.preflight_lines import Failure, name_and_free_bytes
+from mtp_lightning.errors import MtpError
 from mtp_lightning.launch.rank_env import rank_from_env
 from mtp_lightning.planner.counts import parameter_counts
 from mtp_lightning.ranks import Ranks
@@ -25,6 +29,59 @@ TRIAL_S = 1800
 PROMPT_TOKENS = 8
 NEW_TOKENS = 12
 GIB = 2**30
+Check = Callable[[Recipe, torch.device], str]
+
+
+class Failure(Exception):
+    """A check that has found something."""
+
+    def __init__(self, found: str, hint: str) -> None:
+        super().__init__(found)
+        self.found, self.hint = found, hint
+
+
+@dataclass(frozen=True)
+class Line:
+    """The outcome of a check."""
+
+    name: str
+    found: str
+    hint: str | None = None  # None: all is well
+
+    def __str__(self) -> str:
+        mark = "ok  " if self.hint is None else "FAIL"
+        return f"{mark} {self.name:<12} {self.found}" + (f". {self.hint}" if self.hint else "")
+
+
+def run_check(name: str, check: Check, recipe: Recipe, device: torch.device) -> Line:
+    """Run a check; a failure of one rank becomes the line of all."""
+    try:
+        line = Line(name, check(recipe, device))
+    except Failure as failure:
+        line = Line(name, failure.found, failure.hint)
+    except MtpError as error:
+        line = Line(name, f"{error.expected}; found {error.found}", error.hint)
+    except OSError as error:
+        line = Line(name, f"{error.strerror}: {error.filename}", "Repair access")
+    except RuntimeError as error:  # CUDA, NCCL and gloo
+        traceback.print_exc()
+        line = Line(name, f"{type(error).__name__}: {str(error).splitlines()[0]}", "Look at the traceback of this rank")
+    ranks = Ranks()
+    lines = ranks.gather((platform.node(), line))
+    for rank, (host, other) in enumerate(lines):
+        if other.hint is not None:
+            line = Line(name, f"rank {rank} on {host}: {other.found}", other.hint)
+            break
+    if ranks.is_first:
+        print(line, flush=True)
+    return line
+
+
+def name_and_free_bytes(device: torch.device) -> tuple[str, int]:
+    """Name this rank's device, and say how much of its memory is free."""
+    if device.type == "cpu":
+        return platform.machine(), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]
 
 
 def train_twice(recipe: Recipe, folder: Path) -> list[int]:
@@ -37,7 +94,7 @@ def train_twice(recipe: Recipe, folder: Path) -> list[int]:
             _write_trial(recipe, folder)
         if is_again and is_first:
             _go_back(folder)
-        arguments = [sys.executable, "-m", "mtp_lightning", "train", str(_appeared(folder / f"{name}.yaml"))]
+        arguments = [sys.executable, "-m", "mtp_lightning", "train", str(_wait_for(folder / f"{name}.yaml"))]
         environment = dict(os.environ)
         if rank_info is not None:
             environment |= rank_info.environment | {"MASTER_PORT": str(rank_info.main_port + 1 + is_again)}
@@ -68,7 +125,7 @@ def _write_trial(recipe: Recipe, folder: Path) -> None:
         }
     )
     folder.mkdir(parents=True, exist_ok=True)
-    _place(folder / "first.yaml", recipe_to_yaml(trial))
+    _write_at_once(folder / "first.yaml", recipe_to_yaml(trial))
 
 
 def _go_back(folder: Path) -> None:
@@ -78,7 +135,7 @@ def _go_back(folder: Path) -> None:
         outcome = json.dumps(_outcome(folder))
         (folder / "outcome.json").write_text(outcome, encoding="utf-8")
         shutil.rmtree(checkpoints / "step-00000002")
-    _place(folder / "again.yaml", (folder / "first.yaml").read_text(encoding="utf-8"))
+    _write_at_once(folder / "again.yaml", (folder / "first.yaml").read_text(encoding="utf-8"))
 
 
 def _outcome(folder: Path) -> list[object]:
@@ -90,12 +147,12 @@ def _outcome(folder: Path) -> list[object]:
     return [newest.step, losses[-1], digests]
 
 
-def _place(path: Path, text: str) -> None:
+def _write_at_once(path: Path, text: str) -> None:
     path.with_suffix(".partial").write_text(text, encoding="utf-8")
     path.with_suffix(".partial").rename(path)
 
 
-def _appeared(path: Path) -> Path:
+def _wait_for(path: Path) -> Path:
     """Wait for a file that the first rank writes."""
     until = time.monotonic() + 120
     while not path.exists() and time.monotonic() < until:
@@ -103,7 +160,7 @@ def _appeared(path: Path) -> Path:
     return path
 
 
-def compared(folder: Path, codes: list[list[int]], device: torch.device) -> str:
+def compare_runs(folder: Path, codes: list[list[int]], device: torch.device) -> str:
     """Compare what the second step came to with what it came to again; `codes` are the exit codes of all ranks."""
     bad = [f"rank {rank}: {own[-1]}" for rank, own in enumerate(codes) if any(own)]
     if bad:
@@ -120,7 +177,7 @@ def compared(folder: Path, codes: list[list[int]], device: torch.device) -> str:
     return f"two steps, saved, loaded, the second again: loss {loss:.4g}, {same}"
 
 
-def decoded(recipe: Recipe, folder: Path, device: torch.device) -> str:
+def check_decoding(recipe: Recipe, folder: Path, device: torch.device) -> str:
     """Decode a few tokens on the first rank with drafts and without: they must be the same."""
     if not Ranks().is_first:
         return ""

@@ -10,7 +10,7 @@ from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from mtp_lightning.console.plots import save_picture
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.recipe import load_recipe
-from mtp_lightning.recipe.rules.adapt import mixing_offsets
+from mtp_lightning.recipe.trainable import mixing_offsets
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.losses.distillation import Distillation, Slope
-from mtp_lightning.losses.scores import Score
+from mtp_lightning.losses.distillation import Distillation, LogitGrad
+from mtp_lightning.losses.row_losses import RowLoss
 
 Grad = Tensor | None  # buffer of a gradient, where one is wanted
 DISTILLED_COPIES = 10  # tensors of the compared entries that distillation has in hand
@@ -20,19 +20,19 @@ DISTILLED_COPIES = 10  # tensors of the compared entries that distillation has i
 
 @dataclass
 class Term:
-    """One hidden state's share of a loss: which matrix scores it, how, and what its sum is multiplied by."""
+    """One hidden state's share of a loss: matrix, row loss, and what the sum is multiplied by."""
 
     matrix: int  # number of the V x D matrix
-    score: Score
+    row_loss: RowLoss
     coefficient: Tensor  # 0-dimensional
     count: Tensor | None = None  # rows that count; given, the term is balanced against the first by its RMS
-    share: float = 1.0  # of the score beside a distillation
+    share: float = 1.0  # of the row loss beside a distillation
     distillation: Distillation | None = None
     loss_sum: Tensor | float = 0.0
     square_sum: Tensor | float = 0.0
 
     def total(self) -> Tensor:
-        """Score and distillation together, without the coefficient."""
+        """Row loss and distillation together, without the coefficient."""
         distilled = 0.0 if self.distillation is None else self.distillation.weight * self.distillation.loss_sum
         return torch.as_tensor(self.share * self.loss_sum + distilled)
 
@@ -104,8 +104,8 @@ class _Plan:
 
 
 @dataclass
-class _Side:
-    """Hidden states and the matrix that scores them, as the products read them, with buffers for their gradients."""
+class _LinearOperand:
+    """Both operands of hidden @ matrix.T in the type they are multiplied in, with buffers for their gradients."""
 
     hidden: Tensor  # (P, D)
     matrix: Tensor  # (V, D)
@@ -123,11 +123,11 @@ class _Side:
 
     def add(self, logits_gradient: Tensor, rows: slice, factor: Tensor) -> None:
         """Hand on a gradient of some rows' logits, (C, V), multiplied by a factor for each row or all, (C or 1, 1)."""
-        slope = logits_gradient.to(self.matrix.dtype)
+        grad = logits_gradient.to(self.matrix.dtype)
         if self.grad is not None:
-            self.grad[rows] += (slope @ self.matrix) * factor  # (C, D)
+            self.grad[rows] += (grad @ self.matrix) * factor  # (C, D)
         if self.matrix_grad is not None:
-            _add_product(self.matrix_grad, slope, self.hidden[rows], factor)
+            _add_product(self.matrix_grad, grad, self.hidden[rows], factor)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -145,16 +145,16 @@ class _ChunkedLoss(torch.autograd.Function):
         }
         hidden_grads: list[Grad] = [None] * len(hiddens)
 
-        def side(index: int, number: int) -> _Side:
+        def operand(index: int, number: int) -> _LinearOperand:
             hidden, need = hiddens[index], needs[num_matrices + index]
             hidden_grads[index] = torch.zeros_like(hidden, dtype=_kept(hidden.dtype)) if need else None
-            return _Side(hidden.to(dtype), cast[number], hidden_grads[index], matrix_grads[number])
+            return _LinearOperand(hidden.to(dtype), cast[number], hidden_grads[index], matrix_grads[number])
 
         total = torch.zeros((), dtype=exact, device=matrices[0].device)
         with torch.autocast(matrices[0].device.type, enabled=False):
-            teacher = _teacher_side(plan, side) if len(hiddens) > num_terms else None
+            teacher = _teacher_operand(plan, operand) if len(hiddens) > num_terms else None
             for index, term in enumerate(plan.terms):
-                total += _run_term(plan, term, side(index, term.matrix), teacher)
+                total += _run_term(plan, term, operand(index, term.matrix), teacher)
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         kept = [g if g is None else g.to(_kept(m.dtype)) for g, m in zip(matrix_grads.values(), matrices, strict=True)]
         ctx.save_for_backward(*kept, *hidden_grads)
@@ -167,10 +167,10 @@ class _ChunkedLoss(torch.autograd.Function):
         return None, *(grad if grad is None else grad.mul_(scale).to(dtype) for grad, dtype in pairs)
 
 
-def _teacher_side(plan: _Plan, side: Callable[[int, int], _Side]) -> _Side:
+def _teacher_operand(plan: _Plan, operand: Callable[[int, int], _LinearOperand]) -> _LinearOperand:
     """The main head as a teacher: it gets no gradient unless it is to learn as well."""
     number = next(term.distillation.matrix for term in plan.terms if term.distillation is not None)
-    teacher = side(len(plan.terms), number)
+    teacher = operand(len(plan.terms), number)
     return teacher if plan.teacher_learns else replace(teacher, grad=None, matrix_grad=None)
 
 
@@ -184,67 +184,71 @@ def _compute_dtype(matrix: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrix.dtype
 
 
-def _run_term(plan: _Plan, term: Term, side: _Side, teacher: _Side | None) -> Tensor:
+def _run_term(plan: _Plan, term: Term, operand: _LinearOperand, teacher: _LinearOperand | None) -> Tensor:
     """Run one term: fill the gradient of its hidden states, add to that of its matrix, return the weighted loss sum."""
     if term.count is None:
-        _run_chunks(plan, term, side, teacher, term.coefficient)
+        _run_chunks(plan, term, operand, teacher, term.coefficient)
         return term.coefficient * term.total()
     # Balanced: the factor is known only after the last chunk, so the matrix gradient waits in a buffer of its own.
-    into = side.matrix_grad
+    into = operand.matrix_grad
     own = None if into is None else torch.zeros_like(into)
-    _run_chunks(plan, term, replace(side, matrix_grad=own), None, torch.ones_like(term.coefficient))
+    _run_chunks(plan, term, replace(operand, matrix_grad=own), None, torch.ones_like(term.coefficient))
     if plan.balance_to is None:
         plan.balance_to = term.rms()
     factor = term.coefficient * plan.balance_to / term.rms()
-    if side.grad is not None:
-        side.grad.mul_(factor)
+    if operand.grad is not None:
+        operand.grad.mul_(factor)
     if into is not None and own is not None:
         into.add_(own.mul_(factor))
     return factor * term.loss_sum
 
 
-def _run_chunks(plan: _Plan, term: Term, side: _Side, teacher: _Side | None, coefficient: Tensor) -> None:
+def _run_chunks(
+    plan: _Plan, term: Term, operand: _LinearOperand, teacher: _LinearOperand | None, coefficient: Tensor
+) -> None:
     """Score one term chunk by chunk, gradients multiplied by the given coefficient."""
-    num_rows, (vocab_size, _) = len(side.hidden), side.matrix.shape
-    step = chunk_rows(num_rows, vocab_size, side.matrix.dtype, plan.chunk_bytes, term.distillation)
+    num_rows, (vocab_size, _) = len(operand.hidden), operand.matrix.shape
+    step = chunk_rows(num_rows, vocab_size, operand.matrix.dtype, plan.chunk_bytes, term.distillation)
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
-        logits = side.logits(rows)  # (C, V)
-        slope = None
+        logits = operand.logits(rows)  # (C, V)
+        grad = None
         if term.distillation is not None and teacher is not None:
-            slope = _distil(term.distillation, logits, teacher, rows, coefficient)
-        losses, factor = term.score(logits, rows)
+            grad = _distil(term.distillation, logits, teacher, rows, coefficient)
+        losses, factor = term.row_loss(logits, rows)
         term.loss_sum = term.loss_sum + losses.sum()
         term.square_sum = term.square_sum + losses.square().sum()
         factor = factor[:, None]  # (C, 1)
-        if slope is not None and term.distillation is not None:
+        if grad is not None and term.distillation is not None:
             logits.mul_(factor * term.share)
-            slope.add_to(logits, term.distillation.weight)
+            grad.add_to(logits, term.distillation.weight)
             factor = torch.ones_like(factor[:1])
-        side.add(logits, rows, factor * coefficient)
-        del logits, slope  # else this chunk lives until the next one has been made
+        operand.add(logits, rows, factor * coefficient)
+        del logits, grad  # else this chunk lives until the next one has been made
 
 
-def _distil(distillation: Distillation, logits: Tensor, teacher: _Side, rows: slice, coefficient: Tensor) -> Slope:
+def _distil(
+    distillation: Distillation, logits: Tensor, teacher: _LinearOperand, rows: slice, coefficient: Tensor
+) -> LogitGrad:
     """Compare a chunk with its teacher; hand on the teacher's gradient, if it gets one, and return the student's."""
     there = distillation.teacher_rows(rows)
     teacher_logits = teacher.logits(there)  # (m, V)
-    slope, back = distillation.compare(teacher_logits, logits, rows, both=teacher.learns)
+    grad, back = distillation.compare(teacher_logits, logits, rows, both=teacher.learns)
     if back is not None:
         back.add_to(teacher_logits.zero_(), distillation.weight)
         teacher.add(teacher_logits, there, coefficient)
-    return slope
+    return grad
 
 
-def _add_product(into: Tensor, slope: Tensor, hidden: Tensor, factor: Tensor) -> None:
-    """Add slope.T @ (hidden x factor), (C, V) and (C, D), to a (V, D) buffer that may be of higher precision.
+def _add_product(into: Tensor, grad: Tensor, hidden: Tensor, factor: Tensor) -> None:
+    """Add grad.T @ (hidden x factor), (C, V) and (C, D), to a (V, D) buffer that may be of higher precision.
 
     Factors of a large batch are too small for half precision: there the largest becomes 1 until after the product.
     """
-    if into.dtype == slope.dtype:
-        into.addmm_(slope.T, hidden * factor)
-    elif slope.dtype == torch.float16:
+    if into.dtype == grad.dtype:
+        into.addmm_(grad.T, hidden * factor)
+    elif grad.dtype == torch.float16:
         largest = factor.abs().amax().clamp(min=torch.finfo(factor.dtype).tiny)
-        into.addcmul_((slope.T @ (hidden * (factor / largest)).to(slope.dtype)).to(into.dtype), largest)
+        into.addcmul_((grad.T @ (hidden * (factor / largest)).to(grad.dtype)).to(into.dtype), largest)
     else:
-        into += slope.T @ (hidden * factor).to(slope.dtype)
+        into += grad.T @ (hidden * factor).to(grad.dtype)

@@ -1,4 +1,4 @@
-"""What an offset learns from the main head, a chunk of positions at a time [MTP-D, arXiv 2603.23911]."""
+"""Distillation of the main head into the other offsets, a chunk of positions at a time [MTP-D, arXiv 2603.23911]."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from mtp_lightning.losses.targets import IGNORE
 from mtp_lightning.recipe.schema.objective import DistillSection
 
 
-class Slope(NamedTuple):
+class LogitGrad(NamedTuple):
     """Gradient with respect to the logits of the entries that were compared, in the first m rows of a chunk."""
 
     entries: Tensor | None  # (m, K) which entries; None for all
@@ -48,7 +48,9 @@ class Distillation:
         """Number K of entries that are compared."""
         return self.section.resolved_top_k(vocab_size)
 
-    def compare(self, teacher: Tensor, student: Tensor, rows: slice, *, both: bool) -> tuple[Slope, Slope | None]:
+    def compare(
+        self, teacher: Tensor, student: Tensor, rows: slice, *, both: bool
+    ) -> tuple[LogitGrad, LogitGrad | None]:
         """Compare a chunk's logits: teacher (m, V) with the first m rows of student (C, V), neither changed.
 
         Returns:
@@ -65,10 +67,11 @@ class Distillation:
         if section.where == "confident":
             counts = counts & (log_p.amax(1) >= math.log(section.confidence))
         divergence, mirrored = divergence_pair(section.divergence, section.lk_rate)
-        losses, slope = divergence(log_p, log_q)
+        losses, grad = divergence(log_p, log_q)
         self._record(torch.where(counts, losses, 0), rows)
         back = _counted(mirrored(log_q, log_p)[1], counts, section) if both else None
-        return Slope(index, _counted(slope, counts, section)), None if back is None else Slope(index, back)
+        own = LogitGrad(index, _counted(grad, counts, section))
+        return own, None if back is None else LogitGrad(index, back)
 
     def _record(self, losses: Tensor, rows: slice) -> None:
         self.loss_sum = self.loss_sum + losses.sum()
@@ -76,8 +79,8 @@ class Distillation:
             self.row_losses[rows][: len(losses)] = losses
 
 
-def _counted(slope: Tensor, counts: Tensor, section: DistillSection) -> Tensor:
-    return _tempered(torch.where(counts[:, None], slope, 0), section.temperature)
+def _counted(grad: Tensor, counts: Tensor, section: DistillSection) -> Tensor:
+    return _tempered(torch.where(counts[:, None], grad, 0), section.temperature)
 
 
 def _tempered(values: Tensor, temperature: float) -> Tensor:

@@ -18,8 +18,8 @@ from mtp_lightning.model.scalar_mix import ScalarMix, Sums
 from mtp_lightning.model.trunk import Trunk
 from mtp_lightning.model.unembedding import Unembedding
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
-from mtp_lightning.recipe.rules.adapt import mixing_offsets
 from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.recipe.trainable import mixing_offsets
 
 
 class MtpModel(nn.Module):

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
-from mtp_lightning.recipe.rules.adapt import mixing_offsets
 from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.recipe.trainable import TrainableParts, mixing_offsets
 
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's default for what is reduced together
 
@@ -71,13 +71,12 @@ def trainable_parameters(recipe: Recipe) -> int:
     >>> trainable_parameters(Recipe.model_validate(fields))
     935168
     """
-    first, counts = recipe.first_trained_offset, asdict(parameter_counts(recipe))
-    frozen = {*recipe.frozen_parts, *(["trunk"] if first or recipe.adapt.lora else [])}
-    if first is not None:
-        before = recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"num_offsets": first - 1})})
+    parts, counts = TrainableParts(recipe), asdict(parameter_counts(recipe))
+    if parts.first > 1:
+        before = recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"num_offsets": parts.first - 1})})
         counts["heads"] -= head_weights(before).total
         counts["unembedding"] -= unembedding_weights(before).total
-    return sum(count for role, count in counts.items() if role not in frozen)
+    return sum(count for role, count in counts.items() if role not in parts.frozen_roles)
 
 
 def bucket_entries(recipe: Recipe) -> int:

@@ -5,18 +5,19 @@ gradient of its input alone. A product with a matrix therefore counts once (forw
 input) or three times (and that of the matrix). The trunk's is the case that matters: frozen, it is run without
 autograd; under low-rank updates gradients pass through it, although its matrices are not trained.
 
-The model's own rules are followed one by one (`model/freezing.py`, `training/schedules.py`), so that torch counts the
-same products in a real step.
+Trained parts and offsets that run come from `recipe/trainable.py`, as in the model; gradient paths are followed as
+autograd does, so that torch counts the same products in a real step.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mtp_lightning.planner.trained import TRUNK, Trained
+from mtp_lightning.recipe.head_tree import TRUNK, detaches_input, norm_before, parent_offset
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
-from mtp_lightning.recipe.rules.adapt import adapted_targets, mixing_offsets
+from mtp_lightning.recipe.rules.adapt import adapted_targets
 from mtp_lightning.recipe.schema.model import ModelSection
 from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.recipe.trainable import TrainableParts, mixing_offsets, planned_offsets
 
 ALL_PROJECTIONS = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
 
@@ -117,7 +118,7 @@ class _Walk:
     """The way from the embedding to all losses; notes which states have a gradient path, as autograd would."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.trained = recipe, Trained(recipe)
+        self.recipe, self.trained = recipe, TrainableParts(recipe)
         self.trunk = self.heads = self.unembedding = self.teacher = Work()
         self.num_losses = self.num_compared = self.num_compared_entries = 0
         self.matrices: set[int] = set()  # numbers of those that get a gradient
@@ -128,7 +129,7 @@ class _Walk:
         trained = self.trained
         stack = _Stack(self.recipe, is_trained=trained.trunk, is_updated=self.recipe.adapt.lora is not None)
         self.trunk, self.has_path[TRUNK] = stack.run(num_trunk_layers(self.recipe), has_path=trained.trunk)
-        offsets = trained.needed_offsets()
+        offsets = planned_offsets(self.recipe)
         for offset in offsets:
             self._run_head(offset)
         for offset in offsets:  # the main head, which others are compared with, may have come last
@@ -137,7 +138,7 @@ class _Walk:
     def _run_head(self, offset: int) -> None:
         recipe, trained = self.recipe, self.trained
         heads, model, is_trained = recipe.heads, recipe.model, trained.head(offset)
-        has_path = trained.reads_path(offset, self.has_path)
+        has_path = self._reads_path(offset)
         num_layers = heads.layers_per_head if heads.kind in ("parallel", "chained") else 0
         if heads.kind in ("sequential", "recursive") and offset > 1:
             reads = has_path or is_trained or (trained.trunk and not heads.detach_trunk)  # the norms before it, too
@@ -151,10 +152,18 @@ class _Walk:
         work, self.has_path[offset] = stack.run(num_layers, has_path=has_path)
         self.heads += work
 
+    def _reads_path(self, offset: int) -> bool:
+        """Whether what an offset reads has a gradient path: its parent, through a norm or without, or a mixture."""
+        heads, trained = self.recipe.heads, self.trained
+        parent, norm = parent_offset(heads, offset), norm_before(heads, offset)
+        is_mixed = offset in mixing_offsets(self.recipe) and trained.mixtures
+        has_path = self.has_path[parent] and not detaches_input(heads, offset, parent)
+        return has_path or is_mixed or (norm is not None and trained.shared_norm(norm))
+
     def _compare(self, offset: int) -> None:
         """Score an offset, if that teaches anything: an own matrix or norm, or what its state depends on."""
         trained, matrix = self.trained, self.trained.matrix_number(offset)
-        reads = self.has_path[offset] or trained.norm_after(offset)
+        reads = self.has_path[offset] or trained.shared_norm(offset)
         scored = {matrix: trained.matrix(offset)}
         if not (reads or scored[matrix]):
             return
@@ -162,7 +171,7 @@ class _Walk:
             scored[-1] = trained.token_order
         distill, entries = self.recipe.objective.distill, self.recipe.model.vocab_size * self.recipe.model.hidden_size
         if offset > 1 and distill is not None and distill.beta_of(offset):
-            reads_main, learns = self.has_path[1] or trained.norm_after(1), not distill.detach_teacher
+            reads_main, learns = self.has_path[1] or trained.shared_norm(1), not distill.detach_teacher
             self.teacher += product(entries, reads=learns and reads_main, is_trained=learns and trained.matrix(1))
             self.num_compared += 1
             self.num_compared_entries += distill.resolved_top_k(self.recipe.model.vocab_size)
@@ -179,7 +188,7 @@ class _Stack:
         self.model, self.is_trained = recipe.model, is_trained
         self.rank = recipe.adapt.lora.rank if recipe.adapt.lora else 0
         self.targets = adapted_targets(recipe) if is_updated else ()
-        self.learns_updates = Trained(recipe).updates
+        self.learns_updates = TrainableParts(recipe).updates
         self.widths = projection_widths(recipe.model)
 
     def run(self, num_layers: int, *, has_path: bool) -> tuple[Work, bool]:

@@ -6,11 +6,11 @@ from pathlib import Path
 from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.launch.signals import StopRequest
-from mtp_lightning.model.freezing import freezes
 from mtp_lightning.recipe.schema.root import Recipe
-from mtp_lightning.training.health.drift import MainHeadGuard, guard_of
+from mtp_lightning.recipe.trainable import freezes_anything
+from mtp_lightning.training.health.drift import DriftMonitor, drift_section
 from mtp_lightning.training.health.early_stop import EarlyStop
-from mtp_lightning.training.health.rollbacks import Rollbacks
+from mtp_lightning.training.health.rollback import Rollbacks
 from mtp_lightning.training.health.stragglers import Stragglers
 from mtp_lightning.training.health.watchdog import Watchdog
 from mtp_lightning.training.logging.live import LiveView
@@ -40,9 +40,9 @@ def build_callbacks(
     return [
         Stragglers(),
         *([InitFrom(recipe, Path(recipe.init.path))] if recipe.init.path else []),
-        *([Frozen()] if freezes(recipe) else []),
+        *([Frozen()] if freezes_anything(recipe) else []),
         Rollbacks(run_folder),
-        *([MainHeadGuard(recipe, guard)] if (guard := guard_of(recipe)) else []),
+        *([DriftMonitor(recipe, guard)] if (guard := drift_section(recipe)) else []),
         *([EarlyStop(recipe.run.early_stop)] if recipe.run.early_stop else []),
         MetricsFiles(recipe, run_folder),
         checkpoints,

@@ -19,11 +19,12 @@ from mtp_lightning.recipe import LoadedRecipe, Recipe, num_head_layers, num_trun
 from mtp_lightning.training.build_callbacks import build_callbacks
 from mtp_lightning.training.health.bad_node import bad_node
 from mtp_lightning.training.health.early_stop import is_over
-from mtp_lightning.training.health.rollback import NonFiniteStreak, roll_back
+from mtp_lightning.training.health.rollback import roll_back
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.logging.log_routing import redirect_library_logs
 from mtp_lightning.training.phases import train_phases
 from mtp_lightning.training.run_folder import Opened, opened_run_folder
+from mtp_lightning.training.step.skipped_steps import NonFiniteStreak
 from mtp_lightning.training.strategies.device import prepare_device
 from mtp_lightning.training.strategies.process_group import process_group
 from mtp_lightning.training.strategies.zero import build_strategy

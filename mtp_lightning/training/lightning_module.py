@@ -1,34 +1,30 @@
-"""The Lightning module: one training step is one optimizer step under manual optimization."""
+"""The Lightning module: one training step is one optimizer step under manual optimization.
+
+To follow a step read `training_step` here, then `step/batch.py` (targets, weights, micro-batches), `step/vote.py` (the
+reduction that all ranks begin with), `step/objective.py` (the loss), `step/backward_order.py` (which head goes when),
+`losses/chunked.py` (a loss without a (T, V) tensor).
+"""
 
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from mtp_lightning.losses.distillation import teacher_positions
-from mtp_lightning.losses.targets import count_targets, shifted_targets
-from mtp_lightning.losses.weights import offset_weights
-from mtp_lightning.model.freezing import first_taught, freeze
+from mtp_lightning.losses.target_checks import ORACLE_STEPS, TargetCountCheck, check_targets
+from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.root import Recipe
-from mtp_lightning.training.health.rollback import SkippedSteps
-from mtp_lightning.training.step.backward_order import evaluate, run_schedule
-from mtp_lightning.training.step.gradient_checks import (
-    ORACLE_STEPS,
-    GradientArrival,
-    GradientSums,
-    TargetArrival,
-    check_targets,
-)
+from mtp_lightning.training.step.backward_order import accumulate_gradients
+from mtp_lightning.training.step.batch import Batch, MicroBatch, PreparedBatch, prepare_batch
+from mtp_lightning.training.step.evaluate import evaluate
+from mtp_lightning.training.step.gradient_checks import GradientChecksum, NonzeroGradientCheck
 from mtp_lightning.training.step.metrics import RunMetrics, of_source
-from mtp_lightning.training.step.objective import MicroBatch, Objective, OffsetLosses
+from mtp_lightning.training.step.objective import Objective, OffsetLosses
 from mtp_lightning.training.step.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -36,18 +32,22 @@ from mtp_lightning.training.step.optimizer import (
     rates_by_role,
     set_learning_rate,
 )
+from mtp_lightning.training.step.skipped_steps import SkippedSteps
+from mtp_lightning.training.step.throughput import ThroughputClock
+from mtp_lightning.training.step.vote import AgreedCounts, StopVote, agree_on_step
 from mtp_lightning.training.strategies.base import RunStrategy
 from mtp_lightning.training.strategies.param_shards import gradient_norms
 
-Batch = dict[str, Tensor]
-NUM_URGENCIES = 3  # go on, stop, stop and requeue
-
 
 class MtpLightningModule(L.LightningModule):
-    """Trains an `MtpModel` by the recipe's schedule.
+    """Trains an `MtpModel` in the recipe's backward order.
 
-    `metrics` holds the figures of the last logged step or validation, by column name of metrics.csv; it is
-    filled right before the callbacks see the step, and emptied by the next.
+    Attributes:
+        model: trunk, heads and unembedding.
+        metrics: figures of the last logged step or validation, by column name of metrics.csv; filled right before the
+            callbacks see the step, and emptied by the next.
+        stop_vote: how ranks agree to stop.
+        throughput: tokens per second; callbacks pause it while they take time that is no training.
     """
 
     model: MtpModel
@@ -55,8 +55,7 @@ class MtpLightningModule(L.LightningModule):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.urgency: Callable[[], int] = lambda: 0  # how much this rank wants to stop; asked once per reduction
-        self.agreed_urgency = 0  # the most urgent of all ranks, as of the last one
+        self.stop_vote = StopVote()
         self.recipe = recipe
         self.metrics: dict[str, float] = {}
         self.skipped_steps = SkippedSteps(recipe.health.nonfinite)
@@ -84,28 +83,33 @@ class MtpLightningModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Begin the checks anew after every start, resumed or not."""
-        self.gradient_arrival = GradientArrival(self.model, self.strategy.ranks)
-        self.gradient_sums = GradientSums(self.model, self.strategy.ranks)
-        self.target_arrival = TargetArrival()
+        self.gradient_check = NonzeroGradientCheck(self.model, self.strategy.ranks)
+        self.gradient_checksum = GradientChecksum(self.model, self.strategy.ranks)
+        self.target_check = TargetCountCheck()
         self.num_checked_steps = 0
-        self.logged_at, self.logged_step = time.monotonic(), self.global_step
+        self.throughput = ThroughputClock(self.recipe, self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Run one optimizer step over this rank's rows of the global batch."""
-        step = self.global_step
-        self.metrics = {}
-        objective, targets = self._prepare(batch, step)
-        parts: list[tuple[Tensor, OffsetLosses]] = []
+        """Run one optimizer step over this rank's sequences of the global batch.
+
+        Ranks meet in `agree_on_step`, in the strategy where gradients are reduced, and in `_norms`.
+        """
+        step, self.metrics = self.global_step, {}
+        prepared = prepare_batch(batch, self.recipe, step)
+        self._check_targets(batch, prepared)
+        counts = agree_on_step(prepared.counts, self.stop_vote, self.strategy.ranks)
+        weights_with_targets = self.target_check.look(counts.targets, prepared.weights)
+        objective = self._objective(prepared.weights, counts, weights_with_targets, predicts=self._is_logged(step + 1))
+        losses: list[OffsetLosses] = []
         with self.strategy.accumulating():
-            for micro_batch in self._micro_batches(batch, targets):
+            for micro_batch in prepared.micro_batches:
                 with self.autocast():
-                    losses = run_schedule(self.model, micro_batch, objective, self._backward)
-                parts.append((micro_batch.targets, losses))
-        norms = self._norms(parts, objective.weights)
-        is_finite = math.isfinite(norms["all"])
+                    losses.append(accumulate_gradients(self.model, micro_batch, objective, self._backward))
+        norms = self._norms(losses, objective)
         self._step_optimizer(norms, objective, step)
-        for part in parts if is_finite else ():
-            self.measured.train.update(*part)
+        if math.isfinite(norms["all"]):
+            for micro_batch, own in zip(prepared.micro_batches, losses, strict=True):
+                self.measured.train.update(micro_batch.targets, own)
         self.trainer.datamodule.advance(len(batch["tokens"]) * self.strategy.ranks.size)  # type: ignore[attr-defined]
         if self._is_logged(step + 1):
             self._log_step(step, norms)
@@ -113,10 +117,11 @@ class MtpLightningModule(L.LightningModule):
             self.trainer.should_stop = True  # Lightning 2.6 validates once more before it stops, whatever the interval
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add held-out rows to the validation metrics."""
-        targets = self._targets(batch)
-        objective = self._objective(targets, batch["documents"], [1.0] * len(targets), predicts=True)
-        for micro_batch in self._micro_batches(batch, targets):
+        """Add held-out sequences to the validation metrics."""
+        prepared = prepare_batch(batch, self.recipe, step=None)
+        counts = agree_on_step(prepared.counts, self.stop_vote, self.strategy.ranks)
+        objective = self._objective(prepared.weights, counts, None, predicts=True)
+        for micro_batch in prepared.micro_batches:
             with self.autocast():
                 losses = evaluate(self.model, micro_batch, objective)
             self.measured.validation.update(micro_batch.targets, losses)
@@ -132,16 +137,12 @@ class MtpLightningModule(L.LightningModule):
                 metrics.update(micro_batch.targets[:, chosen], losses.of_rows(chosen))
 
     def on_validation_start(self) -> None:
-        """Stop the clock of tokens per second."""
+        """Note when the throughput clock is to pause."""
         self.validation_began_at = time.monotonic()
 
     def on_validation_end(self) -> None:
-        """Let the clock of tokens per second go on."""
-        self.exclude_time(time.monotonic() - self.validation_began_at)
-
-    def exclude_time(self, spent_s: float) -> None:
-        """Leave time that went into something else than training out of tokens per second."""
-        self.logged_at += spent_s
+        """Subtract the validation from the throughput clock."""
+        self.throughput.pause(time.monotonic() - self.validation_began_at)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what has been measured since the last logged step, so that a resumed run logs the same figures."""
@@ -166,48 +167,27 @@ class MtpLightningModule(L.LightningModule):
             metrics.reset()
         self.metrics |= {f"val/{name}": figure for name, figure in figures.items()}
 
-    def _prepare(self, batch: Batch, step: int) -> tuple[Objective, Tensor]:
-        """Targets and objective of a step, checked on the first steps of every start."""
-        targets = self._targets(batch)
+    def _check_targets(self, batch: Batch, prepared: PreparedBatch) -> None:
+        """Compare targets with the slow oracle in the first steps of every start."""
         if self.num_checked_steps < ORACLE_STEPS:
-            check_targets(batch["tokens"], batch["documents"], batch.get("loss_mask"), targets)
+            check_targets(batch["tokens"], batch["documents"], batch.get("loss_mask"), prepared.targets)
             self.num_checked_steps += 1
-        weights = offset_weights(self.recipe.objective.weights, len(targets), step, self.recipe.run.steps)
-        num_frozen = first_taught(self.recipe) - 1
-        weights[:num_frozen] = [0.0] * num_frozen
-        objective = self._objective(targets, batch["documents"], weights, predicts=self._is_logged(step + 1))
-        taught = self.target_arrival.look(objective.counts.tolist(), weights)
-        return replace(objective, taught=taught), targets
 
-    def _targets(self, batch: Batch) -> Tensor:
-        num_offsets = self.recipe.heads.num_offsets
-        return shifted_targets(batch["tokens"], batch["documents"], num_offsets, batch.get("loss_mask"))
-
-    def _objective(self, targets: Tensor, documents: Tensor, weights: list[float], *, predicts: bool) -> Objective:
-        num_positions = targets.shape[2]
-        num_ordered = (documents[:, :num_positions] == documents[:, 1 : num_positions + 1]).sum()
-        own = (count_targets(targets), teacher_positions(targets).sum((1, 2)), num_ordered[None])
-        votes = num_ordered.new_tensor([self.urgency() == level for level in range(NUM_URGENCIES)])
-        counts = self.strategy.ranks.sum(torch.cat((*own, votes)))
-        counts, votes = counts[:-NUM_URGENCIES], counts[-NUM_URGENCIES:]
-        self.agreed_urgency = int(votes.nonzero().max())
+    def _objective(
+        self, weights: list[float], counts: AgreedCounts, weights_with_targets: list[float] | None, *, predicts: bool
+    ) -> Objective:
+        """Put together the loss of every micro-batch of a step; no communication."""
         return Objective(
             self.recipe.objective,
             weights,
-            counts[: len(targets)],
-            counts[-1],
-            predicts,
+            counts.on_device.targets,
+            num_ordered=counts.on_device.ordered,
+            predicts=predicts,
             num_ranks=self.strategy.ranks.size,
-            teacher_counts=counts[len(targets) : -1],
+            teacher_counts=counts.on_device.teachers,
             loss_scale=self.strategy.gradient_scale,
+            weights_with_targets=weights_with_targets,
         )
-
-    def _micro_batches(self, batch: Batch, targets: Tensor) -> Iterator[MicroBatch]:
-        size = self.recipe.batch.micro_batch_size
-        for start in range(0, len(batch["tokens"]), size):
-            rows = slice(start, start + size)
-            sources = batch["sources"][rows] if "sources" in batch else None
-            yield MicroBatch(batch["tokens"][rows], batch["documents"][rows], targets[:, rows], sources)
 
     def autocast(self) -> torch.autocast:
         """Surround what computes with the model, in the precision of the run."""
@@ -218,20 +198,20 @@ class MtpLightningModule(L.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss)
 
-    def _norms(self, parts: list[tuple[Tensor, OffsetLosses]], weights: list[float]) -> dict[str, Tensor]:
+    def _norms(self, parts: list[OffsetLosses], objective: Objective) -> dict[str, Tensor]:
         """Gradient norms before clipping by role; `all` is finite only if the losses of all ranks are, too."""
         strategy = self.strategy
-        has_weight = torch.tensor(weights, device=self.device) > 0  # the others need not have been computed
-        losses = torch.stack([losses.nll_sums for _, losses in parts]).sum(0)[has_weight]
+        has_weight = torch.tensor(objective.weights, device=self.device) > 0  # the others need not have been computed
+        losses = torch.stack([part.nll_sums for part in parts]).sum(0)[has_weight]
         return gradient_norms(
-            strategy.fragments(), strategy.ranks, loss_scale=strategy.gradient_scale, loss=losses.sum()
+            strategy.param_shards(), strategy.ranks, loss_scale=strategy.gradient_scale, loss=losses.sum()
         )
 
     def _step_optimizer(self, norms: dict[str, Tensor], objective: Objective, step: int) -> None:
         """Check, clip, step, zero: once per optimizer step."""
         optimizer, strategy, section = self.optimizers(), self.strategy, self.recipe.optimizer
         assert not isinstance(optimizer, list)
-        has_effect = math.isfinite(norms["all"]) and objective.teaches
+        has_effect = math.isfinite(norms["all"]) and objective.has_targets
         if has_effect:
             self.skipped_steps.end()
             clip = (
@@ -240,18 +220,18 @@ class MtpLightningModule(L.LightningModule):
                 else min(1.0, section.max_grad_norm / max(float(norms["all"]), 1e-30))
             )
             scale = clip / strategy.gradient_scale
-            self.gradient_arrival.before_step(objective.taught or [], strategy.fragments(), scale=scale)
-            self.gradient_sums.compare(strategy.fragments())
+            self.gradient_check.before_step(objective.weights_with_targets or [], strategy.param_shards(), scale=scale)
+            self.gradient_checksum.compare(strategy.param_shards())
             if section.max_grad_norm is not None and strategy.clips_here:
                 clip_gradients(self.model.parameters(), norms["all"], section.max_grad_norm)
         else:
-            self.gradient_sums.forget()
+            self.gradient_checksum.forget()
             self._skip(norms, objective, step)
         rate = learning_rate(section, step, self.recipe.run.steps)
         set_learning_rate(optimizer.optimizer, section, rate)
         optimizer.step()  # counts the step, skipped or not
         if has_effect and rate > 0:  # the last step of a decay to zero moves nothing
-            self.gradient_arrival.after_step(strategy.fragments(), rates_by_role(section, rate))
+            self.gradient_check.after_step(strategy.param_shards(), rates_by_role(section, rate))
         optimizer.zero_grad(set_to_none=True)
 
     def _skip(self, norms: dict[str, Tensor], objective: Objective, step: int) -> None:
@@ -281,19 +261,17 @@ class MtpLightningModule(L.LightningModule):
         has_any = self.measured.train.update_called  # unless all steps since the last row were skipped, on all ranks
         figures = self.measured.train.compute() if has_any else {}
         self.measured.train.reset()
-        recipe, now = self.recipe, time.monotonic()
-        tokens, tokens_before = tokens_after(recipe, step + 1), tokens_after(recipe, self.logged_step)
+        recipe = self.recipe
         self.metrics |= {
             "step": step + 1,
-            "tokens": tokens,
+            "tokens": tokens_after(recipe, step + 1),
             "lr": learning_rate(recipe.optimizer, step, recipe.run.steps),
             **{f"train/{name}": figure for name, figure in figures.items()},
             **{f"grad_norm/{role}": float(norm) for role, norm in norms.items()},
             "skipped_steps": self.skipped_steps.total,
-            "tokens_per_s": (tokens - tokens_before) / (now - self.logged_at),
+            "tokens_per_s": self.throughput.lap(step + 1),
             "memory_gib": self._memory_bytes() / 2**30,
         }
-        self.logged_at, self.logged_step = now, step + 1
 
     def _memory_bytes(self) -> int:
         """Peak memory so far: the device's allocator on CUDA, this process's resident set on the CPU."""

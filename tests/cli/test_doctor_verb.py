@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from mtp_lightning.cli.app import app
 from mtp_lightning.cli.doctor_view import print_outcomes
 from mtp_lightning.diagnostics.parity import Outcome
-from mtp_lightning.diagnostics.parity_matrix import matrix
+from mtp_lightning.diagnostics.parity_matrix import sample
 from tests.structure.test_torch_free import loaded_by
 
 
@@ -29,6 +29,7 @@ def test_help_does_not_show_what_ranks_are_told():
     text = CliRunner().invoke(app, ["doctor", "--help"]).output
     assert "--strategies" in text
     assert "--results" not in text
+    assert "--cells" not in text
 
 
 def test_the_machine():
@@ -40,14 +41,14 @@ def test_the_machine():
     assert lines["torch"][0].isdecimal()
 
 
-def test_full_without_strategies_is_refused():
-    done = CliRunner().invoke(app, ["doctor", "--full"])
+def test_cells_without_strategies_are_refused():
+    done = CliRunner().invoke(app, ["doctor", "--cells", "cells.jsonl"])
     assert done.exit_code == 2
     assert "goes with --strategies only" in done.output
 
 
 def outcomes(**bad):
-    first, *others = [cell for ranks in (1, 2) for cell in matrix(ranks, full=False)]
+    first, *others = sample()
     good = {"gradients": 6e-7, "weights": 1e-7, "losses": 2e-7}
     return [Outcome(cell=first, **(good | bad)), *(Outcome(cell=cell, **good) for cell in others)]
 

@@ -10,10 +10,10 @@ from tests.support.runs import ROOT
 
 
 def break_at_first_step(monkeypatch, words):
-    def run_schedule(*arguments):
+    def accumulate_gradients(*arguments):
         raise RuntimeError(words)
 
-    monkeypatch.setattr(lightning_module, "run_schedule", run_schedule)
+    monkeypatch.setattr(lightning_module, "accumulate_gradients", accumulate_gradients)
 
 
 def start(folder):

@@ -5,8 +5,7 @@ import torch
 
 from mtp_lightning.decode import steps
 from mtp_lightning.decode.verify import AcceptResult
-from mtp_lightning.diagnostics.preflight_lines import Failure, line_of
-from mtp_lightning.diagnostics.preflight_trial import decoded
+from mtp_lightning.diagnostics.preflight_trial import Failure, check_decoding, run_check
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
 from tests.support.runs import ROOT, mtp
@@ -55,7 +54,7 @@ def test_what_nccl_and_cuda_say_is_a_line_too(capsys):
     def refuse(recipe, device):
         raise RuntimeError("NCCL error: invalid usage\nDuplicate GPU detected")
 
-    line = line_of("network", refuse, None, torch.device("cpu"))
+    line = run_check("network", refuse, None, torch.device("cpu"))
     assert line.hint
     printed = capsys.readouterr()
     assert printed.out.startswith("FAIL network      rank 0 on ")
@@ -86,4 +85,4 @@ def test_drafts_that_change_the_text_are_found(tmp_path, monkeypatch):
 
     monkeypatch.setattr(steps, "accept_greedy", keep_others)
     with pytest.raises(Failure, match="of 12 tokens with decoder blockwise"):
-        decoded(recipe, tmp_path / "there", torch.device("cpu"))
+        check_decoding(recipe, tmp_path / "there", torch.device("cpu"))

@@ -136,7 +136,7 @@ def test_without_the_choice_of_a_gpu_all_ranks_would_join_with_the_first(gpu):
 
 
 def test_without_one_device_for_collectives_ranks_would_wait_for_each_other(gpu):
-    of_ranks = [fit(gpu, "zero2", rank=rank, without="collectives_where_fragments_are") for rank in RANKS]
+    of_ranks = [fit(gpu, "zero2", rank=rank, without="collectives_where_shards_are") for rank in RANKS]
     first, *others = (collectives_of(own) for own in of_ranks)
     assert any(own != first for own in others)
 

@@ -9,7 +9,7 @@ from mtp_lightning.checkpoint.convert.add_heads import extend_checkpoint
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.errors import CheckpointError, RecipeError, TrainingError
 from mtp_lightning.model.add_heads import parameter_origins
-from mtp_lightning.model.freezing import freeze_before, parameters_of
+from mtp_lightning.model.freezing import freeze, parameters_of
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.recipe.add_heads import extended_recipe
 from mtp_lightning.training import lightning_module
@@ -177,10 +177,10 @@ def test_frozen_parts_get_no_gradient_and_the_others_the_same(kind, schedule, ob
     weights = [0.0] * (first - 1) + [1.0] * (5 - first)
     results = []
     for own, is_frozen in ((schedule, True), ("joint", True), ("joint", False)):
-        recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective={"backward_order": own} | objective)
+        heads = HEAD_KINDS[kind] | ({"trainable_from": first} if is_frozen else {})
+        recipe = tiny_recipe(heads=heads, objective={"backward_order": own} | objective)
         model = tiny_model(recipe)
-        if is_frozen:
-            freeze_before(model, first)
+        freeze(model, recipe)
         results.append(gradients_of(model, recipe, tiny_rows(recipe, 2), weights))
     (losses, found), (expected_losses, expected), (_, whole) = results
     torch.testing.assert_close(losses[0].nll_sums, expected_losses[0].nll_sums, equal_nan=True)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
-from mtp_lightning.training.step.backward_order import MicroBatch, Objective, run_schedule
+from mtp_lightning.training.step.backward_order import accumulate_gradients
+from mtp_lightning.training.step.batch import MicroBatch
+from mtp_lightning.training.step.objective import Objective
 from tests.support.tiny import HEAD_KINDS, relative_error, tiny_model, tiny_recipe, tiny_rows
 
 SCALE = 2.0**12
@@ -19,7 +21,9 @@ def gradients(kind, schedule, scale, dtype=torch.float64):
     targets = shifted_targets(tokens, documents, recipe.heads.num_offsets, mask)
     counts = (targets != IGNORE).sum((1, 2)).to(torch.float64)
     objective = Objective(recipe.objective, [1.0] * len(counts), counts, loss_scale=scale)
-    run_schedule(model, MicroBatch(tokens, documents, targets), objective, lambda loss: (loss * scale).backward())
+    accumulate_gradients(
+        model, MicroBatch(tokens, documents, targets), objective, lambda loss: (loss * scale).backward()
+    )
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -42,7 +46,9 @@ def test_half_precision_keeps_small_gradients_until_they_are_scaled(schedule):
         targets = shifted_targets(tokens, documents, recipe.heads.num_offsets, mask)
         counts = torch.full((4,), 1e9)
         objective = Objective(recipe.objective, [1.0] * 4, counts, loss_scale=scale)
-        run_schedule(model, MicroBatch(tokens, documents, targets), objective, lambda loss: (loss * scale).backward())
+        accumulate_gradients(
+            model, MicroBatch(tokens, documents, targets), objective, lambda loss: (loss * scale).backward()
+        )
         return next(p.grad for p in model.unembedding.lm_heads.parameters())
 
     assert not half(1.0).any(), "without a scale this gradient is nothing but zeros in fp16"

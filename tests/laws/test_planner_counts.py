@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtp_lightning.model.freezing import freeze, freeze_before
+from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.model.roles import ROLES, role_of
 from mtp_lightning.planner.counts import parameter_counts, trainable_parameters
@@ -60,7 +60,7 @@ def test_trainable_parameters_are_those_left_by_freezing(kind, first):
     recipe = tiny_recipe(model={"num_hidden_layers": 9}, heads=HEAD_KINDS[kind], freeze=[f"offsets_below_{first}"])
     with torch.device("meta"):
         model = MtpModel(recipe)
-    freeze_before(model, first)
+    freeze(model, recipe)
     left = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert trainable_parameters(recipe) == left
     assert (left > 0) or (kind == "recursive" and first > 2)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from mtp_lightning.data.loading.peek import targets_of_row
 from mtp_lightning.errors import TrainingError
+from mtp_lightning.losses import target_checks
+from mtp_lightning.losses.target_checks import MOST_MISSES, TargetCountCheck, check_targets
 from mtp_lightning.losses.targets import IGNORE, count_targets, oracle_targets, shifted_targets
-from mtp_lightning.training.step import gradient_checks as checks
-from mtp_lightning.training.step.gradient_checks import MOST_MISSES, TargetArrival, check_targets
 
 
 @st.composite
@@ -85,7 +85,7 @@ def test_wrong_targets_stop_the_run(bug):
 def test_wrong_normalising_count_stops_the_run(monkeypatch):
     tokens, documents, mask = masked_rows()
     targets = shifted_targets(tokens, documents, 3, mask)
-    monkeypatch.setattr(checks, "count_targets", lambda targets: torch.tensor([targets[0].numel()] * 3))
+    monkeypatch.setattr(target_checks, "count_targets", lambda targets: torch.tensor([targets[0].numel()] * 3))
     with pytest.raises(TrainingError, match="divided by the number of its own valid targets"):
         check_targets(tokens, documents, mask, targets)
 
@@ -93,14 +93,14 @@ def test_wrong_normalising_count_stops_the_run(monkeypatch):
 def test_offsets_that_never_have_a_target_stop_the_run():
     tokens, documents, _ = masked_rows()
     targets = shifted_targets(tokens, documents, 3, torch.zeros_like(tokens, dtype=torch.bool))
-    watch = TargetArrival()
+    watch = TargetCountCheck()
     for _ in range(MOST_MISSES - 1):
         assert watch.look(count_targets(targets).tolist(), [1.0, 1.0, 1.0]) == [0.0, 0.0, 0.0]
     with pytest.raises(TrainingError, match="a valid target now and then; found none at offset 1, 2, 3"):
         watch.look(count_targets(targets).tolist(), [1.0, 1.0, 1.0])
     short = shifted_targets(tokens[:, :5], torch.arange(5).expand(2, 5) // 2, 3)
     assert count_targets(short).tolist() == [2, 0, 0]
-    watch = TargetArrival()
+    watch = TargetCountCheck()
     for _ in range(MOST_MISSES - 1):
         assert watch.look([2, 0, 0], [1.0, 1.0, 0.0]) == [1.0, 0.0, 0.0]
     with pytest.raises(TrainingError, match=r"none at offset 2 in"):

@@ -4,21 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from itertools import combinations, product
+from itertools import product
 
 import pytest
 
 from mtp_lightning.diagnostics.parity import LOSS_TOLERANCE, TOLERANCE, compare_strategies
-from mtp_lightning.diagnostics.parity_matrix import (
-    ADAPTATIONS,
-    RANKS,
-    SCHEDULES,
-    STAGES,
-    _every_cell,
-    _values,
-    matrix,
-    sample,
-)
+from mtp_lightning.diagnostics.parity_matrix import ADAPTATIONS, RANKS, SCHEDULES, STAGES, sample
+from tests.support.parity_matrix import plain_cells, sample_of_triples, values_of, whole_matrix
 from tests.support.runs import ROOT, mtp
 
 ROW = re.compile(r"^(zero\d) +(\d) +(\w+) +(\d+) +(\S+) +(\S+) +(\S+)$", re.MULTILINE)
@@ -38,40 +30,57 @@ def test_a_sample_of_the_matrix():
     assert sum(int(num_cells) for *_, num_cells, _, _, _ in rows) >= 2 * len(rows)
 
 
+def all_values(cells, number):
+    return {values for cell in cells for values in values_of(cell, number)}
+
+
 def test_the_whole_matrix_is_every_combination():
-    every = {cell for num_ranks in RANKS for cell in matrix(num_ranks, full=True) if cell.optimizer == "sgd"}
+    every = {cell for cell in whole_matrix() if cell.optimizer == "sgd"}
     cells = {cell for cell in every if cell.adaptation == "none"}
     assert len(every - cells) == len(STAGES) * len(RANKS) * len(SCHEDULES) * (len(ADAPTATIONS) - 1)
     heads_and_unembeddings = 3 * 3 - 1  # sequential heads share their unembedding
     assert len(cells) == len(STAGES) * len(RANKS) * len(SCHEDULES) * 2 * heads_and_unembeddings * 2
 
 
-def test_in_the_sample_every_three_values_meet_that_can():
-    whole, part = ({cell: _values(cell) for cell in cells} for cells in (_every_cell(), sample()))
-    every, found = (
-        {triple for values in cells.values() for triple in combinations(values, 3)} for cells in (whole, part)
-    )
-    assert found == every
+def test_in_the_sample_every_two_values_meet_that_can():
+    plain = [cell for cell in sample() if (cell.optimizer, cell.adaptation) == ("sgd", "none")]
+    assert all_values(plain, 2) == all_values(plain_cells(), 2)
+    places = {(cell.stage, cell.ranks, cell.schedule) for cell in plain}
+    assert places == set(product(STAGES, RANKS, SCHEDULES))
+    adapted = {(cell.adaptation, value) for cell in sample() for value in (cell.stage, cell.schedule, cell.ranks)}
+    assert adapted >= set(product(ADAPTATIONS, (*STAGES, *SCHEDULES, *RANKS)))
+    adamw = {(cell.stage, cell.ranks) for cell in sample() if cell.optimizer == "adamw"}
+    assert adamw == set(product(STAGES, RANKS))
+    assert len(set(sample())) == len(sample()) <= 40
+
+
+def test_in_the_sample_of_triples_every_three_values_meet_that_can():
+    whole, part = plain_cells(), sample_of_triples()
+    assert all_values(part, 3) == all_values(whole, 3)
     assert len(part) < len(whole) / 10
-    cells = [cell for num_ranks in RANKS for cell in matrix(num_ranks, full=False)]
-    pairs = {(cell.adaptation, value) for cell in cells for value in (cell.stage, cell.schedule, cell.ranks)}
-    assert pairs >= set(product(ADAPTATIONS, (*STAGES, *SCHEDULES, *RANKS)))
+
+
+@pytest.mark.slow
+def test_every_three_values_that_can_meet_are_equal():
+    outcomes = compare_strategies(sample_of_triples())
+    assert [outcome for outcome in outcomes if not outcome.is_good] == []
+    assert {outcome.cell for outcome in outcomes} == {*sample_of_triples()}
 
 
 @pytest.mark.matrix
 @pytest.mark.timeout(3600)
 def test_the_whole_matrix():
-    outcomes = compare_strategies(full=True)
+    outcomes = compare_strategies(whole_matrix())
     assert [outcome for outcome in outcomes if not outcome.is_good] == []
-    assert {outcome.cell for outcome in outcomes} == {c for ranks in RANKS for c in matrix(ranks, full=True)}
+    assert {outcome.cell for outcome in outcomes} == {*whole_matrix()}
 
 
 @pytest.mark.slow
 def test_unequal_cells_are_named_and_fail_the_command():
     """Nothing is as near as this tolerance asks for: rounding itself must be found."""
     code = (
-        "from mtp_lightning.diagnostics import parity; parity.TOLERANCE = 1e-9; "
-        "from mtp_lightning.cli.app import main; main()"
+        "from mtp_lightning.diagnostics import parity; from mtp_lightning.cli.app import main; "
+        "parity.TOLERANCE = 1e-9; main()"
     )
     command = [sys.executable, "-c", code, "doctor", "--strategies"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mtp_lightning.losses import reference
 from mtp_lightning.losses.chunked import Term, chunk_rows, chunked_loss
-from mtp_lightning.losses.scores import CrossEntropy, TokenOrder
+from mtp_lightning.losses.row_losses import CrossEntropy, TokenOrder
 from mtp_lightning.losses.targets import IGNORE
 
 

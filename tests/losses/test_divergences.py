@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mtp_lightning.losses import reference
 from mtp_lightning.losses.chunked import Term, chunk_rows, chunked_loss
 from mtp_lightning.losses.distillation import Distillation, teacher_positions
-from mtp_lightning.losses.scores import CrossEntropy
+from mtp_lightning.losses.row_losses import CrossEntropy
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.recipe.schema.objective import DistillSection
 

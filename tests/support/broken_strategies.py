@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from mtp_lightning.diagnostics.parity import run_cell
 from mtp_lightning.diagnostics.parity_matrix import STAGES, Cell
 from mtp_lightning.ranks import Ranks
-from mtp_lightning.training.step.gradient_checks import GradientSums
+from mtp_lightning.training.step.gradient_checks import GradientChecksum
 from mtp_lightning.training.strategies.process_group import process_group
 from mtp_lightning.training.strategies.zero import ZeroStrategy
 
@@ -40,8 +40,8 @@ def scale_gradients():
     def accumulating(self):
         with sound(self):
             yield
-        for fragment in self.fragments():
-            fragment.gradient.mul_(1.0001)
+        for shard in self.param_shards():
+            shard.gradient.mul_(1.0001)
 
     ZeroStrategy.accumulating = accumulating
 
@@ -49,7 +49,7 @@ def scale_gradients():
 def check_nothing():
     """The gradient-sum check off: what would train on without it."""
     leave_boundary_alone()
-    GradientSums.compare = lambda self, fragments: None
+    GradientChecksum.compare = lambda self, shards: None
 
 
 BREAKAGES = (leave_boundary_alone, let_zero3_overwrite, scale_gradients, check_nothing)
@@ -79,13 +79,13 @@ def cells(num_ranks):
 
 
 def main(num_ranks):
-    chosen, sound = cells(int(num_ranks)), (ZeroStrategy.accumulating, GradientSums.compare)
+    chosen, sound = cells(int(num_ranks)), (ZeroStrategy.accumulating, GradientChecksum.compare)
     found = {}
     with process_group(chosen[0].recipe):
         for breakage in BREAKAGES:
             breakage()
             found[breakage.__name__] = [(cell, run_cell(cell)) for cell in chosen]
-            ZeroStrategy.accumulating, GradientSums.compare = sound
+            ZeroStrategy.accumulating, GradientChecksum.compare = sound
         if Ranks().is_first:
             print(json.dumps({name: [line(*pair) for pair in pairs] for name, pairs in found.items()}))
 

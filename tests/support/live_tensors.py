@@ -10,7 +10,9 @@ from torch.utils._pytree import tree_leaves
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.mtp_model import MtpModel
-from mtp_lightning.training.step.backward_order import MicroBatch, Objective, run_schedule
+from mtp_lightning.training.step.backward_order import accumulate_gradients
+from mtp_lightning.training.step.batch import MicroBatch
+from mtp_lightning.training.step.objective import Objective
 
 
 class LiveTensors(TorchDispatchMode):
@@ -67,6 +69,6 @@ def count_schedule(recipe):
         objective = Objective(recipe.objective, weights, counts, counts[0], predicts=True, teacher_counts=teachers)
         is_low = recipe.run.precision == "bf16"
         with LiveTensors(known=model.parameters()) as live, torch.autocast("cpu", torch.bfloat16, enabled=is_low):
-            run_schedule(model, MicroBatch(tokens, documents, targets), objective, lambda loss: loss.backward())
+            accumulate_gradients(model, MicroBatch(tokens, documents, targets), objective, lambda loss: loss.backward())
         assert all(parameter.grad is not None for parameter in model.parameters())
         return live, 12 * sum(parameter.numel() for parameter in model.parameters())

@@ -9,9 +9,9 @@ from contextlib import nullcontext
 
 import torch
 
+from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training import fit, lightning_module
-from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.strategies.process_group import process_group
 from tests.support.runs import ROOT
 
@@ -20,20 +20,20 @@ STEP = 3  # counted from 0
 
 def spoil_losses(step=STEP):
     """Let the loss of one step be infinite on the last rank."""
-    run_schedule, prepare = lightning_module.run_schedule, MtpLightningModule._prepare
+    accumulate_gradients, prepare = lightning_module.accumulate_gradients, lightning_module.prepare_batch
     steps = []
 
-    def prepared(self, batch, step):
-        is_last = self.global_rank == self.trainer.world_size - 1
+    def prepared(batch, recipe, step):
+        is_last = Ranks().rank == Ranks().size - 1
         steps.append(step if is_last else -1)
-        return prepare(self, batch, step)
+        return prepare(batch, recipe, step)
 
     def run(*arguments):
-        losses = run_schedule(*arguments)
+        losses = accumulate_gradients(*arguments)
         return losses._replace(nll_sums=losses.nll_sums * torch.inf) if steps[-1] == step else losses
 
-    MtpLightningModule._prepare = prepared
-    lightning_module.run_schedule = run
+    lightning_module.prepare_batch = prepared
+    lightning_module.accumulate_gradients = run
 
 
 def main(folder, cells, *fields):

@@ -9,7 +9,9 @@ from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.recipe.schema.root import Recipe
-from mtp_lightning.training.step.backward_order import MicroBatch, Objective, OffsetLosses, run_schedule
+from mtp_lightning.training.step.backward_order import accumulate_gradients
+from mtp_lightning.training.step.batch import MicroBatch
+from mtp_lightning.training.step.objective import Objective, OffsetLosses
 
 HEAD_KINDS: dict[str, dict[str, object]] = {
     "parallel": {"kind": "parallel"},
@@ -105,7 +107,7 @@ def gradients_of(
     for start in range(0, len(tokens), recipe.batch.micro_batch_size):
         part = slice(start, start + recipe.batch.micro_batch_size)
         batch = MicroBatch(tokens[part], documents[part], targets[:, part])
-        losses.append(run_schedule(model, batch, objective, torch.Tensor.backward))
+        losses.append(accumulate_gradients(model, batch, objective, torch.Tensor.backward))
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return losses, gradients
 

@@ -13,7 +13,7 @@ from mtp_lightning.model.roles import role_of
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.recipe.loading.phases import phases_of
 from mtp_lightning.training.fit import train
-from mtp_lightning.training.health.drift_measure import Rows, evaluating, record
+from mtp_lightning.training.health.drift import HeldOut, evaluating, record
 from tests.support.runs import ROOT, figures, mtp
 
 RECIPE = """
@@ -151,7 +151,7 @@ def test_what_is_measured_without_dropout_is_measured_again(here):
     model = load_model(here / "dropping")[1].train()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(256, (2, 66), generator=generator)
-    rows = Rows(tokens, torch.zeros_like(tokens), None)
+    rows = HeldOut(tokens, torch.zeros_like(tokens), None)
     assert not torch.equal(record(model, rows).losses, record(model, rows).losses)
     with evaluating(model):
         noted = [record(model, rows).losses for _ in range(2)]

@@ -6,9 +6,9 @@ import torch
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import OptimizerSection
-from mtp_lightning.training.step.gradient_checks import GradientArrival
+from mtp_lightning.training.step.gradient_checks import NonzeroGradientCheck
 from mtp_lightning.training.step.optimizer import build_optimizer, rates_by_role
-from mtp_lightning.training.strategies.param_shards import whole_fragments
+from mtp_lightning.training.strategies.param_shards import whole_shards
 from tests.support.tiny import HEAD_KINDS, gradients_of, tiny_model, tiny_recipe, tiny_rows
 
 ALL = [1.0, 1.0, 1.0, 1.0]
@@ -16,11 +16,11 @@ RATES = rates_by_role(OptimizerSection(), OptimizerSection().lr)
 
 
 def arrival(model):
-    return GradientArrival(model, Ranks())
+    return NonzeroGradientCheck(model, Ranks())
 
 
-def fragments(model):
-    return whole_fragments(model.named_parameters(), torch.optim.SGD(model.parameters()))
+def shards(model):
+    return whole_shards(model.named_parameters(), torch.optim.SGD(model.parameters()))
 
 
 def build(kind="parallel", weights=None, **objective):
@@ -35,9 +35,9 @@ def test_a_sound_step_settles_every_parameter(kind):
     model = build(kind)
     watch = arrival(model)
     assert len(watch.pending) == len(list(model.parameters()))
-    watch.before_step(ALL, fragments(model))
+    watch.before_step(ALL, shards(model))
     build_optimizer(model, OptimizerSection()).step()
-    watch.after_step(fragments(model), RATES)
+    watch.after_step(shards(model), RATES)
     assert not watch.pending
 
 
@@ -46,9 +46,9 @@ def test_offsets_without_weight_wait_until_they_are_switched_on(kind):
     weights = [1.0, 1.0, 0.0, 0.0]
     model = build(kind, weights)
     watch = arrival(model)
-    watch.before_step(weights, fragments(model))
+    watch.before_step(weights, shards(model))
     build_optimizer(model, OptimizerSection()).step()
-    watch.after_step(fragments(model), RATES)
+    watch.after_step(shards(model), RATES)
     waiting = set(watch.pending)
     owned = {name for name, p in model.named_parameters() if any(p is q for k in (3, 4) for q in own(model, k))}
     shared = {name for name, p in model.named_parameters() if any(p is q for k in (1, 2) for q in own(model, k))}
@@ -56,7 +56,7 @@ def test_offsets_without_weight_wait_until_they_are_switched_on(kind):
         assert waiting == owned - shared
     if waiting:
         with pytest.raises(TrainingError, match="no gradient"):
-            watch.before_step(ALL, fragments(model))
+            watch.before_step(ALL, shards(model))
 
 
 def own(model, offset):
@@ -69,13 +69,13 @@ def test_a_lost_gradient_is_named():
     lost = model.heads.blocks[2][0].mlp.up_proj.weight
     lost.grad = None
     with pytest.raises(TrainingError, match="no gradient: heads.blocks.2.0.mlp.up_proj.weight"):
-        arrival(model).before_step(ALL, fragments(model))
+        arrival(model).before_step(ALL, shards(model))
     lost.grad = torch.zeros_like(lost)
     with pytest.raises(TrainingError, match="gradient zero: heads.blocks.2.0.mlp.up_proj.weight"):
-        arrival(model).before_step(ALL, fragments(model))
+        arrival(model).before_step(ALL, shards(model))
     lost.grad[0, 0] = torch.nan
     with pytest.raises(TrainingError, match="gradient not finite: heads.blocks.2.0.mlp.up_proj.weight"):
-        arrival(model).before_step(ALL, fragments(model))
+        arrival(model).before_step(ALL, shards(model))
 
 
 def test_a_parameter_the_optimizer_does_not_hold_is_named():
@@ -83,10 +83,10 @@ def test_a_parameter_the_optimizer_does_not_hold_is_named():
     optimizer = build_optimizer(model, OptimizerSection())
     optimizer.param_groups = [group for group in optimizer.param_groups if group["role"] != "heads"]
     watch = arrival(model)
-    watch.before_step(ALL, fragments(model))
+    watch.before_step(ALL, shards(model))
     optimizer.step()
     with pytest.raises(TrainingError, match="no change of heads.blocks.0"):
-        watch.after_step(fragments(model), RATES)
+        watch.after_step(shards(model), RATES)
 
 
 def test_a_detached_head_is_caught(monkeypatch):
@@ -96,7 +96,7 @@ def test_a_detached_head_is_caught(monkeypatch):
     monkeypatch.setattr(type(model.heads), "forward", lambda *arguments: forward(*arguments).detach())
     gradients_of(model, recipe, tiny_rows(recipe, 2))
     with pytest.raises(TrainingError, match="gradient zero: trunk.embed_tokens.weight.*no gradient: heads.blocks.0"):
-        arrival(model).before_step(ALL, fragments(model))
+        arrival(model).before_step(ALL, shards(model))
 
 
 def step(watch, model, recipe, rows, rate=1e-3, optimizer=None):
@@ -106,9 +106,9 @@ def step(watch, model, recipe, rows, rate=1e-3, optimizer=None):
     optimizer = optimizer or build_optimizer(model, OptimizerSection())
     for group in optimizer.param_groups:
         group["lr"] = rate
-    watch.before_step(ALL, fragments(model))
+    watch.before_step(ALL, shards(model))
     optimizer.step()
-    watch.after_step(fragments(model), rates_by_role(OptimizerSection(), rate))
+    watch.after_step(shards(model), rates_by_role(OptimizerSection(), rate))
     return optimizer
 
 

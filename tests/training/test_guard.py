@@ -13,8 +13,7 @@ from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
-from mtp_lightning.training.health.drift import guard_of
-from mtp_lightning.training.health.drift_measure import Rows, drift_of, drift_sums, record
+from mtp_lightning.training.health.drift import HeldOut, drift_of, drift_section, drift_sums, record
 from tests.support.runs import ROOT, figures, mtp
 from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe, tiny_rows
 
@@ -42,7 +41,7 @@ def models(vocab_size=13, kind="sequential"):
 
 
 def batches(recipe):
-    return [Rows(*tiny_rows(recipe, rows, seed)) for rows, seed in ((2, 0), (3, 1), (1, 2))]
+    return [HeldOut(*tiny_rows(recipe, rows, seed)) for rows, seed in ((2, 0), (3, 1), (1, 2))]
 
 
 def measured(after, rows_of, references):
@@ -127,7 +126,7 @@ def guard_rows(folder, name):
     ],
 )
 def test_who_is_guarded_by_default(fields, is_guarded):
-    assert (guard_of(tiny_recipe(**fields)) is not None) is is_guarded
+    assert (drift_section(tiny_recipe(**fields)) is not None) is is_guarded
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,7 @@ def test_who_is_guarded_by_default(fields, is_guarded):
 )
 def test_a_main_head_that_nothing_can_change_needs_no_guard(kind, frozen, is_guarded):
     adapted = tiny_recipe(heads=HEAD_KINDS[kind], freeze=frozen, init={"path": "runs/a"})
-    assert (guard_of(adapted) is not None) is is_guarded
+    assert (drift_section(adapted) is not None) is is_guarded
 
 
 def test_the_guard_by_default_is_the_one_that_is_written_out(folder, start):
@@ -196,7 +195,7 @@ def test_a_resumed_run_is_compared_with_the_model_it_began_as(folder, start):
     (recipe, after), (_, before) = load_model(folder / "twice"), load_model(folder / "start")
     held_out = MtpDataModule(recipe).validation_samples
     batches = [tensors_of(held_out.read(held_out.spread(16)))]
-    rows_of = [Rows(batch["tokens"], batch["documents"], None) for batch in batches]
+    rows_of = [HeldOut(batch["tokens"], batch["documents"], None) for batch in batches]
     expected = measured(after, rows_of, [record(before, rows) for rows in rows_of]).figures
     found = guard_rows(folder, "twice")
     assert sorted(found) == [10, 20, 30]

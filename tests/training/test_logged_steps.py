@@ -5,7 +5,9 @@ import torch
 
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.freezing import freeze
-from mtp_lightning.training.step.backward_order import MicroBatch, Objective, run_schedule
+from mtp_lightning.training.step.backward_order import accumulate_gradients
+from mtp_lightning.training.step.batch import MicroBatch
+from mtp_lightning.training.step.objective import Objective
 from tests.support.tiny import tiny_model, tiny_recipe, tiny_rows
 
 
@@ -23,7 +25,7 @@ def test_logging_changes_no_gradient(schedule: str, kind: str, frozen: list[str]
         model = tiny_model(recipe)
         freeze(model, recipe)
         objective = Objective(recipe.objective, [1.0] * len(counts), counts, counts[0], predicts)
-        run_schedule(model, MicroBatch(tokens, documents, targets), objective, torch.Tensor.backward)
+        accumulate_gradients(model, MicroBatch(tokens, documents, targets), objective, torch.Tensor.backward)
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     plain, logged = gradients
     assert plain.keys() == logged.keys() != set()

@@ -18,12 +18,12 @@ from mtp_lightning.errors import NonFiniteError, RunFolderError
 from mtp_lightning.launch.run_marker import claim
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.recipe.schema.root import NonFiniteSection
-from mtp_lightning.training import fit
+from mtp_lightning.training import fit, lightning_module
 from mtp_lightning.training.fit import train
-from mtp_lightning.training.health import rollback as nonfinite
-from mtp_lightning.training.health.rollback import NonFiniteStreak, SkippedSteps
+from mtp_lightning.training.health import rollback
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.saving.save_checkpoints import Checkpoints
+from mtp_lightning.training.step.skipped_steps import NonFiniteStreak, SkippedSteps
 from mtp_lightning.training.strategies.single import SingleStrategy
 from tests.support.ranked import on_ranks
 from tests.support.runs import ROOT, figures, mtp
@@ -130,7 +130,7 @@ def test_the_run_goes_back_and_leaves_the_rows_out(place, seed, reference, poiso
 
 def test_a_kill_after_the_record_forgets_nothing(place, seed, reference, poison, monkeypatch):
     def killed(*arguments):
-        nonfinite.roll_back(*arguments)
+        rollback.roll_back(*arguments)
         raise RuntimeError("killed")
 
     loaded = recipe_of(place, "killed", f"run.seed={seed}", WITHOUT_SKIPS)
@@ -139,7 +139,7 @@ def test_a_kill_after_the_record_forgets_nothing(place, seed, reference, poison,
         with pytest.raises(RuntimeError, match="killed"):
             train(loaded)
     assert train(loaded) == 0
-    assert len(nonfinite.read_rollbacks(place / "killed")) == 1
+    assert len(rollback.read_rollbacks(place / "killed")) == 1
     assert_same_weights(place / "killed", reference)
 
 
@@ -204,11 +204,11 @@ def test_an_infinite_loss_is_enough_to_skip_and_nothing_has_changed(place, tmp_p
 def test_a_checkpoint_that_nothing_finite_follows_is_set_aside(place, seed, monkeypatch, capsys):
     """The bad row spoils the weights in a step that is finite itself: the steps after it are not to blame."""
     step_optimizer = MtpLightningModule._step_optimizer
-    prepare, batches = MtpLightningModule._prepare, []
+    prepare, batches = lightning_module.prepare_batch, []
 
-    def prepared(self, batch, step):
+    def prepared(batch, recipe, step):
         batches.append(batch["tokens"])
-        return prepare(self, batch, step)
+        return prepare(batch, recipe, step)
 
     def spoiling(self, *arguments):
         step_optimizer(self, *arguments)
@@ -218,11 +218,11 @@ def test_a_checkpoint_that_nothing_finite_follows_is_set_aside(place, seed, monk
 
     loaded = recipe_of(place, "aside", f"run.seed={seed}", WITHOUT_SKIPS)
     with monkeypatch.context() as patch:
-        patch.setattr(MtpLightningModule, "_prepare", prepared)
+        patch.setattr(lightning_module, "prepare_batch", prepared)
         patch.setattr(MtpLightningModule, "_step_optimizer", spoiling)
         assert train(loaded) == 0
     assert "it is now called step-00000008.nonfinite-1" in capsys.readouterr().out
-    records = nonfinite.read_rollbacks(place / "aside")
+    records = rollback.read_rollbacks(place / "aside")
     assert [(record.checkpoint, record.first, record.count) for record in records] == [
         (8, 8 * ROWS, ROWS),
         (6, 6 * ROWS, 3 * ROWS),
@@ -246,7 +246,7 @@ def test_rollbacks_are_limited(place, monkeypatch):
     with pytest.raises(NonFiniteError, match="after 2 of 2 rollbacks") as caught:
         train(recipe_of(place, "limited", "health.nonfinite.rollbacks=2"))
     assert caught.value.exit_code == 88
-    records = nonfinite.read_rollbacks(place / "limited")
+    records = rollback.read_rollbacks(place / "limited")
     assert [(record.step, record.first, record.count) for record in records] == [(2, 0, 2 * ROWS), (2, 0, 2 * ROWS)]
     with pytest.raises(NonFiniteError, match="after 2 of 2 rollbacks"):  # nor does another start begin to count anew
         train(recipe_of(place, "limited", "health.nonfinite.rollbacks=2"))

@@ -8,8 +8,8 @@ import torch
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
-from mtp_lightning.training.step.gradient_checks import GradientSums, _products
-from mtp_lightning.training.strategies.param_shards import whole_fragments
+from mtp_lightning.training.step.gradient_checks import GradientChecksum, _project
+from mtp_lightning.training.strategies.param_shards import whole_shards
 from tests.support.ranked import on_ranks
 from tests.support.tiny import HEAD_KINDS, gradients_of, tiny_model, tiny_recipe, tiny_rows
 
@@ -86,24 +86,24 @@ def peak(stage, bucket):
 def after_a_step(kind="parallel", dtype=torch.float32, **sections):
     recipe = tiny_recipe(heads=HEAD_KINDS[kind], **sections)
     model = tiny_model(recipe, dtype)
-    watch = GradientSums(model, Ranks())
+    watch = GradientChecksum(model, Ranks())
     gradients_of(model, recipe, tiny_rows(recipe, recipe.batch.global_batch_size))
     return model, watch
 
 
-def fragments(model):
-    return whole_fragments(model.named_parameters(), torch.optim.SGD(model.parameters()))
+def shards(model):
+    return whole_shards(model.named_parameters(), torch.optim.SGD(model.parameters()))
 
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_a_sound_step_is_its_sum_and_ends_the_watch(kind):
     model, watch = after_a_step(kind, batch={"global_batch_size": 6, "micro_batch_size": 2})
     assert watch.hooks
-    watch.compare(fragments(model))
+    watch.compare(shards(model))
     assert not watch.hooks
     assert not any(p._backward_hooks for p in model.parameters())
     next(model.parameters()).grad.zero_()
-    watch.compare(fragments(model))  # nobody looks any more
+    watch.compare(shards(model))  # nobody looks any more
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 0.9, 1.1, 4.0, -1.0])
@@ -111,37 +111,37 @@ def test_a_parameter_whose_gradient_is_another_is_named(factor):
     model, watch = after_a_step()
     model.unembedding.lm_heads[0].weight.grad.mul_(factor)
     with pytest.raises(TrainingError, match=r"another one of unembedding.lm_heads.0.weight\."):
-        watch.compare(fragments(model))
+        watch.compare(shards(model))
 
 
 def test_rounding_to_bf16_is_no_loss():
     model, watch = after_a_step(dtype=torch.bfloat16)
     for parameter in model.parameters():
         parameter.grad *= 1 + 2**-8 * torch.rand(parameter.shape)
-    watch.compare(fragments(model))
+    watch.compare(shards(model))
 
 
 def test_a_skipped_step_does_not_count():
     model, watch = after_a_step()
     watch.forget()
     with pytest.raises(TrainingError, match="trunk.embed_tokens.weight"):
-        watch.compare(fragments(model))
+        watch.compare(shards(model))
     model, watch = after_a_step()
     watch.forget()
     model.zero_grad()
     recipe = tiny_recipe()
     gradients_of(model, recipe, tiny_rows(recipe, 2, seed=1))
-    watch.compare(fragments(model))
+    watch.compare(shards(model))
 
 
-def test_products_of_fragments_add_up(monkeypatch):
+def test_projections_of_shards_add_up(monkeypatch):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    whole = _products("name", values, 0)
-    monkeypatch.setattr("mtp_lightning.training.step.gradient_checks.WAVE_ENTRIES", 64)
-    parts = [_products("name", values[start:stop], start) for start, stop in ((0, 333), (333, 334), (334, 1000))]
+    whole = _project("name", values, 0)
+    monkeypatch.setattr("mtp_lightning.training.step.gradient_checks.PROJECTED_ENTRIES", 64)
+    parts = [_project("name", values[start:stop], start) for start, stop in ((0, 333), (333, 334), (334, 1000))]
     torch.testing.assert_close(sum(parts), whole)
     assert whole[2] == pytest.approx(float(values.square().sum()))
-    assert not torch.allclose(_products("other", values, 0)[:2], whole[:2])
+    assert not torch.allclose(_project("other", values, 0)[:2], whole[:2])
 
 
 def test_the_peak_model_has_this_layer():

@@ -9,15 +9,17 @@ from torch import Tensor
 from mtp_lightning.errors import NonFiniteError
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
-from mtp_lightning.model.freezing import first_taught, freeze
+from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import build_model
 from mtp_lightning.planner.variants import with_backward_order
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
-from mtp_lightning.training.step.backward_order import run_schedule
-from mtp_lightning.training.step.objective import MicroBatch, Objective
+from mtp_lightning.recipe.trainable import first_offset_with_loss
+from mtp_lightning.training.step.backward_order import accumulate_gradients
+from mtp_lightning.training.step.batch import MicroBatch
+from mtp_lightning.training.step.objective import Objective
 from mtp_lightning.training.step.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
-from mtp_lightning.training.strategies.param_shards import gradient_norms, whole_fragments
+from mtp_lightning.training.strategies.param_shards import gradient_norms, whole_shards
 
 
 class TrainingStep:
@@ -44,12 +46,12 @@ class TrainingStep:
         counts = (self.targets != IGNORE).sum((1, 2))
         section = with_backward_order(self.recipe, schedule).objective
         teacher_counts = teacher_positions(self.targets).sum((1, 2))
-        num_frozen = first_taught(self.recipe) - 1
+        num_frozen = first_offset_with_loss(self.recipe) - 1
         weights = [0.0] * num_frozen + [1.0] * (len(counts) - num_frozen)
         objective = Objective(section, weights, counts, counts[0], predicts, teacher_counts=teacher_counts)
         for micro_batch in self._micro_batches():
             with self._autocast(enabled=self.recipe.run.precision == "bf16"):
-                run_schedule(self.model, micro_batch, objective, self._backward)
+                accumulate_gradients(self.model, micro_batch, objective, self._backward)
         self._update()
 
     def to(self, device: torch.device) -> None:
@@ -76,9 +78,7 @@ class TrainingStep:
             loss.backward()  # type: ignore[no-untyped-call]
 
     def _update(self) -> None:
-        norms = gradient_norms(
-            whole_fragments(self.model.named_parameters(), self.optimizer), Ranks(device=self.device)
-        )
+        norms = gradient_norms(whole_shards(self.model.named_parameters(), self.optimizer), Ranks(device=self.device))
         if not math.isfinite(norms["all"].item()):
             raise NonFiniteError(
                 "every gradient must be finite",

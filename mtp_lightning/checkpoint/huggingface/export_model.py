@@ -33,8 +33,8 @@ from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.durable import write_durably
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe import Recipe, load_recipe
-from mtp_lightning.recipe.rules.adapt import mixing_offsets
 from mtp_lightning.recipe.schema.model import Family
+from mtp_lightning.recipe.trainable import mixing_offsets
 
 TORCH_NAMES: dict[DtypeName, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

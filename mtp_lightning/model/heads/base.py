@@ -7,9 +7,8 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from mtp_lightning.model.positions import AttentionInputs
+from mtp_lightning.recipe.head_tree import TRUNK, detaches_input, norm_before, parent_offset
 from mtp_lightning.recipe.schema.model import HeadsSection
-
-TRUNK = 0  # the trunk's output stands in the place of an offset where heads name what they read
 
 
 class HeadContext(NamedTuple):
@@ -35,12 +34,13 @@ class Heads(nn.Module, ABC):
 
     def __init__(self, heads: HeadsSection) -> None:
         super().__init__()
+        self.section = heads
         self.num_offsets = heads.num_offsets
         self.detaches_trunk = heads.detach_trunk
 
-    @abstractmethod
     def source(self, offset: int) -> int:
         """Name the offset whose state this one reads, or `TRUNK` (or a mixture of the trunk's layers in its place)."""
+        return parent_offset(self.section, offset)
 
     @abstractmethod
     def forward(self, offset: int, state: Tensor, context: HeadContext) -> Tensor:
@@ -55,7 +55,7 @@ class Heads(nn.Module, ABC):
 
     def reads_norm_of(self, offset: int) -> int | None:
         """Name the offset whose final norm the state passes before this one reads it; None for none."""
-        return None
+        return norm_before(self.section, offset)
 
     def norm_index(self, offset: int) -> int | None:
         """Number of the final norm that this offset's state passes before the unembedding; None for no norm."""
@@ -94,4 +94,4 @@ class Heads(nn.Module, ABC):
 
     def detaches_input(self, offset: int) -> bool:
         """Tell whether this offset's gradients stop before the state that it reads (`heads.detach_trunk`)."""
-        return self.detaches_trunk and offset > 1 and self.source(offset) in (TRUNK, 1)
+        return detaches_input(self.section, offset, self.source(offset))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from mtp_lightning.model.heads.base import TRUNK, HeadContext, Heads
+from mtp_lightning.model.heads.base import HeadContext, Heads
 from mtp_lightning.model.layers import LayerStack
 from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 
@@ -14,14 +14,7 @@ class ChainedHeads(Heads):
 
     def __init__(self, model: ModelSection, heads: HeadsSection, *, recompute: bool) -> None:
         super().__init__(heads)
-        self.is_causal = heads.order == "causal"
         self.blocks = nn.ModuleList(LayerStack(model, heads.layers_per_head, recompute=recompute) for _ in self.offsets)
-
-    def source(self, offset: int) -> int:
-        """Causal offsets read the one before; anticausal ones the one after, the last reads the trunk."""
-        if self.is_causal:
-            return offset - 1
-        return TRUNK if offset == self.num_offsets else offset + 1
 
     def modules_of(self, offset: int) -> Sequence[nn.Module]:
         """The offset's own layers."""

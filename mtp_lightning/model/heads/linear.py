@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from mtp_lightning.model.heads.base import TRUNK, HeadContext, Heads
+from mtp_lightning.model.heads.base import HeadContext, Heads
 from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 
 
@@ -20,10 +20,6 @@ class LinearHeads(Heads):
         self.blocks = nn.ModuleList(
             nn.Linear(model.hidden_size, model.hidden_size, bias=False) for _ in range(heads.num_offsets - 1)
         )
-
-    def source(self, offset: int) -> int:
-        """Every offset reads the trunk."""
-        return TRUNK
 
     def modules_of(self, offset: int) -> Sequence[nn.Module]:
         """The offset's map; none for the main head."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.model.heads.base import TRUNK, HeadContext, Heads
+from mtp_lightning.model.heads.base import HeadContext, Heads
 from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 
 
@@ -31,17 +31,9 @@ class MedusaHeads(Heads):
             for _ in range(heads.num_offsets - 1)
         )
 
-    def source(self, offset: int) -> int:
-        """Every offset reads the trunk."""
-        return TRUNK
-
     def modules_of(self, offset: int) -> Sequence[nn.Module]:
         """The offset's blocks; none for the main head."""
         return [self.blocks[offset - 2]] if offset > 1 else []
-
-    def reads_norm_of(self, offset: int) -> int | None:
-        """Blocks read the trunk's output after the final norm."""
-        return 1 if offset > 1 else None
 
     def norm_index(self, offset: int) -> int | None:
         """Only the main head's state still has to be normed."""

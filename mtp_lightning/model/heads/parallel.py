@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from mtp_lightning.model.heads.base import TRUNK, HeadContext, Heads
+from mtp_lightning.model.heads.base import HeadContext, Heads
 from mtp_lightning.model.layers import LayerStack
 from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 
@@ -15,10 +15,6 @@ class ParallelHeads(Heads):
     def __init__(self, model: ModelSection, heads: HeadsSection, *, recompute: bool) -> None:
         super().__init__(heads)
         self.blocks = nn.ModuleList(LayerStack(model, heads.layers_per_head, recompute=recompute) for _ in self.offsets)
-
-    def source(self, offset: int) -> int:
-        """Every offset reads the trunk."""
-        return TRUNK
 
     def modules_of(self, offset: int) -> Sequence[nn.Module]:
         """The offset's own layers."""

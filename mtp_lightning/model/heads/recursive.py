@@ -16,20 +16,11 @@ class RecursiveHeads(Heads):
 
     def __init__(self, model: ModelSection, heads: HeadsSection, *, recompute: bool) -> None:
         super().__init__(heads)
-        self.reads_normed = heads.hidden == "post_norm"
         self.block = MtpModule(model, heads, recompute=recompute) if heads.num_offsets > 1 else None
-
-    def source(self, offset: int) -> int:
-        """Each offset reads the one before."""
-        return offset - 1
 
     def modules_of(self, offset: int) -> Sequence[nn.Module]:
         """The one module; none for the main head."""
         return [] if offset == 1 or self.block is None else [self.block]
-
-    def reads_norm_of(self, offset: int) -> int | None:
-        """The norm of the offset before, with `hidden: post_norm`."""
-        return offset - 1 if offset > 1 and self.reads_normed else None
 
     def norm_index(self, offset: int) -> int:
         """The trunk has the model's final norm, the module its own."""

@@ -39,20 +39,11 @@ class SequentialHeads(Heads):
 
     def __init__(self, model: ModelSection, heads: HeadsSection, *, recompute: bool) -> None:
         super().__init__(heads)
-        self.reads_normed = heads.hidden == "post_norm"
         self.blocks = nn.ModuleList(MtpModule(model, heads, recompute=recompute) for _ in range(heads.num_offsets - 1))
-
-    def source(self, offset: int) -> int:
-        """Each offset reads the one before."""
-        return offset - 1
 
     def modules_of(self, offset: int) -> Sequence[nn.Module]:
         """The offset's module; none for the main head."""
         return [self.blocks[offset - 2]] if offset > 1 else []
-
-    def reads_norm_of(self, offset: int) -> int | None:
-        """The norm of the offset before, with `hidden: post_norm`."""
-        return offset - 1 if offset > 1 and self.reads_normed else None
 
     def norm_index(self, offset: int) -> int:
         """The trunk has the model's final norm, every module its own."""

@@ -7,6 +7,7 @@ from mtp_lightning.recipe.rules.base import Rule
 from mtp_lightning.recipe.schema.adapt import Target
 from mtp_lightning.recipe.schema.describe import one_of
 from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.recipe.trainable import TrainableParts, mixing_offsets
 
 
 def adapted_targets(recipe: Recipe) -> tuple[str, ...]:
@@ -19,23 +20,6 @@ def adapted_targets(recipe: Recipe) -> tuple[str, ...]:
     """
     lora = recipe.adapt.lora
     return tuple(target for target in lora.targets if target != "gate" or recipe.model.mlp != "gelu") if lora else ()
-
-
-def mixing_offsets(recipe: Recipe) -> tuple[int, ...]:
-    """List the offsets that read a mixture of the trunk's layers: of a chain, only the one that reads the trunk.
-
-    >>> mixing_offsets(Recipe.model_validate({"adapt": {"layer_mix": {"main_head": False}}}))
-    (2, 3, 4)
-    """
-    section, heads = recipe.adapt.layer_mix, recipe.heads
-    if section is None:
-        return ()
-    offsets = range(1, heads.num_offsets + 1)
-    if heads.kind in ("sequential", "recursive") or (heads.kind, heads.order) == ("chained", "causal"):
-        offsets = offsets[:1]
-    elif heads.kind == "chained":
-        offsets = offsets[-1:]
-    return tuple(offset for offset in offsets if offset > 1 or section.main_head)
 
 
 def added_by(recipe: Recipe) -> dict[str, str]:
@@ -55,19 +39,10 @@ def added_by(recipe: Recipe) -> dict[str, str]:
     return added
 
 
-def _trains_something(recipe: Recipe) -> bool:
-    frozen, heads = {*recipe.frozen_parts}, recipe.heads
-    has_updates = recipe.adapt.lora is not None and "lora" not in frozen
-    has_mixtures = bool(mixing_offsets(recipe)) and "layer_mix" not in frozen
-    has_heads = "heads" not in frozen and (heads.kind in ("parallel", "chained") or heads.num_offsets > 1)
-    own = {"unembedding"} if recipe.adapt.lora else {"trunk", "unembedding"}
-    return has_updates or has_mixtures or has_heads or (recipe.first_trained_offset is None and not own <= frozen)
-
-
 ADAPT_RULES: tuple[Rule, ...] = (
     Rule(
         fields=("freeze",),
-        holds=_trains_something,
+        holds=lambda recipe: TrainableParts(recipe).is_any_trained,
         expected="must leave something that is trained",
         hint="Remove a part from freeze, or add updates with adapt.lora.",
     ),

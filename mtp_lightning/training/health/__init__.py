@@ -1,1 +1,1 @@
-"""Watching a run: drift, divergence, hangs, stragglers, early stop."""
+"""Watch a run: drift of the main head, losses that are not finite and the rollback behind them."""

@@ -10,7 +10,7 @@ from mtp_lightning.checkpoint.format.layout import Checkpoint
 from mtp_lightning.checkpoint.format.state_folder import read_state
 from mtp_lightning.console.progress import say
 from mtp_lightning.recipe.schema.root import EarlyStopSection, Recipe
-from mtp_lightning.training.saving.score import LOSS_TOLERANCE, Score, score_of
+from mtp_lightning.training.saving.score import LOSS_TOLERANCE, CheckpointScore, score_of
 
 
 def is_over(recipe: Recipe, checkpoint: Checkpoint) -> bool:
@@ -34,7 +34,7 @@ class EarlyStop(Callback):
     def __init__(self, section: EarlyStopSection) -> None:
         self.num_flat = 0
         self._section = section
-        self._best: Score | None = None
+        self._best: CheckpointScore | None = None
 
     @property
     def is_over(self) -> bool:
@@ -71,9 +71,9 @@ class EarlyStop(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.num_flat = state_dict["num_flat"]
-        self._best = Score(*state_dict["best"]) if state_dict["best"] else None
+        self._best = CheckpointScore(*state_dict["best"]) if state_dict["best"] else None
 
-    def _gains(self, score: Score, best: Score) -> bool:
+    def _gains(self, score: CheckpointScore, best: CheckpointScore) -> bool:
         """Compare like scores of checkpoints, which judge accepted lengths of about equally good main heads only."""
         if max(score.loss, best.loss) > min(score.loss, best.loss) * (1 + LOSS_TOLERANCE):
             return score.loss < best.loss

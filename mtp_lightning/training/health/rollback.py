@@ -1,10 +1,13 @@
-"""Losses and gradients that are not finite: steps without effect, then back to the last good checkpoint."""
+"""Roll back to the last good checkpoint where too many steps in a row are not finite, and leave their rows out."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.checkpoint.format.commit import read_pointer
 from mtp_lightning.checkpoint.format.layout import Checkpoint, newest_complete
@@ -14,91 +17,10 @@ from mtp_lightning.errors import NonFiniteError, RunFolderError
 from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import NonFiniteSection
+from mtp_lightning.training.step.skipped_steps import EXPECTED, HINT, NonFiniteStreak
+from mtp_lightning.training.strategies.base import RunStrategy
 
-EXPECTED = "every loss and every gradient must be finite"
-HINT = (
-    "The last good checkpoint is whole: lower optimizer.lr, lengthen optimizer.warmup_steps, or use "
-    "run.precision=fp32; or allow more of health.nonfinite.skip_steps and rollbacks."
-)
 RECORDS = Path("logs/rollbacks.json")
-
-
-@final
-class NonFiniteStreak(NonFiniteError):
-    """More steps in a row than may be skipped were not finite; all ranks raise it at the same step.
-
-    Attributes:
-        step: number of the last of these steps.
-        first_row: rows consumed before the first of them.
-        end_row: rows consumed after the last.
-    """
-
-    def __init__(self, found: str, step: int, first_row: int, end_row: int) -> None:
-        self.step, self.first_row, self.end_row = step, first_row, end_row
-        super().__init__(EXPECTED, f"{found} that is not, at step {step}", HINT)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Cross process borders as the error that users see."""
-        return NonFiniteError, (self.expected, self.found, self.hint)
-
-
-@final
-class SkippedSteps:
-    """Counts the steps of a run that left the weights as they were.
-
-    Attributes:
-        total: all of them, those of fp16's search for its loss scale included.
-        empty: those that had nothing to learn, since this start.
-        in_row: those since the last finite step.
-    """
-
-    def __init__(self, section: NonFiniteSection) -> None:
-        self.total = self.in_row = self.empty = 0
-        self._most_in_row = section.skip_steps
-        self._first_row = 0
-
-    def add(self, found: str, step: int, rows: range) -> None:
-        """Count step number `step` with its rows of the run, unless it is one too many.
-
-        Raises:
-            NonFiniteStreak: It is.
-        """
-        if not self.in_row:
-            self._first_row = rows.start
-        if self.in_row == self._most_in_row:
-            raise NonFiniteStreak(found, step, self._first_row, rows.stop)
-        self.in_row += 1
-        self.total += 1
-        if Ranks().is_first:
-            print(
-                f"Step {step} skipped: {found} is not finite, in rows {rows.start:,} to {rows.stop - 1:,} of the run "
-                f"({self.in_row} in a row, {self._most_in_row} may be)",
-                flush=True,
-            )
-
-    def pass_over(self, step: int, rows: range) -> None:
-        """Count a step whose rows hold nothing to learn; the first, second, fourth, ... of them is told."""
-        self.total += 1
-        self.empty += 1
-        if self.empty & (self.empty - 1) == 0 and Ranks().is_first:
-            print(
-                f"Step {step} skipped: no token to learn in rows {rows.start:,} to {rows.stop - 1:,} of the run "
-                f"({self.empty} such steps since the start)",
-                flush=True,
-            )
-
-    def end(self) -> None:
-        """Count a finite step."""
-        self.in_row = 0
-
-    def state(self) -> dict[str, int]:
-        """Return the counts, for a checkpoint."""
-        return {"total": self.total, "in_row": self.in_row, "first_row": self._first_row}
-
-    def load(self, state: dict[str, int]) -> None:
-        """Go on counting from a checkpoint; those from before there were counts have none."""
-        self.total, self.in_row = state.get("total", 0), state.get("in_row", 0)
-        self._first_row = state.get("first_row", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +34,7 @@ class Rollback:
 
 
 def read_rollbacks(run_folder: Path) -> list[Rollback]:
-    """Read what a run has gone back for, oldest first; call it on one rank only.
+    """Read the rollbacks of a run, oldest first; call it on one rank only.
 
     Raises:
         RunFolderError: The file cannot be read.
@@ -131,7 +53,7 @@ def read_rollbacks(run_folder: Path) -> list[Rollback]:
 
 
 def roll_back(run_folder: Path, section: NonFiniteSection, streak: NonFiniteStreak) -> Checkpoint | None:
-    """Note durably which rows the run leaves out from now on; return the checkpoint to go on from, if there is one.
+    """Record which rows the run leaves out from now on; return the checkpoint to continue from, if there is one.
 
     These are the rows of the steps that were not finite. A second time at the same checkpoint they are not the reason:
     then that checkpoint is set aside for the one before, and all rows since are left out. All ranks call it.
@@ -163,7 +85,7 @@ def roll_back(run_folder: Path, section: NonFiniteSection, streak: NonFiniteStre
 def _chosen(
     run_folder: Path, records: Sequence[Rollback], streak: NonFiniteStreak
 ) -> tuple[Checkpoint | None, Rollback]:
-    """Choose where to go on, and what to leave out."""
+    """Choose the checkpoint to continue from, and the rows to leave out."""
     folder = run_folder / "checkpoints"
     newest = newest_complete(folder)
     is_again = bool(records) and records[-1].checkpoint == (newest.step if newest else 0)
@@ -188,3 +110,46 @@ def _set_aside(checkpoint: Checkpoint, ending: str) -> None:
 
 def _rows_consumed(checkpoint: Checkpoint) -> int:
     return int(read_state(checkpoint.path)[MtpDataModule.__qualname__]["rows_consumed"])
+
+
+@final
+class Rollbacks(Callback):
+    """Leave the rows of every recorded rollback out, also after a restart, and count rollbacks in the metrics.
+
+    A checkpoint knows how many of them its data position takes into account; the others are still to be left out.
+    """
+
+    def __init__(self, run_folder: Path) -> None:
+        self._run_folder = run_folder
+        self._records: Sequence[Rollback] = ()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the record; a run without a checkpoint begins with it."""
+        ranks = cast(RunStrategy, trainer.strategy).ranks
+        with ranks.agreeing():
+            own = read_rollbacks(self._run_folder) if ranks.is_first else []
+        self._records = ranks.broadcast(own)
+        if trainer.ckpt_path is None:
+            self._leave_out(trainer, self._records)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what was recorded after the checkpoint; the data position is in place by now."""
+        num_known = checkpoint["callbacks"].get(self.state_key, {}).get("num_left_out", 0)
+        self._leave_out(trainer, self._records[num_known:])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count them on logged steps."""
+        metrics: dict[str, float] = getattr(pl_module, "metrics", {})
+        if metrics:
+            metrics["rollbacks"] = len(self._records)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many rollbacks the data position takes into account: all."""
+        return {"num_left_out": len(self._records)}
+
+    def _leave_out(self, trainer: Trainer, records: Sequence[Rollback]) -> None:
+        data = cast(MtpDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        for record in records:
+            data.skip_rows(record.first, record.count)

@@ -9,7 +9,7 @@ from typing import Any, final
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.logging.columns import as_number
-from mtp_lightning.training.saving.score import Score, score_of
+from mtp_lightning.training.saving.score import CheckpointScore, score_of
 
 
 @final
@@ -22,7 +22,7 @@ class Progress:
     train: dict[str, float] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
     validated_step: int | None = None
-    best: Score | None = None
+    best: CheckpointScore | None = None
     saved_step: int | None = None
     _clock: tuple[float, int] | None = None  # when, and after which step, the measured part of this attempt began
 

@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mtp_lightning.model.freezing import ADDED
+from mtp_lightning.recipe.trainable import ADDED
 from mtp_lightning.training.logging.columns import ROLES
 from mtp_lightning.training.logging.progress import Progress, bits_unit
 

@@ -18,11 +18,11 @@ from mtp_lightning.checkpoint.format.state_folder import STATE_NAME, read_state
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.errors import CheckpointError, TrainingError
 from mtp_lightning.model.add_heads import parameter_origins
-from mtp_lightning.model.freezing import ADDED
 from mtp_lightning.model.roles import role_of
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, load_recipe, num_trunk_layers
 from mtp_lightning.recipe.rules.base import value_at
+from mtp_lightning.recipe.trainable import ADDED
 from mtp_lightning.training.strategies.base import RunStrategy
 from mtp_lightning.training.strategies.param_shards import check_names, listed, whole_shape
 
@@ -186,8 +186,8 @@ class Frozen(Callback):
 def _frozen_digest(strategy: RunStrategy) -> str:
     """Digest of this rank's part of all frozen parameters."""
     digest = hashlib.sha256()
-    for fragment in strategy.fragments():
-        if not fragment.is_trainable:
-            digest.update(fragment.name.encode())
-            digest.update(fragment.weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for shard in strategy.param_shards():
+        if not shard.is_trainable:
+            digest.update(shard.name.encode())
+            digest.update(shard.weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

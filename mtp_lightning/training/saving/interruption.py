@@ -15,16 +15,16 @@ from mtp_lightning.training.saving.save_checkpoints import Checkpoints
 from mtp_lightning.training.strategies.base import RunStrategy
 
 _NOTICE = "Stopping after this step, with a checkpoint. Ctrl-C again stops at once."
-_URGENCY = (0, INTERRUPTED, REQUEUE)
-"""Exit codes, the one that prevails last: a job that is sent away is requeued, whatever else it was asked."""
+_STOP_LEVELS = (0, INTERRUPTED, REQUEUE)
+"""Exit codes by stop level; the highest prevails: a preempted job is requeued, whatever else it was asked."""
 
 
 @final
 class Interruption(Callback):
     """Answer a stop signal or the first Ctrl-C by finishing the step, saving a checkpoint and stopping.
 
-    Ranks agree, so that all save the same step: what each has been asked goes along with the reduction of the counts
-    of targets that every step begins with, so the one after the next step at the latest is the last. A validation in
+    Ranks agree, so that all save the same step: each rank's stop level rides along in the reduction that every step
+    begins with (`step/vote.py`), so the one after the next step at the latest is the last. A validation in
     progress is finished first, and a save in the background too. More stop signals change nothing; a second Ctrl-C
     stops at once. The stop is a KeyboardInterrupt raised between two steps, so that Lightning tears everything down as
     usual. Only the main thread can handle signals; elsewhere Ctrl-C is left alone.
@@ -38,15 +38,15 @@ class Interruption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over Ctrl-C, and only remember other stop signals from now on."""
         self._stop.defer()
-        cast(MtpLightningModule, pl_module).urgency = self._urgency
+        cast(MtpLightningModule, pl_module).stop_vote.own_level = self._stop_level
         if threading.current_thread() is threading.main_thread():
             self._former = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop here if any rank was asked to."""
         has_others = cast(RunStrategy, trainer.strategy).ranks.size > 1
-        agreed = cast(MtpLightningModule, pl_module).agreed_urgency
-        exit_code = _URGENCY[agreed if has_others else self._urgency()]
+        agreed = cast(MtpLightningModule, pl_module).stop_vote.agreed_level
+        exit_code = _STOP_LEVELS[agreed if has_others else self._stop_level()]
         if exit_code:
             self._stop.exit_code = exit_code
             self._checkpoints.save(trainer)
@@ -61,8 +61,8 @@ class Interruption(Callback):
         """Give Ctrl-C back."""
         self._give_back()
 
-    def _urgency(self) -> int:
-        return _URGENCY.index(self._stop.exit_code)
+    def _stop_level(self) -> int:
+        return _STOP_LEVELS.index(self._stop.exit_code)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self._stop.exit_code = self._stop.exit_code or INTERRUPTED

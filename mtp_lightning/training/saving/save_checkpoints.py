@@ -17,9 +17,10 @@ from mtp_lightning.errors import MtpError
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, recipe_hash, recipe_to_yaml
+from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.run_folder import note_saved
 from mtp_lightning.training.saving.rng import rng_state, set_rng_state
-from mtp_lightning.training.saving.score import Score, score_of
+from mtp_lightning.training.saving.score import CheckpointScore, score_of
 from mtp_lightning.training.saving.snapshot import Content, Writer
 from mtp_lightning.training.strategies.base import RunStrategy
 
@@ -41,7 +42,7 @@ class Checkpoints(Callback):
     def __init__(self, recipe: Recipe, folder: Path, *, layers: Mapping[str, int]) -> None:
         self.folder = folder
         self.last_step: int | None = None
-        self.best: Score | None = None
+        self.best: CheckpointScore | None = None
         self.seconds_saving = 0.0
         self._recipe = recipe
         self._layers = layers
@@ -165,23 +166,23 @@ class Checkpoints(Callback):
 
     def _account(self, trainer: Trainer, spent_s: float) -> None:
         self.seconds_saving += spent_s
-        exclude_time = getattr(trainer.lightning_module, "exclude_time", None)
-        if exclude_time is not None:
-            exclude_time(spent_s)
+        cast(MtpLightningModule, trainer.lightning_module).throughput.pause(spent_s)
 
     def _moment(self, step: int) -> Moment:
         validated_step, figures = self._validated
         metrics = figures if validated_step == step else {}
         return Moment(step=step, tokens=tokens_after(self._recipe, step), metrics=metrics)
 
-    def _best_after(self, moment: Moment) -> Score | None:
+    def _best_after(self, moment: Moment) -> CheckpointScore | None:
         """Return the best score, this moment's included, and remember it."""
         score = score_of(moment.step, moment.metrics)
         if score is not None and score.beats(self.best):
             self.best = score
         return self.best
 
-    def _commit(self, num_ranks: int, moment: Moment, content: Content, best: Score | None, ranks: Ranks) -> None:
+    def _commit(
+        self, num_ranks: int, moment: Moment, content: Content, best: CheckpointScore | None, ranks: Ranks
+    ) -> None:
         """Write a checkpoint with all ranks, point at it, and delete what is no longer needed."""
         facts = RunFacts(
             recipe_hash=recipe_hash(self._recipe),

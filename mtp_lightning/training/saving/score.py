@@ -8,14 +8,14 @@ LOSS_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Score:
+class CheckpointScore:
     """The figures of a validation that decide."""
 
     step: int
     mean_acceptance_length: float
     loss: float  # of the main head
 
-    def beats(self, other: "Score | None") -> bool:
+    def beats(self, other: "CheckpointScore | None") -> bool:
         """Compare accepted lengths, but only of models whose main heads are about equally good.
 
         Heads that all say the same token agree perfectly, so a model that has hardly learnt anything has the
@@ -29,10 +29,10 @@ class Score:
         return own > (other.mean_acceptance_length, -other.loss, other.step)
 
 
-def score_of(step: int, metrics: Mapping[str, float]) -> Score | None:
+def score_of(step: int, metrics: Mapping[str, float]) -> CheckpointScore | None:
     """Score a step by its validation; None without one, or where it is not finite."""
     mean_acceptance_length = metrics.get("val/mean_acceptance_length", math.nan)
     loss = metrics.get("val/loss_1", math.nan)
     if not (math.isfinite(mean_acceptance_length) and math.isfinite(loss)):
         return None
-    return Score(step, mean_acceptance_length, loss)
+    return CheckpointScore(step, mean_acceptance_length, loss)

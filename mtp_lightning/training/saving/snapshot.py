@@ -17,7 +17,7 @@ from mtp_lightning.training.strategies.base import RunStrategy
 
 @final
 class Content:
-    """This rank's part of a checkpoint: fragments of every parameter, and on the first rank Lightning's own state."""
+    """This rank's part of a checkpoint: shards of every parameter, and on the first rank Lightning's own state."""
 
     def __init__(self, strategy: RunStrategy, *, copied: bool) -> None:
         """Take it from a strategy that has just captured Lightning's state.
@@ -27,7 +27,7 @@ class Content:
             copied: take copies in host memory, so that training may go on before they are written.
         """
         self._rank, self._num_ranks = strategy.ranks.rank, strategy.ranks.size
-        self._pieces = [fragment.piece(copied=copied) for fragment in strategy.fragments()]
+        self._pieces = [shard.piece(copied=copied) for shard in strategy.param_shards()]
         self._state = copy.deepcopy(strategy.captured) if copied else strategy.captured
 
     def write(self, folder: Path) -> dict[str, FileRecord]:

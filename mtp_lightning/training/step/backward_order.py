@@ -1,134 +1,153 @@
-"""Three orders of head forward and backward that give the same gradients.
+"""Three orders of forward and backward through the heads, all with the same gradients.
 
-joint       every head's full logits in one graph, one backward; slow and hungry, the oracle
 sequential  one head at a time: forward, chunked loss, backward, freed; the trunk last [Gloeckle 2024, section 2.2]
-bridged     ordinary graph up to the hidden states, one node for all chunked losses, one backward
+bridged     ordinary graph up to the hidden states, one autograd node for all chunked losses, one backward
+joint       the full logits of all heads in one graph, one backward: the oracle, slow and large
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mtp_lightning.losses import reference
-from mtp_lightning.losses.distillation import Distillation
 from mtp_lightning.losses.targets import IGNORE
-from mtp_lightning.model.heads import TRUNK, HeadContext
+from mtp_lightning.model.heads import TRUNK
 from mtp_lightning.model.mtp_model import MtpModel
-from mtp_lightning.recipe.schema.objective import DistillSection
-from mtp_lightning.training.step.loss_terms import Terms
-from mtp_lightning.training.step.objective import MicroBatch, Objective, OffsetLosses
+from mtp_lightning.recipe.trainable import offsets_to_run
+from mtp_lightning.training.step.batch import MicroBatch
+from mtp_lightning.training.step.objective import LossTerms, Objective, OffsetLosses
 
 Backward = Callable[[Tensor], None]
 
 
-def run_schedule(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
-    """Add the gradients of one micro-batch to the parameters, in the order that the recipe names."""
-    return SCHEDULES[objective.section.backward_order](model, batch, objective, backward)
+def accumulate_gradients(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
+    """Add the gradients of one micro-batch to the parameters, in the backward order that the recipe names.
+
+    Args:
+        model: trunk, heads and unembedding.
+        batch: sequences with targets.
+        objective: the step's loss.
+        backward: runs the backward pass of a scalar; called several times by the sequential order.
+    """
+    return BACKWARD_ORDERS[objective.section.backward_order](model, batch, objective, backward)
 
 
 def needed_offsets(model: MtpModel, objective: Objective) -> list[int]:
-    """Offsets that have a weight, or that one with a weight depends on; the main head where it is compared with."""
-    active = {offset for offset, weight in enumerate(objective.weights, start=1) if weight > 0}
-    if objective.predicts or objective.section.distill is not None:
-        active.add(1)  # what the others are compared with, also where it is frozen
-    return [offset for offset in model.heads.offsets if model.heads.descendants(offset) & active]
+    """List the offsets with a weight and all that they read; the main head where others are compared with it."""
+    with_loss = [offset for offset, weight in enumerate(objective.weights, start=1) if weight > 0]
+    reads_main = objective.predicts or objective.section.distill is not None
+    needed = offsets_to_run(with_loss, model.heads.source, reads_main=reads_main)
+    return [offset for offset in model.heads.offsets if offset in needed]
 
 
 def sequential(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
-    """Walk the tree of heads from the far end; no two heads' logits ever exist together.
+    """Run one head at a time; no two heads' logits ever exist together."""
+    return SequentialBackward(model, batch, objective, backward).run()
 
-    What is frozen is run without a graph, and nothing is walked back into it.
+
+class SequentialBackward:
+    """The sequential backward order of one micro-batch [Gloeckle 2024, section 2.2, figure 2].
+
+    Parallel heads, in order of time; `z` is the trunk's output, `z'` a leaf detached from it:
+
+        forward    trunk ──► z            the trunk's graph stays until the end
+                             │ detach
+                             ▼
+                             z' ──► head 1 ──► chunked loss 1     forward, then backward: adds to z'.grad
+                             │◄──────────────────────┘            head 1's graph is freed
+                             ├────► head 2 ──► chunked loss 2     the same
+                             │◄──────────────────────┘
+                             ⋮
+                             ├────► head n ──► chunked loss n
+                             │◄──────────────────────┘
+        backward   trunk ◄── z'.grad      once, with the sum of all heads' gradients
+
+    Chained heads detach between heads as well: forward runs from the trunk to the far head, backward from the far head
+    to the trunk, each head with its own loss's gradient and that of the head which read it:
+
+        forward    z' ──► head 1 ──► h1' ──► head 2 ──► h2' ──► head 3 ──► loss 3
+        backward   z'.grad ◄── head 1 ◄── h1'.grad ◄── head 2 ◄── h2'.grad ◄──┘
+                        (+ loss 1 at h1')         (+ loss 2 at h2')
+
+    Alive at the peak: the trunk's graph, the graph of one head (of a chain: of all heads), one chunk of logits, (C, V),
+    and one gradient of the unembedding. Never two heads' logits. Whatever is frozen runs without a graph, and no
+    backward pass enters it.
     """
-    embedded = model.embed(batch.tokens)
-    geometry = model.geometry(batch.documents, like=embedded)
-    leaf = embedded.detach().requires_grad_(model.heads.reads_tokens and embedded.requires_grad)
-    walk = _Walk(model, model.context(leaf, geometry), Terms(model, batch, objective), backward)
-    states = model.trunk_states(embedded[:, : batch.targets.shape[2]], geometry)
-    below = walk.descend_all(states)
-    walk.teach_back(below)
-    pulls = [walk.pulled(states[name], below[name]) for name in below if states[name].requires_grad]
-    if pulls:
-        if leaf.grad is not None:
-            pulls.append(walk.pulled(embedded, leaf))
-        backward(functools.reduce(torch.add, pulls))
-    return walk.terms.losses()
 
-
-class _Walk:
-    """The sequential schedule's descent through the heads."""
-
-    def __init__(self, model: MtpModel, context: HeadContext, terms: Terms, backward: Backward) -> None:
-        self.model, self.context, self.terms, self.backward = model, context, terms, backward
-        self.needed = needed_offsets(model, terms.objective)
+    def __init__(self, model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> None:
+        self.model, self.batch, self.backward = model, batch, backward
+        self.terms = LossTerms(model, batch, objective)
+        self.needed = needed_offsets(model, objective)
         self.main_rms: Tensor | None = None
-        self.teacher: Tensor | None = None  # leaf of the main head's state: known before any other offset's loss
+        self.teacher: Tensor | None = None  # leaf of the main head's state: set before any other offset's loss
 
-    def descend_all(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
+    def run(self) -> OffsetLosses:
+        """Run trunk forward, all heads forward and backward, trunk backward."""
+        model, batch = self.model, self.batch
+        embedded = model.embed(batch.tokens)
+        geometry = model.geometry(batch.documents, like=embedded)
+        leaf = embedded.detach().requires_grad_(model.heads.reads_tokens and embedded.requires_grad)
+        self.context = model.context(leaf, geometry)
+        states = model.trunk_states(embedded[:, : batch.targets.shape[2]], geometry)
+        leaves = self.run_all(states)
+        self.backward_teacher(leaves)
+        losses = [self.surrogate_loss(states[name], leaves[name]) for name in leaves if states[name].requires_grad]
+        if losses:
+            if leaf.grad is not None:
+                losses.append(self.surrogate_loss(embedded, leaf))
+            self.backward(functools.reduce(torch.add, losses))
+        return self.terms.losses()
+
+    def run_all(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
         """Run all heads from the trunk's states that any of them reads, the main head's first; return their leaves."""
         roots = dict.fromkeys(self.model.source(offset) for offset in self.needed)
-        return {name: self.descend(name, states[name]) for name in roots if name in states}
+        return {name: self.run_offset(name, states[name]) for name in roots if name in states}
 
-    def descend(self, offset: int, state: Tensor) -> Tensor:
-        """Run everything that depends on a state, (B, T, D); return a leaf that holds the gradient of it."""
+    def run_offset(self, offset: int, state: Tensor) -> Tensor:
+        """Run everything that depends on a state, (B, T, D), forward and backward.
+
+        Returns:
+            A leaf, (B, T, D), detached from the state, whose `grad` is the gradient of all these losses.
+        """
         leaf = state.detach().requires_grad_(state.requires_grad)
         if offset == 1:
-            self._meet_teacher(leaf)
+            self._set_teacher(leaf)
         dependents = [reader for reader in self.model.dependents(offset) if reader in self.needed]
         if offset == 1 and dependents and self.terms.objective.is_balanced:
             self._measure_main(leaf)
         for reader in dependents:
             hidden = self.model.heads(reader, self.model.read(reader, leaf), self.context)
-            gradient = self.descend(reader, hidden)
+            gradient = self.run_offset(reader, hidden)
             if hidden is leaf:  # a main head that is the trunk's output itself, and comes before all other readers
                 assert leaf.grad is None
                 leaf.grad = gradient.grad
             elif hidden.requires_grad:
-                self.backward(self.pulled(hidden, gradient))
-        if offset > TRUNK and self.terms.wants(offset, leaf):
+                self.backward(self.surrogate_loss(hidden, gradient))
+        if offset > TRUNK and self.terms.needs_loss(offset, leaf):
             loss = self._loss(offset, leaf)
             if loss.requires_grad:
                 self.backward(loss)
         return leaf
 
-    def teach_back(self, below: dict[int, Tensor]) -> None:
-        """Hand on what the teacher has learnt from the comparisons, if anything, down to a leaf of the trunk's state.
+    def backward_teacher(self, leaves: dict[int, Tensor]) -> None:
+        """Run the backward of the distillation loss through the main head (only with `detach_teacher: false`).
 
-        All of them must be over, and by then most graphs that end in the main head are gone: it is run once more.
+        It comes when all offsets are compared; the main head's forward is recomputed, since its graph is freed by then.
         """
         if self.teacher is None or self.teacher.grad is None:
             return
         path = self.model.heads.path(1)
-        hidden = below[self.model.source(path[0])]
+        hidden = leaves[self.model.source(path[0])]
         for offset in path:
             hidden = self.model.heads(offset, self.model.read(offset, hidden), self.context)
-        self.backward(self.pulled(hidden, self.teacher))
+        self.backward(self.surrogate_loss(hidden, self.teacher))
 
-    def _meet_teacher(self, leaf: Tensor) -> None:
-        if self.terms.objective.section.distill is not None:
-            self.teacher = leaf.detach().requires_grad_(self.terms.teacher_of(leaf).requires_grad)
+    def surrogate_loss(self, state: Tensor, leaf: Tensor) -> Tensor:
+        """Return the scalar sum(state * leaf.grad), whose gradient with respect to `state` is `leaf.grad`.
 
-    def _loss(self, offset: int, leaf: Tensor) -> Tensor:
-        terms = self.terms.of(offset)
-        is_compared = any(term.distillation is not None for term in terms)
-        loss: Tensor = self.model.unembedding(
-            [offset] * len(terms),
-            [leaf] * len(terms),
-            terms,
-            balance_to=self.main_rms,
-            teacher=self.teacher if is_compared else None,  # engines would wait for what is handed over in vain
-            teacher_learns=self.terms.teacher_learns,
-        )
-        if offset == 1 and self.terms.objective.is_balanced and self.main_rms is None:
-            self.main_rms = terms[0].rms()
-        return loss
-
-    def pulled(self, state: Tensor, leaf: Tensor) -> Tensor:
-        """Scalar whose gradient with respect to `state` is the one that `leaf` has gathered.
-
-        That one bears the loss scale already, and the coming backward pass would multiply by it once more.
+        `leaf.grad` bears the loss scale already, by which the coming backward pass multiplies once more: divide it out.
         """
         gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
         scale = self.terms.objective.loss_scale
@@ -136,6 +155,25 @@ class _Walk:
             exact = torch.promote_types(state.dtype, torch.float32)
             state, gradient = state.to(exact), gradient.to(exact) / scale
         return (state * gradient).sum()
+
+    def _set_teacher(self, leaf: Tensor) -> None:
+        if self.terms.objective.section.distill is not None:
+            self.teacher = leaf.detach().requires_grad_(self.terms.teacher_of(leaf).requires_grad)
+
+    def _loss(self, offset: int, leaf: Tensor) -> Tensor:
+        terms = self.terms.for_offset(offset)
+        is_compared = any(term.distillation is not None for term in terms)
+        loss: Tensor = self.model.unembedding(
+            [offset] * len(terms),
+            [leaf] * len(terms),
+            terms,
+            balance_to=self.main_rms,
+            teacher=self.teacher if is_compared else None,  # engines would wait for an unused input in vain
+            teacher_learns=self.terms.teacher_learns,
+        )
+        if offset == 1 and self.terms.objective.is_balanced and self.main_rms is None:
+            self.main_rms = terms[0].rms()
+        return loss
 
     @torch.no_grad()
     def _measure_main(self, leaf: Tensor) -> None:
@@ -145,11 +183,11 @@ class _Walk:
 
 def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
     """Keep all heads' hidden states, compute every chunked loss in one node, go backward once."""
-    terms = Terms(model, batch, objective)
+    terms = LossTerms(model, batch, objective)
     hiddens = model.hidden_states(batch.tokens, batch.documents, needed_offsets(model, objective))
     offsets, states, parts = [], [], []
     for offset, hidden in hiddens.items():
-        for term in terms.of(offset) if terms.wants(offset, hidden) else []:
+        for term in terms.for_offset(offset) if terms.needs_loss(offset, hidden) else []:
             offsets.append(offset)
             states.append(hidden)
             parts.append(term)
@@ -160,7 +198,7 @@ def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: 
 
 def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
     """Compute the loss as defined, on full logits of every head: the oracle of the other two."""
-    section, terms = objective.section, Terms(model, batch, objective)
+    section, terms = objective.section, LossTerms(model, batch, objective)
     total: Tensor | float = 0.0
     main_rms: Tensor | float = 1.0
     hiddens = model.hidden_states(batch.tokens, batch.documents, needed_offsets(model, objective))
@@ -168,7 +206,7 @@ def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Ba
     for offset, hidden in hiddens.items():
         logits = _full_logits(model, offset, hidden)
         main = logits if offset == 1 and section.distill is not None else main
-        if not terms.wants(offset, hidden):
+        if not terms.needs_loss(offset, hidden):
             continue
         targets = batch.targets[offset - 1].flatten()
         losses = reference.cross_entropy(logits, targets, section.label_smoothing, section.z_loss)
@@ -195,7 +233,7 @@ def _full_logits(model: MtpModel, offset: int, hidden: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _joint_distillation(terms: Terms, offset: int, main: Tensor, logits: Tensor) -> Tensor | float:
+def _joint_distillation(terms: LossTerms, offset: int, main: Tensor, logits: Tensor) -> Tensor | float:
     distillation = terms.distillation(offset)
     if distillation is None:
         return 0.0
@@ -216,31 +254,4 @@ def _joint_token_order(model: MtpModel, batch: MicroBatch, objective: Objective,
     return objective.token_order_coefficient * torch.stack(losses).sum()
 
 
-@torch.no_grad()
-def evaluate(model: MtpModel, batch: MicroBatch, objective: Objective) -> OffsetLosses:
-    """Losses, predictions and overlaps of every offset, one after the other, without gradients."""
-    plain = replace(objective, section=objective.section.model_copy(update={"distill": None, "balance": "none"}))
-    terms = Terms(model, batch, plain)
-    overlaps = torch.ones_like(batch.targets, dtype=plain.coefficients.dtype)
-    hiddens = model.hidden_states(batch.tokens, batch.documents)
-    for offset, hidden in hiddens.items():
-        term = terms.of(offset)[0]
-        if offset == 1:
-            model.unembedding([1], [hidden], [term])
-            continue
-        distances = torch.ones_like(overlaps[0].flatten())
-        term.distillation = _distance(terms, offset, distances)
-        model.unembedding([offset], [hidden], [term], teacher=hiddens[1])
-        overlaps[offset - 1] -= distances.view_as(overlaps[0])
-    return terms.losses()._replace(overlaps=overlaps)
-
-
-def _distance(terms: Terms, offset: int, distances: Tensor) -> Distillation:
-    """Compare all of an offset's distribution with the main head's by total variation, kept for each row."""
-    section = DistillSection(divergence="tv", top_k=terms.model.section.vocab_size)
-    has_teacher, weight = terms.has_teacher[offset - 1].flatten(), torch.zeros_like(terms.objective.coefficients[0])
-    matrix = terms.model.unembedding.matrix_index(1)
-    return Distillation(section, offset - 1, has_teacher, weight, matrix, row_losses=distances)
-
-
-SCHEDULES = {"sequential": sequential, "bridged": bridged, "joint": joint}
+BACKWARD_ORDERS = {"sequential": sequential, "bridged": bridged, "joint": joint}

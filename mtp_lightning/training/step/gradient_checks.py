@@ -1,7 +1,6 @@
-"""Checks that every run makes of itself: are the targets right, do gradients arrive, and all of each.
+"""Check in the first steps of every start that gradients arrive at all parameters, and all of each.
 
-The field's users have lost weeks to targets shifted by one, prompts trained as answers, tokens leaking across
-documents, and heads that never changed. The checks run on the first steps of every start and stop the run.
+Users of other frameworks have lost weeks to heads that never changed. A fault stops the run.
 """
 
 import math
@@ -15,99 +14,32 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import TrainingError
-from mtp_lightning.losses.targets import IGNORE, count_targets, oracle_targets
 from mtp_lightning.model.lora import DOWN, UP
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.model.roles import role_of
 from mtp_lightning.ranks import Ranks
-from mtp_lightning.training.strategies.param_shards import Fragment, listed
+from mtp_lightning.training.strategies.param_shards import ParamShard, listed
 
 _MISSING = -1.0
 _STILL, _UNSEEN, _MOVED = 0.0, 1.0, 2.0  # what has become of a weight in a step
 _FAULTS = {_MISSING: "no gradient", math.inf: "gradient not finite", 0.0: "gradient zero"}
-ORACLE_STEPS = 2  # steps after every start whose targets are compared
-ORACLE_ROWS = 4  # rows of each that go through the slow oracle
-MOST_MISSES = 100  # global batches without a target after which an offset is taken not to have any
 ZERO_LOOKS = 6  # at a gradient of zero, over 2^6 steps, where a matrix of zeros may be the reason
 SEEN_GRADIENT = 1e-6  # far above the eps that Adam adds to a gradient's size
 SHOWN_ULPS = 4  # a rate of so many units in the last place shows in any step of Adam whose gradients agree
-WAVE_ENTRIES = 2**18  # of a gradient that are looked at together
+PROJECTED_ENTRIES = 2**18  # of a gradient that are projected at a time
 ROUNDING, COARSE_ROUNDING = 1e-2, 5e-2  # of a gradient's norm: how far sums may lie apart; coarse below fp32
 
 
-def check_targets(tokens: Tensor, documents: Tensor, loss_mask: Tensor | None, targets: Tensor) -> None:
-    """Compare fast targets, (N, B, T), and their counts with the slow oracle on the first rows of a batch.
+class NonzeroGradientCheck:
+    """Checks that every trainable parameter receives a finite, non-zero gradient and changes.
 
-    Raises:
-        TrainingError: Naming the first row, offset and position that differ, or the offset whose count does.
-    """
-    num_rows = min(ORACLE_ROWS, len(tokens))
-    expected = torch.stack([_oracle_row(tokens, documents, loss_mask, row, len(targets)) for row in range(num_rows)], 1)
-    found = targets[:, :num_rows].cpu()  # (N, rows, T)
-    for offset, row, position in (found != expected).nonzero()[:1].tolist():
-        raise TrainingError(
-            "the target of offset k at position t must be token t+k of the same document, if the loss mask allows",
-            f"{_shown(found[offset, row, position])} instead of {_shown(expected[offset, row, position])} "
-            f"at row {row}, offset {offset + 1}, position {position}",
-            "Do not train on this data path; look at the row with `mtp data peek` and report the difference.",
-        )
-    valid = (expected != IGNORE).flatten(1).sum(1)
-    counted = count_targets(targets[:, :num_rows]).cpu()
-    for offset in (counted != valid).nonzero().flatten()[:1].tolist():
-        raise TrainingError(
-            "each offset's loss must be divided by the number of its own valid targets",
-            f"{int(counted[offset])} counted where {int(valid[offset])} are valid, at offset {offset + 1}",
-            "Do not train with this count: every gradient of the offset would be scaled by the ratio of the two.",
-        )
+    A parameter is checked in the first step in which its loss has a weight: one that serves offsets of weight 0 only
+    (a curriculum, say) waits until they are switched on. The check ends when every parameter has passed. Ranks hold
+    shards, so their results are reduced: all ranks make the same calls.
 
-
-def _oracle_row(tokens: Tensor, documents: Tensor, loss_mask: Tensor | None, row: int, num_offsets: int) -> Tensor:
-    mask = None if loss_mask is None else loss_mask[row].tolist()
-    return torch.tensor(oracle_targets(tokens[row].tolist(), documents[row].tolist(), num_offsets, mask))
-
-
-def _shown(target: Tensor) -> str:
-    return "no target" if int(target) == IGNORE else f"token {int(target)}"
-
-
-class TargetArrival:
-    """Watches that every offset has something to learn; single batches without are no fault, a run without is."""
-
-    def __init__(self) -> None:
-        self.seen: set[int] = set()
-        self.misses: Counter[int] = Counter()  # global batches before the first that has a target
-
-    def look(self, counts: list[float], weights: list[float]) -> list[float]:
-        """Return the weights of those offsets that have a valid target in this global batch, 0 for the others.
-
-        Raises:
-            TrainingError: Naming offsets that have had none in any of many batches.
-        """
-        pairs = list(zip(counts, weights, strict=True))
-        self.seen |= {offset for offset, (count, _) in enumerate(pairs, start=1) if count}
-        lacking = [offset for offset, (_, weight) in enumerate(pairs, start=1) if weight and offset not in self.seen]
-        self.misses.update(lacking)
-        empty = [offset for offset in lacking if self.misses[offset] >= MOST_MISSES]
-        if empty:
-            raise TrainingError(
-                "every trained offset must have a valid target now and then",
-                f"none at offset {', '.join(map(str, empty))} in the first {MOST_MISSES} global batches",
-                "Raise batch.global_batch_size or data.seq_len, predict fewer offsets (heads.num_offsets), "
-                "or look at the loss mask with `mtp data peek`.",
-            )
-        return [weight if count else 0.0 for count, weight in pairs]
-
-
-class GradientArrival:
-    """Watches that every trainable parameter receives a finite, non-zero gradient and moves.
-
-    A parameter is settled by the first step at which it is expected to be trained: one that belongs to offsets of
-    weight 0 (a curriculum, say) waits until they are switched on. The whole watch ends when all are settled. What
-    a rank holds of a parameter is a fragment of it, so ranks compare notes: all of them make the same calls.
-
-    What cannot be decided yet is looked at again, after twice as many steps each time: a gradient of zero where some
-    matrix is all zeros, as in blocks that are put into a pretrained model, and behind it nothing arrives before that
-    one has moved; and a weight that stays as it is where the rate is too small to show in its last digit.
+    Two cases are undecided, and checked again after 1, 2, 4, ... more steps: a gradient of zero while some matrix is
+    all zeros (blocks put into a pretrained model, say: no gradient passes before that matrix has changed), and a weight
+    that stays as it is where the learning rate is too small to show in its last digit.
     """
 
     def __init__(self, model: MtpModel, ranks: Ranks) -> None:
@@ -120,12 +52,12 @@ class GradientArrival:
         self.zeros: Counter[str] = Counter()  # looks that found a gradient of zero
         self.unseen: Counter[str] = Counter()  # looks at which the rate was too small to show
 
-    def before_step(self, weights: list[float], fragments: Iterable[Fragment], *, scale: float = 1.0) -> None:
-        """Look at the gradients of a step, before clipping and the optimizer.
+    def before_step(self, weights: list[float], shards: Iterable[ParamShard], *, scale: float = 1.0) -> None:
+        """Check the gradients of a step, before clipping and the optimizer.
 
         Args:
             weights: of the offsets.
-            fragments: of this rank.
+            shards: of this rank.
             scale: factor of these gradients that the optimizer will see, by clipping and loss scale.
 
         Raises:
@@ -136,11 +68,11 @@ class GradientArrival:
         self.watched = [name for name in self.pending if name not in idle and self.due.get(name, 0) <= self.num_steps]
         if not self.watched:
             return
-        held = list(fragments)
+        held = list(shards)
         peaks = dict.fromkeys(self.watched, _MISSING)
-        for fragment in held:
-            if fragment.name in peaks:
-                peaks[fragment.name] = max(peaks[fragment.name], self._probe(fragment))
+        for shard in held:
+            if shard.name in peaks:
+                peaks[shard.name] = max(peaks[shard.name], self._probe(shard))
         found = self.ranks.max(torch.tensor(list(peaks.values()), dtype=torch.float64)).tolist()
         largest = dict(zip(self.watched, found, strict=True))
         waiting = self._waiting([name for name, peak in largest.items() if peak == 0], held)
@@ -156,15 +88,15 @@ class GradientArrival:
             )
         self.watched = [name for name in self.watched if name not in waiting]
 
-    def _waiting(self, zeros: list[str], held: Sequence[Fragment]) -> set[str]:
-        """Choose from parameters without a gradient those that a matrix of zeros may be the reason for, for a while."""
+    def _waiting(self, zeros: list[str], held: Sequence[ParamShard]) -> set[str]:
+        """Choose the parameters whose gradient may be zero because of a matrix of zeros, for some steps."""
         matrices = [name for name, p in self.model.named_parameters() if not name.endswith("bias")]
         if not zeros:
             return set()
         peaks = dict.fromkeys(matrices, 0.0)
-        for fragment in held:
-            if fragment.name in peaks and fragment.weight.numel():
-                peaks[fragment.name] = max(peaks[fragment.name], float(fragment.weight.abs().max()))
+        for shard in held:
+            if shard.name in peaks and shard.weight.numel():
+                peaks[shard.name] = max(peaks[shard.name], float(shard.weight.abs().max()))
         largest = self.ranks.max(torch.tensor(list(peaks.values()), dtype=torch.float64))
         if bool(largest.all()):
             return set()
@@ -176,11 +108,11 @@ class GradientArrival:
     def _look_again(self, names: Iterable[str], looks: Mapping[str, int]) -> None:
         self.due |= {name: self.num_steps + 2 ** (looks[name] - 1) for name in names}
 
-    def after_step(self, fragments: Iterable[Fragment], rates: Mapping[str, float]) -> None:
-        """Check that what had a gradient has moved, and stop watching it.
+    def after_step(self, shards: Iterable[ParamShard], rates: Mapping[str, float]) -> None:
+        """Check that parameters with a gradient have changed; those that have need no more checks.
 
         Args:
-            fragments: of this rank, after the step.
+            shards: of this rank, after the step.
             rates: learning rate of each role.
 
         Raises:
@@ -189,10 +121,10 @@ class GradientArrival:
         if not self.watched:
             return
         moved = dict.fromkeys(self.watched, _STILL)
-        for fragment in fragments:
-            if fragment.name in self.probes and fragment.name in moved:
-                moves = self.probes[fragment.name].moves(fragment.weight, rates[role_of(fragment.name)])
-                moved[fragment.name] = max(moved[fragment.name], moves)
+        for shard in shards:
+            if shard.name in self.probes and shard.name in moved:
+                moves = self.probes[shard.name].moves(shard.weight, rates[role_of(shard.name)])
+                moved[shard.name] = max(moved[shard.name], moves)
         found = self.ranks.max(torch.tensor(list(moved.values()))).tolist()
         outcome = dict(zip(self.watched, found, strict=True))
         still = [name for name, moves in outcome.items() if moves == _STILL]
@@ -206,7 +138,7 @@ class GradientArrival:
         self._note(outcome)
 
     def _note(self, outcome: Mapping[str, float]) -> None:
-        """Settle what has moved, and look at the rest again later."""
+        """Drop the parameters that have changed, and schedule the others again."""
         undecided = [name for name, moves in outcome.items() if moves == _UNSEEN]
         if undecided and not self.unseen and self.ranks.is_first:
             print(
@@ -219,9 +151,9 @@ class GradientArrival:
         self.probes.clear()
 
     @torch.no_grad()
-    def _probe(self, fragment: Fragment) -> float:
-        """Return the largest gradient of a fragment, and remember where it is."""
-        gradient = fragment.gradient
+    def _probe(self, shard: ParamShard) -> float:
+        """Return the largest gradient of a shard, and keep its position and weight."""
+        gradient = shard.gradient
         if gradient is None or not gradient.numel():
             return _MISSING
         if not bool(gradient.isfinite().all()):
@@ -229,7 +161,7 @@ class GradientArrival:
         index = gradient.abs().argmax()
         peak = float(gradient[index].abs())
         if peak:
-            self.probes[fragment.name] = _Probe(index, fragment.weight[index].clone(), peak * self.scale)
+            self.probes[shard.name] = _Probe(index, shard.weight[index].clone(), peak * self.scale)
         return peak
 
     def _idle(self, weights: list[float]) -> set[str]:
@@ -253,14 +185,14 @@ class GradientArrival:
             yield from module.parameters()
 
 
-class GradientSums:
-    """Watches in the first step that the optimizer receives the sum of what all backward passes have computed.
+class GradientChecksum:
+    """Checks in the first step that the optimizer gets the sum of the gradients of all backward passes.
 
-    Where a strategy does not gather the passes of a step, it may keep one of the gradients of a parameter and lose
-    the others: what arrives is then neither missing nor zero. So every gradient is looked at as autograd hands it
-    out, before the strategy sees it, and its product with two waves is kept, whose frequency is drawn from the
-    parameter's name. Products add up over passes, micro-batches and ranks as gradients do; they must end as those of
-    the optimizer's gradient. Holds a few MiB for a moment; nothing is left of it after the first step.
+    A strategy that does not expect several backward passes per step may keep the gradient of one and lose the others:
+    it is then neither missing nor zero. So a random projection of every gradient (two fixed vectors per parameter, a
+    cosine and a sine whose frequency is a hash of the parameter's name) is summed as autograd emits it, before the
+    strategy sees it, and compared with that of the gradient the optimizer gets: projections are linear, so they add up
+    over passes, micro-batches and ranks as gradients do. Costs a few MiB and the first step only.
     """
 
     def __init__(self, model: MtpModel, ranks: Ranks) -> None:
@@ -270,8 +202,8 @@ class GradientSums:
         self.noted = {name: torch.zeros(3, dtype=torch.float64, device=ranks.device) for name in trainable}
         self.hooks = [p.register_hook(partial(self._note, name)) for name, p in trainable.items()]  # type: ignore[no-untyped-call]
 
-    def compare(self, fragments: Iterable[Fragment]) -> None:
-        """Compare the gradients of the first step, before clipping and the optimizer, with what was noted.
+    def compare(self, shards: Iterable[ParamShard]) -> None:
+        """Compare the gradients of the first step, before clipping and the optimizer, with what autograd has emitted.
 
         Raises:
             TrainingError: Naming the parameters whose gradient is not the sum of what was computed.
@@ -279,10 +211,10 @@ class GradientSums:
         if not self.hooks:
             return
         delivered = {name: torch.zeros_like(sums) for name, sums in self.noted.items()}
-        for fragment in fragments:
-            if fragment.gradient is not None:
-                products = _products(fragment.name, fragment.gradient, fragment.start)
-                delivered[fragment.name] += products.to(delivered[fragment.name].device)
+        for shard in shards:
+            if shard.gradient is not None:
+                products = _project(shard.name, shard.gradient, shard.start)
+                delivered[shard.name] += products.to(delivered[shard.name].device)
         own = torch.stack((torch.stack(list(self.noted.values())), torch.stack(list(delivered.values()))))
         (computed, found), size = self.ranks.sum(own).cpu().unbind(), self.ranks.size  # (parameters, 3) each
         norms = torch.maximum(computed[:, 2].sqrt() / size, found[:, 2].sqrt())
@@ -299,13 +231,13 @@ class GradientSums:
         self._end()
 
     def forget(self) -> None:
-        """Begin anew with the next step: this one overflowed, and is skipped."""
+        """Start again with the next step: this one is skipped."""
         for sums in self.noted.values():
             sums.zero_()
 
     @torch.no_grad()
     def _note(self, name: str, gradient: Tensor) -> None:
-        self.noted[name] += _products(name, gradient.reshape(-1), 0)
+        self.noted[name] += _project(name, gradient.reshape(-1), 0)
 
     def _end(self) -> None:
         for hook in self.hooks:
@@ -315,14 +247,14 @@ class GradientSums:
 
 
 class _Probe(NamedTuple):
-    """A weight that ought to move."""
+    """A weight that must change in this step."""
 
-    place: Tensor  # where the fragment's gradient is largest, 0-dimensional
+    place: Tensor  # where the shard's gradient is largest, 0-dimensional
     before: Tensor  # the weight there
     gradient: float  # there, as the optimizer sees it
 
     def moves(self, weights: Tensor, rate: float) -> float:
-        """Say whether it has moved, or could not be seen to: Adam first steps by rate x gradient / (gradient + eps)."""
+        """Return whether it has changed, or could not visibly: Adam begins with rate x gradient / (gradient + eps)."""
         if bool(weights[self.place] != self.before):
             return _MOVED
         magnitude = abs(float(self.before))
@@ -331,12 +263,12 @@ class _Probe(NamedTuple):
 
 
 @torch.no_grad()
-def _products(name: str, values: Tensor, start: int) -> Tensor:
-    """Products of flat entries of a parameter, from `start` on, with its cosine, its sine and themselves: (3,)."""
+def _project(name: str, values: Tensor, start: int) -> Tensor:
+    """Project flat entries of a parameter, from `start` on, on its cosine, its sine and themselves: (3,)."""
     frequency = 0.5 + 2 * int.from_bytes(sha256(name.encode()).digest()[:6], "big") / 2**48
     products = torch.zeros(3, dtype=torch.float64, device=values.device)
-    for first in range(0, values.numel(), WAVE_ENTRIES):
-        part = values[first : first + WAVE_ENTRIES].double()
+    for first in range(0, values.numel(), PROJECTED_ENTRIES):
+        part = values[first : first + PROJECTED_ENTRIES].double()
         begin = start + first
         angles = frequency * torch.arange(begin, begin + len(part), dtype=torch.float64, device=part.device)
         products += torch.stack((part @ angles.cos(), part @ angles.sin(), part @ part))

@@ -1,4 +1,4 @@
-"""What is measured of every offset: loss, accuracy, agreement with the main head, acceptance.
+"""Metrics of every offset: loss, accuracy, agreement with the main head, acceptance.
 
 Agreement asks whether an offset's argmax equals the main head's argmax for the same token, which the main head
 speaks from k-1 positions later. Cumulative acceptance at k is the share of positions at which offsets 2 ... k all

@@ -1,4 +1,11 @@
-"""What a training step computes with and what comes of it: rows, objective, losses."""
+"""The loss of a step: its weights and counts (`Objective`), and its terms in one micro-batch (`LossTerms`).
+
+    loss = sum over offsets k of  weight_k x ranks / targets_k  x  sum over positions of  cross_entropy
+                                                                   (+ beta_k x targets_k / teachers_k x divergence)
+
+`targets_k` counts the valid targets of the whole global batch, so that neither micro-batches nor ranks nor padding
+change the gradient.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,21 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtp_lightning.losses import reference
+from mtp_lightning.losses.chunked import Term
+from mtp_lightning.losses.distillation import Distillation, teacher_positions
+from mtp_lightning.losses.row_losses import CrossEntropy, TokenOrder
+from mtp_lightning.losses.targets import IGNORE
+from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe.schema.objective import ObjectiveSection
-
-
-class MicroBatch(NamedTuple):
-    """Rows that go through the model together."""
-
-    tokens: Tensor  # (B, T+n)
-    documents: Tensor  # (B, T+n)
-    targets: Tensor  # (N, B, T)
-    sources: Tensor | None = None  # (B,) which source of a mixture a held-out row comes from
+from mtp_lightning.training.step.batch import MicroBatch
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a micro-batch's loss is made of: recipe, weights of this step, counts of this global batch."""
+    """The loss of every micro-batch of a step: section of the recipe, weights, counts of the global batch."""
 
     section: ObjectiveSection
     weights: list[float]  # one per offset, on the host: an offset of weight 0 is not computed
@@ -31,7 +36,7 @@ class Objective:
     num_ranks: int = 1  # that the strategy averages gradients over, where the loss is a sum over all of them
     teacher_counts: Tensor | None = None  # (N,) positions of the whole global batch that have a teacher
     loss_scale: float = 1.0  # that each backward pass multiplies gradients by (fp16)
-    taught: list[float] | None = None  # the weights of those offsets that have a target in this global batch
+    weights_with_targets: list[float] | None = None  # the weights, 0 where this global batch has no target
 
     @cached_property
     def coefficients(self) -> Tensor:
@@ -42,7 +47,7 @@ class Objective:
 
     @cached_property
     def distill_weights(self) -> Tensor:
-        """What divergences count for beside the cross-entropy, (N,): beta x its count / count of teachers."""
+        """Factor of divergences beside the cross-entropy, (N,): beta x its count / count of teachers."""
         distill, teacher_counts = self.section.distill, self.teacher_counts
         assert distill is not None
         assert teacher_counts is not None
@@ -58,14 +63,14 @@ class Objective:
         return self.num_ranks * section.weight / num_ordered.to(self.coefficients.dtype).clamp(min=1)
 
     @property
-    def teaches(self) -> bool:
-        """Tell whether there is anything to learn from this global batch."""
+    def has_targets(self) -> bool:
+        """Whether this global batch has a gradient at all: any target of an offset with a weight, or of token order."""
         has_order = self.section.token_order is not None and bool(self.num_ordered)
-        return self.taught is None or any(self.taught) or has_order
+        return self.weights_with_targets is None or any(self.weights_with_targets) or has_order
 
     @property
     def is_balanced(self) -> bool:
-        """Tell whether extra losses are scaled to the main head's RMS."""
+        """Whether extra losses are scaled to the main head's RMS."""
         return self.section.balance == "rms"
 
 
@@ -78,10 +83,104 @@ class OffsetLosses(NamedTuple):
     overlaps: Tensor | None = None  # (N, B, T) sum of min(p, q) with the main head for the same token
 
     def of_rows(self, chosen: Tensor) -> "OffsetLosses":
-        """Keep what is known position by position of some rows, chosen by a (B,) mask; sums of losses become zero."""
+        """Keep the results per position of some rows, chosen by a (B,) mask; sums of losses become zero."""
         predictions, overlaps = (
             None if kept is None else kept[:, chosen] for kept in (self.predictions, self.overlaps)
         )
         return OffsetLosses(
             torch.zeros_like(self.nll_sums).where(~self.nll_sums.isnan(), torch.nan), predictions, None, overlaps
         )
+
+
+class LossTerms:
+    """Loss terms of a micro-batch, made offset by offset and read out at the end; the same for every backward order."""
+
+    def __init__(self, model: MtpModel, batch: MicroBatch, objective: Objective) -> None:
+        self.model, self.batch, self.objective = model, batch, objective
+        self.cross_entropies: dict[int, CrossEntropy] = {}
+        self.distillations: dict[int, Distillation] = {}
+
+    def for_offset(self, offset: int) -> list[Term]:
+        """Return the cross-entropy of an offset, with its distillation, and at the main head token order."""
+        section, targets = self.objective.section, self.batch.targets[offset - 1].flatten()
+        cross_entropy = CrossEntropy(
+            targets,
+            smoothing=section.label_smoothing,
+            z_loss=section.z_loss,
+            predicts=self.objective.predicts,
+        )
+        self.cross_entropies[offset] = cross_entropy
+        count = (targets != IGNORE).sum() if self.objective.is_balanced else None
+        coefficient = self.objective.coefficients[offset - 1]
+        term = Term(self.model.unembedding.matrix_index(offset), cross_entropy, coefficient, count)
+        terms = [term]
+        if offset > 1 and section.distill is not None:
+            term.share, term.distillation = section.distill.alpha_of(offset), self.distillation(offset)
+        if offset == 1 and section.token_order is not None:
+            terms.append(self._token_order(section.token_order.window_tokens))
+        return terms
+
+    def needs_loss(self, offset: int, hidden: Tensor) -> bool:
+        """Return whether this offset's loss has a gradient or is logged; else it need not be computed."""
+        own = self.model.unembedding.parameters_of(offset)
+        return self.objective.predicts or hidden.requires_grad or any(parameter.requires_grad for parameter in own)
+
+    @property
+    def teacher_learns(self) -> bool:
+        """Whether the distillation loss has a gradient for the main head, too (`detach_teacher: false`)."""
+        distill = self.objective.section.distill
+        return distill is not None and not distill.detach_teacher
+
+    def teacher_of(self, main: Tensor) -> Tensor:
+        """Return states or logits of the main head as a teacher: detached, unless it learns."""
+        return main if self.teacher_learns else main.detach()
+
+    @cached_property
+    def has_teacher(self) -> Tensor:
+        """Where each offset has a teacher, (N, B, T)."""
+        return teacher_positions(self.batch.targets)
+
+    def distillation(self, offset: int) -> Distillation | None:
+        """Return the distillation of the main head into an offset; None where its weight is 0."""
+        section = self.objective.section.distill
+        assert section is not None
+        if not section.beta_of(offset):
+            return None
+        self.distillations[offset] = Distillation(
+            section,
+            shift=offset - 1,
+            has_teacher=self.has_teacher[offset - 1].flatten(),
+            weight=self.objective.distill_weights[offset - 1],
+            matrix=self.model.unembedding.matrix_index(1),
+        )
+        return self.distillations[offset]
+
+    def _token_order(self, window: int) -> Term:
+        row_loss = TokenOrder(self.batch.tokens, self.batch.documents, self.model.num_offsets, window)
+        coefficient = self.objective.token_order_coefficient
+        return Term(len(self.model.unembedding.matrices) - 1, row_loss, coefficient)
+
+    def record(self, offset: int, logits: Tensor) -> None:
+        """Take an offset's plain loss and predictions from its full logits, (P, V)."""
+        cross_entropy = CrossEntropy(
+            self.batch.targets[offset - 1].flatten(), smoothing=0.0, z_loss=0.0, predicts=self.objective.predicts
+        )
+        cross_entropy.nll_sum = reference.cross_entropy(logits, cross_entropy.targets, 0.0, 0.0).sum()
+        cross_entropy.predictions = logits.argmax(-1) if self.objective.predicts else None
+        self.cross_entropies[offset] = cross_entropy
+
+    def losses(self) -> OffsetLosses:
+        """Collect the results of all terms."""
+        shape = self.batch.targets.shape[1:]
+        like = self.objective.coefficients
+        sums = torch.full_like(like, torch.nan)
+        predictions = torch.full_like(self.batch.targets, IGNORE) if self.objective.predicts else None
+        for offset, cross_entropy in self.cross_entropies.items():
+            sums[offset - 1] = cross_entropy.nll_sum
+            if predictions is not None and cross_entropy.predictions is not None:
+                predictions[offset - 1] = cross_entropy.predictions.view(shape)
+        divergences = None if self.objective.section.distill is None else torch.full_like(like, torch.nan)
+        for offset, distillation in self.distillations.items():
+            assert divergences is not None
+            divergences[offset - 1] = distillation.loss_sum
+        return OffsetLosses(sums, predictions, divergences)

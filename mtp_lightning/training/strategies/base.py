@@ -14,7 +14,7 @@ from mtp_lightning.checkpoint.format.state_folder import read_state
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
-from mtp_lightning.training.strategies.param_shards import Fragment, names_of
+from mtp_lightning.training.strategies.param_shards import ParamShard, names_of
 
 
 class RunStrategy(ABC):
@@ -49,7 +49,7 @@ class RunStrategy(ABC):
         """Surround the backward passes of one optimizer step; after it, gradients are what the optimizer will use."""
 
     @abstractmethod
-    def fragments(self) -> Iterator[Fragment]:
+    def param_shards(self) -> Iterator[ParamShard]:
         """Yield this rank's part of every parameter, with its gradient and moments."""
 
     @abstractmethod
@@ -65,20 +65,20 @@ class RunStrategy(ABC):
         return names_of(self.lightning_module)  # type: ignore[attr-defined]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return nothing: weights are saved as fragments."""
+        """Return nothing: weights are saved as shards."""
         return {}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return nothing: moments are saved as fragments."""
+        """Return nothing: moments are saved as shards."""
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Keep what Lightning would save; `callbacks.checkpoints` writes it, with the fragments of all ranks."""
+        """Keep what Lightning would save; `callbacks.checkpoints` writes it, with the shards of all ranks."""
         self.captured = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Tell Lightning that fragments can be filled only when weights and optimizer are there."""
+        """Tell Lightning that shards can be filled only when weights and optimizer are there."""
         return True
 
     @property

@@ -1,4 +1,4 @@
-"""What a rank holds of every parameter: the one view that checks, norms and checkpoints take of a strategy."""
+"""A rank's shard of every parameter: the one view that checks, norms and checkpoints take of a strategy."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from mtp_lightning.ranks import Ranks
 PREFIX = "model."  # of the model's parameters inside the LightningModule
 
 
-class Fragment(NamedTuple):
-    """This rank's run of a parameter's flat entries; the fragments of all ranks cover a parameter exactly once.
+class ParamShard(NamedTuple):
+    """An interval of a flattened parameter that this rank holds; the shards of all ranks cover it exactly once.
 
     Tensors are views: what is written into them, the optimizer sees.
     """
@@ -60,19 +60,19 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def whole_fragments(
+def whole_shards(
     named_parameters: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer
-) -> Iterator[Fragment]:
+) -> Iterator[ParamShard]:
     """Yield parameters that this rank holds whole."""
     for name, p in named_parameters:
         weight, state = p.detach().view(-1), optimizer.state.get(p, {})
         moments = {key: moment.view(-1) for key, moment in moments_of(state, p).items()}
         gradient = None if p.grad is None else p.grad.view(-1)
-        yield Fragment(name, p.shape, 0, weight, gradient, moments, state.get("step"), p.requires_grad)
+        yield ParamShard(name, p.shape, 0, weight, gradient, moments, state.get("step"), p.requires_grad)
 
 
 def gradient_norms(
-    fragments: Iterable[Fragment], ranks: Ranks, *, loss_scale: float = 1.0, loss: Tensor | None = None
+    shards: Iterable[ParamShard], ranks: Ranks, *, loss_scale: float = 1.0, loss: Tensor | None = None
 ) -> dict[str, Tensor]:
     """L2 norm of the gradient of each role and of all together, by role name and `all`; the same on every rank.
 
@@ -80,10 +80,10 @@ def gradient_norms(
     the losses of all ranks are.
     """
     gradients: dict[str, list[Tensor]] = {}
-    for fragment in fragments:
-        role = gradients.setdefault(role_of(fragment.name), [])
-        if fragment.gradient is not None:
-            role.append(fragment.gradient)
+    for shard in shards:
+        role = gradients.setdefault(role_of(shard.name), [])
+        if shard.gradient is not None:
+            role.append(shard.gradient)
     # Of each role, and whether it has gradients at all; one more column has a zero, or NaN if the loss is not finite.
     squares = torch.zeros(2, len(ROLES) + 1, device=ranks.device, dtype=torch.float32)
     if loss is not None:

@@ -10,7 +10,7 @@ from mtp_lightning.checkpoint.format.reader_view import Reader
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.strategies.base import RunStrategy
-from mtp_lightning.training.strategies.param_shards import Fragment, check_names, provide_moments, whole_fragments
+from mtp_lightning.training.strategies.param_shards import ParamShard, check_names, provide_moments, whole_shards
 
 
 @final
@@ -27,9 +27,9 @@ class SingleStrategy(RunStrategy, SingleDeviceStrategy):
         """Let autograd add the gradients up."""
         return nullcontext()
 
-    def fragments(self) -> Iterator[Fragment]:
+    def param_shards(self) -> Iterator[ParamShard]:
         """Yield every parameter whole."""
-        return whole_fragments(self.named_parameters(), self.optimizers[0])
+        return whole_shards(self.named_parameters(), self.optimizers[0])
 
     def discard_gradients(self) -> None:
         """Take the gradients away: an optimizer of torch passes over parameters without."""
@@ -41,5 +41,5 @@ class SingleStrategy(RunStrategy, SingleDeviceStrategy):
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 provide_moments(self.optimizers[0], parameter, reader, name)
-        for fragment in self.fragments():
-            fragment.read_from(reader)
+        for shard in self.param_shards():
+            shard.read_from(reader)

@@ -30,7 +30,7 @@ from mtp_lightning.errors import TrainingError
 from mtp_lightning.model.mtp_model import MtpModel, build_model, initialise
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.strategies.base import RunStrategy
-from mtp_lightning.training.strategies.param_shards import Fragment, check_names, moments_of, provide_moments
+from mtp_lightning.training.strategies.param_shards import ParamShard, check_names, moments_of, provide_moments
 from mtp_lightning.training.strategies.single import SingleStrategy
 from mtp_lightning.training.strategies.zero_config import STAGES, zero_config
 
@@ -179,16 +179,16 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         if self.stage == 2:
             self._zero.setup_buckets()
 
-    def fragments(self) -> Iterator[Fragment]:
+    def param_shards(self) -> Iterator[ParamShard]:
         """Yield this rank's partition."""
         for part in self._parts():
-            yield part.fragment(self._zero)
+            yield part.shard(self._zero)
 
     def discard_gradients(self) -> None:
         """Make every gradient NaN: DeepSpeed 0.19 then skips the step and clears what it keeps between steps."""
-        for fragment in self.fragments():
-            if fragment.gradient is not None:
-                fragment.gradient.fill_(torch.nan)
+        for shard in self.param_shards():
+            if shard.gradient is not None:
+                shard.gradient.fill_(torch.nan)
         self._zero.check_grad_overflow = True  # else zero1 and zero2 do not look in bf16
         self._zero.local_overflow = True  # how gradients on the host are looked at
 
@@ -204,26 +204,26 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
             persistent[0].all_gather(persistent)
         return output
 
-    def _parts(self) -> "Iterator[_Part]":
+    def _parts(self) -> "Iterator[_FlatSlice]":
         return self._parts_of_zero3() if self.stage == 3 else self._parts_of_zero12()
 
-    def _parts_of_zero12(self) -> "Iterator[_Part]":
+    def _parts_of_zero12(self) -> "Iterator[_FlatSlice]":
         zero = self._zero
         is_plain = hasattr(zero, "single_partition_of_fp32_groups")  # not DeepSpeed's BF16_Optimizer
         flats = zero.single_partition_of_fp32_groups if is_plain else zero.fp32_groups_flat_partition
         for name, p in self.named_parameters():
             mapping = getattr(p, "_hp_mapping", None)
             if not p.requires_grad and self.ranks.is_first:
-                yield _Part(name, p.shape, 0, p.detach().view(-1), slice(0, p.numel()), None, is_trainable=False)
+                yield _FlatSlice(name, p.shape, 0, p.detach().view(-1), slice(0, p.numel()), None, is_trainable=False)
             elif mapping is not None:
                 own, at = mapping.lp_fragment_address, mapping.hp_fragment_address
                 run = slice(at.start, at.start + own.numel)
                 flat = flats[mapping.param_group_index]
                 is_offloaded = getattr(zero, "cpu_offload", False)
                 gradient = _run_of(flat.grad, run) if is_offloaded else _partition_gradient(p, mapping, own)
-                yield _Part(name, p.shape, own.start, flat, run, gradient)
+                yield _FlatSlice(name, p.shape, own.start, flat, run, gradient)
 
-    def _parts_of_zero3(self) -> "Iterator[_Part]":
+    def _parts_of_zero3(self) -> "Iterator[_FlatSlice]":
         zero, rank = self._zero, self.ranks.rank
         index = {id(p): (group, place) for group, ps in enumerate(zero.fp16_groups) for place, p in enumerate(ps)}
         for name, p in self.named_parameters():
@@ -231,14 +231,14 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
             numel = max(0, min(p.partition_numel(), p.ds_numel - start))
             if not p.requires_grad:
                 own = p.ds_tensor.detach().view(-1)
-                yield _Part(name, p.ds_shape, start, own, slice(0, numel), None, is_trainable=False)
+                yield _FlatSlice(name, p.ds_shape, start, own, slice(0, numel), None, is_trainable=False)
             elif numel:
                 group, place = index[id(p)]
                 flat, at = zero.fp32_partitioned_groups_flat[group], zero.grad_position[zero.get_param_id(p)][1]
                 run, sums = slice(at, at + numel), zero.averaged_gradients.get(group)
                 sharded = None if sums is None else _run_of(sums[place], slice(0, numel))
                 gradient = _run_of(flat.grad, run) if zero.offload_optimizer else sharded
-                yield _Part(name, p.ds_shape, start, flat, run, gradient)
+                yield _FlatSlice(name, p.ds_shape, start, flat, run, gradient)
 
     @torch.no_grad()
     def fill(self, reader: Reader) -> None:
@@ -250,8 +250,8 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         for part in self._parts():
             if part.is_trainable:
                 provide_moments(zero.optimizer, part.flat, reader, part.name)
-        for fragment in self.fragments():
-            fragment.read_from(reader)
+        for shard in self.param_shards():
+            shard.read_from(reader)
         if self.stage < 3:
             for name, p in self.named_parameters():
                 if WEIGHT in reader.kinds(name):
@@ -265,7 +265,7 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         zero.checkpoint_event_epilogue()
 
 
-class _Part(NamedTuple):
+class _FlatSlice(NamedTuple):
     """Where a rank's run of a parameter lies in DeepSpeed's flat tensors."""
 
     name: str
@@ -276,12 +276,12 @@ class _Part(NamedTuple):
     gradient: Tensor | None
     is_trainable: bool = True
 
-    def fragment(self, zero: Any) -> Fragment:
+    def shard(self, zero: Any) -> ParamShard:
         """Cut the run out of weight and moments."""
         state = zero.optimizer.state.get(self.flat, {}) if self.is_trainable else {}
         moments = {key: moment.view(-1)[self.run] for key, moment in moments_of(state, self.flat).items()}
         weight, step = self.flat.detach()[self.run], state.get("step")
-        return Fragment(self.name, self.shape, self.start, weight, self.gradient, moments, step, self.is_trainable)
+        return ParamShard(self.name, self.shape, self.start, weight, self.gradient, moments, step, self.is_trainable)
 
 
 def _run_of(tensor: Tensor | None, run: slice) -> Tensor | None:

@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from mtp_lightning.training.step.gradient_checks import GradientArrival
+from mtp_lightning.training.step.gradient_checks import NonzeroGradientCheck
 from mtp_lightning.training.step.metrics import RunMetrics
 from mtp_lightning.training.strategies import zero
-from mtp_lightning.training.strategies.param_shards import Fragment
+from mtp_lightning.training.strategies.param_shards import ParamShard
 from tests.support.fake_cuda.patches import silent
 
 ON = RunMetrics.on
@@ -22,18 +22,18 @@ def metrics_on_the_cpu() -> Iterator[Any]:
     yield mock.patch.object(RunMetrics, "on", lambda device, recipe: ON(torch.device("cpu"), recipe))
 
 
-def collectives_where_fragments_are() -> Iterator[Any]:
+def collectives_where_shards_are() -> Iterator[Any]:
     """Compare notes of gradients where the last of them is that this rank holds, or on the host."""
-    real = GradientArrival.before_step
+    real = NonzeroGradientCheck.before_step
 
-    def before_step(self: GradientArrival, weights: Any, fragments: Iterable[Fragment], **options: Any) -> None:
-        held = list(fragments)
+    def before_step(self: NonzeroGradientCheck, weights: Any, shards: Iterable[ParamShard], **options: Any) -> None:
+        held = list(shards)
         real(self, weights, held, **options)
         if self.pending:
             devices = [own.weight.device for own in held if own.name in self.watched]
             torch.distributed.all_reduce(torch.zeros(1, device=devices[-1] if devices else "cpu"))
 
-    yield mock.patch.object(GradientArrival, "before_step", before_step)
+    yield mock.patch.object(NonzeroGradientCheck, "before_step", before_step)
 
 
 def gpus_by_rank() -> Iterator[Any]:
@@ -61,7 +61,7 @@ BREAKAGES: dict[str, Callable[[], Iterator[Any]]] = {
     own.__name__: own
     for own in (
         metrics_on_the_cpu,
-        collectives_where_fragments_are,
+        collectives_where_shards_are,
         gpus_by_rank,
         engines_as_they_end,
         types_by_lightning,

@@ -24,7 +24,7 @@ from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.training import fit
-from mtp_lightning.training.health.drift import MainHeadGuard
+from mtp_lightning.training.health.drift import DriftMonitor
 from mtp_lightning.training.health.stragglers import Stragglers
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.saving.init_from import Frozen, InitFrom
@@ -37,7 +37,7 @@ from tests.support.fake_cuda.ledger import Collective, Ledger
 from tests.support.fake_cuda.patches import fake_group, operators, silent, torch_cuda
 
 WRITE, INIT, ANY = Content.write, dist.init_process_group, Ranks.any
-KEPT = (Checkpoints, Frozen, MainHeadGuard, InitFrom, Stragglers)
+KEPT = (Checkpoints, Frozen, DriftMonitor, InitFrom, Stragglers)
 """Callbacks that touch tensors; the others make files, screens and stops of values, which there are none of."""
 
 
@@ -118,8 +118,8 @@ class _Watch(L.Callback):
         self.books.state_bytes = self.ledger.live
         module.num_checked_steps = 2  # targets have no values
         if not self.checks_first_step:
-            module.gradient_arrival.pending = []
-            module.gradient_sums._end()
+            module.gradient_check.pending = []
+            module.gradient_checksum._end()
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         self.books.peaks_bytes.append(self.ledger.peak)

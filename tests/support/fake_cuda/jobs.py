@@ -13,7 +13,7 @@ import deepspeed.runtime.engine  # noqa: F401, before a fork
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtp_lightning.diagnostics import preflight as checks
-from mtp_lightning.diagnostics.preflight_lines import Failure, name_and_free_bytes
+from mtp_lightning.diagnostics.preflight_trial import Failure, name_and_free_bytes
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.strategies.device import prepare_device
 from mtp_lightning.training.strategies.process_group import process_group

@@ -2,26 +2,26 @@ import math
 
 import pytest
 
-from mtp_lightning.training.saving.score import Score, score_of
+from mtp_lightning.training.saving.score import CheckpointScore, score_of
 
 
 @pytest.mark.parametrize(
     ("better", "worse", "why"),
     [
-        (Score(1, 2.5, 2.0), Score(2, 2.4, 2.0), "longer"),
-        (Score(1, 2.5, 2.05), Score(2, 2.4, 2.0), "longer, though the loss is a little higher"),
-        (Score(2, 1.5, 2.0), Score(1, 4.0, 3.0), "heads that agree on nonsense"),
-        (Score(1, 1.0, 1.9), Score(2, 1.0, 1.91), "equal lengths: lower loss"),
-        (Score(2, 1.0, 1.9), Score(1, 1.0, 1.9), "all equal: later"),
+        (CheckpointScore(1, 2.5, 2.0), CheckpointScore(2, 2.4, 2.0), "longer"),
+        (CheckpointScore(1, 2.5, 2.05), CheckpointScore(2, 2.4, 2.0), "longer, though the loss is a little higher"),
+        (CheckpointScore(2, 1.5, 2.0), CheckpointScore(1, 4.0, 3.0), "heads that agree on nonsense"),
+        (CheckpointScore(1, 1.0, 1.9), CheckpointScore(2, 1.0, 1.91), "equal lengths: lower loss"),
+        (CheckpointScore(2, 1.0, 1.9), CheckpointScore(1, 1.0, 1.9), "all equal: later"),
     ],
 )
-def test_one_of_two_scores_beats_the_other(better: Score, worse: Score, why: str) -> None:
+def test_one_of_two_scores_beats_the_other(better: CheckpointScore, worse: CheckpointScore, why: str) -> None:
     assert better.beats(worse)
     assert not worse.beats(better)
 
 
 def test_any_score_beats_none() -> None:
-    assert Score(1, 1.0, 9.0).beats(None)
+    assert CheckpointScore(1, 1.0, 9.0).beats(None)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ from mtp_lightning.recipe.schema.root import (
 )
 from mtp_lightning.training.build_callbacks import build_callbacks
 from mtp_lightning.training.logging.summary import Summary
+from mtp_lightning.training.step.throughput import ThroughputClock
+from mtp_lightning.training.step.vote import StopVote
 from mtp_lightning.training.strategies.single import SingleStrategy
 
 WIDTH = 6
@@ -97,7 +99,7 @@ class TinyModule(LightningModule):
         self.trunk = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Dropout(0.3))
         self.offset_heads = nn.ModuleList(nn.Linear(16, WIDTH) for _ in range(recipe.heads.num_offsets))
         self.metrics: dict[str, Any] = {}
-        self.urgency, self.agreed_urgency = (lambda: 0), 0
+        self.stop_vote, self.throughput = StopVote(), ThroughputClock(recipe, 0)
         self.seen: list[tuple[int, int, float]] = []
         self.num_validations = 0
         self.on_step: Callable[[int], None] = lambda step: None

@@ -1,6 +1,6 @@
-"""What a row of logits costs, and its gradient: the parts of a loss that see a chunk of the vocabulary axis.
+"""Losses per row of logits with their gradients, computed on chunks of rows.
 
-A score turns a chunk of logits, in place, into its gradient up to one factor per row. Leaving that factor to the
+A row loss turns a chunk of logits, in place, into its gradient up to one factor per row. Leaving that factor to the
 matrix products that follow saves a pass over the (C, V) chunk, which is what the loss spends its time on.
 """
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from mtp_lightning.losses.targets import IGNORE
 
 
-class Score(ABC):
+class RowLoss(ABC):
     """A loss per row of a (P, V) matrix that is only ever seen in chunks of rows."""
 
     @abstractmethod
     def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Score the rows of a chunk and turn its logits into their gradient, divided by the returned factor.
+        """Compute the losses of a chunk's rows and turn its logits into their gradient, divided by the returned factor.
 
         Args:
             logits: (C, V) in float32 or float64; overwritten.
@@ -28,7 +28,7 @@ class Score(ABC):
         """
 
 
-class CrossEntropy(Score):
+class CrossEntropy(RowLoss):
     """Cross-entropy with optional label smoothing and z-loss; keeps the plain negative log-likelihood too."""
 
     def __init__(self, targets: Tensor, *, smoothing: float, z_loss: float, predicts: bool) -> None:
@@ -39,7 +39,7 @@ class CrossEntropy(Score):
         self.predictions = torch.empty_like(targets) if predicts else None  # (P,)
 
     def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Score a chunk; see `Score`."""
+        """Compute a chunk; see `RowLoss`."""
         targets = self.targets[rows]
         is_valid = targets != IGNORE
         index = targets.clamp(min=0)[:, None]  # (C, 1)
@@ -67,7 +67,7 @@ class CrossEntropy(Score):
         return peak
 
 
-class TokenOrder(Score):
+class TokenOrder(RowLoss):
     """Token-order prediction: a softmax over how soon each token comes next [arXiv 2508.19228]."""
 
     def __init__(self, tokens: Tensor, documents: Tensor, num_offsets: int, window: int) -> None:
@@ -85,7 +85,7 @@ class TokenOrder(Score):
         self.documents = torch.nn.functional.pad(documents, (0, self.window), value=-1)
 
     def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Score a chunk; see `Score`."""
+        """Compute a chunk; see `RowLoss`."""
         index = torch.arange(rows.start, rows.start + len(logits), device=logits.device)
         batch, here = index[:, None] // self.num_positions, index[:, None] % self.num_positions  # (C, 1)
         distance = torch.arange(self.window, device=logits.device)

@@ -1,0 +1,77 @@
+"""Prepare one rank's share of a global batch: targets, weights of the offsets, counts, micro-batches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mtp_lightning.losses.distillation import teacher_positions
+from mtp_lightning.losses.targets import count_targets, shifted_targets
+from mtp_lightning.losses.weights import offset_weights
+from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.recipe.trainable import first_offset_with_loss
+
+Batch = dict[str, Tensor]
+
+
+class MicroBatch(NamedTuple):
+    """Sequences that go through the model together."""
+
+    tokens: Tensor  # (B, T+n)
+    documents: Tensor  # (B, T+n)
+    targets: Tensor  # (N, B, T)
+    sources: Tensor | None = None  # (B,) which source of a mixture a held-out sequence comes from
+
+
+class BatchCounts(NamedTuple):
+    """Denominators of the losses, as integers on the device: those of one rank's sequences, or of all ranks'."""
+
+    targets: Tensor  # (N,) valid targets of each offset
+    teachers: Tensor  # (N,) positions of each offset that have a teacher
+    ordered: Tensor  # 0-dimensional: positions that have a token-order target
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """One rank's sequences of a global batch; nothing in it depends on other ranks."""
+
+    targets: Tensor  # (N, B, T)
+    weights: list[float]  # of each offset's loss in this step; 0 where it has none
+    counts: BatchCounts  # of this rank's sequences
+    micro_batches: list[MicroBatch]  # views of the batch
+
+
+def prepare_batch(batch: Batch, recipe: Recipe, step: int | None) -> PreparedBatch:
+    """Shift the targets, weigh the offsets, count, and cut into micro-batches; no communication, no host wait.
+
+    Args:
+        batch: `tokens` and `documents`, both (B, T+n); `loss_mask`, (B, T+n), and `sources`, (B,), where there are.
+        recipe: says how many offsets, which weights, and how many sequences a micro-batch has.
+        step: 0-based number of the optimizer step; None for held-out sequences, of which every offset weighs 1.
+    """
+    tokens, documents, num_offsets = batch["tokens"], batch["documents"], recipe.heads.num_offsets
+    targets = shifted_targets(tokens, documents, num_offsets, batch.get("loss_mask"))
+    num_positions = targets.shape[2]
+    is_ordered = documents[:, :num_positions] == documents[:, 1 : num_positions + 1]
+    counts = BatchCounts(count_targets(targets), teacher_positions(targets).sum((1, 2)), is_ordered.sum())
+    weights = [1.0] * num_offsets if step is None else weights_at(recipe, step)
+    return PreparedBatch(targets, weights, counts, list(_micro_batches(batch, targets, recipe.batch.micro_batch_size)))
+
+
+def weights_at(recipe: Recipe, step: int) -> list[float]:
+    """Weight of each offset's loss at a step; 0 for frozen heads whose loss has no gradient.
+
+    >>> weights_at(Recipe.model_validate({"freeze": ["offsets_below_3"]}), 0)
+    [0.0, 0.0, 1.0, 1.0]
+    """
+    weights = offset_weights(recipe.objective.weights, recipe.heads.num_offsets, step, recipe.run.steps)
+    num_without = first_offset_with_loss(recipe) - 1
+    return [0.0] * num_without + weights[num_without:]
+
+
+def _micro_batches(batch: Batch, targets: Tensor, size: int) -> Iterator[MicroBatch]:
+    for start in range(0, len(batch["tokens"]), size):
+        rows = slice(start, start + size)
+        sources = batch["sources"][rows] if "sources" in batch else None
+        yield MicroBatch(batch["tokens"][rows], batch["documents"][rows], targets[:, rows], sources)
