@@ -19,7 +19,7 @@ from mtp_lightning.bench.adapt_picture import draw_rows
 from mtp_lightning.bench.adapt_plan import PlannedRun
 from mtp_lightning.bench.adapt_rows import adapt_table, remarks, rows_as_json, rows_of, runs_as_json
 from mtp_lightning.bench.adapt_training import check_begun, is_finished, train_run
-from mtp_lightning.checkpoint.convert.load_model import find_checkpoint, model_files
+from mtp_lightning.checkpoint.format.folder import open_checkpoint
 from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME
 from mtp_lightning.console.progress import say
 from mtp_lightning.console.tables import console, number, write_json
@@ -74,8 +74,8 @@ def bench_adapt(base: Path, runs: Sequence[PlannedRun], settings: Settings, outp
 
 def _claim(folder: Path, base: Path) -> None:
     """Note which model the runs of a folder start from, or compare it with the note: it is not in their recipes."""
-    model = find_checkpoint(base)
-    files = {name: record.sha256 for name, record in model_files(model).items() if name != RECIPE_NAME}
+    model = open_checkpoint(base, verify=False)
+    files = {name: record.sha256 for name, record in model.model_files.items() if name != RECIPE_NAME}
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     note = folder / NOTE_NAME
     if not note.is_file():

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from mtp_lightning.bench.adapt_plan import PlannedRun
-from mtp_lightning.checkpoint.convert.load_model import find_checkpoint
-from mtp_lightning.checkpoint.format.manifest import MANIFEST_NAME
+from mtp_lightning.checkpoint.format.folder import open_checkpoint
 from mtp_lightning.errors import DataError
 from mtp_lightning.evaluation.marginal import LEAST_PREFIX_TOKENS, held_out_texts, measure_marginal
 from mtp_lightning.files.durable import replace_durably
@@ -79,19 +78,18 @@ def measure_run(run: PlannedRun, settings: Settings, texts_digest: str) -> Measu
     Raises:
         CheckpointError: It cannot be read.
     """
-    checkpoint = find_checkpoint(run.folder)
-    name = str(checkpoint.relative_to(run.folder.parent.resolve()))
-    manifest_digest = hashlib.sha256((checkpoint / MANIFEST_NAME).read_bytes()).hexdigest()
+    checkpoint = open_checkpoint(run.folder, verify=False)
+    name = str(checkpoint.path.relative_to(run.folder.parent.resolve()))
     asked = {
         "checkpoint": name,
-        "manifest_sha256": manifest_digest,
+        "manifest_sha256": checkpoint.sha256,
         "texts_sha256": texts_digest,
         "settings": asdict(settings),
     }
     path = run.folder / FILE_NAME
     report = _kept(path, asked)
     if report is None:
-        report = _measured(checkpoint, settings)
+        report = _measured(checkpoint.path, settings)
         replace_durably(path, json.dumps({"of": asked, "report": report}, indent=2).encode() + b"\n")
     return Measured(run, name, report)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from mtp_lightning.bench.adapt_plan import PlannedRun
-from mtp_lightning.checkpoint.format.layout import Checkpoint, complete_checkpoints
+from mtp_lightning.checkpoint.format.folder import CheckpointFolder, complete_checkpoints
 from mtp_lightning.launch.signals import INTERRUPTED, REQUEUE, heeded_signals
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.training.health.early_stop import is_over
@@ -21,7 +21,7 @@ TAIL_LINES = 200
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
-def newest(stage: Recipe) -> Checkpoint | None:
+def newest(stage: Recipe) -> CheckpointFolder | None:
     """Return the last checkpoint of a stage."""
     return next(reversed(complete_checkpoints(Path(stage.run.dir) / "checkpoints")), None)
 

@@ -1,4 +1,4 @@
-"""`mtp data build | peek | verify | stats`."""
+"""`mtp data build | generate | peek | verify | stats`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from mtp_lightning.cli import self_generated as own_text_verbs
-from mtp_lightning.cli.generate import DeviceName
 from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
 
-app = typer.Typer(no_args_is_help=True, help="Build shards of tokens, look at a row, verify and count shards.")
+app = typer.Typer(
+    no_args_is_help=True, help="Build or generate shards of tokens, look at a row, verify and count shards."
+)
+app.command()(own_text_verbs.generate)
 
 
 class Split(StrEnum):
@@ -54,43 +56,10 @@ def build(
     end_of_document: EndOption = None,
     deduplicate: DeduplicateOption = False,
     processes: ProcessesOption = None,
-    from_model: own_text_verbs.FromModelOption = None,
-    prompts: own_text_verbs.PromptsOption = None,
-    num_documents: own_text_verbs.CountOption = 1000,
-    max_new_tokens: own_text_verbs.NewTokensOption = 256,
-    temperature: own_text_verbs.TemperatureOption = 0.6,
-    top_k: own_text_verbs.TopKOption = 20,
-    top_p: own_text_verbs.TopPOption = 0.95,
-    prompt_tokens: own_text_verbs.PromptTokensOption = 32,
-    learn_prompts: own_text_verbs.LearnPromptsOption = False,
-    seed: own_text_verbs.SeedOption = 0,
-    rows: own_text_verbs.RowsOption = 16,
-    device: own_text_verbs.OwnDeviceOption = DeviceName.auto,
 ) -> None:
-    """Build shards: of a recipe's corpus into its cache, of any texts, or of what a model writes, into a folder."""
-    share = _share_of(validation_fraction)
-    if from_model is not None:
-        request = own_text_verbs.Request(
-            model=from_model,
-            prompts=prompts,
-            num_documents=num_documents,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            prompt_tokens=prompt_tokens,
-            train_on_prompt=learn_prompts,
-            seed=seed,
-            batch_rows=rows,
-            device=device,
-            validation_fraction=share,
-        )
-        if out is None or inputs:
-            raise typer.BadParameter("needs --out, and prompts in place of texts", param_hint="--from-model")
-        own_text_verbs.build_from_model(request, out)
-        return
+    """Build shards: of a recipe's corpus into its cache, or of any texts into a folder."""
     if not inputs:
-        raise typer.BadParameter("give a recipe, texts, or --from-model", param_hint="PATH")
+        raise typer.BadParameter("give a recipe, or texts", param_hint="PATH")
     if out is None:
         given = (validation_fraction, tokenizer, end_of_document, processes)
         _build_of_recipe(inputs, is_for_texts=deduplicate or any(option is not None for option in given))
@@ -100,20 +69,10 @@ def build(
     options = BuildOptions(
         tokenizer=tokenizer or "byte",
         end_of_document=end_of_document,
-        validation_fraction=share,
+        validation_fraction=own_text_verbs.share_of(validation_fraction),
         deduplicate=deduplicate,
     )
     build_shards(inputs, out, options, processes=processes)
-
-
-def _share_of(given: float | None) -> float:
-    """Return the share of documents that is held out."""
-    from mtp_lightning.recipe.schema.data import DataSection
-
-    share = DataSection().validation_fraction if given is None else given
-    if not 0 < share < 1:
-        raise typer.BadParameter("must lie between 0 and 1", param_hint="--validation-fraction")
-    return share
 
 
 def _build_of_recipe(arguments: list[str], *, is_for_texts: bool) -> None:

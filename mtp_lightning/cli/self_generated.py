@@ -1,175 +1,151 @@
-"""`mtp data build --from-model`: shards of what a model writes itself."""
+"""`mtp data generate`: shards of what a model writes itself."""
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mtp_lightning.cli.generate import DeviceName
+from mtp_lightning.cli.generate import DeviceName, device_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from mtp_lightning.data.generated.half_written import Setting
-    from mtp_lightning.data.generated.log import TextLog
-    from mtp_lightning.data.generated.shards import TokenDocument
+    import torch
+
+    from mtp_lightning.checkpoint.format.folder import CheckpointFolder
+    from mtp_lightning.data.generated.log import Setting, TextLog
+    from mtp_lightning.data.generated.shards import TokenDocument, TokenShards, WriteTexts
     from mtp_lightning.data.tokenizers.base import Tokenizer
-    from mtp_lightning.recipe import Recipe
-
-FromModelOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="PATH",
-        help="With --out: a run, checkpoint or export whose own text is to be the documents. After a kill, the same "
-        "command goes on with what was written.",
-    ),
-]
-PromptsOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE|FOLDER",
-        help="With --from-model: prompts, one per line or *.jsonl with `prompt`; or shards, whose documents' first "
-        "tokens are taken.",
-    ),
-]
-CountOption = Annotated[int, typer.Option(metavar="N", min=1, help="With --from-model: how many, no two equal.")]
-NewTokensOption = Annotated[int, typer.Option(min=1, help="With --from-model: longest continuation.")]
-TemperatureOption = Annotated[float, typer.Option(min=0.0, help="With --from-model: 0 takes the likeliest token.")]
-TopKOption = Annotated[int | None, typer.Option(min=1, help="With --from-model: draw among the k likeliest tokens.")]
-TopPOption = Annotated[
-    float | None, typer.Option(help="With --from-model: draw among the likeliest tokens that hold this share.")
-]
-PromptTokensOption = Annotated[int, typer.Option(min=1, help="With --prompts FOLDER: tokens of each document.")]
-LearnPromptsOption = Annotated[
-    bool, typer.Option("--learn-prompts", help="With --from-model: let prompts be targets, too.")
-]
-SeedOption = Annotated[int, typer.Option(min=0, help="With --from-model: seed of what is drawn.")]
-RowsOption = Annotated[int, typer.Option(min=1, help="With --from-model: texts that are written together.")]
-OwnDeviceOption = Annotated[DeviceName, typer.Option(help="With --from-model: auto takes CUDA when there is one.")]
+    from mtp_lightning.decode.self_generated import OwnText
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the command line says."""
-
-    model: Path
-    prompts: Path | None
-    num_documents: int
-    max_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    prompt_tokens: int
-    train_on_prompt: bool
-    seed: int
-    batch_rows: int
-    device: DeviceName
-    validation_fraction: float
-
-
-def build_from_model(request: Request, out: Path) -> None:
-    """Let a model write documents, and make shards of them; go on where an equal command was ended."""
-    if request.prompts is None:
-        raise typer.BadParameter("--from-model needs prompts to begin with", param_hint="--prompts")
-    from mtp_lightning.checkpoint.convert.load_model import find_checkpoint
-    from mtp_lightning.console.progress import say
-    from mtp_lightning.data.generated.shards import TokenShards, write_token_shards
+def generate(
+    context: typer.Context,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="Run, checkpoint or exported folder whose own text is to be the documents.",
+            show_default=False,
+        ),
+    ],
+    *,
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE|FOLDER",
+            help="Prompts, one per line or *.jsonl with `prompt`; or shards, whose documents' first tokens are taken.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the shards; must not exist yet.", show_default=False)],
+    num_documents: Annotated[int, typer.Option(metavar="N", min=1, help="How many, no two equal.")] = 1000,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.6,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the k likeliest tokens.")] = 20,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest that hold this share.")] = 0.95,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="With --prompts FOLDER: tokens of each document.")] = 32,
+    learn_prompts: Annotated[bool, typer.Option("--learn-prompts", help="Let prompts be targets, too.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="Texts that are generated together.")] = 16,
+    device: Annotated[DeviceName, typer.Option(help="auto takes CUDA when there is one.")] = DeviceName.auto,
+    validation_fraction: Annotated[
+        float | None, typer.Option(help="Share of documents held out (0.03 unless given).")
+    ] = None,
+) -> None:
+    """Let a model write documents, and make shards of them; after a kill, the same command goes on."""
+    share = share_of(validation_fraction)
+    from mtp_lightning.checkpoint.format.folder import open_checkpoint
+    from mtp_lightning.data.generated.shards import TokenShards
     from mtp_lightning.data.loading.corpus import recipe_tokenizer
+    from mtp_lightning.decode import Settings
+    from mtp_lightning.decode.self_generated import OwnText
+
+    folder = open_checkpoint(model, verify=False)  # in full before it is loaded: all may be there already
+    tokenizer = recipe_tokenizer(folder.recipe)
+    tokens = _prompts_of(prompts, tokenizer, prompt_tokens)
+    wanted = OwnText(
+        num_documents=num_documents,
+        settings=Settings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k if temperature else None,
+            top_p=top_p if temperature else None,
+            seed=seed,
+            stop_tokens=[tokenizer.end_of_document],
+        ),
+        end_of_document=tokenizer.end_of_document,
+        batch_rows=rows,
+        train_on_prompt=learn_prompts,
+        validation_fraction=share,
+    )
+    decisive = {
+        **context.params,
+        "prompt_tokens": prompt_tokens if prompts.is_dir() else None,
+        "top_k": wanted.settings.top_k,
+        "top_p": wanted.settings.top_p,
+        "device": device_of(device).type,
+    }
+    request = _request(folder.model_name, tokens, decisive)
+    made = TokenShards(tokenizer=tokenizer, request=request, validation_fraction=share)
+    _build(out, made, wanted, lambda log: _documents(folder, tokens, wanted, log, device_of(device)))
+
+
+def _build(out: Path, made: "TokenShards", wanted: "OwnText", write: "WriteTexts") -> None:
+    """Write the shards, and say what they hold."""
+    from mtp_lightning.console.progress import say
+    from mtp_lightning.data.generated.shards import write_token_shards
     from mtp_lightning.data.shards.build import describe
 
-    folder = find_checkpoint(request.model)
-    recipe, digest = _identified(folder)
-    tokenizer = recipe_tokenizer(recipe)
-    prompts = _prompts_of(request, tokenizer)
-    settings = _settings_of(request, model=f"{folder.name} of sha256 {digest[:16]}", prompts=prompts)
-    made = TokenShards(tokenizer=tokenizer, request=settings, validation_fraction=request.validation_fraction)
-    manifest = write_token_shards(lambda log: _documents(request, folder, prompts, tokenizer, log), out, made)
+    manifest = write_token_shards(write, out, made)
     if manifest is None:
         say(f"{out} has been built from this model with these settings before")
         return
     say(f"built {describe(manifest)}: {out}")
-    if sum(shard.num_documents for shard in manifest.shards) < request.num_documents:
-        say(f"{request.num_documents:,} documents were asked for: give more prompts, or a higher temperature")
+    if sum(shard.num_documents for shard in manifest.shards) < wanted.num_documents:
+        say(f"{wanted.num_documents:,} documents were asked for: give more prompts, or a higher temperature")
+
+
+def share_of(given: float | None) -> float:
+    """Return the share of documents that is held out."""
+    from mtp_lightning.recipe.schema.data import DataSection
+
+    share = DataSection().validation_fraction if given is None else given
+    if not 0 < share < 1:
+        raise typer.BadParameter("must lie between 0 and 1", param_hint="--validation-fraction")
+    return share
+
+
+def _request(model: str, prompts: list[list[int]], options: dict[str, Any]) -> "dict[str, Setting]":
+    """List all that decides what is written, under the names of the options."""
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    left_out = ("model", "prompts", "out", "validation_fraction")
+    named = {f"--{name.replace('_', '-')}": value for name, value in options.items() if name not in left_out}
+    return {"MODEL": model, "--prompts": f"{len(prompts):,} of sha256 {digest[:16]}", **named}
 
 
 def _documents(
-    request: Request, folder: Path, prompts: list[list[int]], tokenizer: "Tokenizer", log: "TextLog"
+    folder: "CheckpointFolder", prompts: list[list[int]], wanted: "OwnText", log: "TextLog", device: "torch.device"
 ) -> "Generator[TokenDocument, None, None]":
     """Load the model and let it write."""
-    from mtp_lightning.checkpoint.convert.load_model import load_model
-    from mtp_lightning.cli.generate import device_of
+    from mtp_lightning.checkpoint.convert.load_model import build_trained
     from mtp_lightning.console.progress import counted, say
-    from mtp_lightning.decode import Settings
-    from mtp_lightning.decode.self_generated import OwnText, Writer, check_share
+    from mtp_lightning.decode.self_generated import Writer
 
-    settings = Settings(
-        max_new_tokens=request.max_new_tokens,
-        temperature=request.temperature,
-        top_k=request.top_k if request.temperature else None,
-        top_p=request.top_p if request.temperature else None,
-        seed=request.seed,
-        stop_tokens=[tokenizer.end_of_document],
-    )
-    wanted = OwnText(
-        num_documents=request.num_documents,
-        settings=settings,
-        end_of_document=tokenizer.end_of_document,
-        batch_rows=request.batch_rows,
-        train_on_prompt=request.train_on_prompt,
-    )
-    writer = Writer(load_model(folder, device=device_of(request.device))[1], prompts, wanted)
-    check_share(len(prompts), request.validation_fraction)
-    with counted("writing", total=request.num_documents, unit="documents") as advance:
+    folder.verify()
+    writer = Writer(build_trained(folder, device=device), prompts, wanted)
+    with counted("writing", total=wanted.num_documents, unit="documents") as advance:
         yield from writer.documents(log, advance)
     say(f"{writer.num_duplicates:,} duplicates left out")
 
 
-def _identified(folder: Path) -> "tuple[Recipe, str]":
-    """Read the recipe of a model, and a digest over all that the model consists of, without reading the weights."""
-    from mtp_lightning.checkpoint.convert.load_model import model_files, offering_another
-    from mtp_lightning.checkpoint.format.layout import check_digests
-    from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME
-    from mtp_lightning.recipe import load_recipe
-
-    with offering_another(folder):
-        files = model_files(folder)
-        check_digests(folder, {RECIPE_NAME: files[RECIPE_NAME]})
-    listing = "\n".join(f"{name} {record.sha256}" for name, record in sorted(files.items()))
-    return load_recipe(folder / RECIPE_NAME).recipe, hashlib.sha256(listing.encode()).hexdigest()
-
-
-def _settings_of(request: Request, *, model: str, prompts: list[list[int]]) -> "dict[str, Setting]":
-    """List all that decides what is written, under the names of the options."""
-    from mtp_lightning.cli.generate import device_of
-
-    assert request.prompts is not None
-    is_sampled = request.temperature > 0
-    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    return {
-        "--from-model": model,
-        "--prompts": f"{len(prompts):,} of sha256 {digest[:16]}",
-        "--prompt-tokens": request.prompt_tokens if request.prompts.is_dir() else None,
-        "--num-documents": request.num_documents,
-        "--max-new-tokens": request.max_new_tokens,
-        "--temperature": request.temperature,
-        "--top-k": request.top_k if is_sampled else None,
-        "--top-p": request.top_p if is_sampled else None,
-        "--learn-prompts": request.train_on_prompt,
-        "--seed": request.seed,
-        "--rows": request.batch_rows,
-        "--device": device_of(request.device).type,
-    }
-
-
-def _prompts_of(request: Request, tokenizer: "Tokenizer") -> list[list[int]]:
+def _prompts_of(path: Path, tokenizer: "Tokenizer", num_tokens: int) -> list[list[int]]:
     """Read the prompts as tokens."""
     from mtp_lightning.cli.prompt_files import read_prompts
     from mtp_lightning.data.generated.shards import beginnings
 
-    assert request.prompts is not None
-    if request.prompts.is_dir():
-        return list(beginnings(request.prompts, request.prompt_tokens))
-    return [tokens.tolist() for tokens in tokenizer.encode_many(read_prompts(request.prompts))]
+    if path.is_dir():
+        return list(beginnings(path, num_tokens))
+    return [tokens.tolist() for tokens in tokenizer.encode_many(read_prompts(path))]

@@ -28,6 +28,7 @@ class OwnText:
     end_of_document: int
     batch_rows: int = 16
     train_on_prompt: bool = False  # else only continuations are targets
+    validation_fraction: float
 
 
 @final
@@ -39,10 +40,12 @@ class Writer:
 
         Raises:
             DecodingError: There is none, or one does not fit the model.
+            DataError: All would fall into one split.
         """
         if not prompts:
             raise DecodingError("a model's own text must begin with prompts", "none", "Give longer documents or lines")
         check_prompts(model, prompts, wanted.settings.max_new_tokens)
+        _check_share(len(prompts), wanted.validation_fraction)
         self.num_duplicates = 0
         self._model, self._prompts, self._wanted = model, prompts, wanted
         self._seen: set[bytes] = set()
@@ -72,11 +75,11 @@ class Writer:
     def _batch(self, log: TextLog, first: int, num_rounds: int) -> Iterator[TokenDocument]:
         """Continue some prompts; leave out what has been written before."""
         prompts = self._prompts[first : first + self._wanted.batch_rows]
-        texts = log.recall()
+        texts = log.replay(len(prompts))
         if texts is None:
             seed = self._wanted.settings.seed + num_rounds * len(self._prompts) + first
             texts = generate(self._model, prompts, replace(self._wanted.settings, seed=seed)).tokens
-            log.note(texts)
+            log.append(texts)
         for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=first):
             if self._is_new([*prompt, -1, *text]):
                 yield self._document(list(prompt), text, rank=_rank(number))
@@ -98,12 +101,8 @@ class Writer:
         return TokenDocument([*prompt, *text, end], [*is_learnt, False], rank)
 
 
-def check_share(num_prompts: int, validation_fraction: float) -> None:
-    """Refuse prompts of which none, or all, would be held out, before a word is written.
-
-    Raises:
-        DataError: So it would be.
-    """
+def _check_share(num_prompts: int, validation_fraction: float) -> None:
+    """Refuse prompts of which none, or all, would be held out, before a word is written."""
     if len({split_of(_rank(number), validation_fraction) for number in range(num_prompts)}) == 1:
         raise DataError(
             "both splits must get at least one document",

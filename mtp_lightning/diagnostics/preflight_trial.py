@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints
 from mtp_lightning.decode import generate
 from mtp_lightning.errors import MtpError
 from mtp_lightning.launch.rank_env import rank_from_env

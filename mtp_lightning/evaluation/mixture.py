@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtp_lightning.checkpoint.convert.load_model import find_checkpoint
+from mtp_lightning.checkpoint.format.folder import open_checkpoint
 from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME
-from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from mtp_lightning.console.plots import save_picture
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.recipe import load_recipe
 from mtp_lightning.recipe.trainable import mixing_offsets
 
 
@@ -36,13 +34,13 @@ def read_mixtures(path: Path) -> list[LearntMixture]:
     Raises:
         CheckpointError: there is no checkpoint, or its heads read no mixtures.
     """
-    folder = find_checkpoint(path)
-    recipe, reader = load_recipe(folder / RECIPE_NAME).recipe, ShardReader(folder)
+    folder = open_checkpoint(path, verify=False)
+    recipe, reader = folder.recipe, folder.reader
     section = recipe.adapt.layer_mix
     if section is None:
         raise CheckpointError(
             "a run whose mixtures are shown must have adapt.layer_mix",
-            f"adapt.layer_mix = null in {folder / RECIPE_NAME}",
+            f"adapt.layer_mix = null in {folder.path / RECIPE_NAME}",
             "Name a run that was trained with them",
         )
     weights = {offset: reader.read(f"layer_mix.{offset}.weight").double() for offset in mixing_offsets(recipe)}

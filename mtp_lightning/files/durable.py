@@ -19,13 +19,22 @@ class FileRecord(BaseModel):
     sha256: str
 
 
-def sync_folder(folder: Path) -> None:
-    """Make names created, renamed or removed in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Force a file to disk, or the names that were created, renamed or removed in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def describe_file(path: Path, *, is_synced: bool) -> FileRecord:
+    """Read a file whole for its size and digest; force it to disk unless `is_synced`."""
+    with path.open("rb") as file:
+        if not is_synced:
+            os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(size_bytes=file.tell(), sha256=digest)
 
 
 @contextmanager
@@ -49,7 +58,7 @@ def replace_durably(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     write_durably(temporary, content)
     temporary.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 @final

@@ -3,13 +3,14 @@
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, final
 
 from pydantic import ValidationError
 
+from mtp_lightning.files.lock import FileId, file_id, locked_files
 from mtp_lightning.launch.scheduler import job_states
 from mtp_lightning.launch.untrusted import OddFileError, open_regular, read_object, read_yaml, reason_of, shown
 from mtp_lightning.planner.flops import tokens_after
@@ -92,7 +93,7 @@ def statuses(folders: Sequence[Path]) -> list[RunStatus]:
     runs = {run: _Reading(run) for run in sorted({run for folder in folders for run in find_runs(folder)})}
     jobs = {run: _job_of(reading) for run, reading in runs.items()}
     states = job_states({job for job in jobs.values() if job})
-    locked = _locked_files()
+    locked = locked_files()
     return [
         _status_of(reading, jobs[run], states.get(jobs[run] or ""), is_locked=_is_locked(run, locked))
         for run, reading in runs.items()
@@ -275,19 +276,8 @@ def _number(cell: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _locked_files() -> set[tuple[int, int, int]]:
-    """List the files that processes of this machine hold locks on, as (major, minor, inode)."""
+def _is_locked(run: Path, locked: Collection[FileId]) -> bool:
     try:
-        lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return set()
-    found = (re.search(r" ([0-9a-f]+):([0-9a-f]+):(\d+) ", line) for line in lines if "FLOCK" in line)
-    return {(int(match[1], 16), int(match[2], 16), int(match[3])) for match in found if match}
-
-
-def _is_locked(run: Path, locked: set[tuple[int, int, int]]) -> bool:
-    try:
-        stat = (run / ".lock").stat()
+        return file_id((run / ".lock").stat()) in locked
     except OSError:
         return False
-    return (os.major(stat.st_dev), os.minor(stat.st_dev), stat.st_ino) in locked

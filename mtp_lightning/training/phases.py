@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from mtp_lightning.checkpoint.format.layout import newest_complete
+from mtp_lightning.checkpoint.format.folder import newest_complete
 from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe

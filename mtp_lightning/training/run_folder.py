@@ -6,7 +6,6 @@ lock keeps a second process out.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -19,9 +18,10 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mtp_lightning.checkpoint.format.layout import Checkpoint, newest_complete
+from mtp_lightning.checkpoint.format.folder import CheckpointFolder, newest_complete
 from mtp_lightning.errors import CheckpointError, RunFolderError
 from mtp_lightning.files.durable import replace_durably
+from mtp_lightning.files.lock import ANOTHER, try_lock
 from mtp_lightning.launch.run_marker import MARKER, SAVED, check_may_be_run, claim, is_run, read_marker
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, changed_fields, load_recipe, recipe_to_yaml
@@ -41,7 +41,7 @@ class Opened:
 
     path: Path
     attempt: Path  # logs of this start
-    checkpoint: Checkpoint | None  # where to go on; None for a run that has no checkpoint yet
+    checkpoint: CheckpointFolder | None  # where to go on; None for a run that has no checkpoint yet
 
 
 @contextlib.contextmanager
@@ -108,15 +108,13 @@ def _move_aside(folder: Path) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the kernel lets it go when the process ends, however it ends."""
     with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file):
             file.seek(0)
             raise RunFolderError(
                 "one process at a time may write to a run folder",
-                f"{folder} in use by {file.read().strip() or 'another process'}",
+                f"{folder} in use by {file.read().strip() or ANOTHER}",
                 "Wait for it, stop it, or give another run.dir.",
-            ) from None
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()

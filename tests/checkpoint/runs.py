@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from mtp_lightning.checkpoint.format.commit import save_together
-from mtp_lightning.checkpoint.format.manifest import Moment, RunFacts
+from mtp_lightning.checkpoint.format.commit import save_collectively
+from mtp_lightning.checkpoint.format.manifest import RunMetadata, SavePoint
 from mtp_lightning.checkpoint.format.write_shards import write_pieces
 from mtp_lightning.files.durable import FileRecord
 from mtp_lightning.model.mtp_model import MtpModel, build_model
@@ -34,7 +34,7 @@ def save_run(run: Path, recipe: Recipe, step: int, *, num_ranks: int = 1, model:
             records |= write_pieces(partial, pieces, rank, num_ranks)
         return records
 
-    facts = RunFacts(
+    facts = RunMetadata(
         recipe_hash=recipe_hash(recipe),
         num_offsets=recipe.heads.num_offsets,
         layers={"trunk": num_trunk_layers(recipe), "heads": num_head_layers(recipe)},
@@ -42,7 +42,7 @@ def save_run(run: Path, recipe: Recipe, step: int, *, num_ranks: int = 1, model:
         strategy="single" if num_ranks == 1 else "zero3",
         recipe_text=recipe_to_yaml(recipe),
     )
-    return save_together(Ranks(), run / "checkpoints", Moment(step=step, tokens=step * 64), facts, write)
+    return save_collectively(Ranks(), run / "checkpoints", SavePoint(step=step, tokens=step * 64), facts, write)
 
 
 def flip_a_byte(path: Path) -> None:

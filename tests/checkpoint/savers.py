@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from mtp_lightning.checkpoint.format.commit import remove_leftovers, retain, save_together, write_pointer
-from mtp_lightning.checkpoint.format.layout import newest_complete
-from mtp_lightning.checkpoint.format.manifest import Moment, RunFacts
+from mtp_lightning.checkpoint.format.commit import remove_leftovers, retain, save_collectively, write_pointer
+from mtp_lightning.checkpoint.format.folder import newest_complete
+from mtp_lightning.checkpoint.format.manifest import RunMetadata, SavePoint
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
-from mtp_lightning.checkpoint.format.state_folder import read_state, write_state
+from mtp_lightning.checkpoint.format.state_tree import read_state, write_state
 from mtp_lightning.checkpoint.format.write_shards import Piece, shard_name, write_pieces
 from mtp_lightning.files.durable import FileRecord
 from mtp_lightning.ranks import Ranks
 
-FACTS = RunFacts(recipe_hash="abc", num_offsets=4, layers={"trunk": 5, "heads": 3}, recipe_text="name: abc\n")
+FACTS = RunMetadata(recipe_hash="abc", num_offsets=4, layers={"trunk": 5, "heads": 3}, recipe_text="name: abc\n")
 
 
 def forkserver() -> Any:
@@ -62,7 +62,9 @@ def check_step(checkpoint: Path, step: int) -> None:
 
 def save(folder: Path, step: int, *, keep: int = 2, best: str | None = None) -> None:
     """Save one checkpoint as training does."""
-    save_together(Ranks(), folder, Moment(step=step, tokens=step * 64), FACTS, lambda part: write_step(part, step))
+    save_collectively(
+        Ranks(), folder, SavePoint(step=step, tokens=step * 64), FACTS, lambda part: write_step(part, step)
+    )
     write_pointer(folder, "last", f"step-{step:08d}")
     retain(folder, keep=keep, best=best)
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.checkpoint.format.commit import read_pointer, remove_leftovers, retain, save_together
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints, newest_complete, verify
-from mtp_lightning.checkpoint.format.manifest import Moment
+from mtp_lightning.checkpoint.format.commit import read_pointer, remove_leftovers, retain, save_collectively
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints, newest_complete, verify
+from mtp_lightning.checkpoint.format.manifest import SavePoint
 from mtp_lightning.files.durable import FileRecord
 from mtp_lightning.ranks import Ranks
 from tests.checkpoint.savers import FACTS, check_step, die_at_call, forkserver, save, shards, write_step
@@ -30,7 +30,7 @@ def test_a_failed_save_leaves_no_trace(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_together(Ranks(), tmp_path, Moment(step=2, tokens=2), FACTS, write)
+        save_collectively(Ranks(), tmp_path, SavePoint(step=2, tokens=2), FACTS, write)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -121,7 +121,7 @@ def test_everything_reaches_the_disk_before_the_name_is_given(tmp_path: Path, mo
         (partial / "notes").write_text("that no record names")
         return write_step(partial, 1)
 
-    save_together(Ranks(), tmp_path, Moment(step=1, tokens=1), FACTS, write)
+    save_collectively(Ranks(), tmp_path, SavePoint(step=1, tokens=1), FACTS, write)
     content = ["notes", "recipe.yaml", "other.safetensors", "state.json", *shards(1)]
     assert sorted(events[:-4]) == sorted(content), "each once: a recorded file is not read again"
     assert events[-4:] == ["MANIFEST.json", "step-00000001.partial", "rename to step-00000001", tmp_path.name]

@@ -10,10 +10,9 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner, Result
 
-from mtp_lightning.checkpoint.convert.config_json import DtypeName
 from mtp_lightning.checkpoint.convert.consolidate import DTYPES, Advance, check_whole, consolidate, write_whole
 from mtp_lightning.checkpoint.convert.load_model import load_model
-from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
+from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError, DtypeName
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
 from mtp_lightning.checkpoint.format.tensors import BLOCK_BYTES
 from mtp_lightning.cli.app import app
@@ -134,13 +133,13 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     save_run(tmp_path / "run", RECIPE, 1)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")
-    with pytest.raises(CheckpointError, match=f"{tmp_path}/out, which is a folder with files in it"):
+    with pytest.raises(CheckpointError, match=f"a folder with 1 entry: {tmp_path}/out"):
         consolidate(tmp_path / "run", tmp_path / "out")
-    with pytest.raises(CheckpointError, match=f"{tmp_path}/out/notes, which is a file"):
+    with pytest.raises(CheckpointError, match=f"a file: {tmp_path}/out/notes"):
         consolidate(tmp_path / "run", tmp_path / "out" / "notes")
     (tmp_path / "new.partial").mkdir()
     (tmp_path / "new.partial" / "notes").write_text("mine")
-    with pytest.raises(CheckpointError, match=rf"{tmp_path}/new\.partial, which is a folder with files in it"):
+    with pytest.raises(CheckpointError, match=rf"a folder with 1 entry: {tmp_path}/new\.partial"):
         consolidate(tmp_path / "run", tmp_path / "new")
     assert (tmp_path / "out" / "notes").read_text() == (tmp_path / "new.partial" / "notes").read_text() == "mine"
 

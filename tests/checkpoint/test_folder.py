@@ -7,7 +7,7 @@ import torch
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
-from mtp_lightning.checkpoint.format.state_folder import read_state, write_state
+from mtp_lightning.checkpoint.format.state_tree import read_state, write_state
 from mtp_lightning.errors import CheckpointError
 from tests.checkpoint.runs import save_run
 from tests.checkpoint.savers import check_step, save

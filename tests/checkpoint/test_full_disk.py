@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtp_lightning.checkpoint.format.layout import newest_complete
+from mtp_lightning.checkpoint.format.folder import newest_complete
 from mtp_lightning.errors import CheckpointError
 from tests.checkpoint.savers import check_step, forkserver, save
 

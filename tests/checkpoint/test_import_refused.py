@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.checkpoint.huggingface.canonical_names import Parameter, parameters_of
-from mtp_lightning.checkpoint.huggingface.export_model import cells_of, export_hf
+from mtp_lightning.checkpoint.huggingface.export_model import export_hf, sources_of
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK
 from mtp_lightning.cli.app import app
@@ -283,7 +283,7 @@ def test_our_own_folders_and_occupied_ones(tmp_path):
     write_folder(tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "mine", Wanted())
     assert f"init.path={tmp_path / 'mine'}" in refusal(tmp_path / "mine").hint
-    with pytest.raises(CheckpointError, match="which is a folder with files in it"):
+    with pytest.raises(CheckpointError, match="must be new or empty; found a folder with"):
         import_folder(tmp_path / "hf", tmp_path / "mine", Wanted())
 
 
@@ -358,15 +358,15 @@ def test_a_trained_model_is_exported_with_its_own_settings(tmp_path):
 def test_nothing_that_the_next_token_depends_on_is_left_out(name, parameter):
     recipe = tiny_recipe()
     parameters = parameters_of(recipe)
-    assert len(cells_of(recipe, parameters, "llama", None)) < len(parameters)
+    assert len(sources_of(recipe, parameters, "llama", None)) < len(parameters)
     with pytest.raises(CheckpointError, match=f"none for {name}"):
-        cells_of(recipe, parameters | {name: parameter}, "llama", None)
+        sources_of(recipe, parameters | {name: parameter}, "llama", None)
 
 
 def test_nothing_of_a_module_is_left_out():
     recipe = tiny_recipe(heads={"kind": "sequential"})
     parameters = parameters_of(recipe)
-    assert len(cells_of(recipe, parameters, "llama", DEEPSEEK)) == len(parameters)
+    assert len(sources_of(recipe, parameters, "llama", DEEPSEEK)) == len(parameters)
     name, unknown = "heads.blocks.0.update", Parameter("modules.0.layers.0.mlp.up_proj.update", (2, 2), "offset 2")
     with pytest.raises(CheckpointError, match=f"none for {name}"):
-        cells_of(recipe, parameters | {name: unknown}, "llama", DEEPSEEK)
+        sources_of(recipe, parameters | {name: unknown}, "llama", DEEPSEEK)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.checkpoint.format.layout import newest_complete
+from mtp_lightning.checkpoint.format.folder import newest_complete
 from tests.checkpoint.savers import check_step, forkserver, save_forever
 
 COMPLETE = "step-" + 8 * "[0-9]"

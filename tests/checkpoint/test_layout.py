@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mtp_lightning.checkpoint.format.commit import read_pointer
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints, newest_complete, verify
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints, newest_complete, verify
 from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
 from mtp_lightning.errors import CheckpointError
 from tests.checkpoint.savers import save, shards

@@ -4,9 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from mtp_lightning.checkpoint.convert.add_heads import extend_checkpoint
 from mtp_lightning.checkpoint.convert.consolidate import consolidate
-from mtp_lightning.checkpoint.convert.load_model import find_checkpoint, load_model
+from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.checkpoint.format import folder as folder_module
+from mtp_lightning.checkpoint.format.folder import open_checkpoint
 from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
+from mtp_lightning.checkpoint.huggingface.export_model import export_hf
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.mtp_model import build_model
 from tests.checkpoint.runs import flip_a_byte, is_same_model, model_of_step, save_run
@@ -72,34 +76,35 @@ def test_the_newest_complete_checkpoint_of_a_run_is_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [save_run(tmp_path / "run", RECIPE, step) for step in (1, 2, 3)]
-    assert find_checkpoint(tmp_path / "run") == paths[2]
+    assert open_checkpoint(tmp_path / "run").path == paths[2]
     (paths[2] / shards(1)[1]).unlink()
-    assert find_checkpoint(tmp_path / "run") == paths[1]
+    assert open_checkpoint(tmp_path / "run").path == paths[1]
     assert f"Passing over step-00000003: no such file: {paths[2] / shards(1)[1]}" in capsys.readouterr().err
-    assert find_checkpoint(paths[2]) == paths[2]
+    with pytest.raises(DamagedCheckpointError, match=rf"The checkpoint before it is good: {paths[1]}"):
+        open_checkpoint(paths[2])
     monkeypatch.chdir(paths[0])
-    assert find_checkpoint(Path()) == paths[0]
+    assert open_checkpoint(Path()).path == paths[0]
     monkeypatch.chdir(tmp_path)
-    assert find_checkpoint(Path("run")) == paths[1]
+    assert open_checkpoint(Path("run")).path == paths[1]
 
 
 def test_what_is_no_checkpoint_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"no folder {tmp_path}/nowhere"):
-        find_checkpoint(tmp_path / "nowhere")
+        open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(
         CheckpointError, match=rf"neither checkpoints/ nor MANIFEST\.json nor config\.json in {tmp_path}"
     ):
-        find_checkpoint(tmp_path)
+        open_checkpoint(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match=f"none in {tmp_path}/checkpoints"):
-        find_checkpoint(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_a_run_of_an_earlier_format_is_said_so(tmp_path: Path) -> None:
     manifest = save_run(tmp_path, RECIPE, 1) / "MANIFEST.json"
     manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 1'))
     with pytest.raises(CheckpointError, match=r"found 1 in .*MANIFEST\.json, written by mtp_lightning 0"):
-        find_checkpoint(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -179,3 +184,42 @@ def test_a_checkpoint_without_its_recipe_is_no_model(tmp_path: Path) -> None:
     manifest.write_text(manifest.read_text().replace("recipe.yaml", "notes.yaml"))
     with pytest.raises(DamagedCheckpointError, match=f"no recipe.yaml in {path}"):
         load_model(path)
+
+
+def test_every_file_of_a_model_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_run(tmp_path / "run", RECIPE, 1, num_ranks=2)
+    read: list[str] = []
+    digest_of = folder_module._digest_of
+
+    def recorded(file: Path, advance: object) -> str:
+        read.append(file.name)
+        return digest_of(file, advance)
+
+    monkeypatch.setattr(folder_module, "_digest_of", recorded)
+    model_files = [*(name for name in shards(2) if name.startswith("model")), "recipe.yaml"]
+    for use in (
+        lambda: load_model(tmp_path / "run"),
+        lambda: consolidate(tmp_path / "run", tmp_path / "out"),
+        lambda: export_hf(tmp_path / "run", tmp_path / "hf"),
+    ):
+        use()
+        assert sorted(read) == sorted(model_files)
+        read.clear()
+    opened = open_checkpoint(tmp_path / "run", verify=False)
+    assert read == ["recipe.yaml"]
+    flip_a_byte(opened.path / model_files[0])
+    with pytest.raises(DamagedCheckpointError, match=model_files[0]):
+        opened.verify()
+
+
+@pytest.mark.parametrize("use", ["export", "export_hf", "extend"])
+def test_damage_is_found_before_anything_is_built_from_it(tmp_path: Path, use: str) -> None:
+    recipe = tiny_recipe(heads=HEAD_KINDS["sequential"])
+    flip_a_byte(save_run(tmp_path / "run", recipe, 1) / shards(1)[0])
+    with pytest.raises(DamagedCheckpointError, match=shards(1)[0]):
+        {
+            "export": lambda: consolidate(tmp_path / "run", tmp_path / "out"),
+            "export_hf": lambda: export_hf(tmp_path / "run", tmp_path / "out"),
+            "extend": lambda: extend_checkpoint(tmp_path / "run", tmp_path / "out", 8),
+        }[use]()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtp_lightning.checkpoint.format.commit import remove_leftovers, save_together
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints, newest_complete, verify
-from mtp_lightning.checkpoint.format.manifest import Moment, RunFacts
+from mtp_lightning.checkpoint.format.commit import remove_leftovers, save_collectively
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints, newest_complete, verify
+from mtp_lightning.checkpoint.format.manifest import RunMetadata, SavePoint
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
-from mtp_lightning.checkpoint.format.state_folder import read_state, write_state
+from mtp_lightning.checkpoint.format.state_tree import read_state, write_state
 from mtp_lightning.checkpoint.format.write_shards import write_pieces
 from mtp_lightning.errors import CheckpointError, MtpError
 from mtp_lightning.files.durable import FileRecord
@@ -34,9 +34,9 @@ def model_of(step: int) -> dict[str, Tensor]:
     return {"a": torch.arange(20.0).reshape(4, 5) + step, "b": torch.arange(7.0) * step}
 
 
-def facts_of(ranks: Ranks) -> RunFacts:
+def facts_of(ranks: Ranks) -> RunMetadata:
     layers = {"trunk": 5, "heads": 3}
-    return RunFacts(
+    return RunMetadata(
         recipe_hash="abc",
         num_offsets=4,
         layers=layers,
@@ -53,8 +53,8 @@ def save_step(ranks: Ranks, folder: Path, step: int, harm: Harm | None = None) -
         records = write_pieces(partial, evenly(model_of(step), ranks.size)[ranks.rank], ranks.rank, ranks.size)
         return records | (write_state(partial, {"global_step": step}) if ranks.is_first else {})
 
-    moment = Moment(step=step, tokens=step * 64)
-    return save_together(ranks, folder, moment, facts_of(ranks), harm(ranks, write) if harm else write)
+    moment = SavePoint(step=step, tokens=step * 64)
+    return save_collectively(ranks, folder, moment, facts_of(ranks), harm(ranks, write) if harm else write)
 
 
 def check_saved(checkpoint: Path, step: int) -> None:
@@ -233,5 +233,5 @@ def test_a_file_of_another_size_than_recorded_is_refused(tmp_path: Path) -> None
         return records
 
     with pytest.raises(CheckpointError, match="seen by rank 0 with 3 bytes"):
-        save_together(Ranks(), tmp_path, Moment(step=1, tokens=1), facts_of(Ranks()), write)
+        save_collectively(Ranks(), tmp_path, SavePoint(step=1, tokens=1), facts_of(Ranks()), write)
     assert list(tmp_path.iterdir()) == []

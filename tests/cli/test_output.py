@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints
 from mtp_lightning.console.errors import BROKEN_PIPE
 from tests.support.runs import ROOT, figures
 

@@ -12,7 +12,7 @@ import pytest
 
 from mtp_lightning.data.shards.build import BuildOptions, build_shards
 from mtp_lightning.data.shards.manifest import load_manifest
-from mtp_lightning.data.shards.staging import Partial
+from mtp_lightning.data.shards.staging import StagingFolder
 from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.data.text import blocks as units_module
 from mtp_lightning.errors import DataError
@@ -26,15 +26,15 @@ import os, signal, sys, time
 from pathlib import Path
 from mtp_lightning.data.text import blocks as units
 from mtp_lightning.data.shards.build import BuildOptions, build_shards
-from mtp_lightning.data.shards.staging import Partial
-units.UNIT_BYTES = 2000
+from mtp_lightning.data.shards.staging import StagingFolder
+units.BLOCK_BYTES = 2000
 kill_at = int(sys.argv[3])
-note = Partial.note_shard
+note = StagingFolder.note_shard
 def note_and_die(self, shard, largest_token):
     note(self, shard, largest_token)
     if self.num_written == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
-Partial.note_shard = note_and_die
+StagingFolder.note_shard = note_and_die
 options = BuildOptions(validation_fraction=0.2, member_tokens=500, shard_bytes=8000, deduplicate=True)
 build_shards([sys.argv[1]], Path(sys.argv[2]), options, processes=1)
 """
@@ -63,7 +63,7 @@ def kill_after(lines: Path, out: Path, num_shards: int) -> int:
 def test_any_number_of_processes_gives_the_same_bytes(
     tmp_path: Path, lines: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(units_module, "UNIT_BYTES", 5000)
+    monkeypatch.setattr(units_module, "BLOCK_BYTES", 5000)
     makers = {"tokenizer.json": write_tokenizer_json, "pieces.model": write_sentencepiece}
     spec = str(makers[tokenizer](tmp_path / tokenizer)) if tokenizer in makers else tokenizer
     write_corpus(tmp_path / "files", num_documents=20)
@@ -92,7 +92,7 @@ def test_killed_build_goes_on_to_the_same_bytes(
         assert kill_after(lines, out, num_shards // 3) == -signal.SIGKILL
     (partial,) = tmp_path.glob("shards.partial-*")
     inodes = {path.name: path.stat().st_ino for path in (partial / "train").glob("*.tar")}
-    monkeypatch.setattr(units_module, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(units_module, "BLOCK_BYTES", 2000)
     build_shards([str(lines)], out, OPTIONS)
     assert f"going on with {2 * (num_shards // 3)} finished shards" in capsys.readouterr().out
     assert contents(out) == contents(tmp_path / "whole")
@@ -106,7 +106,7 @@ def test_what_a_kill_left_is_verified(
     tmp_path: Path, lines: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_shards([str(lines)], tmp_path / "whole", OPTIONS, show_progress=False)
-    monkeypatch.setattr(units_module, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(units_module, "BLOCK_BYTES", 2000)
     assert kill_after(lines, tmp_path / "shards", 4) == -signal.SIGKILL
     (partial,) = tmp_path.glob("shards.partial-*")
     if damage == "flip":
@@ -126,7 +126,7 @@ def test_what_a_kill_left_is_verified(
 def test_finished_documents_are_not_tokenized_again(tmp_path: Path, lines: Path) -> None:
     assert kill_after(lines, tmp_path / "shards", 4) == -signal.SIGKILL
     (folder,) = tmp_path.glob("shards.partial-*")
-    partial = Partial(folder)
+    partial = StagingFolder(folder)
     known = [partial.known(unit) for unit in range(200)]
     assert {"train"} <= known[0]
     assert known[-1] == frozenset()

@@ -111,7 +111,7 @@ def test_shards_that_are_named_are_used_and_never_built(tmp_path: Path, corpus: 
 def test_folder_without_manifest_is_not_mistaken_for_shards(tmp_path: Path, corpus: Path) -> None:
     recipe = tiny_recipe(tmp_path / "cache", corpus)
     (prepare_shards(recipe) / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"folder of their own .* found a folder with 3 entries\. Remove it"):
+    with pytest.raises(DataError, match=r"must be new or empty; found a folder with 3 entries.* or move that away"):
         prepare_shards(recipe)
 
 

@@ -15,7 +15,7 @@ import zstandard
 from mtp_lightning.data.sampling.windows import WindowDataset
 from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.data.text import blocks as units_module
-from mtp_lightning.data.text.blocks import cut_into_units
+from mtp_lightning.data.text.blocks import cut_into_blocks
 from mtp_lightning.data.text.documents import Document
 from mtp_lightning.data.text.sources import find_files
 from mtp_lightning.errors import DataError
@@ -52,17 +52,17 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def documents(path: Path) -> list[Document]:
-    return [document for unit in cut_into_units(find_files([str(path)])) for document in unit.documents()]
+    return [document for block in cut_into_blocks(find_files([str(path)])) for document in block.documents()]
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "x.parquet"])
 def test_formats_say_the_same_documents(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units_module, "UNIT_BYTES", 300)
+    monkeypatch.setattr(units_module, "BLOCK_BYTES", 300)
     path = write(tmp_path / name, RECORDS)
-    units = list(cut_into_units(find_files([str(path)])))
+    blocks = list(cut_into_blocks(find_files([str(path)])))
     found = documents(path)
-    assert len(units) > 5
-    assert sum(unit.num_bytes for unit in units) == path.stat().st_size
+    assert len(blocks) > 5
+    assert sum(block.num_bytes for block in blocks) == path.stat().st_size
     assert [document.name for document in found] == [f"{name}:{number}" for number in range(1, 121)]
     assert found[0].parts == (("plain é".encode(), True),)
     assert found[1].parts == ((b"ask", False), (b"answer", True))

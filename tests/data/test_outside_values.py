@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtp_lightning.data.generated.half_written import check_request
+from mtp_lightning.data.generated.log import check_request
 from mtp_lightning.data.sampling.packing import PackedRows, Plan, _checksum, plan_path, prepare_plan
 from mtp_lightning.data.sampling.windows import WindowDataset
 from mtp_lightning.data.shards.arrays import whole_numbers
 from mtp_lightning.data.shards.index import build_index, load_index
 from mtp_lightning.data.shards.manifest import Manifest, fingerprint_of, load_manifest
-from mtp_lightning.data.shards.staging import Partial
+from mtp_lightning.data.shards.staging import StagingFolder
 from mtp_lightning.data.shards.stats import lengths_of
 from mtp_lightning.data.text.sources import find_files
 from mtp_lightning.data.tokenizers.files import HuggingFaceTokenizer
@@ -252,7 +252,7 @@ def test_lengths_that_were_changed_are_not_counted(shards: Path) -> None:
 def test_journal_of_a_killed_build_is_taken_up_to_its_damage(tmp_path: Path, line: bytes) -> None:
     good = b'{"train": 0, "validation": 0}\n'
     (tmp_path / "journal.jsonl").write_bytes(good + line + b"\n" + good)
-    partial = Partial(tmp_path)
+    partial = StagingFolder(tmp_path)
     assert partial.known(0) == {"train", "validation"}
     assert partial.known(1) == frozenset()
     partial.abandon(is_kept=False)
@@ -265,15 +265,15 @@ def test_record_of_a_killed_build_is_taken_only_for_its_shard(tmp_path: Path, sh
     record.write_text(json.dumps({"shard": shard.model_dump(), "largest_token": 3}))
     for own, num_kept in ({}, 1), (change, 0):
         record.write_text(json.dumps({"shard": {**shard.model_dump(), **own}, "largest_token": 3}))
-        partial = Partial(shards)
+        partial = StagingFolder(shards)
         partial.abandon(is_kept=True)
         assert partial.num_kept == num_kept
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{", b"[" * 100_000, b"\xff", b"3"])
+@pytest.mark.parametrize("content", [b"[]", b"{", b"[" * 100_000, b"\xff", b"3", b"x" * 2**20])
 def test_request_of_half_written_shards_is_an_object(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "request.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"request\.json must be as it was written"):
+    (tmp_path / "texts.jsonl").write_bytes(content + b"\n")
+    with pytest.raises(DataError, match=r"texts\.jsonl must be as it was written"):
         check_request(tmp_path, {"prompts": "x"})
 
 

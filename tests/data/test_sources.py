@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.data.text.blocks import cut_into_units
+from mtp_lightning.data.text.blocks import cut_into_blocks
 from mtp_lightning.data.text.documents import Document
 from mtp_lightning.data.text.sources import find_files
 from mtp_lightning.errors import DataError
@@ -14,7 +14,7 @@ def names(*sources: str) -> list[str]:
 
 
 def documents(*sources: str) -> list[Document]:
-    return [document for unit in cut_into_units(find_files(list(sources))) for document in unit.documents()]
+    return [document for block in cut_into_blocks(find_files(list(sources))) for document in block.documents()]
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def save_writer(folder: Path, *, step: int = 1) -> None:
 
 def arguments(run: Path, out: object, *options: object, prompts: str = "prompts.txt") -> list[str]:
     """Spell the command."""
-    given = ["data", "build", "--from-model", run / "run", "--prompts", run / prompts, "--out", run / str(out)]
+    given = ["data", "generate", run / "run", "--prompts", run / prompts, "--out", run / str(out)]
     return [str(argument) for argument in (*given, *options)]
 
 

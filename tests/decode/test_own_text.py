@@ -12,6 +12,7 @@ from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.decode import generate
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
+from tests.checkpoint.runs import flip_a_byte
 from tests.decode.own_text_builds import PROMPTS, arguments, save_writer
 from tests.support.runs import ROOT
 
@@ -148,6 +149,15 @@ def test_what_cannot_be_is_refused(run, options, words):
     assert words in " ".join(f"{done.output} {done.exception}".split())
     assert not (run / "refused").exists()
     assert not list(run.glob("refused.partial*"))
+
+
+def test_a_damaged_model_writes_nothing(tmp_path):
+    save_writer(tmp_path)
+    flip_a_byte(next((tmp_path / "run/checkpoints").glob("*/model-*")))
+    done = build(tmp_path, "refused", *OPTIONS)
+    assert done.exit_code == 3
+    assert "sha256" in done.output
+    assert not list(tmp_path.glob("refused*"))
 
 
 def test_a_folder_with_something_in_it_is_left_alone(run):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints
 from mtp_lightning.errors import LaunchError
 from mtp_lightning.launch.local import needs_ranks
 from mtp_lightning.launch.rank_env import local_rank_info

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints
 from mtp_lightning.launch.signals import REQUEUE, STOP_SIGNALS, StopRequest, stop_on_signals
 from tests.launch.signalled import after_step, child_signalled, group_signalled, has_begun, saves, signalled, start
 from tests.support.runs import ROOT, figures, mtp

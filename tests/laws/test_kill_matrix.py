@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from mtp_lightning.checkpoint.format.layout import newest_complete
-from mtp_lightning.checkpoint.format.state_folder import read_state
+from mtp_lightning.checkpoint.format.folder import newest_complete
+from mtp_lightning.checkpoint.format.state_tree import read_state
 from mtp_lightning.data.loading.corpus import prepare_shards
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.data.sampling.order import permute

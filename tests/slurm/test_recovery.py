@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints
 from tests.slurm.cluster import Cluster, attempts_of, output_of
 from tests.support.runs import ROOT, figures
 

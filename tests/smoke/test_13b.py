@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from tests.support.runs import ROOT, mtp
 

@@ -7,7 +7,8 @@ import pytest
 from tests.structure.source import FILES, PACKAGE, imports_of
 
 LAYERS = (
-    ("errors", "files"),
+    ("errors",),
+    ("files",),
     ("recipe",),
     ("planner",),
     ("launch",),

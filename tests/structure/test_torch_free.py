@@ -8,7 +8,7 @@ import pytest
 from tests.structure.source import FILES, PACKAGE, ROOT, imports_of, module_of
 
 HEAVY = ("torch", "numpy", "lightning", "torchmetrics", "webdataset", "safetensors", "matplotlib")
-TORCH_FREE = ("errors.py", "recipe", "planner", "launch", "cli")
+TORCH_FREE = ("errors.py", "files", "recipe", "planner", "launch", "cli")
 MODULES = [module_of(path) for path in FILES if path.relative_to(PACKAGE).parts[0] in TORCH_FREE]
 
 
@@ -53,7 +53,7 @@ def test_the_probe_sees_what_is_loaded() -> None:
     assert loaded_by("import numpy") == "loaded: numpy"
 
 
-@pytest.mark.parametrize("room", ["errors.py", "recipe", "planner", "launch"])
+@pytest.mark.parametrize("room", ["errors.py", "files", "recipe", "planner", "launch"])
 def test_torch_free_packages_name_nothing_heavy(room: str) -> None:
     files = [path for path in FILES if path.relative_to(PACKAGE).parts[0] == room]
     assert not [(path, name) for path in files for _, name in imports_of(path) if name.split(".")[0] in HEAVY]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mtp_lightning.checkpoint.format.layout import newest_complete
-from mtp_lightning.checkpoint.format.state_folder import read_state
+from mtp_lightning.checkpoint.format.folder import newest_complete
+from mtp_lightning.checkpoint.format.state_tree import read_state
 from mtp_lightning.launch.status import statuses
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.recipe.schema.root import EarlyStopSection

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints
 from mtp_lightning.errors import CheckpointError, DataError, NonFiniteError, RunFolderError, TrainingError
 from mtp_lightning.launch.run_marker import claim
 from mtp_lightning.recipe import load_recipe

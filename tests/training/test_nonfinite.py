@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.data.sampling.order import ShuffledOrder

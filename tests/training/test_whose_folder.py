@@ -220,7 +220,7 @@ OUT = {
     "import": ("import", "HF", "--offsets", "2", "--out", "OUT"),
     "extend": ("extend", "RUN", "--to", "6", "--out", "OUT"),
     "data build": ("data", "build", "--out", "OUT", "notes.txt"),
-    "data build from a model": ("data", "build", "--from-model", "RUN", "--prompts", "prompts.txt", "--out", "OUT"),
+    "data generate": ("data", "generate", "RUN", "--prompts", "prompts.txt", "--out", "OUT"),
     "bench adapt": ("bench", "adapt", "RUN", str(ROOT / "recipes/adapt/joint.yaml"), "--out", "OUT"),
 }
 

@@ -1,32 +1,20 @@
 """A checkpoint with more heads than were trained, as an exported folder that training can start from."""
 
-import hashlib
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-
-from mtp_lightning.checkpoint.convert.config_json import CONFIG_NAME, Provenance, read_config, write_config
-from mtp_lightning.checkpoint.convert.consolidate import appearing, check_target, check_whole, name_of, write_whole
-from mtp_lightning.checkpoint.convert.load_model import (
-    check_tensors,
-    find_checkpoint,
-    model_files,
-    offering_another,
-    stored_dtype,
-)
-from mtp_lightning.checkpoint.format.layout import check_digests
-from mtp_lightning.checkpoint.format.manifest import MANIFEST_NAME, RECIPE_NAME, read_manifest
+from mtp_lightning.checkpoint.convert.consolidate import check_target, check_whole, name_of, write_whole
+from mtp_lightning.checkpoint.convert.load_model import check_tensors, stored_dtype
+from mtp_lightning.checkpoint.format.folder import CheckpointFolder, open_checkpoint
+from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME, Provenance, write_config
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
-from mtp_lightning.checkpoint.format.reader_view import ReaderView
+from mtp_lightning.checkpoint.format.reader_view import RenamingReader
 from mtp_lightning.console.progress import say, watched
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.files.atomic_folder import atomic_folder
 from mtp_lightning.files.durable import write_durably
 from mtp_lightning.model.add_heads import parameter_origins
-from mtp_lightning.model.mtp_model import MtpModel
-from mtp_lightning.recipe import Recipe, load_recipe, num_head_layers, num_trunk_layers, recipe_to_yaml
+from mtp_lightning.recipe import Recipe, num_head_layers, num_trunk_layers, recipe_to_yaml
 from mtp_lightning.recipe.add_heads import extended_recipe
 from mtp_lightning.recipe.schema.adapt import BELOW
 
@@ -51,66 +39,42 @@ def extend_checkpoint(
             cannot be written.
         RecipeError: the extended recipe breaks a rule.
     """
-    checkpoint = find_checkpoint(path)
     check_target(out)
-    with offering_another(checkpoint):
-        files, source = model_files(checkpoint), _read_source(checkpoint)
-        recipe, reader = load_recipe(checkpoint / RECIPE_NAME).recipe, ShardReader(checkpoint)
-        _check_described(recipe, source, checkpoint)
-        group = recipe.heads.num_offsets - 1 if group is None else group
-        extended = extended_recipe(recipe, num_offsets, group)
-        with torch.device("meta"):
-            check_tensors(MtpModel(recipe), reader)
-        renamed = ReaderView(reader, parameter_origins(recipe, extended, group))
-        if not train_free:
-            extended = _to_be_trained(extended, recipe, out)
-        read_bytes = sum(record.size_bytes for record in files.values())
-        with watched(f"Extending {checkpoint.name}", total_bytes=3 * read_bytes, show=True) as advance:
-            check_digests(checkpoint, files, advance)
-            dtype = stored_dtype(reader)
-            num_values = sum(math.prod(renamed.shape(name)) for name in renamed.names)
-            with appearing(out, size_bytes=num_values * dtype.itemsize) as partial:
-                record = write_whole(renamed, partial / WHOLE_MODEL, dtype, advance)
-                check_whole(renamed, ShardReader(partial), advance)
-                text = recipe_to_yaml(extended).encode()
-                written = {WHOLE_MODEL: record, RECIPE_NAME: write_durably(partial / RECIPE_NAME, text)}
-                provenance = Provenance(source.step, source.tokens, source.sha256)
-                write_config(partial, extended, provenance, written, dtype=name_of(dtype))
-    say(f"Extended {checkpoint} from {recipe.heads.num_offsets} to {num_offsets} offsets in {out}")
+    checkpoint = open_checkpoint(path)
+    recipe, reader, manifest = checkpoint.recipe, checkpoint.reader, checkpoint.manifest
+    _check_described(checkpoint)
+    group = recipe.heads.num_offsets - 1 if group is None else group
+    extended = extended_recipe(recipe, num_offsets, group)
+    check_tensors(checkpoint)
+    renamed = RenamingReader(reader, parameter_origins(recipe, extended, group))
+    if not train_free:
+        extended = _to_be_trained(extended, recipe, out)
+    dtype = stored_dtype(reader)
+    num_values = sum(math.prod(renamed.shape(name)) for name in renamed.names)
+    with (
+        watched(f"Extending {checkpoint.path.name}", total_bytes=2 * checkpoint.model_bytes, show=True) as advance,
+        atomic_folder(out, CheckpointError, size_bytes=num_values * dtype.itemsize) as staging,
+    ):
+        record = write_whole(renamed, staging / WHOLE_MODEL, dtype, advance)
+        check_whole(renamed, ShardReader(staging), advance)
+        text = recipe_to_yaml(extended).encode()
+        written = {WHOLE_MODEL: record, RECIPE_NAME: write_durably(staging / RECIPE_NAME, text)}
+        provenance = Provenance(manifest.step, manifest.tokens, checkpoint.sha256)
+        write_config(staging, extended, provenance, written, dtype=name_of(dtype))
+    say(f"Extended {checkpoint.path} from {recipe.heads.num_offsets} to {num_offsets} offsets in {out}")
     if not train_free:
         say(f"Train the new heads: mtp train {out / RECIPE_NAME}")
 
 
-class _Source(NamedTuple):
-    """What the extended folder says of where it comes from."""
-
-    num_offsets: int
-    layers: Mapping[str, int]
-    step: int
-    tokens: int
-    sha256: str  # of the manifest or config.json
-
-
-def _read_source(checkpoint: Path) -> _Source:
-    is_checkpoint = (checkpoint / MANIFEST_NAME).is_file()
-    described = read_manifest(checkpoint) if is_checkpoint else read_config(checkpoint)
-    text = (checkpoint / (MANIFEST_NAME if is_checkpoint else CONFIG_NAME)).read_bytes()
-    digest = hashlib.sha256(text).hexdigest()
-    return _Source(described.num_offsets, described.layers, described.step, described.tokens, digest)
-
-
-def _layers(recipe: Recipe) -> dict[str, int]:
-    return {"trunk": num_trunk_layers(recipe), "heads": num_head_layers(recipe)}
-
-
-def _check_described(recipe: Recipe, source: _Source, checkpoint: Path) -> None:
+def _check_described(checkpoint: CheckpointFolder) -> None:
     """Refuse a folder whose manifest speaks of other heads or layers than its recipe."""
-    own = {"offsets": recipe.heads.num_offsets, **_layers(recipe)}
-    described = {"offsets": source.num_offsets, **source.layers}
+    recipe, manifest = checkpoint.recipe, checkpoint.manifest
+    own = {"offsets": recipe.heads.num_offsets, "trunk": num_trunk_layers(recipe), "heads": num_head_layers(recipe)}
+    described = {"offsets": manifest.num_offsets, **manifest.layers}
     if own != described:
         raise CheckpointError(
             "a checkpoint's manifest and its recipe must agree on the offsets and the layers of trunk and heads",
-            f"{described} in the manifest and {own} by the recipe, in {checkpoint}",
+            f"{described} in the manifest and {own} by the recipe, in {checkpoint.path}",
             "Use the folder as it was written; one of the two has been changed since",
         )
 

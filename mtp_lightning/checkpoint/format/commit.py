@@ -1,20 +1,19 @@
 """Committing a checkpoint, pointing at it, and deleting old ones."""
 
-import hashlib
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
 from mtp_lightning import __version__
-from mtp_lightning.checkpoint.format.layout import check_sizes, complete_checkpoints, name_of_step
-from mtp_lightning.checkpoint.format.manifest import MANIFEST_NAME, RECIPE_NAME, Manifest, Moment, RunFacts
+from mtp_lightning.checkpoint.format.folder import check_sizes, complete_checkpoints, name_of_step
+from mtp_lightning.checkpoint.format.manifest import MANIFEST_NAME, RECIPE_NAME, Manifest, RunMetadata, SavePoint
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.files.durable import FileRecord, replace_durably, sync_folder, write_durably
+from mtp_lightning.files.atomic_folder import make_empty, publish, remove_folder, removed_on_error
+from mtp_lightning.files.durable import FileRecord, describe_file, replace_durably, write_durably
 from mtp_lightning.ranks import Ranks
 
 _LEFTOVER = re.compile(r"step-\d{8,}\.(partial|removed)|(last|best)\.tmp")
@@ -25,8 +24,12 @@ def partial_path(folder: Path, step: int) -> Path:
     return folder / f"{name_of_step(step)}.partial"
 
 
-def save_together(
-    ranks: Ranks, folder: Path, moment: Moment, facts: RunFacts, write: Callable[[Path], Mapping[str, FileRecord]]
+def save_collectively(
+    ranks: Ranks,
+    folder: Path,
+    point: SavePoint,
+    metadata: RunMetadata,
+    write: Callable[[Path], Mapping[str, FileRecord]],
 ) -> Path:
     """Commit what every rank writes as one checkpoint, or leave no trace of it; all ranks call it.
 
@@ -36,8 +39,8 @@ def save_together(
     Args:
         ranks: who takes part; all must see the same folder.
         folder: where checkpoints lie.
-        moment: where in the run this is; the first rank's goes into the manifest.
-        facts: what is the same over the run; the first rank's goes into the manifest.
+        point: where in the run this is; the first rank's goes into the manifest.
+        metadata: what is the same over the run; the first rank's goes into the manifest.
         write: fills the partial folder and returns the records of the files it wrote, which must be on disk. Files
             that no record names are forced to disk and hashed by the first rank.
 
@@ -48,32 +51,22 @@ def save_together(
         CheckpointError: the system refused a write on some rank (a full disk, a quota), or the ranks do not share the
             folder; earlier checkpoints are untouched.
     """
-    partial = partial_path(folder, moment.step)
-    with ranks.agreeing(), _leaving_no_trace(partial if ranks.is_first else None):
-        with ranks.agreeing(), _explaining(folder, moment.step):
+    partial = partial_path(folder, point.step)
+    with ranks.agreeing(), removed_on_error(partial) if ranks.is_first else nullcontext():
+        with ranks.agreeing(), _explaining(folder, point.step):
             if ranks.is_first:
-                _make_empty(partial)
+                make_empty(partial)
         records: Mapping[str, FileRecord] = {}
-        with ranks.agreeing(), _explaining(folder, moment.step):
+        with ranks.agreeing(), _explaining(folder, point.step):
             records = write(partial)
         records_of_ranks = ranks.gather(dict(records))
         if ranks.is_first:
-            with _explaining(folder, moment.step):
+            with _explaining(folder, point.step):
                 _check_shared(partial, records_of_ranks)
                 _commit(
-                    partial, moment, facts, {name: record for own in records_of_ranks for name, record in own.items()}
+                    partial, point, metadata, {name: record for own in records_of_ranks for name, record in own.items()}
                 )
     return partial.with_suffix("")
-
-
-@contextmanager
-def _leaving_no_trace(partial: Path | None) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -82,11 +75,6 @@ def _explaining(folder: Path, step: int) -> Iterator[None]:
         yield
     except OSError as error:
         raise _unwritable(folder, step, error) from error
-
-
-def _make_empty(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
 
 
 def _check_shared(partial: Path, records_of_ranks: list[dict[str, FileRecord]]) -> None:
@@ -108,42 +96,31 @@ def _check_shared(partial: Path, records_of_ranks: list[dict[str, FileRecord]]) 
             owner[name] = rank
 
 
-def _describe(partial: Path, moment: Moment, facts: RunFacts, records: Mapping[str, FileRecord]) -> Manifest:
+def _describe(partial: Path, point: SavePoint, metadata: RunMetadata, records: Mapping[str, FileRecord]) -> Manifest:
     return Manifest(
         package_version=__version__,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        step=moment.step,
-        tokens=moment.tokens,
-        recipe_hash=facts.recipe_hash,
-        num_offsets=facts.num_offsets,
-        layers=dict(facts.layers),
-        world_size=facts.world_size,
-        strategy=facts.strategy,
-        metrics={name: value for name, value in moment.metrics.items() if math.isfinite(value)},
-        files={path.name: records.get(path.name) or _record(path) for path in sorted(partial.iterdir())},
+        step=point.step,
+        tokens=point.tokens,
+        recipe_hash=metadata.recipe_hash,
+        num_offsets=metadata.num_offsets,
+        layers=dict(metadata.layers),
+        world_size=metadata.world_size,
+        strategy=metadata.strategy,
+        metrics={name: value for name, value in point.metrics.items() if math.isfinite(value)},
+        files={
+            path.name: records.get(path.name) or describe_file(path, is_synced=False)
+            for path in sorted(partial.iterdir())
+        },
     )
 
 
-def _record(path: Path) -> FileRecord:
-    """Force a file to disk and describe it."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(size_bytes=os.fstat(file.fileno()).st_size, sha256=digest)
-
-
-def _commit(partial: Path, moment: Moment, facts: RunFacts, records: Mapping[str, FileRecord]) -> None:
-    if facts.recipe_text:
-        records = {**records, RECIPE_NAME: write_durably(partial / RECIPE_NAME, facts.recipe_text.encode())}
-    manifest = _describe(partial, moment, facts, records)
+def _commit(partial: Path, point: SavePoint, metadata: RunMetadata, records: Mapping[str, FileRecord]) -> None:
+    if metadata.recipe_text:
+        records = {**records, RECIPE_NAME: write_durably(partial / RECIPE_NAME, metadata.recipe_text.encode())}
+    manifest = _describe(partial, point, metadata, records)
     write_durably(partial / MANIFEST_NAME, manifest.model_dump_json(indent=2).encode())
-    sync_folder(partial)
-    final = partial.with_suffix("")
-    former = _set_aside(final) if final.exists() else None  # the same step again, after going back
-    partial.rename(final)
-    sync_folder(final.parent)
-    if former:
-        shutil.rmtree(former, ignore_errors=True)
+    publish(partial, partial.with_suffix(""), replace=True)  # the same step may be there, after going back
 
 
 def _unwritable(folder: Path, step: int, error: OSError) -> CheckpointError:
@@ -166,7 +143,7 @@ def retain(folder: Path, *, keep: int, best: str | None) -> None:
     complete = complete_checkpoints(folder)
     for checkpoint in complete[: -max(keep, 2)]:
         if checkpoint.path.name != best:
-            shutil.rmtree(_set_aside(checkpoint.path), ignore_errors=True)
+            remove_folder(checkpoint.path)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -174,13 +151,6 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _set_aside(path: Path) -> Path:
-    """Rename a checkpoint before it is deleted, so that a half-deleted one never bears its name."""
-    aside = path.with_name(path.name + ".removed")
-    shutil.rmtree(aside, ignore_errors=True)
-    return path.rename(aside)
 
 
 def write_pointer(folder: Path, kind: str, name: str) -> None:

@@ -1,19 +1,24 @@
-"""What a complete checkpoint says about itself."""
+"""Descriptions of checkpoints (MANIFEST.json) and of exported folders (config.json)."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mtp_lightning import __version__
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.files.durable import FileRecord
+from mtp_lightning.files.durable import FileRecord, write_durably
+from mtp_lightning.recipe import Recipe, num_head_layers, num_trunk_layers, recipe_hash
 
 MANIFEST_NAME = "MANIFEST.json"
 RECIPE_NAME = "recipe.yaml"
 FORMAT_VERSION = 2
+CONFIG_NAME = "config.json"
+DtypeName = Literal["fp32", "bf16", "fp16"]
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -21,7 +26,7 @@ class DamagedCheckpointError(CheckpointError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFacts:
+class RunMetadata:
     """What stays the same over a run and goes into every manifest."""
 
     recipe_hash: str
@@ -33,7 +38,7 @@ class RunFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment:
+class SavePoint:
     """Where in a run a checkpoint was taken."""
 
     step: int
@@ -60,6 +65,17 @@ class Manifest(BaseModel):
     strategy: str
     metrics: dict[str, float]
     files: dict[str, FileRecord]
+
+
+def read_description(folder: Path) -> "Manifest | ExportConfig | None":
+    """Parse what a folder says about itself; None where it is neither a checkpoint nor an exported folder.
+
+    Raises:
+        CheckpointError: it says something else.
+    """
+    if (folder / MANIFEST_NAME).is_file():
+        return read_manifest(folder)
+    return read_config(folder) if (folder / CONFIG_NAME).is_file() else None
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -111,3 +127,79 @@ def _unreadable(path: Path, what: str) -> DamagedCheckpointError:
         f"{what} in {path}",
         "Use another checkpoint",
     )
+
+
+class ExportConfig(BaseModel):
+    """Content of config.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    format: Literal["mtp_lightning consolidated"] = "mtp_lightning consolidated"
+    format_version: Literal[1] = 1
+    package_version: str
+    model: dict[str, Any]  # the recipe's section
+    heads: dict[str, Any]  # the recipe's section
+    head_numbering: Literal["offsets (next token included)"] = "offsets (next token included)"
+    num_offsets: int
+    layers: dict[str, int]
+    step: int
+    tokens: int
+    dtype: DtypeName
+    recipe_hash: str
+    source_manifest_sha256: str
+    files: dict[str, FileRecord]
+
+
+def read_config(folder: Path) -> ExportConfig:
+    """Parse the config.json of an exported folder.
+
+    Raises:
+        DamagedCheckpointError: it is missing, or is not one of this format.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        return ExportConfig.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        found = f"none in {folder}"
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{'.'.join(map(str, first['loc'])) or 'its text'}: {first['msg']}, in {path}"
+    raise DamagedCheckpointError(
+        "an exported folder must have a config.json of mtp_lightning's consolidated format, version 1",
+        found,
+        "Export it again: mtp export CHECKPOINT --out FOLDER",
+    )
+
+
+class Provenance(NamedTuple):
+    """What an exported folder says of where its weights come from."""
+
+    step: int
+    tokens: int
+    sha256: str  # of the manifest, or of whatever else describes the source
+    recipe_hash: str | None = None  # of the recipe that the weights were trained by; None: the folder's own
+
+    @classmethod
+    def of_file(cls, path: Path) -> "Provenance":
+        """Take a file that describes weights which were not trained here."""
+        return cls(0, 0, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def write_config(
+    folder: Path, recipe: Recipe, provenance: Provenance, files: Mapping[str, FileRecord], *, dtype: DtypeName
+) -> None:
+    """Write the config.json of a folder whose files are there."""
+    config = ExportConfig(
+        package_version=__version__,
+        model=recipe.model.model_dump(mode="json"),
+        heads=recipe.heads.model_dump(mode="json"),
+        num_offsets=recipe.heads.num_offsets,
+        layers={"trunk": num_trunk_layers(recipe), "heads": num_head_layers(recipe)},
+        step=provenance.step,
+        tokens=provenance.tokens,
+        dtype=dtype,
+        recipe_hash=provenance.recipe_hash or recipe_hash(recipe),
+        source_manifest_sha256=provenance.sha256,
+        files=dict(files),
+    )
+    write_durably(folder / CONFIG_NAME, config.model_dump_json(indent=2).encode() + b"\n")

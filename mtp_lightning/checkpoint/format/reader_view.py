@@ -10,7 +10,7 @@ from mtp_lightning.checkpoint.format.write_shards import WEIGHT
 
 
 @final
-class ReaderView:
+class RenamingReader:
     """A reader whose parameters have other names, one stored parameter under several if need be.
 
     Attributes:
@@ -62,5 +62,5 @@ class ReaderView:
         return self._reader.blocks(self._origins[name])
 
 
-Reader = ShardReader | ReaderView
+Reader = ShardReader | RenamingReader
 """Where a strategy takes weights and moments from."""

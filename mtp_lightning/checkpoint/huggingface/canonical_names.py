@@ -1,13 +1,15 @@
-"""What every parameter of a recipe's model is in words that all formats share."""
+"""Canonical parameter names, shared by all import and export formats, and how stored tensors hold parameters."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
+from mtp_lightning.recipe.schema.model import ModelSection
 from mtp_lightning.recipe.schema.root import Recipe
 
 BASE = ("embed_tokens.", "layers.", "norm.", "lm_head.")
@@ -107,3 +109,57 @@ def copied_place(place: str, num_layers: int, layers_per_head: int) -> str | Non
     if module and (layer := LAYER.fullmatch(module[2])):
         return f"layers.{first + int(layer[1])}.{layer[2]}"
     return module[2] if module and module[2].startswith("norm.") else None
+
+
+class TensorLayout(NamedTuple):
+    """Both ways between a stored tensor and the parts of it that are parameters of their own, in equal shapes."""
+
+    num_parts: int
+    split: Callable[[Tensor, ModelSection], Sequence[Tensor]]
+    join: Callable[[Sequence[Tensor], ModelSection], Tensor]
+
+    def stored_shape(self, part: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the stored tensor, from that of one part."""
+        return (self.num_parts * part[0], *part[1:])
+
+
+class TensorSource(NamedTuple):
+    """Where a parameter lies: in which stored tensor, and which part of it."""
+
+    stored: str
+    layout: TensorLayout
+    part: int = 0
+
+
+def _split_heads(stored: Tensor, section: ModelSection) -> Sequence[Tensor]:
+    by_head = stored.reshape(section.num_attention_heads, 3, section.resolved_head_dim, *stored.shape[1:])
+    return [by_head[:, part].flatten(0, 1) for part in range(3)]
+
+
+def _join_heads(parts: Sequence[Tensor], section: ModelSection) -> Tensor:
+    form = (section.num_attention_heads, section.resolved_head_dim, *parts[0].shape[1:])
+    return torch.stack([part.reshape(form) for part in parts], dim=1).flatten(0, 2)
+
+
+def _to_halves(stored: Tensor, section: ModelSection) -> Sequence[Tensor]:
+    by_pair = stored.reshape(-1, section.resolved_head_dim // 2, 2, *stored.shape[1:])
+    return [by_pair.transpose(1, 2).flatten(0, 2)]
+
+
+def _to_pairs(parts: Sequence[Tensor], section: ModelSection) -> Tensor:
+    by_half = parts[0].reshape(-1, 2, section.resolved_head_dim // 2, *parts[0].shape[1:])
+    return by_half.transpose(1, 2).flatten(0, 2)
+
+
+def _swapped(stored: Tensor) -> Tensor:
+    return torch.cat(stored.chunk(2, dim=1)[::-1], dim=1)
+
+
+PLAIN = TensorLayout(1, lambda stored, section: [stored], lambda parts, section: parts[0])
+"""As it is."""
+FUSED = TensorLayout(3, _split_heads, _join_heads)
+"""Query, key and value of one head after the other, in one matrix or bias [GPT-NeoX]."""
+PAIRED = TensorLayout(1, _to_halves, _to_pairs)
+"""Queries or keys whose rotary positions turn neighbouring channels, not those half a head apart [Meta]."""
+SWAPPED = TensorLayout(1, lambda stored, section: [_swapped(stored)], lambda parts, section: _swapped(parts[0]))
+"""A projection from 2D to D with its two inputs in the other order."""

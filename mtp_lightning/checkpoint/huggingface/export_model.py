@@ -5,34 +5,35 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mtp_lightning.checkpoint.convert.config_json import CONFIG_NAME, DtypeName
 from mtp_lightning.checkpoint.convert.consolidate import (
     DTYPES,
     Advance,
-    appearing,
     check_target,
     check_whole,
     write_whole,
 )
-from mtp_lightning.checkpoint.convert.load_model import check_tensors, find_checkpoint, model_files, offering_another
+from mtp_lightning.checkpoint.convert.load_model import check_tensors
 from mtp_lightning.checkpoint.convert.merge_lora import MergedReader, plain_recipe
-from mtp_lightning.checkpoint.format.layout import check_digests
-from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME
+from mtp_lightning.checkpoint.format.folder import open_checkpoint
+from mtp_lightning.checkpoint.format.manifest import CONFIG_NAME, DtypeName
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
-from mtp_lightning.checkpoint.huggingface.canonical_names import BASE, Parameter, num_base_layers, parameters_of
+from mtp_lightning.checkpoint.huggingface.canonical_names import (
+    BASE,
+    Parameter,
+    TensorSource,
+    num_base_layers,
+    parameters_of,
+)
 from mtp_lightning.checkpoint.huggingface.families import FAMILIES, settings_of
 from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, MIMO, ModuleLayout, fits
-from mtp_lightning.checkpoint.huggingface.tensor_layouts import Cell
 from mtp_lightning.checkpoint.huggingface.tensor_plan import listed
 from mtp_lightning.checkpoint.huggingface.tokenizer import carry_tokenizer
 from mtp_lightning.checkpoint.huggingface.weights import OutgoingWeights
 from mtp_lightning.console.progress import say, watched
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.files.atomic_folder import atomic_folder
 from mtp_lightning.files.durable import write_durably
-from mtp_lightning.model.mtp_model import MtpModel
-from mtp_lightning.recipe import Recipe, load_recipe
+from mtp_lightning.recipe import Recipe
 from mtp_lightning.recipe.schema.model import Family
 from mtp_lightning.recipe.trainable import mixing_offsets
 
@@ -52,29 +53,22 @@ def export_hf(path: Path, out: Path, *, dtype: DtypeName = "fp32", with_modules:
         CheckpointError: there is nothing to export, it is damaged, no family of transformers is this model, the heads
             are not modules that its readers could run, or `out` cannot be written.
     """
-    checkpoint = find_checkpoint(path)
     check_target(out)
-    with offering_another(checkpoint):
-        files = model_files(checkpoint)
-        recipe = load_recipe(checkpoint / RECIPE_NAME).recipe
-        trained, recipe = recipe, plain_recipe(recipe)
-        _check_main_head(recipe)
-        parameters = parameters_of(recipe)
-        section = recipe.model.model_copy(update={"num_hidden_layers": num_base_layers(parameters)})
-        family, settings = settings_of(section)
-        layout = _layout_of(recipe, family) if with_modules else None
-        cells = cells_of(recipe, parameters, family, layout)
-        settings |= _frame(recipe, family, layout, dtype)
-        reader = ShardReader(checkpoint)
-        weights = OutgoingWeights(MergedReader(reader, trained), cells, section)
-        read_bytes = sum(record.size_bytes for record in files.values())
-        with watched(f"Exporting {checkpoint.name}", total_bytes=3 * read_bytes, show=True) as advance:
-            check_digests(checkpoint, files, advance)
-            with torch.device("meta"):
-                check_tensors(MtpModel(trained), reader)
-            size_bytes = _write(weights, out, dtype, advance, recipe=recipe, settings=settings)
-    say(f"Exported {checkpoint} to {out} as {family}: {size_bytes / 1e6:,.1f} MB of {dtype} weights, checked")
-    if left := {parameters[name].owner for name in parameters} - {parameters[name].owner for name in cells}:
+    checkpoint = open_checkpoint(path)
+    recipe = plain_recipe(checkpoint.recipe)
+    _check_main_head(recipe)
+    parameters = parameters_of(recipe)
+    section = recipe.model.model_copy(update={"num_hidden_layers": num_base_layers(parameters)})
+    family, settings = settings_of(section)
+    layout = _layout_of(recipe, family) if with_modules else None
+    sources = sources_of(recipe, parameters, family, layout)
+    settings |= _frame(recipe, family, layout, dtype)
+    check_tensors(checkpoint)
+    weights = OutgoingWeights(MergedReader(checkpoint.reader, checkpoint.recipe), sources, section)
+    with watched(f"Exporting {checkpoint.path.name}", total_bytes=2 * checkpoint.model_bytes, show=True) as advance:
+        size_bytes = _write(weights, out, dtype, advance, recipe=recipe, settings=settings)
+    say(f"Exported {checkpoint.path} to {out} as {family}: {size_bytes / 1e6:,.1f} MB of {dtype} weights, checked")
+    if left := {parameters[name].owner for name in parameters} - {parameters[name].owner for name in sources}:
         say(f"Left out, because the format has no place for it: {', '.join(sorted(left))}")
 
 
@@ -89,7 +83,7 @@ def _write(
 ) -> int:
     """Write the folder; return the bytes of its weights."""
     size_bytes = sum(math.prod(weights.shape(name)) for name in weights.names) * DTYPES[dtype].itemsize
-    with appearing(out, size_bytes=size_bytes) as partial:
+    with atomic_folder(out, CheckpointError, size_bytes=size_bytes) as partial:
         record = write_whole(weights, partial / WHOLE_MODEL, DTYPES[dtype], advance)
         check_whole(weights, ShardReader(partial), advance)
         write_durably(partial / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True).encode() + b"\n")
@@ -109,7 +103,9 @@ def _check_main_head(recipe: Recipe) -> None:
 
 def _layout_of(recipe: Recipe, family: Family) -> ModuleLayout:
     layout = MIMO if family == "mimo" else DEEPSEEK
-    if not fits(layout, recipe.heads) or FAMILIES[family].cell("norm.weight") != FAMILIES["llama"].cell("norm.weight"):
+    if not fits(layout, recipe.heads) or FAMILIES[family].source("norm.weight") != FAMILIES["llama"].source(
+        "norm.weight"
+    ):
         heads = recipe.heads
         raise CheckpointError(
             f"modules in {layout.name}'s layout must be sequential, of one layer, behind a trunk with Llama's names, "
@@ -120,30 +116,30 @@ def _layout_of(recipe: Recipe, family: Family) -> ModuleLayout:
     return layout
 
 
-def cells_of(
+def sources_of(
     recipe: Recipe, parameters: dict[str, Parameter], family: Family, layout: ModuleLayout | None
-) -> dict[str, Cell]:
+) -> dict[str, TensorSource]:
     """Find where each parameter goes that the format has a place for.
 
     Raises:
         CheckpointError: one that the scores depend on goes nowhere.
     """
-    cells, num_layers = {}, num_base_layers(parameters)
+    sources, num_layers = {}, num_base_layers(parameters)
     for name, parameter in parameters.items():
-        cell = FAMILIES[family].cell(parameter.place) if parameter.place else None
-        if cell is None and parameter.place and layout:
-            cell = layout.cell(parameter.place, num_layers, concatenation=recipe.heads.concatenation)
-        if cell is not None:
-            cells[name] = cell
+        source = FAMILIES[family].source(parameter.place) if parameter.place else None
+        if source is None and parameter.place and layout:
+            source = layout.source(parameter.place, num_layers, concatenation=recipe.heads.concatenation)
+        if source is not None:
+            sources[name] = source
     wanted = (*BASE, "modules.") if layout else BASE
-    lost = [name for name, one in parameters.items() if name not in cells and _is_wanted(one, wanted)]
+    lost = [name for name, one in parameters.items() if name not in sources and _is_wanted(one, wanted)]
     if lost:
         raise CheckpointError(
             f"all that the scores depend on must have a place in the format of {family}",
             f"none for {listed(lost)}",
             "Export with --format consolidated",
         )
-    return cells
+    return sources
 
 
 def _is_wanted(parameter: Parameter, wanted: tuple[str, ...]) -> bool:

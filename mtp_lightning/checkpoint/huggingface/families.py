@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.checkpoint.huggingface.canonical_names import LAYER
+from mtp_lightning.checkpoint.huggingface.canonical_names import FUSED, LAYER, PLAIN, TensorSource
 from mtp_lightning.checkpoint.huggingface.configs import (
     Config,
     named,
@@ -16,7 +16,6 @@ from mtp_lightning.checkpoint.huggingface.configs import (
     written_rotary,
     written_shared,
 )
-from mtp_lightning.checkpoint.huggingface.tensor_layouts import FUSED, PLAIN, Cell
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.launch.untrusted import shown
 from mtp_lightning.recipe.schema.model import Family, ModelSection
@@ -32,7 +31,7 @@ class FamilyRow:
     architecture: str  # class of transformers
     read: Callable[[Config], dict[str, Any]]  # settings to fields of the model section
     write: Callable[[ModelSection], dict[str, Any]]
-    cell: Callable[[str], Cell | None]  # of a place
+    source: Callable[[str], TensorSource | None]  # of a place
 
 
 def _read_llama(config: Config) -> dict[str, Any]:
@@ -133,11 +132,11 @@ def _write_neox(section: ModelSection) -> dict[str, Any]:
     }
 
 
-def _llama_cell(place: str) -> Cell | None:
+def _llama_cell(place: str) -> TensorSource | None:
     if place == "lm_head.weight":
-        return Cell(place, PLAIN)
+        return TensorSource(place, PLAIN)
     is_base = LAYER.fullmatch(place) or place.startswith(("embed_tokens.", "norm."))
-    return Cell(f"model.{place}", PLAIN) if is_base else None
+    return TensorSource(f"model.{place}", PLAIN) if is_base else None
 
 
 NEOX_OUTSIDE = {"embed_tokens": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "lm_head": "embed_out"}
@@ -153,17 +152,17 @@ NEOX_INSIDE = {
 }
 
 
-def _neox_cell(place: str) -> Cell | None:
+def _neox_cell(place: str) -> TensorSource | None:
     owner, _, kind = place.rpartition(".")
     if owner in NEOX_OUTSIDE:
-        return Cell(f"{NEOX_OUTSIDE[owner]}.{kind}", PLAIN)
+        return TensorSource(f"{NEOX_OUTSIDE[owner]}.{kind}", PLAIN)
     layer = LAYER.fullmatch(place)
     inner = layer[2].removesuffix(f".{kind}") if layer else ""
     if layer is None or inner not in NEOX_INSIDE:
         return None
     name, part = NEOX_INSIDE[inner]
     stored = f"gpt_neox.layers.{layer[1]}.{name}.{kind}"
-    return Cell(stored, PLAIN) if part is None else Cell(stored, FUSED, part)
+    return TensorSource(stored, PLAIN) if part is None else TensorSource(stored, FUSED, part)
 
 
 FAMILIES: dict[Family, FamilyRow] = {

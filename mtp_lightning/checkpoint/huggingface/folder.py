@@ -1,25 +1,29 @@
 """A folder of somebody else's model: its settings, and which tensor lies in which file."""
 
+import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mtp_lightning.checkpoint.format.read_shards import MOST_NAMES
-from mtp_lightning.checkpoint.format.tensors import Entry, read_header
-from mtp_lightning.checkpoint.huggingface.configs import Config, named, possible_settings
+from mtp_lightning.checkpoint.format.tensors import BLOCK_BYTES, Entry, read_header, read_into
+from mtp_lightning.checkpoint.huggingface.canonical_names import TensorSource
+from mtp_lightning.checkpoint.huggingface.configs import Config, check_held, check_numbers, named
 from mtp_lightning.checkpoint.huggingface.families import FAMILIES, family_of, section_of
 from mtp_lightning.checkpoint.huggingface.meta_mtp import (
     SETTINGS,
-    meta_cell,
     meta_section,
+    meta_source,
     native_heads,
     num_extra_heads,
 )
 from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, MIMO, Native, native_modules
-from mtp_lightning.checkpoint.huggingface.sizes import check_held, check_numbers
-from mtp_lightning.checkpoint.huggingface.tensor_layouts import Cell
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.launch.untrusted import OddFileError, read_object, reason_of, shown
 from mtp_lightning.recipe.schema.model import ModelSection
@@ -41,7 +45,7 @@ CONVERSION = (
 
 
 @dataclass(frozen=True)
-class Foreign:
+class HFCheckpoint:
     """A model of others, opened; nothing but headers has been read."""
 
     path: Path
@@ -53,15 +57,43 @@ class Foreign:
     end_of_document: int | None
     settings_path: Path
 
-    def base_cell(self, place: str) -> Cell | None:
+    def base_source(self, place: str) -> TensorSource | None:
         """Find a place of the base model."""
         if self.settings_path.name == SETTINGS:
-            return meta_cell(place)
+            return meta_source(place)
         assert self.section.family is not None
-        return FAMILIES[self.section.family].cell(place)
+        return FAMILIES[self.section.family].source(place)
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Read a stored tensor in consecutive flat blocks of at most 4 MiB; yields each with its first value."""
+        entry = self.entries[name]
+        numel, length = math.prod(entry.shape), BLOCK_BYTES // entry.dtype.itemsize
+        for start in range(0, numel, length):
+            yield start, self._values(name, start, min(length, numel - start))
+
+    def read(self, name: str) -> Tensor:
+        """Read a stored tensor into memory."""
+        shape = self.entries[name].shape
+        return self._values(name, 0, math.prod(shape)).view(shape)
+
+    def is_same(self, name: str, other: str) -> bool:
+        """Compare two stored tensors, bit for bit."""
+        if other not in self.entries or self.entries[name][:2] != self.entries[other][:2]:
+            return False
+        return all(
+            torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            for (_, a), (_, b) in zip(self.blocks(name), self.blocks(other), strict=True)
+        )
+
+    def _values(self, name: str, start: int, length: int) -> Tensor:
+        entry = self.entries[name]
+        values = torch.empty(length, dtype=entry.dtype)
+        with self.files[name].open("rb") as file:
+            read_into(values, file, entry.begin + start * entry.dtype.itemsize)
+        return values
 
 
-def open_folder(path: Path) -> Foreign:
+def open_folder(path: Path) -> HFCheckpoint:
     """Open a folder as transformers (or Meta) writes it.
 
     Raises:
@@ -70,23 +102,22 @@ def open_folder(path: Path) -> Foreign:
     """
     config = _read_settings(path)
     check_numbers(config)
-    if config.path.name == SETTINGS:
-        entries, files = _read_entries(path, "*.safetensors")
-        with possible_settings(config):
-            section = meta_section(config, entries)
-        check_held(config, section, num_extra_heads(config), entries)
-        native, what = native_heads(config), "Meta's Llama"
-    else:
-        family = family_of(config)
-        entries, files = _read_entries(path, "model*.safetensors")
+    family = None if config.path.name == SETTINGS else family_of(config)
+    entries, files = _read_entries(path, "model*.safetensors" if family else "*.safetensors")
+    if family:
         section = section_of(config, family)
-        declared = max(config.whole(name, 0, least=0, most=MOST_MODULES) or 0 for name in DECLARED)
-        check_held(config, section, declared, entries)
+        num_extra = max(config.whole(name, 0, least=0, most=MOST_MODULES) or 0 for name in DECLARED)
+    else:
+        section, num_extra = meta_section(config, entries), num_extra_heads(config)
+    check_held(config, section, num_extra, entries)
+    if family:
         default = MIMO if family == "mimo" else DEEPSEEK
-        native, what = native_modules(entries, section.num_hidden_layers, declared, default=default), family
-    return Foreign(
+        native = native_modules(entries, section.num_hidden_layers, num_extra, default=default)
+    else:
+        native = native_heads(config)
+    return HFCheckpoint(
         path=path,
-        what=what,
+        what=family or "Meta's Llama",
         section=section,
         native=native,
         entries=entries,

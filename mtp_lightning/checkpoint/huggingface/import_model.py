@@ -9,23 +9,22 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mtp_lightning.checkpoint.convert.config_json import Provenance, write_config
 from mtp_lightning.checkpoint.convert.consolidate import (
     REPORT_NAME,
-    appearing,
     check_target,
     check_whole,
     name_of,
     write_whole,
 )
-from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME
+from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME, Provenance, write_config
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
-from mtp_lightning.checkpoint.huggingface.folder import Foreign, open_folder
+from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint, open_folder
 from mtp_lightning.checkpoint.huggingface.tensor_plan import Init, Plan, plan_import
 from mtp_lightning.checkpoint.huggingface.tokenizer import carry_tokenizer, end_of_document, find_tokenizer
 from mtp_lightning.checkpoint.huggingface.weights import IncomingWeights
 from mtp_lightning.console.progress import say, watched
 from mtp_lightning.errors import CheckpointError, RecipeError, visible
+from mtp_lightning.files.atomic_folder import atomic_folder
 from mtp_lightning.files.durable import write_durably
 from mtp_lightning.launch.untrusted import shown
 from mtp_lightning.recipe import Recipe, check_rules, recipe_to_yaml
@@ -78,12 +77,12 @@ def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
         RecipeError: the heads do not fit the model.
     """
     check_target(out)
-    foreign = open_folder(path)
-    init = _init_of(foreign, wanted)
-    recipe = _recipe_of(foreign, wanted, init, out)
-    weights = IncomingWeights(foreign, plan_import(foreign, recipe, init, wanted.allow), recipe)
-    size_bytes = _write(weights, out, header=_header(foreign, recipe, init, out))
-    say(visible(f"Imported {foreign.what} from {path} to {out}: {size_bytes / 1e6:,.1f} MB, checked"))
+    hf_checkpoint = open_folder(path)
+    init = _init_of(hf_checkpoint, wanted)
+    recipe = _recipe_of(hf_checkpoint, wanted, init, out)
+    weights = IncomingWeights(hf_checkpoint, plan_import(hf_checkpoint, recipe, init, wanted.allow), recipe)
+    size_bytes = _write(weights, out, header=_header(hf_checkpoint, recipe, init, out))
+    say(visible(f"Imported {hf_checkpoint.what} from {path} to {out}: {size_bytes / 1e6:,.1f} MB, checked"))
     for line in weights.plan.report():
         say(line)
     if recipe.data.tokenizer == Recipe().data.tokenizer:
@@ -93,30 +92,30 @@ def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
 
 def _write(weights: IncomingWeights, out: Path, *, header: str) -> int:
     """Write the folder; return the bytes of its weights."""
-    foreign = weights.foreign
+    hf_checkpoint = weights.hf_checkpoint
     size_bytes = sum(math.prod(weights.shape(name)) for name in weights.names) * weights.dtype.itemsize
     with (
-        watched(f"Importing {visible(foreign.path.name)}", total_bytes=2 * size_bytes, show=True) as advance,
-        appearing(out, size_bytes=size_bytes) as partial,
+        watched(f"Importing {visible(hf_checkpoint.path.name)}", total_bytes=2 * size_bytes, show=True) as advance,
+        atomic_folder(out, CheckpointError, size_bytes=size_bytes) as partial,
     ):
         record = write_whole(weights, partial / WHOLE_MODEL, weights.dtype, advance)
         check_whole(weights, ShardReader(partial), advance)
-        if (tokenizer := find_tokenizer(foreign.path)) is not None:
+        if (tokenizer := find_tokenizer(hf_checkpoint.path)) is not None:
             carry_tokenizer(tokenizer, partial)
-        write_durably(partial / REPORT_NAME, _report_of(foreign, weights.plan))
+        write_durably(partial / REPORT_NAME, _report_of(hf_checkpoint, weights.plan))
         text = header + recipe_to_yaml(weights.recipe)
         files = {WHOLE_MODEL: record, RECIPE_NAME: write_durably(partial / RECIPE_NAME, text.encode())}
-        provenance = Provenance.of_file(foreign.settings_path)
+        provenance = Provenance.of_file(hf_checkpoint.settings_path)
         write_config(partial, weights.recipe, provenance, files, dtype=name_of(weights.dtype))
     return record.size_bytes
 
 
-def _init_of(foreign: Foreign, wanted: Wanted) -> Init:
+def _init_of(hf_checkpoint: HFCheckpoint, wanted: Wanted) -> Init:
     """Choose what heads start as, and check that it can be done."""
     kind = wanted.kind or "parallel"
-    init = wanted.init or ("native" if foreign.native else "copy" if kind in COPYING_KINDS else "random")
-    if init == "native" and foreign.native is None:
-        found = f"neither modules nor extra heads in {foreign.path}"
+    init = wanted.init or ("native" if hf_checkpoint.native else "copy" if kind in COPYING_KINDS else "random")
+    if init == "native" and hf_checkpoint.native is None:
+        found = f"neither modules nor extra heads in {hf_checkpoint.path}"
         raise CheckpointError("--init native needs a folder with heads", found, "Choose --init copy or --init random")
     if init == "copy" and kind not in COPYING_KINDS:
         raise CheckpointError(
@@ -127,14 +126,14 @@ def _init_of(foreign: Foreign, wanted: Wanted) -> Init:
     return init
 
 
-def _recipe_of(foreign: Foreign, wanted: Wanted, init: Init, out: Path) -> Recipe:
+def _recipe_of(hf_checkpoint: HFCheckpoint, wanted: Wanted, init: Init, out: Path) -> Recipe:
     """Build the recipe that trains the heads.
 
     Raises:
         CheckpointError: the folder's heads are of another kind, or its tokenizer does not fit.
         RecipeError: the heads do not fit the model.
     """
-    default, native = Recipe(), foreign.native
+    default, native = Recipe(), hf_checkpoint.native
     count, implied = (native.count, native.heads) if native and init == "native" else (0, {})
     kind = wanted.kind or implied.get("kind", "parallel")
     if kind != implied.get("kind", kind) and (kind, implied["kind"]) != ("recursive", "sequential"):
@@ -148,12 +147,12 @@ def _recipe_of(foreign: Foreign, wanted: Wanted, init: Init, out: Path) -> Recip
         expected = f"the model must predict at most {MOST_OFFSETS:,} tokens"
         raise CheckpointError(expected, f"{num_offsets:,}", "Give a smaller number with --offsets")
     heads = {**implied, "kind": kind, "num_offsets": num_offsets, "layers_from_trunk": False}
-    window = min(default.data.seq_len, foreign.section.max_position_embeddings)
+    window = min(default.data.seq_len, hf_checkpoint.section.max_position_embeddings)
     values = {
         "name": out.absolute().name,
-        "model": foreign.section.model_dump(),
+        "model": hf_checkpoint.section.model_dump(),
         "heads": heads,
-        "data": {**_tokenizer_fields(foreign, wanted, out), "seq_len": window},
+        "data": {**_tokenizer_fields(hf_checkpoint, wanted, out), "seq_len": window},
         "optimizer": {"lr": PEAK_LR},
         "run": {"dir": f"runs/{out.absolute().name}"},
         "init": {"path": str(out.absolute())},
@@ -164,29 +163,29 @@ def _recipe_of(foreign: Foreign, wanted: Wanted, init: Init, out: Path) -> Recip
         first = error.errors()[0]
         found = f"{'.'.join(map(str, first['loc']))}: {shown(first['input'])} ({first['msg']})"
         expected, hint = "the folder's settings must make a model that can be trained", "Choose another model"
-        raise CheckpointError(expected, f"{found}, from {foreign.settings_path}", hint) from None
+        raise CheckpointError(expected, f"{found}, from {hf_checkpoint.settings_path}", hint) from None
     if faults := check_rules(recipe):
         raise RecipeError(faults)
     return recipe
 
 
-def _tokenizer_fields(foreign: Foreign, wanted: Wanted, out: Path) -> dict[str, Any]:
-    found = find_tokenizer(foreign.path)
+def _tokenizer_fields(hf_checkpoint: HFCheckpoint, wanted: Wanted, out: Path) -> dict[str, Any]:
+    found = find_tokenizer(hf_checkpoint.path)
     if found is None:
         return {}
-    given = foreign.end_of_document if wanted.end_of_document is None else wanted.end_of_document
-    end = end_of_document(found, foreign.section.vocab_size, given)
+    given = hf_checkpoint.end_of_document if wanted.end_of_document is None else wanted.end_of_document
+    end = end_of_document(found, hf_checkpoint.section.vocab_size, given)
     return {"tokenizer": str(out.absolute() / found.name), "end_of_document": end}
 
 
-def _report_of(foreign: Foreign, plan: Plan) -> bytes:
+def _report_of(hf_checkpoint: HFCheckpoint, plan: Plan) -> bytes:
     """Write down for every parameter what it started as."""
     parameters: Mapping[str, Mapping[str, str | None]] = {
-        name: {"how": how, "from": cell.stored if cell else None} for name, (how, cell) in plan.origins.items()
+        name: {"how": how, "from": source.stored if source else None} for name, (how, source) in plan.origins.items()
     }
     report = {
-        "source": str(foreign.path.absolute()),
-        "what": foreign.what,
+        "source": str(hf_checkpoint.path.absolute()),
+        "what": hf_checkpoint.what,
         "parameters": parameters,
         "missing": plan.missing,
         "unexpected": plan.unexpected,
@@ -194,11 +193,11 @@ def _report_of(foreign: Foreign, plan: Plan) -> bytes:
     return json.dumps(report, indent=1).encode() + b"\n"
 
 
-def _header(foreign: Foreign, recipe: Recipe, init: Init, out: Path) -> str:
+def _header(hf_checkpoint: HFCheckpoint, recipe: Recipe, init: Init, out: Path) -> str:
     heads = recipe.heads
     return HEADER.format(
-        what=foreign.what,
-        path=visible(str(foreign.path.absolute()), kept=""),  # a line break would end the comment
+        what=hf_checkpoint.what,
+        path=visible(str(hf_checkpoint.path.absolute()), kept=""),  # a line break would end the comment
         num_offsets=heads.num_offsets,
         kind=heads.kind,
         init=init,

@@ -7,10 +7,9 @@ import re
 from typing import Any
 
 from mtp_lightning.checkpoint.format.tensors import Entry
-from mtp_lightning.checkpoint.huggingface.canonical_names import LAYER
-from mtp_lightning.checkpoint.huggingface.configs import Config
+from mtp_lightning.checkpoint.huggingface.canonical_names import LAYER, PAIRED, PLAIN, TensorSource
+from mtp_lightning.checkpoint.huggingface.configs import Config, possible_settings
 from mtp_lightning.checkpoint.huggingface.modules import Native, extra_place
-from mtp_lightning.checkpoint.huggingface.tensor_layouts import PAIRED, PLAIN, Cell
 from mtp_lightning.recipe.schema.model import ModelSection
 
 SETTINGS = "params.json"
@@ -36,21 +35,22 @@ INSIDE = {
 
 def meta_section(config: Config, entries: dict[str, Entry]) -> ModelSection:
     """Build the model section from params.json and, for what it leaves open, the shapes of tensors."""
-    heads, width = config.need("n_heads"), config.need("dim")
-    shared = config.get("n_kv_heads", heads)
-    values: dict[str, Any] = {
-        "hidden_size": width,
-        "num_hidden_layers": config.need("n_layers") - num_extra_heads(config),
-        "num_attention_heads": heads,
-        "num_key_value_heads": None if shared == heads else shared,
-        "intermediate_size": _rows(config, entries, "layers.0.feed_forward.w1.weight"),
-        "vocab_size": _rows(config, entries, "tok_embeddings.weight"),
-        "max_position_embeddings": config.get("max_seq_len", POSITIONS),
-        "norm_eps": config.number("norm_eps", config.get("norm_eps", 1e-5)),
-        "rope_theta": config.number("rope_theta", config.get("rope_theta", 10000.0)),
-        "family": "llama",
-    }
-    return ModelSection.model_validate(values)
+    with possible_settings(config):
+        heads, width = config.need("n_heads"), config.need("dim")
+        shared = config.get("n_kv_heads", heads)
+        values: dict[str, Any] = {
+            "hidden_size": width,
+            "num_hidden_layers": config.need("n_layers") - num_extra_heads(config),
+            "num_attention_heads": heads,
+            "num_key_value_heads": None if shared == heads else shared,
+            "intermediate_size": _rows(config, entries, "layers.0.feed_forward.w1.weight"),
+            "vocab_size": _rows(config, entries, "tok_embeddings.weight"),
+            "max_position_embeddings": config.get("max_seq_len", POSITIONS),
+            "norm_eps": config.number("norm_eps", config.get("norm_eps", 1e-5)),
+            "rope_theta": config.number("rope_theta", config.get("rope_theta", 10000.0)),
+            "family": "llama",
+        }
+        return ModelSection.model_validate(values)
 
 
 def num_extra_heads(config: Config) -> int:
@@ -58,10 +58,10 @@ def num_extra_heads(config: Config) -> int:
     return (config.whole("n_future_tokens", 1, least=1, most=MOST_HEADS) or 1) - 1
 
 
-def meta_cell(place: str) -> Cell | None:
+def meta_source(place: str) -> TensorSource | None:
     """Find a place of the base model."""
     if place in OUTSIDE:
-        return Cell(OUTSIDE[place], PLAIN)
+        return TensorSource(OUTSIDE[place], PLAIN)
     layer = LAYER.fullmatch(place)
     return _inside(f"layers.{layer[1]}", layer[2]) if layer else None
 
@@ -69,19 +69,19 @@ def meta_cell(place: str) -> Cell | None:
 def native_heads(config: Config) -> Native | None:
     """Describe the extra heads, if there are any."""
     count = num_extra_heads(config)
-    return Native("Meta", count, {"kind": "parallel"}, _extra_cell, {}) if count else None
+    return Native("Meta", count, {"kind": "parallel"}, _extra_source, {}) if count else None
 
 
-def _extra_cell(place: str) -> Cell | None:
+def _extra_source(place: str) -> TensorSource | None:
     extra = extra_place(place)
     return _inside(f"extra_heads.{extra[0]}", extra[1]) if extra else None
 
 
-def _inside(layer: str, inner: str) -> Cell | None:
+def _inside(layer: str, inner: str) -> TensorSource | None:
     if inner not in INSIDE:
         return None
-    name, packing = INSIDE[inner]
-    return Cell(f"{layer}.{name}", packing)
+    name, layout = INSIDE[inner]
+    return TensorSource(f"{layer}.{name}", layout)
 
 
 def _rows(config: Config, entries: dict[str, Entry], name: str) -> int:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mtp_lightning.checkpoint.huggingface.canonical_names import EXTRA, LAYER, MODULE
-from mtp_lightning.checkpoint.huggingface.tensor_layouts import PLAIN, SWAPPED, Cell
+from mtp_lightning.checkpoint.huggingface.canonical_names import EXTRA, LAYER, MODULE, PLAIN, SWAPPED, TensorSource
 from mtp_lightning.recipe.schema.model import HeadsSection
 
 
@@ -24,7 +23,7 @@ class ModuleLayout:
     copies: Mapping[str, str]  # optional tensors in a module, and the place that they must be equal to
     marker: str  # pattern of one tensor per module
 
-    def cell(self, place: str, num_layers: int, *, concatenation: str | None = None) -> Cell | None:
+    def source(self, place: str, num_layers: int, *, concatenation: str | None = None) -> TensorSource | None:
         """Find a place inside a module; `concatenation` is the model's own, None for that of the layout."""
         match = MODULE.fullmatch(place)
         beginning = next((own for own in self.names if match and match[2].startswith(own)), None)
@@ -32,7 +31,7 @@ class ModuleLayout:
             return None
         name = self.names[beginning] + match[2].removeprefix(beginning)
         swaps = beginning == "eh_proj." and concatenation not in (None, self.heads["concatenation"])
-        return Cell(self.prefix(int(match[1]), num_layers) + name, SWAPPED if swaps else PLAIN)
+        return TensorSource(self.prefix(int(match[1]), num_layers) + name, SWAPPED if swaps else PLAIN)
 
     def count(self, stored: Iterable[str]) -> int:
         """Count the modules among names of stored tensors."""
@@ -101,7 +100,7 @@ class Native:
     name: str
     count: int  # modules or heads beyond the next token
     heads: Mapping[str, Any]  # fields of the heads section
-    cell: Callable[[str], Cell | None]  # of a place in them
+    source: Callable[[str], TensorSource | None]  # of a place in them
     copies: Mapping[str, str]  # optional stored tensors, and the place that each must be equal to
 
 
@@ -123,7 +122,7 @@ def native_modules(stored: Iterable[str], num_layers: int, declared: int, *, def
         name=layout.name,
         count=count,
         heads=layout.heads,
-        cell=lambda place: layout.cell(place, num_layers),
+        source=lambda place: layout.source(place, num_layers),
         copies=layout.copied(count, num_layers),
     )
 

@@ -9,11 +9,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from mtp_lightning.checkpoint.format.read_shards import MOST_NAMES
-from mtp_lightning.checkpoint.huggingface.canonical_names import Parameter, copied_place, parameters_of
+from mtp_lightning.checkpoint.huggingface.canonical_names import Parameter, TensorSource, copied_place, parameters_of
 from mtp_lightning.checkpoint.huggingface.families import BUFFERS
-from mtp_lightning.checkpoint.huggingface.folder import Foreign
-from mtp_lightning.checkpoint.huggingface.tensor_layouts import Cell
-from mtp_lightning.checkpoint.huggingface.tensor_source import is_same
+from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint
 from mtp_lightning.errors import CheckpointError, visible
 from mtp_lightning.recipe.schema.root import Recipe
 
@@ -25,7 +23,7 @@ class Origin(NamedTuple):
     """What a parameter starts as."""
 
     how: Literal["loaded", "copied", "fresh"]
-    cell: Cell | None  # None for fresh ones
+    source: TensorSource | None  # None for fresh ones
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Plan:
     @property
     def used(self) -> set[str]:
         """Stored tensors that are read."""
-        return {origin.cell.stored for origin in self.origins.values() if origin.cell}
+        return {origin.source.stored for origin in self.origins.values() if origin.source}
 
     def report(self) -> list[str]:
         """Say what every module starts as, a line for each."""
@@ -57,11 +55,11 @@ class Plan:
         return lines
 
 
-def plan_import(foreign: Foreign, recipe: Recipe, init: Init, allow: Sequence[str]) -> Plan:
+def plan_import(hf_checkpoint: HFCheckpoint, recipe: Recipe, init: Init, allow: Sequence[str]) -> Plan:
     """Find an origin for every parameter.
 
     Args:
-        foreign: the folder.
+        hf_checkpoint: the folder.
         recipe: what its weights are to become.
         init: what heads beyond the main one start as.
         allow: patterns (`*`) of stored tensors that may be missing or left out.
@@ -70,56 +68,60 @@ def plan_import(foreign: Foreign, recipe: Recipe, init: Init, allow: Sequence[st
         CheckpointError: a tensor is missing or left over and not allowed to be, or has another shape or type.
     """
     parameters = parameters_of(recipe)
-    origins = {name: _origin(foreign, parameter, recipe, init) for name, parameter in parameters.items()}
-    wanted = dict.fromkeys(origin.cell.stored for origin in origins.values() if origin.cell)
-    missing = [name for name in wanted if name not in foreign.entries]
-    unexpected = _left_over(foreign, wanted, init)
-    _check_names(foreign, missing, unexpected, allow)
+    origins = {name: _origin(hf_checkpoint, parameter, recipe, init) for name, parameter in parameters.items()}
+    wanted = dict.fromkeys(origin.source.stored for origin in origins.values() if origin.source)
+    missing = [name for name in wanted if name not in hf_checkpoint.entries]
+    unexpected = _left_over(hf_checkpoint, wanted, init)
+    _check_names(hf_checkpoint, missing, unexpected, allow)
     for name, origin in origins.items():
-        if origin.cell and origin.cell.stored in missing:
+        if origin.source and origin.source.stored in missing:
             origins[name] = Origin("fresh", None)
     plan = Plan(parameters, origins, tuple(missing), tuple(unexpected))
-    _check_forms(foreign, plan)
+    _check_forms(hf_checkpoint, plan)
     return plan
 
 
-def _origin(foreign: Foreign, parameter: Parameter, recipe: Recipe, init: Init) -> Origin:
+def _origin(hf_checkpoint: HFCheckpoint, parameter: Parameter, recipe: Recipe, init: Init) -> Origin:
     place = parameter.place
     if place is None:
         copies_matrix = parameter.owner == "unembedding"
-        return Origin("copied", foreign.base_cell("lm_head.weight")) if copies_matrix else Origin("fresh", None)
-    cell = foreign.base_cell(place)
-    if cell is None and init == "native" and foreign.native:
-        cell = foreign.native.cell(place)
-    if cell is not None:
-        return Origin("loaded", cell)
+        return Origin("copied", hf_checkpoint.base_source("lm_head.weight")) if copies_matrix else Origin("fresh", None)
+    source = hf_checkpoint.base_source(place)
+    if source is None and init == "native" and hf_checkpoint.native:
+        source = hf_checkpoint.native.source(place)
+    if source is not None:
+        return Origin("loaded", source)
     copied = (
-        copied_place(place, foreign.section.num_hidden_layers, recipe.heads.layers_per_head) if init == "copy" else None
+        copied_place(place, hf_checkpoint.section.num_hidden_layers, recipe.heads.layers_per_head)
+        if init == "copy"
+        else None
     )
-    cell = foreign.base_cell(copied) if copied else None
-    return Origin("copied", cell) if cell else Origin("fresh", None)
+    source = hf_checkpoint.base_source(copied) if copied else None
+    return Origin("copied", source) if source else Origin("fresh", None)
 
 
-def _left_over(foreign: Foreign, wanted: Collection[str], init: Init) -> list[str]:
+def _left_over(hf_checkpoint: HFCheckpoint, wanted: Collection[str], init: Init) -> list[str]:
     """List stored tensors that nobody reads; copies of others and buffers are none of these."""
-    copies = dict(foreign.native.copies) if foreign.native and init == "native" else {}
-    embedding, matrix = foreign.base_cell("embed_tokens.weight"), foreign.base_cell("lm_head.weight")
+    copies = dict(hf_checkpoint.native.copies) if hf_checkpoint.native and init == "native" else {}
+    embedding, matrix = hf_checkpoint.base_source("embed_tokens.weight"), hf_checkpoint.base_source("lm_head.weight")
     assert embedding is not None
     assert matrix is not None
-    if foreign.section.tie_word_embeddings:
+    if hf_checkpoint.section.tie_word_embeddings:
         copies[matrix.stored] = "embed_tokens.weight"
     originals = {"embed_tokens.weight": embedding.stored}
-    originals["lm_head.weight"] = embedding.stored if foreign.section.tie_word_embeddings else matrix.stored
+    originals["lm_head.weight"] = embedding.stored if hf_checkpoint.section.tie_word_embeddings else matrix.stored
     return [
         name
-        for name in foreign.entries
+        for name in hf_checkpoint.entries
         if name not in wanted
         and not BUFFERS.fullmatch(name)
-        and not (name in copies and is_same(foreign, name, originals[copies[name]]))
+        and not (name in copies and hf_checkpoint.is_same(name, originals[copies[name]]))
     ]
 
 
-def _check_names(foreign: Foreign, missing: Iterable[str], unexpected: Iterable[str], allow: Sequence[str]) -> None:
+def _check_names(
+    hf_checkpoint: HFCheckpoint, missing: Iterable[str], unexpected: Iterable[str], allow: Sequence[str]
+) -> None:
     """Refuse what is missing or left over and not allowed, and what is allowed in vain."""
     faults = {"missing": [*missing], "unexpected": [*unexpected]}
     for pattern in allow:
@@ -136,37 +138,37 @@ def _check_names(foreign: Foreign, missing: Iterable[str], unexpected: Iterable[
     }
     if any(refused.values()):
         found = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in refused.items() if names)
-        heads = f" The folder brings heads of its own ({foreign.native.name}):" if foreign.native else ""
+        heads = f" The folder brings heads of its own ({hf_checkpoint.native.name}):" if hf_checkpoint.native else ""
         raise CheckpointError(
             "every tensor that the model needs must be in the folder, and every one in the folder must be used",
-            f"{found}; in {foreign.path}",
+            f"{found}; in {hf_checkpoint.path}",
             "Check that this is the right model;"
             + (f"{heads} import them with --init native and their number, or" if heads else "")
             + " name with --allow PATTERN what may be left out or begin fresh",
         )
 
 
-def _check_forms(foreign: Foreign, plan: Plan) -> None:
+def _check_forms(hf_checkpoint: HFCheckpoint, plan: Plan) -> None:
     """Refuse tensors of another shape than the settings say, or not made of plain numbers."""
     shapes, types = {}, {}
     for name, origin in plan.origins.items():
-        if origin.cell is not None:
-            entry, shape = foreign.entries[origin.cell.stored], plan.parameters[name].shape
-            wanted = origin.cell.packing.stored_shape(shape)
+        if origin.source is not None:
+            entry, shape = hf_checkpoint.entries[origin.source.stored], plan.parameters[name].shape
+            wanted = origin.source.layout.stored_shape(shape)
             if entry.shape != wanted:
-                shapes[origin.cell.stored] = f"{origin.cell.stored} {list(entry.shape)} instead of {list(wanted)}"
+                shapes[origin.source.stored] = f"{origin.source.stored} {list(entry.shape)} instead of {list(wanted)}"
             if entry.dtype not in DTYPES:
-                types[origin.cell.stored] = f"{origin.cell.stored} of {entry.dtype}".replace("torch.", "")
+                types[origin.source.stored] = f"{origin.source.stored} of {entry.dtype}".replace("torch.", "")
     if shapes:
         raise CheckpointError(
-            f"tensors must have the shapes that {foreign.settings_path.name} says",
-            f"{listed([*shapes.values()])}; in {foreign.path}",
+            f"tensors must have the shapes that {hf_checkpoint.settings_path.name} says",
+            f"{listed([*shapes.values()])}; in {hf_checkpoint.path}",
             "Take settings and weights from the same model",
         )
     if types:
         raise CheckpointError(
             "weights must be plain fp32, bf16 or fp16 numbers",
-            f"{listed([*types.values()])}; in {foreign.path}",
+            f"{listed([*types.values()])}; in {hf_checkpoint.path}",
             "Take the model's release without quantization",
         )
 

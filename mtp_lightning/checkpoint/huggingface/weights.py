@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.checkpoint.convert.merge_lora import MergedReader
-from mtp_lightning.checkpoint.huggingface.folder import Foreign
-from mtp_lightning.checkpoint.huggingface.tensor_layouts import PLAIN, Cell, Packing
+from mtp_lightning.checkpoint.huggingface.canonical_names import PLAIN, TensorLayout, TensorSource
+from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint
 from mtp_lightning.checkpoint.huggingface.tensor_plan import Plan
-from mtp_lightning.checkpoint.huggingface.tensor_source import read_blocks, read_whole
 from mtp_lightning.model.mtp_model import initialise_parameter
 from mtp_lightning.recipe.schema.model import ModelSection
 from mtp_lightning.recipe.schema.root import Recipe
@@ -22,7 +21,7 @@ from mtp_lightning.recipe.schema.root import Recipe
 class IncomingWeights:
     """Parameters of a recipe's model, made of a folder's tensors as a plan says."""
 
-    foreign: Foreign
+    hf_checkpoint: HFCheckpoint
     plan: Plan
     recipe: Recipe
 
@@ -37,28 +36,28 @@ class IncomingWeights:
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Read or make a parameter's values in consecutive blocks."""
-        cell = self.plan.origins[name].cell
-        if cell is None:
+        source = self.plan.origins[name].source
+        if source is None:
             made = torch.empty(self.shape(name))
             initialise_parameter(name, made, self.recipe)
             yield 0, made.flatten()
-        elif cell.packing is PLAIN:
-            yield from read_blocks(self.foreign, cell.stored)
+        elif source.layout is PLAIN:
+            yield from self.hf_checkpoint.blocks(source.stored)
         else:
-            parts = cell.packing.split(read_whole(self.foreign, cell.stored), self.foreign.section)
-            yield 0, parts[cell.part].flatten().contiguous()
+            parts = source.layout.split(self.hf_checkpoint.read(source.stored), self.hf_checkpoint.section)
+            yield 0, parts[source.part].flatten().contiguous()
 
     @property
     def dtype(self) -> torch.dtype:
         """Type that every stored weight fits into."""
-        types = {self.foreign.entries[stored].dtype for stored in self.plan.used} or {torch.float32}
+        types = {self.hf_checkpoint.entries[stored].dtype for stored in self.plan.used} or {torch.float32}
         return types.pop() if len(types) == 1 else torch.float32
 
 
 class _Stored(NamedTuple):
     """A tensor of the other side, and the parameters that are its parts."""
 
-    packing: Packing
+    layout: TensorLayout
     parts: dict[int, str]
 
 
@@ -66,12 +65,12 @@ class _Stored(NamedTuple):
 class OutgoingWeights:
     """Tensors of others, made of the parameters of a checkpoint."""
 
-    def __init__(self, reader: MergedReader, cells: Mapping[str, Cell], section: ModelSection) -> None:
-        """Gather the parts; `cells` says where each parameter goes."""
+    def __init__(self, reader: MergedReader, sources: Mapping[str, TensorSource], section: ModelSection) -> None:
+        """Gather the parts; `sources` says where each parameter goes."""
         self.reader, self._section = reader, section
         self._stored: dict[str, _Stored] = {}
-        for name, cell in cells.items():
-            self._stored.setdefault(cell.stored, _Stored(cell.packing, {})).parts[cell.part] = name
+        for name, source in sources.items():
+            self._stored.setdefault(source.stored, _Stored(source.layout, {})).parts[source.part] = name
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,14 +79,14 @@ class OutgoingWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        packing, parts = self._stored[name]
-        return packing.stored_shape(self.reader.shape(parts[0]))
+        layout, parts = self._stored[name]
+        return layout.stored_shape(self.reader.shape(parts[0]))
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Read or put together a tensor's values in consecutive blocks."""
-        packing, parts = self._stored[name]
-        if packing is PLAIN:
+        layout, parts = self._stored[name]
+        if layout is PLAIN:
             yield from self.reader.blocks(parts[0])
         else:
-            whole = [self.reader.read(parts[n]).view(self.reader.shape(parts[n])) for n in range(packing.num_parts)]
-            yield 0, packing.join(whole, self._section).flatten().contiguous()
+            whole = [self.reader.read(parts[n]).view(self.reader.shape(parts[n])) for n in range(layout.num_parts)]
+            yield 0, layout.join(whole, self._section).flatten().contiguous()

@@ -1,47 +1,54 @@
-"""The texts that a model has written so far, on disk: what is in there need not be written again."""
+"""Append-only log of generated documents: the request that it was begun for, then one JSON line per document.
 
+A line carries its checksum. Whatever a killed process left behind the last whole line is cut off.
+"""
+
+import json
 import os
-import struct
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple, Self, final
+from typing import Any, BinaryIO, Self, final
 
-import numpy as np
+from mtp_lightning.data.untrusted import shown
+from mtp_lightning.errors import DataError
+from mtp_lightning.files.durable import sync
 
-from mtp_lightning.data.shards.build import sync
-
+LOG_NAME = "texts.jsonl"
+MOST_REQUEST_BYTES = 1 << 20
+Setting = str | int | float | None
 Texts = list[list[int]]
-_HEAD = struct.Struct("<III")  # texts, their tokens together, checksum of both numbers and of what follows
-
-
-class _Record(NamedTuple):
-    """The texts of a batch: after the head their lengths, then their tokens, four bytes each."""
-
-    texts: Texts
-    num_bytes: int
 
 
 @final
 class TextLog:
-    """Batches of texts in the order in which they were written; one that `note` has returned from survives a kill.
+    """Texts in the order in which they were generated; those that `append` has returned from survive a kill.
 
-    First give back with `recall` what is there, then add with `note`. One process at a time; one batch is in memory.
+    First take back with `replay` what is there, then add with `append`. One process at a time; one batch is in memory.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open or begin the file; a batch that was being written when its process ended is cut off."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._file: BinaryIO = os.fdopen(descriptor, "r+b", buffering=0)
+    def __init__(self, folder: Path, request: Mapping[str, Setting]) -> None:
+        """Go on with the log in a folder, or begin one.
+
+        Raises:
+            DataError: It was begun for another request.
+        """
+        check_request(folder, request)
+        descriptor = os.open(folder / LOG_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file: BinaryIO = os.fdopen(descriptor, "r+b")
         self.num_texts = 0
-        self._end = 0
-        while record := self._read():
-            self._end += record.num_bytes
-            self.num_texts += len(record.texts)
-        self._file.truncate(self._end)
-        os.fsync(descriptor)
-        sync(path.parent)
-        self._file.seek(0)
+        if self._next("request") is None:
+            self._file.seek(0)
+            self._file.write(_line("request", dict(request)))
+        begin = end = self._file.tell()
+        while self._next("tokens") is not None:
+            self.num_texts += 1
+            end = self._file.tell()
+        self._cut_at(end)
+        for path in (folder, folder.parent):
+            sync(path)
+        self._file.seek(begin)
 
     def __enter__(self) -> Self:
         return self
@@ -51,40 +58,80 @@ class TextLog:
     ) -> None:
         self._file.close()
 
-    def recall(self) -> Texts | None:
-        """Return the next batch, or None when all that was written has been given back."""
-        record = self._read()
-        return None if record is None else record.texts
+    def replay(self, num_texts: int) -> Texts | None:
+        """Return the next texts, or None where fewer are left: these are cut off, to be generated again."""
+        begin = self._file.tell()
+        texts: Texts = []
+        while len(texts) < num_texts and (tokens := self._next("tokens")) is not None:
+            texts.append(tokens)
+        if len(texts) == num_texts:
+            return texts
+        self._cut_at(begin)
+        self.num_texts -= len(texts)
+        return None
 
-    def note(self, texts: Texts) -> None:
-        """Add a batch, on disk when this returns; of use only after the last `recall`."""
-        lengths = np.array([len(text) for text in texts], dtype="<u4")
-        tokens = np.array([token for text in texts for token in text], dtype="<u4")
-        content = lengths.tobytes() + tokens.tobytes()
-        sizes = (lengths.size, tokens.size)
-        left = memoryview(_HEAD.pack(*sizes, _checksum(*sizes, content)) + content)
-        while left:
-            left = left[self._file.write(left) :]
-        os.fsync(self._file.fileno())
+    def append(self, texts: Texts) -> None:
+        """Add texts, on disk when this returns; of use only after the last `replay`."""
+        self._file.write(b"".join(_line("tokens", text) for text in texts))
+        self._cut_at(self._file.tell())
         self.num_texts += len(texts)
 
-    def _read(self) -> _Record | None:
-        """Read the next batch; None at the end, and where what follows is not whole."""
-        room_bytes = os.fstat(self._file.fileno()).st_size - self._file.tell()
-        if room_bytes < _HEAD.size:
-            return None
-        num_texts, num_tokens, checksum = _HEAD.unpack(self._file.read(_HEAD.size))
-        num_bytes = 4 * (num_texts + num_tokens)
-        if num_bytes > room_bytes - _HEAD.size:
-            return None
-        content = self._file.read(num_bytes)
-        if _checksum(num_texts, num_tokens, content) != checksum:
-            return None
-        numbers = np.frombuffer(content, dtype="<u4")
-        ends = numbers[:num_texts].cumsum()[:-1]
-        texts = [text.tolist() for text in np.split(numbers[num_texts:], ends)]
-        return _Record(texts, _HEAD.size + num_bytes)
+    def _cut_at(self, end: int) -> None:
+        """Force the file up to a position to disk, and go on there."""
+        self._file.flush()
+        self._file.truncate(end)
+        os.fsync(self._file.fileno())
+        self._file.seek(end)
+
+    def _next(self, key: str) -> Any:
+        """Read a line; None at the end, and where what follows is not whole."""
+        return _content(key, self._file.readline())
 
 
-def _checksum(num_texts: int, num_tokens: int, content: bytes) -> int:
-    return zlib.crc32(content, zlib.crc32(struct.pack("<II", num_texts, num_tokens)))
+def check_request(folder: Path, request: Mapping[str, Setting]) -> None:
+    """Refuse to go on with a log that was begun for another request.
+
+    Raises:
+        DataError: It was; names every setting that differs.
+    """
+    path = folder / LOG_NAME
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        head = file.readline(MOST_REQUEST_BYTES)
+    if len(head) < MOST_REQUEST_BYTES and not head.endswith(b"\n"):  # its process was killed when it had just begun
+        return
+    begun = _content("request", head)
+    if not isinstance(begun, dict):
+        hint = f"Remove {folder} to begin anew"
+        raise DataError(f"{path} must be as it was written", f"a first line {shown(head)}", hint)
+    names = [name for name in {**begun, **request} if begun.get(name) != request.get(name)]
+    if names:
+        raise DataError(
+            f"half-written shards ({folder}) must be finished with the settings they were begun with",
+            "; ".join(f"{name} {_said(request.get(name))}, begun with {_said(begun.get(name))}" for name in names),
+            f"Give those, or another --out; or begin anew by removing {folder}, unless a process is at work there",
+        )
+
+
+def _said(value: Setting) -> str:
+    return "not given" if value is None else shown(value)
+
+
+def _line(key: str, content: Any) -> bytes:
+    """Write a line of the log.
+
+    >>> _line("tokens", [7, 8])
+    b'{"crc32": 342293205, "tokens": [7, 8]}\\n'
+    """
+    text = json.dumps(content)
+    return f'{{"crc32": {zlib.crc32(text.encode())}, "{key}": {text}}}\n'.encode()
+
+
+def _content(key: str, line: bytes) -> Any:
+    """Read a line of the log; None if it is not, to the byte, what was written."""
+    try:
+        content = json.loads(line)[key]
+        return content if _line(key, content) == line else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

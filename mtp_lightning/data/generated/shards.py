@@ -3,28 +3,28 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mtp_lightning.console.progress import say
-from mtp_lightning.data.generated.half_written import Setting, check_request, take_up
-from mtp_lightning.data.generated.log import TextLog
-from mtp_lightning.data.shards.build import commit
-from mtp_lightning.data.shards.encode import split_of
-from mtp_lightning.data.shards.manifest import MANIFEST_NAME, SPLITS, Manifest, Shard, Split, load_manifest
+from mtp_lightning.data.generated.log import LOG_NAME, Setting, TextLog, check_request
+from mtp_lightning.data.shards.build import BuildOptions, EmptySplitError, ShardBuild, commit, is_built
+from mtp_lightning.data.shards.encode import Encoded
+from mtp_lightning.data.shards.manifest import Manifest
 from mtp_lightning.data.shards.mapped import ShardMaps
-from mtp_lightning.data.shards.staging import Partial, claimed, say_others
-from mtp_lightning.data.shards.writer import MEMBER_TOKENS, SHARD_BYTES, SplitWriter
+from mtp_lightning.data.shards.staging import StagingFolder, exclusive_build, say_others
+from mtp_lightning.data.shards.writer import MEMBER_TOKENS, SHARD_BYTES
+from mtp_lightning.data.text.blocks import DocumentBlock
 from mtp_lightning.data.tokenizers.base import Tokenizer, token_dtype
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.atomic_folder import check_staging, make_empty, staging_path
 
-HALF_WRITTEN = "texts"  # OUT.partial-texts
-TEXTS_NAME = "texts.log"
+IDENTITY = "texts"  # OUT.partial-texts
 SHARDS_NAME = "shards"
 
 
@@ -37,11 +37,6 @@ class TokenDocument(NamedTuple):
 
 
 WriteTexts = Callable[[TextLog], Generator[TokenDocument, None, None]]
-
-
-@final
-class _EmptySplitError(DataError):
-    """Documents that can never be made shards of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +82,14 @@ def write_token_shards(write: WriteTexts, out: Path, made: TokenShards) -> Manif
     Raises:
         DataError: `out` is taken, half of it was written for another request, a split stays empty, or the disk fails.
     """
-    _refuse_taken(out, made)
+    check_staging(staging_path(out, IDENTITY), (LOG_NAME, SHARDS_NAME), DataError)
+    check_request(staging_path(out, IDENTITY), made.settings)
+    is_built(out, made.listing)
     try:
-        with claimed(out, HALF_WRITTEN, say) as folder:
-            _refuse_taken(out, made)
+        with exclusive_build(out, IDENTITY, say) as folder:
             if folder is None:
                 return None
-            manifest = None if (out / MANIFEST_NAME).exists() else _write(write, folder, out, made)
+            manifest = None if is_built(out, made.listing) else _write(write, folder, out, made)
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         hint = "See to space and rights there; the same command goes on with the texts that are written"
@@ -104,14 +100,13 @@ def write_token_shards(write: WriteTexts, out: Path, made: TokenShards) -> Manif
 def _write(write: WriteTexts, folder: Path, out: Path, made: TokenShards) -> Manifest:
     """Take up what is written, and go on to the end; when that fails, keep the texts, unless they are at fault."""
     say_others(out, folder)
-    take_up(folder, made.settings)
-    with TextLog(folder / TEXTS_NAME) as log:
+    with TextLog(folder, made.settings) as log:
         if log.num_texts:
             say(f"going on after {log.num_texts:,} texts of a build that was ended")
         try:
             return _write_shards(write, log, out, made, folder / SHARDS_NAME)
         except BaseException as error:
-            if log.num_texts and not isinstance(error, _EmptySplitError):
+            if log.num_texts and not isinstance(error, EmptySplitError):
                 say(f"{log.num_texts:,} texts are kept in {folder}: the same command goes on with them", stderr=True)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -120,68 +115,29 @@ def _write(write: WriteTexts, folder: Path, out: Path, made: TokenShards) -> Man
 
 def _write_shards(write: WriteTexts, log: TextLog, out: Path, made: TokenShards, folder: Path) -> Manifest:
     """Make shards in `folder` and give it its name."""
-    shutil.rmtree(folder, ignore_errors=True)  # the texts, not these, say how far a build was
-    folder.mkdir()
-    partial = Partial(folder)
-    writers: dict[Split, SplitWriter] = {split: _writer(partial, split) for split in SPLITS}
+    make_empty(folder)  # the texts, not the shards, say how far a build was
+    options = BuildOptions(
+        validation_fraction=made.validation_fraction, member_tokens=MEMBER_TOKENS, shard_bytes=SHARD_BYTES
+    )
+    build = ShardBuild(StagingFolder(folder), made.tokenizer, options, [IDENTITY])
     try:
         with closing(write(log)) as documents:
-            _add(documents, writers, made)
-        manifest = _manifest_of({split: writer.close() for split, writer in writers.items()}, partial, made)
-        commit(partial, out, manifest)
-    except BaseException:
-        for writer in writers.values():
-            writer.abandon()
-        partial.abandon(is_kept=False)
-        raise
+            for document in documents:
+                build.add(_encoded(document, token_dtype(made.tokenizer.vocab_size)))
+        manifest = build.close((), made.listing)
+        commit(build.staging, out, manifest)
+    finally:
+        build.abandon(is_kept=False)
     return manifest
 
 
-def _refuse_taken(out: Path, made: TokenShards) -> None:
-    """Refuse a folder that holds something else than these very shards, or half of others."""
-    check_request(out.with_name(f"{out.name}.partial-{HALF_WRITTEN}"), made.settings)
-    if (out / MANIFEST_NAME).exists() and load_manifest(out).source_listing == made.listing:
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = "other shards" if (out / MANIFEST_NAME).exists() else "something"
-        raise DataError("the folder for shards must be new or empty", f"{what} in {out}", "Give another --out")
-
-
-def _writer(partial: Partial, split: Split) -> SplitWriter:
-    return SplitWriter(
-        partial.path, split, member_tokens=MEMBER_TOKENS, shard_bytes=SHARD_BYTES, on_shard=partial.note_shard
-    )
-
-
-def _add(documents: Iterable[TokenDocument], writers: dict[Split, SplitWriter], made: TokenShards) -> None:
-    dtype = token_dtype(made.tokenizer.vocab_size)
-    for document in documents:
-        mask = None if all(document.is_learnt) else np.array(document.is_learnt, dtype=np.uint8)
-        split = split_of(document.rank, made.validation_fraction)
-        writers[split].add(np.array(document.tokens, dtype=dtype), mask)
-
-
-def _manifest_of(shards: dict[Split, list[Shard]], partial: Partial, made: TokenShards) -> Manifest:
-    tokenizer = made.tokenizer
-    for split, written in shards.items():
-        if not written:
-            raise _EmptySplitError(
-                "both splits must get at least one document",
-                f"none for {split} at a share of {made.validation_fraction} held out",
-                "Make more documents from more prompts, or change --validation-fraction",
-            )
-    return Manifest(
-        dtype="uint16" if token_dtype(tokenizer.vocab_size).itemsize == 2 else "uint32",
-        tokenizer=tokenizer.name,
-        tokenizer_hash=tokenizer.fingerprint(),
-        vocabulary=tokenizer.vocab_size,
-        end_of_document=tokenizer.end_of_document,
-        largest_token=partial.largest_token,
-        validation_fraction=made.validation_fraction,
-        source_files=0,
-        source_bytes=0,
-        source_listing=made.listing,
-        skipped_empty=0,
-        skipped_binary=0,
-        shards=shards["train"] + shards["validation"],
+def _encoded(document: TokenDocument, dtype: np.dtype[Any]) -> Encoded:
+    return Encoded(
+        block=DocumentBlock(source=0, num_bytes=0, files=()),
+        fates=np.zeros(1, dtype=np.uint8),
+        ranks=np.array([document.rank]),
+        lengths=np.array([len(document.tokens)]),
+        tokens=np.array(document.tokens, dtype=dtype),
+        mask=None if all(document.is_learnt) else np.array(document.is_learnt, dtype=np.uint8),
+        digests=b"",
     )

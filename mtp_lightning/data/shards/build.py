@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import final
 import numpy as np
 
 from mtp_lightning.console.progress import Advance, say, watched
-from mtp_lightning.data.shards.encode import AS_NAMED, DIGEST_BYTES, FATES, Encoded, Settings, encode_units, split_of
+from mtp_lightning.data.shards.encode import AS_NAMED, DIGEST_BYTES, FATES, Encoded, Settings, encode_blocks, split_of
 from mtp_lightning.data.shards.index import write_index
 from mtp_lightning.data.shards.manifest import (
     FORMAT_VERSION,
@@ -29,13 +29,15 @@ from mtp_lightning.data.shards.manifest import (
     load_manifest,
     manifest_text,
 )
-from mtp_lightning.data.shards.staging import Counts, Partial, claimed, say_others
+from mtp_lightning.data.shards.staging import Counts, StagingFolder, exclusive_build, say_others
 from mtp_lightning.data.shards.writer import MEMBER_TOKENS, SHARD_BYTES, Mask, SplitWriter
 from mtp_lightning.data.text import blocks as units
 from mtp_lightning.data.text.sources import SourceFile, find_files
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, token_dtype
 from mtp_lightning.data.tokenizers.open import open_tokenizer
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.atomic_folder import check_new_folder, publish
+from mtp_lightning.files.durable import sync
 
 BYTES_PER_PROCESS = 32 << 20
 
@@ -73,20 +75,20 @@ def build_shards(
             disk fails.
     """
     files = find_files(sources)
-    _refuse_taken(out, listing_hash(files))
+    is_built(out, listing_hash(files))
     tokenizer = open_tokenizer(options.tokenizer, end_of_document=options.end_of_document)
     began_at = time.monotonic()
     tell: Callable[[str], None] = say if show_progress else lambda text: None
     try:
-        with claimed(out, _identity(files, options, tokenizer), tell) as folder:
+        with exclusive_build(out, _identity(files, options, tokenizer), tell) as folder:
             if folder is None:
                 return load_manifest(out)
             if show_progress:
                 say_others(out, folder)
-            partial = Partial(folder)
-            if partial.num_kept:
-                tell(f"going on with {partial.num_kept:,} finished shards of a build that was ended")
-            build = _Build(partial, tokenizer, options, [Path(source).name for source in sources])
+            staging = StagingFolder(folder)
+            if staging.num_kept:
+                tell(f"going on with {staging.num_kept:,} finished shards of a build that was ended")
+            build = ShardBuild(staging, tokenizer, options, [Path(source).name for source in sources])
             manifest = _run(build, files, out, processes=processes or _num_processes(files), show=show_progress)
     except OSError as error:
         hint = "See to space and rights there, or choose another folder; finished shards are kept"
@@ -95,14 +97,14 @@ def build_shards(
     return manifest
 
 
-def _run(build: "_Build", files: list[SourceFile], out: Path, *, processes: int, show: bool) -> Manifest:
+def _run(build: "ShardBuild", files: list[SourceFile], out: Path, *, processes: int, show: bool) -> Manifest:
     """Carry a build out; when it fails, keep its finished shards unless the documents are at fault."""
     is_kept = True
     try:
         with watched("building shards", total_bytes=_sum_bytes(files), show=show) as advance:
             build.add_files(files, processes, advance)
-        manifest = build.close(files)
-        commit(build.partial, out, manifest)
+        manifest = build.close(files, listing_hash(files))
+        commit(build.staging, out, manifest)
     except DataError:
         is_kept = False
         raise
@@ -129,7 +131,7 @@ def _identity(files: list[SourceFile], options: BuildOptions, tokenizer: Tokeniz
         "tokenizer": tokenizer.fingerprint(),
         "end_of_document": tokenizer.end_of_document,
         "format_version": FORMAT_VERSION,
-        "unit_bytes": units.UNIT_BYTES,  # the journal counts units
+        "unit_bytes": units.BLOCK_BYTES,  # the journal counts blocks
         "files": [[file.path.absolute().as_posix(), file.name, file.num_bytes, file.changed_at_ns] for file in files],
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -156,11 +158,16 @@ def listing_hash(files: list[SourceFile]) -> str:
 
 
 @final
-class _Build:
+class EmptySplitError(DataError):
+    """Documents that can never be made shards of."""
+
+
+@final
+class ShardBuild:
     """One build on its way: a writer per split and what was counted so far."""
 
-    def __init__(self, partial: Partial, tokenizer: Tokenizer, options: BuildOptions, sources: list[str]) -> None:
-        self.partial = partial
+    def __init__(self, staging: StagingFolder, tokenizer: Tokenizer, options: BuildOptions, sources: list[str]) -> None:
+        self.staging = staging
         self._tokenizer = tokenizer
         self._options = options
         self._writers = {split: self._writer(split) for split in SPLITS}
@@ -173,32 +180,38 @@ class _Build:
         self._seen: set[bytes] = set()
 
     def add_files(self, files: list[SourceFile], processes: int, advance: Advance) -> None:
+        """Tokenize files and write their documents."""
         settings = Settings(
             tokenizer=self._options.tokenizer,
             end_of_document=self._options.end_of_document,
             validation_fraction=self._options.validation_fraction,
             deduplicate=self._options.deduplicate,
         )
-        stream = encode_units(units.cut_into_units(files), settings, processes=processes, known=self.partial.known)
+        stream = encode_blocks(units.cut_into_blocks(files), settings, processes=processes, known=self.staging.known)
         for number, encoded in enumerate(stream):
-            self._add(encoded)
-            self.partial.note_unit(number, self._counts)
-            advance(encoded.unit.num_bytes)
+            self.add(encoded)
+            self.staging.note_block(number, self._counts)
+            advance(encoded.block.num_bytes)
 
-    def close(self, files: list[SourceFile]) -> Manifest:
+    def close(self, files: Sequence[SourceFile], source_listing: str) -> Manifest:
+        """Finish the last shards; describe all.
+
+        Raises:
+            EmptySplitError: There are no documents, or none in one split.
+        """
         shards = {split: writer.close() for split, writer in self._writers.items()}
-        self._refuse_empty(shards, files)
+        self._refuse_empty(shards, len(files))
         return Manifest(
             dtype="uint16" if token_dtype(self._tokenizer.vocab_size).itemsize == 2 else "uint32",
             tokenizer=self._tokenizer.name,
             tokenizer_hash=self._tokenizer.fingerprint(),
             vocabulary=self._tokenizer.vocab_size,
             end_of_document=self._tokenizer.end_of_document,
-            largest_token=self.partial.largest_token,
-            validation_fraction=self._options.validation_fraction,
+            largest_token=self.staging.largest_token,
+            validation_share=self._options.validation_fraction,
             source_files=len(files),
             source_bytes=_sum_bytes(files),
-            source_listing=listing_hash(files),
+            source_listing=source_listing,
             skipped_empty=self._skipped["empty"],
             skipped_binary=self._skipped["binary"],
             skipped_not_utf8=self._skipped["not_utf8"] or None,
@@ -211,9 +224,10 @@ class _Build:
         """Let go of files that are still open, and of the folder if it was not given its name."""
         for writer in self._writers.values():
             writer.abandon()
-        self.partial.abandon(is_kept=is_kept)
+        self.staging.abandon(is_kept=is_kept)
 
-    def _add(self, encoded: Encoded) -> None:
+    def add(self, encoded: Encoded) -> None:
+        """Write documents that are tokens."""
         ends = np.cumsum(encoded.lengths)
         for number, fate in enumerate(encoded.fates):
             digest = encoded.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
@@ -225,14 +239,14 @@ class _Build:
             mask = None if encoded.mask is None else encoded.mask[inside]
             num_tokens = self._write(split_of(rank, self._options.validation_fraction), encoded.tokens[inside], mask)
             self._lowest_ranks = sorted([*self._lowest_ranks, rank])[:2]
-            self._documents_of[encoded.unit.source] += 1
-            self._tokens_of[encoded.unit.source] += num_tokens
+            self._documents_of[encoded.block.source] += 1
+            self._tokens_of[encoded.block.source] += num_tokens
 
     def _write(self, split: Split, tokens: TokenArray, mask: Mask | None) -> int:
         """Write a document unless it lies in a shard that was kept, and return its number of tokens."""
         number = self._counts[split]
         self._counts[split] += 1
-        kept = self.partial.kept_lengths[split]
+        kept = self.staging.kept_lengths[split]
         if number < kept.size:
             return int(kept[number])
         self._writers[split].add(tokens, mask)
@@ -247,12 +261,12 @@ class _Build:
 
     def _writer(self, split: Split) -> SplitWriter:
         return SplitWriter(
-            self.partial.path,
+            self.staging.path,
             split,
             member_tokens=self._options.member_tokens,
             shard_bytes=self._options.shard_bytes,
-            kept=self.partial.kept[split],
-            on_shard=self.partial.note_shard,
+            kept=self.staging.kept[split],
+            on_shard=self.staging.note_shard,
         )
 
     def _source_counts(self) -> list[SourceCount] | None:
@@ -261,18 +275,18 @@ class _Build:
             return None
         return [SourceCount(name=name, num_documents=own, num_tokens=tokens) for name, own, tokens in counts]
 
-    def _refuse_empty(self, shards: dict[Split, list[Shard]], files: list[SourceFile]) -> None:
+    def _refuse_empty(self, shards: dict[Split, list[Shard]], num_files: int) -> None:
         num_documents = sum(self._counts.values())
         if not num_documents:
             left_out = ", ".join(f"{self._skipped[fate]:,} {fate}" for fate in ("empty", "binary"))
-            raise DataError(
+            raise EmptySplitError(
                 "a corpus must hold at least one document with text",
-                f"{len(files):,} files with {left_out} documents",
+                f"{num_files:,} files with {left_out} documents",
                 "Correct data.corpus",
             )
         for split, written in shards.items():
             if not written:
-                raise DataError(
+                raise EmptySplitError(
                     "both splits must get at least one document",
                     f"none of {num_documents:,} for {split} at data.validation_fraction={self._options.validation_fraction}",
                     _share_remedy(self._lowest_ranks),
@@ -282,50 +296,41 @@ class _Build:
 def _share_remedy(ranks: list[float]) -> str:
     if len(ranks) == 1:
         return "Add documents; a document is never divided (JSONL has one per line)"
-    return f"Set data.validation_fraction={sum(ranks) / 2:.3g}, which holds out one of them, or add documents"
+    share = f"{sum(ranks) / 2:.3g}"
+    return f"Set data.validation_fraction={share}, which holds out one of them (--validation-fraction), or add documents"
 
 
-def _sum_bytes(files: list[SourceFile]) -> int:
+def _sum_bytes(files: Sequence[SourceFile]) -> int:
     return sum(file.num_bytes for file in files)
 
 
-def _refuse_taken(out: Path, source_listing: str) -> None:
-    """Refuse a folder with anything in it, unless it may turn out to be the one to be built."""
+def is_built(out: Path, source_listing: str) -> bool:
+    """Tell whether a folder holds shards of this very listing; refuse one that holds anything else.
+
+    Raises:
+        DataError: It does.
+    """
     if (out / MANIFEST_NAME).exists() and load_manifest(out).source_listing == source_listing:
-        return
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        found = "a file" if out.is_file() else f"a folder with {sum(1 for _ in out.iterdir())} entries"
-        raise _taken(out, found)
+        return True
+    check_new_folder(out, DataError)
+    return False
 
 
-def _taken(out: Path, found: str) -> DataError:
-    expected = f"shards must be built into a folder of their own ({out})"
-    return DataError(expected, found, "Remove it, or choose another folder")
-
-
-def commit(partial: Partial, out: Path, manifest: Manifest) -> None:
+def commit(staging: StagingFolder, out: Path, manifest: Manifest) -> None:
     """Write what makes the folder complete and give it its name, unless an equal one has it already."""
-    write_index(partial.path, manifest)
-    (partial.path / MANIFEST_NAME).write_text(manifest_text(manifest))
-    partial.close()
-    for path in (*partial.path.iterdir(), partial.path):
+    write_index(staging.path, manifest)
+    (staging.path / MANIFEST_NAME).write_text(manifest_text(manifest))
+    staging.close()
+    for path in staging.path.iterdir():
         sync(path)
     try:
-        partial.path.rename(out)  # replaces an empty folder, refuses any other
+        publish(staging.path, out)
     except OSError:
         if not (out / MANIFEST_NAME).exists():
             raise
-        fingerprint = load_manifest(out).fingerprint
-        if fingerprint != manifest.fingerprint:
-            raise _taken(out, f"shards of fingerprint {fingerprint}, not {manifest.fingerprint}") from None
-        shutil.rmtree(partial.path)
-    sync(out.parent)
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if (there := load_manifest(out).fingerprint) != manifest.fingerprint:
+            found = f"shards of fingerprint {there}, not {manifest.fingerprint}: {out}"
+            hint = "Name another folder, or move that away"
+            raise DataError("the folder to write must be new or empty", found, hint) from None
+        shutil.rmtree(staging.path)
+        sync(out.parent)

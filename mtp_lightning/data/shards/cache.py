@@ -6,7 +6,6 @@ ago and is not locked, partial files of killed processes included.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import time
@@ -20,6 +19,7 @@ from mtp_lightning.console.progress import lines_now_and_then
 from mtp_lightning.data.shards.manifest import Shard
 from mtp_lightning.data.shards.remote import blocks_of, tried_again
 from mtp_lightning.errors import DataError, MtpError
+from mtp_lightning.files.lock import is_file_at, try_lock, wait_for_lock
 
 ROOM_WAIT_S = 600.0
 POLL_S = 0.1
@@ -91,7 +91,7 @@ class ShardCache:
             file = path.open("rb")
         except FileNotFoundError:
             return None
-        fcntl.flock(file, fcntl.LOCK_SH)
+        wait_for_lock(file, shared=True)
         status = os.fstat(file.fileno())
         if status.st_nlink == 0 or status.st_size != shard.num_bytes:  # removed between the two; or cut short
             file.close()
@@ -106,11 +106,15 @@ class ShardCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-                if not _lock(file, waits=waits) or os.fstat(file.fileno()).st_nlink == 0:
+                if waits:
+                    wait_for_lock(file)
+                elif not try_lock(file):
+                    return
+                if os.fstat(file.fileno()).st_nlink == 0:
                     return
                 if not self._path(shard).exists():
                     self._arrive(shard, file, free_own, waits=waits)
-                elif _is_at(file, partial):  # nobody else's: it is locked here
+                elif is_file_at(file, partial):  # nobody else's: it is locked here
                     partial.unlink()
         except OSError as error:
             partial.unlink(missing_ok=True)
@@ -169,7 +173,7 @@ class ShardCache:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         with (self._folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            wait_for_lock(lock)
             yield
 
     def _remove_oldest(self, needed_bytes: int) -> int:
@@ -180,7 +184,7 @@ class ShardCache:
             if taken_bytes + needed_bytes <= self.limit_bytes:
                 break
             with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-                if _lock(file, waits=False):
+                if try_lock(file):
                     path.unlink(missing_ok=True)
                     taken_bytes -= stat.st_size
         return taken_bytes
@@ -198,16 +202,3 @@ class ShardCache:
             f"{error.strerror or error} ({status.f_bavail * status.f_frsize:,} bytes free there)",
             "Make room, lower data.cache_gib, or set run.cache to a larger disk",
         )
-
-
-def _lock(file: BinaryIO, *, waits: bool) -> bool:
-    """Lock a file for this process alone; say whether it is."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))

@@ -1,4 +1,4 @@
-"""From units of work to token ids, in as many processes as there are; results come in the order of the units."""
+"""From blocks of documents to token ids, in as many processes as there are; results come in the order of the blocks."""
 
 import hashlib
 import itertools
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_lightning.data.shards.manifest import Split
-from mtp_lightning.data.text.blocks import Unit
+from mtp_lightning.data.text.blocks import DocumentBlock
 from mtp_lightning.data.text.documents import Document
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, token_dtype
 from mtp_lightning.data.tokenizers.open import open_tokenizer
@@ -40,9 +40,9 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """The documents of a unit as flat arrays, one entry per document."""
+    """The documents of a block as flat arrays, one entry per document."""
 
-    unit: Unit
+    block: DocumentBlock
     fates: NDArray[np.uint8]  # index into FATES
     ranks: NDArray[np.float64]  # low ones are held out
     lengths: NDArray[np.int64]  # 0 where the tokens were not asked for, or the document is left out
@@ -51,25 +51,25 @@ class Encoded:
     digests: bytes  # of `DIGEST_BYTES` each; empty unless asked for
 
 
-def encode_units(
-    units: Iterable[Unit], settings: Settings, *, processes: int, known: Callable[[int], frozenset[Split]]
+def encode_blocks(
+    blocks: Iterable[DocumentBlock], settings: Settings, *, processes: int, known: Callable[[int], frozenset[Split]]
 ) -> Iterator[Encoded]:
-    """Yield what each unit holds, in order; `known` names the splits of a unit whose tokens are not needed.
+    """Yield what each block holds, in order; `known` names the splits of a block whose tokens are not needed.
 
-    At most two units per process are held at a time.
+    At most two blocks per process are held at a time.
 
     Raises:
         DataError: A document is malformed.
         BrokenProcessPool: A process was ended.
     """
-    tasks = ((unit, settings, known(number)) for number, unit in enumerate(units))
+    tasks = ((block, settings, known(number)) for number, block in enumerate(blocks))
     if processes == 1:
-        yield from itertools.starmap(_encode_unit, tasks)
+        yield from itertools.starmap(_encode_block, tasks)
         return
     waiting: deque[Future[Encoded]] = deque()
     with _pool(processes) as pool:
         for task in tasks:
-            waiting.append(pool.submit(_encode_unit, *task))
+            waiting.append(pool.submit(_encode_block, *task))
             if len(waiting) > 2 * processes:
                 yield waiting.popleft().result()
         while waiting:
@@ -86,11 +86,11 @@ def split_of(rank: float, validation_fraction: float) -> Split:
     return "validation" if rank < validation_fraction else "train"
 
 
-def _encode_unit(unit: Unit, settings: Settings, known: frozenset[Split]) -> Encoded:
+def _encode_block(block: DocumentBlock, settings: Settings, known: frozenset[Split]) -> Encoded:
     tokenizer = _tokenizer(settings.tokenizer, settings.end_of_document)
     fates, ranks, digests = [], [], []
     wanted: list[Document | None] = []
-    for document in unit.documents():
+    for document in block.documents():
         fates.append(FATES.index(_fate(document, tokenizer)))
         ranks.append(held_out_rank(document.name))
         digests.append(_digest(document) if settings.deduplicate else b"")
@@ -98,7 +98,7 @@ def _encode_unit(unit: Unit, settings: Settings, known: frozenset[Split]) -> Enc
         wanted.append(document if is_wanted else None)
     lengths, tokens, mask = _encode_documents(wanted, tokenizer)
     return Encoded(
-        unit=Unit(source=unit.source, num_bytes=unit.num_bytes, files=()),  # its lines need not travel back
+        block=DocumentBlock(source=block.source, num_bytes=block.num_bytes, files=()),  # its lines need not travel back
         fates=np.array(fates, dtype=np.uint8),
         ranks=np.array(ranks, dtype=np.float64),
         lengths=lengths,

@@ -114,7 +114,7 @@ class Manifest(_Frozen):
     vocabulary: Annotated[int, Field(ge=1, le=1 << 32)]
     end_of_document: TokenId
     largest_token: TokenId
-    validation_fraction: Annotated[float, Field(ge=0, le=1)]
+    validation_share: Annotated[float, Field(ge=0, le=1)]
     source_files: Count
     source_bytes: Count
     source_listing: Text  # sha256 over names and sizes of the source files

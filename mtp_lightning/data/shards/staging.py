@@ -1,9 +1,7 @@
 """A build on its way: the folder that it fills, and what a later build may take over when it was killed."""
 
 import contextlib
-import fcntl
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from mtp_lightning.console.progress import say
 from mtp_lightning.data.shards.manifest import SPLITS, Shard, Split
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.atomic_folder import STAGING_SUFFIX, staging_path
+from mtp_lightning.files.durable import describe_file
+from mtp_lightning.files.lock import is_file_at, wait_for_lock
 
 RECORD_SUFFIX = ".json"
 JOURNAL_NAME = "journal.jsonl"
@@ -39,11 +40,11 @@ class _Counts(BaseModel):
 
 
 @final
-class Partial:
+class StagingFolder:
     """The folder of an unfinished build; its shards are finished, or are built again.
 
     A finished shard has its record beside it, written after the shard was. The journal says how many documents of
-    each split there were up to the end of each unit, so that a later build need not tokenize what is in shards.
+    each split there were up to the end of each block, so that a later build need not tokenize what is in shards.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,11 +63,11 @@ class Partial:
         """Number of finished shards that were found."""
         return sum(map(len, self.kept.values()))
 
-    def known(self, unit: int) -> frozenset[Split]:
-        """Return the splits whose documents up to the end of this unit are all in finished shards."""
-        if unit >= len(self._journaled):
+    def known(self, block: int) -> frozenset[Split]:
+        """Return the splits whose documents up to the end of this block are all in finished shards."""
+        if block >= len(self._journaled):
             return frozenset()
-        counts = self._journaled[unit]
+        counts = self._journaled[block]
         return frozenset(split for split in SPLITS if counts[split] <= self.kept_lengths[split].size)
 
     def note_shard(self, shard: Shard, largest_token: int) -> None:
@@ -78,8 +79,8 @@ class Partial:
         self.largest_token = max(self.largest_token, largest_token)
         self.num_written += 1
 
-    def note_unit(self, number: int, counts: Counts) -> None:
-        """Record how many documents of each split there are up to the end of a unit."""
+    def note_block(self, number: int, counts: Counts) -> None:
+        """Record how many documents of each split there are up to the end of a block."""
         if number >= len(self._journaled):
             self._journal.write(json.dumps(counts) + "\n")
             self._journal.flush()
@@ -114,16 +115,16 @@ class Partial:
     def _finished_shard(self, name: str) -> Shard | None:
         try:
             record = _Record.model_validate_json(self._record(name).read_bytes())
-            with (self.path / name).open("rb") as file:
-                sha256, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+            found = describe_file(self.path / name, is_synced=True)
         except (OSError, ValidationError):
             return None
-        if (name, sha256, size) != (record.shard.name, record.shard.sha256, record.shard.num_bytes):
+        shard = record.shard
+        if (name, found.sha256, found.size_bytes) != (shard.name, shard.sha256, shard.num_bytes):
             return None
-        if max(member.end(token_bytes=2) for member in record.shard.members) > size:
+        if max(member.end(token_bytes=2) for member in shard.members) > found.size_bytes:
             return None
         self.largest_token = max(self.largest_token, record.largest_token)
-        return record.shard
+        return shard
 
     def _lengths(self, split: Split) -> NDArray[np.int64]:
         """Return the lengths of all documents in the finished shards of a split."""
@@ -148,46 +149,42 @@ class Partial:
 
 
 @contextlib.contextmanager
-def claimed(out: Path, identity: str, say_it: Callable[[str], None]) -> Iterator[Path | None]:
+def exclusive_build(out: Path, identity: str, say_it: Callable[[str], None]) -> Iterator[Path | None]:
     """Yield the folder to build into, for this process alone; None when another has built the very same meanwhile.
 
     The folder is named after the build's identity, so that a build is taken up only by an equal one. A process that
     finds it in use waits: the lock ends with its holder, however that ends.
+
+    Raises:
+        DataError: The file system has no locks.
     """
-    path = out.with_name(f"{out.name}.partial-{identity[:12]}")
+    path = staging_path(out, identity[:12])
     while True:
         path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            _lock(descriptor, lambda: say_it(f"waiting for another process that builds the same into {path}"))
-            if _is_same(descriptor, path):
+            _lock(descriptor, lambda holder: say_it(f"waiting for {holder}, which builds the same into {path}"))
+            if is_file_at(descriptor, path):
                 yield path
                 return
-            if _is_same(descriptor, out):
+            if is_file_at(descriptor, out):
                 yield None
                 return
         finally:
             os.close(descriptor)
 
 
-def say_others(out: Path, own: Path) -> None:
-    """Name what other builds left; theirs is not removed, since one may be at work."""
-    for path in sorted(out.parent.glob(f"{glob.escape(out.name)}.partial-*")):
-        if path != own:
-            left = "was left by a build that was killed, unless another process is at work on it"
-            say(f"{path} {left}; it may be removed")
-
-
-def _lock(descriptor: int, on_waiting: Callable[[], None]) -> None:
+def _lock(descriptor: int, on_waiting: Callable[[str], None]) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        on_waiting()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        wait_for_lock(descriptor, on_waiting=on_waiting)
     except OSError as error:
         hint = "Build on a disk of this machine, and copy the folder"
         raise DataError("the file system of a build must have locks (flock)", str(error), hint) from error
 
 
-def _is_same(descriptor: int, path: Path) -> bool:
-    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+def say_others(out: Path, own: Path) -> None:
+    """Name what other builds left; theirs is not removed, since one may be at work."""
+    for path in sorted(out.parent.glob(f"{glob.escape(out.name)}{STAGING_SUFFIX}-*")):
+        if path.absolute() != own.absolute():
+            left = "was left by a build that was killed, unless another process is at work on it"
+            say(f"{path} {left}; it may be removed")

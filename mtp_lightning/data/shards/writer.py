@@ -1,9 +1,7 @@
 """Writing shards: POSIX tar files that stock webdataset reads, and whose payloads can be addressed by offset."""
 
 import contextlib
-import hashlib
 import io
-import os
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from mtp_lightning.data.shards.manifest import Member, Shard, Split
 from mtp_lightning.data.tokenizers.base import TokenArray
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.durable import describe_file
 
 Mask = NDArray[np.uint8]
 MEMBER_TOKENS = 1 << 20
@@ -130,14 +129,12 @@ class SplitWriter:
         self._tar.close()
         self._tar = None
         path = self._root / self._next_name()
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        record = describe_file(path, is_synced=False)
         shard = Shard(
             name=self._next_name(),
             split=self._split,
-            num_bytes=path.stat().st_size,
-            sha256=sha256,
+            num_bytes=record.size_bytes,
+            sha256=record.sha256,
             members=self._members,
         )
         self._shards.append(shard)

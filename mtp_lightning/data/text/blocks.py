@@ -1,4 +1,4 @@
-"""Units of work: a corpus cut into pieces of a few MiB, the same ones for any number of processes."""
+"""A corpus cut into blocks of documents of a few MiB, the same ones for any number of processes."""
 
 import gzip
 import zlib
@@ -19,12 +19,12 @@ from mtp_lightning.data.text.extras import import_extra
 from mtp_lightning.data.text.sources import SourceFile
 from mtp_lightning.data.text.zstd import open_zstd
 
-UNIT_BYTES = 4 << 20
+BLOCK_BYTES = 4 << 20
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class DocumentBlock:
     """Some documents of one source: whole files, lines of one, or a row group of one."""
 
     source: int
@@ -48,10 +48,10 @@ class Unit:
             yield from map(document_of_file, self.files)
 
 
-def cut_into_units(files: list[SourceFile]) -> Iterator[Unit]:
-    """Yield the units of a corpus: one per line block of `*.jsonl(.gz|.zst)`, per row group of `*.parquet`, else files.
+def cut_into_blocks(files: list[SourceFile]) -> Iterator[DocumentBlock]:
+    """Cut a corpus: a block per few MiB of lines of `*.jsonl(.gz|.zst)`, per row group of `*.parquet`, else files.
 
-    Lines are read here, so a unit carries them; files and row groups are read where the unit is worked on.
+    Lines are read here, so a block carries them; files and row groups are read where the block is worked on.
 
     Raises:
         DataError: A file is damaged, or the library that reads it is not installed.
@@ -59,42 +59,42 @@ def cut_into_units(files: list[SourceFile]) -> Iterator[Unit]:
     together: list[SourceFile] = []
     for file in files:
         cut = _cutter(file)
-        is_full = sum(other.num_bytes for other in together) >= UNIT_BYTES
+        is_full = sum(other.num_bytes for other in together) >= BLOCK_BYTES
         if together and (cut or is_full or together[0].source != file.source):
-            yield _unit_of_files(together)
+            yield _block_of_files(together)
             together = []
         if cut:
             yield from cut(file)
         else:
             together.append(file)
     if together:
-        yield _unit_of_files(together)
+        yield _block_of_files(together)
 
 
-def _cutter(file: SourceFile) -> Callable[[SourceFile], Iterator[Unit]] | None:
+def _cutter(file: SourceFile) -> Callable[[SourceFile], Iterator[DocumentBlock]] | None:
     if file.path.name.endswith(LINES):
-        return _units_of_lines
-    return _units_of_parquet if file.path.suffix == ".parquet" else None
+        return _blocks_of_lines
+    return _blocks_of_parquet if file.path.suffix == ".parquet" else None
 
 
-def _unit_of_files(files: list[SourceFile]) -> Unit:
+def _block_of_files(files: list[SourceFile]) -> DocumentBlock:
     num_bytes = sum(file.num_bytes for file in files)
-    return Unit(source=files[0].source, num_bytes=num_bytes, files=tuple(files))
+    return DocumentBlock(source=files[0].source, num_bytes=num_bytes, files=tuple(files))
 
 
-def _units_of_lines(file: SourceFile) -> Iterator[Unit]:
+def _blocks_of_lines(file: SourceFile) -> Iterator[DocumentBlock]:
     first = 1
     with file.path.open("rb") as raw, _decompressed(file, raw) as stream:
         read_bytes = 0
         while lines := _next_lines(file, stream):
             num_bytes, read_bytes = raw.tell() - read_bytes, raw.tell()
-            yield Unit(source=file.source, num_bytes=num_bytes, files=(file,), lines=lines, first=first)
+            yield DocumentBlock(source=file.source, num_bytes=num_bytes, files=(file,), lines=lines, first=first)
             first += len(lines)
 
 
 def _next_lines(file: SourceFile, stream: BinaryIO) -> list[bytes]:
     try:
-        return stream.readlines(UNIT_BYTES)
+        return stream.readlines(BLOCK_BYTES)
     except Exception as error:
         if isinstance(error, EOFError | gzip.BadGzipFile | zlib.error) or type(error).__name__ == "ZstdError":
             raise unreadable_file(file, error) from error
@@ -112,7 +112,7 @@ def _decompressed(file: SourceFile, raw: BinaryIO) -> Iterator[BinaryIO]:
         yield raw
 
 
-def _units_of_parquet(file: SourceFile) -> Iterator[Unit]:
+def _blocks_of_parquet(file: SourceFile) -> Iterator[DocumentBlock]:
     parquet = import_extra("pyarrow.parquet", f"read {file.name}")
     try:
         with parquet.ParquetFile(file.path) as table:
@@ -123,5 +123,5 @@ def _units_of_parquet(file: SourceFile) -> Iterator[Unit]:
     for group, num_rows in enumerate(sizes):
         end_bytes = file.num_bytes * (first - 1 + num_rows) // max(1, sum(sizes))
         num_bytes, done_bytes = end_bytes - done_bytes, end_bytes
-        yield Unit(source=file.source, num_bytes=num_bytes, files=(file,), row_group=group, first=first)
+        yield DocumentBlock(source=file.source, num_bytes=num_bytes, files=(file,), row_group=group, first=first)
         first += num_rows

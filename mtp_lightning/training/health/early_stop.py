@@ -6,20 +6,19 @@ from typing import Any, final
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from mtp_lightning.checkpoint.format.layout import Checkpoint
-from mtp_lightning.checkpoint.format.state_folder import read_state
+from mtp_lightning.checkpoint.format.folder import CheckpointFolder
 from mtp_lightning.console.progress import say
 from mtp_lightning.recipe.schema.root import EarlyStopSection, Recipe
 from mtp_lightning.training.saving.score import LOSS_TOLERANCE, CheckpointScore, score_of
 
 
-def is_over(recipe: Recipe, checkpoint: Checkpoint) -> bool:
+def is_over(recipe: Recipe, checkpoint: CheckpointFolder) -> bool:
     """Tell whether a run has ended with a checkpoint: by its number of steps, or early."""
     if checkpoint.step >= recipe.run.steps:
         return True
     if recipe.run.early_stop is None:
         return False
-    state = read_state(checkpoint.path)["callbacks"].get(EarlyStop.__qualname__)
+    state = checkpoint.state()["callbacks"].get(EarlyStop.__qualname__)
     return state is not None and state["num_flat"] >= recipe.run.early_stop.validations
 
 

@@ -10,8 +10,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.checkpoint.format.commit import read_pointer
-from mtp_lightning.checkpoint.format.layout import Checkpoint, newest_complete
-from mtp_lightning.checkpoint.format.state_folder import read_state
+from mtp_lightning.checkpoint.format.folder import CheckpointFolder, newest_complete
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.errors import NonFiniteError, RunFolderError
 from mtp_lightning.files.durable import replace_durably
@@ -52,8 +51,8 @@ def read_rollbacks(run_folder: Path) -> list[Rollback]:
         ) from None
 
 
-def roll_back(run_folder: Path, section: NonFiniteSection, streak: NonFiniteStreak) -> Checkpoint | None:
-    """Record which rows the run leaves out from now on; return the checkpoint to continue from, if there is one.
+def roll_back(run_folder: Path, section: NonFiniteSection, streak: NonFiniteStreak) -> CheckpointFolder | None:
+    """Note durably which rows the run leaves out from now on; return the checkpoint to go on from, if there is one.
 
     These are the rows of the steps that were not finite. A second time at the same checkpoint they are not the reason:
     then that checkpoint is set aside for the one before, and all rows since are left out. All ranks call it.
@@ -62,7 +61,7 @@ def roll_back(run_folder: Path, section: NonFiniteSection, streak: NonFiniteStre
         NonFiniteError: The run has gone back as often as it may.
     """
     ranks = Ranks()
-    found: Checkpoint | None = None
+    found: CheckpointFolder | None = None
     with ranks.agreeing():
         if ranks.is_first:
             records = read_rollbacks(run_folder)
@@ -78,14 +77,14 @@ def roll_back(run_folder: Path, section: NonFiniteSection, streak: NonFiniteStre
                 f"{streak.found}. Rows {record.first:,} to {record.first + record.count - 1:,} of the run are left out",
                 flush=True,
             )
-    chosen: Checkpoint | None = ranks.broadcast(found)
+    chosen: CheckpointFolder | None = ranks.broadcast(found)
     return chosen
 
 
 def _chosen(
     run_folder: Path, records: Sequence[Rollback], streak: NonFiniteStreak
-) -> tuple[Checkpoint | None, Rollback]:
-    """Choose the checkpoint to continue from, and the rows to leave out."""
+) -> tuple[CheckpointFolder | None, Rollback]:
+    """Choose where to go on, and what to leave out."""
     folder = run_folder / "checkpoints"
     newest = newest_complete(folder)
     is_again = bool(records) and records[-1].checkpoint == (newest.step if newest else 0)
@@ -98,7 +97,7 @@ def _chosen(
     return newest, Rollback(step=streak.step, checkpoint=step, first=first, count=streak.end_row - first)
 
 
-def _set_aside(checkpoint: Checkpoint, ending: str) -> None:
+def _set_aside(checkpoint: CheckpointFolder, ending: str) -> None:
     """Rename a checkpoint that no run can go on from, and let no pointer name it."""
     folder, name = checkpoint.path.parent, checkpoint.path.name
     for kind in ("last", "best"):
@@ -108,8 +107,8 @@ def _set_aside(checkpoint: Checkpoint, ending: str) -> None:
     print(f"Nothing finite comes after {name}: it is now called {name}{ending}", flush=True)
 
 
-def _rows_consumed(checkpoint: Checkpoint) -> int:
-    return int(read_state(checkpoint.path)[MtpDataModule.__qualname__]["rows_consumed"])
+def _rows_consumed(checkpoint: CheckpointFolder) -> int:
+    return int(checkpoint.state()[MtpDataModule.__qualname__]["rows_consumed"])
 
 
 @final

@@ -14,7 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mtp_lightning.checkpoint.format.layout import name_of_step
+from mtp_lightning.checkpoint.format.folder import name_of_step
 from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.root import Recipe

@@ -9,18 +9,15 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from mtp_lightning.checkpoint.convert.load_model import find_checkpoint, model_files
-from mtp_lightning.checkpoint.format.layout import check_digests
+from mtp_lightning.checkpoint.format.folder import CheckpointFolder, open_checkpoint
 from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME
-from mtp_lightning.checkpoint.format.read_shards import ShardReader
-from mtp_lightning.checkpoint.format.reader_view import ReaderView
-from mtp_lightning.checkpoint.format.state_folder import STATE_NAME, read_state
+from mtp_lightning.checkpoint.format.reader_view import RenamingReader
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.errors import CheckpointError, TrainingError
 from mtp_lightning.model.add_heads import parameter_origins
 from mtp_lightning.model.roles import role_of
 from mtp_lightning.ranks import Ranks
-from mtp_lightning.recipe import Recipe, load_recipe, num_trunk_layers
+from mtp_lightning.recipe import Recipe, num_trunk_layers
 from mtp_lightning.recipe.rules.base import value_at
 from mtp_lightning.recipe.trainable import ADDED
 from mtp_lightning.training.strategies.base import RunStrategy
@@ -67,10 +64,10 @@ class InitFrom(Callback):
             return
         data = cast(MtpDataModule, trainer.datamodule)  # type: ignore[attr-defined]
         with Ranks().agreeing():
-            folder = find_checkpoint(self._path)
-            if not (folder / STATE_NAME).is_file():
-                raise _lacks("init.data_position", "position in the data", folder)
-            data.go_on_from(read_state(folder)[type(data).__qualname__])
+            folder = open_checkpoint(self._path, verify=False)
+            if not folder.has_state:
+                raise _lacks("init.data_position", "position in the data", folder.path)
+            data.go_on_from(folder.state()[type(data).__qualname__])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the weights, on every rank its part.
@@ -82,29 +79,26 @@ class InitFrom(Callback):
             return
         strategy = cast(RunStrategy, trainer.strategy)
         with strategy.ranks.agreeing():
-            folder = find_checkpoint(self._path)
-            if strategy.ranks.is_first:
-                check_digests(folder, model_files(folder))
+            folder = open_checkpoint(self._path, verify=strategy.ranks.is_first)
             reader, fresh = self._view_of(folder, strategy)
             if strategy.ranks.is_first:
                 added = f"; not in there, and fresh: {listed(fresh)}" if fresh else ""
-                print(f"Starting from the weights of {folder}{added}", flush=True)
+                print(f"Starting from the weights of {folder.path}{added}", flush=True)
         strategy.fill(reader)
 
-    def _view_of(self, folder: Path, strategy: RunStrategy) -> tuple[ReaderView, list[str]]:
+    def _view_of(self, folder: CheckpointFolder, strategy: RunStrategy) -> tuple[RenamingReader, list[str]]:
         """Check what is stored, and see it as this run's model; return this and the names that an adaptation adds."""
-        own, theirs = self._recipe, load_recipe(folder / RECIPE_NAME).recipe
+        own, theirs, reader = self._recipe, folder.recipe, folder.reader
         found = "; ".join(f"{what} {a} there and {b} here" for what, (a, b) in _compared(theirs, own).items() if a != b)
-        reader = ShardReader(folder)
         fresh = {
             name: whole_shape(parameter)
             for name, parameter in strategy.named_parameters()
             if role_of(name) in ADDED and not any(role_of(stored) == role_of(name) for stored in reader.names)
         }
-        view = ReaderView(reader, has_moments=own.init.optimizer, fresh=fresh)
+        view = RenamingReader(reader, has_moments=own.init.optimizer, fresh=fresh)
         if not found:
             if own.heads.extend and theirs.heads.num_offsets < own.heads.num_offsets:
-                view = ReaderView(reader, self._origins(theirs, folder, fresh), fresh=fresh)
+                view = RenamingReader(reader, self._origins(theirs, folder.path, fresh), fresh=fresh)
             try:
                 check_names(view, strategy.named_parameters())
             except CheckpointError as error:
@@ -112,14 +106,14 @@ class InitFrom(Callback):
         if found:
             raise CheckpointError(
                 "init.path must name a model with the parameters and the architecture of this recipe",
-                f"{found}, in {folder}",
-                f"Take sections model, heads and adapt from {folder / RECIPE_NAME}, or leave init.path out"
+                f"{found}, in {folder.path}",
+                f"Take sections model, heads and adapt from {folder.path / RECIPE_NAME}, or leave init.path out"
                 + ("; `mtp export` merges low-rank updates into the model" if "lora" in found else ""),
             )
         trained = (name for name, parameter in strategy.named_parameters() if parameter.requires_grad)
         bare = [name for name in trained if own.init.optimizer and len(view.kinds(name)) <= 1]
         if bare:
-            raise _lacks("init.optimizer", f"optimizer's state of {listed(bare)}", folder)
+            raise _lacks("init.optimizer", f"optimizer's state of {listed(bare)}", folder.path)
         return view, [*fresh]
 
     def _origins(self, theirs: Recipe, folder: Path, fresh: Collection[str]) -> dict[str, str]:

@@ -10,9 +10,15 @@ from typing import Any, cast, final
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from mtp_lightning.checkpoint.format.commit import partial_path, remove_leftovers, retain, save_together, write_pointer
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints, name_of_step
-from mtp_lightning.checkpoint.format.manifest import Moment, RunFacts
+from mtp_lightning.checkpoint.format.commit import (
+    partial_path,
+    remove_leftovers,
+    retain,
+    save_collectively,
+    write_pointer,
+)
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints, name_of_step
+from mtp_lightning.checkpoint.format.manifest import RunMetadata, SavePoint
 from mtp_lightning.errors import MtpError
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.ranks import Ranks
@@ -21,7 +27,7 @@ from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.run_folder import note_saved
 from mtp_lightning.training.saving.rng import rng_state, set_rng_state
 from mtp_lightning.training.saving.score import CheckpointScore, score_of
-from mtp_lightning.training.saving.snapshot import Content, Writer
+from mtp_lightning.training.saving.snapshot import BackgroundWriter, Snapshot
 from mtp_lightning.training.strategies.base import RunStrategy
 
 
@@ -49,14 +55,14 @@ class Checkpoints(Callback):
         self._due_step: int | None = None
         self._validated: tuple[int, dict[str, float]] = (-1, {})
         self._rng_of_ranks: list[dict[str, Any]] = []
-        self._writer: Writer | None = None
+        self._writer: BackgroundWriter | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Clear away what an interrupted save left, and look for the best so far."""
         if trainer.is_global_zero:
             remove_leftovers(self.folder)
         for found in complete_checkpoints(self.folder):
-            score = score_of(found.step, found.manifest.metrics)
+            score = score_of(found.step, found.metrics)
             self.best = score if score and score.beats(self.best) else self.best
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -139,10 +145,10 @@ class Checkpoints(Callback):
         writer = self._writer_of(trainer)
         writer.wait()  # before anything is copied: no two copies at a time
         trainer.save_checkpoint(partial_path(self.folder, step))  # the strategy captures what Lightning would save
-        content = Content(strategy, copied=writer.in_background)
-        moment = self._moment(step)
-        best = self._best_after(moment)
-        writer.run(partial(self._commit, strategy.ranks.size, moment, content, best))
+        snapshot = Snapshot(strategy, copied=writer.in_background)
+        point = self._save_point(step)
+        best = self._best_after(point)
+        writer.run(partial(self._commit, strategy.ranks.size, point, snapshot, best))
         self.last_step = step
         self._account(trainer, time.monotonic() - began_at)
 
@@ -157,34 +163,34 @@ class Checkpoints(Callback):
             self._writer.wait()
             self._account(trainer, time.monotonic() - began_at)
 
-    def _writer_of(self, trainer: Trainer) -> Writer:
+    def _writer_of(self, trainer: Trainer) -> BackgroundWriter:
         if self._writer is None:
             choice = self._recipe.checkpoint.in_background
             is_on_gpu = trainer.lightning_module.device.type == "cuda"
-            self._writer = Writer(in_background=is_on_gpu if choice is None else choice)
+            self._writer = BackgroundWriter(in_background=is_on_gpu if choice is None else choice)
         return self._writer
 
     def _account(self, trainer: Trainer, spent_s: float) -> None:
         self.seconds_saving += spent_s
         cast(MtpLightningModule, trainer.lightning_module).throughput.pause(spent_s)
 
-    def _moment(self, step: int) -> Moment:
+    def _save_point(self, step: int) -> SavePoint:
         validated_step, figures = self._validated
         metrics = figures if validated_step == step else {}
-        return Moment(step=step, tokens=tokens_after(self._recipe, step), metrics=metrics)
+        return SavePoint(step=step, tokens=tokens_after(self._recipe, step), metrics=metrics)
 
-    def _best_after(self, moment: Moment) -> CheckpointScore | None:
-        """Return the best score, this moment's included, and remember it."""
-        score = score_of(moment.step, moment.metrics)
+    def _best_after(self, point: SavePoint) -> CheckpointScore | None:
+        """Return the best score, this point's included, and remember it."""
+        score = score_of(point.step, point.metrics)
         if score is not None and score.beats(self.best):
             self.best = score
         return self.best
 
     def _commit(
-        self, num_ranks: int, moment: Moment, content: Content, best: CheckpointScore | None, ranks: Ranks
+        self, num_ranks: int, point: SavePoint, snapshot: Snapshot, best: CheckpointScore | None, ranks: Ranks
     ) -> None:
         """Write a checkpoint with all ranks, point at it, and delete what is no longer needed."""
-        facts = RunFacts(
+        metadata = RunMetadata(
             recipe_hash=recipe_hash(self._recipe),
             num_offsets=self._recipe.heads.num_offsets,
             layers=self._layers,
@@ -192,11 +198,11 @@ class Checkpoints(Callback):
             strategy=self._recipe.strategy.kind,
             recipe_text=recipe_to_yaml(self._recipe),
         )
-        save_together(ranks, self.folder, moment, facts, content.write)
+        save_collectively(ranks, self.folder, point, metadata, snapshot.write)
         with ranks.agreeing():
             if ranks.is_first:
-                note_saved(self.folder.parent, moment.step)
-                self._point(name_of_step(moment.step), name_of_step(best.step) if best else None)
+                note_saved(self.folder.parent, point.step)
+                self._point(name_of_step(point.step), name_of_step(best.step) if best else None)
 
     def _point(self, name: str, best_name: str | None) -> None:
         write_pointer(self.folder, "last", name)

@@ -8,7 +8,7 @@ from typing import Any, final
 
 import torch.distributed as dist
 
-from mtp_lightning.checkpoint.format.state_folder import write_state
+from mtp_lightning.checkpoint.format.state_tree import write_state
 from mtp_lightning.checkpoint.format.write_shards import write_pieces
 from mtp_lightning.files.durable import FileRecord
 from mtp_lightning.ranks import Ranks
@@ -16,7 +16,7 @@ from mtp_lightning.training.strategies.base import RunStrategy
 
 
 @final
-class Content:
+class Snapshot:
     """This rank's part of a checkpoint: shards of every parameter, and on the first rank Lightning's own state."""
 
     def __init__(self, strategy: RunStrategy, *, copied: bool) -> None:
@@ -39,7 +39,7 @@ class Content:
 
 
 @final
-class Writer:
+class BackgroundWriter:
     """Runs one job at a time that all ranks take part in: at once, or in a thread with a process group of its own."""
 
     def __init__(self, *, in_background: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from mtp_lightning.checkpoint.format.reader_view import Reader
-from mtp_lightning.checkpoint.format.state_folder import read_state
+from mtp_lightning.checkpoint.format.state_tree import read_state
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints
 from mtp_lightning.launch.rank_env import local_rank_info
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.ranks import Ranks
@@ -29,14 +29,14 @@ from mtp_lightning.training.health.stragglers import Stragglers
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.saving.init_from import Frozen, InitFrom
 from mtp_lightning.training.saving.save_checkpoints import Checkpoints
-from mtp_lightning.training.saving.snapshot import Content
+from mtp_lightning.training.saving.snapshot import Snapshot
 from mtp_lightning.training.strategies.process_group import process_group
 from tests.support.fake_cuda.breakages import BREAKAGES
 from tests.support.fake_cuda.guard import NUM_GPUS
 from tests.support.fake_cuda.ledger import Collective, Ledger
 from tests.support.fake_cuda.patches import fake_group, operators, silent, torch_cuda
 
-WRITE, INIT, ANY = Content.write, dist.init_process_group, Ranks.any
+WRITE, INIT, ANY = Snapshot.write, dist.init_process_group, Ranks.any
 KEPT = (Checkpoints, Frozen, DriftMonitor, InitFrom, Stragglers)
 """Callbacks that touch tensors; the others make files, screens and stops of values, which there are none of."""
 
@@ -135,7 +135,7 @@ class _Watch(L.Callback):
         self.ledger.reset()
 
 
-def _write(self: Content, folder: Path) -> dict[str, Any]:
+def _write(self: Snapshot, folder: Path) -> dict[str, Any]:
     """Write zeros for what a checkpoint is made of, which must have come to the host by now."""
     with _disable_current_modes():
         folder.mkdir(parents=True, exist_ok=True)  # the first rank's business
@@ -237,7 +237,7 @@ def of_package(ledger: Ledger, recipe: Recipe, rank: int) -> Iterator[Any]:
     yield noted("broadcast", lambda self, value: value)
     yield noted("wait", lambda self: None)
     yield noted("any", lambda self, is_so: bool((ANY(self, is_so), is_so)[1]))
-    yield mock.patch.object(Content, "write", _write)
+    yield mock.patch.object(Snapshot, "write", _write)
     yield mock.patch("mtp_lightning.checkpoint.format.commit._check_shared", silent())  # all have written the same
 
     def gathered(result: torch.Tensor, group: Any = None) -> Sequence[torch.Tensor]:

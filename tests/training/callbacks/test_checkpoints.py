@@ -17,8 +17,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.checkpoint.format.commit import read_pointer
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints, newest_complete
-from mtp_lightning.checkpoint.format.state_folder import read_state
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints, newest_complete
+from mtp_lightning.checkpoint.format.state_tree import read_state
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.saving.save_checkpoints import Checkpoints

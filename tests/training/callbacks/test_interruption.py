@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from lightning import Trainer
 
-from mtp_lightning.checkpoint.format.layout import complete_checkpoints
+from mtp_lightning.checkpoint.format.folder import complete_checkpoints
 from tests.training.callbacks.tiny_run import TinyModule, fit, tiny_recipe
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from mtp_lightning.checkpoint.format.layout import newest_complete
+from mtp_lightning.checkpoint.format.folder import newest_complete
 from mtp_lightning.recipe.schema.model import HeadsSection
 from mtp_lightning.recipe.schema.root import (
     BatchSection,

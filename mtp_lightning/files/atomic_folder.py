@@ -1,0 +1,115 @@
+"""Folders that appear under their name whole, by one rename, or not at all.
+
+    TARGET.partial  --write and fsync every file-->  fsync the folder  --rename-->  TARGET  --fsync the parent-->  done
+
+A process killed before the rename leaves a staging folder, whose name says that it is one; killed after it, the whole
+target. A folder that is replaced or deleted is renamed `.removed` first: half of one never bears its name either.
+"""
+
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mtp_lightning.errors import MtpError
+from mtp_lightning.files.durable import sync
+
+STAGING_SUFFIX = ".partial"
+ASIDE_SUFFIX = ".removed"
+
+
+@contextmanager
+def atomic_folder(target: Path, error: type[MtpError], *, size_bytes: int = 0) -> Iterator[Path]:
+    """Yield an empty staging folder that is named `target` when the body ends, and removed when the body raises.
+
+    The body forces its files to disk. What an earlier process left in the staging folder is removed.
+
+    Raises:
+        MtpError: of type `error`: the file system refuses a write, or has less than `size_bytes` free.
+    """
+    staging = staging_path(target)
+    try:
+        with removed_on_error(staging):
+            make_empty(staging)
+            if (free_bytes := shutil.disk_usage(staging).free) < size_bytes:
+                raise OSError(f"{free_bytes / 2**20:,.0f} MiB free of {size_bytes / 2**20:,.0f} MiB needed")
+            yield staging
+            publish(staging, target)
+    except OSError as refusal:
+        raise error(
+            f"the folder must be written to {target}", str(refusal), "Make room or repair access, or name another"
+        ) from refusal
+
+
+def check_new_folder(target: Path, error: type[MtpError]) -> None:
+    """Refuse to write over anything: a target must be missing or empty.
+
+    Raises:
+        MtpError: of type `error`.
+    """
+    if target.is_dir() and (num_entries := sum(1 for _ in target.iterdir())):
+        found = f"a folder with {num_entries:,} {'entry' if num_entries == 1 else 'entries'}"
+    elif target.exists() and not target.is_dir():
+        found = "a file"
+    else:
+        return
+    raise error(
+        "the folder to write must be new or empty", f"{found}: {target}", "Name another folder, or move that away"
+    )
+
+
+def check_staging(staging: Path, own_names: Collection[str], error: type[MtpError]) -> None:
+    """Refuse a staging folder that no killed process left: one that holds anything but `own_names` is somebody's.
+
+    Raises:
+        MtpError: of type `error`.
+    """
+    if not staging.is_dir() or {path.name for path in staging.iterdir()} - {*own_names}:
+        check_new_folder(staging, error)
+
+
+def staging_path(target: Path, identity: str = "") -> Path:
+    """Name the folder beside `target` that it is written in, one for each `identity`."""
+    target = target.absolute()
+    return target.with_name(target.name + STAGING_SUFFIX + (f"-{identity}" if identity else ""))
+
+
+def make_empty(folder: Path) -> None:
+    """Begin a folder with nothing in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+@contextmanager
+def removed_on_error(folder: Path) -> Iterator[None]:
+    """Remove a folder when the body raises."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def publish(staging: Path, target: Path, *, replace: bool = False) -> None:
+    """Give a staging folder, whose files are on disk, its name; durable when this returns.
+
+    Raises:
+        OSError: the target is taken and not to be replaced, or the file system refuses.
+    """
+    sync(staging)
+    former = _set_aside(target) if replace and target.exists() else None
+    staging.rename(target)  # replaces an empty folder, refuses any other
+    sync(target.parent)
+    if former:
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, so that a half-deleted one never bears its name."""
+    shutil.rmtree(_set_aside(folder), ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> Path:
+    aside = folder.with_name(folder.name + ASIDE_SUFFIX)
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
