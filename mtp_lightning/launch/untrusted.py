@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import yaml
-
-from mtp_lightning.recipe.yaml import RecipeYamlLoader
+from mtp_lightning.recipe.loading import parse as reading
 
 MOST_JSON_BYTES = 2**26
 """The index of a model of hundreds of layers, each with hundreds of experts, takes about 2**24."""
@@ -97,16 +95,9 @@ def parse_yaml(text: str) -> Any:
         OddFileError: It is something else.
     """
     try:
-        return yaml.load(text, Loader=RecipeYamlLoader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise OddFileError(f"no YAML ({error.problem or error.context}{line})") from None
-    except yaml.YAMLError as error:
-        raise OddFileError(f"no YAML ({str(error).splitlines()[0]})") from None
-    except RecursionError:
-        raise OddFileError(TOO_DEEP) from None
-    except (ValueError, LookupError, AttributeError, TypeError):  # from PyYAML's constructors
-        raise OddFileError("a number of too many digits, or a value that its tag does not fit") from None
+        return reading.parse_yaml(text)
+    except ValueError as error:
+        raise OddFileError(f"no YAML ({error})") from None
 
 
 def shown(value: object) -> str:

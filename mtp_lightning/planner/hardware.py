@@ -5,9 +5,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-import yaml
-
 from mtp_lightning.errors import MtpError
+from mtp_lightning.recipe.loading.parse import parse_yaml
 
 GIGA = 1e9
 TERA = 1e12
@@ -43,7 +42,7 @@ class Hardware:
 
 @cache
 def _table() -> dict[str, Any]:
-    table: dict[str, Any] = yaml.safe_load(files("mtp_lightning.planner").joinpath("hardware.yaml").read_text())
+    table: dict[str, Any] = parse_yaml(files("mtp_lightning.planner").joinpath("hardware.yaml").read_text())
     return table
 
 

@@ -2,11 +2,12 @@
 
 A recipe is a YAML file of sections (`sections.py`). It may extend one parent (`extends: base.yaml`), and
 `key=value` arguments on the command line are laid over it. `load_recipe` collects every fault before it raises:
-of the files (`files.py`, `reading.py`), of names, types and bounds (`checking.py`), and between fields (`rules.py`).
+of the files (`loading.py`, `reading.py`), of names, types and bounds (`checking.py`), and between fields (`rules.py`).
 
 To add a field, give it a type, a default and a docstring in its section; messages, `mtp recipe show` and the
 comparison of recipes follow from that. To tie fields together, add a row to the table in `rules.py`. If a field does
-not change the numbers of a run, name it in `RUN_FIELDS` in `comparing.py`.
+not change the numbers of a run, name it in `RUN_FIELDS` in `comparing.py`. What other frameworks call a field, and
+what it was called here before, stands in `synonyms.py`.
 """
 
 from mtp_lightning.recipe.diff import (

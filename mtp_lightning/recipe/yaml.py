@@ -1,63 +1,44 @@
-"""YAML with the scalars of version 1.2, in and out.
+"""YAML 1.2 in and out, by ruamel.yaml; dates, and numbers with stray underscores, stay text."""
 
-PyYAML follows YAML 1.1, where 3e-4 is text, `no` is false, 010 is 8, 1:30 is 90 and 2026-01-01 is a date.
-"""
-
+import io
 import re
-from collections.abc import Callable
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.nodes import Node, ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
-NULL, TRUTH, WHOLE, REAL, TEXT = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str"))
-Resolvers = dict[str, list[tuple[str, re.Pattern[str]]]]
-
-
-def _resolvers() -> Resolvers:
-    """Tell scalars apart by their text: first character -> (tag, pattern) in the order of trial."""
-    digits = r"[0-9]+(?:_[0-9]+)*"
-    fraction = rf"(?:\.{digits}|{digits}(?:\.(?:{digits})?)?)(?:[eE][-+]?[0-9]+)?"
-    kinds = (
-        (NULL, r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-        (TRUTH, r"true|True|TRUE|false|False|FALSE", ["t", "T", "f", "F"]),
-        (WHOLE, rf"[-+]?{digits}|0o[0-7]+|0x[0-9a-fA-F]+", [*"-+0123456789"]),
-        (REAL, rf"[-+]?(?:{fraction}|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)", [*"-+.0123456789"]),
-    )
-    table: Resolvers = {}
-    for tag, pattern, first_characters in kinds:
-        for character in first_characters:
-            table.setdefault(character, []).append((tag, re.compile(rf"(?:{pattern})\Z")))
-    return table
+TAG_PREFIX = "tag:yaml.org,2002:"
+NULL, TRUTH, WHOLE, REAL, TEXT = (f"{TAG_PREFIX}{kind}" for kind in ("null", "bool", "int", "float", "str"))
+_STRAY = re.compile(r"_(?![0-9a-fA-F])|0b")
+_SAFE = YAML(typ="safe", pure=True)
+_CONSTRUCT = {
+    NULL: _SAFE.constructor.construct_yaml_null,
+    TRUTH: _SAFE.constructor.construct_yaml_bool,
+    WHOLE: _SAFE.constructor.construct_yaml_int,
+    REAL: _SAFE.constructor.construct_yaml_float,
+}
 
 
-class RecipeYamlLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, with the scalars of YAML 1.2 and underscores in numbers."""
-
-    yaml_implicit_resolvers = _resolvers()
-
-
-class RecipeYamlDumper(yaml.SafeDumper):
-    """The writer that quotes exactly the text which `RecipeYamlLoader` would take for something else."""
-
-    yaml_implicit_resolvers = RecipeYamlLoader.yaml_implicit_resolvers
+class _Representer(SafeRepresenter):
+    """Writes every value out, and each text on one line."""
 
     def ignore_aliases(self, data: Any) -> bool:
         """Write every value out instead of pointing to an earlier one."""
         return True
 
-    def represent_float(self, data: float) -> yaml.ScalarNode:
-        """Write a float so that it reads back as the same float."""
-        text = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(repr(data), repr(data))
-        return self.represent_scalar(REAL, text)
-
-    def represent_str(self, data: str) -> yaml.ScalarNode:
-        """Write text on one line: in double quotes, with escapes, where a character would break the line."""
-        style = None if data.isprintable() else '"'
-        return self.represent_scalar(TEXT, data, style=style)
+    def represent_str(self, data: str) -> ScalarNode:
+        """Write text in double quotes, with escapes, where a character would break the line."""
+        return self.represent_scalar(TEXT, data, style=None if data.isprintable() else '"')
 
 
-RecipeYamlDumper.add_representer(float, RecipeYamlDumper.represent_float)
-RecipeYamlDumper.add_representer(str, RecipeYamlDumper.represent_str)
+_Representer.add_representer(str, _Representer.represent_str)
+
+
+def compose(text: str) -> Node | None:
+    """Parse a document into nodes, each of which knows its line; raise one of ruamel.yaml's errors."""
+    root: Node | None = YAML(typ="safe", pure=True).compose(text)
+    return root
 
 
 def implicit_tag(text: str) -> str:
@@ -66,8 +47,12 @@ def implicit_tag(text: str) -> str:
     >>> [implicit_tag(text).rpartition(":")[2] for text in ("3e-4", "1_000_000", "no", "1:30", "2026-01-01", "~")]
     ['float', 'int', 'str', 'str', 'str', 'null']
     """
-    rules = RecipeYamlLoader.yaml_implicit_resolvers.get(text[:1], [])
-    return next((tag for tag, pattern in rules if pattern.match(text)), TEXT)
+    tag = _resolved(text)
+    return tag if tag in _CONSTRUCT and not _STRAY.search(text) else TEXT
+
+
+def _resolved(text: str) -> str:
+    return str(_SAFE.resolver.resolve(ScalarNode, text, (True, False)))
 
 
 def is_number(text: str) -> bool:
@@ -75,21 +60,16 @@ def is_number(text: str) -> bool:
     return implicit_tag(text) in (WHOLE, REAL)
 
 
-def scalar_value(tag: str, text: str) -> Any:
-    """Turn a scalar into its value; raise KeyError if the tag is foreign or does not fit the text.
+def scalar_value(node: ScalarNode) -> Any:
+    """Turn a scalar into its value; raise KeyError if its tag is foreign or does not fit the text.
 
-    >>> scalar_value(REAL, "1_000.5"), scalar_value(WHOLE, "0x1F"), scalar_value(TEXT, "5")
-    (1000.5, 31, '5')
+    >>> [scalar_value(compose(text)) for text in ("1_000.5", "0x1F", "'5'", "2026-01-01")]
+    [1000.5, 31, '5', '2026-01-01']
     """
-    digits = text.replace("_", "").lower()
-    readers: dict[str, Callable[[], Any]] = {
-        NULL: lambda: None,
-        TRUTH: lambda: digits == "true",
-        WHOLE: lambda: int(digits, 0 if digits[:2] in ("0x", "0o") else 10),
-        REAL: lambda: float(digits.replace(".inf", "inf").replace(".nan", "nan")),
-        TEXT: lambda: text,
-    }
-    return readers[tag if tag in (TEXT, implicit_tag(text)) else "a tag that does not fit"]()
+    tag = implicit_tag(node.value)
+    if node.tag == TEXT or (tag == TEXT and node.tag == _resolved(node.value)):
+        return node.value
+    return _CONSTRUCT[tag if tag == node.tag else "a tag that does not fit"](node)
 
 
 def one_line_yaml(value: Any) -> str:
@@ -98,12 +78,11 @@ def one_line_yaml(value: Any) -> str:
     >>> one_line_yaml({"kind": "decay", "values": [1.0, 3e-4], "note": "1e3"})
     "{kind: decay, values: [1.0, 0.0003], note: '1e3'}"
     """
-    text = yaml.dump(
-        value,
-        Dumper=RecipeYamlDumper,
-        default_flow_style=True,
-        sort_keys=False,
-        allow_unicode=True,
-        width=float("inf"),
-    )
-    return text.removesuffix("\n").removesuffix("\n...")
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
+    yaml.default_flow_style = True
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
+    yaml.width = 2**31
+    stream = io.StringIO()
+    yaml.dump(value, stream)
+    return stream.getvalue().removesuffix("\n").removesuffix("\n...")

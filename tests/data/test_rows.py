@@ -67,7 +67,7 @@ def test_rows_are_right_for_any_shape_of_shards(
     manifest = build_tiny(
         [str(folder / "x.jsonl")],
         folder / "shards",
-        validation_fraction=0.5,
+        validation_share=0.5,
         member_tokens=member_tokens,
         shard_bytes=shard_bytes,
     )
@@ -118,7 +118,7 @@ def write_wide(folder: Path, documents: dict[Split, list[TokenArray]]) -> Manife
         vocabulary=100_000,
         end_of_document=99_999,
         largest_token=99_999,
-        validation_fraction=0.5,
+        validation_share=0.5,
         source_files=1,
         source_bytes=1,
         source_listing="",

@@ -1,6 +1,7 @@
 """Every fault that a recipe can have: the files and the overrides that show it."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 RECIPE = "recipe.yaml"
 
@@ -36,6 +37,12 @@ FILES = (
     Case("yaml_control_character", "name: x\nmodel: \x07\n"),
     Case("yaml_two_documents", "name: a\n---\nname: b\n"),
     Case("yaml_nested_without_end", "model: " + "[" * 3000),
+    Case("yaml_nested_deep", "model: " + "[" * 150 + "]" * 150),
+    Case(
+        "yaml_flood_of_aliases",
+        "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{name}: &{name} [{', '.join([f'*{below}'] * 10)}]\n" for below, name in pairwise("abcdefghij")),
+    ),
     Case("yaml_foreign_tag", "name: !!python/name:os.system\n"),
     Case("yaml_tagged_mapping", "model: !mine {hidden_size: 64}\n"),
     Case("yaml_tag_that_does_not_fit", "model:\n  qkv_bias: !!bool maybe\n"),
@@ -86,6 +93,8 @@ NAMES = (
     Case("unknown_kind_of_a_wrong_type", "objective:\n  weights: {kind: [decay]}\n"),
     Case("missing_kind", "objective:\n  weights: {beta: 0.5}\n"),
     Case("kind_alone", "objective:\n  weights: decay\n"),
+    Case("missing_fields", "batch:\n  ramp: {from_batch_size: 4}\ndata:\n  stream:\n    text_field: body\n"),
+    Case("missing_field_in_other_words", "batch:\n  ramp: {from_batch_size: 4, over_row: 90}\n"),
     Case("unknown_choice", "heads:\n  kind: paralel\n"),
     Case("unknown_choice_far_from_any", "heads:\n  kind: 3\n"),
     Case("unknown_key_of_a_mapping", "optimizer:\n  lr_scale: {haeds: 4}\n"),

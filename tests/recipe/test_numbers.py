@@ -1,4 +1,4 @@
-"""Scalars as YAML 1.2 writes them: PyYAML alone reads several of these as something else."""
+"""Scalars as YAML 1.2 writes them, and dates and stray underscores as text."""
 
 import pytest
 from hypothesis import given

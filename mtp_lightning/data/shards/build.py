@@ -297,7 +297,9 @@ def _share_remedy(ranks: list[float]) -> str:
     if len(ranks) == 1:
         return "Add documents; a document is never divided (JSONL has one per line)"
     share = f"{sum(ranks) / 2:.3g}"
-    return f"Set data.validation_fraction={share}, which holds out one of them (--validation-fraction), or add documents"
+    return (
+        f"Set data.validation_fraction={share}, which holds out one of them (--validation-fraction), or add documents"
+    )
 
 
 def _sum_bytes(files: Sequence[SourceFile]) -> int:

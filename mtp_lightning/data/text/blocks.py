@@ -1,6 +1,7 @@
 """A corpus cut into blocks of documents of a few MiB, the same ones for any number of processes."""
 
 import gzip
+import io
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,9 @@ from mtp_lightning.data.text.documents import (
 )
 from mtp_lightning.data.text.extras import import_extra
 from mtp_lightning.data.text.sources import SourceFile
-from mtp_lightning.data.text.zstd import open_zstd
 
 BLOCK_BYTES = 4 << 20
+READ_BYTES = 1 << 20
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
@@ -95,10 +96,8 @@ def _blocks_of_lines(file: SourceFile) -> Iterator[DocumentBlock]:
 def _next_lines(file: SourceFile, stream: BinaryIO) -> list[bytes]:
     try:
         return stream.readlines(BLOCK_BYTES)
-    except Exception as error:
-        if isinstance(error, EOFError | gzip.BadGzipFile | zlib.error) or type(error).__name__ == "ZstdError":
-            raise unreadable_file(file, error) from error
-        raise
+    except (EOFError, OSError, zlib.error) as error:  # pyarrow reports what is wrong with zstd as an OSError
+        raise unreadable_file(file, error) from error
 
 
 @contextmanager
@@ -107,7 +106,8 @@ def _decompressed(file: SourceFile, raw: BinaryIO) -> Iterator[BinaryIO]:
         with gzip.open(raw) as stream:
             yield stream  # type: ignore[misc]  # opened for reading bytes
     elif file.path.suffix == ".zst":
-        yield open_zstd(raw, file.name)
+        library = import_extra("pyarrow", f"read {file.name}")
+        yield io.BufferedReader(library.input_stream(raw, compression="zstd"), READ_BYTES)
     else:
         yield raw
 

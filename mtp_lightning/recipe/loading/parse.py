@@ -2,16 +2,22 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
-import yaml
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+from ruamel.yaml.nodes import Node as YamlNode
+from ruamel.yaml.reader import ReaderError
 
 from mtp_lightning.errors import Fault
 from mtp_lightning.recipe.tree import Names, Node
-from mtp_lightning.recipe.yaml import RecipeYamlLoader, scalar_value
+from mtp_lightning.recipe.yaml import TAG_PREFIX, compose, scalar_value
 
 FAULTY = object()
-TAG_PREFIX = "tag:yaml.org,2002:"
 PLAIN_TAGS = (f"{TAG_PREFIX}map", f"{TAG_PREFIX}seq")
+MOST_DEPTH = 100
+MOST_VALUES = 100_000
+ENDLESS = "brackets nested without end"
 FILE_REMEDY = "Check the indentation (spaces, no tabs), the space after each colon, and open quotes or brackets."
 PLAIN_PROBLEMS = (
     (r"found character '\\t' that cannot start any token", "a tab, where only spaces may indent"),
@@ -35,22 +41,40 @@ def read_yaml(
     Return None for a text that is empty, and for one that is at fault, which is noted.
     """
     try:
-        root = yaml.compose(text, Loader=RecipeYamlLoader)
-    except yaml.MarkedYAMLError as error:
+        root = compose(text)
+        return _TreeBuilder(name, faults, where).build(root, ()) if root else None
+    except MarkedYAMLError as error:
         found, line = _plain_problem(error), _line_of(error)
-    except yaml.reader.ReaderError as error:
+    except ReaderError as error:
         found = f"the character {chr(error.character)!a}, which YAML does not allow"
         line = text.count("\n", 0, error.position) + 1
     except RecursionError:
-        found, line = "brackets nested without end", 1
-    else:
-        return _TreeBuilder(name, faults, where).build(root, ()) if root else None
+        found, line = ENDLESS, 1
+    except _Flood as flood:
+        found, line = flood.args
     origin = where(line)
     faults.append(Fault(path=name, expected="must be well-formed YAML", found=found, origin=origin, hint=hint))
     return None
 
 
-def _plain_problem(error: yaml.MarkedYAMLError) -> str:
+def parse_yaml(text: str) -> Any:
+    """Parse YAML into plain values, by the rules of recipes.
+
+    Raises:
+        ValueError: It is at fault; says how, and in which line.
+    """
+    faults: list[Fault] = []
+    root = read_yaml(text, "the file", faults, where=lambda line: f"line {line}")
+    if faults:
+        raise ValueError(f"{faults[0].found}, {faults[0].origin}")
+    return root.plain() if root else None
+
+
+class _Flood(Exception):
+    """More values, or a deeper nesting, than any file of settings has; what was found, and the line."""
+
+
+def _plain_problem(error: MarkedYAMLError) -> str:
     problem = error.problem or error.context or "text out of place"
     for pattern, words in PLAIN_PROBLEMS:
         if re.fullmatch(pattern, problem):
@@ -58,7 +82,7 @@ def _plain_problem(error: yaml.MarkedYAMLError) -> str:
     return problem.replace("<", "").replace(">", "")
 
 
-def _line_of(error: yaml.MarkedYAMLError) -> int:
+def _line_of(error: MarkedYAMLError) -> int:
     """Return the line to look at: where something was opened, else where reading failed."""
     opened = ("while scanning a simple key", "while scanning a quoted scalar", "while parsing a flow")
     was_opened = (error.context or "").startswith(opened)
@@ -67,36 +91,42 @@ def _line_of(error: yaml.MarkedYAMLError) -> int:
 
 
 class _TreeBuilder:
-    """Turns PyYAML's nodes into ours; duplicate keys, tags and loops of aliases become faults."""
+    """Turns ruamel.yaml's nodes into ours; duplicate keys, tags, loops and floods of aliases become faults."""
 
     def __init__(self, name: str, faults: list[Fault], where: Callable[[int], str]) -> None:
         self.name = name
         self.faults = faults
         self.where = where
-        self.open_nodes: list[yaml.Node] = []
+        self.open_nodes: list[YamlNode] = []
+        self.num_values = 0
 
-    def build(self, node: yaml.Node, path: Names, line: int | None = None) -> Node | None:
+    def build(self, node: YamlNode, path: Names, line: int | None = None) -> Node | None:
         """Build the tree below `node`, or None if it is at fault; `line` is that of its key."""
         origin = self.where(line or node.start_mark.line + 1)
         if node in self.open_nodes:
             self.note(path, origin, "must not contain itself", "an alias to an enclosing value", "Undo the loop.")
             return None
+        self.num_values += 1
+        if len(self.open_nodes) > MOST_DEPTH:
+            raise _Flood(ENDLESS, node.start_mark.line + 1)
+        if self.num_values > MOST_VALUES:
+            raise _Flood(f"more than {MOST_VALUES:,} values, aliases counted each time", node.start_mark.line + 1)
         self.open_nodes.append(node)
         value = self.value(node, path, origin)
         self.open_nodes.pop()
         return None if value is FAULTY else Node(value, origin)
 
-    def value(self, node: yaml.Node, path: Names, origin: str) -> object:
+    def value(self, node: YamlNode, path: Names, origin: str) -> object:
         """Build a mapping, a list or a scalar."""
-        if isinstance(node, yaml.MappingNode) and node.tag in PLAIN_TAGS:
+        if isinstance(node, MappingNode) and node.tag in PLAIN_TAGS:
             return self.mapping(node, path)
-        if isinstance(node, yaml.SequenceNode) and node.tag in PLAIN_TAGS:
+        if isinstance(node, SequenceNode) and node.tag in PLAIN_TAGS:
             items = [self.build(item, (*path, str(index))) for index, item in enumerate(node.value)]
             return [item for item in items if item]
-        found, hint = f"the tag {node.tag.replace(TAG_PREFIX, '!!')}", "Remove the tag; put quotes around text."
-        if isinstance(node, yaml.ScalarNode):
+        found, hint = f"the tag {str(node.tag).replace(TAG_PREFIX, '!!')}", "Remove the tag; put quotes around text."
+        if isinstance(node, ScalarNode):
             try:
-                return scalar_value(node.tag, node.value)
+                return scalar_value(node)
             except KeyError:
                 pass  # the tag is foreign or does not fit
             except ValueError:
@@ -104,12 +134,12 @@ class _TreeBuilder:
         self.note(path, origin, "must be a plain value", found, hint)
         return FAULTY
 
-    def mapping(self, node: yaml.MappingNode, path: Names) -> dict[str, Node]:
+    def mapping(self, node: MappingNode, path: Names) -> dict[str, Node]:
         """Build the entries of a mapping; of a key given twice the first entry is kept."""
         entries: dict[str, Node] = {}
         lines: dict[str, int] = {}
         for key, value in node.value:
-            name = str(key.value) if isinstance(key, yaml.ScalarNode) else "?"
+            name = str(key.value) if isinstance(key, ScalarNode) else "?"
             line = lines.setdefault(name, key.start_mark.line + 1)
             if line != key.start_mark.line + 1 or name in entries:
                 found = f"a second entry (the first: {self.where(line)})"

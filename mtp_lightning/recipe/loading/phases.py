@@ -7,12 +7,12 @@ from typing import Any
 
 from mtp_lightning.errors import CheckpointError, Fault, RecipeError
 from mtp_lightning.recipe.add_heads import extended_recipe
-from mtp_lightning.recipe.loading.validate import check_fields
+from mtp_lightning.recipe.loading.validate import check_fields, unknown_names_below
 from mtp_lightning.recipe.rules.adapt import added_by
 from mtp_lightning.recipe.rules.all import check_rules
 from mtp_lightning.recipe.schema.adapt import BELOW
 from mtp_lightning.recipe.schema.describe import one_of
-from mtp_lightning.recipe.schema.field_types import changes_kind
+from mtp_lightning.recipe.schema.field_types import changes_kind, place_at
 from mtp_lightning.recipe.schema.phases import FOLDER, PhaseSection
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.tree import Node, merge, node_of
@@ -74,6 +74,18 @@ def check_phases(recipe: Recipe, tree: Node) -> list[Fault]:
         tree: its values as they were written.
     """
     return [fault for step in _walk(recipe, tree) for fault in step.faults]
+
+
+def unknown_names_in_phases(tree: Node) -> list[Fault]:
+    """Report what no recipe has among the changes of all phases: for a recipe that has other faults already."""
+    phases = tree.child(FOLDER)
+    sections = {part: place for part in CHANGED_SECTIONS if (place := place_at((part,)))}
+    return [
+        fault
+        for name in (phases.value if phases and isinstance(phases.value, dict) else ())
+        for part, place in sections.items()
+        for fault in unknown_names_below((FOLDER, name, part), place, tree)
+    ]
 
 
 @dataclass(frozen=True)

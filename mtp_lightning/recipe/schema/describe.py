@@ -120,3 +120,12 @@ def nearest_field(name: str, parent: Place | None) -> str | None:
     last_names = [path.rpartition(".")[2] for path in elsewhere]
     likely = nearest(name, last_names)
     return elsewhere[last_names.index(likely)] if likely else None
+
+
+def is_last_name(name: str) -> bool:
+    """Tell whether a name is that of a field in some section.
+
+    >>> is_last_name("num_offsets"), is_last_name("num_ofsets")
+    (True, False)
+    """
+    return any(place.names[-1] == name for place in fields())
