@@ -105,6 +105,12 @@ class BadNodeError(LaunchError):
     exit_code = 86
 
 
+class LoggingError(MtpError):
+    """A logger that a run cannot log to."""
+
+    exit_code = 9
+
+
 class TrainingError(MtpError):
     """Training reached a state that it must not go on from."""
 

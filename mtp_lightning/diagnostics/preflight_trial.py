@@ -120,7 +120,7 @@ def _write_trial(recipe: Recipe, folder: Path) -> None:
         update={
             "run": recipe.run.model_copy(update=run),
             "checkpoint": recipe.checkpoint.model_copy(update={"every_steps": 1}),
-            "logging": recipe.logging.model_copy(update={"every_steps": 1}),
+            "logging": recipe.logging.model_copy(update={"every_steps": 1, "loggers": []}),
             "batch": recipe.batch.model_copy(update=batch),
         }
     )

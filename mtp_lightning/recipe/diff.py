@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mtp_lightning.recipe.schema.base import Section
-from mtp_lightning.recipe.schema.root import DriftSection, EarlyStopSection, Recipe, StrategySection
+from mtp_lightning.recipe.schema.root import DriftSection, EarlyStopSection, LoggingSection, Recipe, StrategySection
 from mtp_lightning.recipe.yaml import one_line_yaml
 
 Verdict = Literal["warn", "refuse"]
@@ -25,7 +25,6 @@ RUN_FIELDS = frozenset(
         "run.restart",
         "run.device",
         "run.threads",
-        "logging.every_steps",
         "run.validate_every_steps",
         "checkpoint.every_steps",
         "checkpoint.keep",
@@ -39,6 +38,7 @@ RUN_FIELDS = frozenset(
         *(f"run.early_stop.{name}" for name in EarlyStopSection.model_fields),
         "health.drift",
         *(f"health.drift.{name}" for name in DriftSection.model_fields),
+        *(f"logging.{name}" for name in LoggingSection.model_fields),
     }
 )
 """Fields that say where and how a run is carried out, not what it computes."""

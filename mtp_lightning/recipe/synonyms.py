@@ -49,7 +49,6 @@ RENAMED: Mapping[str, str] = {
     "run.checkpoint_in_background": "checkpoint.in_background",
     "run.log_every_steps": "logging.every_steps",
     "run.guard": "health.drift",
-    "run.guard.rows": "health.drift.samples",
     "run.hang_after_s": "health.hang_after_s",
     "run.hang_factor": "health.hang_factor",
     "run.nonfinite": "health.nonfinite",
@@ -262,8 +261,11 @@ class Synonym:
     value: Any = None  # the value translated; None where it is the same, or needs arithmetic
 
 
+OURS_ELSEWHERE = ("order",)
+"""Last names of ours from before that another section still has (`heads.order`)."""
+
 FIELD_OF: Mapping[str, str] = {
-    **{old.rpartition(".")[2]: new for old, new in RENAMED.items()},
+    **{last: new for old, new in RENAMED.items() if (last := old.rpartition(".")[2]) not in OURS_ELSEWHERE},
     **{spelling: ours for ours, spellings in SPELLINGS.items() for spelling in spellings.split()},
     **RENAMED,
 }

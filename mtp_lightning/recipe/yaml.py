@@ -28,8 +28,12 @@ class _Representer(SafeRepresenter):
         return True
 
     def represent_str(self, data: str) -> ScalarNode:
-        """Write text in double quotes, with escapes, where a character would break the line."""
-        return self.represent_scalar(TEXT, data, style=None if data.isprintable() else '"')
+        """Write text in double quotes, with escapes, where a character would break the line or begin a key.
+
+        Within braces ruamel.yaml 0.19 reads a plain `?x` back as the key `x`.
+        """
+        is_plain = data.isprintable() and not data.startswith(("?", ":"))
+        return self.represent_scalar(TEXT, data, style=None if is_plain else '"')
 
 
 _Representer.add_representer(str, _Representer.represent_str)

@@ -2,6 +2,7 @@
 
 import gc
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.errors import MtpError
@@ -22,6 +25,7 @@ from mtp_lightning.training.health.early_stop import is_over
 from mtp_lightning.training.health.rollback import roll_back
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.logging.log_routing import redirect_library_logs
+from mtp_lightning.training.logging.loggers import LoggedRun, build_loggers
 from mtp_lightning.training.phases import train_phases
 from mtp_lightning.training.run_folder import Opened, opened_run_folder
 from mtp_lightning.training.step.skipped_steps import NonFiniteStreak
@@ -42,24 +46,24 @@ def train(loaded: LoadedRecipe, stop: StopRequest | None = None) -> int:
     with process_group(recipe):
         if recipe.phases:
             return train_phases(recipe, partial(_train_run, stop=stop))
-        return _train_run(recipe, stop)
+        return _train_run(recipe, LoggedRun(recipe, Path(recipe.run.dir)), stop)
 
 
-def _train_run(recipe: Recipe, stop: StopRequest) -> int:
+def _train_run(recipe: Recipe, logged: LoggedRun, stop: StopRequest) -> int:
     """Train a recipe without phases, or one phase."""
     with opened_run_folder(recipe, Ranks()) as opened:
         if opened.checkpoint is not None and is_over(recipe, opened.checkpoint):
             _say_finished(opened, recipe)
             return 0
-        return _fit_with_rollbacks(recipe, opened, stop)
+        return _fit_with_rollbacks(recipe, opened, logged, stop)
 
 
-def _fit_with_rollbacks(recipe: Recipe, opened: Opened, stop: StopRequest) -> int:
+def _fit_with_rollbacks(recipe: Recipe, opened: Opened, logged: LoggedRun, stop: StopRequest) -> int:
     """Train to the end; where too many steps in a row are not finite, go back and on without their rows."""
     while True:
         code: int | None = None
         try:
-            code = _fit(recipe, opened, stop)
+            code = _fit(recipe, opened, logged, stop)
         except NonFiniteStreak as streak:
             checkpoint = roll_back(opened.path, recipe.health.nonfinite, streak)
             opened = replace(opened, checkpoint=checkpoint)
@@ -85,13 +89,13 @@ def _say_finished(opened: Opened, recipe: Recipe) -> None:
         )
 
 
-def _fit(recipe: Recipe, opened: Opened, stop: StopRequest) -> int:
+def _fit(recipe: Recipe, opened: Opened, logged: LoggedRun, stop: StopRequest) -> int:
     L.seed_everything(recipe.run.seed, verbose=False)
     checkpoint = opened.checkpoint
     if checkpoint is not None and Ranks().is_first:
         print(f"Continuing {opened.path} after step {checkpoint.step} of {recipe.run.steps}", flush=True)
     with redirect_library_logs(opened.attempt / "lightning.log"):
-        trainer = build_trainer(recipe, opened.path, stop)
+        trainer = build_trainer(recipe, opened.path, stop, _loggers(opened, logged))
         module, data = MtpLightningModule(recipe), MtpDataModule(recipe)
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint.path if checkpoint else None)
@@ -112,6 +116,18 @@ def _fit(recipe: Recipe, opened: Opened, stop: StopRequest) -> int:
     return 0
 
 
+def _loggers(opened: Opened, logged: LoggedRun) -> list[Logger]:
+    """Open the run's loggers on the first rank; where that fails, all ranks do."""
+    # not what Lightning makes of Slurm's variables
+    rank_zero_only.rank = Ranks().rank  # type: ignore[attr-defined]
+    loggers: list[Logger] = []
+    with Ranks().agreeing():
+        if Ranks().is_first:
+            after_step = opened.checkpoint.step if opened.checkpoint else 0
+            loggers = build_loggers(logged, opened.path, after_step=after_step)
+    return loggers
+
+
 def _stopped(opened: Opened, exit_code: int) -> int:
     if Ranks().is_first:
         what = "Stopped, to be requeued" if exit_code == REQUEUE else "Interrupted"
@@ -129,7 +145,9 @@ class _NoSignals(_SignalConnector):
         """Leave signals to `launch.stopping`."""
 
 
-def build_trainer(recipe: Recipe, run_folder: Path, stop: StopRequest | None = None) -> L.Trainer:
+def build_trainer(
+    recipe: Recipe, run_folder: Path, stop: StopRequest | None = None, loggers: Sequence[Logger] = ()
+) -> L.Trainer:
     """Build the Lightning trainer of a run; everything that Lightning prints, saves or signals by itself is off."""
     device = prepare_device(recipe)
     layers = {"trunk": num_trunk_layers(recipe), "heads": num_head_layers(recipe)}
@@ -149,7 +167,7 @@ def build_trainer(recipe: Recipe, run_folder: Path, stop: StopRequest | None = N
         plugins=[LightningEnvironment()] if recipe.strategy.kind == "single" else None,
         use_distributed_sampler=False,
         inference_mode=False,
-        logger=False,
+        logger=list(loggers),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -1,5 +1,6 @@
 """A run in phases: one run after the other inside one run folder, begun, interrupted and resumed as a whole."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,11 @@ from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.recipe.loading.phases import Phase, phases_of
 from mtp_lightning.training.health.early_stop import is_over
+from mtp_lightning.training.logging.loggers import LoggedRun
 from mtp_lightning.training.run_folder import check_changes, opened_run_folder
 
 
-def train_phases(recipe: Recipe, train_one: Callable[[Recipe], int]) -> int:
+def train_phases(recipe: Recipe, train_one: Callable[[Recipe, LoggedRun], int]) -> int:
     """Train every phase that is not finished, in order; returns the exit code of the first that does not end well.
 
     Args:
@@ -24,6 +26,7 @@ def train_phases(recipe: Recipe, train_one: Callable[[Recipe], int]) -> int:
         RunFolderError: A finished phase was trained with other settings than the recipe gives it now.
     """
     phases, is_first = phases_of(recipe), Ranks().is_first
+    first_steps = [0, *itertools.accumulate(phase.recipe.run.steps for phase in phases)]
     with opened_run_folder(recipe, Ranks()) as opened:
         for phase in phases:
             is_finished = False
@@ -34,7 +37,8 @@ def train_phases(recipe: Recipe, train_one: Callable[[Recipe], int]) -> int:
                 continue
             if is_first:
                 print(f"Phase {phase.number} of {len(phases)}: {phase.name}", flush=True)
-            if code := train_one(phase.recipe):
+            logged = LoggedRun(recipe, opened.path, phase.number, first_steps[phase.number - 1])
+            if code := train_one(phase.recipe, logged):
                 return code
         if is_first:
             _summarise(opened.path, phases)

@@ -1,8 +1,9 @@
 """The run folder: whose it is, what is in it, where to go on.
 
 A marker that the run makes (`launch.run_marker`), recipe.yaml (resolved), metrics.csv, tensorboard/, summary.json,
-curves.png, checkpoints/, and for every start logs/attempt_<k>/ with the recipe and the environment of that start. A
-lock keeps a second process out.
+curves.png, checkpoints/, and for every start logs/attempt_<k>/ with the recipe and the environment of that start.
+Where they are asked for: wandb/, mlflow.db, and logging.json with the ids of their runs. A lock keeps a second process
+out.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ from mtp_lightning.recipe.loading.phases import phases_of
 from mtp_lightning.recipe.schema.phases import FOLDER as PHASES
 from mtp_lightning.training.health.rollback import read_rollbacks
 
-FILES = (".lock", MARKER, "recipe.yaml", "metrics.csv", "summary.json", "curves.png")
-FOLDERS = ("checkpoints", "logs", "phases", "tensorboard")
+FILES = (".lock", MARKER, "recipe.yaml", "metrics.csv", "summary.json", "curves.png", "logging.json", "mlflow.db")
+FOLDERS = ("checkpoints", "logs", "phases", "tensorboard", "wandb")
 ATTEMPT = re.compile(r"attempt_[0-9]{1,9}\Z")
 PACKAGES = ("torch", "lightning", "deepspeed", "torchmetrics", "numpy", "safetensors", "webdataset", "mtp_lightning")
 

@@ -46,7 +46,7 @@ def test_schedules_agree_at_every_chunk_size_mask_and_accumulation(kind, accumul
 @pytest.mark.parametrize("detached", [True, False])
 def test_schedules_agree_with_offset_weights_and_other_losses(weights, detached):
     objective = distill(detach_teacher=detached, beta=[0.5, 0.0, 0.3]) | {"label_smoothing": 0.1, "z_loss": 0.01}
-    objective |= {"token_order": {"weight": 0.7, "window_tokens": 6}}
+    objective |= {"token_order": {"weight": 0.7, "window_size": 6}}
     assert_same_step(HEAD_KINDS["causal"], objective, weights=weights)
 
 

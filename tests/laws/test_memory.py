@@ -25,7 +25,7 @@ OBJECTIVES = {
     "plain": {},
     "smooth": {"label_smoothing": 0.1, "z_loss": 1e-4},
     "balanced": {"balance": "rms"},
-    "ordered": {"token_order": {"window_tokens": 64}},
+    "ordered": {"token_order": {"window_size": 64}},
     "recomputed": {"memory": {"recompute_trunk": True, "recompute_heads": True}},
 }
 MOST_GROWTH = 1.15

@@ -100,7 +100,7 @@ def test_adapted_models(kind, model, adaptation):
 
 
 def test_token_order_matrix():
-    assert_counts_match(tiny_recipe(objective={"token_order": {"window_tokens": 4}}))
+    assert_counts_match(tiny_recipe(objective={"token_order": {"window_size": 4}}))
 
 
 @pytest.mark.parametrize("model", ["plain", "neox"])

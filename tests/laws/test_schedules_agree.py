@@ -10,7 +10,7 @@ OBJECTIVES = {
     "plain": {},
     "smooth": {"label_smoothing": 0.1, "z_loss": 0.01},
     "balanced": {"balance": "rms"},
-    "ordered": {"token_order": {"weight": 0.7, "window_tokens": 6}},
+    "ordered": {"token_order": {"weight": 0.7, "window_size": 6}},
     "recomputed": {"memory": {"recompute_trunk": True, "recompute_heads": True}},
 }
 

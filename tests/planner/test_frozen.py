@@ -126,7 +126,7 @@ def test_joint_computes_logits_that_teach_nothing_too(kind: str, adaptation: str
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 def test_token_order_is_a_product_more(adaptation: str) -> None:
-    assert_counts(recipe_of("parallel", adaptation, token_order={"window_tokens": 4}), "sequential")
+    assert_counts(recipe_of("parallel", adaptation, token_order={"window_size": 4}), "sequential")
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "bridged"])

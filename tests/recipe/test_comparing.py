@@ -59,6 +59,6 @@ def test_sections_of_different_kinds_differ_as_a_whole() -> None:
         FieldDiff(
             "objective.weights", {"kind": "constant", "values": None}, {"kind": "decay", "beta": 0.8, "total": None}
         ),
-        FieldDiff("objective.token_order", None, {"weight": 1.0, "window_tokens": 256}),
+        FieldDiff("objective.token_order", None, {"weight": 1.0, "window_size": 256}),
     ]
     assert [change.verdict for change in changed_fields(DEFAULT, other)] == ["refuse", "refuse"]

@@ -188,10 +188,10 @@ OVERRIDES = {
     "run.setps=5": "Write run.steps=VALUE.",
 }
 
-REMEDIES_FOR_OLD_VALUES = {
+HINTS_FOR_OLD_VALUES = {
     "data.attention=document": "Write data.document_mask=true.",
     "data.attention=window": "Write data.document_mask=false.",
-    "heads.trainable_from=3": "Write \"freeze=[trunk, unembedding, 'heads:<3']\" (heads:<k means the heads of",
+    "heads.trainable_from=3": "Write freeze=[offsets_below_3] (offsets_below_K freezes all",
     "adapt.frozen=[trunk, mixtures]": 'Write "freeze=[trunk, layer_mix]".',
     "batch.rows=8": "Write batch.global_batch_size=VALUE.",
     "rows=8": "Write batch.global_batch_size=VALUE.",
@@ -204,7 +204,7 @@ def told(path: Path, *overrides: str) -> tuple[str, dict[str, str]]:
     assert result.exit_code == 2
     report = " ".join(result.output.split())
     _, *parts = re.split(r"(\S+) must be a field of ", report)
-    nearest = [re.search(r" nearest (\S+) remedy ", text) for text in parts[1::2]]
+    nearest = [re.search(r" nearest (\S+) hint ", text) for text in parts[1::2]]
     return report, dict(zip(parts[::2], (found[1] if found else "" for found in nearest), strict=True))
 
 
@@ -228,14 +228,14 @@ def test_config_of_another_framework_is_told_our_fields(framework: str, tmp_path
     assert nearest == pairs(expected)
 
 
-@pytest.mark.parametrize(("override", "remedy"), OVERRIDES.items())
-def test_override_of_another_framework_is_told_what_to_write(override: str, remedy: str, tmp_path: Path) -> None:
-    assert remedy in told(written(tmp_path, "name: sound\n"), "--", override)[0]
+@pytest.mark.parametrize(("override", "hint"), OVERRIDES.items())
+def test_override_of_another_framework_is_told_what_to_write(override: str, hint: str, tmp_path: Path) -> None:
+    assert hint in told(written(tmp_path, "name: sound\n"), "--", override)[0]
 
 
-@pytest.mark.parametrize(("override", "remedy"), REMEDIES_FOR_OLD_VALUES.items())
-def test_override_of_before_is_told_what_to_write(override: str, remedy: str, tmp_path: Path) -> None:
-    assert remedy in told(written(tmp_path, "name: sound\n"), "--", override)[0]
+@pytest.mark.parametrize(("override", "hint"), HINTS_FOR_OLD_VALUES.items())
+def test_override_of_before_is_told_what_to_write(override: str, hint: str, tmp_path: Path) -> None:
+    assert hint in told(written(tmp_path, "name: sound\n"), "--", override)[0]
 
 
 @pytest.mark.parametrize("prefix", [(), ("phases", "first")], ids=["recipe", "phase"])

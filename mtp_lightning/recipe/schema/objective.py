@@ -62,7 +62,7 @@ class TokenOrderSection(Section):
 
     weight: PositiveFloat = 1.0
     """Weight of the loss."""
-    window_tokens: PositiveInt = 256
+    window_size: PositiveInt = 256
     """How many tokens ahead the order is scored; the official runs use 4096."""
 
 

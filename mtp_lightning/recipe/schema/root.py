@@ -129,10 +129,27 @@ class CheckpointSection(Section):
 
 
 class LoggingSection(Section):
-    """What is measured of a run, and when."""
+    """Where metrics go besides the screen. No logger uses the network unless one that does is asked for."""
 
     every_steps: PositiveInt = 10
     """Steps between rows of metrics."""
+    loggers: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] = Field(default=["csv", "tensorboard"])
+    """Any of csv (metrics.csv, written whether listed or not: summary and reports read it), tensorboard, wandb (Weights
+    & Biases) and mlflow; the last two need an extra of their name."""
+    project: str = "mtp_lightning"
+    """Project at W&B, experiment in MLflow."""
+    group: str | None = None
+    """Group of runs at W&B, a tag in MLflow."""
+    tags: list[str] = Field(default_factory=list)
+    """Tags of the run."""
+    entity: str | None = None
+    """User or team at W&B; null: the one of the login."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """Mode of W&B: offline writes to the folder wandb of the run folder, for `wandb sync`; null: the environment
+    variable WANDB_MODE, else online."""
+    tracking_uri: str | None = None
+    """Server or store of MLflow; null: the environment variable MLFLOW_TRACKING_URI, else mlflow.db in the run
+    folder."""
 
 
 class HealthSection(Section):

@@ -1,1 +1,1 @@
-"""Metrics on disk and on screen."""
+"""Where a run's metrics go."""

@@ -1,9 +1,8 @@
-"""metrics.csv and TensorBoard events."""
+"""Every row of metrics, into metrics.csv and to the loggers."""
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -13,9 +12,7 @@ from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.logging.columns import as_number, metric_columns
 from mtp_lightning.training.logging.metrics_table import MetricsTable
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from mtp_lightning.training.logging.outage import LoggerQueue
 
 
 @final
@@ -30,20 +27,14 @@ class MetricsFiles(Callback):
         columns = metric_columns(recipe.heads.num_offsets, recipe.data.mixture)
         self.table = MetricsTable(run_folder / "metrics.csv", columns)
         self._recipe = recipe
-        self._events_folder = run_folder / "tensorboard"
-        self._events: SummaryWriter | None = None
         self._row: dict[str, Any] = {}
+        self._queues: list[LoggerQueue] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open both files where the run goes on."""
-        if not trainer.is_global_zero:
-            return
-        self.table.begin(trainer.global_step)
-        from torch.utils.tensorboard import SummaryWriter  # costs a second that `mtp --help` must not pay
-
-        is_continued = any(self._events_folder.glob("events.*"))
-        purge_step = trainer.global_step + 1 if is_continued else None
-        self._events = SummaryWriter(str(self._events_folder), purge_step=purge_step)
+        """Open the file where the run goes on."""
+        if trainer.is_global_zero:
+            self.table.begin(trainer.global_step)
+            self._queues = [LoggerQueue(logger) for logger in trainer.loggers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Write the row of the step before."""
@@ -70,13 +61,13 @@ class MetricsFiles(Callback):
         self._write()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write the last row, unless writing is what failed, and close the files."""
+        """Write the last row, unless writing is what failed, and close the file."""
         if not isinstance(exception, RunFolderError):
             self._write()
         self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Close the files."""
+        """Close the file, after the last checkpoint."""
         self._close()
 
     def _collect(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,30 +77,18 @@ class MetricsFiles(Callback):
             self._row |= {"step": step, "tokens": tokens_after(self._recipe, step), **metrics}
 
     def _close(self) -> None:
+        """Close the file, and send what loggers have not taken; Lightning then closes them."""
         self.table.close()
-        if self._events is not None:
-            with contextlib.suppress(OSError):  # an event that could not be written has been reported
-                self._events.close()
-            self._events = None
+        for queue in self._queues:
+            queue.close()
+        self._queues = []
 
     def _write(self) -> None:
         row, self._row = self._row, {}
         if not row:
             return
         self.table.append(row)
-        if self._events is not None:
-            self._write_events(self._events, row)
-
-    def _write_events(self, events: "SummaryWriter", row: Mapping[str, Any]) -> None:
-        try:
-            for name, value in row.items():
-                number = as_number(value)
-                if number is not None and name != "step":
-                    events.add_scalar(name, number, row["step"])
-            events.flush()
-        except OSError as error:
-            raise RunFolderError(
-                f"events must be written to {self._events_folder}",
-                str(error.strerror or error),
-                "Make room or repair access, then run the same command again",
-            ) from error
+        metrics = {name: number for name, value in row.items() if (number := as_number(value)) is not None}
+        step = int(metrics.pop("step"))
+        for queue in self._queues:
+            queue.send(step, metrics)

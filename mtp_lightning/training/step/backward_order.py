@@ -250,7 +250,7 @@ def _joint_token_order(model: MtpModel, batch: MicroBatch, objective: Objective,
     assert matrix is not None
     logits = matrix(model.unembedding.normalize(1, hidden)).to(objective.coefficients.dtype)
     rows = zip(logits, batch.tokens, batch.documents, strict=True)
-    losses = [reference.token_order(*row, section.window_tokens).sum() for row in rows]
+    losses = [reference.token_order(*row, section.window_size).sum() for row in rows]
     return objective.token_order_coefficient * torch.stack(losses).sum()
 
 

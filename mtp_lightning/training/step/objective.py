@@ -117,7 +117,7 @@ class LossTerms:
         if offset > 1 and section.distill is not None:
             term.share, term.distillation = section.distill.alpha_of(offset), self.distillation(offset)
         if offset == 1 and section.token_order is not None:
-            terms.append(self._token_order(section.token_order.window_tokens))
+            terms.append(self._token_order(section.token_order.window_size))
         return terms
 
     def needs_loss(self, offset: int, hidden: Tensor) -> bool:

@@ -26,6 +26,7 @@ from mtp_lightning.recipe.schema.root import (
     RunSection,
 )
 from mtp_lightning.training.build_callbacks import build_callbacks
+from mtp_lightning.training.logging.loggers import LoggedRun, build_loggers
 from mtp_lightning.training.logging.summary import Summary
 from mtp_lightning.training.step.throughput import ThroughputClock
 from mtp_lightning.training.step.vote import StopVote
@@ -165,23 +166,25 @@ def fit(
     callbacks = build_callbacks(recipe, folder, layers=LAYERS)
     if not summary:  # its picture takes longer than the training
         callbacks = [callback for callback in callbacks if not isinstance(callback, Summary)]
+    newest = newest_complete(folder / "checkpoints")
+    done, steps = newest.step if newest else 0, until or recipe.run.steps
+    loggers = build_loggers(LoggedRun(recipe, folder), folder, after_step=done) if done < steps else []
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
         callbacks=[*callbacks, *(extra or [])],
         strategy=SingleStrategy(device="cpu"),
         plugins=[LightningEnvironment()],  # where Slurm is installed Lightning would warn that it is not used
-        max_steps=until or recipe.run.steps,
+        max_steps=steps,
         max_epochs=-1,
         val_check_interval=recipe.run.validate_every_steps,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        logger=False,
+        logger=loggers,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    newest = newest_complete(folder / "checkpoints")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers")
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # lightning 2.6 with torch 2.13

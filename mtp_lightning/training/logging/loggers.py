@@ -1,0 +1,280 @@
+"""Lightning's loggers of a run: TensorBoard, Weights & Biases, MLflow; every restart goes on in the same record.
+
+metrics.csv is written by `MetricsFiles`, which hands every row to these as well. Ids are kept in logging.json.
+
+W&B and MLflow cannot take rows back: what is trained again after a restart is logged again, at the same
+`trainer/global_step` (W&B's x axis) or step (MLflow). W&B also refuses a step of its own that does not rise, so every
+start begins where no earlier one can have come to. TensorBoard drops the rows that are trained again. The last rows
+before a SIGKILL can be missing at W&B (0.31), whose process of its own had not written them; metrics.csv has them.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from mtp_lightning.errors import LoggingError, MtpError, RunFolderError
+from mtp_lightning.files.durable import replace_durably
+from mtp_lightning.recipe import Recipe
+from mtp_lightning.recipe.diff import leaves
+from mtp_lightning.training.logging.outage import outage_reported
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
+
+RECORDS = "logging.json"
+DEFAULTS = {
+    "WANDB_ERROR_REPORTING": "false",  # crash reports to W&B's makers
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # training waits meanwhile; rows that fail are sent later
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+"""Environment variables that are set unless the user has set them, before a library reads them."""
+FINISH_TIMEOUT_S = 60.0
+HPARAMS_METRICS = ("val/loss_1", "val/mean_acceptance_length")
+NO_MLFLOW_KEY = re.compile(r"[^\w./ -]")
+
+
+@final
+@dataclass(frozen=True)
+class LoggedRun:
+    """One run as loggers know it; all phases of a recipe log into the same one."""
+
+    recipe: Recipe  # of the whole run
+    folder: Path
+    phase: int | None = None  # number of the phase that is trained, from 1
+    first_step: int = 0  # steps of the phases before
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        phases = self.recipe.phases.values()
+        return sum(phase.run.get("steps", self.recipe.run.steps) for phase in phases) or self.recipe.run.steps
+
+    def metrics(self, row: Mapping[str, float]) -> dict[str, float]:
+        """Add the phase, if there are any."""
+        return {**row, "phase": self.phase} if self.phase else dict(row)
+
+
+def build_loggers(run: LoggedRun, run_folder: Path, *, after_step: int) -> list[Logger]:
+    """Open the loggers that a recipe asks for; on the first rank only.
+
+    Args:
+        run: what is logged.
+        run_folder: folder of this run, or of the phase.
+        after_step: step of the checkpoint that the run goes on from, or 0.
+
+    Raises:
+        LoggingError: A library is missing, or its server or store does not do what is asked.
+    """
+    openers: dict[str, Callable[[], Logger]] = {
+        "tensorboard": lambda: _TensorBoard(run_folder, after_step),
+        "wandb": lambda: _open_wandb(run),
+        "mlflow": lambda: _open_mlflow(run),
+    }
+    names = [name for name in openers if name in run.recipe.logging.loggers]
+    loggers = [_opened(name, openers[name]) for name in names]
+    for name, logger in zip(names, loggers, strict=True):
+        _opened(name, lambda logger=logger: logger.log_hyperparams(hyperparameters(run.recipe)))  # type: ignore[misc]
+    return loggers
+
+
+def hyperparameters(recipe: Recipe) -> dict[str, Any]:
+    """Flatten a resolved recipe: numbers and texts as they are, all else as JSON.
+
+    >>> values = hyperparameters(Recipe())
+    >>> values["heads.num_offsets"], values["optimizer.betas"], values["init.path"]
+    (4, '[0.9, 0.95]', 'null')
+    """
+    plain = (str, int, float)
+    return {path: leaf if isinstance(leaf, plain) else json.dumps(leaf) for path, leaf in leaves(recipe).items()}
+
+
+def _opened(name: str, open_it: Callable[[], Any]) -> Any:
+    """Call a library, whose failure becomes an error of ours."""
+    for variable, value in DEFAULTS.items():
+        os.environ.setdefault(variable, value)
+    try:
+        if name != "tensorboard":
+            importlib.import_module(name)
+        return open_it()
+    except MtpError:
+        raise
+    except ImportError as error:
+        raise LoggingError(
+            f"the libraries that logging to {name} needs must be installed",
+            str(error),
+            f"Install them: pip install 'mtp_lightning[{name}]', or leave {name} out of logging.loggers.",
+        ) from error
+    except Exception as error:  # each library has exceptions of its own, and of those below it
+        raise LoggingError(
+            f"{name} must be ready to log to", f"{type(error).__name__}: {error}", REMEDIES[name]
+        ) from error
+
+
+REMEDIES = {
+    "tensorboard": "Make room or repair access, or leave tensorboard out of logging.loggers.",
+    "wandb": "Log in (`wandb login`, or WANDB_API_KEY), log without a network by logging.wandb_mode=offline, or leave "
+    "wandb out of logging.loggers.",
+    "mlflow": "Correct logging.tracking_uri or start its server; where the store has lost this run, remove the entry "
+    f"`mlflow` from {RECORDS} of the run folder; or leave mlflow out of logging.loggers.",
+}
+
+
+@final
+class _TensorBoard(TensorBoardLogger):
+    """Events in the run folder, each on disk as soon as it is logged."""
+
+    def __init__(self, run_folder: Path, after_step: int) -> None:
+        folder = run_folder / "tensorboard"
+        is_continued = any(folder.glob("events.*"))
+        purge_step = after_step + 1 if is_continued else None  # hides events of steps that are trained again
+        super().__init__(run_folder, name="", version=folder.name, default_hp_metric=False, purge_step=purge_step)
+        _ = self.experiment
+
+    def log_hyperparams(self, params: Any, *_: Any) -> None:
+        """Name them beside the run's last figures; Lightning's own would log a first value of those."""
+        from torch.utils.tensorboard.summary import hparams
+
+        summaries = hparams(params, dict.fromkeys(HPARAMS_METRICS, 0.0))  # type: ignore[no-untyped-call]
+        for summary in summaries:
+            self.experiment._get_file_writer().add_summary(summary)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write events.
+
+        Raises:
+            RunFolderError: They cannot be written.
+        """
+        try:
+            for name, value in metrics.items():  # Lightning's own calls a full disk a metric of the wrong type
+                self.experiment.add_scalar(name, value, step)
+            self.experiment.flush()
+        except OSError as error:
+            raise RunFolderError(
+                f"events must be written to {self.log_dir}",
+                str(error.strerror or error),
+                "Make room or repair access, then run the same command again",
+            ) from error
+
+    def save(self) -> None:
+        """Do nothing: Lightning would write hyperparameters that recipe.yaml has."""
+
+    def finalize(self, status: str) -> None:
+        """Close the file; an event that could not be written has been reported."""
+        with contextlib.suppress(OSError):
+            self.experiment.close()
+
+
+@final
+class _Wandb(WandbLogger):
+    """A run of Weights & Biases."""
+
+    def __init__(self, run: LoggedRun, experiment: "Run", offset: int) -> None:
+        super().__init__(experiment=experiment, project=run.recipe.logging.project, save_dir=run.folder)
+        self._run, self._offset = run, offset
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log a row."""
+        global_step = self._run.first_step + (step or 0)
+        row = {**self._run.metrics(metrics), "trainer/global_step": global_step}
+        self.experiment.log(row, step=self._offset + global_step, commit=True)
+
+    def finalize(self, status: str) -> None:
+        """Finish the run until it is resumed."""
+        with outage_reported("wandb"):
+            self.experiment.finish(exit_code=int(status != "success"))
+
+
+def _open_wandb(run: LoggedRun) -> Logger:
+    import wandb
+
+    section, record = run.recipe.logging, _read_records(run.folder).get("wandb", {})
+    run_id, offset = record.get("id") or secrets.token_hex(4), record.get("last_step", 0)
+    _keep_record(run.folder, "wandb", {"id": run_id, "last_step": offset + run.steps})
+    experiment = wandb.init(
+        dir=run.folder.absolute(),  # W&B writes from a process of its own, whose working directory may be another
+        id=run_id,
+        resume="allow",
+        reinit="finish_previous",
+        project=section.project,
+        entity=section.entity,
+        name=run.recipe.name,
+        group=section.group,
+        tags=section.tags,
+        mode=section.wandb_mode,
+        settings=wandb.Settings(console="off", quiet=True, finish_timeout=FINISH_TIMEOUT_S),
+    )
+    experiment.define_metric("trainer/global_step")
+    experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    return _Wandb(run, experiment, offset)
+
+
+@final
+class _MLflow(MLFlowLogger):
+    """A run of MLflow."""
+
+    def __init__(self, run: LoggedRun, uri: str, run_id: str | None) -> None:
+        section = run.recipe.logging
+        tags = {**dict.fromkeys(section.tags, "true"), **({"group": section.group} if section.group else {})}
+        is_local = not uri.startswith("http")
+        artifacts = str(run.folder.absolute() / "mlflow_artifacts") if is_local else None
+        super().__init__(
+            section.project, run.recipe.name, tracking_uri=uri, tags=tags, artifact_location=artifacts, run_id=run_id
+        )
+        self._run = run
+
+    def log_hyperparams(self, params: Any) -> None:
+        """Log them once; MLflow never changes a parameter, so one that has changed on the way becomes a tag."""
+        params = {NO_MLFLOW_KEY.sub("_", name): str(value)[:250] for name, value in params.items()}
+        known = self.experiment.get_run(self.run_id).data.params
+        super().log_hyperparams({name: value for name, value in params.items() if name not in known})
+        for name in (name for name, value in known.items() if params.get(name, value) != value):
+            self.experiment.set_tag(self.run_id, name, params[name])
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log a row; in names, what MLflow does not take becomes a dot."""
+        row = {NO_MLFLOW_KEY.sub(".", name): value for name, value in self._run.metrics(metrics).items()}
+        super().log_metrics(row, self._run.first_step + (step or 0))
+
+    def finalize(self, status: str = "success") -> None:
+        """Set the run's state."""
+        with outage_reported("mlflow"):
+            super().finalize(status)
+
+
+def _open_mlflow(run: LoggedRun) -> Logger:
+    own = f"sqlite:///{run.folder.absolute() / 'mlflow.db'}"
+    uri = run.recipe.logging.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own
+    logger = _MLflow(run, uri, _read_records(run.folder).get("mlflow", {}).get("run_id"))
+    run_id = logger.run_id
+    logger.experiment.update_run(run_id, status="RUNNING")
+    _keep_record(run.folder, "mlflow", {"run_id": run_id})
+    return logger
+
+
+def _read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / RECORDS
+    try:
+        records: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {name: dict(record) for name, record in records.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise LoggingError(
+            f"{path} must be what a run has written",
+            str(error),
+            "Remove it; the loggers then begin new runs.",
+        ) from error
+
+
+def _keep_record(folder: Path, name: str, record: dict[str, Any]) -> None:
+    records = _read_records(folder) | {name: record}
+    replace_durably(folder / RECORDS, json.dumps(records, indent=2).encode() + b"\n")
