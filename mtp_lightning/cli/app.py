@@ -22,6 +22,7 @@ from mtp_lightning.cli import recipe as recipe_verbs
 from mtp_lightning.cli import report as report_verbs
 from mtp_lightning.cli import status as status_verbs
 from mtp_lightning.cli import submit as submit_verbs
+from mtp_lightning.cli import sweep as sweep_verbs
 from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
 from mtp_lightning.console.errors import end_without_output, go_on_without_output, guard_output, print_error, screen
 from mtp_lightning.errors import MtpError
@@ -102,6 +103,7 @@ app.command()(doctor_verbs.doctor)
 app.command()(plan_verbs.plan)
 app.command()(preflight_verbs.preflight)
 app.command()(submit_verbs.submit)
+app.command()(sweep_verbs.sweep)
 app.command()(status_verbs.status)
 app.command("import")(import_verbs.import_model)
 app.command()(export_verbs.export)

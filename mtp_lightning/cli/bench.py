@@ -1,4 +1,4 @@
-"""`mtp bench memory | train | overhead | data | decode | tree | adapt`."""
+"""`mtp bench memory | train | overhead | data | decode | tree`."""
 
 import os
 import sys
@@ -7,11 +7,10 @@ from typing import Annotated, get_args
 
 import typer
 
-from mtp_lightning.cli import adapt_bench_verbs
 from mtp_lightning.cli import bench_decoding as decode_bench_verbs
 from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
 
-app = typer.Typer(no_args_is_help=True, help="Measure training, decoding and adaptations.")
+app = typer.Typer(no_args_is_help=True, help="Measure training, decoding and loading.")
 
 OffsetsOption = Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of offsets to measure.")]
 SchedulesOption = Annotated[str, typer.Option(metavar="NAME,...", help="Schedules to measure.")]
@@ -74,7 +73,6 @@ def overhead(
 
 app.command()(decode_bench_verbs.decode)
 app.command()(decode_bench_verbs.tree)
-app.command()(adapt_bench_verbs.adapt)
 
 
 @app.command()

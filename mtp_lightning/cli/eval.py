@@ -60,10 +60,8 @@ def acceptance(
 
 
 def _table(measured: "Acceptance") -> "Table":
-    from rich import box
-    from rich.table import Table
+    from mtp_lightning.console.errors import table_of
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
     kinds = {
         "loss": ("loss\nnats", ".3f"),
         "label_accuracy": ("top-1\nlabel", ".1%"),
@@ -73,9 +71,7 @@ def _table(measured: "Acceptance") -> "Table":
         "overlap": ("overlap\nwith main", ".1%"),
         "sampled_acceptance_rate": ("accepted\nsampling", ".1%"),
     }
-    table.add_column("\noffset", justify="right")
-    for head, _ in kinds.values():
-        table.add_column(head, justify="right")
+    table = table_of(["\noffset", *(head for head, _ in kinds.values())])
     for k in range(1, measured.num_offsets + 1):
         found = ((measured.figures.get(f"{kind}_{k}"), form) for kind, (_, form) in kinds.items())
         table.add_row(str(k), *("-" if figure is None else f"{figure:{form}}" for figure, form in found))
@@ -84,54 +80,65 @@ def _table(measured: "Acceptance") -> "Table":
 
 @app.command()
 def marginal(
-    path: ModelArgument,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...", help="Runs, checkpoints, exports; or a sweep, for its runs.", show_default=False
+        ),
+    ],
     *,
     offsets: Annotated[int, typer.Option(metavar="K", help="How many tokens ahead.")] = 2,
     samples: Annotated[int, typer.Option(min=1, help="Held-out texts.")] = 50,
     last: Annotated[int, typer.Option(min=1, help="Tokens at the end of each text to measure at.")] = 20,
     top: Annotated[int, typer.Option(help="Is the true token among so many likeliest?")] = 5,
     nucleus: Annotated[float, typer.Option(help="Share of the probability that is summed over.")] = 0.99,
-    paths: Annotated[int, typer.Option(help="Most paths that are summed over.")] = 1024,
+    most_paths: Annotated[int, typer.Option("--paths", help="Most paths that are summed over.")] = 1024,
     device: DeviceOption = DeviceName.auto,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
     ] = None,
 ) -> None:
-    """Predict tokens further on with the main head alone, summed over those in between, beside the heads."""
+    """Predict tokens further on with the main head alone, summed over those in between, beside the heads.
+
+    Of a run it is kept in its folder: mtp report compare shows it, and the same question is not computed again.
+    """
     import json
 
     from mtp_lightning.cli.generate import device_of
+    from mtp_lightning.cli.recipe_argument import open_runs
     from mtp_lightning.console.errors import screen
-    from mtp_lightning.evaluation.marginal import measure_marginal
+    from mtp_lightning.evaluation.marginal_reports import measure_kept
 
-    report = measure_marginal(
-        path,
-        num_offsets=offsets,
-        num_samples=samples,
-        last_tokens=last,
-        top=top,
-        nucleus=nucleus,
-        most_paths=paths,
-        device=str(device_of(device)),
-    )
-    screen().print(_marginal_table(report))
+    runs, reports = open_runs(paths), []
+    for run in runs:
+        report = measure_kept(
+            run,
+            num_offsets=offsets,
+            num_samples=samples,
+            last_tokens=last,
+            top=top,
+            nucleus=nucleus,
+            most_paths=most_paths,
+            device=str(device_of(device)),
+        )
+        reports.append(report.as_json())
+        if len(runs) > 1:
+            screen().print(str(run), soft_wrap=True)
+        screen().print(_marginal_table(report))
     screen().print(
         f"{report.num_positions:,} positions at the ends of {report.num_samples} held-out texts; summed over "
-        f"{nucleus:.0%} of the probability, at most {paths:,} paths"
+        f"{nucleus:.0%} of the probability, at most {most_paths:,} paths"
     )
     if json_path is not None:
-        json_path.write_text(json.dumps(report.as_json(), indent=2) + "\n")
+        json_path.write_text(json.dumps(reports if len(runs) > 1 else reports[0], indent=2) + "\n")
 
 
 def _marginal_table(report: "MarginalReport") -> "Table":
-    from rich import box
-    from rich.table import Table
+    from mtp_lightning.console.errors import table_of
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
     best = f"top-{report.top}"
-    heads = ("offset", "marginal\ntop-1", f"marginal\n{best}", "head\ntop-1", f"head\n{best}", "paths", "mass")
-    for name in heads:
-        table.add_column(name, justify="right")
+    heads = ["offset", "marginal\ntop-1", f"marginal\n{best}", "head\ntop-1", f"head\n{best}", "paths", "mass"]
+    table = table_of(heads)
     for row in report.offsets:
         shares = (row.marginal_top1, row.marginal_top, row.head_top1, row.head_top)
         shown = ("-" if share is None else f"{share:.3f}" for share in shares)
@@ -153,17 +160,12 @@ def lens(
     """Read every layer as if it were the last: where does the model commit to the next token?"""
     import json
 
-    from rich import box
-    from rich.table import Table
-
     from mtp_lightning.cli.generate import device_of
-    from mtp_lightning.console.errors import screen
+    from mtp_lightning.console.errors import screen, table_of
     from mtp_lightning.evaluation.lens import draw_lens, measure_lens
 
     report = measure_lens(path, num_samples=samples, device=str(device_of(device)))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-    for name in ("layer", "depth", "KL from final, nats", "same likeliest token"):
-        table.add_column(name, justify="right")
+    table = table_of(["layer", "depth", "KL from final, nats", "same likeliest token"])
     for number, layer in enumerate(report.layers):
         table.add_row(str(number), f"{layer.depth:.2f}", f"{layer.kl:.4f}", f"{layer.agreement:.1%}")
     screen().print(table)

@@ -38,3 +38,21 @@ def open_recipe(recipe: str, overrides: list[str] | None = None) -> "LoadedRecip
             "Give a recipe file such as recipes/quickstart.yaml, or the folder of an earlier run.",
         )
     return load_recipe(path / "recipe.yaml", [f"run.dir={one_line_yaml(str(path))}", *(overrides or [])])
+
+
+def open_runs(paths: list[Path]) -> list[Path]:
+    """Return the folders given, in place of a sweep's its finished runs; the others are named on stderr."""
+    from mtp_lightning.console.errors import screen
+    from mtp_lightning.launch.status import statuses
+    from mtp_lightning.launch.sweep import members_of
+
+    runs: list[Path] = []
+    for path in paths:
+        members = members_of(path)
+        finished = {run.path for run in statuses(members) if run.is_finished}
+        runs += [member for member in members if member in finished] if members else [path]
+        if left := [str(member) for member in members if member not in finished]:
+            screen(stderr=True).print(f"not finished, and left out: {', '.join(left)}", soft_wrap=True)
+    if not runs:
+        raise RunFolderError("a sweep must have finished runs", f"none in {paths[0]}", "Give mtp sweep again.")
+    return runs

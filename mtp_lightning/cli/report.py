@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mtp_lightning.evaluation.comparison import Group, Spread
+    from mtp_lightning.evaluation.marginal import MarginalReport
 
 app = typer.Typer(no_args_is_help=True, help="Put finished runs side by side.")
 
@@ -23,7 +24,8 @@ def describe() -> None:
 @app.command()
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run folders, of any number of seeds.", show_default=False)
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run folders, of any number of seeds; or sweeps.", show_default=False),
     ],
     *,
     plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw acceptance and loss, too.")] = None,
@@ -32,6 +34,7 @@ def compare(
     ] = None,
 ) -> None:
     """Compare recipes by the last validation of their runs: loss of the main head, accepted length, acceptance."""
+    from mtp_lightning.cli.recipe_argument import open_runs
     from mtp_lightning.cli.targets import PICTURES, check_target, write_json
     from mtp_lightning.console.errors import screen
     from mtp_lightning.evaluation.comparison import as_json, draw, read_run
@@ -39,8 +42,10 @@ def compare(
 
     check_target(json_path, "--json")
     check_target(plot, "--plot", endings=PICTURES, makes_folders=True)
-    groups = compare_runs(read_run(run) for run in runs)
+    groups = compare_runs(read_run(run) for run in open_runs(runs))
     screen().print(_table(groups))
+    if measured := next((group.marginal for group in groups if group.marginal), None):
+        screen().print("", _marginal_table(groups, measured), sep="\n")
     for remark in _remarks(groups):
         screen().print(remark)
     if json_path is not None:
@@ -60,18 +65,14 @@ def mixture(
     ] = None,
 ) -> None:
     """Show what each head has learnt to read of the trunk's layers (adapt.layer_mix)."""
-    from rich import box
-    from rich.table import Table
-
     from mtp_lightning.cli.targets import PICTURES, check_target
-    from mtp_lightning.console.errors import screen
+    from mtp_lightning.console.errors import screen, table_of
     from mtp_lightning.evaluation.mixture import draw, read_mixtures
 
     check_target(plot, "--plot", endings=PICTURES, makes_folders=True)
     mixtures = read_mixtures(run)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-    for name in ("offset", "mean layer", *(f"layer {number}" for number in range(1, len(mixtures[0].shares) + 1))):
-        table.add_column(name, justify="right")
+    layers = (f"layer {number}" for number in range(1, len(mixtures[0].shares) + 1))
+    table = table_of(["offset", "mean layer", *layers])
     for own in mixtures:
         table.add_row(str(own.offset), f"{own.depth:.2f}", *(f"{share:.1%}" for share in own.shares))
     screen().print(table)
@@ -82,13 +83,11 @@ def mixture(
 
 
 def _table(groups: "list[Group]") -> "Table":
-    from rich import box
-    from rich.table import Table
+    from mtp_lightning.console.errors import table_of
 
     offsets = range(2, max(group.num_offsets for group in groups) + 1)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-    for name in ("recipe", "seeds", "main loss", "change", "length", "sampled", *(f"to {k}" for k in offsets)):
-        table.add_column(name, justify="left" if name == "recipe" else "right")
+    columns = ["recipe", "seeds", "main loss", "change", "length", "sampled", *(f"to {k}" for k in offsets)]
+    table = table_of(columns, left=0)
     for group in groups:
         figures = group.figures
         accepted = [_text(figures.get(f"acceptance_rate_{k}"), ".3f") for k in offsets]
@@ -101,6 +100,20 @@ def _table(groups: "list[Group]") -> "Table":
             _text(figures.get("sampled_acceptance_length"), ".3f"),
             *accepted,
         )
+    return table
+
+
+def _marginal_table(groups: "list[Group]", measured: "MarginalReport") -> "Table":
+    """Lay out top accuracies: of the next token, then of every further one by its head, and without it."""
+    from mtp_lightning.console.errors import table_of
+
+    offsets = range(2, len(measured.offsets) + 1)
+    kinds = [(k, kind) for k in offsets for kind in ("head", "marginal")]
+    heads = [f"{k} {kind}" for k, kind in kinds]
+    table = table_of([f"top-{measured.top}, at offset", "1", *heads], left=0)
+    for group in groups:
+        figures = (group.figures.get(f"{kind}_top_{k}") for k, kind in [(1, "marginal"), *kinds])
+        table.add_row(visible(group.recipe, kept=""), *(_text(figure, ".3f") for figure in figures))
     return table
 
 
@@ -117,6 +130,13 @@ def _remarks(groups: "list[Group]") -> list[str]:
         "under sampling; to k: share of positions where all drafts up to offset k are accepted; ±: half a 95 % "
         "interval over seeds (t).",
     ]
+    if measured := next((group.marginal for group in groups if group.marginal), None):
+        remarks.append(
+            f"top-{measured.top}: is the true token among the {measured.top} likeliest, at {measured.num_positions:,} "
+            f"positions at the ends of {measured.num_samples} held-out texts, the same for all; marginal: without the "
+            f"head, by that row's main head, summed over the tokens in between: {measured.nucleus:.0%} of the "
+            f"probability, at most {measured.most_paths:,} paths."
+        )
     tokens = sorted({count for group in groups for count in group.tokens})
     if len(tokens) > 1:
         remarks.append(f"Not at equal tokens: {', '.join(f'{count:,}' for count in tokens)}.")

@@ -1,6 +1,8 @@
-"""`mtp submit`."""
+"""`mtp submit`, and how `mtp sweep` hands its runs to Slurm."""
 
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,75 +12,119 @@ from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument,
 from mtp_lightning.console.errors import screen
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from mtp_lightning.recipe import Recipe
+
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and do nothing.")]
+TestOnlyOption = Annotated[bool, typer.Option("--test-only", help="Ask Slurm whether and when it could start.")]
+AfterOption = Annotated[str | None, typer.Option(metavar="JOB", help="Start when this job has ended well.")]
+ThenOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="COMMAND", help="Run this mtp command on the finished run, {run}, as a job of one rank; repeatable."
+    ),
+]
+PreflightOption = Annotated[bool, typer.Option("--preflight", help="Run mtp preflight first, and train if it passes.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Submit what cannot fit by `mtp plan`.")]
 
 
 def submit(
+    ctx: typer.Context,
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     *,
     site: Annotated[str, typer.Option(help="Name of a site in cluster/sites, or the path of its file.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script and do nothing.")] = False,
-    test_only: Annotated[bool, typer.Option("--test-only", help="Ask Slurm whether and when it could start.")] = False,
-    after: Annotated[str | None, typer.Option(metavar="JOB", help="Start when this job has ended well.")] = None,
-    then: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="COMMAND", help="Run this mtp command on the finished run, {run}, as a job of one rank; repeatable."
-        ),
-    ] = None,
-    sweep: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=V1,V2", help="A run for each value, as a job array; repeatable.")
-    ] = None,
-    preflight: Annotated[
-        bool, typer.Option("--preflight", help="Run mtp preflight first, and train if it passes.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Submit what cannot fit by `mtp plan`.")] = False,
+    dry_run: DryRunOption = False,
+    test_only: TestOnlyOption = False,
+    after: AfterOption = None,
+    then: ThenOption = None,
+    preflight: PreflightOption = False,
+    force: ForceOption = False,
 ) -> None:
     """Submit a recipe to Slurm; site.KEY=VALUE among the overrides changes the site for this submission."""
-    from mtp_lightning.launch import scheduler
-    from mtp_lightning.launch.site import OVERRIDE, load_site
-    from mtp_lightning.launch.submission import prepare, split_command
-    from mtp_lightning.launch.sweep import folder_name, sweep_points
+    of_site, of_recipe = split_overrides(overrides or [])
+    own = open_recipe(recipe, of_recipe).recipe
+    options = SubmitOptions(
+        site, of_site, after, then or [], dry_run, test_only, preflight, force, ctx.find_root().command
+    )
+    hand_in([own], options, folder=Path(own.run.dir), name=own.name)
 
-    given = overrides or []
-    of_site = [override.removeprefix(OVERRIDE) for override in given if override.startswith(OVERRIDE)]
-    of_recipe = [override for override in given if not override.startswith(OVERRIDE)]
-    described = load_site(site, of_site)
-    points = sweep_points(sweep or []) if sweep else []
-    base = open_recipe(recipe, of_recipe).recipe
-    runs = [(folder_name(point), open_recipe(recipe, [*of_recipe, *point]).recipe) for point in points]
-    for command in then or []:
-        _check_verb(split_command(command))
-    submission = prepare(base, runs, described, site, force=force, has_preflight=preflight, then=then or [])
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell changes of the site from all other arguments."""
+    from mtp_lightning.launch.site import OVERRIDE
+
+    of_site = [argument.removeprefix(OVERRIDE) for argument in arguments if argument.startswith(OVERRIDE)]
+    return of_site, [argument for argument in arguments if not argument.startswith(OVERRIDE)]
+
+
+@dataclass(frozen=True)
+class SubmitOptions:
+    """How runs go to Slurm: the options that `mtp submit` and `mtp sweep` share."""
+
+    site: str
+    of_site: Sequence[str]
+    after: str | None
+    then: Sequence[str]
+    is_dry_run: bool
+    is_test: bool
+    has_preflight: bool
+    is_forced: bool
+    mtp: Any  # the whole command line, to look verbs up in
+
+
+def hand_in(
+    recipes: "Sequence[Recipe]",
+    options: SubmitOptions,
+    *,
+    folder: Path,
+    name: str,
+    begin: Callable[[], None] | None = None,
+) -> None:
+    """Print the job's script and submit it, unless it is only tried; `begin` is called before anything is written."""
+    from mtp_lightning.launch import scheduler
+    from mtp_lightning.launch.site import load_site
+    from mtp_lightning.launch.submission import prepare, split_command
+
+    described = load_site(options.site, options.of_site)
+    for command in options.then:
+        _check_verb(split_command(command), options.mtp)
+    submission = prepare(
+        recipes,
+        described,
+        options.site,
+        folder=folder,
+        name=name,
+        force=options.is_forced,
+        has_preflight=options.has_preflight,
+        then=options.then,
+    )
     print(submission.script, end="")
     if submission.follow_script is not None:
         print("\n" + submission.follow_script, end="")
-    if dry_run:
+    if options.is_dry_run:
         return
     out = screen(stderr=True)
-    if test_only:
+    if options.is_test:
         with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
             script.write(submission.script)
             script.flush()
-            out.print(scheduler.submit(Path(script.name), after=after, is_test=True))
+            out.print(scheduler.submit(Path(script.name), after=options.after, is_test=True))
         return
-    job, follow = submission.submit(after=after)
-    out.print(f"job {job} ({described.description or site})")
+    if begin is not None:
+        begin()
+    job, follow = submission.submit(after=options.after)
+    out.print(f"job {job} ({described.description or options.site})")
     if follow is not None:
-        out.print(f"job {follow} runs after it: {'; '.join(then or [])}")
+        out.print(f"job {follow} runs after it: {'; '.join(options.then)}")
     out.print(f"logs {submission.folder}/slurm-*.out")
-    out.print(f"follow it with: mtp status {base.run.dir} --watch")
+    out.print(f"follow it with: mtp status {folder} --watch")
 
 
-def _check_verb(words: "Sequence[str]") -> None:
+def _check_verb(words: Sequence[str], root: Any) -> None:
     """Refuse a command that `mtp` does not have, now and not after the training."""
-    from typer.main import get_command
-
-    from mtp_lightning.cli.app import app
     from mtp_lightning.errors import LaunchError
 
-    command: Any = get_command(app)
+    command: Any = root
     for word in words:
         if not hasattr(command, "commands"):
             return

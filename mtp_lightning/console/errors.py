@@ -8,10 +8,12 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn, TextIO, final
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from mtp_lightning.errors import Fault, MtpError, RecipeError
@@ -31,6 +33,14 @@ def screen(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = UNBOUNDED
     return console
+
+
+def table_of(columns: Sequence[str], *, left: int | None = None) -> Table:
+    """Build an empty table of figures; the column at index `left` is aligned to the left."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == left else "right")
+    return table
 
 
 @final

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from mtp_lightning.console.plots import save_picture
 from mtp_lightning.errors import RunFolderError, visible
+from mtp_lightning.evaluation.marginal import MarginalReport
+from mtp_lightning.evaluation.marginal_reports import read_kept
+from mtp_lightning.launch.status import current_phase
 from mtp_lightning.launch.untrusted import OddFileError, open_regular, read_object, reason_of, shown
 from mtp_lightning.training.logging.metrics_table import Row, read_rows
 
@@ -42,6 +45,7 @@ class RunFigures:
     tokens: int
     num_offsets: int
     figures: dict[str, float]
+    marginal: MarginalReport | None = None  # what `mtp eval marginal` has measured; its top accuracies are in figures
 
 
 @dataclass(frozen=True)
@@ -54,25 +58,31 @@ class Group:
     num_offsets: int
     figures: dict[str, Spread]
     loss_change: Spread | None  # of the main head, against the first group, seed by seed; None without common seeds
+    marginal: MarginalReport | None = None  # of one of its runs
 
 
 def read_run(folder: Path) -> RunFigures:
-    """Read what a run has reached.
+    """Read what a run has reached, of one in phases what the last that has begun.
 
     Raises:
         RunFolderError: It is no run folder, one of its files is damaged, or nothing has been validated yet.
     """
-    summary = _read(folder / "summary.json", read_object)
-    validated = [row for row in _read(folder / "metrics.csv", _rows) if f"{PREFIX}loss_1" in row]
+    last_phase = current_phase(folder)
+    summary = _read(last_phase / "summary.json", read_object)
+    validated = [row for row in _read(last_phase / "metrics.csv", _rows) if f"{PREFIX}loss_1" in row]
     if not validated:
-        raise _refusal(f"no validation in {folder / 'metrics.csv'}")
+        raise _refusal(f"no validation in {last_phase / 'metrics.csv'}")
     last = validated[-1]
     told = {**summary, "tokens": last.get("tokens")}
     for name, is_right in FIELDS.items():
         if not is_right(told.get(name)):
-            raise _refusal(f"{name}: {shown(told.get(name))}, in summary.json or the last validation of {folder}")
+            raise _refusal(f"{name}: {shown(told.get(name))}, in summary.json or the last validation of {last_phase}")
     figures = {name.removeprefix(PREFIX): value for name, value in last.items() if name.startswith(PREFIX)}
-    return RunFigures(told["recipe"], told["seed"], told["tokens"], told["num_offsets"], figures)
+    marginal = read_kept(folder)
+    for of in marginal.offsets if marginal else ():
+        figures[f"marginal_top_{of.offset}"] = of.marginal_top
+        figures |= {} if of.head_top is None else {f"head_top_{of.offset}": of.head_top}
+    return RunFigures(told["recipe"], told["seed"], told["tokens"], told["num_offsets"], figures, marginal)
 
 
 def _read(path: Path, reader: Callable[[Path], Content]) -> Content:
@@ -99,7 +109,8 @@ def compare(runs: Iterable[RunFigures]) -> list[Group]:
     """Group runs by the name of their recipe, in the order given.
 
     Raises:
-        RunFolderError: Two runs of one recipe have the same seed, or another number of offsets.
+        RunFolderError: Two runs of one recipe have the same seed, or another number of offsets; or `mtp eval marginal`
+            has measured them on other texts or in another way.
     """
     by_recipe: dict[str, dict[int, RunFigures]] = {}
     for run in runs:
@@ -111,8 +122,23 @@ def compare(runs: Iterable[RunFigures]) -> list[Group]:
                 "Give the changed recipe another name (name=...), or leave one of them out.",
             )
         of_seed[run.seed] = run
+    _check_same_question([run for of_seed in by_recipe.values() for run in of_seed.values()])
     first = next(iter(by_recipe.values()), {})
     return [_group(recipe, of_seed, first) for recipe, of_seed in by_recipe.items()]
+
+
+def _check_same_question(runs: Iterable[RunFigures]) -> None:
+    asked = {
+        (of.texts_sha256, len(of.offsets), of.top, of.nucleus, of.most_paths): f"{run.recipe}, seed {run.seed}"
+        for run in runs
+        if (of := run.marginal) is not None
+    }
+    if len(asked) > 1:
+        raise RunFolderError(
+            "runs to be compared must be measured on the same held-out texts, in the same way",
+            f"other texts or settings for {' than for '.join(asked.values())}",
+            "Give mtp eval marginal all runs at once; data.* and heads.num_offsets must be the same for all recipes.",
+        )
 
 
 def _group(recipe: str, runs: dict[int, RunFigures], first: dict[int, RunFigures]) -> Group:
@@ -126,6 +152,7 @@ def _group(recipe: str, runs: dict[int, RunFigures], first: dict[int, RunFigures
         next(iter(runs.values())).num_offsets,
         {name: spread([run.figures[name] for run in runs.values()]) for name in names},
         spread(changes) if changes else None,
+        next((run.marginal for run in runs.values() if run.marginal), None),
     )
 
 
@@ -133,7 +160,7 @@ def spread(values: Sequence[float]) -> Spread:
     """Mean of some values and half the width of its 95 % interval, by Student's t.
 
     >>> spread([1.0, 2.0, 3.0])
-    Spread(mean=2.0, margin=2.484338208685633)
+    Spread(mean=2.0, margin=2.48433820832296)
     """
     count = len(values)
     mean = sum(values) / count

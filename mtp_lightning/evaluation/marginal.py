@@ -4,6 +4,8 @@ p(x_{t+k}) = sum over s of p(s) p(x_{t+k} | s), where s runs over k-1 tokens: ov
 that holds most of the probability. It is the baseline that extra heads are judged against: exact, and slow.
 """
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +54,7 @@ class MarginalReport:
     recipe: str
     num_samples: int
     num_positions: int
+    texts_sha256: str
     top: int
     nucleus: float
     most_paths: int
@@ -158,7 +161,8 @@ def measure_marginal(
         _accuracy(k + 1, hits[k] / counts[k], sums[k] / counts[k], has_head=k < model.num_offsets)
         for k in range(num_offsets)
     )
-    return MarginalReport(recipe.name, len(texts), int(counts[0]), top, nucleus, most_paths, offsets)
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    return MarginalReport(recipe.name, len(texts), int(counts[0]), digest, top, nucleus, most_paths, offsets)
 
 
 def check_settings(num_offsets: int, last_tokens: int, top: int, nucleus: float, most_paths: int) -> None:

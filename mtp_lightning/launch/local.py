@@ -1,27 +1,24 @@
 """Ranks of one machine: started together, stopped together, heard as one."""
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from types import FrameType
 from typing import IO
 
 from mtp_lightning.errors import LaunchError
+from mtp_lightning.launch.children import signals_passed_on, start_mtp
 from mtp_lightning.launch.rank_env import RankInfo, free_port, local_rank_info, rank_from_env
-from mtp_lightning.launch.signals import heeded_signals
 from mtp_lightning.recipe.schema.root import Recipe
 
 GRACE_S = 10.0  # for the other ranks to end by themselves when one has failed, and again until they are killed
 PAUSE_S = 0.02
 TAIL_BYTES = 8_000
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def needs_ranks(recipe: Recipe, environment: Mapping[str, str]) -> bool:
@@ -64,7 +61,7 @@ def run_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:
     port, num_ranks = free_port(), recipe.strategy.ranks_per_node
     with ExitStack() as until_the_end:
         ranks = [_start(local_rank_info(rank, num_ranks, port), arguments, until_the_end) for rank in range(num_ranks)]
-        with _signals_passed_on(ranks):
+        with signals_passed_on([rank.process for rank in ranks]):
             failed = _await(ranks)
             if failed is None:
                 return 0
@@ -81,34 +78,9 @@ def _start(rank_info: RankInfo, arguments: Sequence[str], until_the_end: ExitSta
     if rank_info.rank:
         log = until_the_end.enter_context(tempfile.TemporaryFile())  # noqa: SIM115, the stack is its context
     threads = max(1, len(os.sched_getaffinity(0)) // rank_info.local_ranks)
-    libc = ctypes.CDLL(None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mtp_lightning", *arguments],
-        env={"OMP_NUM_THREADS": str(threads), **os.environ, **rank_info.environment},
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-        preexec_fn=lambda: libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL),
-    )
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **rank_info.environment}
+    process = start_mtp(arguments, environment=environment, stdout=log, stderr=log)
     return _Rank(rank_info, process, log)
-
-
-@contextmanager
-def _signals_passed_on(ranks: list[_Rank]) -> Iterator[None]:
-    """Send interrupts and stop signals of this process to every rank; what it ignores the ranks ignore too."""
-
-    def pass_on(signum: int, frame: FrameType | None) -> None:
-        for rank in ranks:
-            if rank.process.poll() is None:
-                rank.process.send_signal(signum)
-
-    former = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, *heeded_signals())}
-    try:
-        yield
-    finally:
-        for signum, handler in former.items():
-            signal.signal(signum, handler)
 
 
 def _await(ranks: list[_Rank]) -> _Rank | None:

@@ -43,7 +43,7 @@ def claim(folder: Path) -> None:
     """
     check_may_be_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    note = {"made_by": f"mtp_lightning {__version__}", "made_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    note = {"made_by": f"mtp_lightning {__version__}", "made_at": datetime.now(UTC).isoformat(timespec="microseconds")}
     with suppress(FileExistsError), (folder / MARKER).open("x", encoding="utf-8") as file:
         file.write(json.dumps(note) + "\n")
 

@@ -37,7 +37,8 @@ class RunStatus:
     path: Path
     name: str
     job: str | None
-    state: str
+    state: str  # of its job, where Slurm knows one; else finished, running or stopped
+    is_finished: bool
     step: int
     steps: int | None
     tokens: int | None
@@ -135,7 +136,7 @@ def _status_of(reading: _Reading, job: str | None, job_state: str | None, *, is_
 
 
 def _opened(reading: _Reading, job: str | None, job_state: str | None, *, is_locked: bool) -> RunStatus:
-    run, current = reading.run, _current_phase(reading.run)
+    run, current = reading.run, current_phase(reading.run)
     recipe, summary = _recipe_of(reading, current), reading.json(run / "summary.json")
     row: dict[str, float] = reading.read(current / "metrics.csv", _last_figures, {})
     saved = [int(found[1]) for path in current.glob("checkpoints/step-*") if (found := _STEP.fullmatch(path.name))]
@@ -148,6 +149,7 @@ def _opened(reading: _Reading, job: str | None, job_state: str | None, *, is_loc
         name=_name_of(reading, recipe),
         job=job,
         state=job_state or ("finished" if is_finished else "running" if is_locked else "stopped"),
+        is_finished=is_finished,
         step=step,
         steps=steps,
         tokens=_count(row.get("tokens")),
@@ -167,6 +169,7 @@ def _closed(run: Path, job_state: str | None, found: str) -> RunStatus:
         name="?",
         job=None,
         state=job_state or "unreadable",
+        is_finished=False,
         step=0,
         steps=None,
         tokens=None,
@@ -212,7 +215,7 @@ def _remaining_tokens(content: dict[str, Any], step: int) -> int | None:
     return tokens_after(recipe, recipe.run.steps) - tokens_after(recipe, step)
 
 
-def _current_phase(run: Path) -> Path:
+def current_phase(run: Path) -> Path:
     """Return the last phase that has begun, or the run itself where it has none."""
     begun = [path.parent for path in run.glob(f"{FOLDER}/*/{RECIPE}")]
     numbered = {int(found[1]): phase for phase in begun if (found := _PHASE.match(phase.name))}

@@ -61,22 +61,24 @@ class Submission:
 
 
 def prepare(
-    recipe: Recipe,
-    points: Sequence[tuple[str, Recipe]],
+    recipes: Sequence[Recipe],
     site: Site,
     site_name: str,
     *,
+    folder: Path,
+    name: str,
     force: bool = False,
     has_preflight: bool = False,
     then: Sequence[str] = (),
 ) -> Submission:
-    """Check recipes against a site and render the script that runs them.
+    """Check recipes against a site and render the script that runs them: one, or the members of a sweep.
 
     Args:
-        recipe: the base recipe; its run.dir holds the submission.
-        points: the runs of a sweep, by the name of their folder beneath run.dir; none for a single run.
+        recipes: the runs.
         site: the cluster.
         site_name: shown in the script.
+        folder: holds the submission.
+        name: the job's.
         force: submit what cannot fit by the planner.
         has_preflight: let the job begin with `mtp preflight`.
         then: commands of `mtp` to run on the finished runs, each as in a shell; `{run}` stands for the run folder.
@@ -85,24 +87,23 @@ def prepare(
         LaunchError: the recipes cannot run there, or a command cannot be read.
     """
     commands = [split_command(command) for command in then]
-    base = Path(recipe.run.dir).absolute()
-    named = [(base / name, own) for name, own in points] or [(base, recipe)]
-    placed = [_at(own, folder) for folder, own in named]
+    placed = [_absolute(recipe) for recipe in recipes]
     for own in placed:
         check_fits_site(own, site, force=force)
     ranks = {(own.strategy.num_nodes, own.strategy.ranks_per_node) for own in placed}
     if len(ranks) > 1:
         raise LaunchError("all runs of a sweep must have equally many ranks", f"{sorted(ranks)}", "Submit one by one")
     [(num_nodes, ranks_per_node)] = ranks
-    for folder, _ in named:
-        check_may_be_run(folder)
-    logs = next_folder(base)
-    recipes = ["recipe.yaml"] if len(named) == 1 else [f"recipe_{index}.yaml" for index in range(len(named))]
+    runs = [Path(own.run.dir) for own in placed]
+    for run in runs:
+        check_may_be_run(run)
+    logs = next_folder(folder.absolute())
+    files = ["recipe.yaml"] if len(runs) == 1 else [f"recipe_{index}.yaml" for index in range(len(runs))]
     job = Job(
-        name=recipe.name,
+        name=name,
         num_nodes=num_nodes,
         ranks_per_node=ranks_per_node,
-        tasks=[Task(recipe=logs / file, run=folder) for file, (folder, _) in zip(recipes, named, strict=True)],
+        tasks=[Task(recipe=logs / file, run=run) for file, run in zip(files, runs, strict=True)],
         logs=logs,
         cwd=Path.cwd(),
         has_preflight=has_preflight,
@@ -138,5 +139,6 @@ def split_command(command: str) -> list[str]:
     return words[1:] if words[0] == "mtp" else words
 
 
-def _at(recipe: Recipe, folder: Path) -> Recipe:
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": str(folder)})})
+def _absolute(recipe: Recipe) -> Recipe:
+    folder = str(Path(recipe.run.dir).absolute())
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": folder})})

@@ -80,19 +80,6 @@ def test_a_submission_is_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "run/logs/submit_2/job.sh").is_file()
 
 
-def test_a_sweep_is_an_array_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_sbatch(tmp_path, monkeypatch, "echo 18")
-    result = submit(*SMALL, "--site", "local", "--sweep", "optimizer.lr=1e-4,3e-4", f"run.dir={tmp_path}/sweep")
-    assert result.exit_code == 0, result.stderr
-    assert "#SBATCH --array=0-1\n" in result.stdout
-    runs = [tmp_path / f"sweep/optimizer.lr={value}" for value in ("1e-4", "3e-4")]
-    for index, run in enumerate(runs):
-        assert json.loads((run / "logs/job.json").read_text())["job"] == f"18_{index}"
-        frozen = load_recipe(tmp_path / f"sweep/logs/submit_1/recipe_{index}.yaml").recipe
-        assert frozen.run.dir == str(run)
-        assert frozen.optimizer.lr == (1e-4, 3e-4)[index]
-
-
 def test_commands_come_after_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = pretend_sbatch(tmp_path, monkeypatch, "echo 18")
     commands = ("--then", "bench decode", "--then", "mtp export {run} --out '{run}/my export'")
@@ -105,7 +92,8 @@ def test_commands_come_after_the_training(tmp_path: Path, monkeypatch: pytest.Mo
     )
     assert result.stdout == f"{(follow.parent / 'job.sh').read_text()}\n{follow.read_text()}"
     assert "job 18 runs after it: bench decode; mtp export" in " ".join(result.stderr.split())
-    result = submit(*SMALL, "--site", "local", "--sweep", "run.seed=1,2", f"run.dir={tmp_path}/sweep", *commands)
+    sweep = ("sweep", RECIPE, *SMALL, "--site", "local", "--seeds", "1,2", "--out", f"{tmp_path}/sweep", *commands)
+    result = CliRunner().invoke(app, sweep)
     assert result.exit_code == 0, result.stderr
     assert "--dependency=aftercorr:18" in arguments.read_text()
 
@@ -125,12 +113,10 @@ def test_a_preflight_comes_first(tmp_path: Path) -> None:
         (("--site", "local", "strategy.num_nodes=0"), ["strategy.num_nodes"]),
         (("--site", "generic-h100", "strategy.ranks_per_node=16"), ["8 GPUs of a node", "ranks_per_node=8"]),
         (("--site", "local", "run.restart=true"), ["start it over"]),
-        (("--site", "local", "--sweep", "optimizer.lr"), ["KEY=VALUE"]),
         (("--site", "local", "--then", "bnech decode"), ["--then must be a command of mtp", "bnech"]),
         (("--site", "local", "--then", "bench"), ["--then must be a whole command", "decode"]),
         (("--site", "local", "--then", "export 'a"), ["written as in a shell"]),
         (("--site", "local", "--then", "generate --prompt 'a\nb'"), ["printable text on one line"]),
-        (("--site", "local", "--sweep", "optimizer.rate=1,2"), ["optimizer.rate"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )

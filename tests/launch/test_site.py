@@ -8,7 +8,6 @@ import pytest
 from mtp_lightning.errors import LaunchError, SiteError
 from mtp_lightning.launch.fits_site import check_fits_site
 from mtp_lightning.launch.site import Site, known_sites, load_site
-from mtp_lightning.launch.sweep import folder_name, sweep_points
 from mtp_lightning.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -166,16 +165,3 @@ def test_a_file_as_run_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LaunchError, match="a file"):
         check_fits_site(Recipe.model_validate({"run": {"dir": f"{tmp_path}/file/x"}}), Site())
-
-
-def test_sweeps() -> None:
-    assert sweep_points([]) == [[]]
-    assert sweep_points(["a=1,2", "b=x,y"]) == [["a=1", "b=x"], ["a=1", "b=y"], ["a=2", "b=x"], ["a=2", "b=y"]]
-    assert sweep_points(["o.betas=[0.9,0.95],[0.8,0.9]"]) == [["o.betas=[0.9,0.95]"], ["o.betas=[0.8,0.9]"]]
-    assert folder_name(["run.dir=../../etc"]) == "run.dir=.._.._etc"
-
-
-@pytest.mark.parametrize("sweep", ["a", "a=", "=1", "a=1,,2", "a=1,1"])
-def test_wrong_sweeps_are_refused(sweep: str) -> None:
-    with pytest.raises(LaunchError, match="--sweep"):
-        sweep_points([sweep])

@@ -44,12 +44,12 @@ class Cluster:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
         return inherited | {"SLURM_CONF": f"{self.folder}/slurm.conf", "OMP_NUM_THREADS": "1"}
 
-    def submit(self, *arguments: str) -> str:
-        """Submit by `mtp submit --site local`; return the job's id."""
+    def submit(self, *arguments: str, verb: str = "submit") -> str:
+        """Submit by `mtp submit --site local`, or `mtp sweep`; return the job's id."""
         mtp = (sys.executable, "-m", "mtp_lightning")
         own = f"site.mtp=[{sys.executable}, -m, mtp_lightning]"
         words = arguments if any(word.startswith("site.mtp=") for word in arguments) else (*arguments, own)
-        said = self.run(*mtp, "submit", *words, "--site", "local")
+        said = self.run(*mtp, verb, *words, "--site", "local")
         found = re.search(r"^job (\d+)", said, re.MULTILINE)
         assert found, said
         return found[1]

@@ -30,6 +30,10 @@ class StandIn:
         return (RECIPE, f"run.dir={self.folder}/run", f"site.mtp=[{self.folder}/mtp]")
 
     @property
+    def of_a_sweep(self) -> tuple[str, ...]:
+        return (RECIPE, f"--out={self.folder}/run", "--seeds=1,2", f"site.mtp=[{self.folder}/mtp]")
+
+    @property
     def output(self) -> str:
         return output_of(self.folder / "run")
 
@@ -138,7 +142,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> No
 
 def test_tasks_of_an_array_are_requeued_one_by_one(cluster: Cluster, tmp_path: Path) -> None:
     stand_in = StandIn(tmp_path, f"[[ $SLURM_ARRAY_TASK_ID == 0 ]] || {{ {SAVE}; exit 85; }}", "exit 0")
-    job = cluster.submit(*stand_in.arguments, "--sweep", "run.seed=1,2")
+    job = cluster.submit(*stand_in.of_a_sweep, verb="sweep")
     for task in (0, 1):
         cluster.until_state(f"{job}_{task}", "COMPLETED")
     assert [cluster.job(f"{job}_{task}")["Restarts"] for task in (0, 1)] == ["0", "1"]
@@ -151,7 +155,7 @@ def test_time_limits_are_survived_with_the_signal_and_without(cluster: Cluster, 
     heed = "[[ $SLURM_ARRAY_TASK_ID == 0 ]] && trap 'exit 85' USR1 || trap '' USR1"
     stand_in = StandIn(tmp_path, f"{heed}; while :; do sleep 0.1; done", "exit 0")
     limit = ("site.time=00:01:00", "site.signal_lead_s=20")
-    job = cluster.submit(*stand_in.arguments, *limit, "--sweep", "run.seed=1,2")
+    job = cluster.submit(*stand_in.of_a_sweep, *limit, verb="sweep")
     for task in (0, 1):
         cluster.until_state(f"{job}_{task}", "COMPLETED", timeout_s=250)
         assert cluster.job(f"{job}_{task}")["Restarts"] == "1"

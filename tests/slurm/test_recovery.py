@@ -58,6 +58,21 @@ def whole(cluster: Cluster, folder: Path) -> Path:
     return folder / "whole"
 
 
+def test_a_sweep_is_an_array_of_the_runs_that_would_be_submitted_alone(
+    cluster: Cluster, folder: Path, whole: Path
+) -> None:
+    sweep = (*RECIPE, f"run.cache={folder}/cache", "--seeds=0,1", f"--out={folder}/sweep")
+    job = cluster.submit(*sweep, verb="sweep")
+    for task in (0, 1):
+        cluster.until_state(f"{job}_{task}", "COMPLETED", "FAILED")
+    runs = [folder / f"sweep/paper-13b-n4/seed{seed}" for seed in (0, 1)]
+    assert digests(runs[0]) == digests(whole)
+    assert digests(runs[1]) != digests(whole)
+    again = cluster.run(sys.executable, "-m", "mtp_lightning", "sweep", *sweep, "--site=local")
+    assert again.count("  finished") == 2
+    assert "SBATCH" not in again
+
+
 def test_whatever_happens_the_weights_are_those_of_an_uninterrupted_run(
     cluster: Cluster, folder: Path, whole: Path
 ) -> None:

@@ -221,7 +221,7 @@ OUT = {
     "extend": ("extend", "RUN", "--to", "6", "--out", "OUT"),
     "data build": ("data", "build", "--out", "OUT", "notes.txt"),
     "data generate": ("data", "generate", "RUN", "--prompts", "prompts.txt", "--out", "OUT"),
-    "bench adapt": ("bench", "adapt", "RUN", str(ROOT / "recipes/adapt/joint.yaml"), "--out", "OUT"),
+    "sweep": ("sweep", str(RECIPE), "--out", "OUT"),
 }
 
 
