@@ -191,7 +191,8 @@ def _remarks(plan: Plan) -> list[str]:
     missing = [f"{num_gpus:,}" for num_gpus, variant in zip(SCALES, plan.scales, strict=True) if variant is None]
     if missing:
         remarks.append(
-            f"{recipe.batch.global_batch_size:,} rows per step (batch.global_batch_size) cannot be shared by {one_of(missing)} GPUs."
+            f"{recipe.batch.global_batch_size:,} rows per step (batch.global_batch_size) cannot be shared by "
+            f"{one_of(missing)} GPUs."
         )
     if recipe.run.precision == "fp32":
         remarks.append("fp32 is planned at the rate of the ordinary cores; efficiencies are those fitted to bf16.")

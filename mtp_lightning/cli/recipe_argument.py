@@ -17,7 +17,7 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Fields to change, e.g. run.steps=200 model.hidden_size=256; a recipe file among them is laid over RECIPE.",
+        help="Fields to change, e.g. run.steps=200 run.dir=runs/mine; a recipe file among them is laid over RECIPE.",
         show_default=False,
     ),
 ]

@@ -237,7 +237,8 @@ def product(entries: int, *, reads: bool, is_trained: bool) -> Work:
 def projection_widths(model: ModelSection) -> dict[str, tuple[int, int]]:
     """List the projections of a transformer layer with their widths, in and out.
 
-    >>> model = ModelSection(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, mlp="gelu", intermediate_size=16)
+    >>> shape = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16}
+    >>> model = ModelSection(mlp="gelu", **shape)
     >>> projection_widths(model)
     {'q': (8, 8), 'k': (8, 4), 'v': (8, 4), 'o': (8, 8), 'up': (8, 16), 'down': (16, 8)}
     """

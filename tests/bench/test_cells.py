@@ -1,12 +1,8 @@
 """Which recipes a benchmark measures."""
 
-import doctest
-
 import pytest
 
-from mtp_lightning.bench.training import cells, speed
 from mtp_lightning.bench.training.cells import build_cells, describe_matching, impossible
-from mtp_lightning.console import tables as showing
 from tests.bench.shapes import quick_recipe
 
 
@@ -34,10 +30,3 @@ def test_a_window_shorter_than_the_offsets_is_explained():
 )
 def test_matching_is_said(heads, said):
     assert said in describe_matching(quick_recipe(**heads))
-
-
-@pytest.mark.parametrize("module", [cells, showing, speed])
-def test_examples(module):
-    failed, tried = doctest.testmod(module)
-    assert tried > 0
-    assert failed == 0

@@ -225,7 +225,8 @@ def test_ranks_get_equally_many_validation_rows(cache: Path, corpus: Path) -> No
         (
             3,
             {},
-            r"batch\.global_batch_size must be a multiple of the number of ranks, 3; found 8\. Set batch\.global_batch_size=9",
+            r"batch\.global_batch_size must be a multiple of the number of ranks, 3; found 8\. "
+            r"Set batch\.global_batch_size=9",
         ),
         (
             1,

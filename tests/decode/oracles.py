@@ -51,10 +51,10 @@ def trained_model_of(kind: str) -> MtpModel:
     return model.requires_grad_(requires_grad=False)
 
 
-def full_logits(model: MtpModel, tokens: list[int]) -> dict[int, Tensor]:
-    """Scores of every offset at every position from one uncached forward over a text: (T, V) each."""
+def full_logits(model: MtpModel, tokens: list[int], offsets: list[int] | None = None) -> dict[int, Tensor]:
+    """Scores of every offset (or of some) at every position from one uncached forward over a text: (T, V) each."""
     padded = torch.tensor([tokens + [0] * model.num_offsets])
-    states = model.hidden_states(padded, torch.zeros_like(padded))
+    states = model.hidden_states(padded, torch.zeros_like(padded), offsets)
     return {offset: model.unembedding.logits(offset, state)[0] for offset, state in states.items()}
 
 
@@ -63,7 +63,7 @@ def plain_text(model: MtpModel, prompt: tuple[int, ...], length: int = LENGTH) -
     """New tokens by the main head's first choice, a whole forward for each."""
     tokens = list(prompt)
     for _ in range(length):
-        tokens.append(int(full_logits(model, tokens)[1][-1].argmax()))
+        tokens.append(int(full_logits(model, tokens, model.heads.path(1))[1][-1].argmax()))
     return tokens[len(prompt) :]
 
 

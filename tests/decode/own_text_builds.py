@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from mtp_lightning.cli.app import app
 from mtp_lightning.data.generated import shards as token_shards
 from tests.checkpoint.runs import save_run
+from tests.support import warm
 from tests.support.tiny import tiny_model, tiny_recipe
 
 PROMPTS = ["def main(", "import ", "x = ", "class A", "for i in", "return", "if ", "with open"]
@@ -32,10 +31,9 @@ def arguments(run: Path, out: object, *options: object, prompts: str = "prompts.
     return [str(argument) for argument in (*given, *options)]
 
 
-def begin_command(command: list[str]) -> subprocess.Popen[bytes]:
+def begin_command(command: list[str]) -> warm.WarmProcess:
     """Start `mtp` as a user does."""
-    start = [sys.executable, "-c", "from mtp_lightning.cli.app import main; main()", *command]
-    return subprocess.Popen(start, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    return warm.start(*command, cwd=Path.cwd())
 
 
 def build_in_a_process(command: list[str], *, fatal_call: int = 0) -> int:

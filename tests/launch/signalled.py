@@ -1,31 +1,22 @@
 """Runs of `mtp train` that are sent signals."""
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.support.runs import ROOT, last_step
+from tests.support import warm
+from tests.support.runs import last_step
 
 Moment = Callable[[Path], bool]
 
 
-def start(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
+def start(*arguments: str, cwd: Path) -> warm.WarmProcess:
     """Start `mtp` in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "mtp_lightning", *arguments],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return warm.start(*arguments, cwd=cwd, merged=True)
 
 
-def signalled(process: "subprocess.Popen[str]", run: Path, moment: Moment, *signals: int) -> tuple[int, str]:
+def signalled(process: warm.WarmProcess, run: Path, moment: Moment, *signals: int) -> tuple[int, str]:
     """Send signals when the moment has come; return exit code and output."""
     while process.poll() is None and not moment(run):
         time.sleep(0.005)
@@ -33,7 +24,7 @@ def signalled(process: "subprocess.Popen[str]", run: Path, moment: Moment, *sign
         process.send_signal(signum)
         time.sleep(0.01)
     output, _ = process.communicate(timeout=200)
-    return process.returncode, output
+    return process.wait(), output
 
 
 def after_step(step: int) -> Moment:
@@ -51,24 +42,24 @@ def saves(step: int) -> Moment:
     return lambda run: (run / f"checkpoints/step-{step:08d}.partial").exists()
 
 
-def group_signalled(process: "subprocess.Popen[str]", run: Path, moment: Moment, signum: int) -> tuple[int, str]:
+def group_signalled(process: warm.WarmProcess, run: Path, moment: Moment, signum: int) -> tuple[int, str]:
     """As Slurm and terminals do: a signal to every process of the step, loader workers included."""
     while process.poll() is None and not moment(run):
         time.sleep(0.005)
     os.killpg(process.pid, signum)
     output, _ = process.communicate(timeout=200)
-    return process.returncode, output
+    return process.wait(), output
 
 
-def child_signalled(process: "subprocess.Popen[str]", run: Path, moment: Moment, signum: int) -> tuple[int, str]:
+def child_signalled(process: warm.WarmProcess, run: Path, moment: Moment, signum: int) -> tuple[int, str]:
     """Send a signal to the last rank alone."""
     while process.poll() is None and not moment(run):
         time.sleep(0.005)
     os.kill(children(process)[-1], signum)
     output, _ = process.communicate(timeout=200)
-    return process.returncode, output
+    return process.wait(), output
 
 
-def children(process: "subprocess.Popen[str]") -> list[int]:
+def children(process: warm.WarmProcess) -> list[int]:
     """Return the processes that a process has started, in order."""
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]

@@ -79,6 +79,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(cwd, whole, name, sig
     assert_goes_on_as(whole, cwd / name)
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_stops_after_the_step(cwd):
     """As a window is closed or a connection lost: SIGHUP comes, and neither stdout nor stderr take anything more."""
     master, slave = pty.openpty()

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from mtp_lightning.launch.signals import INTERRUPTED, REQUEUE
+from tests.support import warm
 from tests.support.runs import ROOT
 
 WAITING = """
@@ -56,7 +57,7 @@ def ended(process, signum):
         _, said = process.communicate(timeout=10)
     finally:
         process.kill()
-    return process.returncode, said
+    return process.wait(), said
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_a_rank_whose_first_never_answers(signum, exit_code):
     with socket.create_server(("127.0.0.1", 0)) as first:
         port = str(first.getsockname()[1])
         place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        process = start(JOINING, **place)
+        process = warm.start(cwd=ROOT, code=JOINING, environment=os.environ | place)
         connection, _ = first.accept()
         with connection:
             code, said = ended(process, signum)

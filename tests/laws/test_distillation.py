@@ -4,12 +4,18 @@ import pytest
 import torch
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
-from tests.laws.test_schedules_agree import assert_same_step
+from tests.laws.test_schedules_agree import MODELS, WEIGHTS, assert_same_step
+from tests.support.covering import every_pair
 from tests.support.runs import ROOT, mtp
 from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
 
 STAGES = ("zero1", "zero2", "zero3")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tv", "lk_alpha", "lk_lambda")
+WHERE = {"everywhere": {"top_k": 5}, "where confident": {"where": "confident", "confidence": 0.3, "top_k": 4}}
+OTHER_LOSSES = {
+    "none": {},
+    "all": {"label_smoothing": 0.1, "z_loss": 0.01, "token_order": {"weight": 0.7, "window_size": 6}},
+}
 ONLY_DIVERGENCE = {"alpha": [0.0], "beta": [0.8]}
 
 
@@ -17,49 +23,40 @@ def distill(**fields):
     return {"distill": fields}
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
-@pytest.mark.parametrize("detached", [True, False])
-def test_schedules_agree_for_every_kind(kind, detached):
-    objective = distill(top_k=5, alpha=[0.6], beta=[0.9, 0.4, 0.2], detach_teacher=detached)
-    assert_same_step(HEAD_KINDS[kind], objective, attention="document")
+@every_pair(
+    lambda *, kind, model, isolated, **_: (
+        (model, kind[-10:]) != ("tied", "replicated") and not (isolated and kind == "anticausal")
+    ),
+    kind=HEAD_KINDS,
+    detached=[True, False],
+    where=WHERE,
+    model=MODELS,
+    attention=["window", "document"],
+    accumulation=[1, 3],
+    chunk_rows=[1, 7, 1000],
+    masked=[False, True],
+    isolated=[False, True],
+)
+def test_schedules_agree_for_every_kind(
+    kind, detached, where, model, attention, accumulation, chunk_rows, masked, isolated
+):
+    shape = {"attention": attention, "accumulation": accumulation, "chunk_rows": chunk_rows, "masked": masked}
+    objective = distill(**WHERE[where], alpha=[0.6], beta=[0.9, 0.4, 0.2], detach_teacher=detached)
+    heads = HEAD_KINDS[kind] | ({"detach_trunk": True} if isolated else {})
+    assert_same_step(heads, objective, model=MODELS[model], **shape)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("detached", [True, False])
-def test_schedules_agree_for_every_divergence(divergence, detached):
-    fields = {"divergence": divergence, "temperature": 1.7, "detach_teacher": detached}
-    assert_same_step(HEAD_KINDS["sequential"], distill(**fields))
-
-
-@pytest.mark.parametrize("kind", ["parallel_replicated", "anticausal", "sequential", "recursive"])
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
-@pytest.mark.parametrize("masked", [False, True])
-def test_schedules_agree_at_every_chunk_size_mask_and_accumulation(kind, accumulation, chunk_rows, masked):
-    fields = {"where": "confident", "confidence": 0.3, "top_k": 4}
-    assert_same_step(
-        HEAD_KINDS[kind], distill(**fields), accumulation=accumulation, chunk_rows=chunk_rows, masked=masked
-    )
-
-
-@pytest.mark.parametrize("weights", [[1.0, 0.0, 0.5, 0.0], [1.0, 0.3, 0.2, 0.1]])
-@pytest.mark.parametrize("detached", [True, False])
-def test_schedules_agree_with_offset_weights_and_other_losses(weights, detached):
-    objective = distill(detach_teacher=detached, beta=[0.5, 0.0, 0.3]) | {"label_smoothing": 0.1, "z_loss": 0.01}
-    objective |= {"token_order": {"weight": 0.7, "window_size": 6}}
-    assert_same_step(HEAD_KINDS["causal"], objective, weights=weights)
-
-
-@pytest.mark.parametrize("kind", ["parallel", "sequential", "medusa"])
-def test_schedules_agree_with_an_isolated_trunk(kind):
-    assert_same_step(HEAD_KINDS[kind] | {"detach_trunk": True}, distill(detach_teacher=False))
-
-
-def test_schedules_agree_for_a_tied_model():
-    for detached in (True, False):
-        assert_same_step(
-            HEAD_KINDS["sequential"], distill(detach_teacher=detached), model={"tie_word_embeddings": True}
-        )
+@every_pair(
+    divergence=DIVERGENCES,
+    detached=[True, False],
+    kind=["causal", "sequential"],
+    beta=[(1.0,), (0.5, 0.0, 0.3)],
+    weights=["equal", "two of four", "falling"],
+    losses=OTHER_LOSSES,
+)
+def test_schedules_agree_for_every_divergence(divergence, detached, kind, beta, weights, losses):
+    fields = {"divergence": divergence, "temperature": 1.7, "detach_teacher": detached, "beta": list(beta)}
+    assert_same_step(HEAD_KINDS[kind], distill(**fields) | OTHER_LOSSES[losses], weights=WEIGHTS[weights])
 
 
 def step(heads, objective, *, schedule="sequential", model_fields=None, prepare=None, weights=None):
@@ -83,10 +80,12 @@ def make_constant(model):
             parameter.zero_()
 
 
-@pytest.mark.parametrize("kind", ["parallel", "causal", "anticausal"])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("detached", [True, False])
-@pytest.mark.parametrize("schedule", ["sequential", "bridged"])
+@every_pair(
+    kind=["parallel", "causal", "anticausal"],
+    divergence=DIVERGENCES,
+    detached=[True, False],
+    schedule=["sequential", "bridged"],
+)
 def test_zero_and_without_gradient_where_student_is_teacher(kind, divergence, detached, schedule):
     """Alpha 0: the gradients with distillation on are those of the main head's loss alone."""
     fields = ONLY_DIVERGENCE | {"divergence": divergence, "detach_teacher": detached}

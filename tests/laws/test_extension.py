@@ -177,8 +177,8 @@ def test_frozen_parts_get_no_gradient_and_the_others_the_same(kind, schedule, ob
     weights = [0.0] * (first - 1) + [1.0] * (5 - first)
     results = []
     for own, is_frozen in ((schedule, True), ("joint", True), ("joint", False)):
-        heads = HEAD_KINDS[kind] | ({"trainable_from": first} if is_frozen else {})
-        recipe = tiny_recipe(heads=heads, objective={"backward_order": own} | objective)
+        frozen = [f"offsets_below_{first}"] if is_frozen else []
+        recipe = tiny_recipe(heads=HEAD_KINDS[kind], freeze=frozen, objective={"backward_order": own} | objective)
         model = tiny_model(recipe)
         freeze(model, recipe)
         results.append(gradients_of(model, recipe, tiny_rows(recipe, 2), weights))

@@ -25,11 +25,11 @@ def trainable(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
-@pytest.mark.parametrize("in_heads", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "in_heads"),
+    [(kind, False) for kind in HEAD_KINDS] + [(k, True) for k in HEAD_KINDS if not k.startswith(("linear", "medusa"))],
+)
 def test_an_adapted_model_starts_bit_identical(kind, in_heads):
-    if in_heads and kind in ("linear", "medusa", "medusa_replicated"):
-        return
     recipe = adapted({"targets": ALL, "in_heads": in_heads}, heads=HEAD_KINDS[kind])
     plain = build_model(tiny_recipe(model={"num_hidden_layers": 9}, heads=HEAD_KINDS[kind]))
     model = build_model(recipe)

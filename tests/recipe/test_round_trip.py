@@ -19,7 +19,7 @@ def test_there_are_recipes() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_resolved_recipe_is_a_recipe(path: Path, tmp_path: Path) -> None:
+def test_resolved_recipe_is_a_recipe_and_takes_the_overrides_of_every_run(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path).recipe
     resolved = tmp_path / "recipe.yaml"
     resolved.write_text(recipe_to_yaml(recipe), encoding="utf-8")
@@ -29,18 +29,20 @@ def test_resolved_recipe_is_a_recipe(path: Path, tmp_path: Path) -> None:
     assert diff_recipes(again.recipe, recipe) == []
     assert recipe_to_yaml(again.recipe) == recipe_to_yaml(recipe)
     assert "default" not in again.origins.values()
+    other = load_recipe(path, ["run.dir=elsewhere", "run.seed=7", "run.steps=5_000"]).recipe
+    assert (other.run.dir, other.run.seed, other.run.steps) == ("elsewhere", 7, 5000)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_recipe_has_a_header_that_says_what_it_is_for(path: Path) -> None:
-    header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    assert all(any(line.startswith(f"# {word}") for line in header) for word in ("For: ", "Expected: ", "Launch: "))
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_recipe_takes_the_overrides_of_every_run(path: Path) -> None:
-    recipe = load_recipe(path, ["run.dir=elsewhere", "run.seed=7", "run.steps=5_000"]).recipe
-    assert (recipe.run.dir, recipe.run.seed, recipe.run.steps) == ("elsewhere", 7, 5000)
+def test_every_recipe_has_a_header_that_says_what_it_is_for() -> None:
+    lines = {path: path.read_text(encoding="utf-8").splitlines() for path in RECIPES}
+    words = ("# For: ", "# Expected: ", "# Launch: ")
+    missing = [
+        (str(path), word)
+        for path in RECIPES
+        for word in words
+        if not any(line.startswith(word) for line in lines[path])
+    ]
+    assert missing == []
 
 
 @settings(max_examples=50, deadline=None)

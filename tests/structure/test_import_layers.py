@@ -24,6 +24,9 @@ LAYERS = (
 )
 """From the bottom up; rooms of one layer do not know each other."""
 
+ABOVE = ("__init__", "__main__")
+"""Files that are no rooms: what the package shows, and the command."""
+
 STRANGERS = {("model", "data")}
 """Not below one another in the plan of the house, though a layer lies between."""
 
@@ -46,18 +49,20 @@ def rooms_imported(path: Path) -> list[tuple[int, str]]:
     return [(line, parts[1]) for line, parts in names if parts[0] == PACKAGE.name and len(parts) > 1]
 
 
-def test_every_file_lies_in_a_room_of_the_plan() -> None:
-    rooms = {room for layer in LAYERS for room in layer} | {"__init__", "__main__"}
-    assert {room_of(path) for path in FILES} <= rooms
+def test_every_file_lies_in_a_room_of_the_plan_and_every_room_has_files() -> None:
+    rooms = {room for layer in LAYERS for room in layer} | set(ABOVE)
+    assert {room_of(path) for path in FILES} == rooms
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_downwards(path: Path) -> None:
-    room = room_of(path)
-    if room in ("__init__", "__main__"):
-        return
-    allowed = below(room) | {"__version__"}
-    assert not [f"line {line}: {other}" for line, other in rooms_imported(path) if other not in allowed]
+def test_imports_go_downwards() -> None:
+    upwards = [
+        f"{path.relative_to(PACKAGE)}, line {line}: {other}"
+        for path in FILES
+        if room_of(path) not in ABOVE
+        for line, other in rooms_imported(path)
+        if other not in below(room_of(path)) | {"__version__"}
+    ]
+    assert upwards == []
 
 
 def test_the_plan_of_the_house_is_read_right() -> None:

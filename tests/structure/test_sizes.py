@@ -5,8 +5,6 @@ import re
 import statistics
 from pathlib import Path
 
-import pytest
-
 from tests.structure.source import FILES, PACKAGE, ROOT, functions_of
 
 LONGEST_FILE = 400
@@ -15,37 +13,42 @@ MEDIAN_FUNCTION = 10
 MOST_POSITIONAL = 5
 NAMELESS = re.compile(r"(utils?|common|helpers?|misc)")
 
-by_path = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+def test_files_are_short() -> None:
+    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
 
 
-@by_path
-def test_file_is_short_and_has_a_name(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
-    assert not [part for part in path.relative_to(ROOT).with_suffix("").parts if NAMELESS.fullmatch(part.strip("_"))]
+def test_files_have_names() -> None:
+    parts = {name_of(path): path.relative_to(ROOT).with_suffix("").parts for path in FILES}
+    assert [name for name, own in parts.items() if any(NAMELESS.fullmatch(part.strip("_")) for part in own)] == []
 
 
-@by_path
-def test_functions_are_short(path: Path) -> None:
-    lengths = {function.name: num_lines(function) for function in functions_of(path)}
-    assert not {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION}
+def test_functions_are_short_and_half_of_them_very_short() -> None:
+    lengths = {
+        f"{name_of(path)}: {f.name}, line {f.lineno}": num_lines(f) for path in FILES for f in functions_of(path)
+    }
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+    assert statistics.median(lengths.values()) <= MEDIAN_FUNCTION
 
 
-def test_half_of_the_functions_are_very_short() -> None:
-    lengths = [num_lines(function) for path in FILES for function in functions_of(path)]
-    assert statistics.median(lengths) <= MEDIAN_FUNCTION
-
-
-@by_path
-def test_functions_take_few_positional_arguments_and_no_booleans(path: Path) -> None:
-    for function in functions_of(path):
-        positional = [
+def test_functions_take_few_positional_arguments_and_no_booleans() -> None:
+    found = {
+        f"{name_of(path)}: {function.name}, line {function.lineno}": [
             argument
             for argument in (*function.args.posonlyargs, *function.args.args)
             if argument.arg not in ("self", "cls")
         ]
-        booleans = [argument.arg for argument in positional if is_boolean(argument)]
-        assert len(positional) <= MOST_POSITIONAL, function.name
-        assert not booleans, function.name
+        for path in FILES
+        for function in functions_of(path)
+    }
+    assert [name for name, positional in found.items() if len(positional) > MOST_POSITIONAL] == []
+    assert [name for name, positional in found.items() if any(map(is_boolean, positional))] == []
+
+
+def name_of(path: Path) -> str:
+    """Name a file from the package on."""
+    return str(path.relative_to(PACKAGE))
 
 
 def num_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

@@ -3,11 +3,11 @@
 import csv
 import os
 import random
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
+
+from tests.support import warm
 
 ROOT = Path(__file__).parents[2]
 NOISY_COLUMNS = ("tokens_per_s", "memory_gib")
@@ -15,18 +15,18 @@ NOISY_COLUMNS = ("tokens_per_s", "memory_gib")
 
 def mtp(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
     """Run `mtp` to its end."""
-    return subprocess.run(_command(arguments), cwd=cwd, env=_environment(), capture_output=True, text=True, **options)
+    return warm.run(*arguments, cwd=cwd, environment=_environment(), **options)
 
 
 def mtp_killed(*arguments: str, cwd: Path, metrics: Path, after_step: int, seed: int) -> int:
     """Run `mtp` and SIGKILL it at a random moment after it has logged a step; return the exit code."""
-    process = subprocess.Popen(_command(arguments), cwd=cwd, env=_environment(), stdout=subprocess.PIPE, stderr=2)
+    process = warm.start(*arguments, cwd=cwd, environment=_environment())
     while process.poll() is None and last_step(metrics) < after_step:
         time.sleep(0.005)
     time.sleep(random.Random(seed).uniform(0, 0.2))
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
-    return process.returncode
+    return process.wait()
 
 
 def last_step(metrics: Path) -> int:
@@ -40,10 +40,6 @@ def figures(metrics: Path) -> list[dict[str, str]]:
     """Rows of a metrics.csv without what may differ from one machine or moment to the next."""
     with metrics.open() as file:
         return [{k: v for k, v in row.items() if k not in NOISY_COLUMNS} for row in csv.DictReader(file)]
-
-
-def _command(arguments: tuple[str, ...]) -> list[str]:
-    return [sys.executable, "-c", "from mtp_lightning.cli.app import main; main()", *arguments]
 
 
 def _environment() -> dict[str, str]:

@@ -91,7 +91,11 @@ def test_phases_from_heads_alone_to_updates(here):
 freeze: [unembedding]
 phases:
   heads: {freeze: [trunk, unembedding], run: {steps: 4}}
-  joint: {adapt: {lora: {rank: 2}}, optimizer: {lr_scale: {heads: 4, lora: 2}}, run: {steps: 4}, health: {drift: {stop_loss: 9}}}
+  joint:
+    adapt: {lora: {rank: 2}}
+    optimizer: {lr_scale: {heads: 4, lora: 2}}
+    run: {steps: 4}
+    health: {drift: {stop_loss: 9}}
   more: {adapt: {lora: {rank: 2}}, optimizer: {lr_scale: {heads: 4, lora: 2}}, keep_optimizer: true, run: {steps: 4}}
 """
     folder = adapted(here, "phases", phases=phases)

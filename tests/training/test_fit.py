@@ -4,8 +4,6 @@ import fcntl
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,6 +14,7 @@ from mtp_lightning.launch.run_marker import claim
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training import lightning_module
 from mtp_lightning.training.fit import train
+from tests.support import warm
 from tests.support.runs import ROOT, figures, last_step
 
 
@@ -140,15 +139,8 @@ def test_data_of_another_corpus_is_refused_on_resume(run, tmp_path, cache):
 
 
 def test_ctrl_c_ends_with_its_own_code_and_a_checkpoint(tmp_path, cache):
-    command = "from mtp_lightning.cli.app import main; main()"
     settings = ("run.steps=5000", "logging.every_steps=1", "run.dir=run", f"run.cache={cache}")
-    process = subprocess.Popen(
-        [sys.executable, "-c", command, "train", str(ROOT / "recipes/debug/parallel.yaml"), *settings],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = warm.start("train", str(ROOT / "recipes/debug/parallel.yaml"), *settings, cwd=tmp_path, merged=True)
     while last_step(tmp_path / "run/metrics.csv") < 3:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

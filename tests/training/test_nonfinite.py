@@ -128,6 +128,7 @@ def test_the_run_goes_back_and_leaves_the_rows_out(place, seed, reference, poiso
     assert rows == expected
 
 
+@pytest.mark.slow
 def test_a_kill_after_the_record_forgets_nothing(place, seed, reference, poison, monkeypatch):
     def killed(*arguments):
         rollback.roll_back(*arguments)
@@ -143,6 +144,7 @@ def test_a_kill_after_the_record_forgets_nothing(place, seed, reference, poison,
     assert_same_weights(place / "killed", reference)
 
 
+@pytest.mark.slow
 def test_a_restart_after_the_next_checkpoint_leaves_the_rows_out_once(place, seed, reference, poison, monkeypatch):
     """The checkpoint knows by then what is left out: doing so again would leave other rows out."""
     loaded = recipe_of(place, "restarted", f"run.seed={seed}", WITHOUT_SKIPS)
@@ -201,6 +203,7 @@ def test_an_infinite_loss_is_enough_to_skip_and_nothing_has_changed(place, tmp_p
         assert float(row["train/loss_1"]) < 6  # of step 3 alone
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_nothing_finite_follows_is_set_aside(place, seed, monkeypatch, capsys):
     """The bad row spoils the weights in a step that is finite itself: the steps after it are not to blame."""
     step_optimizer = MtpLightningModule._step_optimizer

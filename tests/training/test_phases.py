@@ -87,6 +87,7 @@ def test_two_phases_on_two_ranks_that_change_nothing_are_one_run(written, tmp_pa
     assert_same(weights_of(tmp_path / "halves"), weights_of(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_without_keep_optimizer_only_weights_come_along(written, tmp_path):
     """A phase starts like a run that knows nothing but the exported weights, at the same place in the data."""
     trained(written("  a: {run: {steps: 6}}\n  b: {run: {steps: 6}}\n"), tmp_path / "phases")
@@ -103,6 +104,7 @@ def test_without_keep_optimizer_only_weights_come_along(written, tmp_path):
     assert not torch.equal(moved, weights_of(tmp_path / "kept")["heads.blocks.0.eh_proj.weight"])  # other rows
 
 
+@pytest.mark.slow
 def test_an_extension_in_a_phase_is_the_verb_followed_by_training(written, tmp_path):
     trained(written("  a: {run: {steps: 6}}\n  more: {run: {steps: 4}, extend_to: 6}\n"), tmp_path / "run")
     extend_checkpoint(tmp_path / "run/phases/1-a", tmp_path / "extended", 6)
@@ -175,6 +177,7 @@ def test_a_finished_phase_must_stay_what_it_was(uninterrupted):
         train(load_recipe(uninterrupted / "changed.yaml", ["optimizer.eps=1e-6"]))
 
 
+@pytest.mark.slow
 def test_state_that_is_not_there_is_named(uninterrupted, written, tmp_path):
     consolidate(uninterrupted / "phases/2-joint", tmp_path / "exported")
     plain = written("  {}\n")

@@ -29,7 +29,8 @@ class MtpDataModule(LightningDataModule):
 
     Where some tokens may not be targets there is a `loss_mask` too, (R, T+n) bool, true for those that may.
 
-    Sample i of a run is a pure function of (shards, seed, i). A step takes the next `batch.global_batch_size` samples (fewer at
+    Sample i of a run is a pure function of (shards, seed, i). A step takes the next
+    `batch.global_batch_size` samples (fewer at
     the beginning under `batch.ramp`), each rank a contiguous part of them, so neither ranks nor workers change what
     is learnt from. The position moves only by `advance`, after a step is complete: batches fetched ahead and never
     used are simply fetched again.

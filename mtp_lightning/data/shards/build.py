@@ -288,7 +288,8 @@ class ShardBuild:
             if not written:
                 raise EmptySplitError(
                     "both splits must get at least one document",
-                    f"none of {num_documents:,} for {split} at data.validation_fraction={self._options.validation_fraction}",
+                    f"none of {num_documents:,} for {split} at "
+                    f"data.validation_fraction={self._options.validation_fraction}",
                     _share_remedy(self._lowest_ranks),
                 )
 

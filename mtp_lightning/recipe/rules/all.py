@@ -127,7 +127,8 @@ def _interval_is_forward(recipe: Recipe) -> bool:
 def _layers_remedy(recipe: Recipe) -> str:
     taken = num_layers_from_trunk(recipe)
     return (
-        f"The heads take {taken} of {recipe.model.num_hidden_layers} layers: raise model.num_hidden_layers to {taken + 1} or more, "
+        f"The heads take {taken} of {recipe.model.num_hidden_layers} layers: raise "
+        f"model.num_hidden_layers to {taken + 1} or more, "
         "lower heads.num_offsets, or set heads.layers_from_trunk=false."
     )
 

@@ -60,7 +60,10 @@ def _rows_remedy(recipe: Recipe) -> str:
     num_ranks, rows = recipe.strategy.num_ranks, recipe.batch.global_batch_size
     if rows % num_ranks:
         multiple = max(1, round(rows / num_ranks)) * num_ranks
-        return f"Each of {num_ranks} ranks takes an equal share: set batch.global_batch_size to {multiple}, or change strategy."
+        return (
+            f"Each of {num_ranks} ranks takes an equal share: set batch.global_batch_size to {multiple}, "
+            "or change strategy."
+        )
     share = rows // num_ranks
     return f"Each of {num_ranks} ranks takes {share}: set batch.micro_batch_size to {divisors(share)}."
 

@@ -62,7 +62,7 @@ class DataSection(Section):
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03
     """Share of documents held out for validation, chosen by a hash of their path."""
     seq_len: Annotated[int, Field(ge=2)] = 256
-    """Positions T per window; each row holds T + n tokens."""
+    """Positions T per sequence; each sample holds T + n tokens."""
     packing: Literal["cut", "best_fit"] = "cut"
     """Windows cut from the documents one after another, or filled with whole documents by best fit."""
     document_mask: bool = False
@@ -72,23 +72,23 @@ class DataSection(Section):
 
 
 class RampSection(Section):
-    """A batch that grows over the first rows of a run, from `from_batch_size` in steps of as many to `batch.global_batch_size`."""
+    """A batch that grows from `from_batch_size`, in steps of as many, to `batch.global_batch_size`."""
 
     from_batch_size: PositiveInt
-    """Rows of the first steps; must divide `batch.global_batch_size`."""
+    """Batch size of the first steps; must divide `batch.global_batch_size`."""
     over_samples: PositiveInt
-    """Rows after which a step has `batch.global_batch_size`."""
+    """Samples after which a step has `batch.global_batch_size`."""
 
 
 class BatchSection(Section):
-    """Rows per optimizer step, and how they are cut up."""
+    """Sequences per optimizer step, and how they are cut up."""
 
     global_batch_size: PositiveInt = 16
-    """Rows (windows) per optimizer step, over all ranks."""
+    """Sequences per optimizer step, over all ranks and micro-batches."""
     micro_batch_size: PositiveInt = 16
-    """Rows per forward and backward on one rank; must divide rows."""
+    """Sequences per forward and backward on one rank; ranks times it must divide the global batch."""
     ramp: RampSection | None = None
-    """Fewer rows per step at the beginning, or null; the learning rate goes by steps all the same."""
+    """Smaller batches at the beginning, or null; the learning rate goes by steps all the same."""
 
     def batch_size_at(self, rows_consumed: int) -> int:
         """Rows of the step that begins at a position: a function of it alone, so ranks and restarts agree.
@@ -105,7 +105,8 @@ class BatchSection(Section):
     def samples_after(self, steps: int) -> int:
         """Rows of that many steps from the beginning; costs a few operations per size of a step.
 
-        >>> BatchSection(global_batch_size=16, ramp=RampSection(from_batch_size=4, over_samples=90)).samples_after(8 + 4 + 3 + 2)
+        >>> ramp = RampSection(from_batch_size=4, over_samples=90)
+        >>> BatchSection(global_batch_size=16, ramp=ramp).samples_after(8 + 4 + 3 + 2)
         132
         """
         position = 0

@@ -30,8 +30,8 @@ WRITE_S = 10.0  # a file system that hangs must not keep the process from ending
 class Watchdog(Callback):
     """End this rank with exit code 89 when nothing has moved for too long; the stacks of its threads are kept.
 
-    Too long is `health.hang_after_s`, or `health.hang_factor` median steps if that is more; six times that for what is slow
-    by nature. Every rank has a thread that looks; the other ranks wait for the one that hangs, so all of them end.
+    Too long is `health.hang_after_s`, or `health.hang_factor` median steps if that is more; six times that for what is
+    slow by nature. Every rank has a thread that looks; the other ranks wait for the one that hangs, so all of them end.
     Time in which the whole process was stopped (SIGSTOP, a suspended machine) does not count: it could not move.
     """
 

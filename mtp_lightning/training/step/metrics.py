@@ -79,7 +79,7 @@ class OffsetMetrics(Metric):
             self.num_sampled += drafted.sum()
 
     def compute(self) -> dict[str, float]:
-        """All figures by name, e.g. `loss_2`, `agreement_3`, `mean_acceptance_length`; NaN where nothing was counted."""
+        """Return all figures by name, e.g. `loss_2`, `mean_acceptance_length`; NaN where nothing was counted."""
         loss = self.nll_sum / self.num_targets
         accuracy = self.num_correct / self.num_predicted
         agreement = self.num_agreeing / self.num_comparable

@@ -1,4 +1,3 @@
-import doctest
 import io
 import math
 import os
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from mtp_lightning.training.logging import columns, rendering
 from mtp_lightning.training.logging.columns import metric_columns
 from mtp_lightning.training.logging.live import SHORTEST_PAUSE_S, LiveView
 from mtp_lightning.training.logging.progress import Progress
@@ -168,13 +166,6 @@ def test_a_terminal_gets_a_table_in_place_at_a_bounded_rate(tmp_path: Path) -> N
 )
 def test_counts_have_three_digits(value: float | None, text: str) -> None:
     assert count(value) == text
-
-
-def test_examples_in_docstrings_hold() -> None:
-    for module in (rendering, columns):
-        result = doctest.testmod(module)
-        assert result.attempted > 0
-        assert result.failed == 0
 
 
 def test_durations_are_read_at_a_glance() -> None:

@@ -14,6 +14,7 @@ from mtp_lightning.launch.signals import HANG
 from mtp_lightning.training.health.stragglers import Pace, slow_ranks
 from mtp_lightning.training.health.watchdog import Watchdog
 from tests.launch.signalled import after_step, children, start
+from tests.support import warm
 from tests.support.runs import ROOT
 from tests.training.callbacks.tiny_run import TinyModule, fit, tiny_recipe
 
@@ -37,9 +38,8 @@ fit(folder, recipe, module=module)
 """
 
 
-def start_hanging(folder: Path, **values: float) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", HANGING.format(**values), str(folder)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start_hanging(folder: Path, **values: float) -> warm.WarmProcess:
+    return warm.start(str(folder), cwd=ROOT, code=HANGING.format(**values))
 
 
 def run_hanging(folder: Path, *, stopped_s: float = 0.0, **values: float) -> tuple[int, str]:
@@ -52,7 +52,7 @@ def run_hanging(folder: Path, *, stopped_s: float = 0.0, **values: float) -> tup
         time.sleep(stopped_s)
         process.send_signal(signal.SIGCONT)
     _, said = process.communicate(timeout=100)
-    return process.returncode, said
+    return process.wait(), said
 
 
 def test_a_step_that_hangs_ends_the_process_with_its_stacks(tmp_path: Path) -> None:
@@ -72,12 +72,14 @@ def test_a_step_that_is_slow_is_let_be(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("logs/*/hang*"))
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_has_not_hung(tmp_path: Path) -> None:
     code, said = run_hanging(tmp_path, sleep_s=0.5, after_s=2.0, stopped_s=3.0)
     assert code == 0, said
     assert "nothing has moved" not in said
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_and_was_stopped_is_found_by_the_time_that_it_ran(tmp_path: Path) -> None:
     code, said = run_hanging(tmp_path, sleep_s=60, after_s=1.0, stopped_s=3.0)
     assert code == HANG, said
@@ -91,6 +93,7 @@ def test_a_multiple_of_the_median_holds_where_it_is_longer(tmp_path: Path) -> No
     fit(tmp_path, recipe, module=module)  # with 0.2 s it would end here
 
 
+@pytest.mark.slow
 def test_a_run_that_moves_may_take_longer_than_the_limit(tmp_path: Path) -> None:
     recipe = tiny_recipe(steps=30, hang_after_s=1.0, checkpoint_every_steps=100, validate_every_steps=100)
     module = TinyModule(recipe)
