@@ -8,21 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from mtp_lightning import __version__
-from mtp_lightning.cli import bench as bench_verbs
-from mtp_lightning.cli import data as data_verbs
-from mtp_lightning.cli import doctor as doctor_verbs
-from mtp_lightning.cli import eval as eval_verbs
-from mtp_lightning.cli import export_model as export_verbs
-from mtp_lightning.cli import extend_model as extend_verbs
-from mtp_lightning.cli import generate as generate_verbs
-from mtp_lightning.cli import import_model as import_verbs
-from mtp_lightning.cli import plan as plan_verbs
-from mtp_lightning.cli import preflight as preflight_verbs
-from mtp_lightning.cli import recipe as recipe_verbs
-from mtp_lightning.cli import report as report_verbs
-from mtp_lightning.cli import status as status_verbs
-from mtp_lightning.cli import submit as submit_verbs
-from mtp_lightning.cli import sweep as sweep_verbs
+from mtp_lightning.cli import bench, data, doctor, eval, generate, models, plan, recipe, report, status, submit, sweep
 from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
 from mtp_lightning.console.errors import end_without_output, go_on_without_output, guard_output, print_error, screen
 from mtp_lightning.errors import MtpError
@@ -52,11 +38,11 @@ class MtpGroup(TyperGroup):
 app = typer.Typer(
     cls=MtpGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EPILOG
 )
-app.add_typer(data_verbs.app, name="data")
-app.add_typer(recipe_verbs.app, name="recipe")
-app.add_typer(bench_verbs.app, name="bench")
-app.add_typer(eval_verbs.app, name="eval")
-app.add_typer(report_verbs.app, name="report")
+app.add_typer(data.app, name="data")
+app.add_typer(recipe.app, name="recipe")
+app.add_typer(bench.app, name="bench")
+app.add_typer(eval.app, name="eval")
+app.add_typer(report.app, name="report")
 
 
 def _print_version(*, value: bool) -> None:
@@ -82,7 +68,7 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     loaded = open_recipe(recipe, overrides)
     code = _train(loaded)
     if code == 0 and loaded.recipe.run.sample is not None and not _is_one_of_several():
-        generate_verbs.show_sample(loaded.recipe)
+        generate.show_sample(loaded.recipe)
     raise typer.Exit(code)
 
 
@@ -99,16 +85,16 @@ def _train(loaded: "LoadedRecipe") -> int:
         return train(loaded, stop)
 
 
-app.command()(doctor_verbs.doctor)
-app.command()(plan_verbs.plan)
-app.command()(preflight_verbs.preflight)
-app.command()(submit_verbs.submit)
-app.command()(sweep_verbs.sweep)
-app.command()(status_verbs.status)
-app.command("import")(import_verbs.import_model)
-app.command()(export_verbs.export)
-app.command()(extend_verbs.extend)
-app.command()(generate_verbs.generate)
+app.command()(doctor.doctor)
+app.command()(plan.plan)
+app.command()(submit.preflight)
+app.command()(submit.submit)
+app.command()(sweep.sweep)
+app.command()(status.status)
+app.command("import")(models.import_model)
+app.command()(models.export)
+app.command()(models.extend)
+app.command()(generate.generate)
 
 
 def main() -> None:

@@ -1,17 +1,185 @@
-"""`mtp generate`."""
+"""`mtp generate`: text from a trained model, its drafts and their gain; prompts from files."""
 
+import codecs
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
-from mtp_lightning.cli.prompt_files import read_prompts
+from mtp_lightning.console.errors import screen
+from mtp_lightning.errors import DecodingError
 
 if TYPE_CHECKING:
     import torch
 
+    from mtp_lightning.data.tokenizers.base import Tokenizer
+    from mtp_lightning.decode import Settings, Statistics, Step
+    from mtp_lightning.model.mtp_model import MtpModel
     from mtp_lightning.recipe import Recipe
+
+
+STYLES = {"prompt": "dim", "kept": "green", "rejected": "red strike", "own": ""}
+MARKS = {"kept": ("{", "}"), "rejected": ("~", "~")}  # around drafts, where nothing can be coloured
+EMPTY = ("", "")
+
+
+def print_generations(
+    model: "MtpModel",
+    tokenizer: "Tokenizer",
+    prompts: Sequence[bytes],
+    settings: "Settings",
+    *,
+    show_drafts: bool,
+    compare: bool,
+) -> None:
+    """Continue the prompts one after the other, each streamed; the figures of each go to stderr."""
+    import numpy as np
+
+    from mtp_lightning.decode import stream
+    from mtp_lightning.decode.generation import count
+
+    settings = replace(settings, detokenize=lambda tokens: tokenizer.decode(np.asarray(tokens, dtype=np.int64)))
+    encoded = [tokenizer.encode(prompt).tolist() for prompt in prompts]
+    err = screen(stderr=True)
+    for prompt, tokens in zip(prompts, encoded, strict=True):
+        began_at = time.perf_counter()
+        steps = stream(model, [tokens], settings)  # refuses what does not fit before anything is printed
+        writer = Writer(screen(), tokenizer, show_drafts=show_drafts)
+        if show_drafts:
+            err.print(writer.legend())
+        writer.write(prompt, "prompt")
+        done = [writer.step(step) for step in steps]
+        writer.end()
+        err.print(figures(count(done), time.perf_counter() - began_at))
+        if compare:
+            err.print(comparison(model, tokens, settings))
+
+
+class Writer:
+    """Writes one text to a console, token by token."""
+
+    def __init__(self, console: Console, tokenizer: "Tokenizer", *, show_drafts: bool) -> None:
+        self.console = console
+        self.tokenizer = tokenizer
+        self.show_drafts = show_drafts
+        self.marks = MARKS if show_drafts and console.color_system is None else {}
+        self.bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def step(self, step: "Step") -> "Step":
+        """Write what a step gave: kept drafts, rejected ones, the main head's token."""
+        import numpy as np
+
+        kept, accepted = int(step.kept[0]), int(step.accepted[0])
+        tokens, drafts = step.block[0, :kept].tolist(), step.drafts[0].tolist()
+        decode, is_chain = self.tokenizer.decode, len(drafts) == step.block.shape[1] - 1
+        if not self.show_drafts:
+            self.write(decode(np.asarray(tokens)), "own")
+            return step
+        self.write(decode(np.asarray(tokens[:accepted], dtype=np.int64)), "kept")
+        if is_chain and kept > accepted:  # a tree's branches would not read as a text
+            self._print("".join(map(self.tokenizer.printable, drafts[accepted:])), "rejected")
+        self.write(decode(np.asarray(tokens[accepted:], dtype=np.int64)), "own")
+        return step
+
+    def write(self, text: bytes, role: str) -> None:
+        """Write some bytes of the text; those of an unfinished character wait for the rest."""
+        self._print(self.bytes.decode(text), role)
+
+    def end(self) -> None:
+        """End the text."""
+        self._print(self.bytes.decode(b"", final=True) + "\n", "own")
+
+    def legend(self) -> Text:
+        """Say how drafts look."""
+        kept, rejected = self._shown("kept", "kept"), self._shown("rejected", "rejected")
+        return Text.assemble("drafts: ", kept, ", ", rejected, "; the rest is the main head's own")
+
+    def _print(self, text: str, role: str) -> None:
+        if not text:
+            return
+        shown, style = self._shown(text, role)
+        if self.console.is_terminal:
+            self.console.print(Text(shown, style), end="")  # leaves out characters that would move the cursor
+        else:
+            self.console.file.write(shown)
+            self.console.file.flush()
+
+    def _shown(self, text: str, role: str) -> tuple[str, str]:
+        before, after = self.marks.get(role, EMPTY)
+        return f"{before}{text}{after}", STYLES[role]
+
+
+def figures(statistics: "Statistics", taken_s: float) -> str:
+    """Say in one line what a text took."""
+    num_tokens = statistics.num_emitted_tokens
+    line = f"{num_tokens} tokens in {taken_s:.2f} s, {num_tokens / taken_s:,.0f} tokens/s"
+    if not statistics.num_draft_tokens:
+        return line
+    share = statistics.num_accepted_tokens / statistics.num_draft_tokens
+    return (
+        f"{line}; {statistics.num_drafts} verifying forwards, accepted length {statistics.mean_acceptance_length:.2f}, "
+        f"{share:.0%} of {statistics.num_draft_tokens} drafts kept"
+    )
+
+
+def comparison(model: "MtpModel", tokens: list[int], settings: "Settings") -> str:
+    """Decode a prompt with and without drafts, nothing printed in between, and say what drafting gained."""
+    from mtp_lightning.decode import generate
+
+    plain = replace(settings, decoder="greedy", draft_length=None, tree=None, typical=False, sample_drafts=False)
+    pairs = [(generate(model, [tokens], settings), generate(model, [tokens], plain)) for _ in range(2)]
+    drafted, alone = pairs[-1]  # the first pair warms up
+    speeds = [len(made.tokens[0]) / (made.prefill_s + made.decode_s) for made in (drafted, alone)]
+    same = "the same text" if drafted.tokens == alone.tokens else "another text"
+    if not settings.sampling.is_greedy:
+        same = "a text of the same law" if not settings.typical else "a text of another law"
+    gain = f"drafting is {speeds[0] / speeds[1]:.2f} times as fast"
+    return f"without drafts: {same}; printing nothing, {speeds[0]:,.0f} and {speeds[1]:,.0f} tokens/s; {gain}"
+
+
+KEYS = ("prompt", "text")
+
+
+def read_prompts(path: Path) -> list[bytes]:
+    """Read prompts from a file: one per line, or, from *.jsonl, the `prompt` (or `text`) of every line's object.
+
+    Raises:
+        DecodingError: The file cannot be read, holds no prompt, or has a line that is none.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DecodingError(
+            "the file of prompts must be readable", f"{path}: {error.strerror}", "Name another"
+        ) from None
+    is_json = path.suffix == ".jsonl"
+    prompts = [_prompt_of(line, path, number) if is_json else line for number, line in enumerate(lines, 1) if line]
+    if not prompts:
+        raise DecodingError("a file of prompts must hold one", f"none in {path}", "Write one prompt per line")
+    return prompts
+
+
+def _prompt_of(line: bytes, path: Path, number: int) -> bytes:
+    try:
+        document: Any = json.loads(line)
+    except ValueError:
+        document = None
+    values = [document[key] for key in KEYS if key in document] if isinstance(document, dict) else []
+    if not values or not isinstance(values[0], str):
+        raise DecodingError(
+            'every line of a *.jsonl file of prompts must be an object with a text "prompt" (or "text")',
+            f"line {number} of {path}: {line[:60].decode(errors='replace')}",
+            "Correct the line, or name the file *.txt for one prompt per line",
+        )
+    return values[0].encode()
+
 
 SAMPLE_TOKENS = 128
 SAMPLE_TEMPERATURE = 0.7  # by its likeliest tokens alone, a small model repeats itself
@@ -92,10 +260,9 @@ def generate(
     texts = _texts(prompt, prompts)
     length = parse_draft_length(draft_length)
     from mtp_lightning.checkpoint.convert.load_model import load_model
-    from mtp_lightning.cli.generate_view import print_generations
     from mtp_lightning.data.loading.corpus import recipe_tokenizer
     from mtp_lightning.decode import Settings
-    from mtp_lightning.decode.tree_files import read_tree
+    from mtp_lightning.decode.tree import read_tree
 
     recipe, model = load_model(path, device=device_of(device), dtype=dtype_of(dtype))
     tokenizer = recipe_tokenizer(recipe)
@@ -118,7 +285,6 @@ def generate(
 def show_sample(recipe: "Recipe") -> None:
     """Continue `run.sample` with what a run has trained, drafts coloured, and say what drafting gains."""
     from mtp_lightning.checkpoint.convert.load_model import load_model
-    from mtp_lightning.cli.generate_view import print_generations
     from mtp_lightning.console.errors import screen
     from mtp_lightning.data.loading.corpus import recipe_tokenizer
     from mtp_lightning.decode import Settings

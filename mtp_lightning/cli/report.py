@@ -67,7 +67,7 @@ def mixture(
     """Show what each head has learnt to read of the trunk's layers (adapt.layer_mix)."""
     from mtp_lightning.cli.targets import PICTURES, check_target
     from mtp_lightning.console.errors import screen, table_of
-    from mtp_lightning.evaluation.mixture import draw, read_mixtures
+    from mtp_lightning.evaluation.lens import draw, read_mixtures
 
     check_target(plot, "--plot", endings=PICTURES, makes_folders=True)
     mixtures = read_mixtures(run)

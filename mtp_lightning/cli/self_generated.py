@@ -143,7 +143,7 @@ def _documents(
 
 def _prompts_of(path: Path, tokenizer: "Tokenizer", num_tokens: int) -> list[list[int]]:
     """Read the prompts as tokens."""
-    from mtp_lightning.cli.prompt_files import read_prompts
+    from mtp_lightning.cli.generate import read_prompts
     from mtp_lightning.data.generated.shards import beginnings
 
     if path.is_dir():

@@ -1,5 +1,7 @@
-"""`mtp submit`, and how `mtp sweep` hands its runs to Slurm."""
+"""`mtp submit` and `mtp preflight`, and how `mtp sweep` hands its runs to Slurm."""
 
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,19 @@ from mtp_lightning.console.errors import screen
 
 if TYPE_CHECKING:
     from mtp_lightning.recipe import Recipe
+
+
+def preflight(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Check on the nodes themselves that a recipe will run: versions, devices, network, folders, data, two steps."""
+    loaded = open_recipe(recipe, overrides)
+    from mtp_lightning.launch.local import needs_ranks, run_ranks
+
+    if needs_ranks(loaded.recipe, os.environ):
+        raise typer.Exit(run_ranks(loaded.recipe, sys.argv[1:]))
+    from mtp_lightning.diagnostics.preflight import preflight
+
+    raise typer.Exit(preflight(loaded.recipe))
+
 
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and do nothing.")]
 TestOnlyOption = Annotated[bool, typer.Option("--test-only", help="Ask Slurm whether and when it could start.")]

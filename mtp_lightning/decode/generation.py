@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from mtp_lightning.decode.draft_length import AdaptiveLength
+from mtp_lightning.decode.drafting import AdaptiveLength
 from mtp_lightning.decode.sampling import Sampling, draw
 from mtp_lightning.decode.settings import (
     ADAPTIVE,

@@ -22,7 +22,7 @@ from mtp_lightning.launch.rank_env import rank_from_env
 from mtp_lightning.planner.counts import parameter_counts
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, recipe_to_yaml
-from mtp_lightning.training.logging.metrics_table import read_rows
+from mtp_lightning.training.logging.metrics_files import read_rows
 
 CLOSE = 1e-3
 TRIAL_S = 1800

@@ -13,8 +13,8 @@ from mtp_lightning.data.loading.factory import open_rows, prepare_data
 from mtp_lightning.errors import DataError
 from mtp_lightning.losses.targets import count_targets, shifted_targets
 from mtp_lightning.recipe import Recipe
+from mtp_lightning.training.step.backward_order import evaluate
 from mtp_lightning.training.step.batch import MicroBatch
-from mtp_lightning.training.step.evaluate import evaluate
 from mtp_lightning.training.step.metrics import OffsetMetrics
 from mtp_lightning.training.step.objective import Objective
 

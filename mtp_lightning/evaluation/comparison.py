@@ -13,7 +13,7 @@ from mtp_lightning.evaluation.marginal import MarginalReport
 from mtp_lightning.evaluation.marginal_reports import read_kept
 from mtp_lightning.launch.status import current_phase
 from mtp_lightning.launch.untrusted import OddFileError, open_regular, read_object, reason_of, shown
-from mtp_lightning.training.logging.metrics_table import Row, read_rows
+from mtp_lightning.training.logging.metrics_files import Row, read_rows
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; from 10 on the last one is used, which is
 # too wide rather than too narrow.

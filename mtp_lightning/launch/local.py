@@ -1,20 +1,67 @@
 """Ranks of one machine: started together, stopped together, heard as one."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import IO
 
 from mtp_lightning.errors import LaunchError
-from mtp_lightning.launch.children import signals_passed_on, start_mtp
 from mtp_lightning.launch.rank_env import RankInfo, free_port, local_rank_info, rank_from_env
+from mtp_lightning.launch.signals import heeded_signals
 from mtp_lightning.recipe.schema.root import Recipe
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def start_mtp(
+    arguments: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    stdout: IO[bytes] | int | None = None,
+    stderr: IO[bytes] | int | None = None,
+) -> "subprocess.Popen[bytes]":
+    """Start `mtp` with these arguments; it is killed when this process ends, however it ends."""
+    libc = ctypes.CDLL(None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "mtp_lightning", *arguments],
+        env={**os.environ, **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+        preexec_fn=lambda: libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL),
+    )
+
+
+@contextmanager
+def signals_passed_on(processes: Sequence["subprocess.Popen[bytes]"]) -> Iterator[list[int]]:
+    """Send interrupts and stop signals of this process to all of them; yield a list of those that have come.
+
+    What this process ignores the others ignore too.
+    """
+    heard: list[int] = []
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        heard.append(signum)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signum)
+
+    former = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, *heeded_signals())}
+    try:
+        yield heard
+    finally:
+        for signum, handler in former.items():
+            signal.signal(signum, handler)
+
 
 GRACE_S = 10.0  # for the other ranks to end by themselves when one has failed, and again until they are killed
 PAUSE_S = 0.02

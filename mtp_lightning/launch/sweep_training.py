@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from mtp_lightning.errors import TrainingError
-from mtp_lightning.launch.children import signals_passed_on, start_mtp
+from mtp_lightning.launch.local import signals_passed_on, start_mtp
 from mtp_lightning.launch.signals import INTERRUPTED, REQUEUE
 from mtp_lightning.launch.status import statuses
 from mtp_lightning.launch.sweep import Member

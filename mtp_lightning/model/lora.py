@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.model.layers import Layer
 from mtp_lightning.model.roles import LORA
-from mtp_lightning.recipe.schema.adapt import LoraSection, Target
+from mtp_lightning.recipe.schema.model import LoraSection, Target
 
 UP, DOWN = f".{LORA}.up", f".{LORA}.down"
 PROJECTIONS: dict[Target, str] = {

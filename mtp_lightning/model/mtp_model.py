@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.model.heads import KINDS, TRUNK, HeadContext
-from mtp_lightning.model.layers import Layer
+from mtp_lightning.model.layers import Layer, Trunk
 from mtp_lightning.model.lora import add_updates, initialise_update
 from mtp_lightning.model.positions import AttentionInputs, document_geometry, window_geometry
 from mtp_lightning.model.roles import LAYER_MIX, LORA, role_of
 from mtp_lightning.model.scalar_mix import ScalarMix, Sums
-from mtp_lightning.model.trunk import Trunk
 from mtp_lightning.model.unembedding import Unembedding
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
 from mtp_lightning.recipe.schema.root import Recipe

@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.recipe.schema.adapt import LayerMixSection
+from mtp_lightning.recipe.schema.model import LayerMixSection
 
 
 @final

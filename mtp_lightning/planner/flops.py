@@ -20,8 +20,8 @@ what the device could have done in the time. So it stays a share of the peak tha
 say that a frozen run's tokens are as dear as another's. Counting 6 throughout would let it exceed 100%.
 """
 
+from mtp_lightning.planner.layout import with_offsets
 from mtp_lightning.planner.passes import passes_of
-from mtp_lightning.planner.variants import with_offsets
 from mtp_lightning.recipe.schema.root import Recipe
 
 

@@ -12,8 +12,7 @@ autograd does, so that torch counts the same products in a real step.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mtp_lightning.recipe.head_tree import TRUNK, detaches_input, norm_before, parent_offset
-from mtp_lightning.recipe.layer_counts import num_trunk_layers
+from mtp_lightning.recipe.layer_counts import TRUNK, detaches_input, norm_before, num_trunk_layers, parent_offset
 from mtp_lightning.recipe.rules.adapt import adapted_targets
 from mtp_lightning.recipe.schema.model import ModelSection
 from mtp_lightning.recipe.schema.root import Recipe

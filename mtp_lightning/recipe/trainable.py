@@ -6,7 +6,7 @@ the planner to counts.
 
 from collections.abc import Callable, Collection, Iterable
 
-from mtp_lightning.recipe.head_tree import TRUNK, has_final_norm, parent_offset
+from mtp_lightning.recipe.layer_counts import TRUNK, has_final_norm, parent_offset
 from mtp_lightning.recipe.schema.root import Recipe
 
 ADDED = ("lora", "layer_mix")

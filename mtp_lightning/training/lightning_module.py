@@ -19,11 +19,10 @@ from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.root import Recipe
-from mtp_lightning.training.step.backward_order import accumulate_gradients
+from mtp_lightning.training.step.backward_order import accumulate_gradients, evaluate
 from mtp_lightning.training.step.batch import Batch, MicroBatch, PreparedBatch, prepare_batch
-from mtp_lightning.training.step.evaluate import evaluate
 from mtp_lightning.training.step.gradient_checks import GradientChecksum, NonzeroGradientCheck
-from mtp_lightning.training.step.metrics import RunMetrics, of_source
+from mtp_lightning.training.step.metrics import RunMetrics, ThroughputClock, of_source
 from mtp_lightning.training.step.objective import Objective, OffsetLosses
 from mtp_lightning.training.step.optimizer import (
     build_optimizer,
@@ -33,7 +32,6 @@ from mtp_lightning.training.step.optimizer import (
     set_learning_rate,
 )
 from mtp_lightning.training.step.skipped_steps import SkippedSteps
-from mtp_lightning.training.step.throughput import ThroughputClock
 from mtp_lightning.training.step.vote import AgreedCounts, StopVote, agree_on_step
 from mtp_lightning.training.strategies.base import RunStrategy
 from mtp_lightning.training.strategies.param_shards import gradient_norms

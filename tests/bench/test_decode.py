@@ -11,7 +11,7 @@ from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.cli.app import app
 from mtp_lightning.data.loading.factory import prepare_data
 from mtp_lightning.decode import build_tree, generate
-from mtp_lightning.decode.tree_files import choice_shares, read_tree
+from mtp_lightning.decode.tree import choice_shares, read_tree
 from tests.checkpoint.runs import save_run
 from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe
 

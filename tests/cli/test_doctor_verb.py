@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mtp_lightning.cli.app import app
-from mtp_lightning.cli.doctor_view import print_outcomes
+from mtp_lightning.cli.doctor import print_outcomes
 from mtp_lightning.diagnostics.parity import Outcome
 from mtp_lightning.diagnostics.parity_matrix import sample
 from tests.structure.test_torch_free import loaded_by

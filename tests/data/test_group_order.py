@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.data.sampling.group_order import ShardLocalShuffle
 from mtp_lightning.data.sampling.mixture import MixedOrder, quotas_of
+from mtp_lightning.data.sampling.order import ShardLocalShuffle
 from mtp_lightning.recipe.schema.data import MIXTURE_BLOCK_ROWS
 
 shard_rows_lists = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(sum)

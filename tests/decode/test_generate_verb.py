@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.cli.app import app
-from mtp_lightning.cli.generate_view import Writer
+from mtp_lightning.cli.generate import Writer
 from mtp_lightning.data.tokenizers.base import ByteTokenizer
 from mtp_lightning.decode import Settings, generate, stream
 from tests.checkpoint.runs import save_run
@@ -152,7 +152,7 @@ def test_wrong_requests_are_refused_before_any_text(run, arguments, code, says):
     ],
 )
 def test_files_without_prompts_are_refused(tmp_path, name, content, says):
-    from mtp_lightning.cli.prompt_files import read_prompts
+    from mtp_lightning.cli.generate import read_prompts
     from mtp_lightning.errors import DecodingError
 
     (tmp_path / name).write_text(content)

@@ -7,7 +7,7 @@ import pytest
 from mtp_lightning.evaluation.acceptance import measure_acceptance
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
-from mtp_lightning.training.logging.metrics_table import read_rows
+from mtp_lightning.training.logging.metrics_files import read_rows
 from tests.support.runs import ROOT, mtp
 
 RUN = ("run.steps=12", "run.validate_every_steps=12", "logging.every_steps=12", "run.validation_samples=12")

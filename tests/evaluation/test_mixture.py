@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from mtp_lightning.checkpoint.convert.consolidate import consolidate
 from mtp_lightning.cli.app import app
 from mtp_lightning.errors import CheckpointError, RunFolderError
-from mtp_lightning.evaluation.mixture import read_mixtures
+from mtp_lightning.evaluation.lens import read_mixtures
 from tests.checkpoint.runs import save_run
 from tests.support.tiny import tiny_model, tiny_recipe
 

@@ -5,8 +5,8 @@ import torch
 
 from mtp_lightning.losses.targets import count_targets, shifted_targets
 from mtp_lightning.model.freezing import freeze
+from mtp_lightning.training.step.backward_order import evaluate
 from mtp_lightning.training.step.batch import MicroBatch
-from mtp_lightning.training.step.evaluate import evaluate
 from mtp_lightning.training.step.objective import Objective
 from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
 

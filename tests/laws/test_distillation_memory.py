@@ -2,7 +2,7 @@
 
 import pytest
 
-from mtp_lightning.planner.variants import with_backward_order, with_offsets
+from mtp_lightning.planner.layout import with_backward_order, with_offsets
 from tests.laws.test_memory import KINDS, MOST_GROWTH, counted_peak, full_recipe, measured_peak
 from tests.support.live_tensors import count_schedule
 

@@ -9,7 +9,7 @@ import functools
 import pytest
 
 from mtp_lightning.bench.training.memory import run_probe
-from mtp_lightning.planner.variants import with_backward_order, with_offsets
+from mtp_lightning.planner.layout import with_backward_order, with_offsets
 from mtp_lightning.recipe.schema.root import Recipe
 from tests.support.covering import every_pair
 from tests.support.live_tensors import count_schedule

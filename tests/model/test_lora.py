@@ -10,7 +10,7 @@ from mtp_lightning.model.lora import LoraLinear, merged
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.model.roles import role_of
 from mtp_lightning.recipe import load_recipe
-from mtp_lightning.recipe.schema.adapt import LoraSection
+from mtp_lightning.recipe.schema.model import LoraSection
 from tests.support.tiny import HEAD_KINDS, NEOX, gradients_of, tiny_model, tiny_recipe, tiny_rows
 
 ALL = ["q", "k", "v", "o", "gate", "up", "down"]

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_lightning.bench.training.step import TrainingStep
 from mtp_lightning.planner.flops import attention_flops_per_position, flops_per_position
+from mtp_lightning.planner.layout import obstacle
 from mtp_lightning.planner.passes import passes_of
-from mtp_lightning.planner.variants import obstacle
 from mtp_lightning.recipe.schema.root import Recipe
 from tests.support.covering import every_pair, full_product
 from tests.support.tiny import HEAD_KINDS, NEOX, tiny_recipe

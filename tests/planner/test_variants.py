@@ -1,7 +1,7 @@
 """Recipes with another number of offsets."""
 
 from mtp_lightning.planner.counts import parameter_counts
-from mtp_lightning.planner.variants import obstacle, with_backward_order, with_offsets
+from mtp_lightning.planner.layout import obstacle, with_backward_order, with_offsets
 from mtp_lightning.recipe.schema.root import Recipe
 
 

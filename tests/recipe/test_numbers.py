@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.recipe.loading.overrides import read_overrides
+from mtp_lightning.recipe.loading.parse import read_overrides
 from mtp_lightning.recipe.yaml import one_line_yaml
 
 

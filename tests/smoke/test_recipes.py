@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mtp_lightning.recipe import load_recipe, recipe_to_yaml
-from mtp_lightning.recipe.schema.adapt import AdaptSection
+from mtp_lightning.recipe.schema.model import AdaptSection
 from mtp_lightning.recipe.schema.root import InitSection
 from mtp_lightning.training.fit import train
 from tests.support.runs import ROOT

@@ -9,7 +9,7 @@ from mtp_lightning.recipe import load_recipe
 from mtp_lightning.recipe.schema.root import EarlyStopSection
 from mtp_lightning.training.fit import train
 from mtp_lightning.training.health.early_stop import EarlyStop
-from mtp_lightning.training.logging.metrics_table import read_rows
+from mtp_lightning.training.logging.metrics_files import read_rows
 from tests.support.runs import ROOT
 
 RUN = ("run.steps=40", "run.validate_every_steps=2", "checkpoint.every_steps=40", "logging.every_steps=1")

@@ -18,9 +18,8 @@ from mtp_lightning.errors import LoggingError, RunFolderError
 from mtp_lightning.recipe import Recipe, load_recipe
 from mtp_lightning.recipe.schema.root import LoggingSection
 from mtp_lightning.training.fit import train
-from mtp_lightning.training.logging import outage
-from mtp_lightning.training.logging.loggers import LoggedRun, build_loggers, hyperparameters
-from mtp_lightning.training.logging.outage import LoggerQueue
+from mtp_lightning.training.logging import loggers as outage
+from mtp_lightning.training.logging.loggers import LoggedRun, LoggerQueue, build_loggers, hyperparameters
 from tests.support.runs import ROOT, figures, mtp_killed
 from tests.training.callbacks.tiny_run import TinyModule, fit, tiny_recipe
 

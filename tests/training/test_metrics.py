@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
+from mtp_lightning.training.step.backward_order import evaluate
 from mtp_lightning.training.step.batch import MicroBatch
-from mtp_lightning.training.step.evaluate import evaluate
 from mtp_lightning.training.step.metrics import OffsetMetrics
 from mtp_lightning.training.step.objective import Objective, OffsetLosses
 from tests.support.tiny import tiny_model, tiny_recipe, tiny_rows

@@ -12,9 +12,14 @@ from statistics import median
 
 import torch
 
-from mtp_lightning.bench.decoding.prompts import held_out_prompts, held_out_tree
 from mtp_lightning.bench.decoding.report import DecodeFigure, DecodePlan, decode_table, describe, draw_figures, remarks
-from mtp_lightning.bench.decoding.rounds import DecodeVariant, VariantTimings, time_variants
+from mtp_lightning.bench.decoding.rounds import (
+    DecodeVariant,
+    VariantTimings,
+    held_out_prompts,
+    held_out_tree,
+    time_variants,
+)
 from mtp_lightning.bench.machine import describe_machine
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.console.tables import console, write_json

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from mtp_lightning.bench.decoding.prompts import TREE_CHOICES, held_out_shares
+from mtp_lightning.bench.decoding.rounds import TREE_CHOICES, held_out_shares
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.console.tables import build_table, console
 from mtp_lightning.decode import Tree, build_tree
 from mtp_lightning.decode.settings import resolve_decoder
-from mtp_lightning.decode.tree_files import write_tree
+from mtp_lightning.decode.tree import write_tree
 
 
 def bench_tree(path: Path, out: Path, *, num_drafts: int, device: torch.device, dtype: torch.dtype | None) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mtp_lightning.errors import Fault
-from mtp_lightning.planner.variants import obstacle, with_backward_order, with_offsets
+from mtp_lightning.planner.layout import obstacle, with_backward_order, with_offsets
 from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
 from mtp_lightning.recipe.schema.root import Recipe
 

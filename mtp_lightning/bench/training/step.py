@@ -11,7 +11,7 @@ from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import build_model
-from mtp_lightning.planner.variants import with_backward_order
+from mtp_lightning.planner.layout import with_backward_order
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.trainable import first_offset_with_loss

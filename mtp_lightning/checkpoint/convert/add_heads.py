@@ -16,7 +16,7 @@ from mtp_lightning.files.durable import write_durably
 from mtp_lightning.model.add_heads import parameter_origins
 from mtp_lightning.recipe import Recipe, num_head_layers, num_trunk_layers, recipe_to_yaml
 from mtp_lightning.recipe.add_heads import extended_recipe
-from mtp_lightning.recipe.schema.adapt import BELOW
+from mtp_lightning.recipe.schema.model import BELOW
 
 
 def extend_checkpoint(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mtp_lightning.checkpoint.convert.consolidate import (
+    CARRIED,
     REPORT_NAME,
     check_target,
     check_whole,
@@ -20,14 +22,48 @@ from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME, Provenance, wr
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
 from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint, open_folder
 from mtp_lightning.checkpoint.huggingface.tensor_plan import Init, Plan, plan_import
-from mtp_lightning.checkpoint.huggingface.tokenizer import carry_tokenizer, end_of_document, find_tokenizer
 from mtp_lightning.checkpoint.huggingface.weights import IncomingWeights
 from mtp_lightning.console.progress import say, watched
+from mtp_lightning.data.tokenizers.open import open_tokenizer
 from mtp_lightning.errors import CheckpointError, RecipeError, visible
 from mtp_lightning.files.atomic_folder import atomic_folder
 from mtp_lightning.files.durable import write_durably
 from mtp_lightning.launch.untrusted import shown
 from mtp_lightning.recipe import Recipe, check_rules, recipe_to_yaml
+
+TOKENIZERS, BESIDE = CARRIED[:2], CARRIED[2:]
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """Find the tokenizer of a folder."""
+    return next((folder / name for name in TOKENIZERS if (folder / name).is_file()), None)
+
+
+def end_of_document(path: Path, vocab_size: int, given: int | None) -> int:
+    """Open a tokenizer and return the id that ends a document.
+
+    Raises:
+        CheckpointError: It has ids for which the embedding has no row.
+        DataError: It cannot be read, or the end is in doubt.
+    """
+    tokenizer = open_tokenizer(str(path), end_of_document=given)
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            "the embedding must have a row for every id of the tokenizer",
+            f"{tokenizer.vocab_size:,} ids in {path} and {vocab_size:,} rows",
+            "Take tokenizer and weights from the same model; tokens that were added later have no weights",
+        )
+    return tokenizer.end_of_document
+
+
+def carry_tokenizer(path: Path, folder: Path) -> list[str]:
+    """Copy a tokenizer and the small files beside it into a folder; return the names."""
+    files = [path, *(path.with_name(name) for name in BESIDE)]
+    carried = [file for file in files if file.is_file()]
+    for file in carried:
+        shutil.copyfile(file, folder / file.name)
+    return [file.name for file in carried]
+
 
 COPYING_KINDS = ("parallel", "chained", "sequential", "recursive")
 MOST_OFFSETS = 1024

@@ -11,9 +11,8 @@ from mtp_lightning.console.progress import say
 from mtp_lightning.data.loading.corpus import check_manifest, folder_of, prepare_named, prepare_shards, shards_folder
 from mtp_lightning.data.loading.stream_batches import CachedValidationSet
 from mtp_lightning.data.loading.stream_documents import tars_of
-from mtp_lightning.data.sampling.group_order import ShardLocalShuffle
 from mtp_lightning.data.sampling.mixture import JoinedRows, MixedOrder, mixture_hash, quotas_of
-from mtp_lightning.data.sampling.order import ROWS, Order, ShuffledOrder
+from mtp_lightning.data.sampling.order import ROWS, Order, ShardLocalShuffle, ShuffledOrder
 from mtp_lightning.data.sampling.packing import PackedRows, prepare_plan
 from mtp_lightning.data.sampling.windows import SequenceSource, WindowDataset
 from mtp_lightning.data.shards.cache import GIB, ShardCache

@@ -15,7 +15,7 @@ from mtp_lightning.model.heads.medusa import MedusaHeads
 from mtp_lightning.model.heads.parallel import ParallelHeads
 from mtp_lightning.model.heads.recursive import RecursiveHeads
 from mtp_lightning.model.heads.sequential import SequentialHeads
-from mtp_lightning.recipe.head_tree import TRUNK
+from mtp_lightning.recipe.layer_counts import TRUNK
 
 KINDS: dict[str, Callable[..., Heads]] = {
     "parallel": ParallelHeads,

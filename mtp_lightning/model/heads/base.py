@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from mtp_lightning.model.positions import AttentionInputs
-from mtp_lightning.recipe.head_tree import TRUNK, detaches_input, norm_before, parent_offset
+from mtp_lightning.recipe.layer_counts import TRUNK, detaches_input, norm_before, parent_offset
 from mtp_lightning.recipe.schema.model import HeadsSection
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from mtp_lightning.errors import Fault, RecipeError
 from mtp_lightning.recipe.diff import leaves
-from mtp_lightning.recipe.loading.overrides import read_overrides
-from mtp_lightning.recipe.loading.parse import read_yaml
+from mtp_lightning.recipe.loading.parse import read_overrides, read_yaml
 from mtp_lightning.recipe.loading.phases import check_phases, unknown_names_in_phases
 from mtp_lightning.recipe.loading.tiny import SHRUNK, shrinking
 from mtp_lightning.recipe.loading.validate import Checked, check_fields

@@ -10,9 +10,9 @@ from mtp_lightning.recipe.add_heads import extended_recipe
 from mtp_lightning.recipe.loading.validate import check_fields, unknown_names_below
 from mtp_lightning.recipe.rules.adapt import added_by
 from mtp_lightning.recipe.rules.all import check_rules
-from mtp_lightning.recipe.schema.adapt import BELOW
 from mtp_lightning.recipe.schema.describe import one_of
 from mtp_lightning.recipe.schema.field_types import changes_kind, place_at
+from mtp_lightning.recipe.schema.model import BELOW
 from mtp_lightning.recipe.schema.phases import FOLDER, PhaseSection
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.tree import Node, merge, node_of

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from mtp_lightning.errors import Fault
-from mtp_lightning.recipe.loading.overrides import COMMAND_LINE
+from mtp_lightning.recipe.loading.parse import COMMAND_LINE
 from mtp_lightning.recipe.schema.describe import allowed, found, is_last_name, nearest, nearest_field, one_of
 from mtp_lightning.recipe.schema.field_types import ROOT, Place, follow, place_at
 from mtp_lightning.recipe.schema.root import Recipe

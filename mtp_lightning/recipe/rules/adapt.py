@@ -4,8 +4,8 @@ from typing import get_args
 
 from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
 from mtp_lightning.recipe.rules.base import Rule
-from mtp_lightning.recipe.schema.adapt import Target
 from mtp_lightning.recipe.schema.describe import one_of
+from mtp_lightning.recipe.schema.model import Target
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.trainable import TrainableParts, mixing_offsets
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from pydantic import Field
 
-from mtp_lightning.recipe.schema.adapt import FrozenPart
 from mtp_lightning.recipe.schema.base import PositiveInt, Section
+from mtp_lightning.recipe.schema.model import FrozenPart
 
 FOLDER = "phases"
 """Where the run folders of phases lie in the run's own."""

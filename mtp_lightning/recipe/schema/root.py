@@ -4,10 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mtp_lightning.recipe.schema.adapt import BELOW, AdaptSection, FrozenPart
 from mtp_lightning.recipe.schema.base import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from mtp_lightning.recipe.schema.data import BatchSection, DataSection
-from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
+from mtp_lightning.recipe.schema.model import BELOW, AdaptSection, FrozenPart, HeadsSection, ModelSection
 from mtp_lightning.recipe.schema.objective import MemorySection, ObjectiveSection
 from mtp_lightning.recipe.schema.phases import PhaseSection
 

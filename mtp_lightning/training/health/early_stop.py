@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from mtp_lightning.checkpoint.format.folder import CheckpointFolder
 from mtp_lightning.console.progress import say
 from mtp_lightning.recipe.schema.root import EarlyStopSection, Recipe
-from mtp_lightning.training.saving.score import LOSS_TOLERANCE, CheckpointScore, score_of
+from mtp_lightning.training.saving.save_checkpoints import LOSS_TOLERANCE, CheckpointScore, score_of
 
 
 def is_over(recipe: Recipe, checkpoint: CheckpointFolder) -> bool:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.training.logging.metrics_table import Row, read_rows
+from mtp_lightning.training.logging.metrics_files import Row, read_rows
 
 # Okabe and Ito's colours, which stay apart under every common kind of colour blindness.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999999")

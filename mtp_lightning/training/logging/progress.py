@@ -9,7 +9,7 @@ from typing import Any, final
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.logging.columns import as_number
-from mtp_lightning.training.saving.score import CheckpointScore, score_of
+from mtp_lightning.training.saving.save_checkpoints import CheckpointScore, score_of
 
 
 @final

@@ -19,9 +19,9 @@ from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.logging.curves import draw_training_curves
-from mtp_lightning.training.logging.metrics_table import Row, read_rows
+from mtp_lightning.training.logging.live import count, duration, number, share
+from mtp_lightning.training.logging.metrics_files import Row, read_rows
 from mtp_lightning.training.logging.progress import bits_unit
-from mtp_lightning.training.logging.rendering import count, duration, number, share
 from mtp_lightning.training.saving.save_checkpoints import Checkpoints
 
 

@@ -1,11 +1,14 @@
 """What a checkpoint is made of, and writing it beside the training."""
 
 import copy
+import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
+import torch
 import torch.distributed as dist
 
 from mtp_lightning.checkpoint.format.state_tree import write_state
@@ -13,6 +16,26 @@ from mtp_lightning.checkpoint.format.write_shards import write_pieces
 from mtp_lightning.files.durable import FileRecord
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.training.strategies.base import RunStrategy
+
+
+def rng_state() -> dict[str, Any]:
+    """Read the generators of Python, numpy, torch and, where CUDA is in use, this rank's device."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put the generators back; this rank's device is the current one, whatever its number was when it was saved."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for device_state in state["cuda"][:1]:
+            torch.cuda.set_rng_state(device_state)
 
 
 @final

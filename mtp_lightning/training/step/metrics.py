@@ -10,6 +10,7 @@ and the offset's q, which is one minus their total variation. Sampled acceptance
 overlaps of offsets 2 ... k, and the sampled length is 1 + the sum of sampled acceptances. Validation measures these.
 """
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,29 @@ from torchmetrics import Metric
 
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE
+from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.step.objective import OffsetLosses
+
+
+class ThroughputClock:
+    """Measures tokens per second since the last logged step, without the time of validations and checkpoints."""
+
+    def __init__(self, recipe: Recipe, step: int) -> None:
+        """Start at `step` optimizer steps done."""
+        self._recipe, self._step = recipe, step
+        self._began_at = time.monotonic()
+
+    def pause(self, spent_s: float) -> None:
+        """Subtract `spent_s` (validation, checkpoint) from the time that counts."""
+        self._began_at += spent_s
+
+    def lap(self, step: int) -> float:
+        """Return tokens per second since the last lap, and begin the next at `step` optimizer steps done."""
+        now, tokens = time.monotonic(), tokens_after(self._recipe, step) - tokens_after(self._recipe, self._step)
+        spent_s = now - self._began_at
+        self._began_at, self._step = now, step
+        return tokens / spent_s
 
 
 class OffsetMetrics(Metric):

@@ -10,9 +10,16 @@ import pytest
 from rich.console import Console, RenderableType
 
 from mtp_lightning.training.logging.columns import metric_columns
-from mtp_lightning.training.logging.live import SHORTEST_PAUSE_S, LiveView
+from mtp_lightning.training.logging.live import (
+    SHORTEST_PAUSE_S,
+    LiveView,
+    count,
+    duration,
+    live_view,
+    plain_line,
+    plain_validation,
+)
 from mtp_lightning.training.logging.progress import Progress
-from mtp_lightning.training.logging.rendering import count, duration, live_view, plain_line, plain_validation
 from mtp_lightning.training.saving.save_checkpoints import Checkpoints
 from tests.training.callbacks.tiny_run import LAYERS, fit, tiny_recipe
 

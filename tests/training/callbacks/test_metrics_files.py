@@ -9,7 +9,7 @@ import torch
 
 from mtp_lightning.errors import RunFolderError
 from mtp_lightning.training.logging.columns import metric_columns
-from mtp_lightning.training.logging.metrics_table import MetricsTable, read_rows
+from mtp_lightning.training.logging.metrics_files import MetricsTable, read_rows
 from tests.training.callbacks.tiny_run import TinyModule, fit, tiny_recipe
 
 COLUMNS = ["step", "tokens", "train/loss_1", "val/loss_1"]

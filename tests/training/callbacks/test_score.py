@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from mtp_lightning.training.saving.score import CheckpointScore, score_of
+from mtp_lightning.training.saving.save_checkpoints import CheckpointScore, score_of
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from mtp_lightning.training.logging.curves import build_figure, draw_training_curves
-from mtp_lightning.training.logging.metrics_table import read_rows
+from mtp_lightning.training.logging.metrics_files import read_rows
 from tests.training.callbacks.tiny_run import TinyModule, fit, tiny_recipe
 
 

@@ -28,7 +28,7 @@ from mtp_lightning.recipe.schema.root import (
 from mtp_lightning.training.build_callbacks import build_callbacks
 from mtp_lightning.training.logging.loggers import LoggedRun, build_loggers
 from mtp_lightning.training.logging.summary import Summary
-from mtp_lightning.training.step.throughput import ThroughputClock
+from mtp_lightning.training.step.metrics import ThroughputClock
 from mtp_lightning.training.step.vote import StopVote
 from mtp_lightning.training.strategies.single import SingleStrategy
 

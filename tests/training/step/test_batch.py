@@ -8,7 +8,7 @@ import torch
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.training.step.batch import prepare_batch, weights_at
-from mtp_lightning.training.step.throughput import ThroughputClock
+from mtp_lightning.training.step.metrics import ThroughputClock
 from mtp_lightning.training.step.vote import NUM_STOP_LEVELS, StopVote, agree_on_step
 from tests.support.tiny import tiny_recipe, tiny_rows
 

@@ -1,0 +1,157 @@
+"""`mtp import`, `mtp export`, `mtp extend`: models from and for others, and more heads on a trained one."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def extend(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="Folder of a run (its newest complete checkpoint is taken), a checkpoint, or an exported folder.",
+            show_default=False,
+        ),
+    ],
+    *,
+    to: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens to predict, the next one included.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.", show_default=False)],
+    group: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many trained heads to copy, the last ones; all beyond the first unless given."),
+    ] = None,
+    train_free: Annotated[
+        bool, typer.Option("--train-free", help="For decoding and evaluation as it is: set nothing up to be trained.")
+    ] = False,
+) -> None:
+    """Give a trained model more heads by copying its own, ready to be trained with everything else frozen."""
+    from mtp_lightning.checkpoint.convert.add_heads import extend_checkpoint
+
+    extend_checkpoint(path, out, to, group=group, train_free=train_free)
+
+
+class Format(StrEnum):
+    """What can be written."""
+
+    consolidated = "consolidated"
+    hf = "hf"
+    hf_mtp = "hf_mtp"
+
+
+class Dtype(StrEnum):
+    """Types of exported weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+def export(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="Folder of a run (its newest complete checkpoint is taken), or one of its checkpoints; for hf also an "
+            "exported or imported folder.",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.", show_default=False)],
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="consolidated: all heads, with recipe.yaml. hf: the next-token model as transformers reads it. "
+            "hf_mtp: with sequential modules beside it, under DeepSeek's names."
+        ),
+    ] = Format.consolidated,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = Dtype.fp32,
+) -> None:
+    """Write a checkpoint, however many ranks made it, as one folder that other tools can read; needs no GPU."""
+    if format is Format.consolidated:
+        from mtp_lightning.checkpoint.convert.consolidate import consolidate
+
+        consolidate(path, out, dtype=dtype.value)
+    else:
+        from mtp_lightning.checkpoint.huggingface.export_model import export_hf
+
+        export_hf(path, out, dtype=dtype.value, with_modules=format is Format.hf_mtp)
+
+
+class Kind(StrEnum):
+    """Head kinds."""
+
+    parallel = "parallel"
+    linear = "linear"
+    chained = "chained"
+    sequential = "sequential"
+    recursive = "recursive"
+    medusa = "medusa"
+
+
+class Init(StrEnum):
+    """What heads beyond the main one start as."""
+
+    native = "native"
+    copy = "copy"
+    random = "random"
+
+
+def import_model(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="HF_FOLDER",
+            help="Folder of a pretrained model, with config.json and *.safetensors (or Meta's params.json).",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.", show_default=False)],
+    offsets: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens to predict, the next one included (default: as in the folder).",
+            show_default=False,
+        ),
+    ] = None,
+    kind: Annotated[
+        Kind | None, typer.Option(help="Head kind (default: as in the folder, or parallel).", show_default=False)
+    ] = None,
+    init: Annotated[
+        Init | None,
+        typer.Option(
+            help="Heads beyond the main one: the folder's own, copies of the last layer, or random "
+            "(default: native where there are any, else copy).",
+            show_default=False,
+        ),
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Stored tensors (*) that may be missing, and begin anew, or be left out; may be repeated.",
+        ),
+    ] = None,
+    end_of_document: Annotated[
+        int | None, typer.Option(metavar="ID", min=0, help="Id of the token that ends a document.", show_default=False)
+    ] = None,
+) -> None:
+    """Put heads on a pretrained model: a folder and a recipe that `mtp train` starts from; needs no GPU."""
+    from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
+
+    wanted = Wanted(
+        num_offsets=offsets,
+        kind=kind.value if kind else None,
+        init=init.value if init else None,
+        allow=tuple(allow or ()),
+        end_of_document=end_of_document,
+    )
+    import_folder(path, out, wanted)
