@@ -28,7 +28,7 @@ from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, changed_fields, load_recipe, recipe_to_yaml
 from mtp_lightning.recipe.loading.phases import phases_of
 from mtp_lightning.recipe.schema.phases import FOLDER as PHASES
-from mtp_lightning.training.health.rollback import read_rollbacks
+from mtp_lightning.training.step.skipped_steps import read_rollbacks
 
 FILES = (".lock", MARKER, "recipe.yaml", "metrics.csv", "summary.json", "curves.png", "logging.json", "mlflow.db")
 FOLDERS = ("checkpoints", "logs", "phases", "tensorboard", "wandb")

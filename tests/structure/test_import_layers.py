@@ -1,10 +1,11 @@
 """Imports go downwards only; heavy libraries enter at one place."""
 
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from tests.structure.source import FILES, PACKAGE, imports_of
+from tests.structure.source import FILES, PACKAGE, imports_of, module_of
 
 LAYERS = (
     ("errors",),
@@ -91,3 +92,23 @@ def test_webdataset_is_imported_in_one_package() -> None:
 def test_imports_are_found_at_all() -> None:
     assert ("data", "recipe") in {(room_of(path), other) for path in FILES for _, other in rooms_imported(path)}
     assert len(FILES) > 50
+
+
+def parts_of(module: str, depth: int) -> str:
+    """Return the room at a depth that a module lies in: `training.step` of `mtp_lightning.training.step.batch`."""
+    return ".".join(module.split(".")[1 : depth + 1])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3], ids=["packages", "rooms", "files"])
+def test_no_imports_run_in_a_circle(depth: int) -> None:
+    """Neither between packages, nor between the rooms of one, nor between files."""
+    modules = {module_of(path): path for path in FILES if path.name != "__init__.py"}
+    users: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        own = parts_of(module, depth)
+        for _, name in imports_of(path):
+            target = name if name in modules else name.rpartition(".")[0]
+            if target in modules and parts_of(target, depth) != own:
+                users.setdefault(own, set()).add(parts_of(target, depth))
+    assert len(users) > 10
+    TopologicalSorter(users).prepare()  # raises CycleError, which names the circle

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast, final
 
@@ -12,43 +12,12 @@ from lightning.pytorch.callbacks import Callback
 from mtp_lightning.checkpoint.format.commit import read_pointer
 from mtp_lightning.checkpoint.format.folder import CheckpointFolder, newest_complete
 from mtp_lightning.data.loading.datamodule import MtpDataModule
-from mtp_lightning.errors import NonFiniteError, RunFolderError
+from mtp_lightning.errors import NonFiniteError
 from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import NonFiniteSection
-from mtp_lightning.training.step.skipped_steps import EXPECTED, HINT, NonFiniteStreak
+from mtp_lightning.training.step.skipped_steps import EXPECTED, HINT, RECORDS, NonFiniteStreak, Rollback, read_rollbacks
 from mtp_lightning.training.strategies.base import RunStrategy
-
-RECORDS = Path("logs/rollbacks.json")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rollback:
-    """Rows that a run leaves out since it has gone back; counted as they would be consumed at that time."""
-
-    step: int  # that was one too many
-    checkpoint: int  # step of the checkpoint that the run went back to, 0 for its beginning
-    first: int
-    count: int
-
-
-def read_rollbacks(run_folder: Path) -> list[Rollback]:
-    """Read the rollbacks of a run, oldest first; call it on one rank only.
-
-    Raises:
-        RunFolderError: The file cannot be read.
-    """
-    path = run_folder / RECORDS
-    try:
-        return [Rollback(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError) as error:
-        raise RunFolderError(
-            "the record of a run's rollbacks must be readable",
-            f"{path}: {error}",
-            "Repair it: without it the run would train on rows that it must leave out",
-        ) from None
 
 
 def roll_back(run_folder: Path, section: NonFiniteSection, streak: NonFiniteStreak) -> CheckpointFolder | None:

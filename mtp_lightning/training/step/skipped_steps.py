@@ -1,8 +1,11 @@
 """Count steps that leave the weights as they are: their loss or gradient is not finite, or they have no target."""
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
-from mtp_lightning.errors import NonFiniteError
+from mtp_lightning.errors import NonFiniteError, RunFolderError
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import NonFiniteSection
 
@@ -11,6 +14,37 @@ HINT = (
     "The last good checkpoint is whole: lower optimizer.lr, lengthen optimizer.warmup_steps, or use "
     "run.precision=fp32; or allow more of health.nonfinite.skip_steps and rollbacks."
 )
+
+RECORDS = Path("logs/rollbacks.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """Rows that a run leaves out since it has gone back; counted as they would be consumed at that time."""
+
+    step: int  # that was one too many
+    checkpoint: int  # step of the checkpoint that the run went back to, 0 for its beginning
+    first: int
+    count: int
+
+
+def read_rollbacks(run_folder: Path) -> list[Rollback]:
+    """Read the rollbacks of a run, oldest first; call it on one rank only.
+
+    Raises:
+        RunFolderError: The file cannot be read.
+    """
+    path = run_folder / RECORDS
+    try:
+        return [Rollback(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        raise RunFolderError(
+            "the record of a run's rollbacks must be readable",
+            f"{path}: {error}",
+            "Repair it: without it the run would train on rows that it must leave out",
+        ) from None
 
 
 @final
