@@ -8,6 +8,7 @@ trunk -> 1                          trunk -> 1 -> 2 -> ... -> n               tr
       -> n
 """
 
+from mtp_lightning.recipe.head_kinds import registered
 from mtp_lightning.recipe.schema.model import HeadsSection
 
 TRUNK = 0  # the trunk's output stands in the place of an offset where heads name what they read
@@ -20,6 +21,8 @@ def parent_offset(heads: HeadsSection, offset: int) -> int:
     >>> [parent_offset(chain, offset) for offset in (1, 2, 3, 4)]
     [2, 3, 4, 0]
     """
+    if (own := registered(heads.kind)) is not None:
+        return own.parent(heads, offset)
     if heads.kind in ("parallel", "linear", "medusa"):
         return TRUNK
     if (heads.kind, heads.order) == ("chained", "anticausal"):

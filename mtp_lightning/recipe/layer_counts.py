@@ -1,5 +1,6 @@
 """Who owns the layers: trunk or heads. Model, planner and the rules of a recipe all ask here."""
 
+from mtp_lightning.recipe.head_kinds import registered
 from mtp_lightning.recipe.schema.root import Recipe
 
 
@@ -13,6 +14,8 @@ def num_head_layers(recipe: Recipe) -> int:
     4
     """
     heads = recipe.heads
+    if (own := registered(heads.kind)) is not None:
+        return sum(own.num_layers(heads, offset) for offset in range(1, heads.num_offsets + 1))
     layers_of_kind = {
         "parallel": heads.num_offsets * heads.layers_per_head,
         "chained": heads.num_offsets * heads.layers_per_head,
@@ -40,4 +43,6 @@ def num_layers_from_trunk(recipe: Recipe) -> int:
     """Count the layers that the heads take out of the trunk."""
     if recipe.heads.layers_from_trunk:
         return num_head_layers(recipe)
+    if (own := registered(recipe.heads.kind)) is not None:
+        return own.num_layers(recipe.heads, 1)
     return recipe.heads.layers_per_head if recipe.heads.kind in ("parallel", "chained") else 0
