@@ -15,6 +15,7 @@ PAGES = [
 ]
 WRITTEN = ROOT / "docs/reference"  # from the program itself
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"^    \S.*\n(?:    .*\n)*", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 INLINE = re.compile(r"`([^`\n]+)`")
 BRACES = re.compile(r"\{([^{}=:]*,[^{}=:]*)\}")
@@ -48,7 +49,7 @@ def anchors(text: str) -> set[str]:
 
 def commands(text: str) -> Iterator[list[str]]:
     """Arguments of every `mtp` command in the shell blocks of a page."""
-    for block in blocks(text, "bash"):
+    for block in (*blocks(text, "bash"), *INDENTED.findall(BLOCK.sub("", text))):
         for line in block.replace("\\\n", " ").splitlines():
             yield from commands_of(line)
 
@@ -59,10 +60,11 @@ def commands_of(line: str) -> Iterator[list[str]]:
     >>> list(commands_of("a && srun -n2 .venv/bin/mtp train x.yaml 'a=[1, 2]'  # words"))
     [['train', 'x.yaml', 'a=[1, 2]']]
     """
-    words = shlex.split(line, comments=True)
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&")
+    lexer.whitespace_split = True
     parts: list[list[str]] = [[]]
-    for word in words:
-        if word in ("&&", ";", "|", "||", "&"):
+    for word in lexer:
+        if set(word) <= set(";|&"):
             parts.append([])
         else:
             parts[-1].append(word)

@@ -42,6 +42,12 @@ def context_of(arguments):
     return command, " ".join(names), left
 
 
+def unknown_options(command, left):
+    """List options that a command does not have."""
+    options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    return [word for word in left if word.startswith("--") and word.partition("=")[0] not in options]
+
+
 def overrides_of(left):
     """Recipe file and overrides of a command that takes them; those of a site are not the recipe's."""
     words = [word for word in left if not word.startswith(("-", "site."))]
@@ -63,6 +69,9 @@ def test_links_lead_somewhere(page):
 def test_commands_parse(page):
     for arguments in commands(TEXTS[page]):
         command, name, left = context_of(arguments)
+        if any(word.startswith("$") for word in left):  # what a shell puts there may be anything
+            assert unknown_options(command, left) == [], f"mtp {name}"
+            continue
         try:
             command.make_context(name, left)
         except Exception as error:  # typer's classes change their place with its version
@@ -77,9 +86,7 @@ def test_commands_in_sentences_have_verbs_and_options_that_there_are(page):
             continue
         for arguments in commands_of(text.replace("…", "").replace("'", "")):
             command, name, left = context_of(arguments)
-            options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
-            unknown = [word for word in left if word.startswith("--") and word.partition("=")[0] not in options]
-            assert unknown == [], f"mtp {name}"
+            assert unknown_options(command, left) == [], f"mtp {name}"
 
 
 @pytest.mark.parametrize("page", BY_HAND)
