@@ -1,9 +1,13 @@
 """The reference pages say what the program says."""
 
+import doctest
+
 import pytest
 
+from docs import generate
 from docs.generate import FOLDER, NOTE, cell, pages, slug
 from mtp_lightning.recipe.schema.field_types import fields
+from tests.docs import documents
 
 PAGES = pages()
 
@@ -14,6 +18,13 @@ def test_a_page_is_what_would_be_written_now(name):
     assert path.is_file(), f"{path} is missing: run python docs/generate.py"
     assert path.read_text(encoding="utf-8") == PAGES[name], f"{path} is stale: run python docs/generate.py"
     assert NOTE in PAGES[name]
+
+
+@pytest.mark.parametrize("module", [generate, documents], ids=lambda module: module.__name__)
+def test_examples_in_docstrings_are_true(module):
+    outcome = doctest.testmod(module)
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
 
 
 def test_nothing_else_is_among_them():
