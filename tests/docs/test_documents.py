@@ -129,5 +129,14 @@ def test_python_code_runs(page, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.parametrize("page", [page for page in BY_HAND if blocks(TEXTS[page], "yaml")])
+def test_recipes_in_the_text_are_valid(page, tmp_path):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for number, text in enumerate(blocks(TEXTS[page], "yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text, encoding="utf-8")
+        load_recipe(path)
+
+
 def test_readme_is_short():
     assert len(TEXTS["README.md"].splitlines()) <= 110
