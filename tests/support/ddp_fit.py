@@ -52,7 +52,7 @@ def main(recipe_file, folder, num_ranks, *overrides):
     steps, watch, module = watch_averaging(), Watch(), MtpLightningModule(recipe)
     trainer = L.Trainer(
         accelerator="cpu",
-        strategy="ddp" if int(num_ranks) > 1 else "auto",
+        strategy="ddp",
         devices=int(num_ranks),
         max_steps=recipe.run.steps,
         callbacks=[watch, *recipe_callbacks(recipe)],
