@@ -1,1 +1,1 @@
-"""Checks of this machine and of the strategies: parity with a plain loop, and the preflight of a recipe."""
+"""Checks of this machine, of the strategies, of a recipe before it runs, and of head kinds that users add."""

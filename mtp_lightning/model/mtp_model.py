@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.model.heads import KINDS, TRUNK, HeadContext
+from mtp_lightning.model.heads import TRUNK, HeadContext, head_class
 from mtp_lightning.model.layers import Layer, Trunk
 from mtp_lightning.model.lora import add_updates, initialise_update
 from mtp_lightning.model.positions import AttentionInputs, document_geometry, window_geometry
@@ -33,7 +33,7 @@ class MtpModel(nn.Module):
         recompute = recipe.memory.recompute_heads
         if recompute is None:
             recompute = recipe.heads.kind == "recursive"
-        self.heads = KINDS[recipe.heads.kind](recipe.model, recipe.heads, recompute=recompute)
+        self.heads = head_class(recipe.heads.kind)(recipe.model, recipe.heads, recompute=recompute)
         self.unembedding = Unembedding(recipe, self.heads)
         self.layer_mix = nn.ModuleDict(
             {str(offset): ScalarMix(num_trunk_layers(recipe), section) for offset in mixing_offsets(recipe)}

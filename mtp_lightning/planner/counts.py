@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from mtp_lightning.recipe.head_kinds import registered
 from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
 from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 from mtp_lightning.recipe.schema.root import Recipe
@@ -136,7 +137,12 @@ def norm_vectors(model: ModelSection) -> int:
 
 def head_weights(recipe: Recipe) -> Weights:
     """Count what all heads together hold."""
-    besides = BESIDES_LAYERS[recipe.heads.kind](recipe.model, recipe.heads)
+    if (own := registered(recipe.heads.kind)) is not None:
+        offsets = range(1, recipe.heads.num_offsets + 1)
+        parts = [Weights(*own.weights_beside_layers(recipe.model, recipe.heads, offset)) for offset in offsets]
+        besides = sum(parts, Weights())
+    else:
+        besides = BESIDES_LAYERS[recipe.heads.kind](recipe.model, recipe.heads)
     return num_head_layers(recipe) * layer_weights(recipe.model) + besides
 
 

@@ -12,7 +12,9 @@ autograd does, so that torch counts the same products in a real step.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mtp_lightning.recipe.layer_counts import TRUNK, detaches_input, norm_before, num_trunk_layers, parent_offset
+from mtp_lightning.recipe.head_kinds import registered
+from mtp_lightning.recipe.head_tree import TRUNK, detaches_input, norm_before, parent_offset
+from mtp_lightning.recipe.layer_counts import num_trunk_layers
 from mtp_lightning.recipe.rules.adapt import adapted_targets
 from mtp_lightning.recipe.schema.model import ModelSection
 from mtp_lightning.recipe.schema.root import Recipe
@@ -139,6 +141,10 @@ class _Walk:
         heads, model, is_trained = recipe.heads, recipe.model, trained.head(offset)
         has_path = self._reads_path(offset)
         num_layers = heads.layers_per_head if heads.kind in ("parallel", "chained") else 0
+        if (own := registered(heads.kind)) is not None:
+            num_layers, (entries, _) = own.num_layers(heads, offset), own.weights_beside_layers(model, heads, offset)
+            self.heads += product(entries, reads=has_path, is_trained=is_trained)
+            has_path = has_path or (is_trained and entries > 0)
         if heads.kind in ("sequential", "recursive") and offset > 1:
             reads = has_path or is_trained or (trained.trunk and not heads.detach_trunk)  # the norms before it, too
             self.heads += product(2 * model.hidden_size**2, reads=reads, is_trained=is_trained)

@@ -9,6 +9,7 @@ from mtp_lightning.planner.counts import (
     trainable_parameters,
 )
 from mtp_lightning.planner.passes import ALL_PROJECTIONS, Passes, passes_of
+from mtp_lightning.recipe.head_kinds import registered
 from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
 from mtp_lightning.recipe.schema.root import Recipe
 
@@ -101,12 +102,19 @@ def shape_of(recipe: Recipe) -> Shape:
         heads=Heads(
             num_offsets=heads.num_offsets,
             num_layers=num_head_layers(recipe),
-            is_chain=heads.kind in CHAINED_KINDS,
+            is_chain=_is_chain(recipe),
         ),
         vocab_size=recipe.model.vocab_size,
         seq_len=recipe.data.seq_len,
         attends_in_document=recipe.data.document_mask,
     )
+
+
+def _is_chain(recipe: Recipe) -> bool:
+    own, offsets = registered(recipe.heads.kind), range(1, recipe.heads.num_offsets + 1)
+    if own is not None:
+        return any(own.parent(recipe.heads, offset) for offset in offsets)
+    return recipe.heads.kind in CHAINED_KINDS
 
 
 def _layer_of(recipe: Recipe) -> Layer:

@@ -6,7 +6,8 @@ the planner to counts.
 
 from collections.abc import Callable, Collection, Iterable
 
-from mtp_lightning.recipe.layer_counts import TRUNK, has_final_norm, parent_offset
+from mtp_lightning.recipe.head_tree import TRUNK, has_final_norm, parent_offset
+from mtp_lightning.recipe.schema.model import HeadsSection
 from mtp_lightning.recipe.schema.root import Recipe
 
 ADDED = ("lora", "layer_mix")
@@ -149,4 +150,9 @@ def planned_offsets(recipe: Recipe) -> list[int]:
     with_loss = range(first_offset_with_loss(recipe), heads.num_offsets + 1)
     reads_main = recipe.objective.distill is not None
     needed = offsets_to_run(with_loss, lambda offset: parent_offset(heads, offset), reads_main=reads_main)
-    return sorted(needed, reverse=(heads.kind, heads.order) == ("chained", "anticausal"))
+    return sorted(sorted(needed), key=lambda offset: _depth(heads, offset))
+
+
+def _depth(heads: HeadsSection, offset: int) -> int:
+    """Count the offsets on the way from the trunk to one."""
+    return 0 if offset == TRUNK else 1 + _depth(heads, parent_offset(heads, offset))

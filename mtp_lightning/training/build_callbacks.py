@@ -6,6 +6,7 @@ from pathlib import Path
 from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.launch.signals import StopRequest
+from mtp_lightning.recipe.loading.load import RecipeLike, as_recipe
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.trainable import freezes_anything
 from mtp_lightning.training.health.drift import DriftMonitor, drift_section
@@ -39,15 +40,33 @@ def build_callbacks(
     checkpoints = Checkpoints(recipe, run_folder / "checkpoints", layers=layers)
     return [
         Stragglers(),
-        *([InitFrom(recipe, Path(recipe.init.path))] if recipe.init.path else []),
-        *([Frozen()] if freezes_anything(recipe) else []),
+        *recipe_callbacks(recipe),
         Rollbacks(run_folder),
-        *([DriftMonitor(recipe, guard)] if (guard := drift_section(recipe)) else []),
-        *([EarlyStop(recipe.run.early_stop)] if recipe.run.early_stop else []),
         MetricsFiles(recipe, run_folder),
         checkpoints,
         Interruption(checkpoints, stop or StopRequest()),
         LiveView(recipe, run_folder, checkpoints),
         Summary(recipe, run_folder, checkpoints),
         Watchdog(recipe, run_folder),
+    ]
+
+
+def recipe_callbacks(recipe: RecipeLike) -> list[Callback]:
+    """Make the callbacks that carry out parts of a recipe, for a Trainer of the user's own.
+
+    They load the weights of `init.path`, compare what is frozen, watch the main head and end a run early. What
+    `mtp train` adds to them writes its run folder.
+
+    Args:
+        recipe: the recipe that the module is given, or its path.
+
+    Raises:
+        RecipeError: The file has faults.
+    """
+    recipe = as_recipe(recipe)
+    return [
+        *([InitFrom(recipe, Path(recipe.init.path))] if recipe.init.path else []),
+        *([Frozen()] if freezes_anything(recipe) else []),
+        *([DriftMonitor(recipe, drift)] if (drift := drift_section(recipe)) else []),
+        *([EarlyStop(recipe.run.early_stop)] if recipe.run.early_stop else []),
     ]

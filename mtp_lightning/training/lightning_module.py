@@ -12,13 +12,14 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from mtp_lightning.losses.target_checks import ORACLE_STEPS, TargetCountCheck, check_targets
 from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.planner.flops import tokens_after
-from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.recipe.loading.load import RecipeLike, as_recipe
 from mtp_lightning.training.step.backward_order import accumulate_gradients, evaluate
 from mtp_lightning.training.step.batch import Batch, MicroBatch, PreparedBatch, prepare_batch
 from mtp_lightning.training.step.gradient_checks import GradientChecksum, NonzeroGradientCheck
@@ -34,11 +35,12 @@ from mtp_lightning.training.step.optimizer import (
 from mtp_lightning.training.step.skipped_steps import SkippedSteps
 from mtp_lightning.training.step.vote import AgreedCounts, StopVote, agree_on_step
 from mtp_lightning.training.strategies.base import RunStrategy
+from mtp_lightning.training.strategies.own_trainer import OwnTrainerStrategy, check_trainer
 from mtp_lightning.training.strategies.param_shards import gradient_norms
 
 
 class MtpLightningModule(L.LightningModule):
-    """Trains an `MtpModel` in the recipe's backward order.
+    """Trains an `MtpModel` in the recipe's backward order, under `mtp train` or a Trainer of the user's own.
 
     Attributes:
         model: trunk, heads and unembedding.
@@ -50,17 +52,26 @@ class MtpLightningModule(L.LightningModule):
 
     model: MtpModel
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: RecipeLike) -> None:
+        """Take a recipe, or the path of one."""
         super().__init__()
+        recipe = as_recipe(recipe)
         self.automatic_optimization = False
         self.stop_vote = StopVote()
         self.recipe = recipe
         self.metrics: dict[str, float] = {}
         self.skipped_steps = SkippedSteps(recipe.health.nonfinite)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuse a trainer of the user's own that would not do what the recipe says; add nothing."""
+        if not isinstance(self.trainer.strategy, RunStrategy):
+            check_trainer(self.trainer, self.recipe)
+        return []
+
     def setup(self, stage: str) -> None:
         """Begin to measure."""
         self.measured = RunMetrics.on(self.strategy.device, self.recipe)
+        self.throughput = ThroughputClock(self.recipe, self.global_step)  # a validation may come before training
 
     def configure_model(self) -> None:
         """Build the model once, as the strategy wants it."""
@@ -72,8 +83,9 @@ class MtpLightningModule(L.LightningModule):
 
     @property
     def strategy(self) -> RunStrategy:
-        """The run's strategy."""
-        return cast(RunStrategy, self.trainer.strategy)
+        """The run's strategy, or that of a trainer of the user's own in the same form."""
+        strategy = self.trainer.strategy
+        return strategy if isinstance(strategy, RunStrategy) else OwnTrainerStrategy(cast(Any, strategy))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW in groups by role."""
@@ -111,6 +123,7 @@ class MtpLightningModule(L.LightningModule):
         self.trainer.datamodule.advance(len(batch["tokens"]) * self.strategy.ranks.size)  # type: ignore[attr-defined]
         if self._is_logged(step + 1):
             self._log_step(step, norms)
+            self._publish(self.metrics)
         if step + 1 == self.recipe.run.steps:
             self.trainer.should_stop = True  # Lightning 2.6 validates once more before it stops, whatever the interval
 
@@ -163,7 +176,9 @@ class MtpLightningModule(L.LightningModule):
         for source, metrics in self.measured.by_source.items():
             figures |= of_source(metrics.compute(), source)
             metrics.reset()
-        self.metrics |= {f"val/{name}": figure for name, figure in figures.items()}
+        figures = {f"val/{name}": figure for name, figure in figures.items()}
+        self.metrics |= figures
+        self._publish(figures)
 
     def _check_targets(self, batch: Batch, prepared: PreparedBatch) -> None:
         """Compare targets with the slow oracle in the first steps of every start."""
@@ -270,6 +285,18 @@ class MtpLightningModule(L.LightningModule):
             "tokens_per_s": self.throughput.lap(step + 1),
             "memory_gib": self._memory_bytes() / 2**30,
         }
+
+    def _publish(self, figures: dict[str, float]) -> None:
+        """Hand figures to the loggers and callbacks of a trainer of the user's own; ranks agree on them.
+
+        Lightning would log a training step only where its own interval falls on it, so loggers get that row directly.
+        """
+        if isinstance(self.trainer.strategy, RunStrategy):
+            return
+        loggers, is_step = self.trainer.loggers, self.trainer.training
+        self.log_dict(figures, logger=bool(loggers) and not is_step, sync_dist=self.trainer.world_size > 1)
+        for logger in loggers if is_step else ():
+            logger.log_metrics(figures, step=self.global_step)
 
     def _memory_bytes(self) -> int:
         """Peak memory so far: the device's allocator on CUDA, this process's resident set on the CPU."""

@@ -24,14 +24,15 @@ from tests.support.runs import ROOT, figures
 SHARED = f"""
 extends: {ROOT}/recipes/debug/sequential.yaml
 heads: {{num_offsets: 2}}
-run: {{cache: cache, steps: 24, log_every_steps: 8, validate_every_steps: 12, validation_samples: 4,
-      checkpoint_every_steps: 4, threads: 1, device: cpu}}
+run: {{cache: cache, steps: 24, validate_every_steps: 12, validation_samples: 4, threads: 1, device: cpu}}
+checkpoint: {{every_steps: 4}}
+logging: {{every_steps: 8}}
 """
 RECIPES = {
     "first": "",
     "second": "init: {path: 'out/first/seed{seed}'}\nphases: {heads: {run: {steps: 8}}, joint: {}}",
-    "wreck": "run: {steps: 4, log_every_steps: 2, start_from: out/first/seed0,"
-    " guard: {every_steps: 2, stop_loss: 1e-6}}\noptimizer: {lr: 5.0}",
+    "wreck": "run: {steps: 4}\nlogging: {every_steps: 2}\ninit: {path: out/first/seed0}\n"
+    "health: {drift: {every_steps: 2, stop_loss: 1e-6}}\noptimizer: {lr: 5.0}",
     "doomed": "run: {steps: 4}\ninit: {path: wrecks/wreck/seed0}",
     "well": "run: {steps: 4, validate_every_steps: 4}",
 }

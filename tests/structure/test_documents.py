@@ -1,12 +1,12 @@
 """Every field is documented, and every relative link leads somewhere."""
 
-import re
 from pathlib import Path
 
 import pytest
 
 from mtp_lightning.recipe.schema.base import Section
 from mtp_lightning.recipe.schema.root import Recipe
+from tests.docs.documents import links
 from tests.structure.source import ROOT
 
 SKIPPED = {"build", "dist", "runs", "node_modules"}
@@ -15,7 +15,6 @@ PAGES = [
     for page in sorted(ROOT.rglob("*.md"))
     if not any(part.startswith(".") or part in SKIPPED for part in page.relative_to(ROOT).parts)
 ]
-LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def sections_below(section: type[Section]) -> list[type[Section]]:
@@ -42,6 +41,6 @@ def test_there_are_pages() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(page: Path) -> None:
-    targets = [target for target in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in target]
+    targets = [target for target in links(page.read_text(encoding="utf-8")) if "://" not in target]
     files = [target.partition("#")[0] for target in targets if not target.startswith(("#", "mailto:"))]
     assert not [file for file in files if not (page.parent / file).exists()]

@@ -17,7 +17,7 @@ from mtp_lightning.data.loading.stream_documents import StreamRows
 from mtp_lightning.data.sampling.order import Range, with_skipped, without_skipped
 from mtp_lightning.data.sampling.windows import SequenceSource
 from mtp_lightning.errors import CheckpointError, DataError
-from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.recipe.loading.load import RecipeLike, as_recipe
 
 STATE_VERSION = 1
 MOST_SKIP_RANGES = 20  # so that the state stays below 1 KiB
@@ -38,16 +38,17 @@ class MtpDataModule(LightningDataModule):
     A stream (`data.kind: webdataset_stream`) has no numbered samples: there the position only counts.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: RecipeLike) -> None:
+        """Take a recipe, or the path of one."""
         super().__init__()
-        self._recipe = recipe
+        self.recipe = as_recipe(recipe)
         self.rows_consumed = 0
         self._skip_ranges: tuple[Range, ...] = ()  # of samples, which are rows consumed and rows skipped
 
     @cached_property
     def training_data(self) -> OpenData:
         """Open the training split."""
-        return open_data(self._recipe, "train")
+        return open_data(self.recipe, "train")
 
     @property
     def training_rows(self) -> SequenceSource:
@@ -57,11 +58,11 @@ class MtpDataModule(LightningDataModule):
     @cached_property
     def validation_samples(self) -> SequenceSource:
         """Open the held-out split."""
-        return open_rows(self._recipe, "validation")
+        return open_rows(self.recipe, "validation")
 
     def prepare_data(self) -> None:
         """Build what the recipe leaves to the run and is missing."""
-        prepare_data(self._recipe)
+        prepare_data(self.recipe)
 
     def setup(self, stage: str) -> None:
         """Open both splits and refuse what cannot be trained on.
@@ -74,11 +75,11 @@ class MtpDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainingBatches | StreamBatches:
         """Return this rank's part of every global batch, without end, from `rows_consumed` at first use."""
-        workers = self._recipe.data.workers
-        pin_memory = self._recipe.run.device != "cpu" and torch.cuda.is_available()
+        workers = self.recipe.data.workers
+        pin_memory = self.recipe.run.device != "cpu" and torch.cuda.is_available()
         if self._is_stream:
             return StreamBatches(rows=self._stream, slices=self._slices, workers=workers, pin_memory=pin_memory)
-        dataset = SampleDataset(self.training_rows, self.training_data.order, self._recipe.model.vocab_size)
+        dataset = SampleDataset(self.training_rows, self.training_data.order, self.recipe.model.vocab_size)
         return TrainingBatches(dataset=dataset, slices=self._slices, workers=workers, pin_memory=pin_memory)
 
     def val_dataloader(self) -> ValidationBatches:
@@ -88,8 +89,8 @@ class MtpDataModule(LightningDataModule):
         return ValidationBatches(
             rows=self.validation_samples,
             numbers=chosen[self._rank * share : (self._rank + 1) * share],
-            batch_rows=self._recipe.batch.micro_batch_size,
-            vocab_size=self._recipe.model.vocab_size,
+            batch_rows=self.recipe.batch.micro_batch_size,
+            vocab_size=self.recipe.model.vocab_size,
         )
 
     def describe_training(self) -> str:
@@ -162,21 +163,21 @@ class MtpDataModule(LightningDataModule):
     def _identity(self) -> dict[str, Any]:
         return {
             "version": STATE_VERSION,
-            **(stream_identity(self._recipe) if self._is_stream else self.training_data.identity),
-            "seq_len": self._recipe.data.seq_len,
-            "num_offsets": self._recipe.heads.num_offsets,
-            "seed": self._recipe.run.seed,
+            **(stream_identity(self.recipe) if self._is_stream else self.training_data.identity),
+            "seq_len": self.recipe.data.seq_len,
+            "num_offsets": self.recipe.heads.num_offsets,
+            "seed": self.recipe.run.seed,
         }
 
     @property
     def _is_stream(self) -> bool:
-        return self._recipe.data.kind == "webdataset_stream"
+        return self.recipe.data.kind == "webdataset_stream"
 
     def _stream(self) -> StreamRows:
         """Open the tars; where they begin depends on the position, so that a restart does not repeat its start."""
         num_skipped = sum(end - begin for begin, end in self._skip_ranges)
         begin = f"{self.rows_consumed} rows, {num_skipped} skipped"
-        return stream_rows(self._recipe, begin=begin, rank=self._rank, world_size=self._world_size)
+        return stream_rows(self.recipe, begin=begin, rank=self._rank, world_size=self._world_size)
 
     @property
     def _rank(self) -> int:
@@ -189,20 +190,20 @@ class MtpDataModule(LightningDataModule):
     @property
     def _num_validation_rows(self) -> int:
         """Return how many held-out rows are scored, over all ranks: no more than asked for, equally many on each."""
-        rows = min(self._recipe.run.validation_samples, len(self.validation_samples))
+        rows = min(self.recipe.run.validation_samples, len(self.validation_samples))
         return rows - rows % self._world_size
 
     def _slices(self) -> RankSlices:
         return RankSlices(
             rows_consumed=self.rows_consumed,
             skip_ranges=self._skip_ranges,
-            batch=self._recipe.batch,
+            batch=self.recipe.batch,
             rank=self._rank,
             world_size=self._world_size,
         )
 
     def _check_batch(self) -> None:
-        rows, first = self._recipe.batch.global_batch_size, self._recipe.batch.batch_size_at(0)
+        rows, first = self.recipe.batch.global_batch_size, self.recipe.batch.batch_size_at(0)
         name = "batch.global_batch_size" if first == rows else "batch.ramp.from_batch_size"
         if first % self._world_size:
             raise DataError(
@@ -220,7 +221,7 @@ class MtpDataModule(LightningDataModule):
             )
 
     def _check_validation(self) -> None:
-        asked, there = self._recipe.run.validation_samples, self._num_validation_rows
+        asked, there = self.recipe.run.validation_samples, self._num_validation_rows
         if there == 0:
             raise DataError(
                 f"validation must have at least one row for each of {self._world_size} ranks",

@@ -1,14 +1,16 @@
 """What every head kind has in common: who reads whom, and how one offset is computed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
+from mtp_lightning.model.layers import Layer
 from mtp_lightning.model.positions import AttentionInputs
-from mtp_lightning.recipe.layer_counts import TRUNK, detaches_input, norm_before, parent_offset
-from mtp_lightning.recipe.schema.model import HeadsSection
+from mtp_lightning.recipe.head_tree import TRUNK, detaches_input, norm_before, parent_offset
+from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 
 
 class HeadContext(NamedTuple):
@@ -37,6 +39,31 @@ class Heads(nn.Module, ABC):
         self.section = heads
         self.num_offsets = heads.num_offsets
         self.detaches_trunk = heads.detach_trunk
+
+    @classmethod
+    def parent(cls, heads: HeadsSection, offset: int) -> int:
+        """Return the offset whose state an offset reads, or `TRUNK`; asked of registered kinds only."""
+        return TRUNK
+
+    @classmethod
+    def num_layers(cls, heads: HeadsSection, offset: int) -> int:
+        """Count the transformer layers that compute an offset; asked of registered kinds only."""
+        return 0
+
+    @classmethod
+    def weights_beside_layers(cls, model: ModelSection, heads: HeadsSection, offset: int) -> tuple[int, int]:
+        """Count the entries of matrices and of vectors of an offset outside of transformer layers, by building it.
+
+        A module that several offsets share counts for the first of them.
+        """
+        with torch.device("meta"):
+            built = cast(Callable[..., Heads], cls)(model, heads, recompute=False)
+        before = [module for other in range(1, offset) for module in built.modules_of(other)]
+        layers = [module for module in built.modules() if isinstance(module, Layer)]
+        counted = {id(p) for module in (*before, *layers) for p in module.parameters()}
+        own = {id(p): p for module in built.modules_of(offset) for p in module.parameters()}
+        sizes = [(p.dim(), p.numel()) for key, p in own.items() if key not in counted]
+        return sum(size for dim, size in sizes if dim > 1), sum(size for dim, size in sizes if dim < 2)
 
     def source(self, offset: int) -> int:
         """Name the offset whose state this one reads, or `TRUNK` (or a mixture of the trunk's layers in its place)."""

@@ -53,6 +53,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     return LoadedRecipe(checked.recipe, origins)
 
 
+RecipeLike = Recipe | LoadedRecipe | str | Path
+
+
+def as_recipe(recipe: RecipeLike) -> Recipe:
+    """Return the recipe of a recipe, of a loaded one, or of a recipe file's path.
+
+    Raises:
+        RecipeError: The file has faults.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    return (recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe)).recipe
+
+
 def read_recipe_files(path: Path, faults: list[Fault], children: Chain = ()) -> Node:
     """Read a recipe file and the parents it extends, each child laid over its parent.
 

@@ -198,7 +198,7 @@ def suggest_fix(place: Place, value: Any) -> str:
     >>> suggest_fix(place_at(["model", "qkv_bias"]), "yes")
     'Write true, without quotes.'
     """
-    types = [get_origin(option.type) or option.type for option in place.options]
+    types = [get_origin(option.type) or option.type for option in place.options if not option.choices]
     if isinstance(value, str):
         return _remedy_for_text(place, value, types)
     if bool in types and value in (0, 1):

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mtp_lightning.errors import Fault
+from mtp_lightning.recipe.head_kinds import registered
 from mtp_lightning.recipe.layer_counts import num_layers_from_trunk, num_trunk_layers
 from mtp_lightning.recipe.rules.adapt import ADAPT_RULES
 from mtp_lightning.recipe.rules.base import Rule, divisors, value_at
@@ -145,7 +146,9 @@ def _needs_kind(field: str, default: Any, *kinds: str) -> Rule:
     """Build the rule that a field which only some head kinds read keeps its default elsewhere."""
     return Rule(
         fields=(field, "heads.kind"),
-        holds=lambda recipe: recipe.heads.kind in kinds or value_at(recipe, field) == default,
+        holds=lambda recipe: (
+            recipe.heads.kind in kinds or bool(registered(recipe.heads.kind)) or value_at(recipe, field) == default
+        ),
         expected=f"must stay {default}: only {one_of(kinds, 'and')} heads read it",
         hint=f"Remove {field}, or choose another heads.kind.",
     )

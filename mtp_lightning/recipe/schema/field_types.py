@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mtp_lightning.recipe.schema.base import Section
+from mtp_lightning.recipe.schema.base import Choices, Section
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.tree import Names, Node
 
@@ -28,7 +28,9 @@ class Option:
     @property
     def choices(self) -> tuple[str, ...]:
         """The words, if this is a choice of words."""
-        return get_args(self.type) if get_origin(self.type) is Literal else ()
+        if get_origin(self.type) is Literal:
+            return get_args(self.type)
+        return next((limit.names() for limit in self.limits if isinstance(limit, Choices)), ())
 
     @property
     def entry(self) -> Any:

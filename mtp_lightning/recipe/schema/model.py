@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
-from mtp_lightning.recipe.schema.base import PositiveFloat, PositiveInt, Section
+from mtp_lightning.recipe.head_kinds import BUILT_IN, head_kinds
+from mtp_lightning.recipe.schema.base import Choices, PositiveFloat, PositiveInt, Section
 
 BELOW = "offsets_below_"
 FrozenPart = Annotated[str, Field(pattern=rf"^(trunk|heads|unembedding|lora|layer_mix|{BELOW}\d+)$")]
@@ -139,13 +141,20 @@ class ModelSection(Section):
         return int(self.resolved_head_dim * self.partial_rotary_factor)
 
 
+def _known_kind(name: str) -> str:
+    if name not in BUILT_IN and name not in head_kinds():
+        raise PydanticCustomError("literal_error", "must be a head kind")
+    return name
+
+
 class HeadsSection(Section):
     """Which offsets are predicted, and by what kind of head."""
 
     num_offsets: PositiveInt = 4
     """Number n of predicted tokens, the next one included; 1 is a plain next-token model."""
-    kind: Literal["parallel", "linear", "chained", "sequential", "recursive", "medusa"] = "parallel"
-    """Head kind: parallel layers, linear maps, chained layers, DeepSeek modules, one unrolled module, Medusa blocks."""
+    kind: Annotated[str, AfterValidator(_known_kind), Choices(head_kinds)] = "parallel"
+    """Head kind: parallel layers, linear maps, chained layers, DeepSeek modules, one unrolled module, Medusa blocks; or
+    one that is registered."""
     order: Literal["causal", "anticausal"] = "causal"
     """Direction of the chain, for kind `chained`: next token first, or far token first."""
     layers_per_head: PositiveInt = 1

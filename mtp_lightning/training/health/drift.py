@@ -19,9 +19,9 @@ from mtp_lightning.losses.chunked import chunk_rows
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe.head_kinds import registered
 from mtp_lightning.recipe.schema.root import DriftSection, Recipe
 from mtp_lightning.training.lightning_module import MtpLightningModule
-from mtp_lightning.training.strategies.base import RunStrategy
 
 KEPT_ENTRIES = 64  # likeliest tokens of the reference that are kept at each position; the rest are counted together
 Z_95 = 1.96
@@ -180,7 +180,8 @@ def drift_section(recipe: Recipe) -> DriftSection | None:
     if drift != "auto":
         return drift
     is_adapted = init.path is not None and not init.optimizer
-    path = {"trunk", "unembedding"} | ({"heads"} if recipe.heads.kind in ("parallel", "chained") else set())
+    has_own_head = recipe.heads.kind in ("parallel", "chained") or registered(recipe.heads.kind) is not None
+    path = {"trunk", "unembedding"} | ({"heads"} if has_own_head else set())
     trains_main = recipe.first_trained_offset is None and not path <= {*recipe.frozen_parts}
     return DriftSection(stop_loss=DEFAULT_STOP_NATS) if is_adapted and trains_main else None
 
@@ -193,6 +194,8 @@ class DriftMonitor(Callback):
     same. The stop comes before the next step, so that the figures are in metrics.csv, and before the step is saved.
     """
 
+    recipe_field = "health.drift"
+
     def __init__(self, recipe: Recipe, section: DriftSection) -> None:
         self._recipe, self._section = recipe, section
         self._reference: Record | None = None  # of all ranks' rows
@@ -203,7 +206,8 @@ class DriftMonitor(Callback):
         """Record the predictions of the model at the start, unless a checkpoint has brought them."""
         self._looked_step = trainer.global_step
         if self._reference is None:
-            module, ranks = cast(MtpLightningModule, pl_module), cast(RunStrategy, trainer.strategy).ranks
+            module = cast(MtpLightningModule, pl_module)
+            ranks = module.strategy.ranks
             with module.autocast(), evaluating(module.model):
                 own = [record(module.model, rows) for rows in self._rows(trainer)]
             parts = [part for of_rank in ranks.gather(own) for part in of_rank]
@@ -240,7 +244,7 @@ class DriftMonitor(Callback):
 
     def _look(self, trainer: Trainer, module: MtpLightningModule) -> Drift:
         assert self._reference is not None
-        ranks = cast(RunStrategy, trainer.strategy).ranks
+        ranks = module.strategy.ranks
         first = ranks.rank * (len(self._reference.losses) // ranks.size)
         sums = torch.zeros(6, dtype=torch.float64, device=module.device)
         with module.autocast(), evaluating(module.model):

@@ -30,6 +30,8 @@ class EarlyStop(Callback):
         num_flat: validations since the last gain; kept in every checkpoint.
     """
 
+    recipe_field = "run.early_stop"
+
     def __init__(self, section: EarlyStopSection) -> None:
         self.num_flat = 0
         self._section = section

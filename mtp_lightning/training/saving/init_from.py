@@ -51,6 +51,8 @@ class InitFrom(Callback):
     come along, with `init.data_position` the data go on where that run stood.
     """
 
+    recipe_field = "init.path"
+
     def __init__(self, recipe: Recipe, path: Path) -> None:
         self._recipe, self._path = recipe, path
 
@@ -77,7 +79,7 @@ class InitFrom(Callback):
         """
         if trainer.global_step:
             return
-        strategy = cast(RunStrategy, trainer.strategy)
+        strategy = cast(RunStrategy, pl_module.strategy)
         with strategy.ranks.agreeing():
             folder = open_checkpoint(self._path, verify=strategy.ranks.is_first)
             reader, fresh = self._view_of(folder, strategy)
@@ -160,7 +162,7 @@ class Frozen(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what the frozen parameters are."""
-        self._digest = _frozen_digest(cast(RunStrategy, trainer.strategy))
+        self._digest = _frozen_digest(cast(RunStrategy, pl_module.strategy))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare, before the last checkpoint is written.
@@ -168,7 +170,7 @@ class Frozen(Callback):
         Raises:
             TrainingError: A frozen parameter has changed on some rank.
         """
-        strategy = cast(RunStrategy, trainer.strategy)
+        strategy = cast(RunStrategy, pl_module.strategy)
         if strategy.ranks.any(_frozen_digest(strategy) != self._digest):
             raise TrainingError(
                 "frozen parameters must be the same bytes after training as before",

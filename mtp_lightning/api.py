@@ -1,0 +1,181 @@
+"""Use a trained model from Python: load it, generate with it, save one that a Trainer of the user's own has trained.
+
+`import mtp_lightning` offers what is here and loads nothing heavy before it is used.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtp_lightning.checkpoint.convert import load_model as loading
+from mtp_lightning.checkpoint.convert.consolidate import check_target, name_of, write_whole
+from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME, Provenance, write_config
+from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL
+from mtp_lightning.data.loading.corpus import recipe_tokenizer
+from mtp_lightning.data.tokenizers.base import Tokenizer
+from mtp_lightning.decode import Settings, Statistics
+from mtp_lightning.decode import generate as generate_tokens
+from mtp_lightning.errors import CheckpointError
+from mtp_lightning.files.atomic_folder import atomic_folder
+from mtp_lightning.files.durable import write_durably
+from mtp_lightning.model.mtp_model import MtpModel
+from mtp_lightning.planner.flops import tokens_after
+from mtp_lightning.recipe import Recipe, recipe_to_yaml
+from mtp_lightning.training.lightning_module import MtpLightningModule
+
+BLOCK_ENTRIES = 2**20  # of a parameter that are written at a time
+
+
+@final
+@dataclass(frozen=True)
+class TextModel:
+    """A model with the recipe and the tokenizer that belong to it."""
+
+    recipe: Recipe
+    model: MtpModel
+    tokenizer: Tokenizer
+
+
+@final
+@dataclass(frozen=True)
+class GeneratedText:
+    """A continuation of one prompt.
+
+    Attributes:
+        text: the new text, without the prompt.
+        tokens: its token ids; the last may be the end of the document.
+        statistics: drafted and accepted tokens of the call, over all its prompts.
+    """
+
+    text: str
+    tokens: list[int]
+    statistics: Statistics
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def load_model(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TextModel:
+    """Load a trained model from a run folder (its newest checkpoint), a checkpoint folder or an exported folder.
+
+    Args:
+        path: the folder.
+        device: where the model is to lie.
+        dtype: type of its weights; None means as stored.
+
+    Raises:
+        CheckpointError: There is nothing to load, or it is damaged.
+        DataError: The tokenizer that the recipe names is not there.
+    """
+    recipe, model = loading.load_model(path, device=device, dtype=dtype)
+    return TextModel(recipe, model, recipe_tokenizer(recipe))
+
+
+@overload
+def generate(
+    model: TextModel | MtpLightningModule | str | Path, prompt: str, *, stop: Sequence[str] = (), **options: Any
+) -> GeneratedText: ...
+
+
+@overload
+def generate(
+    model: TextModel | MtpLightningModule | str | Path,
+    prompt: Sequence[str],
+    *,
+    stop: Sequence[str] = (),
+    **options: Any,
+) -> list[GeneratedText]: ...
+
+
+def generate(
+    model: TextModel | MtpLightningModule | str | Path,
+    prompt: str | Sequence[str],
+    *,
+    stop: Sequence[str] = (),
+    **options: Any,
+) -> GeneratedText | list[GeneratedText]:
+    """Continue a prompt, or several in one batch; the heads draft, and the text is the main head's own.
+
+    Args:
+        model: a loaded model, a module after `fit`, or a folder that `load_model` takes.
+        prompt: one text, or several.
+        stop: texts that end a continuation; the end of a document always does.
+        options: fields of `mtp_lightning.decode.Settings`, e.g. max_new_tokens, temperature, decoder, draft_length.
+
+    Raises:
+        DecodingError: A prompt or an option does not fit the model.
+        CheckpointError: There is no model to load.
+    """
+    source = _text_model(model)
+    tokenizer = source.tokenizer
+
+    def decode(tokens: Sequence[int]) -> bytes:
+        return tokenizer.decode(np.asarray(tokens, dtype=np.int64))
+
+    settings = Settings(
+        stop_tokens=[tokenizer.end_of_document],
+        stop_strings=[text.encode() for text in stop],
+        detokenize=decode,
+        **options,
+    )
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    done = generate_tokens(source.model, [tokenizer.encode(text.encode()).tolist() for text in prompts], settings)
+    texts = [GeneratedText(decode(own).decode(errors="replace"), own, done.statistics) for own in done.tokens]
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def save_model(module: MtpLightningModule, folder: str | Path) -> None:
+    """Write the model of a module after `fit` as an exported folder, which `load_model` and every `mtp` command take.
+
+    Under DDP call it on one rank, e.g. `if trainer.is_global_zero`.
+
+    Raises:
+        CheckpointError: The folder is not new or empty, or cannot be written.
+    """
+    weights, out = _Weights(dict(module.model.named_parameters())), Path(folder)
+    check_target(out)
+    dtype = next(module.model.parameters()).dtype
+    size_bytes = sum(parameter.nbytes for parameter in weights.parameters.values())
+    with atomic_folder(out, CheckpointError, size_bytes=size_bytes) as staging:
+        text = recipe_to_yaml(module.recipe).encode()
+        files = {
+            WHOLE_MODEL: write_whole(weights, staging / WHOLE_MODEL, dtype, lambda _: None),
+            RECIPE_NAME: write_durably(staging / RECIPE_NAME, text),
+        }
+        step = module.trainer.global_step
+        provenance = Provenance(step, tokens_after(module.recipe, step), hashlib.sha256(text).hexdigest())
+        write_config(staging, module.recipe, provenance, files, dtype=name_of(dtype))
+
+
+@final
+@dataclass(frozen=True)
+class _Weights:
+    """Parameters in memory, in the form that exports read."""
+
+    parameters: Mapping[str, Tensor]
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self.parameters
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.parameters[name].shape)
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        flat = self.parameters[name].detach().flatten()
+        for start in range(0, len(flat), BLOCK_ENTRIES):
+            yield start, flat[start : start + BLOCK_ENTRIES].cpu()
+
+
+def _text_model(model: TextModel | MtpLightningModule | str | Path) -> TextModel:
+    if isinstance(model, TextModel):
+        return model
+    if isinstance(model, MtpLightningModule):
+        return TextModel(model.recipe, model.model, recipe_tokenizer(model.recipe))
+    return load_model(model)
