@@ -157,8 +157,9 @@ def _member(path: str, base: Path | None, overrides: Sequence[str], varied: str,
     title = f"{recipe.name}-{varied}" if varied else recipe.name
     name = re.sub(r"^\.|[^\w.=,+-]", "_", title) + f"/seed{recipe.run.seed}"
     start = recipe.init.path and recipe.init.path.replace(SEED, str(recipe.run.seed))
-    run = recipe.run.model_copy(update={"dir": str(out.absolute() / name), "start_from": start})
-    return Member(name, recipe.model_copy(update={"name": title, "run": run}))
+    run = recipe.run.model_copy(update={"dir": str(out.absolute() / name)})
+    init = recipe.init.model_copy(update={"path": start})
+    return Member(name, recipe.model_copy(update={"name": title, "run": run, "init": init}))
 
 
 def _ordered(members: Sequence[Member], faults: list[Fault]) -> list[Member]:

@@ -252,7 +252,7 @@ def test_what_only_slurm_can_do_is_refused_without_it(swept):
         done = mtp("sweep", "first.yaml", "--out", "new", option)
         assert done.exit_code == 6
         assert f"{option.partition('=')[0]} must be left out without --site" in done.stderr
-    (here / "chained.yaml").write_text("extends: shared.yaml\nname: chained\nrun: {start_from: new/first/seed0}\n")
+    (here / "chained.yaml").write_text("extends: shared.yaml\nname: chained\ninit: {path: new/first/seed0}\n")
     done = mtp("sweep", "first.yaml", "chained.yaml", "--out", "new", "--site", "local")
     assert done.exit_code == 6
     assert "chained/seed0 from first/seed0" in done.stderr

@@ -67,7 +67,7 @@ def test_rows_are_right_for_any_shape_of_shards(
     manifest = build_tiny(
         [str(folder / "x.jsonl")],
         folder / "shards",
-        validation_share=0.5,
+        validation_fraction=0.5,
         member_tokens=member_tokens,
         shard_bytes=shard_bytes,
     )

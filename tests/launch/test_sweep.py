@@ -67,7 +67,7 @@ def test_a_member_is_the_recipe_with_its_values_and_seed(here: Path) -> None:
 def test_recipes_are_laid_over_a_model_and_start_from_it(here: Path) -> None:
     (here / "model").mkdir()
     (here / "model/recipe.yaml").write_text(
-        "name: model\nmodel: {hidden_size: 64}\nrun: {start_from: elsewhere, steps: 5}\n"
+        "name: model\nmodel: {hidden_size: 64}\nrun: {steps: 5}\ninit: {path: elsewhere}\n"
     )
     (member,) = plan("lower", base=Path("model"))
     assert (member.name, member.recipe.model.hidden_size, member.recipe.run.steps) == ("lower/seed0", 64, 8)

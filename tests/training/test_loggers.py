@@ -171,7 +171,7 @@ def test_a_killed_run_goes_on_in_the_same_runs(tmp_path, cache, monkeypatch):
 
 def test_a_row_that_is_trained_again_is_logged_again_at_its_step(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    recipe = tiny_recipe(log_every_steps=1).model_copy(update={"logging": MLFLOW})
+    recipe = tiny_recipe().model_copy(update={"logging": MLFLOW.model_copy(update={"every_steps": 1})})
     fit(tmp_path, recipe, until=5)
     (tmp_path / "checkpoints/step-00000005").rename(tmp_path / "lost")
     fit(tmp_path, recipe)
@@ -259,7 +259,7 @@ def test_rows_wait_while_a_server_is_gone_and_training_goes_on(monkeypatch, caps
 
 def test_a_store_that_breaks_during_training_does_not_stop_it(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    recipe = tiny_recipe().model_copy(update={"logging": MLFLOW})
+    recipe = tiny_recipe().model_copy(update={"logging": MLFLOW.model_copy(update={"every_steps": 2})})
     module = TinyModule(recipe)
 
     def break_store(step):
