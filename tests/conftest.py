@@ -12,6 +12,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGHUP, lambda *_: None)  # a handler, which what is started does not inherit
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the quick tests of a file on one worker: they share its fixtures, such as trained runs."""
+    for item in items:
+        if not any(item.iter_markers("xdist_group")) and not any(item.iter_markers("slow")):
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))

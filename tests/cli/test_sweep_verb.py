@@ -21,6 +21,8 @@ from mtp_lightning.training.fit import train
 from tests.cli.test_submit_verb import pretend_sbatch
 from tests.support.runs import ROOT, figures
 
+pytestmark = pytest.mark.slow  # twelve real runs, killed and gone on with; tests/launch/test_sweep.py plans them
+
 SHARED = f"""
 extends: {ROOT}/recipes/debug/sequential.yaml
 heads: {{num_offsets: 2}}

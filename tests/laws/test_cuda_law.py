@@ -76,7 +76,9 @@ def collectives_of(books):
     return [collective for collective in own if not collective[0].startswith("join")]
 
 
-@pytest.mark.parametrize("kind", ["single", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "kind", ["single", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("zero1", "zero2")), "zero3"]
+)
 def test_all_ranks_load_train_validate_and_save_together(gpu, checkpoint, kind):
     ranks = RANKS if kind != "single" else (0,)
     of_ranks = [fit(gpu, kind, rank=rank, checkpoint=checkpoint, saves=True) for rank in ranks]
@@ -107,6 +109,7 @@ def test_one_rank_saves_a_whole_checkpoint(gpu):
     check(fit(gpu, "zero3", "strategy.ranks_per_node=1", saves=True), "zero3", "bf16")
 
 
+@pytest.mark.slow
 def test_a_rank_that_sees_one_gpu_takes_it(gpu):
     for kind in ("zero1", "zero3"):
         assert fit(gpu, kind, rank=3, visible_gpus=1)["device"] == "cuda:0"
@@ -135,6 +138,7 @@ def test_without_the_choice_of_a_gpu_all_ranks_would_join_with_the_first(gpu):
     assert gpu("preflight", **arguments, without="gpus_by_rank")["joined"] == "join with GPU 0"
 
 
+@pytest.mark.slow
 def test_without_one_device_for_collectives_ranks_would_wait_for_each_other(gpu):
     of_ranks = [fit(gpu, "zero2", rank=rank, without="collectives_where_shards_are") for rank in RANKS]
     first, *others = (collectives_of(own) for own in of_ranks)

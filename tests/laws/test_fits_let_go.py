@@ -19,10 +19,20 @@ def last_line(text):
     return json.loads(text.splitlines()[-1])
 
 
-@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_nothing_of_a_fit_is_alive_when_the_next_begins(tmp_path, num_ranks):
+ONE_CELL = {"zero3:bf16": 2}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "cells"),
+    [
+        (1, ONE_CELL),
+        pytest.param(1, {"single:fp32": 2, **CELLS}, marks=pytest.mark.slow),
+        pytest.param(2, {"zero2:fp32": 2, **CELLS}, marks=pytest.mark.slow),
+    ],
+    ids=["zero3", "1", "2"],
+)
+def test_nothing_of_a_fit_is_alive_when_the_next_begins(tmp_path, num_ranks, cells):
     """Of a run with a rollback and of its second phase, and of the run before."""
-    cells = {**({"single:fp32": 2} if num_ranks == 1 else {"zero2:fp32": 2}), **CELLS}
     outcome = last_line(on_ranks("tests.support.lasting_engines", num_ranks, str(tmp_path), ",".join(cells)))
     assert {cell: len(fits) for cell, fits in outcome.items()} == cells
     for fits in outcome.values():
@@ -31,7 +41,8 @@ def test_nothing_of_a_fit_is_alive_when_the_next_begins(tmp_path, num_ranks):
             assert live_bytes < SMALL_BYTES
 
 
-@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_fp16_has_a_loss_scale_and_offloading_changes_nothing(num_ranks):
     fp16 = [f"{stage}:fp16:none:none" for stage in ("zero1", "zero2", "zero3")]
     offloaded = ["zero2:fp32:cpu:none", "zero3:fp32:cpu:none", "zero3:fp32:cpu:cpu", "zero3:bf16:cpu:cpu"]

@@ -120,6 +120,7 @@ def whole(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_run_goes_on_exactly(whole, tmp_path):
     folder = tmp_path / "killed"

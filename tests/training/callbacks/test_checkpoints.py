@@ -233,6 +233,7 @@ class KillAt:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_killed_and_resumed_in_new_processes_equals_uninterrupted(tmp_path: Path) -> None:
     recipe = tiny_recipe(steps=12, checkpoint_every_steps=3, validate_every_steps=2)
