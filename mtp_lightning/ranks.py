@@ -89,7 +89,7 @@ class Ranks:
             dist.barrier(self._group)
 
     @contextmanager
-    def agreeing(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """Run the body on every rank; where it fails on one, all fail: with their own error, or the first other's.
 
         Without this, a rank that fails alone leaves the others waiting for it in their next collective call.

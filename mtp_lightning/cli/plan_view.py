@@ -51,7 +51,7 @@ def print_plan(plan: Plan) -> None:
     screen.print("", _verdict(plan), "", sep="\n")
     for title, table in what_if(plan, screen.width):
         screen.print(Text(title, style="bold"), table, "", sep="\n")
-    for remark in _remarks(plan):
+    for remark in _table_notes(plan):
         screen.print(remark, style="dim")
 
 
@@ -109,7 +109,9 @@ def _trained(plan: Plan) -> str:
     shape = plan.shape
     if shape.num_trainable == shape.parameters.total:
         return ""
-    way = "gradients pass through the trunk" if shape.passes.trunk.work.is_walked else "the trunk only runs forward"
+    way = (
+        "gradients pass through the trunk" if shape.passes.trunk.work.needs_backward else "the trunk only runs forward"
+    )
     return f"{short(shape.num_trainable)} of them ({shape.num_trainable:,}); {way}"
 
 
@@ -178,25 +180,25 @@ def _verdict(plan: Plan) -> Text:
     return Text.assemble(("does not fit", "bold red"), f": {size}; {hint}")
 
 
-def _remarks(plan: Plan) -> list[str]:
+def _table_notes(plan: Plan) -> list[str]:
     device, recipe = plan.hardware, plan.recipe
-    remarks = [
+    table_notes = [
         "GiB: 2^30 bytes, GB: 10^9. o>cpu, w>cpu: optimizer state, weights in the host's memory. Times are "
         "predictions, held against published FSDP runs of 3B and 13B models on A100 and H100."
     ]
     if device.fitted_as != device.name and device.fitted_as == "H100":
-        remarks.append(f"{device.name}: no published run is at hand; efficiencies are those fitted to H100.")
+        table_notes.append(f"{device.name}: no published run is at hand; efficiencies are those fitted to H100.")
     if recipe.strategy.kind == "single":
-        remarks.append("strategy.kind is single: several GPUs are planned as zero1.")
+        table_notes.append("strategy.kind is single: several GPUs are planned as zero1.")
     missing = [f"{num_gpus:,}" for num_gpus, variant in zip(SCALES, plan.scales, strict=True) if variant is None]
     if missing:
-        remarks.append(
+        table_notes.append(
             f"{recipe.batch.global_batch_size:,} rows per step (batch.global_batch_size) cannot be shared by "
             f"{one_of(missing)} GPUs."
         )
     if recipe.run.precision == "fp32":
-        remarks.append("fp32 is planned at the rate of the ordinary cores; efficiencies are those fitted to bf16.")
-    return remarks
+        table_notes.append("fp32 is planned at the rate of the ordinary cores; efficiencies are those fitted to bf16.")
+    return table_notes
 
 
 def _rows(count: int) -> str:

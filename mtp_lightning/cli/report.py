@@ -46,7 +46,7 @@ def compare(
     screen().print(_table(groups))
     if measured := next((group.marginal for group in groups if group.marginal), None):
         screen().print("", _marginal_table(groups, measured), sep="\n")
-    for remark in _remarks(groups):
+    for remark in _table_notes(groups):
         screen().print(remark)
     if json_path is not None:
         write_json(as_json(groups), json_path, "--json")
@@ -124,14 +124,14 @@ def _text(figure: "Spread | None", form: str) -> str:
     return f"{figure.mean:{form}}{margin}"
 
 
-def _remarks(groups: "list[Group]") -> list[str]:
-    remarks = [
+def _table_notes(groups: "list[Group]") -> list[str]:
+    table_notes = [
         "change: of the main head's loss in nats, against the first recipe, seed by seed; sampled: accepted length "
         "under sampling; to k: share of positions where all drafts up to offset k are accepted; ±: half a 95 % "
         "interval over seeds (t).",
     ]
     if measured := next((group.marginal for group in groups if group.marginal), None):
-        remarks.append(
+        table_notes.append(
             f"top-{measured.top}: is the true token among the {measured.top} likeliest, at {measured.num_positions:,} "
             f"positions at the ends of {measured.num_samples} held-out texts, the same for all; marginal: without the "
             f"head, by that row's main head, summed over the tokens in between: {measured.nucleus:.0%} of the "
@@ -139,7 +139,7 @@ def _remarks(groups: "list[Group]") -> list[str]:
         )
     tokens = sorted({count for group in groups for count in group.tokens})
     if len(tokens) > 1:
-        remarks.append(f"Not at equal tokens: {', '.join(f'{count:,}' for count in tokens)}.")
+        table_notes.append(f"Not at equal tokens: {', '.join(f'{count:,}' for count in tokens)}.")
     if any(len(group.seeds) < 2 for group in groups):
-        remarks.append("A single seed has no interval: differences may be chance.")
-    return remarks
+        table_notes.append("A single seed has no interval: differences may be chance.")
+    return table_notes

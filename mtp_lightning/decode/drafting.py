@@ -100,7 +100,7 @@ def head_scores(session: DecodeState, num_drafts: int) -> Tensor:
     for offset in offsets:
         if offset in session.path:
             continue
-        source = model.read(offset, states[model.source(offset)])
+        source = model.read(offset, states[model.parent_of(offset)])
         geometry = session.cache.geometry(stretch.window, offset)
         states[offset] = model.heads(offset, source, HeadContext(geometry, source))
         session.valid[offset] = reached
@@ -125,7 +125,7 @@ def draft_chain(session: DecodeState, num_drafts: int, choose: Choose) -> Draft:
     tokens, laws = [], []
     for offset in offsets:
         if offset not in session.path:
-            source = model.read(offset, states[model.source(offset)])
+            source = model.read(offset, states[model.parent_of(offset)])
             context = HeadContext(session.cache.geometry(stretch.window, offset), embedded)
             states[offset] = model.heads(offset, source, context)
             session.valid[offset] = (session.lengths - (offset - 2)).clamp_(min=0)

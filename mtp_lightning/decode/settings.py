@@ -60,7 +60,7 @@ def applicable_decoders(model: MtpModel) -> list[Decoder]:
 
 
 def _is_chained(heads: Heads) -> bool:
-    return any(heads.source(offset) != TRUNK for offset in heads.offsets)
+    return any(heads.parent_of(offset) != TRUNK for offset in heads.offsets)
 
 
 def resolve_decoder(model: MtpModel, decoder: Decoder) -> Decoder:

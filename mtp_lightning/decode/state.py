@@ -46,7 +46,7 @@ class DecodeState:
         self.shortest, self.longest, self.all_finished = 0, 0, False  # what the host knows
         self.catches_up = any(attentions(model, offset) for offset in self.drafting)
         self.valid = {offset: torch.zeros_like(self.cache.lengths) for offset in self.drafting}
-        read = {model.source(offset) for offset in self.drafting} - {*self.drafting}
+        read = {model.parent_of(offset) for offset in self.drafting} - {*self.drafting}
         self.draft_states = self._allocate_anchors(read | ({*drafting} & {*self.path}))
 
     def _allocate_anchors(self, offsets: Collection[int]) -> dict[int, Tensor]:
@@ -66,7 +66,7 @@ class DecodeState:
         embedded = model.trunk.embed_tokens(fed)  # (B, T, D)
         states = model.trunk_states(embedded, self.cache.geometry(window, TRUNK))
         for offset in self.path:
-            source = model.source(offset)
+            source = model.parent_of(offset)
             context = HeadContext(self.cache.geometry(window, offset), embedded)
             states[offset] = model.heads(offset, model.read(offset, states[source]), context)
         return states
@@ -95,7 +95,7 @@ class DecodeState:
 def main_path(model: MtpModel) -> list[int]:
     """List the offsets that must be computed for the main head, in order."""
     path = [1]
-    while (source := model.heads.source(path[0])) != TRUNK:
+    while (source := model.heads.parent_of(path[0])) != TRUNK:
         path.insert(0, source)
     return path
 

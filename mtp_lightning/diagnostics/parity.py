@@ -155,7 +155,7 @@ def run_cell(cell: Cell) -> Outcome:
         enable_model_summary=False,
     )
     try:
-        with Ranks().agreeing():
+        with Ranks().raise_on_all_ranks():
             trainer.fit(module, datamodule=RandomData(recipe, Ranks()))
     except Exception as error:
         return Outcome(cell=cell, failure=f"{type(error).__name__}: {error}")

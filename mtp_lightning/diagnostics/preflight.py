@@ -100,12 +100,12 @@ def _network(recipe: Recipe, device: torch.device) -> str:
 def _folder(recipe: Recipe, device: torch.device) -> str:
     """Every rank writes a file and reads every other's."""
     ranks, folder = Ranks(), Path(recipe.run.dir).absolute() / "logs"
-    with ranks.agreeing():
+    with ranks.raise_on_all_ranks():
         if ranks.is_first:
             claim(folder.parent)
     token = ranks.broadcast(f".preflight-{time.time_ns()}")
     own = folder / f"{token}-{ranks.rank}"
-    with ranks.agreeing():
+    with ranks.raise_on_all_ranks():
         speed = _written_bytes_per_s(own)
     missing = [rank for rank in range(ranks.size) if not (folder / f"{token}-{rank}").is_file()]
     slowest = min(ranks.gather(speed))
@@ -128,7 +128,7 @@ def _written_bytes_per_s(path: Path) -> float:
 
 def _shards(recipe: Recipe, device: torch.device) -> str:
     data = MtpDataModule(recipe)
-    with Ranks().agreeing():
+    with Ranks().raise_on_all_ranks():
         if Ranks().is_first:
             data.prepare_data()
     data.setup("fit")

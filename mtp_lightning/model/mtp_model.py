@@ -70,16 +70,16 @@ class MtpModel(nn.Module):
             embedded = embedded.detach()
         return HeadContext(geometry, embedded)
 
-    def source(self, offset: int) -> int:
+    def parent_of(self, offset: int) -> int:
         """Name what an offset reads: another offset, `TRUNK`, or by its own number, negative, its mixture of layers."""
-        return -offset if str(offset) in self.layer_mix else self.heads.source(offset)
+        return -offset if str(offset) in self.layer_mix else self.heads.parent_of(offset)
 
     def dependents(self, state: int) -> list[int]:
-        """Offsets that read a state; the inverse of `source`."""
-        return [offset for offset in self.heads.offsets if self.source(offset) == state]
+        """Offsets that read a state; the inverse of `parent_of`."""
+        return [offset for offset in self.heads.offsets if self.parent_of(offset) == state]
 
     def trunk_states(self, embedded: Tensor, geometry: AttentionInputs) -> dict[int, Tensor]:
-        """Run the trunk: (B, T, D) -> one (B, T, D) for each of its states that `source` names, and `TRUNK`."""
+        """Run the trunk: (B, T, D) -> one (B, T, D) for each of its states that `parent_of` names, and `TRUNK`."""
         if not self.layer_mix:
             return {TRUNK: self.trunk(embedded, geometry)[0]}
         sums = Sums({-int(offset): mixture() for offset, mixture in self.layer_mix.items()})
@@ -87,7 +87,7 @@ class MtpModel(nn.Module):
         return {TRUNK: last, **dict(zip(sums.states, mixed, strict=True))}
 
     def read(self, offset: int, state: Tensor) -> Tensor:
-        """What an offset reads of the state of its source, normed or cut off: (B, T, D) -> (B, T, D)."""
+        """What an offset reads of the state that it reads, normed or cut off: (B, T, D) -> (B, T, D)."""
         if self.heads.detaches_input(offset):
             state = state.detach()
         norm = self.heads.reads_norm_of(offset)
@@ -107,7 +107,7 @@ class MtpModel(nn.Module):
         states = self.trunk_states(embedded[:, :num_positions], geometry)
         for offset in self.heads.order:
             if offsets is None or offset in offsets:
-                source = self.read(offset, states[self.source(offset)])
+                source = self.read(offset, states[self.parent_of(offset)])
                 states[offset] = self.heads(offset, source, context)
         return {offset: states[offset] for offset in self.heads.offsets if offset in states}
 

@@ -21,7 +21,7 @@ say that a frozen run's tokens are as dear as another's. Counting 6 throughout w
 """
 
 from mtp_lightning.planner.layout import with_offsets
-from mtp_lightning.planner.passes import passes_of
+from mtp_lightning.planner.passes import backward_flow_of
 from mtp_lightning.recipe.schema.root import Recipe
 
 
@@ -31,7 +31,7 @@ def flops_per_position(recipe: Recipe) -> int:
     >>> f"{flops_per_position(Recipe()):,}"
     '46,405,632'
     """
-    return passes_of(recipe).flops(_attended(recipe))
+    return backward_flow_of(recipe).flops(_attended(recipe))
 
 
 def attention_flops_per_position(recipe: Recipe) -> int:
@@ -40,7 +40,7 @@ def attention_flops_per_position(recipe: Recipe) -> int:
     >>> attention_flops_per_position(Recipe()) == 12 * 8 * 256 * 256
     True
     """
-    return passes_of(recipe).attention_flops(_attended(recipe))
+    return backward_flow_of(recipe).attention_flops(_attended(recipe))
 
 
 def _attended(recipe: Recipe) -> int:

@@ -24,7 +24,7 @@ ALL_PROJECTIONS = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class MatmulCost:
     """Products per position: with entries of matrices, and between positions, in layers; both by what they are for."""
 
     forward: int = 0
@@ -33,8 +33,8 @@ class Work:
     layers: int = 0  # transformer layers
     layers_back: int = 0  # of these, layers whose attention the backward pass goes through
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
+    def __add__(self, other: "MatmulCost") -> "MatmulCost":
+        return MatmulCost(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
 
     @property
     def entries(self) -> int:
@@ -42,7 +42,7 @@ class Work:
         return self.forward + self.inputs + self.weights
 
     @property
-    def is_walked(self) -> bool:
+    def needs_backward(self) -> bool:
         """Whether the backward pass goes through any of it."""
         return self.inputs + self.weights > 0
 
@@ -51,26 +51,26 @@ class Work:
 class Part:
     """Trunk or heads."""
 
-    work: Work
+    work: MatmulCost
     keeps: frozenset[str] = ALL_PROJECTIONS  # projections whose inputs are kept by a layer that gradients pass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Passes:
+class BackwardFlow:
     """A step's work in the trunk, in heads and at the unembedding, and what of it the backward pass holds on to."""
 
     trunk: Part
     heads: Part
-    unembedding: Work
+    unembedding: MatmulCost
     num_losses: int  # tensors of logits that a loss is computed from
     num_matrix_gradients: int  # V x D gradients that are summed up
     num_mixed_states: int = 0  # that only mixtures keep, in a trunk without autograd
-    teacher: Work = Work()  # scores of the main head, made again for every offset that is compared with it
+    teacher: MatmulCost = MatmulCost()  # scores of the main head, made again for every offset that is compared with it
     num_compared: int = 0  # such offsets
     num_compared_entries: int = 0  # of their distributions, per position, in all
 
     @property
-    def all(self) -> Work:
+    def all(self) -> MatmulCost:
         """All of it, but what is computed again."""
         return self.trunk.work + self.heads.work + self.unembedding
 
@@ -83,13 +83,13 @@ class Passes:
         return (4 * self.all.layers + 8 * self.all.layers_back) * attended
 
 
-def passes_of(recipe: Recipe) -> Passes:
+def backward_flow_of(recipe: Recipe) -> BackwardFlow:
     """Follow a position through a step of the recipe, every offset that is taught having a weight.
 
-    >>> everything = passes_of(Recipe()).all
+    >>> everything = backward_flow_of(Recipe()).all
     >>> everything.forward == everything.inputs == everything.weights
     True
-    >>> trunk = passes_of(Recipe.model_validate({"freeze": ["trunk", "unembedding"]})).trunk.work
+    >>> trunk = backward_flow_of(Recipe.model_validate({"freeze": ["trunk", "unembedding"]})).trunk.work
     >>> trunk.inputs, trunk.weights, trunk.layers_back
     (0, 0, 0)
     """
@@ -99,7 +99,7 @@ def passes_of(recipe: Recipe) -> Passes:
     updated = frozenset(adapted_targets(recipe)) if trained.updates else frozenset()
     updates_heads = recipe.adapt.lora is not None and recipe.adapt.lora.in_heads
     has_mixtures = bool(mixing_offsets(recipe)) and trained.mixtures
-    return Passes(
+    return BackwardFlow(
         trunk=Part(work=walk.trunk, keeps=ALL_PROJECTIONS if trained.trunk else updated),
         heads=Part(
             work=walk.heads,
@@ -120,7 +120,7 @@ class _Walk:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.trained = recipe, TrainableParts(recipe)
-        self.trunk = self.heads = self.unembedding = self.teacher = Work()
+        self.trunk = self.heads = self.unembedding = self.teacher = MatmulCost()
         self.num_losses = self.num_compared = self.num_compared_entries = 0
         self.matrices: set[int] = set()  # numbers of those that get a gradient
         self.has_path: dict[int, bool] = {}  # by offset
@@ -196,15 +196,15 @@ class _Stack:
         self.learns_updates = TrainableParts(recipe).updates
         self.widths = projection_widths(recipe.model)
 
-    def run(self, num_layers: int, *, has_path: bool) -> tuple[Work, bool]:
+    def run(self, num_layers: int, *, has_path: bool) -> tuple[MatmulCost, bool]:
         """Return the work, and whether the last state has a gradient path, given whether the first has."""
-        work = Work()
+        work = MatmulCost()
         for _ in range(num_layers):
             layer, has_path = self._layer(has_path=has_path)
             work += layer
         return work, has_path
 
-    def _layer(self, *, has_path: bool) -> tuple[Work, bool]:
+    def _layer(self, *, has_path: bool) -> tuple[MatmulCost, bool]:
         read = has_path or self.is_trained  # behind a norm, which is trained with the layer
         qkv, mixed = self._project(("q", "k", "v"), reads=read)
         output, written = self._project(("o",), reads=mixed)
@@ -212,11 +212,11 @@ class _Stack:
         read = (has_path if self.model.parallel_residual else attended) or self.is_trained
         inner, combined = self._project(("gate", "up"), reads=read)
         down, written = self._project(("down",), reads=combined)
-        return qkv + output + inner + down + Work(layers=1, layers_back=int(mixed)), attended or written
+        return qkv + output + inner + down + MatmulCost(layers=1, layers_back=int(mixed)), attended or written
 
-    def _project(self, names: Iterable[str], *, reads: bool) -> tuple[Work, bool]:
+    def _project(self, names: Iterable[str], *, reads: bool) -> tuple[MatmulCost, bool]:
         """Run projections of one input; return whether any of their outputs has a gradient path."""
-        work, has_path = Work(), reads or self.is_trained
+        work, has_path = MatmulCost(), reads or self.is_trained
         for name in names:
             if name not in self.widths:
                 continue
@@ -230,13 +230,13 @@ class _Stack:
         return work, has_path
 
 
-def product(entries: int, *, reads: bool, is_trained: bool) -> Work:
+def product(entries: int, *, reads: bool, is_trained: bool) -> MatmulCost:
     """Multiply by a matrix; `reads` says whether the gradient of what is multiplied is wanted.
 
     >>> product(10, reads=True, is_trained=False).entries
     20
     """
-    return Work(forward=entries, inputs=entries * reads, weights=entries * is_trained)
+    return MatmulCost(forward=entries, inputs=entries * reads, weights=entries * is_trained)
 
 
 def projection_widths(model: ModelSection) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ from mtp_lightning.planner.counts import (
     parameter_counts,
     trainable_parameters,
 )
-from mtp_lightning.planner.passes import ALL_PROJECTIONS, Passes, passes_of
+from mtp_lightning.planner.passes import ALL_PROJECTIONS, BackwardFlow, backward_flow_of
 from mtp_lightning.recipe.head_kinds import registered
 from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
 from mtp_lightning.recipe.schema.root import Recipe
@@ -59,7 +59,7 @@ class Shape:
 
     parameters: ParameterCounts
     num_trainable: int  # parameters with gradients and optimizer state
-    passes: Passes  # what a position goes through
+    passes: BackwardFlow  # what a position goes through
     layer: Layer
     num_trunk_layers: int
     heads: Heads = Heads()
@@ -76,7 +76,9 @@ class Shape:
     def num_walked(self) -> int:
         """Parameters of what the backward pass goes through: all but a trunk, or heads, without a gradient path."""
         trunk, heads = self.passes.trunk.work, self.passes.heads.work
-        unwalked = (0 if trunk.is_walked else self.parameters.trunk) + (0 if heads.is_walked else self.parameters.heads)
+        unwalked = (0 if trunk.needs_backward else self.parameters.trunk) + (
+            0 if heads.needs_backward else self.parameters.heads
+        )
         return self.parameters.total - unwalked
 
     @property
@@ -96,7 +98,7 @@ def shape_of(recipe: Recipe) -> Shape:
     return Shape(
         parameters=parameter_counts(recipe),
         num_trainable=trainable_parameters(recipe),
-        passes=passes_of(recipe),
+        passes=backward_flow_of(recipe),
         layer=_layer_of(recipe),
         num_trunk_layers=num_trunk_layers(recipe),
         heads=Heads(

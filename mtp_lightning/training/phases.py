@@ -30,7 +30,7 @@ def train_phases(recipe: Recipe, train_one: Callable[[Recipe, LoggedRun], int]) 
     with opened_run_folder(recipe, Ranks()) as opened:
         for phase in phases:
             is_finished = False
-            with Ranks().agreeing():
+            with Ranks().raise_on_all_ranks():
                 if is_first:
                     is_finished = _is_finished(phase)
             if Ranks().broadcast(is_finished):

@@ -55,7 +55,7 @@ def opened_run_folder(recipe: Recipe, ranks: Ranks) -> Iterator[Opened]:
     """
     with contextlib.ExitStack() as until_the_end:
         opened: Opened | None = None
-        with ranks.agreeing():
+        with ranks.raise_on_all_ranks():
             if ranks.is_first:
                 opened = until_the_end.enter_context(_opened(recipe))
         yield ranks.broadcast(opened)

@@ -9,10 +9,10 @@ from tests.bench.shapes import quick_recipe
 def test_numbers_of_offsets_that_leave_no_trunk_are_explained():
     grid = build_cells(quick_recipe(), [1, 4, 8], ["sequential", "joint"])
     assert [cell.num_offsets for cell in grid if cell.obstacle is None] == [1, 1]
-    remarks = impossible(grid)
-    assert [remark.split()[0] for remark in remarks] == ["n=4", "n=8"]
-    assert "model.num_hidden_layers must leave at least one layer to the trunk" in remarks[0]
-    assert "raise model.num_hidden_layers to 5 or more" in remarks[0]
+    table_notes = impossible(grid)
+    assert [remark.split()[0] for remark in table_notes] == ["n=4", "n=8"]
+    assert "model.num_hidden_layers must leave at least one layer to the trunk" in table_notes[0]
+    assert "raise model.num_hidden_layers to 5 or more" in table_notes[0]
 
 
 def test_a_window_shorter_than_the_offsets_is_explained():

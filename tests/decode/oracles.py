@@ -63,7 +63,7 @@ def plain_text(model: MtpModel, prompt: tuple[int, ...], length: int = LENGTH) -
     """New tokens by the main head's first choice, a whole forward for each."""
     tokens = list(prompt)
     for _ in range(length):
-        tokens.append(int(full_logits(model, tokens, model.heads.path(1))[1][-1].argmax()))
+        tokens.append(int(full_logits(model, tokens, model.heads.chain(1))[1][-1].argmax()))
     return tokens[len(prompt) :]
 
 

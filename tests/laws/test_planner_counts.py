@@ -10,7 +10,7 @@ from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.model.roles import ROLES, role_of
 from mtp_lightning.planner.counts import parameter_counts, trainable_parameters
-from mtp_lightning.planner.passes import passes_of
+from mtp_lightning.planner.passes import backward_flow_of
 from mtp_lightning.recipe.loading.load import load_recipe
 from tests.support.covering import every_pair
 from tests.support.tiny import HEAD_KINDS, NEOX, tiny_recipe
@@ -124,4 +124,4 @@ def test_products_forward_are_those_of_the_model(model, kind, is_adapted):
             model.unembedding.logits(offset, hidden)
     by_kind = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     products = sum(flops for op, flops in by_kind.items() if "mm" in op)
-    assert products == 2 * passes_of(recipe).all.forward * 2 * recipe.data.seq_len
+    assert products == 2 * backward_flow_of(recipe).all.forward * 2 * recipe.data.seq_len

@@ -112,7 +112,7 @@ def test_a_frozen_trunk_keeps_its_layers_outputs_and_nothing_else(mixed):
 def test_every_kind_trains_its_mixtures(kind):
     recipe = tiny_recipe(model={"num_hidden_layers": 9}, heads=HEAD_KINDS[kind], adapt=MIXED)
     model = tiny_model(recipe)
-    readers = {offset for offset in range(1, 5) if model.heads.source(offset) == 0}
+    readers = {offset for offset in range(1, 5) if model.heads.parent_of(offset) == 0}
     assert {int(offset) for offset in model.layer_mix} == readers
     _, gradients = gradients_of(model, recipe, tiny_rows(recipe, 2))
     assert all(gradients[f"layer_mix.{offset}.weight"].abs().max() > 0 for offset in readers)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mtp_lightning.planner.counts import ParameterCounts
 from mtp_lightning.planner.layout import BF16, Layout
-from mtp_lightning.planner.passes import Part, Passes, Work
+from mtp_lightning.planner.passes import BackwardFlow, MatmulCost, Part
 from mtp_lightning.planner.shape import Layer, Shape
 
 VOCABULARY = 50_368
@@ -62,9 +62,9 @@ class Run:
         )
 
 
-def trained(entries: int, num_layers: int = 0) -> Work:
+def trained(entries: int, num_layers: int = 0) -> MatmulCost:
     """Everything that matrices and layers cost where all of them are trained."""
-    return Work(forward=entries, inputs=entries, weights=entries, layers=num_layers, layers_back=num_layers)
+    return MatmulCost(forward=entries, inputs=entries, weights=entries, layers=num_layers, layers_back=num_layers)
 
 
 def mpt(width: int, num_layers: int, seq_len: int, num_parameters: int) -> Shape:
@@ -72,9 +72,9 @@ def mpt(width: int, num_layers: int, seq_len: int, num_parameters: int) -> Shape
     return Shape(
         parameters=ParameterCounts(trunk=num_parameters, heads=0, unembedding=0),
         num_trainable=num_parameters,
-        passes=Passes(
+        passes=BackwardFlow(
             trunk=Part(work=trained(12 * width * width * num_layers, num_layers)),
-            heads=Part(work=Work()),
+            heads=Part(work=MatmulCost()),
             unembedding=trained(VOCABULARY * width),
             num_losses=1,
             num_matrix_gradients=1,

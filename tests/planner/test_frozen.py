@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtp_lightning.bench.training.step import TrainingStep
 from mtp_lightning.planner.flops import attention_flops_per_position, flops_per_position
 from mtp_lightning.planner.layout import obstacle
-from mtp_lightning.planner.passes import passes_of
+from mtp_lightning.planner.passes import backward_flow_of
 from mtp_lightning.recipe.schema.root import Recipe
 from tests.support.covering import every_pair, full_product
 from tests.support.tiny import HEAD_KINDS, NEOX, tiny_recipe
@@ -170,7 +170,7 @@ def assert_teacher_counts(kind: str, adaptation: str, schedule: str, *, detach: 
     distill = {"beta": [0.5, 0.0, 0.5], "top_k": 7, "detach_teacher": detach}
     recipe = recipe_of(kind, adaptation, distill=distill)
     window = recipe.data.seq_len
-    passes, micro_positions = passes_of(recipe), recipe.batch.micro_batch_size * window
+    passes, micro_positions = backward_flow_of(recipe), recipe.batch.micro_batch_size * window
     planned = recipe.batch.global_batch_size * window * (flops_per_position(recipe) + 2 * passes.teacher.entries)
     if passes.num_compared:  # the last k-1 rows of a micro-batch have no row of the teacher
         compared = [offset for offset in (2, 4) if offset >= 5 - 2 * passes.num_compared + (passes.num_compared - 1)]

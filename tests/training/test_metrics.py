@@ -37,8 +37,8 @@ def by_hand(batches):
         figures[f"loss_{k}"] = float(sum(losses.nll_sums[k - 1] for _, losses in batches)) / len(valid)
         right = [bool(predicted[k - 1, b, t] == targets[k - 1, b, t]) for targets, predicted, b, t in valid]
         figures[f"label_accuracy_{k}"] = sum(right) / len(right)
-        agreeing = [bool(p[k - 1, b, t] == p[0, b, t + k - 1]) for _, p, b, t in valid if t + k - 1 < T]
-        figures[f"agreement_{k}"] = sum(agreeing) / len(agreeing)
+        raise_on_all_ranks = [bool(p[k - 1, b, t] == p[0, b, t + k - 1]) for _, p, b, t in valid if t + k - 1 < T]
+        figures[f"agreement_{k}"] = sum(raise_on_all_ranks) / len(raise_on_all_ranks)
     del figures["agreement_1"]
     drafts = [
         [bool(losses.predictions[k, b, t] == losses.predictions[0, b, t + k]) for k in range(1, N)]

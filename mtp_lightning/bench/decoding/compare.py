@@ -12,7 +12,14 @@ from statistics import median
 
 import torch
 
-from mtp_lightning.bench.decoding.report import DecodeFigure, DecodePlan, decode_table, describe, draw_figures, remarks
+from mtp_lightning.bench.decoding.report import (
+    DecodeFigure,
+    DecodePlan,
+    decode_table,
+    describe,
+    draw_figures,
+    table_notes,
+)
 from mtp_lightning.bench.decoding.rounds import (
     DecodeVariant,
     VariantTimings,
@@ -60,7 +67,7 @@ def bench_decode(
     screen.print(f"Decoding: {recipe.name}", style="bold")
     screen.print(describe(recipe, model, plan), "", sep="\n")
     screen.print(decode_table(figures), "", sep="\n")
-    for remark in remarks(machine, figures):
+    for remark in table_notes(machine, figures):
         screen.print(remark)
     if png_path is not None:
         draw_figures(figures, png_path, title=f"{recipe.name} on {machine}")

@@ -87,7 +87,7 @@ def describe(recipe: Recipe, model: MtpModel, plan: DecodePlan) -> str:
     )
 
 
-def remarks(machine: Machine, figures: list[DecodeFigure]) -> list[str]:
+def table_notes(machine: Machine, figures: list[DecodeFigure]) -> list[str]:
     """Say how to read the table."""
     prefill = median(figure.prefill_s for figure in figures if figure.decoder == "greedy")
     lines = [

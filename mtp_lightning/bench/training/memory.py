@@ -56,7 +56,7 @@ def bench_memory(recipe: Recipe, *, offsets: list[int], schedules: list[str], js
     screen.print(f"Peak memory of a training step: {recipe.name}", style="bold")
     screen.print(describe_shape(recipe), describe_matching(recipe), sep="\n", end="\n\n")
     screen.print(memory_table(figures), "", sep="\n")
-    for remark in _remarks(cells, figures, machine):
+    for remark in _table_notes(cells, figures, machine):
         screen.print(remark)
     write_json(
         json_path,
@@ -139,13 +139,13 @@ def _row(figure: MemoryFigure) -> list[str]:
     ]
 
 
-def _remarks(cells: list[Cell], figures: list[MemoryFigure], machine: dict[str, Any] | None) -> list[str]:
-    remarks = impossible(cells)
-    remarks += [f"n={f.num_offsets} {f.schedule} failed: {f.failure}" for f in figures if f.failure]
+def _table_notes(cells: list[Cell], figures: list[MemoryFigure], machine: dict[str, Any] | None) -> list[str]:
+    table_notes = impossible(cells)
+    table_notes += [f"n={f.num_offsets} {f.schedule} failed: {f.failure}" for f in figures if f.failure]
     if machine is not None:
-        remarks += [
+        table_notes += [
             f"Method: {METHOD[machine['device']]}.",
             "State: fp32 weights, gradients and AdamW's two moments. / n=1: to the same schedule with one offset.",
             f"Measured on {machine['name']} (torch {machine['torch']}).",
         ]
-    return remarks
+    return table_notes

@@ -59,7 +59,7 @@ def bench_train(
     screen.print(f"Speed of a training step: {recipe.name}", style="bold")
     screen.print(describe_shape(recipe), describe_matching(recipe), sep="\n", end="\n\n")
     screen.print(speed_table(figures, on_cuda=device.type == "cuda"), "", sep="\n")
-    for remark in [*impossible(cells), *_remarks(recipe, machine, figures, peak)]:
+    for remark in [*impossible(cells), *_table_notes(recipe, machine, figures, peak)]:
         screen.print(remark)
     write_json(
         json_path,
@@ -151,7 +151,7 @@ def _row(figure: SpeedFigure) -> list[str]:
     ]
 
 
-def _remarks(recipe: Recipe, machine: Machine, figures: list[SpeedFigure], peak: float | None) -> list[str]:
+def _table_notes(recipe: Recipe, machine: Machine, figures: list[SpeedFigure], peak: float | None) -> list[str]:
     if not figures:
         return []
     widest = max(spread(figure.samples_s) for figure in figures)

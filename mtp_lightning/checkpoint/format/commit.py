@@ -52,12 +52,12 @@ def save_collectively(
             folder; earlier checkpoints are untouched.
     """
     partial = partial_path(folder, point.step)
-    with ranks.agreeing(), removed_on_error(partial) if ranks.is_first else nullcontext():
-        with ranks.agreeing(), _explaining(folder, point.step):
+    with ranks.raise_on_all_ranks(), removed_on_error(partial) if ranks.is_first else nullcontext():
+        with ranks.raise_on_all_ranks(), _explaining(folder, point.step):
             if ranks.is_first:
                 make_empty(partial)
         records: Mapping[str, FileRecord] = {}
-        with ranks.agreeing(), _explaining(folder, point.step):
+        with ranks.raise_on_all_ranks(), _explaining(folder, point.step):
             records = write(partial)
         records_of_ranks = ranks.gather(dict(records))
         if ranks.is_first:

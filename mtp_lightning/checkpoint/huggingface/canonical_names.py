@@ -48,7 +48,7 @@ def parameters_of(recipe: Recipe) -> dict[str, Parameter]:
         for parameter in module.parameters()
     }
     offsets |= {id(mixture.weight): int(offset) for offset, mixture in model.layer_mix.items()}
-    path = model.heads.path(1) if model.heads.modules_of(1) else []
+    path = model.heads.chain(1) if model.heads.modules_of(1) else []
     return {
         name: Parameter(
             _place_of(name, path, recipe),

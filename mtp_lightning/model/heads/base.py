@@ -26,7 +26,7 @@ class HeadContext(NamedTuple):
 
 
 class Heads(nn.Module, ABC):
-    """Yields the hidden state of every offset, one at a time and in any order that respects `source`.
+    """Yields the hidden state of every offset, one at a time and in any order that respects `parent_of`.
 
     Each offset reads exactly one state: the trunk's output (`TRUNK`) or another offset's. That tree is all
     that schedules, decoders and checks need to know of a head kind.
@@ -65,7 +65,7 @@ class Heads(nn.Module, ABC):
         sizes = [(p.dim(), p.numel()) for key, p in own.items() if key not in counted]
         return sum(size for dim, size in sizes if dim > 1), sum(size for dim, size in sizes if dim < 2)
 
-    def source(self, offset: int) -> int:
+    def parent_of(self, offset: int) -> int:
         """Name the offset whose state this one reads, or `TRUNK` (or a mixture of the trunk's layers in its place)."""
         return parent_offset(self.section, offset)
 
@@ -106,12 +106,12 @@ class Heads(nn.Module, ABC):
 
     def dependents(self, offset: int) -> list[int]:
         """Offsets that read the state of this one."""
-        return [reader for reader in self.offsets if self.source(reader) == offset]
+        return [reader for reader in self.offsets if self.parent_of(reader) == offset]
 
-    def path(self, offset: int) -> list[int]:
+    def chain(self, offset: int) -> list[int]:
         """Offsets that are computed one after the other on the way from the trunk to this one, which is the last."""
         path = [offset]
-        while (source := self.source(path[0])) != TRUNK:
+        while (source := self.parent_of(path[0])) != TRUNK:
             path.insert(0, source)
         return path
 
@@ -121,4 +121,4 @@ class Heads(nn.Module, ABC):
 
     def detaches_input(self, offset: int) -> bool:
         """Tell whether this offset's gradients stop before the state that it reads (`heads.detach_trunk`)."""
-        return detaches_input(self.section, offset, self.source(offset))
+        return detaches_input(self.section, offset, self.parent_of(offset))

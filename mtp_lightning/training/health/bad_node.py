@@ -19,7 +19,7 @@ SYMPTOMS = (
 """What CUDA says of a broken GPU. What a program can cause too, such as illegal addresses, is not among them."""
 
 
-def bad_node(error: BaseException, run_folder: Path) -> BadNodeError | None:
+def as_hardware_error(error: BaseException, run_folder: Path) -> BadNodeError | None:
     """Return the error of a broken machine and note its name in logs/bad_nodes; None for any other error."""
     symptom = next((symptom for symptom in SYMPTOMS if symptom.lower() in str(error).lower()), None)
     if symptom is None:

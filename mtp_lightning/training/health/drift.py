@@ -133,7 +133,7 @@ def drift_of(sums: Tensor, ranks: Ranks) -> Drift:
 
 def _main_log_probabilities(model: MtpModel, rows: HeldOut) -> Iterator[tuple[slice, Tensor]]:
     """Yield the main head's log-probabilities of some positions of all rows at a time, (R, C, V)."""
-    hidden = model.hidden_states(rows.tokens, rows.documents, model.heads.path(1))[1]  # (R, T, D)
+    hidden = model.hidden_states(rows.tokens, rows.documents, model.heads.chain(1))[1]  # (R, T, D)
     num_rows, num_positions, _ = hidden.shape
     unembedding, vocab_size = model.unembedding, model.section.vocab_size
     together = chunk_rows(num_rows * num_positions, vocab_size, torch.float32, unembedding.chunk_bytes // 2)

@@ -31,7 +31,7 @@ def roll_back(run_folder: Path, section: NonFiniteSection, streak: NonFiniteStre
     """
     ranks = Ranks()
     found: CheckpointFolder | None = None
-    with ranks.agreeing():
+    with ranks.raise_on_all_ranks():
         if ranks.is_first:
             records = read_rollbacks(run_folder)
             if len(records) >= section.rollbacks:
@@ -94,7 +94,7 @@ class Rollbacks(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the record; a run without a checkpoint begins with it."""
         ranks = cast(RunStrategy, trainer.strategy).ranks
-        with ranks.agreeing():
+        with ranks.raise_on_all_ranks():
             own = read_rollbacks(self._run_folder) if ranks.is_first else []
         self._records = ranks.broadcast(own)
         if trainer.ckpt_path is None:

@@ -65,7 +65,7 @@ class InitFrom(Callback):
         if not self._recipe.init.data_position:
             return
         data = cast(MtpDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-        with Ranks().agreeing():
+        with Ranks().raise_on_all_ranks():
             folder = open_checkpoint(self._path, verify=False)
             if not folder.has_state:
                 raise _lacks("init.data_position", "position in the data", folder.path)
@@ -80,7 +80,7 @@ class InitFrom(Callback):
         if trainer.global_step:
             return
         strategy = cast(RunStrategy, pl_module.strategy)
-        with strategy.ranks.agreeing():
+        with strategy.ranks.raise_on_all_ranks():
             folder = open_checkpoint(self._path, verify=strategy.ranks.is_first)
             reader, fresh = self._view_of(folder, strategy)
             if strategy.ranks.is_first:

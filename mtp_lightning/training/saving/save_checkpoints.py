@@ -232,7 +232,7 @@ class Checkpoints(Callback):
             recipe_text=recipe_to_yaml(self._recipe),
         )
         save_collectively(ranks, self.folder, point, metadata, snapshot.write)
-        with ranks.agreeing():
+        with ranks.raise_on_all_ranks():
             if ranks.is_first:
                 note_saved(self.folder.parent, point.step)
                 self._point(name_of_step(point.step), name_of_step(best.step) if best else None)

@@ -69,7 +69,7 @@ def needed_offsets(model: MtpModel, objective: Objective) -> list[int]:
     """List the offsets with a weight and all that they read; the main head where others are compared with it."""
     with_loss = [offset for offset, weight in enumerate(objective.weights, start=1) if weight > 0]
     reads_main = objective.predicts or objective.section.distill is not None
-    needed = offsets_to_run(with_loss, model.heads.source, reads_main=reads_main)
+    needed = offsets_to_run(with_loss, model.heads.parent_of, reads_main=reads_main)
     return [offset for offset in model.heads.offsets if offset in needed]
 
 
@@ -133,7 +133,7 @@ class SequentialBackward:
 
     def run_all(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
         """Run all heads from the trunk's states that any of them reads, the main head's first; return their leaves."""
-        roots = dict.fromkeys(self.model.source(offset) for offset in self.needed)
+        roots = dict.fromkeys(self.model.parent_of(offset) for offset in self.needed)
         return {name: self.run_offset(name, states[name]) for name in roots if name in states}
 
     def run_offset(self, offset: int, state: Tensor) -> Tensor:
@@ -169,8 +169,8 @@ class SequentialBackward:
         """
         if self.teacher is None or self.teacher.grad is None:
             return
-        path = self.model.heads.path(1)
-        hidden = leaves[self.model.source(path[0])]
+        path = self.model.heads.chain(1)
+        hidden = leaves[self.model.parent_of(path[0])]
         for offset in path:
             hidden = self.model.heads(offset, self.model.read(offset, hidden), self.context)
         self.backward(self.surrogate_loss(hidden, self.teacher))

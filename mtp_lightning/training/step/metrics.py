@@ -57,7 +57,7 @@ class OffsetMetrics(Metric):
     num_accepted: Tensor
     num_drafted: Tensor
     divergence_sum: Tensor
-    num_taught: Tensor
+    num_distilled: Tensor
     overlap_sum: Tensor
     num_sampled: Tensor
     sampled_sum: Tensor
@@ -70,7 +70,7 @@ class OffsetMetrics(Metric):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
         for name in ("num_agreeing", "num_comparable", "num_accepted"):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
-        for name in ("divergence_sum", "num_taught", "overlap_sum", "sampled_sum"):
+        for name in ("divergence_sum", "num_distilled", "overlap_sum", "sampled_sum"):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
         for name in ("num_drafted", "num_sampled"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -82,9 +82,9 @@ class OffsetMetrics(Metric):
         self.nll_sum += losses.nll_sums.nan_to_num().to(torch.float64)
         self.num_targets += is_valid.sum((1, 2))
         if losses.divergence_sums is not None:
-            is_taught = ~losses.divergence_sums.isnan()
+            is_distilled = ~losses.divergence_sums.isnan()
             self.divergence_sum += losses.divergence_sums.nan_to_num().to(torch.float64)
-            self.num_taught += teacher_positions(targets).sum((1, 2)) * is_taught
+            self.num_distilled += teacher_positions(targets).sum((1, 2)) * is_distilled
         if losses.predictions is None:
             return
         self.num_predicted += is_valid.sum((1, 2))
@@ -115,8 +115,8 @@ class OffsetMetrics(Metric):
             figures[f"conditional_acceptance_rate_{k}"] = cumulative[k - 1] / cumulative[k - 2]
             figures[f"acceptance_rate_{k}"] = cumulative[k - 1]
         figures["mean_acceptance_length"] = cumulative.sum()
-        if self.num_taught.any():
-            figures |= _by_offset("divergence", self.divergence_sum / self.num_taught)
+        if self.num_distilled.any():
+            figures |= _by_offset("divergence", self.divergence_sum / self.num_distilled)
         if self.num_sampled:
             sampled = self.sampled_sum / self.num_sampled
             figures |= _by_offset("overlap", self.overlap_sum / self.num_comparable)
