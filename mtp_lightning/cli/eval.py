@@ -47,7 +47,7 @@ def acceptance(
     )
     screen().print(_table(measured))
     figures = measured.figures
-    lengths = f"accepted length  {figures['mean_acceptance_length']:.3f} tokens per forward"
+    lengths = f"acceptance length  {figures['mean_acceptance_length']:.3f} tokens per forward"
     if measured.num_offsets > 1:
         lengths += f", {figures['sampled_acceptance_length']:.3f} under sampling"
     screen().print(f"{lengths}; {measured.num_rows:,} rows")

@@ -124,7 +124,8 @@ def figures(statistics: "Statistics", taken_s: float) -> str:
         return line
     share = statistics.num_accepted_tokens / statistics.num_draft_tokens
     return (
-        f"{line}; {statistics.num_drafts} verifying forwards, accepted length {statistics.mean_acceptance_length:.2f}, "
+        f"{line}; {statistics.num_drafts} verifying forwards, "
+        f"acceptance length {statistics.mean_acceptance_length:.2f}, "
         f"{share:.0%} of {statistics.num_draft_tokens} drafts kept"
     )
 

@@ -33,7 +33,7 @@ def compare(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
     ] = None,
 ) -> None:
-    """Compare recipes by the last validation of their runs: loss of the main head, accepted length, acceptance."""
+    """Compare recipes by the last validation of their runs: loss of the main head, acceptance length, acceptance."""
     from mtp_lightning.cli.recipe_argument import open_runs
     from mtp_lightning.cli.targets import PICTURES, check_target, write_json
     from mtp_lightning.console.errors import screen
@@ -126,7 +126,7 @@ def _text(figure: "Spread | None", form: str) -> str:
 
 def _table_notes(groups: "list[Group]") -> list[str]:
     table_notes = [
-        "change: of the main head's loss in nats, against the first recipe, seed by seed; sampled: accepted length "
+        "change: of the main head's loss in nats, against the first recipe, seed by seed; sampled: acceptance length "
         "under sampling; to k: share of positions where all drafts up to offset k are accepted; ±: half a 95 % "
         "interval over seeds (t).",
     ]

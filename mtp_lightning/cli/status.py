@@ -28,7 +28,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until Ctrl-C.")] = False,
     every: Annotated[float, typer.Option(min=0.2, metavar="SECONDS", help="Pause between looks.")] = 5.0,
 ) -> None:
-    """Show runs: state of the job, step, speed, loss, accepted length, checkpoint, restarts, time to the end."""
+    """Show runs: state of the job, step, speed, loss, acceptance length, checkpoint, restarts, time to the end."""
     from mtp_lightning.errors import RunFolderError
     from mtp_lightning.launch.status import statuses
 

@@ -44,7 +44,7 @@ def test_text_is_that_of_the_python_api(run, decoder):
     assert result.exit_code == 0
     assert result.stdout == expected_text(run, b"def f(") + "\n"
     assert re.search(rf"^{NEW_TOKENS} tokens in .* tokens/s", result.stderr, re.MULTILINE)
-    assert ("verifying forwards, accepted length" in result.stderr) == (decoder != "greedy")
+    assert ("verifying forwards, acceptance length" in result.stderr) == (decoder != "greedy")
 
 
 def test_prompts_come_from_files(run, tmp_path):

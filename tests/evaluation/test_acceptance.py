@@ -75,7 +75,7 @@ def test_the_verb(mixed, tmp_path):
     done = mtp("eval", "acceptance", str(run), "--rows", "12", "--json", "figures.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert f"accepted length  {figures['figures']['mean_acceptance_length']:.3f} tokens per forward" in done.stdout
+    assert f"acceptance length  {figures['figures']['mean_acceptance_length']:.3f} tokens per forward" in done.stdout
     assert all(f"of {source}  " in done.stdout for source in sources)
     missing = mtp("eval", "acceptance", str(run), "--shards", "nowhere", cwd=tmp_path)
     assert missing.returncode == 87

@@ -1,4 +1,4 @@
-"""A run ends when its accepted length stays where it is, and stays ended."""
+"""A run ends when its acceptance length stays where it is, and stays ended."""
 
 import pytest
 
@@ -58,7 +58,7 @@ def test_a_better_main_head_counts_though_fewer_drafts_are_accepted():
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """A run whose accepted length cannot rise by as much as is asked for."""
+    """A run whose acceptance length cannot rise by as much as is asked for."""
     folder = tmp_path_factory.mktemp("early")
     own = (
         "run.early_stop={validations: 2, least_gain: 4}",

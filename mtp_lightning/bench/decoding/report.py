@@ -55,7 +55,7 @@ class DecodePlan:
 
 def decode_table(figures: list[DecodeFigure]) -> Table:
     """Lay the figures out, a section per batch; fits 80 columns."""
-    columns = ["\nbatch", "\ndecoder", "\ndrafts", "tokens\n/ s", "speed-\nup", "accepted\nlength", "effi-\nciency"]
+    columns = ["\nbatch", "\ndecoder", "\ndrafts", "tokens\n/ s", "speed-\nup", "accept.\nlength", "effi-\nciency"]
     columns += ["drafts kept, %\nfirst, second, ...", "same\ntext"]
     table = build_table(columns, left=1, gap=1)
     add_rows(table, [_row(figure) for figure in figures])
@@ -93,8 +93,8 @@ def table_notes(machine: Machine, figures: list[DecodeFigure]) -> list[str]:
     lines = [
         "speed-up: over greedy, which drafts nothing, at the same batch; median of the ratios within "
         f"{len(figures[0].decode_s)} interleaved rounds. Prefill is not in it: {prefill:.3g} s for greedy.",
-        "accepted length: 1 + drafts kept / steps. efficiency: speed-up / accepted length. drafts kept: share of the "
-        "steps that kept the first draft, the first two, and so on.",
+        "acceptance length: 1 + drafts kept / steps. efficiency: speed-up / acceptance length. drafts kept: share of "
+        "the steps that kept the first draft, the first two, and so on.",
         "ceiling: drafts copied from the plain text, so that all are right; the heads run all the same.",
         f"Measured on {machine}.",
     ]
@@ -134,7 +134,7 @@ def _draw_speedups(axes: Any, figures: list[DecodeFigure]) -> None:
         places, colour = [f.draft_length for f in mine], COLOURS[index % len(COLOURS)]
         axes.plot(places, [f.speedup for f in mine], "o-", color=colour, label=f"{decoder}, batch {batch}")
     widest = {f.draft_length: f.mean_acceptance_length for f in chains}
-    axes.plot(list(widest), list(widest.values()), "k--", label="accepted length")
+    axes.plot(list(widest), list(widest.values()), "k--", label="acceptance length")
     axes.axhline(1, color="grey", linewidth=1)
     axes.set(title="Speed-up over plain greedy", xlabel="drafts per step", ylabel="times as fast")
     axes.set_xticks(list(widest))

@@ -66,12 +66,12 @@ class NonFiniteSection(Section):
 
 
 class EarlyStopSection(Section):
-    """Ends a run, or a phase, whose accepted length no longer rises."""
+    """Ends a run, or a phase, whose acceptance length no longer rises."""
 
     validations: PositiveInt = 5
     """Validations in a row without a gain after which the run ends."""
     least_gain: NonNegativeFloat = 0.01
-    """Tokens per forward that count as a gain in accepted length; a main head that is better by 5 % always does."""
+    """Tokens per forward that count as a gain in acceptance length; a main head that is better by 5 % always does."""
 
 
 class RunSection(Section):

@@ -1,4 +1,4 @@
-"""Ending a run whose accepted length no longer rises."""
+"""Ending a run whose acceptance length no longer rises."""
 
 from collections.abc import Mapping
 from typing import Any, final
@@ -60,8 +60,8 @@ class EarlyStop(Callback):
             trainer.should_stop = True
             if trainer.is_global_zero:
                 say(
-                    f"The accepted length has not risen by {self._section.least_gain} in {self.num_flat} validations: "
-                    f"ending after step {trainer.global_step}"
+                    f"The acceptance length has not risen by {self._section.least_gain} in {self.num_flat} "
+                    f"validations: ending after step {trainer.global_step}"
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class EarlyStop(Callback):
         self._best = CheckpointScore(*state_dict["best"]) if state_dict["best"] else None
 
     def _gains(self, score: CheckpointScore, best: CheckpointScore) -> bool:
-        """Compare like scores of checkpoints, which judge accepted lengths of about equally good main heads only."""
+        """Compare like scores of checkpoints, which judge acceptance lengths of about equally good main heads only."""
         if max(score.loss, best.loss) > min(score.loss, best.loss) * (1 + LOSS_TOLERANCE):
             return score.loss < best.loss
         return score.mean_acceptance_length > best.mean_acceptance_length + self._section.least_gain

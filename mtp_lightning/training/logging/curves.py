@@ -15,7 +15,7 @@ _DOTS_PER_INCH = 100
 
 
 def draw_training_curves(csv_path: Path, png_path: Path, *, title: str = "", unit: str = "nats per token") -> None:
-    """Draw a metrics.csv: left the loss of every offset, right acceptance and accepted length.
+    """Draw a metrics.csv: left the loss of every offset, right acceptance and acceptance length.
 
     Training is light, validation dark with a dot at each. A figure that was never measured is left out.
     """
@@ -51,7 +51,7 @@ def _draw_losses(axes: Any, rows: list[Row], unit: str) -> None:
 
 
 def _draw_acceptance(axes: Any, rows: list[Row]) -> None:
-    """Draw acceptance with a second axis for the accepted length, whose ends 1 and n match those of the first."""
+    """Draw acceptance with a second axis for the acceptance length, whose ends 1 and n match those of the first."""
     axes.set_title("Acceptance by the main head")
     axes.set_xlabel("step")
     offsets = _offsets_of(rows, "acceptance_rate")
@@ -65,8 +65,8 @@ def _draw_acceptance(axes: Any, rows: list[Row]) -> None:
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.25)
     lengths = axes.twinx()
-    _draw_pair(lengths, rows, "mean_acceptance_length", colour=_LENGTH_COLOUR, label="accepted length", style="--")
-    lengths.set_ylabel("accepted length (tokens per forward)")
+    _draw_pair(lengths, rows, "mean_acceptance_length", colour=_LENGTH_COLOUR, label="acceptance length", style="--")
+    lengths.set_ylabel("acceptance length (tokens per forward)")
     lengths.set_ylim(1, max(offsets))
 
 

@@ -77,7 +77,7 @@ def status_lines(progress: Progress) -> list[str]:
         f"  last checkpoint {f'step {progress.saved_step:,}' if progress.saved_step else BLANK}",
     ]
     if progress.recipe.heads.num_offsets > 1:
-        lines.insert(len(lines) - 1, f"accepted length  {_lengths(progress)}")
+        lines.insert(len(lines) - 1, f"acceptance length  {_lengths(progress)}")
     return lines
 
 

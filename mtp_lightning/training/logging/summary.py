@@ -147,12 +147,12 @@ def summary_view(content: dict[str, Any]) -> RenderableType:
     validation, best, wall_s = content["validation"] or {}, content["best_checkpoint"], content["wall_s"]
     state = "finished" if content["is_finished"] else "interrupted"
     length = number(validation.get("mean_acceptance_length"), ".3f")
-    best_name = f"{best['name']} (accepted length {best['mean_acceptance_length']:.3f})" if best else "none"
+    best_name = f"{best['name']} (acceptance length {best['mean_acceptance_length']:.3f})" if best else "none"
     title = f"{content['recipe']}: {state} after {content['steps']:,} steps, {count(content['tokens'])} tokens"
     lines: list[str | Table] = [
         f"validation at step {validation['step']:,}" if validation else "no validation yet",
         _validation_table(content, validation),
-        f"expected accepted length  {length} tokens per forward",
+        f"expected acceptance length  {length} tokens per forward",
         *(
             f"  of {source}  {number(figures['mean_acceptance_length'], '.3f')}"
             for source, figures in content["validation_by_source"].items()

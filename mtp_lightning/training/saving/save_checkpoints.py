@@ -42,10 +42,10 @@ class CheckpointScore:
     loss: float  # of the main head
 
     def beats(self, other: "CheckpointScore | None") -> bool:
-        """Compare accepted lengths, but only of models whose main heads are about equally good.
+        """Compare acceptance lengths, but only of models whose main heads are about equally good.
 
         Heads that all say the same token agree perfectly, so a model that has hardly learnt anything has the
-        longest accepted length of all. Where one main head's loss is lower by more than the tolerance, that decides.
+        longest acceptance length of all. Where one main head's loss is lower by more than the tolerance, that decides.
         """
         if other is None:
             return True

@@ -2,7 +2,7 @@
 
 Agreement asks whether an offset's argmax equals the main head's argmax for the same token, which the main head
 speaks from k-1 positions later. Cumulative acceptance at k is the share of positions at which offsets 2 ... k all
-agree; conditional acceptance is cumulative(k) / cumulative(k-1); the accepted length, 1 + the sum of cumulative
+agree; conditional acceptance is cumulative(k) / cumulative(k-1); the acceptance length, 1 + the sum of cumulative
 acceptances, is the number of tokens that one step of greedy self-speculation is expected to yield.
 
 Under sampling a draft is accepted with probability sum of min(p, q), the overlap of the main head's distribution p

@@ -63,7 +63,7 @@ def test_every_figure_of_an_offset_is_in_its_row() -> None:
     assert lines[5].split() == ["3", "10.375", f"{bits:.3f}", "12.3%", "12.3%", "12.3%", "33.3%", "11.375", "100.0%"]
     assert "grad norm  trunk 0.12  heads 0.12  unembedding 0.12  all 0.12   lr 9.80e-04" in lines
     assert "           lora 0.12  layer_mix 0.12" in lines
-    assert "accepted length  train 1.23  val 2.35 at step 299 (the best so far)" in [line.strip() for line in lines]
+    assert "acceptance length  train 1.23  val 2.35 at step 299 (the best so far)" in [line.strip() for line in lines]
     assert any("1.23M tokens/s  123.46 GiB  last checkpoint step 299" in line for line in lines)
     assert lines[6].startswith("step 299/300")
     assert len(lines[-1]) < 77, "room for an echoed ^C behind the cursor"

@@ -38,7 +38,7 @@ def test_the_summary_tells_the_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert 0 < content["checkpoints_s"] < content["wall_s"]["attempt"] == content["wall_s"]["total"]
     out = capsys.readouterr().out
     assert "tiny: finished after 6 steps, 384 tokens" in out
-    assert f"expected accepted length  {last['val/mean_acceptance_length']:.3f}" in out
+    assert f"expected acceptance length  {last['val/mean_acceptance_length']:.3f}" in out
     assert imread(tmp_path / "curves.png").shape[:2] == (500, 1200)
 
 
