@@ -221,13 +221,13 @@ def test_fewer_tars_than_readers_are_refused_at_setup(tars: Path) -> None:
 
 def test_held_out_rows_are_kept_and_the_same_every_time(tars: Path) -> None:
     module = build(tars)
-    held_out = open_rows(module._recipe, "validation")
+    held_out = open_rows(module.recipe, "validation")
     assert len(held_out) == 10  # run.validation_samples
     first, second = ([b["tokens"] for b in module.val_dataloader()] for _ in range(2))
     assert all(map(torch.equal, first, second))
     assert first[0][0].tolist() == [*text_of(99, 0).encode()][:WIDTH]
     with pytest.raises(DataError, match="rows must be numbered"):
-        open_rows(module._recipe, "train")
+        open_rows(module.recipe, "train")
     (tars / "held/0.tar").unlink()
     write_tar(tars / "held/0.tar", {"0.txt": b"short"})
     with pytest.raises(DataError, match=r"must have the T \+ n = 11 tokens of one row"):
