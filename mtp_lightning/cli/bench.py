@@ -73,7 +73,7 @@ def _sizes(text: str) -> list[int]:
 app = typer.Typer(no_args_is_help=True, help="Measure training, decoding and loading.")
 
 OffsetsOption = Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of offsets to measure.")]
-SchedulesOption = Annotated[str, typer.Option(metavar="NAME,...", help="Schedules to measure.")]
+BackwardOrdersOption = Annotated[str, typer.Option(metavar="NAME,...", help="Backward orders to measure.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")]
 
 
@@ -83,15 +83,15 @@ def memory(
     overrides: OverridesArgument = None,
     *,
     offsets: OffsetsOption = "1,2,4,8",
-    schedules: SchedulesOption = "sequential,joint",
+    backward_orders: BackwardOrdersOption = "sequential,joint",
     json: JsonOption = None,
 ) -> None:
-    """Measure the peak memory of a training step, for several numbers of offsets and schedules."""
-    numbers, names = _offsets(offsets), _schedules(schedules)
+    """Measure the peak memory of a training step, for several numbers of offsets and backward orders."""
+    numbers, names = _offsets(offsets), _backward_orders(backward_orders)
     loaded = open_recipe(recipe, overrides)
     from mtp_lightning.bench.training.memory import bench_memory
 
-    bench_memory(loaded.recipe, offsets=numbers, schedules=names, json_path=json)
+    bench_memory(loaded.recipe, offsets=numbers, backward_orders=names, json_path=json)
 
 
 @app.command()
@@ -100,15 +100,15 @@ def train(
     overrides: OverridesArgument = None,
     *,
     offsets: OffsetsOption = "1,2,4,8",
-    schedules: SchedulesOption = "sequential,joint",
+    backward_orders: BackwardOrdersOption = "sequential,joint",
     json: JsonOption = None,
 ) -> None:
-    """Measure the speed of training, for several numbers of offsets and schedules."""
-    numbers, names = _offsets(offsets), _schedules(schedules)
+    """Measure the speed of training, for several numbers of offsets and backward orders."""
+    numbers, names = _offsets(offsets), _backward_orders(backward_orders)
     loaded = open_recipe(recipe, overrides)
     from mtp_lightning.bench.training.speed import bench_train
 
-    bench_train(loaded.recipe, offsets=numbers, schedules=names, json_path=json)
+    bench_train(loaded.recipe, offsets=numbers, backward_orders=names, json_path=json)
 
 
 @app.command()
@@ -158,11 +158,13 @@ def _offsets(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _schedules(text: str) -> list[str]:
+def _backward_orders(text: str) -> list[str]:
     from mtp_lightning.recipe.schema.objective import ObjectiveSection
 
     known = get_args(ObjectiveSection.model_fields["backward_order"].annotation)
     names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in known]:
-        raise typer.BadParameter(f"must be among {', '.join(known)}; found {unknown[0]!r}", param_hint="--schedules")
+        raise typer.BadParameter(
+            f"must be among {', '.join(known)}; found {unknown[0]!r}", param_hint="--backward-orders"
+        )
     return names

@@ -77,13 +77,13 @@ def compare_as_rank(cells_path: Path, results: Path) -> None:
 
 
 def print_outcomes(outcomes: "Sequence[Outcome]") -> bool:
-    """Print a row per stage, number of ranks and schedule, then the first cells that failed; tell whether none has."""
+    """Print a row per stage, number of ranks and backward order, then the first failed cells; tell whether none has."""
     from mtp_lightning.diagnostics.parity import LOSS_TOLERANCE, TOLERANCE
 
     table = build_table(["stage", "ranks", "backward order", "cells", "gradients", "weights", "losses"], left=2, gap=2)
-    for (stage, ranks, schedule), group in groupby(
-        sorted(outcomes, key=lambda o: (o.cell.stage, o.cell.ranks)),  # stable: schedules stay in their order
-        key=lambda o: (o.cell.stage, o.cell.ranks, o.cell.schedule),
+    for (stage, ranks, backward_order), group in groupby(
+        sorted(outcomes, key=lambda o: (o.cell.stage, o.cell.ranks)),  # stable: backward orders stay in their order
+        key=lambda o: (o.cell.stage, o.cell.ranks, o.cell.backward_order),
     ):
         row = list(group)
         failed = any(outcome.failure for outcome in row)
@@ -92,7 +92,7 @@ def print_outcomes(outcomes: "Sequence[Outcome]") -> bool:
             _error(max(outcome.weights for outcome in row), TOLERANCE, failed=failed),
             _error(max(outcome.losses for outcome in row), LOSS_TOLERANCE, failed=failed),
         ]
-        table.add_row(stage, str(ranks), schedule, str(len(row)), *errors)
+        table.add_row(stage, str(ranks), backward_order, str(len(row)), *errors)
     screen = console()
     screen.print(Text("Worst relative error against plain torch on one process", style="bold"), table, "", sep="\n")
     bad = [outcome for outcome in outcomes if not outcome.is_good]
@@ -113,7 +113,10 @@ def _error(error: float, tolerance: float, *, failed: bool) -> Text:
 def doctor(
     *,
     strategies: Annotated[
-        bool, typer.Option("--strategies", help="Compare every ZeRO stage and schedule with plain torch, on CPU ranks.")
+        bool,
+        typer.Option(
+            "--strategies", help="Compare every ZeRO stage and backward order with plain torch, on CPU ranks."
+        ),
     ] = False,
     cells: Annotated[Path | None, typer.Option(hidden=True)] = None,
     results: Annotated[Path | None, typer.Option(hidden=True)] = None,

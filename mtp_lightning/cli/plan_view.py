@@ -142,7 +142,7 @@ def _component_label(name: str, plan: Plan) -> str | None:
     layout = plan.chosen.layout
     return {
         "optimizer": None if layout.stage else "optimizer: two moments",
-        "logits": "logits of all offsets" if layout.schedule == "joint" else "logits, one chunk",
+        "logits": "logits of all offsets" if layout.backward_order == "joint" else "logits, one chunk",
         "gathered_weights": None if layout.stage else "weights cast to bf16",
     }.get(name)
 

@@ -1,6 +1,6 @@
-"""Compare the gradients that every ZeRO stage and schedule hands to the optimizer on this machine with plain torch.
+"""Compare the gradients that every ZeRO stage and backward order hands to the optimizer with those of plain torch.
 
-A cell is one combination of stage, ranks, schedule, micro-batches, unembedding, heads and clipping. Each is trained for
+A cell is a combination of stage, ranks, backward order, micro-batches, unembedding, heads, clipping. Each trains for
 a few steps by the Lightning module, strategy and trainer of every run, and compared with `reference_loop`: gradients
 before each step and weights after it, parameter by parameter, under SGD with momentum. AdamW would turn the rounding of
 near-zero gradients into visible steps, so under AdamW the losses of 20 steps are compared instead.
@@ -137,7 +137,7 @@ def _silence_libraries() -> Iterator[None]:
 def run_cell(cell: Cell) -> Outcome:
     """Train a cell with Lightning and compare it on the way; all its ranks call this."""
     recipe = cell.recipe
-    plain = replace(cell, stage="single", ranks=1, schedule="joint", accumulation=1)
+    plain = replace(cell, stage="single", ranks=1, backward_order="joint", accumulation=1)
     comparison = _Comparison(_expected(plain), cell)
     module = _Module(recipe, cell.optimizer)
     trainer = L.Trainer(

@@ -11,7 +11,7 @@ ROWS = 12  # of a global batch: divisible by all numbers of ranks times micro-ba
 CLIP_NORM = 0.5  # below every norm that occurs
 RANKS = (1, 2)
 STAGES = ("zero1", "zero2", "zero3")
-SCHEDULES = ("sequential", "bridged", "joint")
+BACKWARD_ORDERS = ("sequential", "bridged", "joint")
 HEADS: dict[str, dict[str, Any]] = {
     "parallel": {"kind": "parallel"},
     "chained": {"kind": "chained", "order": "causal"},
@@ -36,7 +36,7 @@ class Cell:
 
     stage: str
     ranks: int
-    schedule: str
+    backward_order: str
     accumulation: int  # micro-batches of a rank per step
     heads: str
     unembedding: str
@@ -49,7 +49,7 @@ class Cell:
         rest = f"{self.heads} heads, {self.unembedding} unembedding, {self.accumulation} per step, {clips}"
         noun = "rank" if self.ranks == 1 else "ranks"
         adapted = "" if self.adaptation == "none" else f", {self.adaptation}"
-        return f"{self.stage}, {self.ranks} {noun}, {self.schedule}: {rest}, {self.optimizer}{adapted}"
+        return f"{self.stage}, {self.ranks} {noun}, {self.backward_order}: {rest}, {self.optimizer}{adapted}"
 
     @property
     def recipe(self) -> Recipe:
@@ -74,7 +74,7 @@ class Cell:
                 },
                 **ADAPTATIONS[self.adaptation],
                 "objective": {
-                    "backward_order": self.schedule,
+                    "backward_order": self.backward_order,
                     "chunk_mib": 11 * 29 * 4 / 2**20,
                 },  # 11 rows: ragged chunks
                 "data": {"seq_len": 10},
@@ -97,17 +97,19 @@ class Cell:
 
 
 def sample() -> list[Cell]:
-    """List a few cells in which every two values meet that can: a plain one of each stage, ranks and schedule.
+    """List a few cells in which every two values meet that can: a plain one of each stage, ranks and backward order.
 
-    AdamW meets every stage and number of ranks; adaptations meet every stage, every schedule and number of ranks.
+    AdamW meets every stage and number of ranks; adaptations meet every stage, every backward order and number of ranks.
     """
     cells: list[Cell] = []
-    for (s, stage), (r, ranks), (k, schedule) in product(enumerate(STAGES), enumerate(RANKS), enumerate(SCHEDULES)):
+    for (s, stage), (r, ranks), (k, backward_order) in product(
+        enumerate(STAGES), enumerate(RANKS), enumerate(BACKWARD_ORDERS)
+    ):
         heads, unembedding = [*HEADS][(s + k) % 3], UNEMBEDDINGS[(s + 2 * k + r) % 3]
         plain = Cell(
             stage=stage,
             ranks=ranks,
-            schedule=schedule,
+            backward_order=backward_order,
             accumulation=(1, 3)[(r + k) % 2],
             heads=heads,
             unembedding="shared" if (heads, unembedding) == ("sequential", "replicated") else unembedding,
@@ -115,11 +117,11 @@ def sample() -> list[Cell]:
         )
         cells += [plain, *([replace(plain, optimizer="adamw")] if (s + r + k) % 3 == 0 else [])]
         adapted = [name for number, name in enumerate(ADAPTATIONS) if (number + s + k) % 3 == (number + s + r) % 2 == 0]
-        cells += [adapted_cell(stage, ranks, schedule, name) for name in adapted if name != "none"]
+        cells += [adapted_cell(stage, ranks, backward_order, name) for name in adapted if name != "none"]
     return cells
 
 
-def adapted_cell(stage: str, ranks: int, schedule: str, adaptation: str) -> Cell:
+def adapted_cell(stage: str, ranks: int, backward_order: str, adaptation: str) -> Cell:
     """Return the cell of an adapted model."""
-    where: dict[str, Any] = {"stage": stage, "ranks": ranks, "schedule": schedule, "adaptation": adaptation}
+    where: dict[str, Any] = {"stage": stage, "ranks": ranks, "backward_order": backward_order, "adaptation": adaptation}
     return Cell(**where, accumulation=3, heads="parallel", unembedding="shared", clips=True)

@@ -29,13 +29,15 @@ def with_offsets(recipe: Recipe, num_offsets: int) -> Recipe:
     )
 
 
-def with_backward_order(recipe: Recipe, schedule: str) -> Recipe:
+def with_backward_order(recipe: Recipe, backward_order: str) -> Recipe:
     """Change the order of head forward and backward.
 
     >>> with_backward_order(Recipe(), "joint").objective.backward_order
     'joint'
     """
-    return recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"backward_order": schedule})})
+    return recipe.model_copy(
+        update={"objective": recipe.objective.model_copy(update={"backward_order": backward_order})}
+    )
 
 
 def obstacle(recipe: Recipe) -> Fault | None:
@@ -63,7 +65,7 @@ class Layout:
     micro_batch_size: int
     num_micro_batches: int = 1  # per optimizer step
     precision: str = "bf16"
-    schedule: str = "sequential"
+    backward_order: str = "sequential"
     chunk_bytes: float = math.inf  # of logits
     recomputes_trunk: bool = False
     recomputes_heads: bool = False
@@ -128,7 +130,7 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
         micro_batch_size=micro_batch_size,
         num_micro_batches=rows_per_gpu // micro_batch_size,
         precision=recipe.run.precision,
-        schedule=objective.backward_order,
+        backward_order=objective.backward_order,
         chunk_bytes=objective.chunk_mib * 2**20,
         recomputes_trunk=memory.recompute_trunk,
         recomputes_heads=recipe.heads.kind == "recursive" if recomputes_heads is None else recomputes_heads,

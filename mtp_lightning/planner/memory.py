@@ -128,7 +128,7 @@ def _heads_alive(shape: Shape, layout: Layout) -> int:
 
 
 def _all_heads_alive(shape: Shape, layout: Layout) -> bool:
-    return shape.heads.is_chain or layout.schedule != "sequential"
+    return shape.heads.is_chain or layout.backward_order != "sequential"
 
 
 def _stack(num_layers: int, layer: float, residual: float, *, recomputes: bool) -> float:
@@ -139,13 +139,13 @@ def _stack(num_layers: int, layer: float, residual: float, *, recomputes: bool) 
 
 
 def _logits(shape: Shape, layout: Layout) -> float:
-    """Count the logits: one chunk of fp32 with its low-precision copies; in the joint schedule those of all offsets.
+    """Count the logits: one chunk of fp32 with its low-precision copies; in the joint order those of all offsets.
 
     Joint keeps the fp32 log-probabilities of every offset, and has three more such tensors of one offset in hand.
     """
     low = 0 if layout.compute_bytes == FP32 else layout.compute_bytes
     entries = layout.micro_batch_size * shape.seq_len * shape.vocab_size
-    if layout.schedule == "joint":
+    if layout.backward_order == "joint":
         return float(entries * ((shape.passes.num_losses + 3) * FP32 + low))
     return min(layout.chunk_bytes, float(entries * (FP32 + 2 * low)))
 

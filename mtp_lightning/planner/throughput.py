@@ -10,7 +10,7 @@ A micro-batch costs
 
 Where all this is shorter than the host needs to launch the kernels one by one, the host sets the pace.
 An optimizer step adds the update, which waits for memory as well. Checkpointing adds a forward pass. Distillation adds
-the main head's scores, made again for every offset that is compared with them; only the joint schedule has kept them.
+the main head's scores, made again for every offset that is compared with them; only the joint order has kept them.
 What the backward pass does not go through, because it is frozen and nothing before it is trained, costs its forward
 pass only.
 """
@@ -98,7 +98,7 @@ def _recomputed(shape: Shape, layout: Layout) -> tuple[int, int]:
 
 def _products_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     _, again = _recomputed(shape, layout)
-    teacher = 0 if layout.schedule == "joint" else shape.passes.teacher.entries
+    teacher = 0 if layout.backward_order == "joint" else shape.passes.teacher.entries
     operations = _positions(shape, layout) * 2 * (shape.passes.all.entries + again + teacher)
     return operations / (hardware.peak(layout.precision) * hardware.product_efficiency)
 
@@ -118,7 +118,7 @@ def _memory_bound_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     passes = FORWARD_PASSES * work.layers + BACKWARD_PASSES * work.layers_back + RECOMPUTE_PASSES * again
     logits = LOGIT_BYTES * shape.passes.num_losses * shape.vocab_size
     compared = COMPARED_BYTES * shape.passes.num_compared_entries
-    if layout.schedule != "joint":
+    if layout.backward_order != "joint":
         compared += TEACHER_BYTES * shape.passes.num_compared * shape.vocab_size
     moved = _positions(shape, layout) * (passes * layer_bytes(shape.layer, layout) + logits + compared)
     return moved / (hardware.memory_bytes_per_s * MEMORY_EFFICIENCY)

@@ -14,7 +14,7 @@ def test_table_and_json(capsys, tmp_path):
     path = tmp_path / "figures" / "memory.json"
     recipe = quick_recipe()
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vocab_size": 20_000})})
-    bench_memory(recipe, offsets=[1, 8], schedules=["sequential"], json_path=path)
+    bench_memory(recipe, offsets=[1, 8], backward_orders=["sequential"], json_path=path)
     shown = capsys.readouterr()
     assert "n=8 is not possible" in shown.out
     assert "V=20,000, D=32, T=16, 4 rows in micro-batches of 2, fp32, parallel heads" in shown.out
@@ -59,5 +59,5 @@ def test_a_probe_that_fails_says_why():
 
 def test_failures_are_shown_not_raised(monkeypatch, capsys):
     monkeypatch.setattr(memory, "run_probe", lambda recipe: {"failure": "killed by signal 9"})
-    bench_memory(quick_recipe(), offsets=[1], schedules=["joint"], json_path=None)
+    bench_memory(quick_recipe(), offsets=[1], backward_orders=["joint"], json_path=None)
     assert "n=1 joint failed: killed by signal 9" in capsys.readouterr().out

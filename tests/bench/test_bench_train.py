@@ -19,14 +19,14 @@ ALL = ["sequential", "bridged", "joint"]
 def test_table_and_json(capsys, tmp_path):
     path = tmp_path / "train.json"
     recipe = quick_recipe(num_offsets=2)
-    bench_train(recipe, offsets=[1, 2, 4], schedules=ALL, json_path=path, rounds=2)
+    bench_train(recipe, offsets=[1, 2, 4], backward_orders=ALL, json_path=path, rounds=2)
     shown = capsys.readouterr()
     assert "n=4 is not possible" in shown.out
     assert "matmul" in shown.out
     assert "MFU" not in shown.out
     written = json.loads(path.read_text())
-    figures = {(figure["num_offsets"], figure["schedule"]): figure for figure in written["figures"]}
-    assert set(figures) == {(n, schedule) for n in (1, 2) for schedule in ALL}
+    figures = {(figure["num_offsets"], figure["backward_order"]): figure for figure in written["figures"]}
+    assert set(figures) == {(n, backward_order) for n in (1, 2) for backward_order in ALL}
     assert figures[1, "bridged"]["time_ratio"] == 1
     assert figures[2, "bridged"]["flops_per_step"] == flops_per_step(recipe)
     assert all(len(figure["samples_s"]) == 2 for figure in figures.values())
@@ -36,15 +36,15 @@ def test_table_and_json(capsys, tmp_path):
 
 @pytest.mark.parametrize(("kind", "is_said"), [("recursive", True), ("parallel", False)])
 def test_what_is_computed_twice_is_said(kind, is_said, capsys):
-    bench_train(quick_recipe(kind=kind), offsets=[2], schedules=["bridged"], json_path=None, rounds=1)
+    bench_train(quick_recipe(kind=kind), offsets=[2], backward_orders=["bridged"], json_path=None, rounds=1)
     assert ("Activations of the heads are computed twice" in capsys.readouterr().out) == is_said
 
 
 def test_rounds_are_interleaved(monkeypatch):
     order = []
 
-    def record(step, schedule):
-        order.append((step.recipe.heads.num_offsets, schedule))
+    def record(step, backward_order):
+        order.append((step.recipe.heads.num_offsets, backward_order))
         return 1.0
 
     monkeypatch.setattr(rounds, "step_seconds", record)
@@ -102,7 +102,9 @@ def test_models_that_do_not_fit_are_refused(monkeypatch):
 def test_figures_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError) as caught:
-        bench_train(quick_recipe(), offsets=[1], schedules=["joint"], json_path=tmp_path / "file" / "x.json", rounds=1)
+        bench_train(
+            quick_recipe(), offsets=[1], backward_orders=["joint"], json_path=tmp_path / "file" / "x.json", rounds=1
+        )
     assert "--json" in caught.value.hint
 
 
@@ -112,7 +114,7 @@ def test_on_cuda(tmp_path, capsys):
     path = tmp_path / "train.json"
     recipe = quick_recipe()
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"device": "cuda"})})
-    bench_train(recipe, offsets=[1, 2], schedules=ALL, json_path=path, rounds=2)
+    bench_train(recipe, offsets=[1, 2], backward_orders=ALL, json_path=path, rounds=2)
     figures = json.loads(path.read_text())["figures"]
     assert all(figure["peak_bytes"] > 0 for figure in figures)
     assert "GiB" in capsys.readouterr().out

@@ -94,7 +94,7 @@ def test_markup_in_a_message_is_text() -> None:
         ["recipe", "show"],
         ["bench", "memory", "r.yaml", "--offsets", "1,x"],
         ["bench", "memory", "r.yaml", "--offsets", "0"],
-        ["bench", "train", "r.yaml", "--schedules", "sequental"],
+        ["bench", "train", "r.yaml", "--backward-orders", "sequental"],
         ["data", "build", "some/folder"],
         ["data", "build", "r.yaml", "--validation-fraction", "0.1"],
         ["data", "build", "some/folder", "--out", "shards", "--validation-fraction", "1"],

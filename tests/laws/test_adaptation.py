@@ -1,4 +1,4 @@
-"""Law 1 with low-rank updates, frozen parts and mixtures: schedules agree, and what is trained has gradients."""
+"""Law 1 with low-rank updates, frozen parts and mixtures: backward orders agree, and what is trained has gradients."""
 
 import pytest
 import torch
@@ -41,18 +41,18 @@ def fits(kind, adaptation):
 
 
 def steps_of(kind, adaptation, objective, *, rows=4):
-    """Losses and gradients of a step under each schedule."""
+    """Losses and gradients of a step under each backward order."""
     adapt, frozen = ADAPTATIONS[adaptation]
     memory = objective.get("memory", {})
     objective = {name: value for name, value in objective.items() if name != "memory"}
-    for schedule in ("joint", "sequential", "bridged"):
+    for backward_order in ("joint", "sequential", "bridged"):
         recipe = tiny_recipe(
             model={"num_hidden_layers": 9},
             heads=HEAD_KINDS[kind],
             freeze=frozen,
             adapt=adapt,
             memory=memory,
-            objective={"backward_order": schedule, "chunk_mib": 5 * 13 * 8 / 2**20} | objective,
+            objective={"backward_order": backward_order, "chunk_mib": 5 * 13 * 8 / 2**20} | objective,
             data={"document_mask": True},
             batch={"global_batch_size": rows, "micro_batch_size": 2},
         )

@@ -59,9 +59,11 @@ def test_schedules_agree_for_every_divergence(divergence, detached, kind, beta, 
     assert_same_step(HEAD_KINDS[kind], distill(**fields) | OTHER_LOSSES[losses], weights=WEIGHTS[weights])
 
 
-def step(heads, objective, *, schedule="sequential", model_fields=None, prepare=None, weights=None):
+def step(heads, objective, *, backward_order="sequential", model_fields=None, prepare=None, weights=None):
     """Losses and gradients of one step of a tiny model in which every position has a teacher, the last ones apart."""
-    recipe = tiny_recipe(heads=heads, objective={"backward_order": schedule} | objective, model=model_fields or {})
+    recipe = tiny_recipe(
+        heads=heads, objective={"backward_order": backward_order} | objective, model=model_fields or {}
+    )
     model = tiny_model(recipe)
     if prepare is not None:
         prepare(model)
@@ -84,13 +86,15 @@ def make_constant(model):
     kind=["parallel", "causal", "anticausal"],
     divergence=DIVERGENCES,
     detached=[True, False],
-    schedule=["sequential", "bridged"],
+    backward_order=["sequential", "bridged"],
 )
-def test_zero_and_without_gradient_where_student_is_teacher(kind, divergence, detached, schedule):
+def test_zero_and_without_gradient_where_student_is_teacher(kind, divergence, detached, backward_order):
     """Alpha 0: the gradients with distillation on are those of the main head's loss alone."""
     fields = ONLY_DIVERGENCE | {"divergence": divergence, "detach_teacher": detached}
-    losses, gradients = step(HEAD_KINDS[kind], distill(**fields), schedule=schedule, prepare=make_constant)
-    _, alone = step(HEAD_KINDS[kind], {}, schedule=schedule, prepare=make_constant, weights=[1.0, 0.0, 0.0, 0.0])
+    losses, gradients = step(HEAD_KINDS[kind], distill(**fields), backward_order=backward_order, prepare=make_constant)
+    _, alone = step(
+        HEAD_KINDS[kind], {}, backward_order=backward_order, prepare=make_constant, weights=[1.0, 0.0, 0.0, 0.0]
+    )
     torch.testing.assert_close(losses[0].divergence_sums[1:], torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-13)
     for name, gradient in gradients.items():
         expected = alone.get(name, torch.zeros_like(gradient))
@@ -103,12 +107,12 @@ def test_the_constant_model_is_a_test_of_something():
 
 
 @pytest.mark.parametrize("kind", ["parallel_replicated", "medusa_replicated"])
-@pytest.mark.parametrize("schedule", ["sequential", "bridged", "joint"])
-def test_nothing_reaches_a_teacher_of_its_own(kind, schedule):
+@pytest.mark.parametrize("backward_order", ["sequential", "bridged", "joint"])
+def test_nothing_reaches_a_teacher_of_its_own(kind, backward_order):
     """Block, matrix and (parallel) norm of the main head have the gradient of their own loss, to the last bit."""
     fields = ONLY_DIVERGENCE | {"top_k": 5}
-    _, gradients = step(HEAD_KINDS[kind], distill(**fields), schedule=schedule)
-    _, alone = step(HEAD_KINDS[kind], {}, schedule=schedule, weights=[1.0, 0.0, 0.0, 0.0])
+    _, gradients = step(HEAD_KINDS[kind], distill(**fields), backward_order=backward_order)
+    _, alone = step(HEAD_KINDS[kind], {}, backward_order=backward_order, weights=[1.0, 0.0, 0.0, 0.0])
     own = [name for name in alone if name.startswith(("heads.blocks.0.0.self", "unembedding.lm_heads.0"))]
     own = own if kind.startswith("parallel") else ["unembedding.lm_heads.0.weight"]
     assert own
@@ -119,13 +123,13 @@ def test_nothing_reaches_a_teacher_of_its_own(kind, schedule):
     )
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "bridged", "joint"])
+@pytest.mark.parametrize("backward_order", ["sequential", "bridged", "joint"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_through_a_shared_matrix_only_the_students_use_gets_gradient(schedule, tied):
+def test_through_a_shared_matrix_only_the_students_use_gets_gradient(backward_order, tied):
     """Compare with the same step on frozen copies of the teacher's logits, which nothing can reach."""
     recipe = tiny_recipe(
         heads=HEAD_KINDS["sequential"] | {"detach_trunk": True},
-        objective={"backward_order": schedule} | distill(**ONLY_DIVERGENCE, top_k=6),
+        objective={"backward_order": backward_order} | distill(**ONLY_DIVERGENCE, top_k=6),
         model={"tie_word_embeddings": tied},
     )
     model, (tokens, documents, _) = tiny_model(recipe), tiny_rows(recipe, 2)
@@ -149,8 +153,8 @@ def test_through_a_shared_matrix_only_the_students_use_gets_gradient(schedule, t
     assert max(errors.values()) < 1e-10, errors
 
 
-def low_precision_step(schedule, kind, fields, *, autocast=True):
-    recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective={"backward_order": schedule} | distill(**fields))
+def low_precision_step(backward_order, kind, fields, *, autocast=True):
+    recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective={"backward_order": backward_order} | distill(**fields))
     tokens, documents, _ = tiny_rows(recipe, 2)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         _, gradients = gradients_of(tiny_model(recipe, torch.float32), recipe, (tokens, documents, None))
@@ -164,8 +168,8 @@ def test_bf16_is_within_the_noise_of_joint_bf16(kind, detached):
     fields = {"top_k": 6, "beta": [2.0], "detach_teacher": detached}
     joint = low_precision_step("joint", kind, fields)
     noise = relative_error(joint, low_precision_step("joint", kind, fields, autocast=False))
-    for schedule in ("sequential", "bridged"):
-        assert 0 < relative_error(low_precision_step(schedule, kind, fields), joint) < 2 * noise
+    for backward_order in ("sequential", "bridged"):
+        assert 0 < relative_error(low_precision_step(backward_order, kind, fields), joint) < 2 * noise
 
 
 RUN = (

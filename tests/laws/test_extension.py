@@ -71,11 +71,11 @@ def test_the_new_group_is_an_exact_copy_and_so_is_everything_old(trained, tmp_pa
     assert (config["num_offsets"], config["layers"]["heads"], config["step"]) == (9, 8, 4)
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "bridged"])
-def test_training_the_new_group_leaves_the_rest_bit_identical(trained, tmp_path, cache, schedule):
+@pytest.mark.parametrize("backward_order", ["sequential", "bridged"])
+def test_training_the_new_group_leaves_the_rest_bit_identical(trained, tmp_path, cache, backward_order):
     extend_checkpoint(trained, tmp_path / "more", 6)
     started = weights_of(tmp_path / "more")
-    recipe = load_recipe(tmp_path / "more/recipe.yaml", [f"objective.backward_order={schedule}"])
+    recipe = load_recipe(tmp_path / "more/recipe.yaml", [f"objective.backward_order={backward_order}"])
     assert train(recipe) == 0
     after = weights_of(recipe.recipe.run.dir)
     moved = {name for name, value in after.items() if not torch.equal(value, started[name])}
@@ -169,14 +169,14 @@ def test_a_start_from_another_model_is_refused(trained, tmp_path, cache):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in HEAD_KINDS if kind != "anticausal"])
-@pytest.mark.parametrize("schedule", ["sequential", "bridged"])
+@pytest.mark.parametrize("backward_order", ["sequential", "bridged"])
 @pytest.mark.parametrize("objective", [{}, {"distill": {"top_k": 5}}])
-def test_frozen_parts_get_no_gradient_and_the_others_the_same(kind, schedule, objective):
+def test_frozen_parts_get_no_gradient_and_the_others_the_same(kind, backward_order, objective):
     """Gradients of what trains are those of the whole step, in which the losses of frozen offsets have no weight."""
     first = 2 if kind == "recursive" else 3
     weights = [0.0] * (first - 1) + [1.0] * (5 - first)
     results = []
-    for own, is_frozen in ((schedule, True), ("joint", True), ("joint", False)):
+    for own, is_frozen in ((backward_order, True), ("joint", True), ("joint", False)):
         frozen = [f"offsets_below_{first}"] if is_frozen else []
         recipe = tiny_recipe(heads=HEAD_KINDS[kind], freeze=frozen, objective={"backward_order": own} | objective)
         model = tiny_model(recipe)

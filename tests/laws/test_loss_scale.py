@@ -12,9 +12,9 @@ from tests.support.tiny import HEAD_KINDS, relative_error, tiny_model, tiny_reci
 SCALE = 2.0**12
 
 
-def gradients(kind, schedule, scale, dtype=torch.float64):
+def gradients(kind, backward_order, scale, dtype=torch.float64):
     recipe = tiny_recipe(
-        heads=HEAD_KINDS[kind], objective={"backward_order": schedule, "chunk_mib": 5 * 13 * 8 / 2**20}
+        heads=HEAD_KINDS[kind], objective={"backward_order": backward_order, "chunk_mib": 5 * 13 * 8 / 2**20}
     )
     model = tiny_model(recipe, dtype)
     tokens, documents, mask = tiny_rows(recipe, 2)
@@ -27,20 +27,20 @@ def gradients(kind, schedule, scale, dtype=torch.float64):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "bridged", "joint"])
+@pytest.mark.parametrize("backward_order", ["sequential", "bridged", "joint"])
 @pytest.mark.parametrize("kind", HEAD_KINDS)
-def test_the_scale_arrives_once(kind, schedule):
-    expected, found = gradients(kind, "joint", 1.0), gradients(kind, schedule, SCALE)
+def test_the_scale_arrives_once(kind, backward_order):
+    expected, found = gradients(kind, "joint", 1.0), gradients(kind, backward_order, SCALE)
     for name, gradient in expected.items():
         assert relative_error(found[name] / SCALE, gradient) < 1e-10, name
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "bridged"])
-def test_half_precision_keeps_small_gradients_until_they_are_scaled(schedule):
+@pytest.mark.parametrize("backward_order", ["sequential", "bridged"])
+def test_half_precision_keeps_small_gradients_until_they_are_scaled(backward_order):
     """Loss coefficients of a real batch push gradients below what fp16 can hold; the scale must come first."""
 
     def half(scale):
-        recipe = tiny_recipe(objective={"backward_order": schedule})
+        recipe = tiny_recipe(objective={"backward_order": backward_order})
         model = tiny_model(recipe, torch.float16)
         tokens, documents, mask = tiny_rows(recipe, 2)
         targets = shifted_targets(tokens, documents, recipe.heads.num_offsets, mask)

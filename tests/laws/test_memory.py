@@ -1,4 +1,4 @@
-"""Memory does not grow with n, and no schedule but joint ever holds a (T, V) tensor.
+"""Memory does not grow with n, and no backward order but joint ever holds a (T, V) tensor.
 
 Counted on tensors without data at the full shape, which takes seconds, and measured for real in processes of their
 own, as `mtp bench memory` does. The two agree, which is what makes resident memory a measure of tensors.
@@ -66,9 +66,9 @@ def small_recipe():
 
 
 @functools.cache
-def counted(kind, schedule, num_offsets=8):
+def counted(kind, backward_order, num_offsets=8):
     """Numel of the largest tensor and bytes at the peak; counted once for all tests."""
-    recipe = with_backward_order(with_offsets(full_recipe(KINDS[kind]), num_offsets), schedule)
+    recipe = with_backward_order(with_offsets(full_recipe(KINDS[kind]), num_offsets), backward_order)
     live, state_bytes = count_schedule(recipe)
     return live.largest_numel, live.peak_bytes + state_bytes
 
@@ -98,9 +98,9 @@ def test_only_joint_holds_positions_by_vocabulary(kind):
     assert max(counted(kind, "sequential")[0], counted(kind, "bridged")[0]) <= positions_by_vocabulary / 4
 
 
-@every_pair(objective=OBJECTIVES, precision=["fp32", "bf16"], schedule=["sequential", "bridged"], full=True)
-def test_no_objective_holds_positions_by_vocabulary(objective, precision, schedule):
-    recipe = with_backward_order(full_recipe({}, OBJECTIVES[objective], precision), schedule)
+@every_pair(objective=OBJECTIVES, precision=["fp32", "bf16"], backward_order=["sequential", "bridged"], full=True)
+def test_no_objective_holds_positions_by_vocabulary(objective, precision, backward_order):
+    recipe = with_backward_order(full_recipe({}, OBJECTIVES[objective], precision), backward_order)
     largest = count_schedule(recipe)[0].largest_numel
     assert largest <= recipe.data.seq_len * recipe.model.vocab_size / 4
 

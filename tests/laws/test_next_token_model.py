@@ -20,9 +20,9 @@ def plain_next_token_loss(model, tokens, documents, targets):
 
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
-@pytest.mark.parametrize("schedule", ["sequential", "bridged", "joint"])
-def test_one_offset_is_a_next_token_model(kind, schedule):
-    recipe = tiny_recipe(heads=HEAD_KINDS[kind] | {"num_offsets": 1}, objective={"backward_order": schedule})
+@pytest.mark.parametrize("backward_order", ["sequential", "bridged", "joint"])
+def test_one_offset_is_a_next_token_model(kind, backward_order):
+    recipe = tiny_recipe(heads=HEAD_KINDS[kind] | {"num_offsets": 1}, objective={"backward_order": backward_order})
     model = tiny_model(recipe)
     tokens, documents, mask = tiny_rows(recipe, 2)
     losses, gradients = gradients_of(model, recipe, (tokens, documents, mask))
@@ -37,12 +37,12 @@ def test_one_offset_is_a_next_token_model(kind, schedule):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in HEAD_KINDS if kind != "anticausal"])
-@pytest.mark.parametrize("schedule", ["sequential", "bridged", "joint"])
+@pytest.mark.parametrize("backward_order", ["sequential", "bridged", "joint"])
 @pytest.mark.parametrize("removed_by", ["weight", "isolation"])
-def test_heads_without_say_change_no_trunk_gradient(kind, schedule, removed_by):
+def test_heads_without_say_change_no_trunk_gradient(kind, backward_order, removed_by):
     def trunk_gradients(weights, *, isolated):
         heads = HEAD_KINDS[kind] | {"detach_trunk": isolated}
-        recipe = tiny_recipe(heads=heads, objective={"backward_order": schedule})
+        recipe = tiny_recipe(heads=heads, objective={"backward_order": backward_order})
         _, gradients = gradients_of(tiny_model(recipe), recipe, tiny_rows(recipe, 2), weights)
         return {name: gradient for name, gradient in gradients.items() if name.startswith("trunk.")}
 

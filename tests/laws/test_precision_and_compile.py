@@ -8,8 +8,8 @@ import torch
 from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
 
 
-def step(schedule, kind, *, chunk_rows=7, order=slice(None), autocast=True, compiled=False):
-    objective = {"backward_order": schedule, "chunk_mib": chunk_rows * 13 * 8 / 2**20}
+def step(backward_order, kind, *, chunk_rows=7, order=slice(None), autocast=True, compiled=False):
+    objective = {"backward_order": backward_order, "chunk_mib": chunk_rows * 13 * 8 / 2**20}
     recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective=objective, data={"seq_len": 24})
     model = tiny_model(recipe, torch.float32)
     if compiled:
@@ -25,18 +25,18 @@ def test_sequential_bf16_is_within_the_noise_of_joint_bf16(kind):
     joint = step("joint", kind)
     exact = step("joint", kind, autocast=False)
     noise = max(relative_error(step("joint", kind, order=[1, 0]), joint), relative_error(joint, exact))
-    for schedule in ("sequential", "bridged"):
+    for backward_order in ("sequential", "bridged"):
         for chunk_rows in (5, 1000):
-            error = relative_error(step(schedule, kind, chunk_rows=chunk_rows), joint)
-            assert 0 < error < 2 * noise, (schedule, chunk_rows, error, noise)
+            error = relative_error(step(backward_order, kind, chunk_rows=chunk_rows), joint)
+            assert 0 < error < 2 * noise, (backward_order, chunk_rows, error, noise)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["parallel", "causal", "sequential"])
-@pytest.mark.parametrize("schedule", ["sequential", "bridged", "joint"])
-def test_compiled_layers_have_the_same_gradients(kind, schedule):
-    plain = step(schedule, kind, autocast=False)
-    compiled = step(schedule, kind, autocast=False, compiled=True)
+@pytest.mark.parametrize("backward_order", ["sequential", "bridged", "joint"])
+def test_compiled_layers_have_the_same_gradients(kind, backward_order):
+    plain = step(backward_order, kind, autocast=False)
+    compiled = step(backward_order, kind, autocast=False, compiled=True)
     assert 0 < relative_error(compiled, plain) < 1e-5

@@ -26,15 +26,15 @@ WEIGHTS = {
 def assert_same_step(
     heads, objective, *, attention="window", accumulation=1, chunk_rows=5, masked=True, weights=None, model=None
 ):
-    """Run both lean schedules against the joint oracle."""
+    """Run both lean backward orders against the joint oracle."""
     chunk_mib = chunk_rows * 13 * 8 / 2**20
     memory = objective.get("memory", {})
     objective = {name: value for name, value in objective.items() if name != "memory"}
     results = {}
-    for schedule in ("joint", "sequential", "bridged"):
+    for backward_order in ("joint", "sequential", "bridged"):
         recipe = tiny_recipe(
             heads=heads,
-            objective={"backward_order": schedule, "chunk_mib": chunk_mib} | objective,
+            objective={"backward_order": backward_order, "chunk_mib": chunk_mib} | objective,
             memory=memory,
             data={"document_mask": attention == "document"},
             model=model or {},
@@ -42,17 +42,17 @@ def assert_same_step(
         )
         tokens, documents, mask = tiny_rows(recipe, 2 * accumulation)
         rows = (tokens, documents, mask if masked else None)
-        results[schedule] = gradients_of(tiny_model(recipe), recipe, rows, weights)
+        results[backward_order] = gradients_of(tiny_model(recipe), recipe, rows, weights)
     expected_losses, expected = results.pop("joint")
     assert len(expected) > 20
-    for schedule, (losses, gradients) in results.items():
+    for backward_order, (losses, gradients) in results.items():
         for found, wanted in zip(losses, expected_losses, strict=True):
             sums = (found.nll_sums, wanted.nll_sums)
             torch.testing.assert_close(*sums, rtol=TOLERANCE, atol=0, equal_nan=True)
             assert torch.equal(found.predictions, wanted.predictions)
         assert gradients.keys() == expected.keys()
         errors = {name: relative_error(gradients[name], expected[name]) for name in expected}
-        assert max(errors.values()) <= TOLERANCE, (schedule, errors)
+        assert max(errors.values()) <= TOLERANCE, (backward_order, errors)
 
 
 def can_be_of_any(*, kind, model, isolated, **_):

@@ -1,4 +1,4 @@
-"""Law 1 under ZeRO: what reaches the optimizer on real ranks = plain torch, for every stage, schedule and head kind."""
+"""Law 1 under ZeRO: what reaches the optimizer on real ranks = plain torch, for every stage, order and head kind."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from mtp_lightning.diagnostics.parity import LOSS_TOLERANCE, TOLERANCE, compare_strategies
-from mtp_lightning.diagnostics.parity_matrix import ADAPTATIONS, RANKS, SCHEDULES, STAGES, sample
+from mtp_lightning.diagnostics.parity_matrix import ADAPTATIONS, BACKWARD_ORDERS, RANKS, STAGES, sample
 from tests.support.parity_matrix import plain_cells, sample_of_triples, values_of, whole_matrix
 from tests.support.runs import ROOT, mtp
 
@@ -20,8 +20,8 @@ def test_a_sample_of_the_matrix():
     done = mtp("doctor", "--strategies", cwd=ROOT, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = ROW.findall(done.stdout)
-    assert {(stage, int(ranks), schedule) for stage, ranks, schedule, *_ in rows} == {
-        (stage, ranks, schedule) for stage in STAGES for ranks in RANKS for schedule in SCHEDULES
+    assert {(stage, int(ranks), backward_order) for stage, ranks, backward_order, *_ in rows} == {
+        (stage, ranks, backward_order) for stage in STAGES for ranks in RANKS for backward_order in BACKWARD_ORDERS
     }
     for *_, gradients, weights, losses in rows:
         assert 0 < float(gradients) <= TOLERANCE
@@ -37,18 +37,18 @@ def all_values(cells, number):
 def test_the_whole_matrix_is_every_combination():
     every = {cell for cell in whole_matrix() if cell.optimizer == "sgd"}
     cells = {cell for cell in every if cell.adaptation == "none"}
-    assert len(every - cells) == len(STAGES) * len(RANKS) * len(SCHEDULES) * (len(ADAPTATIONS) - 1)
+    assert len(every - cells) == len(STAGES) * len(RANKS) * len(BACKWARD_ORDERS) * (len(ADAPTATIONS) - 1)
     heads_and_unembeddings = 3 * 3 - 1  # sequential heads share their unembedding
-    assert len(cells) == len(STAGES) * len(RANKS) * len(SCHEDULES) * 2 * heads_and_unembeddings * 2
+    assert len(cells) == len(STAGES) * len(RANKS) * len(BACKWARD_ORDERS) * 2 * heads_and_unembeddings * 2
 
 
 def test_in_the_sample_every_two_values_meet_that_can():
     plain = [cell for cell in sample() if (cell.optimizer, cell.adaptation) == ("sgd", "none")]
     assert all_values(plain, 2) == all_values(plain_cells(), 2)
-    places = {(cell.stage, cell.ranks, cell.schedule) for cell in plain}
-    assert places == set(product(STAGES, RANKS, SCHEDULES))
-    adapted = {(cell.adaptation, value) for cell in sample() for value in (cell.stage, cell.schedule, cell.ranks)}
-    assert adapted >= set(product(ADAPTATIONS, (*STAGES, *SCHEDULES, *RANKS)))
+    places = {(cell.stage, cell.ranks, cell.backward_order) for cell in plain}
+    assert places == set(product(STAGES, RANKS, BACKWARD_ORDERS))
+    adapted = {(cell.adaptation, value) for cell in sample() for value in (cell.stage, cell.backward_order, cell.ranks)}
+    assert adapted >= set(product(ADAPTATIONS, (*STAGES, *BACKWARD_ORDERS, *RANKS)))
     adamw = {(cell.stage, cell.ranks) for cell in sample() if cell.optimizer == "adamw"}
     assert adamw == set(product(STAGES, RANKS))
     assert len(set(sample())) == len(sample()) <= 40

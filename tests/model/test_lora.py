@@ -144,9 +144,9 @@ def test_the_frozen_trunk_keeps_nothing_for_a_backward_pass():
     assert kept["heads"] == 0 < kept["lora"] < kept["all"]
 
 
-@pytest.mark.parametrize("schedule", ["joint", "sequential", "bridged"])
-def test_frozen_parts_get_no_gradient(schedule):
-    recipe = adapted(freeze=["unembedding"], objective={"backward_order": schedule})
+@pytest.mark.parametrize("backward_order", ["joint", "sequential", "bridged"])
+def test_frozen_parts_get_no_gradient(backward_order):
+    recipe = adapted(freeze=["unembedding"], objective={"backward_order": backward_order})
     model = tiny_model(recipe)
     freeze(model, recipe)
     _, gradients = gradients_of(model, recipe, tiny_rows(recipe, 2))

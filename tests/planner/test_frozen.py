@@ -101,7 +101,7 @@ def attention_back(_: Shape, query: Shape, key: Shape, *__: object, **___: objec
     return 8 * math.prod(query) * key[2]
 
 
-def counted(recipe: Recipe, schedule: str) -> dict[str, int]:
+def counted(recipe: Recipe, backward_order: str) -> dict[str, int]:
     """Let torch count the operations of a real step."""
     aten = torch.ops.aten
     left_out = {
@@ -111,15 +111,15 @@ def counted(recipe: Recipe, schedule: str) -> dict[str, int]:
     }
     step = TrainingStep(recipe, torch.device("cpu"))
     with FlopCounterMode(display=False, custom_mapping=left_out) as counter:
-        step.run(schedule, predicts=False)
+        step.run(backward_order, predicts=False)
     return {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
 
 
-def assert_counts(recipe: Recipe, schedule: str, more_logits: int = 0) -> None:
+def assert_counts(recipe: Recipe, backward_order: str, more_logits: int = 0) -> None:
     """Compare a step with the planner's count."""
     positions = recipe.batch.global_batch_size * recipe.data.seq_len
     extra = 2 * more_logits * recipe.model.vocab_size * recipe.model.hidden_size
-    by_kind = counted(recipe, schedule)
+    by_kind = counted(recipe, backward_order)
     assert sum(by_kind.values()) == positions * (flops_per_position(recipe) + extra)
     between = sum(flops for op, flops in by_kind.items() if "attention" in op)
     assert between == positions * attention_flops_per_position(recipe) > 0
@@ -130,14 +130,14 @@ def assert_counts(recipe: Recipe, schedule: str, more_logits: int = 0) -> None:
     kind=KINDS,
     adaptation=ADAPTATIONS,
     model=MODELS,
-    schedule=["sequential", "bridged"],
+    backward_order=["sequential", "bridged"],
     orders_tokens=[False, True],
 )
 def test_operations_are_those_that_torch_counts(
-    kind: str, adaptation: str, model: str, schedule: str, orders_tokens: bool
+    kind: str, adaptation: str, model: str, backward_order: str, orders_tokens: bool
 ) -> None:
     token_order = {"window_size": 4} if orders_tokens else None
-    assert_counts(recipe_of(kind, adaptation, model, token_order=token_order), schedule)
+    assert_counts(recipe_of(kind, adaptation, model, token_order=token_order), backward_order)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,9 @@ def test_joint_computes_logits_that_teach_nothing_too(kind: str, adaptation: str
     assert_counts(recipe_of(kind, adaptation), "joint", more_logits)
 
 
-@every_pair(adaptation=ADAPTATIONS, schedule=["sequential", "bridged"], detach=[True, False], full=True)
-def test_scores_of_the_teacher_are_planned(adaptation: str, schedule: str, detach: bool) -> None:
-    assert_teacher_counts("sequential", adaptation, schedule, detach=detach)
+@every_pair(adaptation=ADAPTATIONS, backward_order=["sequential", "bridged"], detach=[True, False], full=True)
+def test_scores_of_the_teacher_are_planned(adaptation: str, backward_order: str, detach: bool) -> None:
+    assert_teacher_counts("sequential", adaptation, backward_order, detach=detach)
 
 
 @every_pair(
@@ -160,12 +160,12 @@ def test_scores_of_the_teacher_are_planned(adaptation: str, schedule: str, detac
     full=True,
 )
 def test_scores_of_the_teacher_of_every_kind_are_planned(kind: str, adaptation: str, way: tuple[str, bool]) -> None:
-    """The sequential schedule runs a main head with layers of its own once more for a teacher that learns."""
-    schedule, detach = way
-    assert_teacher_counts(kind, adaptation, schedule, detach=detach)
+    """The sequential backward order runs a main head with layers of its own once more for a teacher that learns."""
+    backward_order, detach = way
+    assert_teacher_counts(kind, adaptation, backward_order, detach=detach)
 
 
-def assert_teacher_counts(kind: str, adaptation: str, schedule: str, *, detach: bool) -> None:
+def assert_teacher_counts(kind: str, adaptation: str, backward_order: str, *, detach: bool) -> None:
     """Compare a distilled step with the planner's count and what it says is computed again."""
     distill = {"beta": [0.5, 0.0, 0.5], "top_k": 7, "detach_teacher": detach}
     recipe = recipe_of(kind, adaptation, distill=distill)
@@ -178,7 +178,7 @@ def assert_teacher_counts(kind: str, adaptation: str, schedule: str, *, detach: 
         rows = recipe.batch.global_batch_size // recipe.batch.micro_batch_size * sum(offset - 1 for offset in compared)
         planned -= 2 * rows * passes.teacher.entries // passes.num_compared
     assert micro_positions > 3
-    assert sum(counted(recipe, schedule).values()) == planned
+    assert sum(counted(recipe, backward_order).values()) == planned
 
 
 def test_a_frozen_main_head_is_run_where_others_are_compared_with_it() -> None:

@@ -49,19 +49,19 @@ def on(**changes: object) -> Layout:
 
 @pytest.mark.parametrize("cell", MEASURED_MIB, ids=lambda cell: f"{cell[1]}-{cell[0]}")
 def test_predicted_peak_is_near_the_measured_one(cell: tuple[int, str]) -> None:
-    num_offsets, schedule = cell
-    overrides = [f"heads.num_offsets={num_offsets}", f"objective.backward_order={schedule}"]
+    num_offsets, backward_order = cell
+    overrides = [f"heads.num_offsets={num_offsets}", f"objective.backward_order={backward_order}"]
     recipe = load_recipe(ROOT / "recipes/debug/memory.yaml", overrides).recipe
     needed = memory(shape_of(recipe), layout_of(recipe))
     assert (needed.total - needed.overhead) / MIB == pytest.approx(MEASURED_MIB[cell], rel=0.15)
 
 
-@pytest.mark.parametrize("schedule", MEASURED_NEOX_MIB)
-def test_predicted_peak_of_the_neox_type_is_near_the_measured_one(schedule: str) -> None:
-    overrides = ["heads.num_offsets=1", f"objective.backward_order={schedule}", *NEOX]
+@pytest.mark.parametrize("backward_order", MEASURED_NEOX_MIB)
+def test_predicted_peak_of_the_neox_type_is_near_the_measured_one(backward_order: str) -> None:
+    overrides = ["heads.num_offsets=1", f"objective.backward_order={backward_order}", *NEOX]
     recipe = load_recipe(ROOT / "recipes/debug/memory.yaml", overrides).recipe
     needed = memory(shape_of(recipe), layout_of(recipe))
-    assert (needed.total - needed.overhead) / MIB == pytest.approx(MEASURED_NEOX_MIB[schedule], rel=0.15)
+    assert (needed.total - needed.overhead) / MIB == pytest.approx(MEASURED_NEOX_MIB[backward_order], rel=0.15)
 
 
 @pytest.mark.parametrize("overrides", MEASURED_FROZEN_MIB, ids=" ".join)
@@ -94,7 +94,7 @@ def test_offload_moves_bytes_to_the_host() -> None:
 
 
 def test_sequential_keeps_one_head_and_joint_all_logits() -> None:
-    sequential, joint = memory(SHAPE, LAYOUT), memory(SHAPE, on(schedule="joint"))
+    sequential, joint = memory(SHAPE, LAYOUT), memory(SHAPE, on(backward_order="joint"))
     positions = LAYOUT.micro_batch_size * SHAPE.seq_len
     assert sequential.logits <= 64 * MIB
     assert joint.logits >= positions * SHAPE.vocab_size * 4 * 4

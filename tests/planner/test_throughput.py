@@ -102,14 +102,14 @@ def test_cost_of_four_offsets_is_below_the_papers() -> None:
     assert 1 < ratio < 1.09
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "joint"])
-def test_distillation_pays_for_the_scores_of_its_teacher(schedule: str) -> None:
+@pytest.mark.parametrize("backward_order", ["sequential", "joint"])
+def test_distillation_pays_for_the_scores_of_its_teacher(backward_order: str) -> None:
     """Three offsets, each with one more product of three; joint has the scores already."""
     distilled = shape_of(load_recipe(ROOT / "recipes/paper/13b_n4.yaml", ["objective.distill={}"]).recipe)
-    layout = replace(LAYOUT, schedule=schedule)
+    layout = replace(LAYOUT, backward_order=backward_order)
     plain, taught = (step_time(shape, layout, H100) for shape in (SHAPE, distilled))
     assert distilled.flops_per_position == SHAPE.flops_per_position
-    operations = 0 if schedule == "joint" else 2 * 3 * SHAPE.matrix
+    operations = 0 if backward_order == "joint" else 2 * 3 * SHAPE.matrix
     positions = layout.num_micro_batches * layout.micro_batch_size * SHAPE.seq_len
     seconds = positions * operations / (H100.peak("bf16") * H100.product_efficiency)
     assert taught.products_s - plain.products_s == pytest.approx(seconds)

@@ -67,14 +67,14 @@ def cells(num_ranks):
         Cell(
             stage=stage,
             ranks=num_ranks,
-            schedule=schedule,
+            backward_order=backward_order,
             accumulation=accumulation,
             heads=heads,
             unembedding=unembedding,
             clips=False,
         )
         for stage in STAGES
-        for schedule, accumulation, heads, unembedding in ways
+        for backward_order, accumulation, heads, unembedding in ways
     ]
 
 
@@ -91,7 +91,7 @@ def main(num_ranks):
 
 
 def line(cell, outcome):
-    return cell.stage, cell.schedule, cell.unembedding, outcome.failure, outcome.gradients
+    return cell.stage, cell.backward_order, cell.unembedding, outcome.failure, outcome.gradients
 
 
 if __name__ == "__main__":

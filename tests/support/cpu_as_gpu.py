@@ -85,7 +85,7 @@ def main(cells):
     logging.disable(logging.WARNING)
     place = rank_from_env(os.environ)
     base = Cell(
-        stage="zero1", ranks=place.num_ranks, schedule="sequential", accumulation=2, heads="parallel",
+        stage="zero1", ranks=place.num_ranks, backward_order="sequential", accumulation=2, heads="parallel",
         unembedding="shared", clips=True,
     )  # fmt: skip
     with process_group(base.recipe):

@@ -53,9 +53,9 @@ class LiveTensors(TorchDispatchMode):
 
 
 def count_schedule(recipe):
-    """Run the recipe's schedule once on tensors without data; return what was seen, and the state beside it.
+    """Run the recipe's backward order once on tensors without data; return what was seen, and the state beside it.
 
-    The state is what AdamW and the weights take, which are there before the schedule begins; gradients are seen.
+    The state is what AdamW and the weights take, which are there before the backward order begins; gradients are seen.
     """
     num_offsets, shape = recipe.heads.num_offsets, (recipe.batch.global_batch_size, recipe.data.seq_len)
     with FakeTensorMode():

@@ -7,9 +7,9 @@ from typing import Any
 
 from mtp_lightning.diagnostics.parity_matrix import (
     ADAPTATIONS,
+    BACKWARD_ORDERS,
     HEADS,
     RANKS,
-    SCHEDULES,
     STAGES,
     UNEMBEDDINGS,
     Cell,
@@ -19,10 +19,10 @@ from mtp_lightning.diagnostics.parity_matrix import (
 
 def plain_cells() -> list[Cell]:
     """List every combination of models that are not adapted, under SGD."""
-    names = ("stage", "ranks", "schedule", "heads", "unembedding", "accumulation", "clips")
+    names = ("stage", "ranks", "backward_order", "heads", "unembedding", "accumulation", "clips")
     return [
         Cell(**dict(zip(names, values, strict=True)))
-        for values in product(STAGES, RANKS, SCHEDULES, HEADS, UNEMBEDDINGS, (1, 3), (False, True))
+        for values in product(STAGES, RANKS, BACKWARD_ORDERS, HEADS, UNEMBEDDINGS, (1, 3), (False, True))
         if values[3:5] != ("sequential", "replicated")
     ]
 
@@ -31,8 +31,8 @@ def whole_matrix() -> list[Cell]:
     """List every combination under SGD, every eighth of them under AdamW too, and all adapted models."""
     plain = plain_cells()
     adapted = [
-        adapted_cell(stage, ranks, schedule, name)
-        for stage, ranks, schedule, name in product(STAGES, RANKS, SCHEDULES, ADAPTATIONS)
+        adapted_cell(stage, ranks, backward_order, name)
+        for stage, ranks, backward_order, name in product(STAGES, RANKS, BACKWARD_ORDERS, ADAPTATIONS)
         if name != "none"
     ]
     return plain + [replace(cell, optimizer="adamw") for cell in plain[::8]] + adapted

@@ -11,12 +11,12 @@ from mtp_lightning.training.step.objective import Objective
 from tests.support.tiny import tiny_model, tiny_recipe, tiny_rows
 
 
-@pytest.mark.parametrize("schedule", ["joint", "sequential", "bridged"])
+@pytest.mark.parametrize("backward_order", ["joint", "sequential", "bridged"])
 @pytest.mark.parametrize("kind", ["parallel", "linear", "medusa", "sequential"])
 @pytest.mark.parametrize("frozen", [["trunk"], ["trunk", "heads"], ["trunk", "unembedding"], ["heads"]])
-def test_logging_changes_no_gradient(schedule: str, kind: str, frozen: list[str]) -> None:
+def test_logging_changes_no_gradient(backward_order: str, kind: str, frozen: list[str]) -> None:
     """The main head of a frozen trunk has no gradient path to its state, but its norm and matrix learn."""
-    recipe = tiny_recipe(heads={"kind": kind}, freeze=frozen, objective={"backward_order": schedule})
+    recipe = tiny_recipe(heads={"kind": kind}, freeze=frozen, objective={"backward_order": backward_order})
     tokens, documents, mask = tiny_rows(recipe, 2)
     targets = shifted_targets(tokens, documents, recipe.heads.num_offsets, mask)
     counts = (targets != IGNORE).sum((1, 2)).to(torch.float64)

@@ -31,11 +31,11 @@ def found(request):
 
 
 def test_a_boundary_left_alone_stops_the_run(found):
-    for (stage, schedule, _), (failure, error) in found["leave_boundary_alone"].items():
-        if schedule == "joint":  # with one backward pass per step there is nothing to gather
+    for (stage, backward_order, _), (failure, error) in found["leave_boundary_alone"].items():
+        if backward_order == "joint":  # with one backward pass per step there is nothing to gather
             assert not failure
             assert error < 1e-5
-        elif schedule == "sequential" and stage != "zero3":
+        elif backward_order == "sequential" and stage != "zero3":
             assert NO_GRADIENT in failure
             assert "heads.blocks.0" in failure
         else:

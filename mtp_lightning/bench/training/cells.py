@@ -10,7 +10,7 @@ from mtp_lightning.recipe.schema.root import Recipe
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure to measure: a recipe with its number of offsets and schedule, or what keeps it from running."""
+    """One figure to measure: a recipe with its number of offsets and backward order, or what keeps it from running."""
 
     recipe: Recipe
     obstacle: Fault | None
@@ -21,14 +21,14 @@ class Cell:
         return self.recipe.heads.num_offsets
 
     @property
-    def schedule(self) -> str:
+    def backward_order(self) -> str:
         """Order of head forward and backward."""
         return self.recipe.objective.backward_order
 
     @property
     def key(self) -> tuple[int, str]:
         """What tells the cell from the others."""
-        return self.num_offsets, self.schedule
+        return self.num_offsets, self.backward_order
 
     @property
     def layers(self) -> str:
@@ -36,17 +36,17 @@ class Cell:
         return f"{num_trunk_layers(self.recipe)} + {num_head_layers(self.recipe)}"
 
 
-def build_cells(recipe: Recipe, offsets: list[int], schedules: list[str]) -> list[Cell]:
-    """Combine every number of offsets with every schedule, each once, in the given order.
+def build_cells(recipe: Recipe, offsets: list[int], backward_orders: list[str]) -> list[Cell]:
+    """Combine every number of offsets with every backward order, each once, in the given order.
 
     >>> [cell.key for cell in build_cells(Recipe(), [1, 4, 1], ["sequential"])]
     [(1, 'sequential'), (4, 'sequential')]
     """
     variants = [with_offsets(recipe, num_offsets) for num_offsets in dict.fromkeys(offsets)]
     return [
-        Cell(with_backward_order(variant, schedule), obstacle(variant))
+        Cell(with_backward_order(variant, backward_order), obstacle(variant))
         for variant in variants
-        for schedule in dict.fromkeys(schedules)
+        for backward_order in dict.fromkeys(backward_orders)
     ]
 
 

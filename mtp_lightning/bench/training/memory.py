@@ -1,4 +1,4 @@
-"""Peak memory of a training step for several numbers of offsets and schedules: `mtp bench memory`.
+"""Peak memory of a training step for several numbers of offsets and backward orders: `mtp bench memory`.
 
 Each figure comes from a fresh process (`probe.py`): a warm-up step that allocates gradients and optimizer state, then
 the peak during a second, real step, above what the process held before the model was built. On CUDA the figure is
@@ -37,18 +37,18 @@ class MemoryFigure:
     """What one cell took."""
 
     num_offsets: int
-    schedule: str
+    backward_order: str
     layers: str
     state_bytes: int  # weights, gradients and optimizer state
     peak_bytes: int | None
-    ratio_to_one_offset: float | None  # same schedule
+    ratio_to_one_offset: float | None  # same backward order
     ratio_to_joint: float | None  # same number of offsets
     failure: str | None
 
 
-def bench_memory(recipe: Recipe, *, offsets: list[int], schedules: list[str], json_path: Path | None) -> None:
+def bench_memory(recipe: Recipe, *, offsets: list[int], backward_orders: list[str], json_path: Path | None) -> None:
     """Measure every cell, print a table with ratios, and write the figures as JSON where a path is given."""
-    cells = build_cells(recipe, offsets, schedules)
+    cells = build_cells(recipe, offsets, backward_orders)
     results = measure_peaks(cells)
     figures = memory_figures(cells, results)
     machine = next((result["machine"] for result in results.values() if "machine" in result), None)
@@ -76,7 +76,7 @@ def measure_peaks(cells: list[Cell]) -> dict[tuple[int, str], dict[str, Any]]:
     results = {}
     with watched(len(todo)) as report:
         for done, cell in enumerate(todo):
-            report(f"n={cell.num_offsets} {cell.schedule}", done=done)
+            report(f"n={cell.num_offsets} {cell.backward_order}", done=done)
             results[cell.key] = run_probe(cell.recipe)
     return results
 
@@ -109,7 +109,7 @@ def memory_figures(cells: list[Cell], results: dict[tuple[int, str], dict[str, A
             state_bytes=WEIGHT_BYTES * parameter_counts(cell.recipe).total
             + TRAINED_BYTES * trainable_parameters(cell.recipe),
             peak_bytes=peaks.get(cell.key),
-            ratio_to_one_offset=ratio(peaks.get(cell.key), peaks.get((1, cell.schedule))),
+            ratio_to_one_offset=ratio(peaks.get(cell.key), peaks.get((1, cell.backward_order))),
             ratio_to_joint=ratio(peaks.get(cell.key), peaks.get((cell.num_offsets, "joint"))),
             failure=results.get(cell.key, {}).get("failure"),
         )
@@ -120,7 +120,7 @@ def memory_figures(cells: list[Cell], results: dict[tuple[int, str], dict[str, A
 
 def memory_table(figures: list[MemoryFigure]) -> Table:
     """Lay the figures out, a section per number of offsets; fits 80 columns."""
-    columns = ["\nn", "\nschedule", "layers\ntrunk + heads"]
+    columns = ["\nn", "backward\norder", "layers\ntrunk + heads"]
     columns += ["peak\nMiB", "of it state\nMiB", "peak\n/ n=1", "peak\n/ joint"]
     table = build_table(columns, left=1, gap=2)
     add_rows(table, [_row(figure) for figure in figures])
@@ -130,7 +130,7 @@ def memory_table(figures: list[MemoryFigure]) -> Table:
 def _row(figure: MemoryFigure) -> list[str]:
     return [
         str(figure.num_offsets),
-        figure.schedule,
+        figure.backward_order,
         figure.layers,
         number(figure.peak_bytes and figure.peak_bytes / MIB, ",.0f"),
         number(figure.state_bytes / MIB, ",.0f"),
@@ -141,11 +141,11 @@ def _row(figure: MemoryFigure) -> list[str]:
 
 def _table_notes(cells: list[Cell], figures: list[MemoryFigure], machine: dict[str, Any] | None) -> list[str]:
     table_notes = impossible(cells)
-    table_notes += [f"n={f.num_offsets} {f.schedule} failed: {f.failure}" for f in figures if f.failure]
+    table_notes += [f"n={f.num_offsets} {f.backward_order} failed: {f.failure}" for f in figures if f.failure]
     if machine is not None:
         table_notes += [
             f"Method: {METHOD[machine['device']]}.",
-            "State: fp32 weights, gradients and AdamW's two moments. / n=1: to the same schedule with one offset.",
+            "State: fp32 weights, gradients and AdamW's two moments. / n=1: to the same order with one offset.",
             f"Measured on {machine['name']} (torch {machine['torch']}).",
         ]
     return table_notes

@@ -45,20 +45,22 @@ def time_rounds(cells: list[Cell], device: torch.device, num_rounds: int) -> Tim
         for number in range(num_rounds):
             _sample_product(timings, device, cells[0].recipe.run.precision)
             for index, cell in enumerate(_order(cells, device)[:: -1 if number % 2 else 1]):
-                doing = f"n={cell.num_offsets} {cell.schedule}, round {number + 1} of {num_rounds}"
+                doing = f"n={cell.num_offsets} {cell.backward_order}, round {number + 1} of {num_rounds}"
                 report(doing, done=number * len(cells) + index)
                 _sample_step(stage.ready(cell), cell, timings)
     return timings
 
 
 def _order(cells: list[Cell], device: torch.device) -> list[Cell]:
-    """Put next to each other what is compared: the cells of a schedule; on CUDA those that share a model."""
-    schedules = list(dict.fromkeys(cell.schedule for cell in cells))
-    return cells if device.type == "cuda" else sorted(cells, key=lambda cell: schedules.index(cell.schedule))
+    """Put next to each other what is compared: the cells of a backward order; on CUDA those that share a model."""
+    backward_orders = list(dict.fromkeys(cell.backward_order for cell in cells))
+    return (
+        cells if device.type == "cuda" else sorted(cells, key=lambda cell: backward_orders.index(cell.backward_order))
+    )
 
 
 class Stage:
-    """The models of all numbers of offsets, shared by their schedules.
+    """The models of all numbers of offsets, shared by their backward orders.
 
     On the CPU all stay in memory. On CUDA they wait on the host, and the one whose turn it is has the device to itself.
     """
@@ -81,7 +83,7 @@ class Stage:
         if self.device != self.host and self.on_device != cell.num_offsets:
             self._swap_in(cell.num_offsets)
         if cell.key not in self.warm:
-            step.run(cell.schedule, predicts=False)
+            step.run(cell.backward_order, predicts=False)
             self.warm.add(cell.key)
         return step
 
@@ -97,18 +99,18 @@ class Stage:
 def _sample_step(step: TrainingStep, cell: Cell, timings: Timings) -> None:
     if step.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(step.device)
-    timings.step_s[cell.key].append(step_seconds(step, cell.schedule))
+    timings.step_s[cell.key].append(step_seconds(step, cell.backward_order))
     if step.device.type == "cuda":
         timings.peak_bytes[cell.key] = torch.cuda.max_memory_allocated(step.device)
 
 
-def step_seconds(step: TrainingStep, schedule: str) -> float:
+def step_seconds(step: TrainingStep, backward_order: str) -> float:
     """Time of one optimizer step, over as many as fill `SAMPLE_S`."""
     _synchronize(step.device)
     began_at = time.perf_counter()
     num_steps, elapsed_s = 0, 0.0
     while elapsed_s < SAMPLE_S:
-        step.run(schedule, predicts=False)
+        step.run(backward_order, predicts=False)
         _synchronize(step.device)
         num_steps, elapsed_s = num_steps + 1, time.perf_counter() - began_at
     return elapsed_s / num_steps

@@ -1,4 +1,4 @@
-"""Step time of training for several numbers of offsets and schedules: `mtp bench train`.
+"""Step time of training for several numbers of offsets and backward orders: `mtp bench train`.
 
 Real optimizer steps on random tokens, all cells in one process and in interleaved rounds (`rounds.py`), beside the
 operations that the planner counts. With matched parameters, n offsets need the operations of one and n - 1 products
@@ -30,7 +30,7 @@ class SpeedFigure:
     """What one cell took."""
 
     num_offsets: int
-    schedule: str
+    backward_order: str
     layers: str
     step_s: float  # median over the rounds
     samples_s: list[float]  # one per round
@@ -38,19 +38,19 @@ class SpeedFigure:
     flops_per_step: int
     peak_share: float | None  # of the device's peak (MFU), or of a plain matrix product on a CPU
     flop_ratio: float  # to n=1
-    time_ratio: float | None  # to n=1 under the same schedule
+    time_ratio: float | None  # to n=1 under the same backward order
     time_over_flops: float | None
     ratio_to_joint: float | None  # same number of offsets
     peak_bytes: int | None  # CUDA only
 
 
 def bench_train(
-    recipe: Recipe, *, offsets: list[int], schedules: list[str], json_path: Path | None, rounds: int = ROUNDS
+    recipe: Recipe, *, offsets: list[int], backward_orders: list[str], json_path: Path | None, rounds: int = ROUNDS
 ) -> None:
     """Measure every cell, print a table with ratios, and write the figures as JSON where a path is given."""
     device = prepare_device(recipe)
     machine = describe_machine(device)
-    cells = build_cells(recipe, offsets, schedules)
+    cells = build_cells(recipe, offsets, backward_orders)
     possible = [cell for cell in cells if cell.obstacle is None]
     timings = time_rounds(possible, device, rounds) if possible else Timings()
     peak = _peak_flops_per_s(machine, timings, recipe.run.precision)
@@ -85,7 +85,7 @@ def speed_figure(cell: Cell, timings: Timings, peak: float | None) -> SpeedFigur
     """Put one cell's time, operations and ratios together."""
     samples, flops = timings.step_s[cell.key], flops_per_step(cell.recipe)
     step_s, by_flops = median(samples), flop_ratio(cell.recipe, cell.num_offsets)
-    time_ratio = _paired_ratio(timings, cell.key, (1, cell.schedule))
+    time_ratio = _paired_ratio(timings, cell.key, (1, cell.backward_order))
     return SpeedFigure(
         *cell.key,
         layers=cell.layers,
@@ -124,7 +124,7 @@ def spread(samples: list[float]) -> float:
 
 def speed_table(figures: list[SpeedFigure], *, on_cuda: bool) -> Table:
     """Lay the figures out, a section per number of offsets; fits 80 columns."""
-    columns = ["\nn", "\nschedule", "step\ns", "tokens\n/ s", "FLOP\n/ step", "MFU\n%" if on_cuda else "matmul\n%"]
+    columns = ["\nn", "backward\norder", "step\ns", "tokens\n/ s", "FLOP\n/ step", "MFU\n%" if on_cuda else "matmul\n%"]
     columns += ["FLOP\n/ n=1", "time\n/ n=1", "time\n/ FLOP", "time\n/ joint"]
     rows = [_row(figure) for figure in figures]
     if on_cuda:
@@ -139,7 +139,7 @@ def speed_table(figures: list[SpeedFigure], *, on_cuda: bool) -> Table:
 def _row(figure: SpeedFigure) -> list[str]:
     return [
         str(figure.num_offsets),
-        figure.schedule,
+        figure.backward_order,
         number(figure.step_s, ".3g"),
         number(figure.tokens_per_s, ",.0f"),
         scaled(figure.flops_per_step),
@@ -157,7 +157,7 @@ def _table_notes(recipe: Recipe, machine: Machine, figures: list[SpeedFigure], p
     widest = max(spread(figure.samples_s) for figure in figures)
     return [
         f"step: median of {len(figures[0].samples_s)} interleaved rounds, whose middle half spreads over {widest:.0%} "
-        "at most. time / n=1: to the same schedule with one offset, taken within each round.",
+        "at most. time / n=1: to the same backward order with one offset, taken within each round.",
         "FLOP: forward and backward, all heads, one V x D product per offset, attention over all T positions; "
         "nothing computed twice counts. time / FLOP: time / n=1 over FLOP / n=1.",
         _peak_remark(machine, peak, recipe.run.precision),

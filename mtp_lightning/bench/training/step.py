@@ -41,10 +41,10 @@ class TrainingStep:
         self.documents = torch.zeros_like(self.tokens)
         self.targets = shifted_targets(self.tokens, self.documents, recipe.heads.num_offsets)  # (N, R, T)
 
-    def run(self, schedule: str, *, predicts: bool) -> None:
-        """Do one optimizer step by a schedule; `predicts` also takes every offset's argmax, as logged steps do."""
+    def run(self, backward_order: str, *, predicts: bool) -> None:
+        """Do one optimizer step in a backward order; `predicts` takes every offset's argmax, as logged steps do."""
         counts = (self.targets != IGNORE).sum((1, 2))
-        section = with_backward_order(self.recipe, schedule).objective
+        section = with_backward_order(self.recipe, backward_order).objective
         teacher_counts = teacher_positions(self.targets).sum((1, 2))
         num_frozen = first_offset_with_loss(self.recipe) - 1
         weights = [0.0] * num_frozen + [1.0] * (len(counts) - num_frozen)

@@ -29,7 +29,7 @@ class Heads(nn.Module, ABC):
     """Yields the hidden state of every offset, one at a time and in any order that respects `parent_of`.
 
     Each offset reads exactly one state: the trunk's output (`TRUNK`) or another offset's. That tree is all
-    that schedules, decoders and checks need to know of a head kind.
+    that backward orders, decoders and checks need to know of a head kind.
     """
 
     reads_tokens: ClassVar[bool] = False

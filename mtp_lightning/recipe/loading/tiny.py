@@ -15,7 +15,7 @@ MICRO_BATCHES = 2
 def shrinking(recipe: Recipe) -> Node:
     """Return the fields that make a recipe small: size of the model and of a step, tokens at hand, a short run.
 
-    Heads, schedule, recomputation, precision and strategy stay what they are. The shrunk recipe is whole in itself:
+    Heads, backward order, recomputation, precision and strategy stay. The shrunk recipe is whole in itself:
     it no longer says that it has to be shrunk.
     """
     num_ranks = recipe.strategy.num_ranks

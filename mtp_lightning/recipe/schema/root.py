@@ -194,8 +194,8 @@ class DebugSection(Section):
     """Help in trying a recipe out."""
 
     shrink: bool = False
-    """Make model, step and run small enough for a laptop, and read Python's own library; heads, schedule, precision and
-    strategy stay, and so does whatever the command line sets."""
+    """Make model, step and run small enough for a laptop, and read Python's own library; heads, backward order,
+    precision and strategy stay, and so does whatever the command line sets."""
 
 
 class Recipe(Section):

@@ -84,7 +84,7 @@ class NonzeroGradientCheck:
             raise TrainingError(
                 "every trainable parameter must receive a finite, non-zero gradient in its first optimizer step",
                 "; ".join(f"{fault}: {listed(names)}" for fault, names in faults.items()),
-                "Freeze what is not meant to train, or report the schedule, head kind and strategy that lose it.",
+                "Freeze what is not meant to train, or report the backward order, head kind and strategy that lose it.",
             )
         self.watched = [name for name in self.watched if name not in waiting]
 
@@ -225,7 +225,7 @@ class GradientChecksum:
             raise TrainingError(
                 "the gradient that the optimizer uses must be the sum of those that the backward passes compute",
                 f"another one of {listed(wrong)}",
-                "Do not train with this strategy and schedule: try `mtp doctor --strategies`, remove raw keys from "
+                "Do not train with this strategy and order: try `mtp doctor --strategies`, remove raw keys from "
                 "strategy.deepspeed, or report it.",
             )
         self._end()

@@ -8,7 +8,7 @@ zero2  every pass reduces and shards what it has computed; the last adds nothing
 zero3  as zero2, with sums that start at zero and are added to by every pass: by itself DeepSpeed overwrites a
        parameter's gradient when it arrives a second time between two forwards of the engine
 
-What reaches the optimizer is compared with the joint schedule on one process in tests/laws/test_zero.py.
+What reaches the optimizer is compared with the joint backward order on one process in tests/laws/test_zero.py.
 """
 
 from collections.abc import Iterator
