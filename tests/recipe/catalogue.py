@@ -75,6 +75,7 @@ OVERRIDES = (
     _broken("override_outside_its_section", "steps=5"),
     _broken("override_of_extends", "extends=base.yaml"),
     _broken("override_of_unknown_field", "run.setps=5"),
+    _broken("override_of_a_top_level_field_within_a_section", "heads.freeze=[trunk]"),
     _broken("override_below_a_number", "run.steps.max=5"),
     _broken("override_of_a_list_item", "data.corpus.0=src"),
 )
@@ -82,6 +83,8 @@ OVERRIDES = (
 NAMES = (
     Case("unknown_field", "heads:\n  num_ofsets: 4\n"),
     Case("unknown_field_far_from_any", "batch:\n  qqq: 4\n"),
+    Case("name_within_a_section", "optimizer:\n  name: AdamW\n"),
+    Case("top_level_field_within_a_section", "heads:\n  freeze: [trunk]\n"),
     Case("unknown_section", "modle:\n  hidden_size: 64\n"),
     Case("field_of_another_section", "model:\n  seq_len: 64\n"),
     Case("field_outside_its_section", "steps: 5\n"),
@@ -123,7 +126,7 @@ VALUES = (
     Case("list_too_short", "optimizer:\n  betas: [0.9]\n"),
     Case("empty_list_of_words", "adapt:\n  lora: {targets: []}\n"),
     Case("wrong_word_in_a_list", "adapt:\n  lora: {targets: [q, value]}\n"),
-    Case("unknown_part_to_freeze", "freeze: [trunk, offsets_below_two]\n"),
+    Case("unknown_part_to_freeze", "freeze: [trnk, offsets_below_two]\n"),
     Case("list_for_mapping", "optimizer:\n  lr_scale: [1, 4]\n"),
     Case("wrong_entry_of_mapping", "optimizer:\n  lr_scale: {heads: 0}\n"),
     Case("text_for_free_mapping", "strategy:\n  deepspeed: fast\n"),

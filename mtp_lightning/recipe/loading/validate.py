@@ -9,7 +9,15 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from mtp_lightning.errors import Fault
 from mtp_lightning.recipe.loading.parse import COMMAND_LINE
-from mtp_lightning.recipe.schema.describe import allowed, found, is_last_name, nearest, nearest_field, one_of
+from mtp_lightning.recipe.schema.describe import (
+    allowed,
+    found,
+    is_last_name,
+    nearest,
+    nearest_field,
+    one_of,
+    words_of_pattern,
+)
 from mtp_lightning.recipe.schema.field_types import ROOT, Place, follow, place_at
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.synonyms import RENAMED, Synonym, synonym_of
@@ -95,7 +103,7 @@ def _faults_from(detail: ErrorDetails, tree: Node) -> list[Fault]:
     if _is_missing(detail):
         return [_missing(names, place, tree)]
     value = detail["input"]
-    choices = [choice for option in place.options for choice in option.choices]
+    choices = [choice for option in place.options for choice in option.choices or words_of_pattern(option)]
     meant = nearest(value, choices) if isinstance(value, str) else None
     wanted = allowed(place)
     if detail["type"] == "finite_number":
@@ -241,12 +249,15 @@ def remedy_for_unknown(names: Names, parent: Place | None, meant: Synonym | str 
     if meant is None:
         keys = parent.keys if parent else ()
         return f"Remove it, or choose {one_of(keys)}." if keys else "Remove it."
+    is_sibling = parent is not None and meant in parent.keys
     if is_override:
-        return f"Write {meant if '.' in meant else '.'.join((*sections, meant))}=VALUE."
+        return f"Write {'.'.join((*sections, meant)) if is_sibling else meant}=VALUE."
     section, _, last = meant.rpartition(".")
-    if meant == name:
+    if meant == name and section:
         return f"Write {last} beneath {section}, indented."
-    return f"Write {last} in the section {section}." if section else f"Write {meant}."
+    if section:
+        return f"Write {last} in the section {section}."
+    return f"Write {meant}." if is_sibling else f"Write {meant} at the top level, outside of {'.'.join(sections)}."
 
 
 def _remedy_for_synonym(sections: list[str], meant: Synonym, *, is_override: bool) -> str:

@@ -37,7 +37,7 @@ def allowed(place: Place) -> str:
 def _allowed_by(option: Option) -> str:
     if option.section:
         return "a mapping of fields"
-    if words := option.choices or _words_of_pattern(option):
+    if words := option.choices or words_of_pattern(option):
         return one_of(words)
     if get_origin(option.type) is dict:
         return f"a mapping from {one_of(option.keys or ['names'])} to {_entries(option)[1]}"
@@ -47,7 +47,7 @@ def _allowed_by(option: Option) -> str:
     return f"{names[option.type]}{_bounds(option)}"
 
 
-def _words_of_pattern(option: Option) -> list[str]:
+def words_of_pattern(option: Option) -> list[str]:
     """List the words that a pattern such as `^(trunk|below_\\d+)$` stands for; empty where there is no pattern."""
     patterns = [limit.pattern for limit in option.limits if hasattr(limit, "pattern")]
     return patterns[0].strip("^()$").replace(r"\d+", "K").split("|") if patterns else []
@@ -60,7 +60,7 @@ def _entries(option: Option) -> tuple[str, str]:
         return "anything", "anything"
     if entry.choices:
         return one_of(entry.choices), f"words out of {one_of(entry.choices, 'and')}"
-    if words := _words_of_pattern(entry):
+    if words := words_of_pattern(entry):
         return one_of(words), f"words out of {one_of(words, 'and')}"
     plural = {int: "whole numbers", float: "numbers", str: "texts"}[entry.type]
     return _allowed_by(entry), f"{plural}{_bounds(entry)}"
@@ -108,10 +108,14 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 def nearest_field(name: str, parent: Place | None) -> str | None:
     """Return the field that was probably meant by an unknown name: a sibling, else one of another section.
 
+    The name of something in a section (`optimizer.name`) means no field: neither the recipe's own name nor another.
+
     >>> from mtp_lightning.recipe.schema.field_types import place_at
     >>> nearest_field("num_ofsets", place_at(["heads"])), nearest_field("num_offsets", place_at(["data"]))
     ('num_offsets', 'heads.num_offsets')
     """
+    if name == "name":
+        return None
     elsewhere = sorted((".".join(place.names) for place in fields()), key=lambda path: path.count("."))
     exact = [path for path in elsewhere if name in (path, path.rpartition(".")[2])]
     likely = nearest(name, parent.keys) if parent else None
