@@ -33,6 +33,8 @@ from mtp_lightning.training.strategies.device import prepare_device
 from mtp_lightning.training.strategies.process_group import process_group
 from mtp_lightning.training.strategies.zero import build_strategy
 
+MOST_PASSES = 4  # two have always been enough
+
 
 def train(loaded: LoadedRecipe, stop: StopRequest | None = None) -> int:
     """Train a recipe to its end; a run folder that has a checkpoint is continued. Returns the exit code.
@@ -73,8 +75,13 @@ def _fit_with_rollbacks(recipe: Recipe, opened: Opened, logged: LoggedRun, stop:
 
 
 def _let_go() -> None:
-    """Free what a fit has held; its model and optimizer know each other, so they wait for the collector."""
-    gc.collect()
+    """Free what a fit has held; its model and optimizer know each other, so they wait for the collector.
+
+    Now and then one pass leaves the engine: what it frees was held by C++ objects, whose own references it cannot see.
+    """
+    for _ in range(MOST_PASSES):
+        if gc.collect() == 0:
+            break
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
