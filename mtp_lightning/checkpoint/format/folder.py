@@ -162,7 +162,7 @@ def _newest_of_run(path: Path) -> CheckpointFolder:
     raise CheckpointError(
         "a run folder must have a complete checkpoint",
         "; ".join(reasons) or f"none in {folder}",
-        "Let the run go on until its first checkpoint (checkpoint.every_steps)",
+        "Let the run go on until its first checkpoint (checkpoint.every_steps, checkpoint.every_minutes)",
     )
 
 
