@@ -21,7 +21,7 @@ from mtp_lightning.diagnostics.preflight_trial import (
     train_twice,
 )
 from mtp_lightning.launch.run_marker import claim
-from mtp_lightning.planner.counts import disk_use, parameter_counts
+from mtp_lightning.planner.counts import disk_use
 from mtp_lightning.planner.layout import layout_of
 from mtp_lightning.planner.memory import memory
 from mtp_lightning.planner.shape import shape_of

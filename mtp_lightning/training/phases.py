@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mtp_lightning.checkpoint.format.folder import newest_complete
+from mtp_lightning.console.progress import say
 from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe
@@ -36,7 +37,7 @@ def train_phases(recipe: Recipe, train_one: Callable[[Recipe, LoggedRun], int]) 
             if Ranks().broadcast(is_finished):
                 continue
             if is_first:
-                print(f"Phase {phase.number} of {len(phases)}: {phase.name}", flush=True)
+                say(f"Phase {phase.number} of {len(phases)}: {phase.name}")
             logged = LoggedRun(recipe, opened.path, phase.number, first_steps[phase.number - 1])
             if code := train_one(phase.recipe, logged):
                 return code
@@ -62,4 +63,4 @@ def _summarise(folder: Path, phases: tuple[Phase, ...]) -> None:
     }
     content = {"is_finished": True, "phases": summaries}
     replace_durably(folder / "summary.json", json.dumps(content, indent=2).encode() + b"\n")
-    print(f"All {len(phases)} phases are finished: {folder}/summary.json", flush=True)
+    say(f"All {len(phases)} phases are finished: {folder}/summary.json")

@@ -141,7 +141,7 @@ def _free_mib(folder: Path) -> float:
 def retain(
     folder: Path, *, keep: int, best: str | None, is_permanent: Callable[[int], bool] = lambda step: False
 ) -> None:
-    """Delete old checkpoints but the newest two, the newest `keep`, the one named `best` and those of permanent steps."""
+    """Delete old checkpoints, but not the newest two, the newest `keep`, the one named `best` and permanent ones."""
     complete = complete_checkpoints(folder)
     for checkpoint in complete[: -max(keep, 2)]:
         if checkpoint.path.name != best and not is_permanent(checkpoint.step):

@@ -241,10 +241,7 @@ def newest_complete(folder: Path) -> CheckpointFolder | None:
         except DamagedCheckpointError as error:
             aside = _free_name(path, ".bad")
             path.rename(aside)
-            print(
-                f"Damaged checkpoint, now called {aside.name}: {error.found}. Trying the one before.",
-                flush=True,
-            )
+            say(f"Damaged checkpoint, now called {aside.name}: {error.found}. Trying the one before.")
     return None
 
 

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from mtp_lightning.console.progress import say
 from mtp_lightning.errors import LoggingError, MtpError, RunFolderError
 from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.recipe import Recipe
@@ -45,7 +45,7 @@ def outage_reported(name: str, then: str = KEPT) -> Iterator[None]:
         raise
     except Exception as error:  # each library has exceptions of its own, and of those below it
         with contextlib.suppress(OSError):  # the disk of stderr may be what is full
-            print(f"{name} failed: {type(error).__name__}: {error}; {then}", file=sys.stderr, flush=True)
+            say(f"{name} failed: {type(error).__name__}: {error}; {then}", stderr=True)
 
 
 @final

@@ -1,4 +1,4 @@
-"""Saving by step and by clock, and which checkpoint is the best: by mean acceptance length, then by the main head's loss."""
+"""Saving by step and clock, and which checkpoint is the best: by mean acceptance length, then the main head's loss."""
 
 import contextlib
 import math
