@@ -50,16 +50,16 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
         return file.read(size_bytes)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
+    """Read a JSON file.
 
     Raises:
         OSError: It cannot be read.
         OddFileError: It is something else.
     """
-    content = read_bounded(path, MOST_JSON_BYTES)
+    content = read_bounded(path, most_bytes)
     try:
-        value = json.loads(content)
+        return json.loads(content)
     except UnicodeDecodeError:
         raise OddFileError(NO_TEXT) from None
     except json.JSONDecodeError as error:
@@ -68,6 +68,16 @@ def read_object(path: Path) -> dict[str, Any]:
         raise OddFileError("a number of too many digits") from None
     except RecursionError:
         raise OddFileError(TOO_DEEP) from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        OSError: It cannot be read.
+        OddFileError: It is something else.
+    """
+    value = read_json(path)
     if not isinstance(value, dict):
         raise OddFileError(f"{described(value)} in place of an object")
     return value

@@ -86,9 +86,7 @@ def verb(*words: object) -> None:
 
 def start(folder: Path) -> None:
     """Do with data what a run does: prepare, then read steps and validations."""
-    module = MtpDataModule(
-        tiny_recipe(folder.parent / "cache", folder.parent, data={"shards": str(folder), "corpus": []})
-    )
+    module = MtpDataModule(tiny_recipe(folder.parent / "cache", folder.parent, data={"shards": str(folder)}))
     module.prepare_data()
     module.setup("fit")
     for batches in (module.train_dataloader(), module.val_dataloader()):

@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from mtp_lightning.console.progress import say
 from mtp_lightning.errors import LoggingError, MtpError, RunFolderError
 from mtp_lightning.files.durable import replace_durably
+from mtp_lightning.files.untrusted import read_json
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.recipe.diff import leaves
 
@@ -315,8 +316,10 @@ def _open_mlflow(run: LoggedRun) -> Logger:
 def _read_records(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / RECORDS
     try:
-        records: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        records: dict[str, dict[str, Any]] = read_json(path)
         return {name: dict(record) for name, record in records.items()}
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise LoggingError(
             f"{path} must be what a run has written",
