@@ -38,9 +38,9 @@ WORDS = {
     "status": "RUN",
     "import": "HF --out NEW",
     "export": "RUN --out NEW --format hf",
-    "extend": "RUN --to 5 --out NEW",
+    "extend": "LONG --to 5 --out NEW",
     "generate": "RUN --prompt träume --max-new-tokens 8",
-    "data generate": "RUN --out NEW --prompts PROMPTS --num-documents 3 --max-new-tokens 4",
+    "data generate": "RUN --out NEW --prompts PROMPTS --num-documents 20 --max-new-tokens 4 --validation-fraction 0.5",
     "data build": "TEXT --out NEW",
     "data peek": f"{RECIPE} {SMALL}",
     "data verify": "SHARDS",
@@ -55,13 +55,13 @@ WORDS = {
     "bench tree": "RUN --out NEW --drafts 2",
     "bench data": "--text-mb 1 --repeats 1 --json NEW",
     "eval acceptance": "RUN --rows 4 --json NEW",
-    "eval marginal": "RUN --samples 2 --last 2 --json NEW",
+    "eval marginal": "RUN --samples 2 --last 4 --json NEW",
     "eval lens": "RUN --samples 2 --json NEW --plot NEW.png",
     "report compare": "RUN --json NEW --plot NEW.png",
     "report mixture": "MIXED --plot NEW.png",
 }
 """A command line of every verb that prints and ends well; NEW is a path that does not exist yet."""
-GO_ON = ("train",)
+GO_ON = ("train", "sweep")
 """What is not run for what it prints."""
 
 
@@ -97,7 +97,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A run with layer mixes, its shards, an export and texts."""
     base = tmp_path_factory.mktemp("verbs")
     (base / "text").mkdir()
-    (base / "prompts").write_text("one\ntwo\nthree\n")
+    (base / "prompts").write_text("".join(f"prompt {number}\n" for number in range(20)))
     for number in range(40):
         (base / f"text/{number}.txt").write_text(f"träume {number} " * 40)
     found = {
@@ -108,10 +108,18 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "HF": "hf",
         "TEXT": "text",
         "PROMPTS": "prompts",
+        "LONG": "long",
     }
     places = {name: str(base / path) for name, path in found.items()}
+    long = f"train {ROOT}/recipes/debug/sequential.yaml {SMALL}".replace("RUN", "LONG")
     mixed = f"train {RECIPE} {SMALL} adapt.layer_mix={{}}".replace("RUN", "MIXED")
-    for line in (f"train {RECIPE} {SMALL}", mixed, "data build TEXT --out SHARDS", "export RUN --out HF --format hf"):
+    for line in (
+        f"train {RECIPE} {SMALL}",
+        mixed,
+        long,
+        "data build TEXT --out SHARDS",
+        "export RUN --out HF --format hf",
+    ):
         done = mtp(*filled(line, places), cwd=base)
         assert done.returncode == 0, done.stderr
     return places

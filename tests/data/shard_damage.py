@@ -22,10 +22,10 @@ ODD_VALUES: tuple[Any, ...] = (
 )
 
 
-def damage_folder(folder: Path, draw: Random) -> str:
-    """Damage one thing; return what, in words."""
-    kind = draw.choice([_replace, _replace, _spoil_bytes, _spoil_bytes, _lie_in_manifest, _lie_in_index, _lie_in_tar])
-    return kind(folder, draw)
+def damage_folder(folder: Path, draw: Random, *, keeps_files: bool = False) -> str:
+    """Damage one thing; return what, in words. With `keeps_files` all files stay files that can be read."""
+    kinds = [_spoil_bytes, _spoil_bytes, _lie_in_manifest, _lie_in_index, _lie_in_tar]
+    return draw.choice(kinds if keeps_files else [_replace, _replace, *kinds])(folder, draw)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -78,7 +78,8 @@ def verb(*words: object) -> None:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     if result.exit_code:
-        labels = [line.split()[0] for line in result.stderr.splitlines() if line[:1] != " " or line[2:3] != " "]
+        said = result.stderr[result.stderr.index("error:") :]
+        labels = [line.split()[0] for line in said.splitlines()]
         assert (result.exit_code, labels) == (87, ["error:", "found", "hint"]), result.stderr
         assert result.stderr.replace("\n", "").isprintable()
         raise DataError("as said", result.stderr, "as said")

@@ -217,7 +217,7 @@ def check_size(folder: Path, shard: Shard) -> None:
     hint = "Copy the file again from its source, or build the shards again with `mtp data build`"
     try:
         found = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(expected, "no such file", hint) from None
     except OSError as error:
         raise DataError(expected, reason_of(error), "See to its rights and those of the folders above it") from error
