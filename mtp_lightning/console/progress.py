@@ -1,5 +1,6 @@
 """What the data verbs say: plain lines, and a bar where there is a terminal to draw it on."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from rich.progress import (
 )
 
 from mtp_lightning.console.screen import Screen
+from mtp_lightning.errors import visible
 
 SECONDS_BETWEEN_LINES = 5.0
 Advance = Callable[[int], None]
@@ -22,7 +24,7 @@ Advance = Callable[[int], None]
 
 def say(text: str, *, stderr: bool = False) -> None:
     """Print one line as it is: never wrapped, nothing in it read as markup."""
-    Screen(stderr=stderr).print(text, soft_wrap=True)
+    print(visible(text), file=sys.stderr if stderr else sys.stdout, flush=True)  # above a live view, if there is one
 
 
 @contextmanager
