@@ -119,8 +119,8 @@ def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
     weights = IncomingWeights(hf_checkpoint, plan_import(hf_checkpoint, recipe, init, wanted.allow), recipe)
     size_bytes = _write(weights, out, header=_header(hf_checkpoint, recipe, init, out))
     say(visible(f"Imported {hf_checkpoint.what} from {path} to {out}: {size_bytes / 1e6:,.1f} MB, checked"))
-    for line in weights.plan.report():
-        say(line)
+    for line in (*weights.plan.report(), *hf_checkpoint.notes):
+        say(visible(line))
     if recipe.data.tokenizer == Recipe().data.tokenizer:
         say(visible(f"No tokenizer in {path}: give data.tokenizer, or shards whose ids are this model's"))
     say(f"Train it: mtp train {out / RECIPE_NAME}")
