@@ -21,7 +21,6 @@ from tests.checkpoint.runs import model_of_step, save_run
 from tests.data.text_tokenizers import write_sentencepiece, write_tokenizer_json
 from tests.support.tiny import tiny_recipe
 
-
 QWEN_WINDOW = {"sliding_window": 32, "model_type": "qwen2", "use_sliding_window": True}
 
 

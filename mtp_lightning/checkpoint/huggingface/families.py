@@ -53,6 +53,8 @@ def _read_llama(config: Config) -> dict[str, Any]:
     rotary = rotary_fields(config)
     Config(config.path, rotary).check_is("partial_rotary_factor", 1.0)
     heads, shared = config.need("num_attention_heads"), config.get("num_key_value_heads")
+    if shared and heads % shared:
+        raise config.impossible(f"{shared} key and value heads for {heads} query heads")
     has_bias = config.get("attention_bias", default=False)
     return {
         **shared_fields(config),

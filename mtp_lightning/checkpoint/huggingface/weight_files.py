@@ -83,6 +83,8 @@ def find_weights(path: Path, pattern: str, *, variant: str | None = None) -> Wei
     Raises:
         CheckpointError: there are none, or not all, or it is not clear which.
     """
+    if variant is not None and not _HARMLESS.fullmatch(variant):
+        raise CheckpointError("--variant must be a name, like fp16", shown(variant), "Correct it or leave it out")
     read = _choose(path, pattern, variant)
     beside = {file.name for file in path.glob("*.safetensors")} - {file.name for file in read}
     return WeightFiles(read, sorted(name for name in beside if not name.startswith("adapter_")))
@@ -186,7 +188,8 @@ def _without_shards(path: Path, found: str) -> CheckpointError:
 
 def _without_weights(path: Path, wanted: str | None) -> CheckpointError:
     if pickles := sorted(file.name for pattern in PICKLES for file in path.glob(pattern)):
-        return _in_pickles(path, pickles)
+        target = WHOLE if len(pickles) == 1 else f"model-{1:05d}-of-{len(pickles):05d}.safetensors"
+        return in_pickles(path, pickles, target)
     for pattern, (what, hint) in FOREIGN.items():
         if names := sorted(file.name for file in path.glob(pattern)):
             expected = "weights must be in safetensors files with the names of transformers"
@@ -199,8 +202,8 @@ def _without_weights(path: Path, wanted: str | None) -> CheckpointError:
     )
 
 
-def _in_pickles(path: Path, pickles: list[str]) -> CheckpointError:
-    target = WHOLE if len(pickles) == 1 else f"model-{1:05d}-of-{len(pickles):05d}.safetensors"
+def in_pickles(path: Path, pickles: list[str], target: str) -> CheckpointError:
+    """Build the error about weights that lie in pickles, with the way to convert the first to a file `target`."""
     file = pickles[0] if _HARMLESS.fullmatch(pickles[0]) else "FILE"  # it is pasted into a shell
     command = CONVERSION.format(file=file, target=target)
     more = "" if len(pickles) == 1 else f", and so for the other {len(pickles) - 1} files"
