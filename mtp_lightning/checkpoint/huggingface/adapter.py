@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.checkpoint.format.tensors import Entry, read_tensor
-from mtp_lightning.checkpoint.huggingface.configs import Config, named, possible_settings
+from mtp_lightning.checkpoint.huggingface.configs import Config, listed, named, possible_settings
 from mtp_lightning.checkpoint.huggingface.families import FAMILIES
 from mtp_lightning.checkpoint.huggingface.folder import (
     HFCheckpoint,
@@ -20,7 +20,7 @@ from mtp_lightning.checkpoint.huggingface.folder import (
     read_entries,
     tied_as_stored,
 )
-from mtp_lightning.checkpoint.huggingface.tensor_plan import DTYPES, listed
+from mtp_lightning.checkpoint.huggingface.tensor_plan import DTYPES
 from mtp_lightning.checkpoint.huggingface.weight_files import in_pickles, read_json
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.launch.untrusted import shown

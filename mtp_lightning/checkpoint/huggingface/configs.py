@@ -1,13 +1,14 @@
 """Settings of a model as transformers writes them: config.json read with care, and the fields that families share."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
 from pydantic import ValidationError
 
+from mtp_lightning.checkpoint.format.read_shards import MOST_NAMES
 from mtp_lightning.checkpoint.format.tensors import Entry
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.launch.untrusted import LONGEST_SHOWN, shown
@@ -16,6 +17,7 @@ from mtp_lightning.recipe.schema.model import ModelSection
 MOST = 2**27  # so that no product of three overflows what torch counts with
 MOST_POSITIONS = 2**40
 MOST_LAYERS = 4096
+LONGEST_NAME = 300
 SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -98,6 +100,13 @@ class Config:
             raise self.impossible(f"{name}: {shown(value)} (a number is meant)") from None
 
 
+def listed(names: Sequence[str]) -> str:
+    """Name some, and say how many more there are."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    short = (name if len(name) <= LONGEST_NAME else shown(name) for name in names[:MOST_NAMES])
+    return (", ".join(short) or "none") + more
+
+
 def named(value: object) -> str:
     """Show a value as it is if it is a short text, else in a few words."""
     return value if isinstance(value, str) and len(value) <= LONGEST_SHOWN else shown(value)
@@ -171,7 +180,7 @@ def check_attends_to_all(config: Config) -> None:
     kinds = sorted({named(kind) for kind in told} - {"full_attention", "sliding_attention"})
     if kinds:
         hint = "Choose a model whose layers are ordinary attention"
-        raise config.refused("every layer must be of type full_attention", ", ".join(kinds), hint)
+        raise config.refused("every layer must be of type full_attention", listed(kinds), hint)
 
 
 def _has_sliding_layers(config: Config) -> bool:

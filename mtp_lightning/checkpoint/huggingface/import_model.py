@@ -18,12 +18,14 @@ from mtp_lightning.checkpoint.convert.consolidate import (
     name_of,
     write_whole,
 )
-from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME, Provenance, write_config
+from mtp_lightning.checkpoint.format.manifest import CONFIG_NAME, RECIPE_NAME, Provenance, write_config
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
+from mtp_lightning.checkpoint.huggingface.adapter import SETTINGS as ADAPTER_SETTINGS
 from mtp_lightning.checkpoint.huggingface.adapter import is_adapter, open_adapter
 from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint, open_folder
 from mtp_lightning.checkpoint.huggingface.tensor_plan import Init, Plan, plan_import
 from mtp_lightning.checkpoint.huggingface.vocabulary import with_rows
+from mtp_lightning.checkpoint.huggingface.weight_files import find_snapshot
 from mtp_lightning.checkpoint.huggingface.weights import IncomingWeights
 from mtp_lightning.console.progress import say, watched
 from mtp_lightning.data.tokenizers.open import open_tokenizer
@@ -137,6 +139,7 @@ def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
 
 def _opened(path: Path, wanted: Wanted) -> HFCheckpoint:
     """Open a folder or an adapter, with as many rows for tokens as are wanted."""
+    path = find_snapshot(path, (CONFIG_NAME, ADAPTER_SETTINGS))
     if is_adapter(path):
         hf_checkpoint = open_adapter(path, base=wanted.base, variant=wanted.variant)
     elif wanted.base is not None:

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from mtp_lightning.checkpoint.format.read_shards import MOST_NAMES
 from mtp_lightning.checkpoint.huggingface.canonical_names import Parameter, TensorSource, copied_place, parameters_of
+from mtp_lightning.checkpoint.huggingface.configs import listed
 from mtp_lightning.checkpoint.huggingface.families import BUFFERS
 from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint
 from mtp_lightning.errors import CheckpointError, visible
@@ -169,9 +169,3 @@ def _check_forms(hf_checkpoint: HFCheckpoint, plan: Plan) -> None:
             f"{listed([*types.values()])}; in {hf_checkpoint.path}",
             "Take the model's release without quantization",
         )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Name some, and say how many more there are."""
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return (", ".join(names[:MOST_NAMES]) or "none") + more
