@@ -114,6 +114,32 @@ def _rows(text: str) -> int | Literal["auto"]:
     return int(text)
 
 
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="For an adapter: the model that it was trained on (default: as its settings say).",
+        show_default=False,
+    ),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Which weights, where there are several: model.NAME.safetensors.", show_default=False
+    ),
+]
+Rows = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N|auto",
+        parser=_rows,
+        help="Rows of embedding and unembedding; auto: every id of the tokenizer, and a multiple of 64. New rows "
+        "are the mean of the old ones; none is cut.",
+        show_default=False,
+    ),
+]
+
+
 def import_model(
     path: Annotated[
         Path,
@@ -156,30 +182,9 @@ def import_model(
     end_of_document: Annotated[
         int | None, typer.Option(metavar="ID", min=0, help="Id of the token that ends a document.", show_default=False)
     ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="For an adapter: the model that it was trained on (default: as its settings say).",
-            show_default=False,
-        ),
-    ] = None,
-    variant: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Which weights, where there are several: model.NAME.safetensors.", show_default=False
-        ),
-    ] = None,
-    resize_vocabulary: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N|auto",
-            parser=_rows,
-            help="Rows of embedding and unembedding; auto: every id of the tokenizer, and a multiple of 64. New rows "
-            "are the mean of the old ones; none is cut.",
-            show_default=False,
-        ),
-    ] = None,
+    base: Base = None,
+    variant: Variant = None,
+    resize_vocabulary: Rows = None,
 ) -> None:
     """Put heads on a pretrained model: a folder and a recipe that `mtp train` starts from; needs no GPU."""
     from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
