@@ -36,7 +36,7 @@ RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "both by module": (
         "llama",
-        {"target_modules": ALL, "rank_pattern": {"down_proj": 6}, "alpha_pattern": {"proj": 1, "down_proj": 40}},
+        {"target_modules": ALL, "rank_pattern": {"down_proj": 6}, "alpha_pattern": {"(q|k|v)_proj": 1, "up_proj": 40}},
     ),
     "some layers": ("llama", {"target_modules": ALL, "layers_to_transform": [0, 2]}),
     "one layer": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 1}),
@@ -84,6 +84,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "patterns of lists": ({"rank_pattern": [1]}, "rank_pattern: a list"),
     "a pattern without end": ({"alpha_pattern": {"(a+)+": 1}}, "alpha_pattern must name modules"),
     "a long pattern": ({"alpha_pattern": {".*.*.*.*.*.*q": 1}}, "alpha_pattern must name modules"),
+    "a pattern of many choices": ({"alpha_pattern": {"(a|a)" * 30: 1}}, "alpha_pattern must name modules"),
+    "a pattern of many leaves": ({"alpha_pattern": {"a?" * 30 + "a" * 30: 1}}, "alpha_pattern must name modules"),
     "a pattern that is none": ({"rank_pattern": {"[": 1}}, "rank_pattern must name modules"),
     "a base elsewhere": ({"base_model_name_or_path": "someone/model"}, "'someone/model'"),
     "no base": ({"base_model_name_or_path": None}, "base_model_name_or_path null"),

@@ -320,6 +320,15 @@ def test_a_variant_is_read_where_it_is_asked_for(is_cut: bool, saved: Path, tmp_
         assert "--variant" in str(failure.value)
 
 
+@pytest.mark.parametrize("case", ["gpt_neox_tied", "qwen3"])
+def test_a_model_without_its_unembedding_of_another_family(case: str, tmp_path: Path) -> None:
+    save_model(transformers, case, tmp_path / "whole")
+    transformers.AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "hf")
+    assert not any(name.startswith(("model.", "gpt_neox.")) for name in tensors_of(tmp_path / "hf"))
+    expected = judged_logits(transformers, tmp_path / "hf")
+    torch.testing.assert_close(imported_logits(tmp_path / "hf"), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_tables_try_different_things(saved: Path) -> None:
     assert len(RIGHT) + len(REFUSED) >= 60
     assert judged_logits(transformers, saved).shape[:2] == TOKENS.shape

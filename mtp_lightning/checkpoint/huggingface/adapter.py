@@ -55,6 +55,7 @@ MERGE = (
 MOST_RANK = 2**20
 _LOOSE = re.compile(r"\)[*+{?]")
 MOST_REPEATS = 3
+MOST_CHOICES = 8
 
 
 class _Pair(NamedTuple):
@@ -235,9 +236,14 @@ def _check_patterns(config: Config, name: str, patterns: Iterable[str]) -> None:
     for pattern in patterns:
         try:
             re.compile(pattern)
-            is_slow = len(pattern) > 1000 or _LOOSE.search(pattern) or len(re.findall(r"[*+{]", pattern)) > MOST_REPEATS
+            is_slow = (
+                len(pattern) > 1000
+                or _LOOSE.search(pattern)
+                or len(re.findall(r"[*+{]", pattern)) > MOST_REPEATS
+                or len(re.findall(r"(?<!\()[?|]", pattern)) > MOST_CHOICES
+            )
         except (re.error, RecursionError, OverflowError):
             is_slow = True
         if is_slow:
-            expected = f"{name} must name modules, or be short patterns with at most {MOST_REPEATS} repeats"
+            expected = f"{name} must name modules, or be short patterns with few repeats and choices"
             raise config.refused(expected, shown(pattern), MERGE)

@@ -207,7 +207,10 @@ def _first_end(config: Config, vocab_size: int) -> int | None:
 
 
 def _read_settings(path: Path) -> Config:
-    hint = "Give the folder that a model was downloaded to or saved in by transformers"
+    hint = (
+        "Give the folder that a model was downloaded to (hf download ORG/NAME --local-dir FOLDER) or saved in by "
+        "transformers"
+    )
     try:
         found = next((path / name for name in (CONFIG, SETTINGS) if (path / name).is_file()), None)
         is_folder = path.is_dir()
