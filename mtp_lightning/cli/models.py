@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -83,6 +83,9 @@ def export(
         export_hf(path, out, dtype=dtype.value, with_modules=format is Format.hf_mtp)
 
 
+LONGEST_NUMBER = 12  # digits
+
+
 class Kind(StrEnum):
     """Head kinds."""
 
@@ -102,12 +105,48 @@ class Init(StrEnum):
     random = "random"
 
 
+def _rows(text: str) -> int | Literal["auto"]:
+    """Read a number of rows, or `auto`."""
+    if text == "auto":
+        return "auto"
+    if not (text.isascii() and text.isdecimal() and len(text) <= LONGEST_NUMBER):
+        raise typer.BadParameter(f"must be a number of rows or auto, not {text!r}")
+    return int(text)
+
+
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="For an adapter: the model that it was trained on (default: as its settings say).",
+        show_default=False,
+    ),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Which weights, where there are several: model.NAME.safetensors.", show_default=False
+    ),
+]
+Rows = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N|auto",
+        parser=_rows,
+        help="Rows of embedding and unembedding; auto: every id of the tokenizer, and a multiple of 64. New rows "
+        "are the mean of the old ones; none is cut.",
+        show_default=False,
+    ),
+]
+
+
 def import_model(
     path: Annotated[
         Path,
         typer.Argument(
             metavar="HF_FOLDER",
-            help="Folder of a pretrained model, with config.json and *.safetensors (or Meta's params.json).",
+            help="Folder of a pretrained model, with config.json and *.safetensors (or Meta's params.json); an "
+            "entry of the hub's cache; or a LoRA adapter of PEFT, which is merged.",
             show_default=False,
         ),
     ],
@@ -143,6 +182,9 @@ def import_model(
     end_of_document: Annotated[
         int | None, typer.Option(metavar="ID", min=0, help="Id of the token that ends a document.", show_default=False)
     ] = None,
+    base: Base = None,
+    variant: Variant = None,
+    resize_vocabulary: Rows = None,
 ) -> None:
     """Put heads on a pretrained model: a folder and a recipe that `mtp train` starts from; needs no GPU."""
     from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
@@ -153,5 +195,8 @@ def import_model(
         init=init.value if init else None,
         allow=tuple(allow or ()),
         end_of_document=end_of_document,
+        base=base,
+        variant=variant,
+        vocabulary=resize_vocabulary,
     )
     import_folder(path, out, wanted)

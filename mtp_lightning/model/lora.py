@@ -75,7 +75,7 @@ def initialise_update(name: str, parameter: Tensor, generator: torch.Generator) 
     parameter.copy_(drawn.normal_(0.0, 1 / math.sqrt(parameter.shape[1]), generator=generator))
 
 
-def merged(weight: Tensor, down: Tensor, up: Tensor, section: LoraSection) -> Tensor:
+def merged(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """Add an update to the weight that it belongs to, in fp32 or better: (E, D), (R, D), (E, R) -> (E, D)."""
     exact = torch.promote_types(weight.dtype, torch.float32)
-    return torch.addmm(weight.to(exact), up.to(exact), down.to(exact), alpha=section.alpha / section.rank)
+    return torch.addmm(weight.to(exact), up.to(exact), down.to(exact), alpha=scale)

@@ -55,14 +55,18 @@ def test_what_is_computed_is_the_merged_weight(model):
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             lora = [weights.get(f"{name.removesuffix('.weight')}.lora.{half}") for half in ("down", "up")]
-            parameter.copy_(weights[name] if lora[0] is None else merged(weights[name], *lora, section))
+            parameter.copy_(
+                weights[name] if lora[0] is None else merged(weights[name], *lora, section.alpha / section.rank)
+            )
     tokens, documents, _ = tiny_rows(recipe, 2)
     expected = plain.hidden_states(tokens, documents)
     for offset, hidden in own.hidden_states(tokens, documents).items():
         torch.testing.assert_close(hidden, expected[offset], rtol=1e-10, atol=1e-10)
     layer = own.trunk.layers[0].self_attn.q_proj
     update = 5 / 3 * layer.lora.up @ layer.lora.down
-    torch.testing.assert_close(merged(layer.weight, layer.lora.down, layer.lora.up, section), layer.weight + update)
+    scale = section.alpha / section.rank
+    found = merged(layer.weight, layer.lora.down, layer.lora.up, scale)
+    torch.testing.assert_close(found, layer.weight + update)
 
 
 def test_gradients_are_those_of_the_product():

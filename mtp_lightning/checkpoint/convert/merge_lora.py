@@ -1,6 +1,6 @@
 """A checkpoint with low-rank updates, seen as the plain model that it computes: every update added to its weight."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import final
 
 import torch
@@ -56,10 +56,24 @@ class MergedReader:
             yield from self._reader.blocks(name)
             return
         down, up = (self._reader.read(half).view(self._reader.shape(half)) for half in (stem + DOWN, stem + UP))
-        width = self.shape(name)[1]
-        for start, values in self._reader.blocks(name):
-            first, last = start // width, -(-(start + len(values)) // width)  # rows that the block lies in
-            rows = values.new_zeros((last - first) * width)
-            inside = slice(start - first * width, start - first * width + len(values))
-            rows[inside] = values
-            yield start, merged(rows.view(-1, width), down, up[first:last], self._lora).flatten()[inside]
+        yield from updated_blocks(self._reader.blocks(name), down, up, self._lora.alpha / self._lora.rank)
+
+
+def updated_blocks(
+    blocks: Iterable[tuple[int, Tensor]], down: Tensor, up: Tensor, scale: float
+) -> Iterator[tuple[int, Tensor]]:
+    """Add scale x B A to a matrix (E, D) that comes in flat blocks, each with the number of its first value.
+
+    Args:
+        blocks: of the matrix.
+        down: A (R, D).
+        up: B (E, R).
+        scale: what the product is multiplied by.
+    """
+    width = down.shape[1]
+    for start, values in blocks:
+        first, last = start // width, -(-(start + len(values)) // width)  # rows that the block lies in
+        rows = values.new_zeros((last - first) * width)
+        inside = slice(start - first * width, start - first * width + len(values))
+        rows[inside] = values
+        yield start, merged(rows.view(-1, width), down, up[first:last], scale).flatten()[inside]

@@ -127,6 +127,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_tensor(path: Path, entry: Entry) -> Tensor:
+    """Read one tensor of a safetensors file into CPU memory.
+
+    Raises:
+        DamagedCheckpointError: the file ends early.
+    """
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    with path.open("rb") as file:
+        read_into(tensor, file, entry.begin)
+    return tensor
+
+
 def read_into(tensor: Tensor, file: BinaryIO, position: int) -> None:
     """Fill a contiguous CPU tensor from the bytes at a position of a file.
 

@@ -1,13 +1,14 @@
 """Settings of a model as transformers writes them: config.json read with care, and the fields that families share."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
 from pydantic import ValidationError
 
+from mtp_lightning.checkpoint.format.read_shards import MOST_NAMES
 from mtp_lightning.checkpoint.format.tensors import Entry
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.untrusted import LONGEST_VALUE, described
@@ -16,6 +17,7 @@ from mtp_lightning.recipe.schema.model import ModelSection
 MOST = 2**27  # so that no product of three overflows what torch counts with
 MOST_POSITIONS = 2**40
 MOST_LAYERS = 4096
+LONGEST_NAME = 300
 SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -67,6 +69,10 @@ class Config:
             hint = "Models with another value are not supported: choose another model"
             raise self.refused(f"{name} must be {wanted!r}", described(value), hint)
 
+    def with_defaults(self, defaults: Mapping[str, Any]) -> "Config":
+        """Let fields that are absent (not null) be read as the defaults of a class of transformers."""
+        return Config(self.path, {**defaults, **self.values})
+
     def impossible(self, found: str) -> CheckpointError:
         """Build the error about a field of a wrong type or value."""
         return self.refused("the settings must be possible ones", found, "Download the folder again")
@@ -92,6 +98,13 @@ class Config:
             return float(value)
         except (TypeError, ValueError, OverflowError):
             raise self.impossible(f"{name}: {described(value)} (a number is meant)") from None
+
+
+def listed(names: Sequence[str]) -> str:
+    """Name some, and say how many more there are."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    short = (name if len(name) <= LONGEST_NAME else described(name) for name in names[:MOST_NAMES])
+    return (", ".join(short) or "none") + more
 
 
 def named(value: object) -> str:
@@ -156,7 +169,7 @@ def check_attends_to_all(config: Config) -> None:
     """
     positions = config.need("max_position_embeddings")
     window = config.get("sliding_window") if config.get("use_sliding_window", default=True) else None
-    if window is not None and window < positions:
+    if window is not None and window < positions and _has_sliding_layers(config):
         raise config.refused(
             "every layer must attend to all positions",
             f"a sliding_window of {window} for {positions} positions",
@@ -167,23 +180,35 @@ def check_attends_to_all(config: Config) -> None:
     kinds = sorted({named(kind) for kind in told} - {"full_attention", "sliding_attention"})
     if kinds:
         hint = "Choose a model whose layers are ordinary attention"
-        raise config.refused("every layer must be of type full_attention", ", ".join(kinds), hint)
+        raise config.refused("every layer must be of type full_attention", listed(kinds), hint)
 
 
-def rotary_fields(config: Config) -> dict[str, Any]:
-    """Read the rotary positions, from `rope_parameters` or from the keys before transformers 5.
+def _has_sliding_layers(config: Config) -> bool:
+    """Tell whether a window is used at all: by Qwen's models only in some layers, perhaps in none."""
+    first = config.whole("max_window_layers", None, least=0, most=MOST)
+    if first is None:
+        return True
+    told = config.get("layer_types")
+    return "sliding_attention" in told if told else bool(first < config.need("num_hidden_layers"))
+
+
+def rotary_fields(config: Config, *, theta: str = "rope_theta", share: str = "partial_rotary_factor") -> dict[str, Any]:
+    """Read the rotary positions, from `rope_scaling` (before transformers 5) or else from `rope_parameters`.
+
+    Args:
+        config: the settings.
+        theta: name of the base of the frequencies where these do not say it.
+        share: name of the share of channels that are turned, likewise.
 
     Raises:
         CheckpointError: They are scaled in a way that is not known here.
     """
-    told = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    told = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(told, dict):
         raise config.impossible(f"rope_parameters or rope_scaling: {described(told)}")
-    theta = told.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0
-    share = told.get("partial_rotary_factor") or config.get("partial_rotary_factor") or config.get("rotary_pct")
     return {
-        "rope_theta": config.number("rope_theta", theta),
-        "partial_rotary_factor": config.number("partial_rotary_factor", share or 1.0),
+        "rope_theta": config.number("rope_theta", told.get("rope_theta") or config.get(theta, default=10000.0)),
+        "partial_rotary_factor": config.number(share, told.get("partial_rotary_factor") or config.get(share, 1.0)),
         "rope_scaling": _scaling(config, told),
     }
 
@@ -197,7 +222,9 @@ def _scaling(config: Config, told: dict[str, Any]) -> dict[str, Any] | None:
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor")
         numbers = {name: config.number(name, told[name]) for name in names}
-        return {"kind": kind, **numbers, "original_positions": told["original_max_position_embeddings"]}
+        name = "original_max_position_embeddings"
+        positions = config.get(name) or told.get(name) or config.need("max_position_embeddings")
+        return {"kind": kind, **numbers, "original_positions": positions}
     raise config.refused(
         "rotary positions must be plain, or scaled by linear or llama3",
         "another scaling for each type of layer" if kind == "default" else named(kind),

@@ -24,10 +24,10 @@ from mtp_lightning.checkpoint.huggingface.canonical_names import (
     num_base_layers,
     parameters_of,
 )
+from mtp_lightning.checkpoint.huggingface.configs import listed
 from mtp_lightning.checkpoint.huggingface.families import FAMILIES, settings_of
 from mtp_lightning.checkpoint.huggingface.import_model import carry_tokenizer
 from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, MIMO, ModuleLayout, fits
-from mtp_lightning.checkpoint.huggingface.tensor_plan import listed
 from mtp_lightning.checkpoint.huggingface.weights import OutgoingWeights
 from mtp_lightning.console.progress import say, watched
 from mtp_lightning.errors import CheckpointError

@@ -1,7 +1,7 @@
 """Families of pretrained models, one row each: what their settings mean, and where their tensors lie."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,28 +20,45 @@ from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.untrusted import described
 from mtp_lightning.recipe.schema.model import Family, ModelSection
 
-BUFFERS = re.compile(r"(.+\.rotary_emb\.inv_freq|.+\.attention\.(masked_)?bias|rope\.freqs)")
+WITHOUT_PREFIX = ("embed_tokens.", "layers.", "norm.", "mtp_layers.", "embed_in.", "final_layer_norm.")
+"""Beginnings of tensors' names in a model without its unembedding."""
+BUFFERS = re.compile(r"((.+\.)?rotary_emb\.(original_)?inv_freq|.+\.attention\.(masked_)?bias|rope\.freqs)")
 """Names of stored tensors that are computed anew."""
 
 
 @dataclass(frozen=True)
 class FamilyRow:
-    """What there is to know of a family."""
+    """What there is to know of a family.
+
+    A setting that is absent means what the class of transformers makes of it: `defaults`, and of no field that says how
+    large a tensor is.
+    """
 
     architecture: str  # class of transformers
     read: Callable[[Config], dict[str, Any]]  # settings to fields of the model section
     write: Callable[[ModelSection], dict[str, Any]]
     source: Callable[[str], TensorSource | None]  # of a place
+    defaults: Mapping[str, Any]
+
+    def stored_name(self, name: str) -> str:
+        """Complete a name as a model without its unembedding has it (saved by `AutoModel`)."""
+        norm = self.source("norm.weight")
+        assert norm is not None
+        return f"{norm.stored.partition('.')[0]}.{name}" if name.startswith(WITHOUT_PREFIX) else name
 
 
 def _read_llama(config: Config) -> dict[str, Any]:
-    config.check_is("hidden_act", "silu", default="silu")
-    config.check_is("partial_rotary_factor", 1.0, default=1.0)
+    if config.get("hidden_act") != "swish":  # another name of it
+        config.check_is("hidden_act", "silu", default="silu")
+    rotary = rotary_fields(config)
+    Config(config.path, rotary).check_is("partial_rotary_factor", 1.0)
     heads, shared = config.need("num_attention_heads"), config.get("num_key_value_heads")
+    if shared and heads % shared:
+        raise config.impossible(f"{shared} key and value heads for {heads} query heads")
     has_bias = config.get("attention_bias", default=False)
     return {
         **shared_fields(config),
-        **rotary_fields(config),
+        **rotary,
         "num_key_value_heads": None if shared == heads else shared,
         "norm_eps": config.number("rms_norm_eps", config.get("rms_norm_eps", default=1e-6)),
         "qkv_bias": has_bias,
@@ -78,7 +95,7 @@ def _write_mistral(section: ModelSection) -> dict[str, Any]:
 
 
 def _read_qwen2(config: Config) -> dict[str, Any]:
-    return _read_without_bias(_with_default(config, "use_sliding_window", value=False)) | {"qkv_bias": True}
+    return _read_without_bias(config) | {"qkv_bias": True}
 
 
 def _write_qwen2(section: ModelSection) -> dict[str, Any]:
@@ -89,7 +106,6 @@ def _write_qwen2(section: ModelSection) -> dict[str, Any]:
 
 
 def _read_qwen3(config: Config) -> dict[str, Any]:
-    config = _with_default(_with_default(config, "use_sliding_window", value=False), "head_dim", value=128)
     return _read_llama(config) | {"qk_norm": True, "mlp_bias": False}
 
 
@@ -97,17 +113,13 @@ def _write_qwen3(section: ModelSection) -> dict[str, Any]:
     return {**_write_qwen2(section), "head_dim": section.resolved_head_dim, "attention_bias": section.qkv_bias}
 
 
-def _with_default(config: Config, name: str, *, value: Any) -> Config:
-    """Let an absent field be read as the family's own default."""
-    return Config(config.path, config.values | {name: config.get(name, value)})
-
-
 def _read_neox(config: Config) -> dict[str, Any]:
-    config.check_is("hidden_act", "gelu", default="gelu")
+    if config.get("hidden_act") != "gelu_python":  # the same, written out
+        config.check_is("hidden_act", "gelu", default="gelu")
     has_bias = config.get("attention_bias", default=True)
     return {
         **shared_fields(config),
-        **rotary_fields(_with_default(config, "rotary_pct", value=0.25)),
+        **rotary_fields(config, theta="rotary_emb_base", share="rotary_pct"),
         "norm": "layer",
         "norm_eps": config.number("layer_norm_eps", config.get("layer_norm_eps", default=1e-5)),
         "mlp": "gelu",
@@ -165,13 +177,18 @@ def _neox_cell(place: str) -> TensorSource | None:
     return TensorSource(stored, PLAIN) if part is None else TensorSource(stored, FUSED, part)
 
 
+_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, **_WINDOWS}
+_MISTRAL = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
+_NEOX = {"max_position_embeddings": 2048, "rotary_pct": 0.25}
+
 FAMILIES: dict[Family, FamilyRow] = {
-    "llama": FamilyRow("LlamaForCausalLM", _read_llama, _write_llama, _llama_cell),
-    "mistral": FamilyRow("MistralForCausalLM", _read_without_bias, _write_mistral, _llama_cell),
-    "qwen2": FamilyRow("Qwen2ForCausalLM", _read_qwen2, _write_qwen2, _llama_cell),
-    "qwen3": FamilyRow("Qwen3ForCausalLM", _read_qwen3, _write_qwen3, _llama_cell),
-    "mimo": FamilyRow("MiMoForCausalLM", _read_qwen2, _write_qwen2, _llama_cell),
-    "gpt_neox": FamilyRow("GPTNeoXForCausalLM", _read_neox, _write_neox, _neox_cell),
+    "llama": FamilyRow("LlamaForCausalLM", _read_llama, _write_llama, _llama_cell, {"max_position_embeddings": 2048}),
+    "mistral": FamilyRow("MistralForCausalLM", _read_without_bias, _write_mistral, _llama_cell, _MISTRAL),
+    "qwen2": FamilyRow("Qwen2ForCausalLM", _read_qwen2, _write_qwen2, _llama_cell, _QWEN),
+    "qwen3": FamilyRow("Qwen3ForCausalLM", _read_qwen3, _write_qwen3, _llama_cell, {**_QWEN, "head_dim": 128}),
+    "mimo": FamilyRow("MiMoForCausalLM", _read_qwen2, _write_qwen2, _llama_cell, _QWEN),
+    "gpt_neox": FamilyRow("GPTNeoXForCausalLM", _read_neox, _write_neox, _neox_cell, _NEOX),
 }
 """By `model_type`."""
 
@@ -189,9 +206,9 @@ def family_of(config: Config) -> Family:
         raise config.refused(
             f"the architecture must be one of {', '.join(FAMILIES)}",
             f"model_type {described(told)} ({named(', '.join(names)) or 'no architectures'})",
-            "Choose a model of these, or add a row to checkpoint/hf/families.py",
+            "Choose a model of these, or add a row to checkpoint/huggingface/families.py",
         )
-    if (quantization := config.get("quantization_config")) is not None:
+    if (quantization := config.get("quantization_config", config.get("quantization"))) is not None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise config.refused(
             "weights must be plain fp32, bf16 or fp16 numbers",
@@ -208,7 +225,8 @@ def section_of(config: Config, family: Family) -> ModelSection:
         CheckpointError: A setting is missing, impossible, or asks for what the model here cannot do.
     """
     with possible_settings(config):
-        return ModelSection.model_validate(FAMILIES[family].read(config) | {"family": family})
+        row = FAMILIES[family]
+        return ModelSection.model_validate(row.read(config.with_defaults(row.defaults)) | {"family": family})
 
 
 def settings_of(section: ModelSection) -> tuple[Family, dict[str, Any]]:

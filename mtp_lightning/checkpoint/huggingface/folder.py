@@ -1,16 +1,15 @@
 """A folder of somebody else's model: its settings, and which tensor lies in which file."""
 
 import math
-import os
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mtp_lightning.checkpoint.convert.merge_lora import updated_blocks
 from mtp_lightning.checkpoint.format.read_shards import MOST_NAMES
 from mtp_lightning.checkpoint.format.tensors import BLOCK_BYTES, Entry, read_header, read_into
 from mtp_lightning.checkpoint.huggingface.canonical_names import TensorSource
@@ -24,29 +23,30 @@ from mtp_lightning.checkpoint.huggingface.meta_mtp import (
     num_extra_heads,
 )
 from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, MIMO, Native, native_modules
+from mtp_lightning.checkpoint.huggingface.weight_files import find_snapshot, find_weights, read_json
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.files.untrusted import OddFileError, described, read_object, reason_of
+from mtp_lightning.files.untrusted import described, reason_of
 from mtp_lightning.recipe.schema.model import ModelSection
 
 CONFIG = "config.json"
-WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
-MOST_SHARDS = 100_000
 MOST_MODULES = 1024
-LONGEST_NAME_BYTES = 255
+DROPOUTS = ("attention_dropout", "hidden_dropout")
 DECLARED = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
-_HARMLESS = re.compile(r"[A-Za-z0-9._-]+")
-CONVERSION = (
-    "import torch; from safetensors.torch import save_file; "
-    "tensors = torch.load('{file}', map_location='cpu', weights_only=True); "
-    "save_file({{name: one.clone().contiguous() for name, one in tensors.items()}}, '{target}')"
-)
+
+
+class Update(NamedTuple):
+    """A low-rank update of a stored matrix."""
+
+    factors: Callable[[], tuple[Tensor, Tensor]]  # reads A (R, D) and B (E, R)
+    scale: float
 
 
 @dataclass(frozen=True)
 class HFCheckpoint:
-    """A model of others, opened; nothing but headers has been read."""
+    """A model of others, opened; nothing but headers has been read.
+
+    A tensor is read as the model computes with it: low-rank updates are added, and rows for new tokens follow.
+    """
 
     path: Path
     what: str  # family, for people
@@ -56,6 +56,10 @@ class HFCheckpoint:
     files: dict[str, Path]  # of every tensor
     end_of_document: int | None
     settings_path: Path
+    notes: tuple[str, ...] = ()  # what is to be said of the folder
+    updates: Mapping[str, Update] = field(default_factory=dict)
+    new_rows: Mapping[str, int] = field(default_factory=dict)  # of these tensors' shapes, how many are not in the file
+    tokenizer_folder: Path | None = None  # None means `path`
 
     def base_source(self, place: str) -> TensorSource | None:
         """Find a place of the base model."""
@@ -64,20 +68,34 @@ class HFCheckpoint:
         assert self.section.family is not None
         return FAMILIES[self.section.family].source(place)
 
+    @property
+    def vocabulary(self) -> tuple[str, str]:
+        """Names of the stored embedding and of the stored unembedding."""
+        embedding, matrix = self.base_source("embed_tokens.weight"), self.base_source("lm_head.weight")
+        assert embedding is not None
+        assert matrix is not None
+        return embedding.stored, matrix.stored
+
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Read a stored tensor in consecutive flat blocks of at most 4 MiB; yields each with its first value."""
-        entry = self.entries[name]
-        numel, length = math.prod(entry.shape), BLOCK_BYTES // entry.dtype.itemsize
-        for start in range(0, numel, length):
-            yield start, self._values(name, start, min(length, numel - start))
+        """Read a tensor in consecutive flat blocks of at most 4 MiB; yields each with its first value."""
+        blocks = self._stored_blocks(name)
+        if update := self.updates.get(name):
+            down, up = update.factors()
+            blocks = updated_blocks(blocks, down, up, update.scale)
+        yield from blocks
+        if num_rows := self.new_rows.get(name):
+            yield from self._mean_rows(name, num_rows)
 
     def read(self, name: str) -> Tensor:
-        """Read a stored tensor into memory."""
-        shape = self.entries[name].shape
-        return self._values(name, 0, math.prod(shape)).view(shape)
+        """Read a tensor into memory."""
+        entry = self.entries[name]
+        whole = torch.empty(math.prod(entry.shape), dtype=entry.dtype)
+        for start, values in self.blocks(name):
+            whole[start : start + values.numel()] = values
+        return whole.view(entry.shape)
 
     def is_same(self, name: str, other: str) -> bool:
-        """Compare two stored tensors, bit for bit."""
+        """Compare two tensors, bit for bit."""
         if other not in self.entries or self.entries[name][:2] != self.entries[other][:2]:
             return False
         return all(
@@ -85,25 +103,46 @@ class HFCheckpoint:
             for (_, a), (_, b) in zip(self.blocks(name), self.blocks(other), strict=True)
         )
 
-    def _values(self, name: str, start: int, length: int) -> Tensor:
+    def _stored_blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         entry = self.entries[name]
-        values = torch.empty(length, dtype=entry.dtype)
-        with self.files[name].open("rb") as file:
-            read_into(values, file, entry.begin + start * entry.dtype.itemsize)
-        return values
+        length = BLOCK_BYTES // entry.dtype.itemsize
+        numel = math.prod(entry.shape) - math.prod((self.new_rows.get(name, 0), *entry.shape[1:]))
+        for start in range(0, numel, length):
+            values = torch.empty(min(length, numel - start), dtype=entry.dtype)
+            with self.files[name].open("rb") as file:
+                read_into(values, file, entry.begin + start * entry.dtype.itemsize)
+            yield start, values
+
+    def _mean_rows(self, name: str, num_rows: int) -> Iterator[tuple[int, Tensor]]:
+        """Make rows for new tokens, each the mean of those that are stored."""
+        num_stored, width = self.entries[name].shape[0] - num_rows, self.entries[name].shape[1]
+        total = torch.zeros(width, dtype=torch.float64)
+        for start, values in self._stored_blocks(name):
+            before = start % width
+            rows = torch.nn.functional.pad(values.double(), (before, -(before + values.numel()) % width))
+            total += rows.view(-1, width).sum(0)
+        mean = (total / num_stored).to(self.entries[name].dtype)
+        for row in range(num_stored, num_stored + num_rows):
+            yield row * width, mean
 
 
-def open_folder(path: Path) -> HFCheckpoint:
+def open_folder(path: Path, *, variant: str | None = None) -> HFCheckpoint:
     """Open a folder as transformers (or Meta) writes it.
+
+    Args:
+        path: the folder, or an entry of the hub's cache.
+        variant: which of several sets of weights, as in `model.VARIANT.safetensors`.
 
     Raises:
         CheckpointError: It has no settings, they are of an architecture or a kind that is not known here, its weights
             are not in safetensors files, or one of these is missing.
     """
+    path = find_snapshot(path, (CONFIG, SETTINGS))
     config = _read_settings(path)
     check_numbers(config)
     family = None if config.path.name == SETTINGS else family_of(config)
-    entries, files = _read_entries(path, "model*.safetensors" if family else "*.safetensors")
+    weights = find_weights(path, "model*.safetensors" if family else "*.safetensors", variant=variant)
+    entries, files = read_entries(weights.read, FAMILIES[family].stored_name if family else str)
     if family:
         section = section_of(config, family)
         num_extra = max(config.whole(name, 0, least=0, most=MOST_MODULES) or 0 for name in DECLARED)
@@ -115,7 +154,7 @@ def open_folder(path: Path) -> HFCheckpoint:
         native = native_modules(entries, section.num_hidden_layers, num_extra, default=default)
     else:
         native = native_heads(config)
-    return HFCheckpoint(
+    hf_checkpoint = HFCheckpoint(
         path=path,
         what=family or "Meta's Llama",
         section=section,
@@ -124,7 +163,37 @@ def open_folder(path: Path) -> HFCheckpoint:
         files=files,
         end_of_document=_first_end(config, section.vocab_size),
         settings_path=config.path,
+        notes=(*_dropouts(config), *_beside(weights.beside)),
     )
+    return tied_as_stored(hf_checkpoint)
+
+
+def tied_as_stored(hf_checkpoint: HFCheckpoint) -> HFCheckpoint:
+    """Read a vocabulary that is said to be tied as transformers 5 does: two matrices that differ are not tied."""
+    embedding, matrix = hf_checkpoint.vocabulary
+    entries, files = hf_checkpoint.entries, hf_checkpoint.files
+    if not hf_checkpoint.section.tie_word_embeddings or matrix not in entries:
+        return hf_checkpoint
+    if embedding not in entries:
+        entries, files = {**entries, embedding: entries[matrix]}, {**files, embedding: files[matrix]}
+        return replace(hf_checkpoint, entries=entries, files=files)
+    if hf_checkpoint.is_same(matrix, embedding):
+        return hf_checkpoint
+    note = (
+        f"tie_word_embeddings is true, but {matrix} is stored and differs from {embedding}: both are kept, as "
+        "transformers 5 does (before, it used the embedding alone: remove the tensor to get that)"
+    )
+    section = hf_checkpoint.section.model_copy(update={"tie_word_embeddings": False})
+    return replace(hf_checkpoint, section=section, notes=(*hf_checkpoint.notes, note))
+
+
+def _dropouts(config: Config) -> list[str]:
+    told = {name: config.get(name) for name in DROPOUTS}
+    return [f"{name} is {described(rate)}; the trunk here has no dropout" for name, rate in told.items() if rate]
+
+
+def _beside(names: list[str]) -> list[str]:
+    return [f"Not read, as transformers does not read it either: {', '.join(names[:MOST_NAMES])}"] if names else []
 
 
 def _first_end(config: Config, vocab_size: int) -> int | None:
@@ -138,7 +207,10 @@ def _first_end(config: Config, vocab_size: int) -> int | None:
 
 
 def _read_settings(path: Path) -> Config:
-    hint = "Give the folder that a model was downloaded to or saved in by transformers"
+    hint = (
+        "Give the folder that a model was downloaded to (hf download ORG/NAME --local-dir FOLDER) or saved in by "
+        "transformers"
+    )
     try:
         found = next((path / name for name in (CONFIG, SETTINGS) if (path / name).is_file()), None)
         is_folder = path.is_dir()
@@ -147,10 +219,10 @@ def _read_settings(path: Path) -> Config:
     if found is None:
         raise CheckpointError(
             f"a folder to import must have a {CONFIG} (or Meta's {SETTINGS})",
-            f"neither in {path}" if is_folder else f"no folder {path}",
+            f"neither in {path}" if is_folder else f"{'a file' if path.is_file() else 'no folder'} {path}",
             hint,
         )
-    values = _read_json(found)
+    values = read_json(found)
     if named(values.get("format")).startswith("mtp_lightning"):
         raise CheckpointError(
             "a folder to import must be of another program",
@@ -160,108 +232,29 @@ def _read_settings(path: Path) -> Config:
     return Config(found, values)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_object(path)
-    except (OSError, OddFileError) as error:
-        raise _unreadable(path, reason_of(error)) from None
+def read_entries(
+    paths: Iterable[Path], complete: Callable[[str], str] = str
+) -> tuple[dict[str, Entry], dict[str, Path]]:
+    """Read the headers of files of weights; `complete` turns a name into the one to be used where that is free.
 
-
-def _unreadable(path: Path, found: str) -> CheckpointError:
-    return CheckpointError(f"{path.name} must be a JSON object", f"{found}, in {path}", "Download the file again")
-
-
-def _read_entries(path: Path, pattern: str) -> tuple[dict[str, Entry], dict[str, Path]]:
-    """Read the headers of all files of weights."""
+    Raises:
+        CheckpointError: a file cannot be read, or a tensor lies in two of them.
+    """
     entries: dict[str, Entry] = {}
     files: dict[str, Path] = {}
-    for file in _weight_files(path, pattern):
-        for name, entry in read_header(file).entries.items():
+    for path in paths:
+        try:
+            header = read_header(path).entries
+        except OSError as error:
+            found = f"{path}: {reason_of(error)}"
+            raise CheckpointError("files of weights must be readable", found, "Correct the permissions") from None
+        for name, entry in header.items():
             if name in entries:
                 raise CheckpointError(
                     "every tensor must lie in one file whole",
-                    f"{name} in both {files[name].name} and {file.name} of {path}",
+                    f"{name} in both {files[name].name} and {path.name} of {path.parent}",
                     "Merge what was cut for several GPUs first, or remove files that are left over",
                 )
-            entries[name], files[name] = entry, file
-    return entries, files
-
-
-def _weight_files(path: Path, pattern: str) -> list[Path]:
-    """List the files of weights that a folder speaks of, or has."""
-    if (path / INDEX).is_file():
-        listed = _read_json(path / INDEX).get("weight_map")
-        if not isinstance(listed, dict):
-            raise _unreadable(path / INDEX, "no weight_map")
-        names = [*listed.values()]
-        _check_names(path / INDEX, names)
-        _check_shards(path, names)
-        return [path / name for name in dict.fromkeys(names)]
-    if (path / WHOLE).is_file():
-        return [path / WHOLE]
-    found = sorted(path.glob(pattern))
-    if not found:
-        raise _without_weights(path)
-    numbered = [name.stem.rpartition("-of-") for name in found]
-    if all(middle and total.isdecimal() for _, middle, total in numbered):
-        total = numbered[0][2]
-        if int(total) > MOST_SHARDS:
-            raise _without_shards(path, f"{len(found)} of {total} files")
-        width = len(numbered[0][0].rpartition("-")[2])
-        stem = numbered[0][0].rpartition("-")[0]
-        _check_shards(path, [f"{stem}-{n:0{width}d}-of-{total}.safetensors" for n in range(1, int(total) + 1)])
-    return found
-
-
-def _check_names(index: Path, names: list[Any]) -> None:
-    """Check that all files are named as files of the folder itself."""
-    odd = [name for name in names if not _is_shard_name(name)]
-    if odd:
-        raise CheckpointError(
-            "weight_map must name files *.safetensors of the folder itself",
-            f"{described(odd[0])}, in {index}",
-            "Download the file again",
-        )
-
-
-def _is_shard_name(name: Any) -> bool:
-    return (
-        isinstance(name, str)
-        and name.isprintable()
-        and name.endswith(".safetensors")
-        and not {"/", "\\"} & set(name)
-        and len(os.fsencode(name)) <= LONGEST_NAME_BYTES
-    )
-
-
-def _check_shards(path: Path, names: list[str]) -> None:
-    missing = dict.fromkeys(name for name in dict.fromkeys(names) if not (path / name).is_file())
-    if missing:
-        of = f", with {sum(name in missing for name in names)} tensors" if len(names) > len(set(names)) else ""
-        more = f" and {len(missing) - MOST_NAMES} more" if len(missing) > MOST_NAMES else ""
-        raise _without_shards(path, f"no {', '.join([*missing][:MOST_NAMES])}{more}{of}")
-
-
-def _without_shards(path: Path, found: str) -> CheckpointError:
-    return CheckpointError(
-        "every shard of the weights must be there", f"{found}, in {path}", "Download what is missing"
-    )
-
-
-def _without_weights(path: Path) -> CheckpointError:
-    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-    if not pickles:
-        return CheckpointError(
-            "a folder to import must hold weights in safetensors files",
-            f"none in {path}",
-            "Download the folder again, with its *.safetensors",
-        )
-    targets = [WHOLE] if len(pickles) == 1 else [f"model-{n:05d}-of-{len(pickles):05d}.safetensors" for n in (1,)]
-    file = pickles[0] if _HARMLESS.fullmatch(pickles[0]) else "FILE"  # it is pasted into a shell
-    command = CONVERSION.format(file=file, target=targets[0])
-    more = "" if len(pickles) == 1 else f", and so for the other {len(pickles) - 1} files"
-    return CheckpointError(
-        "weights must be in safetensors files: a pickle can run any program when it is opened",
-        f"{', '.join(pickles)} in {path}",
-        f'Take a release with *.safetensors, or convert it where you trust it: python -c "{command}"{more}',
-    )
+            entries[name], files[name] = entry, path
+    names = {name: full if (full := complete(name)) not in entries else name for name in entries}
+    return {names[name]: one for name, one in entries.items()}, {names[name]: one for name, one in files.items()}

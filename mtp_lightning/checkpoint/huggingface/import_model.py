@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -18,10 +18,14 @@ from mtp_lightning.checkpoint.convert.consolidate import (
     name_of,
     write_whole,
 )
-from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME, Provenance, write_config
+from mtp_lightning.checkpoint.format.manifest import CONFIG_NAME, RECIPE_NAME, Provenance, write_config
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
+from mtp_lightning.checkpoint.huggingface.adapter import SETTINGS as ADAPTER_SETTINGS
+from mtp_lightning.checkpoint.huggingface.adapter import is_adapter, open_adapter
 from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint, open_folder
 from mtp_lightning.checkpoint.huggingface.tensor_plan import Init, Plan, plan_import
+from mtp_lightning.checkpoint.huggingface.vocabulary import with_rows
+from mtp_lightning.checkpoint.huggingface.weight_files import find_snapshot
 from mtp_lightning.checkpoint.huggingface.weights import IncomingWeights
 from mtp_lightning.console.progress import say, watched
 from mtp_lightning.data.tokenizers.open import open_tokenizer
@@ -51,7 +55,8 @@ def end_of_document(path: Path, vocab_size: int, given: int | None) -> int:
         raise CheckpointError(
             "the embedding must have a row for every id of the tokenizer",
             f"{tokenizer.vocab_size:,} ids in {path} and {vocab_size:,} rows",
-            "Take tokenizer and weights from the same model; tokens that were added later have no weights",
+            "Take tokenizer and weights from the same model; or give rows to tokens that were added later: "
+            "--resize-vocabulary auto",
         )
     return tokenizer.end_of_document
 
@@ -86,6 +91,9 @@ class Wanted:
         init: what heads beyond the main one start as: the folder's own (`native`), copies of the last layer, or random.
         allow: patterns of stored tensors that may be missing (their parameters start anew) or left out.
         end_of_document: id of the token that ends a document.
+        base: folder of the model that an adapter belongs to; None means the one that it names.
+        variant: which of several sets of weights, as in `model.VARIANT.safetensors`.
+        vocabulary: rows that the embedding is to have; `auto` means one for every id of the tokenizer, rounded up.
     """
 
     num_offsets: int | None = None
@@ -93,6 +101,9 @@ class Wanted:
     init: Init | None = None
     allow: tuple[str, ...] = ()
     end_of_document: int | None = None
+    base: Path | None = None
+    variant: str | None = None
+    vocabulary: int | Literal["auto"] | None = None
 
 
 def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
@@ -103,7 +114,7 @@ def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
     blocks. The folder's recipe is ready to be trained.
 
     Args:
-        path: folder as transformers (or Meta) writes it.
+        path: folder as transformers (or Meta) writes it, or a LoRA adapter as PEFT does.
         out: folder to write; new or empty. It appears by one rename when it is complete.
         wanted: the heads, and what the folder may lack.
 
@@ -113,17 +124,36 @@ def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
         RecipeError: the heads do not fit the model.
     """
     check_target(out)
-    hf_checkpoint = open_folder(path)
+    hf_checkpoint = _opened(path, wanted)
     init = _init_of(hf_checkpoint, wanted)
     recipe = _recipe_of(hf_checkpoint, wanted, init, out)
     weights = IncomingWeights(hf_checkpoint, plan_import(hf_checkpoint, recipe, init, wanted.allow), recipe)
     size_bytes = _write(weights, out, header=_header(hf_checkpoint, recipe, init, out))
     say(visible(f"Imported {hf_checkpoint.what} from {path} to {out}: {size_bytes / 1e6:,.1f} MB, checked"))
-    for line in weights.plan.report():
-        say(line)
+    for line in (*weights.plan.report(), *hf_checkpoint.notes):
+        say(visible(line))
     if recipe.data.tokenizer == Recipe().data.tokenizer:
         say(visible(f"No tokenizer in {path}: give data.tokenizer, or shards whose ids are this model's"))
     say(f"Train it: mtp train {out / RECIPE_NAME}")
+
+
+def _opened(path: Path, wanted: Wanted) -> HFCheckpoint:
+    """Open a folder or an adapter, with as many rows for tokens as are wanted."""
+    path = find_snapshot(path, (CONFIG_NAME, ADAPTER_SETTINGS))
+    if is_adapter(path):
+        hf_checkpoint = open_adapter(path, base=wanted.base, variant=wanted.variant)
+    elif wanted.base is not None:
+        raise CheckpointError(
+            "--base belongs to an adapter, a folder with adapter_config.json", f"none in {path}", "Leave --base out"
+        )
+    else:
+        hf_checkpoint = open_folder(path, variant=wanted.variant)
+    if wanted.vocabulary is None:
+        return hf_checkpoint
+    found = find_tokenizer(hf_checkpoint.tokenizer_folder or hf_checkpoint.path)
+    given = hf_checkpoint.end_of_document if wanted.end_of_document is None else wanted.end_of_document
+    num_ids = open_tokenizer(str(found), end_of_document=given).vocab_size if found else 0
+    return with_rows(hf_checkpoint, wanted.vocabulary, num_ids)
 
 
 def _write(weights: IncomingWeights, out: Path, *, header: str) -> int:
@@ -136,7 +166,7 @@ def _write(weights: IncomingWeights, out: Path, *, header: str) -> int:
     ):
         record = write_whole(weights, partial / WHOLE_MODEL, weights.dtype, advance)
         check_whole(weights, ShardReader(partial), advance)
-        if (tokenizer := find_tokenizer(hf_checkpoint.path)) is not None:
+        if (tokenizer := find_tokenizer(hf_checkpoint.tokenizer_folder or hf_checkpoint.path)) is not None:
             carry_tokenizer(tokenizer, partial)
         write_durably(partial / REPORT_NAME, _report_of(hf_checkpoint, weights.plan))
         text = header + recipe_to_yaml(weights.recipe)
@@ -206,7 +236,7 @@ def _recipe_of(hf_checkpoint: HFCheckpoint, wanted: Wanted, init: Init, out: Pat
 
 
 def _tokenizer_fields(hf_checkpoint: HFCheckpoint, wanted: Wanted, out: Path) -> dict[str, Any]:
-    found = find_tokenizer(hf_checkpoint.path)
+    found = find_tokenizer(hf_checkpoint.tokenizer_folder or hf_checkpoint.path)
     if found is None:
         return {}
     given = hf_checkpoint.end_of_document if wanted.end_of_document is None else wanted.end_of_document
@@ -225,6 +255,7 @@ def _report_of(hf_checkpoint: HFCheckpoint, plan: Plan) -> bytes:
         "parameters": parameters,
         "missing": plan.missing,
         "unexpected": plan.unexpected,
+        "notes": hf_checkpoint.notes,
     }
     return json.dumps(report, indent=1).encode() + b"\n"
 

@@ -36,6 +36,7 @@ INSIDE = {
 def meta_section(config: Config, entries: dict[str, Entry]) -> ModelSection:
     """Build the model section from params.json and, for what it leaves open, the shapes of tensors."""
     with possible_settings(config):
+        _check_plain(config)
         heads, width = config.need("n_heads"), config.need("dim")
         shared = config.get("n_kv_heads", heads)
         values: dict[str, Any] = {
@@ -43,6 +44,7 @@ def meta_section(config: Config, entries: dict[str, Entry]) -> ModelSection:
             "num_hidden_layers": config.need("n_layers") - num_extra_heads(config),
             "num_attention_heads": heads,
             "num_key_value_heads": None if shared == heads else shared,
+            "head_dim": config.get("head_dim"),
             "intermediate_size": _rows(config, entries, "layers.0.feed_forward.w1.weight"),
             "vocab_size": _rows(config, entries, "tok_embeddings.weight"),
             "max_position_embeddings": config.get("max_seq_len", POSITIONS),
@@ -51,6 +53,16 @@ def meta_section(config: Config, entries: dict[str, Entry]) -> ModelSection:
             "family": "llama",
         }
         return ModelSection.model_validate(values)
+
+
+def _check_plain(config: Config) -> None:
+    """Refuse what later models of Meta and Mistral add in this layout."""
+    for name in ("use_scaled_rope", "yarn", "moe", "quantization"):
+        if config.get(name):
+            config.check_is(name, None)
+    window, positions = config.get("sliding_window"), config.get("max_seq_len", POSITIONS)
+    if window is not None and window < positions:
+        config.check_is("sliding_window", None)
 
 
 def num_extra_heads(config: Config) -> int:

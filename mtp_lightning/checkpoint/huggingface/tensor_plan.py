@@ -8,15 +8,15 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from mtp_lightning.checkpoint.format.read_shards import MOST_NAMES
 from mtp_lightning.checkpoint.huggingface.canonical_names import Parameter, TensorSource, copied_place, parameters_of
+from mtp_lightning.checkpoint.huggingface.configs import listed
 from mtp_lightning.checkpoint.huggingface.families import BUFFERS
 from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint
 from mtp_lightning.errors import CheckpointError, visible
 from mtp_lightning.recipe.schema.root import Recipe
 
 Init = Literal["random", "copy", "native"]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Origin(NamedTuple):
@@ -103,13 +103,11 @@ def _origin(hf_checkpoint: HFCheckpoint, parameter: Parameter, recipe: Recipe, i
 def _left_over(hf_checkpoint: HFCheckpoint, wanted: Collection[str], init: Init) -> list[str]:
     """List stored tensors that nobody reads; copies of others and buffers are none of these."""
     copies = dict(hf_checkpoint.native.copies) if hf_checkpoint.native and init == "native" else {}
-    embedding, matrix = hf_checkpoint.base_source("embed_tokens.weight"), hf_checkpoint.base_source("lm_head.weight")
-    assert embedding is not None
-    assert matrix is not None
+    embedding, matrix = hf_checkpoint.vocabulary
     if hf_checkpoint.section.tie_word_embeddings:
-        copies[matrix.stored] = "embed_tokens.weight"
-    originals = {"embed_tokens.weight": embedding.stored}
-    originals["lm_head.weight"] = embedding.stored if hf_checkpoint.section.tie_word_embeddings else matrix.stored
+        copies[matrix] = "embed_tokens.weight"
+    originals = {"embed_tokens.weight": embedding}
+    originals["lm_head.weight"] = embedding if hf_checkpoint.section.tie_word_embeddings else matrix
     return [
         name
         for name in hf_checkpoint.entries
@@ -167,13 +165,7 @@ def _check_forms(hf_checkpoint: HFCheckpoint, plan: Plan) -> None:
         )
     if types:
         raise CheckpointError(
-            "weights must be plain fp32, bf16 or fp16 numbers",
+            "weights must be plain fp32, bf16, fp16 or fp64 numbers",
             f"{listed([*types.values()])}; in {hf_checkpoint.path}",
             "Take the model's release without quantization",
         )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Name some, and say how many more there are."""
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return (", ".join(names[:MOST_NAMES]) or "none") + more

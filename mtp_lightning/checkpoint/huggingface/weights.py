@@ -1,5 +1,6 @@
 """Weights on their way in or out, under the names of the other side; one tensor is whole in memory at most."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, final
@@ -11,6 +12,7 @@ from mtp_lightning.checkpoint.convert.merge_lora import MergedReader
 from mtp_lightning.checkpoint.huggingface.canonical_names import PLAIN, TensorLayout, TensorSource
 from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint
 from mtp_lightning.checkpoint.huggingface.tensor_plan import Plan
+from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.mtp_model import initialise_parameter
 from mtp_lightning.recipe.schema.model import ModelSection
 from mtp_lightning.recipe.schema.root import Recipe
@@ -35,7 +37,24 @@ class IncomingWeights:
         return self.plan.parameters[name].shape
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Read or make a parameter's values in consecutive blocks."""
+        """Read or make a parameter's values in consecutive blocks.
+
+        Raises:
+            CheckpointError: after the last, if one of the values is not a finite number.
+        """
+        num_odd = 0
+        for start, values in self._blocks(name):
+            num_odd += values.numel() - int(torch.isfinite(values).sum())
+            yield start, values
+        if num_odd and (source := self.plan.origins[name].source):
+            raise CheckpointError(
+                "every weight must be a finite number",
+                f"{num_odd:,} NaN or infinite of the {math.prod(self.shape(name)):,} values that {name} takes from "
+                f"{source.stored}, in {self.hf_checkpoint.files[source.stored]}",
+                "Download the file again; if they are in the release itself, its training has failed: take another",
+            )
+
+    def _blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         source = self.plan.origins[name].source
         if source is None:
             made = torch.empty(self.shape(name))
@@ -49,9 +68,9 @@ class IncomingWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type that every stored weight fits into."""
+        """Type of all parameters: that of the stored ones, or fp32, which holds the others (fp64 rounded)."""
         types = {self.hf_checkpoint.entries[stored].dtype for stored in self.plan.used} or {torch.float32}
-        return types.pop() if len(types) == 1 else torch.float32
+        return types.pop() if len(types) == 1 and torch.float64 not in types else torch.float32
 
 
 class _Stored(NamedTuple):
