@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtp_lightning.checkpoint.convert import load_model as loading
 from mtp_lightning.checkpoint.convert.consolidate import check_target, name_of, write_whole
+from mtp_lightning.checkpoint.format.carried_files import copy_files, files_of_model
 from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME, Provenance, write_config
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
@@ -148,6 +149,7 @@ def save_model(module: MtpLightningModule, folder: str | Path) -> None:
             WHOLE_MODEL: write_whole(weights, staging / WHOLE_MODEL, dtype, lambda _: None),
             RECIPE_NAME: write_durably(staging / RECIPE_NAME, text),
         }
+        copy_files(files_of_model(module.recipe), staging)
         step = module.trainer.global_step
         provenance = Provenance(step, tokens_after(module.recipe, step), hashlib.sha256(text).hexdigest())
         write_config(staging, module.recipe, provenance, files, dtype=name_of(dtype))
