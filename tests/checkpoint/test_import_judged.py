@@ -114,6 +114,7 @@ def test_exported_modules_draft_as_often_in_transformers(tmp_path):
         _keys_to_ignore_on_load_unexpected = [r"model\.layers\.3\..*", r"model\.layers\.4\..*"]  # noqa: RUF012
 
     judge = WithModules.from_pretrained(tmp_path / "back", dtype=torch.float32).eval()
+    judge.generation_config.eos_token_id = None
     forwards = []
     judge.model.register_forward_hook(lambda *_: forwards.append(1))
     prompt = [1, 2, 3, 4, 5, 6, 7]

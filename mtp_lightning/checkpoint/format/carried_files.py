@@ -45,6 +45,8 @@ def files_of_model(recipe: Recipe, path: Path | None = None) -> dict[str, Path]:
         path: folder that its weights were read from, if there is one.
     """
     tokenizer = None if recipe.data.tokenizer == "byte" else Path(recipe.data.tokenizer).expanduser()
+    if tokenizer is not None and tokenizer.is_dir():
+        tokenizer /= TOKENIZERS[0]
     folders = [path, tokenizer and tokenizer.parent, recipe.init.path and Path(recipe.init.path).expanduser()]
     origin = next((folder for folder in folders if folder and (folder / SOURCE_CONFIG).is_file()), None)
     if origin is not None and (tokenizer is None or _has_tokenizer(origin, tokenizer)):
@@ -54,6 +56,15 @@ def files_of_model(recipe: Recipe, path: Path | None = None) -> dict[str, Path]:
     if tokenizer.name in TOKENIZERS:
         return files_in(tokenizer.parent, OF_TOKENIZER)
     return {TOKENIZERS[0] if tokenizer.suffix == ".json" else TOKENIZERS[1]: tokenizer}  # the name that others look for
+
+
+def with_own_tokenizer(recipe: Recipe, folder: Path) -> Recipe:
+    """Let a recipe whose tokenizer has gone from its place name the one that lies beside the weights."""
+    named = Path(recipe.data.tokenizer).expanduser()
+    own = folder / named.name
+    if named.exists() or not own.is_file():
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": str(own)})})
 
 
 def _has_tokenizer(folder: Path, tokenizer: Path) -> bool:

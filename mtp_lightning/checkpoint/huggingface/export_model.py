@@ -52,6 +52,13 @@ REPLACED = (*DECLARED, "mtp_layer_types", "dtype", "torch_dtype", "auto_map")
 """Fields of an imported model's settings that are written anew, or speak of what is not written."""
 OF_LAYERS = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types", "max_window_layers", "head_dim")
 """Fields that can only be right together with others."""
+READERS: dict[str | None, str] = {
+    None: "Who can read it: every engine that knows {architecture}",
+    DEEPSEEK.name: "Who can read it: transformers from 5.23 on drafts with the modules, given a subclass of "
+    "{architecture} that lists their layers; vLLM refuses what has more tensors than it knows: use --format hf for it",
+    MIMO.name: "Who can read it: engines that know {architecture} with its module, as vLLM and SGLang do",
+}
+"""What to say of the engines, by the layout of the modules."""
 OF_OLD_READERS = ("rope_theta", "rope_scaling")
 """Fields beside `rope_parameters` for readers that do not know it."""
 TORCH_NAMES: dict[DtypeName, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -89,6 +96,7 @@ def export_hf(path: Path, out: Path, *, dtype: DtypeName = "fp32", with_modules:
     say(f"Exported {checkpoint.path} to {out} as {family}: {size_bytes / 1e6:,.1f} MB of {dtype} weights, checked")
     if left := {parameters[name].owner for name in parameters} - {parameters[name].owner for name in sources}:
         say(f"Left out, because the format has no place for it: {', '.join(sorted(left))}")
+    say(READERS[layout.name if layout else None].format(architecture=FAMILIES[family].architecture))
 
 
 def _write(
@@ -174,7 +182,7 @@ def _with_source(settings: dict[str, Any], section: ModelSection, family: Family
         return settings
     told = section_of(Config(files[SOURCE_CONFIG], source), family)
     if told.model_dump() == (section.model_dump() | {"family": family}):
-        return {name: settings[name] for name in OF_OLD_READERS if name in settings} | source
+        return {name: settings[name] for name in OF_OLD_READERS if "rope_theta" in settings} | source
     return {name: value for name, value in source.items() if name not in OF_LAYERS} | settings
 
 
