@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mtp_lightning.checkpoint.convert import load_model as loading
 from mtp_lightning.checkpoint.convert.consolidate import check_target, name_of, write_whole
+from mtp_lightning.checkpoint.format.carried_files import all_end_ids, copy_files, files_of_model
 from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME, Provenance, write_config
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.data.tokenizers.base import Tokenizer
 from mtp_lightning.decode import Settings, Statistics
 from mtp_lightning.decode import generate as generate_tokens
-from mtp_lightning.errors import CheckpointError
+from mtp_lightning.decode.text_stream import detokenizer, text_stream
+from mtp_lightning.errors import CheckpointError, DecodingError
 from mtp_lightning.files.atomic_folder import atomic_folder
 from mtp_lightning.files.durable import write_durably
 from mtp_lightning.model.mtp_model import MtpModel
@@ -40,6 +41,7 @@ class TextModel:
     recipe: Recipe
     model: MtpModel
     tokenizer: Tokenizer
+    folder: Path | None = None  # that it was loaded from
 
 
 @final
@@ -74,7 +76,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", dtype: t
         DataError: The tokenizer that the recipe names is not there.
     """
     recipe, model = loading.load_model(path, device=device, dtype=dtype)
-    return TextModel(recipe, model, recipe_tokenizer(recipe))
+    return TextModel(recipe, model, recipe_tokenizer(recipe), Path(path))
 
 
 @overload
@@ -105,7 +107,7 @@ def generate(
     Args:
         model: a loaded model, a module after `fit`, or a folder that `load_model` takes.
         prompt: one text, or several.
-        stop: texts that end a continuation; the end of a document always does.
+        stop: texts that end a continuation, which is cut behind them; the model's own end ids always do.
         options: fields of `mtp_lightning.decode.Settings`, e.g. max_new_tokens, temperature, decoder, draft_length.
 
     Raises:
@@ -115,19 +117,26 @@ def generate(
     source = _text_model(model)
     tokenizer = source.tokenizer
 
-    def decode(tokens: Sequence[int]) -> bytes:
-        return tokenizer.decode(np.asarray(tokens, dtype=np.int64))
-
-    settings = Settings(
-        stop_tokens=[tokenizer.end_of_document],
-        stop_strings=[text.encode() for text in stop],
-        detokenize=decode,
-        **options,
-    )
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    done = generate_tokens(source.model, [tokenizer.encode(text.encode()).tolist() for text in prompts], settings)
-    texts = [GeneratedText(decode(own).decode(errors="replace"), own, done.statistics) for own in done.tokens]
+    prompts = [_encoded(tokenizer, text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+    stops = [text.encode() for text in stop]
+    ends = all_end_ids(source.recipe, tokenizer.end_of_document, source.folder)
+    settings = Settings(stop_tokens=ends, stop_strings=stops, detokenize=detokenizer(tokenizer), **options)
+    done = generate_tokens(source.model, prompts, settings)
+    texts = []
+    for before, tokens in zip(prompts, done.tokens, strict=True):
+        text = text_stream(tokenizer, before, stop_strings=stops, left_out=ends)
+        written = text.push(tokens) + text.end()
+        texts.append(GeneratedText(written.decode(errors="replace"), tokens, done.statistics))
     return texts[0] if isinstance(prompt, str) else texts
+
+
+def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    try:
+        return [*map(int, tokenizer.encode(prompt.encode()))]
+    except UnicodeEncodeError:
+        raise DecodingError(
+            "a prompt must be text that UTF-8 can write", repr(prompt[:60]), "Leave lone surrogates out of it"
+        ) from None
 
 
 def save_model(module: MtpLightningModule, folder: str | Path) -> None:
@@ -148,6 +157,7 @@ def save_model(module: MtpLightningModule, folder: str | Path) -> None:
             WHOLE_MODEL: write_whole(weights, staging / WHOLE_MODEL, dtype, lambda _: None),
             RECIPE_NAME: write_durably(staging / RECIPE_NAME, text),
         }
+        copy_files(files_of_model(module.recipe), staging)
         step = module.trainer.global_step
         provenance = Provenance(step, tokens_after(module.recipe, step), hashlib.sha256(text).hexdigest())
         write_config(staging, module.recipe, provenance, files, dtype=name_of(dtype))

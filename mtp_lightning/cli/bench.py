@@ -17,8 +17,8 @@ from mtp_lightning.cli.generate import (
     PromptsOption,
     device_of,
     dtype_of,
-    read_prompts,
 )
+from mtp_lightning.cli.prompts import read_prompts
 from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
 from mtp_lightning.cli.targets import JsonOption, check_file, check_picture
 

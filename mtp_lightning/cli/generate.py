@@ -1,186 +1,20 @@
-"""`mtp generate`: text from a trained model, its drafts and their gain; prompts from files."""
+"""`mtp generate`: text from a trained model, its heads drafting."""
 
-import codecs
-import json
-import time
-from collections.abc import Sequence
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from mtp_lightning.console.errors import screen
-from mtp_lightning.errors import DecodingError
+from mtp_lightning.cli.generate_view import print_generations
+from mtp_lightning.cli.prompts import encode_prompts, read_chats, read_prompts, texts_of
 
 if TYPE_CHECKING:
     import torch
 
-    from mtp_lightning.data.tokenizers.base import Tokenizer
-    from mtp_lightning.decode import Settings, Statistics, Step
+    from mtp_lightning.decode.settings import Decoder
     from mtp_lightning.model.mtp_model import MtpModel
     from mtp_lightning.recipe import Recipe
-
-
-STYLES = {"prompt": "dim", "kept": "green", "rejected": "red strike", "own": ""}
-MARKS = {"kept": ("{", "}"), "rejected": ("~", "~")}  # around drafts, where nothing can be coloured
-EMPTY = ("", "")
-
-
-def print_generations(
-    model: "MtpModel",
-    tokenizer: "Tokenizer",
-    prompts: Sequence[bytes],
-    settings: "Settings",
-    *,
-    show_drafts: bool,
-    compare: bool,
-) -> None:
-    """Continue the prompts one after the other, each streamed; the figures of each go to stderr."""
-    import numpy as np
-
-    from mtp_lightning.decode import stream
-    from mtp_lightning.decode.generation import count
-
-    settings = replace(settings, detokenize=lambda tokens: tokenizer.decode(np.asarray(tokens, dtype=np.int64)))
-    encoded = [tokenizer.encode(prompt).tolist() for prompt in prompts]
-    err = screen(stderr=True)
-    for prompt, tokens in zip(prompts, encoded, strict=True):
-        began_at = time.perf_counter()
-        steps = stream(model, [tokens], settings)  # refuses what does not fit before anything is printed
-        writer = Writer(screen(), tokenizer, show_drafts=show_drafts)
-        if show_drafts:
-            err.print(writer.legend())
-        writer.write(prompt, "prompt")
-        done = [writer.step(step) for step in steps]
-        writer.end()
-        err.print(figures(count(done), time.perf_counter() - began_at))
-        if compare:
-            err.print(comparison(model, tokens, settings))
-
-
-class Writer:
-    """Writes one text to a console, token by token."""
-
-    def __init__(self, console: Console, tokenizer: "Tokenizer", *, show_drafts: bool) -> None:
-        self.console = console
-        self.tokenizer = tokenizer
-        self.show_drafts = show_drafts
-        self.marks = MARKS if show_drafts and console.color_system is None else {}
-        self.bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def step(self, step: "Step") -> "Step":
-        """Write what a step gave: kept drafts, rejected ones, the main head's token."""
-        import numpy as np
-
-        kept, accepted = int(step.kept[0]), int(step.accepted[0])
-        tokens, drafts = step.block[0, :kept].tolist(), step.drafts[0].tolist()
-        decode, is_chain = self.tokenizer.decode, len(drafts) == step.block.shape[1] - 1
-        if not self.show_drafts:
-            self.write(decode(np.asarray(tokens)), "own")
-            return step
-        self.write(decode(np.asarray(tokens[:accepted], dtype=np.int64)), "kept")
-        if is_chain and kept > accepted:  # a tree's branches would not read as a text
-            self._print("".join(map(self.tokenizer.printable, drafts[accepted:])), "rejected")
-        self.write(decode(np.asarray(tokens[accepted:], dtype=np.int64)), "own")
-        return step
-
-    def write(self, text: bytes, role: str) -> None:
-        """Write some bytes of the text; those of an unfinished character wait for the rest."""
-        self._print(self.bytes.decode(text), role)
-
-    def end(self) -> None:
-        """End the text."""
-        self._print(self.bytes.decode(b"", final=True) + "\n", "own")
-
-    def legend(self) -> Text:
-        """Say how drafts look."""
-        kept, rejected = self._shown("kept", "kept"), self._shown("rejected", "rejected")
-        return Text.assemble("drafts: ", kept, ", ", rejected, "; the rest is the main head's own")
-
-    def _print(self, text: str, role: str) -> None:
-        if not text:
-            return
-        shown, style = self._shown(text, role)
-        if self.console.is_terminal:
-            self.console.print(Text(shown, style), end="")  # leaves out characters that would move the cursor
-        else:
-            self.console.file.write(shown)
-            self.console.file.flush()
-
-    def _shown(self, text: str, role: str) -> tuple[str, str]:
-        before, after = self.marks.get(role, EMPTY)
-        return f"{before}{text}{after}", STYLES[role]
-
-
-def figures(statistics: "Statistics", taken_s: float) -> str:
-    """Say in one line what a text took."""
-    num_tokens = statistics.num_emitted_tokens
-    line = f"{num_tokens} tokens in {taken_s:.2f} s, {num_tokens / taken_s:,.0f} tokens/s"
-    if not statistics.num_draft_tokens:
-        return line
-    share = statistics.num_accepted_tokens / statistics.num_draft_tokens
-    return (
-        f"{line}; {statistics.num_drafts} verifying forwards, "
-        f"acceptance length {statistics.mean_acceptance_length:.2f}, "
-        f"{share:.0%} of {statistics.num_draft_tokens} drafts kept"
-    )
-
-
-def comparison(model: "MtpModel", tokens: list[int], settings: "Settings") -> str:
-    """Decode a prompt with and without drafts, nothing printed in between, and say what drafting gained."""
-    from mtp_lightning.decode import generate
-
-    plain = replace(settings, decoder="greedy", draft_length=None, tree=None, typical=False, sample_drafts=False)
-    pairs = [(generate(model, [tokens], settings), generate(model, [tokens], plain)) for _ in range(2)]
-    drafted, alone = pairs[-1]  # the first pair warms up
-    speeds = [len(made.tokens[0]) / (made.prefill_s + made.decode_s) for made in (drafted, alone)]
-    same = "the same text" if drafted.tokens == alone.tokens else "another text"
-    if not settings.sampling.is_greedy:
-        same = "a text of the same law" if not settings.typical else "a text of another law"
-    gain = f"drafting is {speeds[0] / speeds[1]:.2f} times as fast"
-    return f"without drafts: {same}; printing nothing, {speeds[0]:,.0f} and {speeds[1]:,.0f} tokens/s; {gain}"
-
-
-KEYS = ("prompt", "text")
-
-
-def read_prompts(path: Path) -> list[bytes]:
-    """Read prompts from a file: one per line, or, from *.jsonl, the `prompt` (or `text`) of every line's object.
-
-    Raises:
-        DecodingError: The file cannot be read, holds no prompt, or has a line that is none.
-    """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DecodingError(
-            "the file of prompts must be readable", f"{path}: {error.strerror}", "Name another"
-        ) from None
-    is_json = path.suffix == ".jsonl"
-    prompts = [_prompt_of(line, path, number) if is_json else line for number, line in enumerate(lines, 1) if line]
-    if not prompts:
-        raise DecodingError("a file of prompts must hold one", f"none in {path}", "Write one prompt per line")
-    return prompts
-
-
-def _prompt_of(line: bytes, path: Path, number: int) -> bytes:
-    try:
-        document: Any = json.loads(line)
-    except ValueError:
-        document = None
-    values = [document[key] for key in KEYS if key in document] if isinstance(document, dict) else []
-    if not values or not isinstance(values[0], str):
-        raise DecodingError(
-            'every line of a *.jsonl file of prompts must be an object with a text "prompt" (or "text")',
-            f"line {number} of {path}: {line[:60].decode(errors='replace')}",
-            "Correct the line, or name the file *.txt for one prompt per line",
-        )
-    return values[0].encode()
-
 
 SAMPLE_TOKENS = 128
 SAMPLE_TEMPERATURE = 0.7  # by its likeliest tokens alone, a small model repeats itself
@@ -229,63 +63,99 @@ TreeOption = Annotated[
 ]
 
 
+PromptOption = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A prompt; may be given again.")]
+ChatOption = Annotated[
+    bool, typer.Option("--chat", help="Prompts are turns of a user, written by the model's own chat template.")
+]
+SystemOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="With --chat: the system's turn.", show_default=False)
+]
+SpecialTokensOption = Annotated[
+    bool, typer.Option("--special-tokens", help="Special tokens that prompts spell out become their ids.")
+]
+DecoderOption = Annotated[
+    DecoderName, typer.Option(help="greedy: one token per forward; the others draft. auto: by head kind.")
+]
+DraftLengthOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K|adaptive", help="Drafts per step; as many as pay (adaptive) unless given.", show_default=False
+    ),
+]
+StopOption = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End where this text is complete.")]
+ShowDraftsOption = Annotated[
+    bool, typer.Option("--show-drafts", help="Colour drafts: kept ones green, rejected ones red.")
+]
+CompareOption = Annotated[
+    bool, typer.Option("--compare", help="Decode without drafts too, and say how much faster this was.")
+]
+
+
 def generate(
     path: ModelArgument,
     *,
-    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A prompt; may be given again.")] = None,
+    prompt: PromptOption = None,
     prompts: PromptsOption = None,
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    special_tokens: SpecialTokensOption = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 128,
-    decoder: Annotated[
-        DecoderName, typer.Option(help="greedy: one token per forward; the others draft. auto: by head kind.")
-    ] = DecoderName.auto,
-    draft_length: Annotated[
-        str | None, typer.Option(metavar="K|adaptive", help="Drafts per step; n - 1 unless given.", show_default=False)
-    ] = None,
+    decoder: DecoderOption = DecoderName.auto,
+    draft_length: DraftLengthOption = None,
     tree: TreeOption = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that hold this share.")] = None,
     typical: Annotated[bool, typer.Option("--typical", help="LOSSY: keep drafts that are likely enough.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End where this text is complete.")] = None,
-    show_drafts: Annotated[
-        bool, typer.Option("--show-drafts", help="Colour drafts: kept ones green, rejected ones red.")
-    ] = False,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Decode without drafts too, and say how much faster this was.")
-    ] = False,
+    stop: StopOption = None,
+    show_drafts: ShowDraftsOption = False,
+    compare: CompareOption = False,
     device: DeviceOption = DeviceName.auto,
     dtype: DtypeOption = DtypeName.stored,
 ) -> None:
     """Continue prompts with a trained model, its heads drafting; the text is the model's own."""
-    texts = _texts(prompt, prompts)
+    if bool(prompt) == (prompts is not None):
+        raise typer.BadParameter("give either --prompt TEXT or --prompts FILE", param_hint="--prompt")
+    if system is not None and not chat:
+        raise typer.BadParameter("needs --chat", param_hint="--system")
+    if tree is not None and decoder not in (DecoderName.auto, DecoderName.tree):
+        raise typer.BadParameter(f"needs --decoder tree; found {decoder}", param_hint="--tree")
+    given = texts_of(prompt or []) if prompts is None else prompts
+    texts = read_chats(given, system) if chat else read_prompts(given)
     length = parse_draft_length(draft_length)
+
     from mtp_lightning.checkpoint.convert.load_model import load_model
+    from mtp_lightning.checkpoint.format.carried_files import all_end_ids
     from mtp_lightning.data.loading.corpus import recipe_tokenizer
     from mtp_lightning.decode import Settings
     from mtp_lightning.decode.tree import read_tree
 
+    known_tree = None if tree is None else read_tree(tree)
     recipe, model = load_model(path, device=device_of(device), dtype=dtype_of(dtype))
     tokenizer = recipe_tokenizer(recipe)
+    way: Decoder = "tree" if tree is not None and decoder == DecoderName.auto else decoder.value
     settings = Settings(
         max_new_tokens=max_new_tokens,
-        decoder=decoder.value,
-        draft_length=length,
-        tree=None if tree is None else read_tree(tree),
+        decoder=way,
+        draft_length=default_draft_length(model, way) if length is None else length,
+        tree=known_tree,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         typical=typical,
         seed=seed,
-        stop_tokens=[tokenizer.end_of_document],
-        stop_strings=[text.encode() for text in stop or []],
+        stop_tokens=all_end_ids(recipe, tokenizer.end_of_document, path),
+        stop_strings=texts_of(stop or [], what="stop string"),
     )
-    print_generations(model, tokenizer, texts, settings, show_drafts=show_drafts, compare=compare)
+    encoded = encode_prompts(recipe, tokenizer, texts, parse_special_tokens=special_tokens)
+    print_generations(model, tokenizer, encoded, settings, show_drafts=show_drafts, compare=compare)
 
 
 def show_sample(recipe: "Recipe") -> None:
     """Continue `run.sample` with what a run has trained, drafts coloured, and say what drafting gains."""
     from mtp_lightning.checkpoint.convert.load_model import load_model
+    from mtp_lightning.checkpoint.format.carried_files import all_end_ids
     from mtp_lightning.console.errors import screen
     from mtp_lightning.data.loading.corpus import recipe_tokenizer
     from mtp_lightning.decode import Settings
@@ -293,8 +163,8 @@ def show_sample(recipe: "Recipe") -> None:
     assert recipe.run.sample is not None
     trained, model = load_model(recipe.run.dir, device=device_of(DeviceName.auto))
     tokenizer = recipe_tokenizer(trained)
-    prompt = recipe.run.sample.encode()
-    room = trained.model.max_position_embeddings - len(tokenizer.encode(prompt))
+    prompts = encode_prompts(trained, tokenizer, texts_of([recipe.run.sample]))
+    room = trained.model.max_position_embeddings - len(prompts[0].tokens)
     if room < 1:
         screen(stderr=True).print(
             f"\nrun.sample fills all {trained.model.max_position_embeddings} positions: nothing is written"
@@ -304,11 +174,11 @@ def show_sample(recipe: "Recipe") -> None:
         max_new_tokens=min(SAMPLE_TOKENS, room),
         temperature=SAMPLE_TEMPERATURE,
         seed=recipe.run.seed,
-        stop_tokens=[tokenizer.end_of_document],
+        stop_tokens=all_end_ids(trained, tokenizer.end_of_document),
     )
     is_drafting = trained.heads.num_offsets > 1
     screen(stderr=True).print(f"\nWhat it writes (mtp generate {recipe.run.dir} --prompt TEXT --show-drafts for more):")
-    print_generations(model, tokenizer, [prompt], settings, show_drafts=is_drafting, compare=is_drafting)
+    print_generations(model, tokenizer, prompts, settings, show_drafts=is_drafting, compare=is_drafting)
 
 
 def parse_draft_length(text: str | None) -> int | Literal["adaptive"] | None:
@@ -320,6 +190,13 @@ def parse_draft_length(text: str | None) -> int | Literal["adaptive"] | None:
     if not text.isdecimal():
         raise typer.BadParameter(f"must be a whole number or {ADAPTIVE}; found {text!r}", param_hint="--draft-length")
     return int(text)
+
+
+def default_draft_length(model: "MtpModel", decoder: "Decoder") -> Literal["adaptive"] | None:
+    """Draft as many tokens as pay, where the number of drafts can be chosen."""
+    from mtp_lightning.decode.settings import resolve_decoder
+
+    return None if resolve_decoder(model, decoder) in ("greedy", "tree") else ADAPTIVE
 
 
 def device_of(name: DeviceName) -> "torch.device":
@@ -345,9 +222,3 @@ def dtype_of(name: DtypeName) -> "torch.dtype | None":
     import torch
 
     return {DtypeName.stored: None, DtypeName.fp32: torch.float32, DtypeName.bf16: torch.bfloat16}[name]
-
-
-def _texts(prompts: list[str] | None, file: Path | None) -> list[bytes]:
-    if bool(prompts) == (file is not None):
-        raise typer.BadParameter("give either --prompt TEXT or --prompts FILE", param_hint="--prompt")
-    return [text.encode() for text in prompts or []] if file is None else read_prompts(file)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mtp_lightning.data.generated.shards import TokenDocument, TokenShards, WriteTexts
     from mtp_lightning.data.tokenizers.base import Tokenizer
     from mtp_lightning.decode.self_generated import OwnText
+    from mtp_lightning.recipe import Recipe
 
 
 def generate(
@@ -65,7 +66,7 @@ def generate(
 
     folder = open_checkpoint(model, verify=False)  # in full before it is loaded: all may be there already
     tokenizer = recipe_tokenizer(folder.recipe)
-    tokens = _prompts_of(prompts, tokenizer, prompt_tokens)
+    tokens = _prompts_of(prompts, folder.recipe, tokenizer, prompt_tokens)
     wanted = OwnText(
         num_documents=num_documents,
         settings=Settings(
@@ -74,7 +75,7 @@ def generate(
             top_k=top_k if temperature else None,
             top_p=top_p if temperature else None,
             seed=seed,
-            stop_tokens=[tokenizer.end_of_document],
+            stop_tokens=_end_ids_of(folder, tokenizer),
         ),
         end_of_document=tokenizer.end_of_document,
         batch_rows=rows,
@@ -106,6 +107,12 @@ def _build(out: Path, made: "TokenShards", wanted: "OwnText", write: "WriteTexts
     say(f"built {describe(manifest)}: {out}")
     if sum(shard.num_documents for shard in manifest.shards) < wanted.num_documents:
         say(f"{wanted.num_documents:,} documents were asked for: give more prompts, or a higher temperature")
+
+
+def _end_ids_of(folder: "CheckpointFolder", tokenizer: "Tokenizer") -> list[int]:
+    from mtp_lightning.checkpoint.format.carried_files import all_end_ids
+
+    return all_end_ids(folder.recipe, tokenizer.end_of_document, folder.path)
 
 
 def share_of(given: float | None) -> float:
@@ -141,11 +148,11 @@ def _documents(
     say(f"{writer.num_duplicates:,} duplicates left out")
 
 
-def _prompts_of(path: Path, tokenizer: "Tokenizer", num_tokens: int) -> list[list[int]]:
+def _prompts_of(path: Path, recipe: "Recipe", tokenizer: "Tokenizer", num_tokens: int) -> list[list[int]]:
     """Read the prompts as tokens."""
-    from mtp_lightning.cli.generate import read_prompts
+    from mtp_lightning.cli.prompts import encode_prompts, read_prompts
     from mtp_lightning.data.generated.shards import beginnings
 
     if path.is_dir():
         return list(beginnings(path, num_tokens))
-    return [tokens.tolist() for tokens in tokenizer.encode_many(read_prompts(path))]
+    return [prompt.tokens for prompt in encode_prompts(recipe, tokenizer, read_prompts(path))]

@@ -6,7 +6,7 @@ valid, and recomputes from there with the true tokens what earlier drafts had gu
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, final
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,58 +14,6 @@ from torch import Tensor
 from mtp_lightning.decode.kv_cache import Window
 from mtp_lightning.decode.state import DecodeState
 from mtp_lightning.model.heads import HeadContext
-
-MEMORY = 0.95  # weight that a measurement keeps when another step follows
-TRIALS = 2  # steps that measure every length first
-EXPLORE_EVERY_STEPS = 32
-
-
-@final
-class AdaptiveLength:
-    """Chooses the length of the next draft."""
-
-    def __init__(self, longest: int) -> None:
-        self.longest = longest
-        self.step_s: list[float | None] = [None] * (longest + 1)
-        self.num_measured = [0] * (longest + 1)
-        self.reached = [1e-9] * longest  # steps that came to a position, fading
-        self.kept = [0.0] * longest
-        self.num_steps = 0
-
-    def choose(self) -> int:
-        """Return the length of the next draft."""
-        for length in range(self.longest, -1, -1):
-            if self.num_measured[length] < TRIALS:
-                return length
-        if self.num_steps % EXPLORE_EVERY_STEPS == 0:
-            return (self.num_steps // EXPLORE_EVERY_STEPS) % (self.longest + 1)
-        return max(range(self.longest + 1), key=self.tokens_per_s)
-
-    def tokens_per_s(self, length: int) -> float:
-        """Expected tokens per second of a row with that length."""
-        step_s = self.step_s[length]
-        assert step_s is not None
-        expected, cumulative = 1.0, 1.0
-        for position in range(length):
-            cumulative *= self.kept[position] / self.reached[position]
-            expected += cumulative
-        return expected / step_s
-
-    def observe(self, length: int, step_s: float, accepted: list[int]) -> None:
-        """Take in one step: its drafts' length, its time, and the drafts kept in every row that is not finished."""
-        self.num_steps += 1
-        self.num_measured[length] += 1
-        before = self.step_s[length]
-        if before is None or self.num_measured[length] <= TRIALS:
-            # The first step of a length may still allocate: take the better of the first ones.
-            self.step_s[length] = step_s if before is None else min(before, step_s)
-        else:
-            self.step_s[length] = MEMORY * before + (1 - MEMORY) * step_s
-        for position in range(length):
-            reached = sum(kept >= position for kept in accepted)
-            self.reached[position] = MEMORY * self.reached[position] + reached
-            self.kept[position] = MEMORY * self.kept[position] + sum(kept > position for kept in accepted)
-
 
 Choose = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """Turns scores (..., V) into tokens (...) and, if they are drawn, the probabilities (..., V) they were drawn by."""

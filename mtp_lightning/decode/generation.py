@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from mtp_lightning.decode.drafting import AdaptiveLength
+from mtp_lightning.decode.adaptive import AdaptiveLength, step_costs
 from mtp_lightning.decode.sampling import Sampling, draw
 from mtp_lightning.decode.settings import (
     ADAPTIVE,
@@ -67,7 +67,7 @@ def generate(
         model: The model, on the device and in the precision to use.
         prompts: Token ids of each prompt.
         settings: How to generate.
-        script: Drafts to use in place of the heads' own, to see what a given acceptance is worth.
+        forced_drafts: Drafts to use in place of the heads' own, to see what a given acceptance is worth.
         options: Fields of `Settings`, instead of `settings`.
 
     Raises:
@@ -103,27 +103,30 @@ def stream(
     if decoder != "tree" or settings.tree is None:
         remaining = settings.max_new_tokens + 2 * (longest + 1)
         session = DecodeState(model, prompts, max_drafts=longest, remaining=remaining, seed=settings.seed)
-        return _steps(ChainDecoding(session, settings, decoder, forced_drafts), session, settings, longest)
+        return _steps(ChainDecoding(session, settings, decoder, forced_drafts), session, settings, prompts, longest)
     deepest = len(settings.tree.breadths)
     remaining = settings.max_new_tokens + deepest + settings.tree.num_drafts + 2
     session = DecodeState(model, prompts, max_drafts=deepest, remaining=remaining, seed=settings.seed)
-    return _steps(TreeDecoding(session, settings, settings.tree), session, settings, deepest)
+    return _steps(TreeDecoding(session, settings, settings.tree), session, settings, prompts, deepest)
 
 
 @torch.inference_mode()
-def _steps(decoding: Decoding, session: DecodeState, settings: Settings, longest: int) -> Iterator[Step]:
+def _steps(
+    decoding: Decoding, session: DecodeState, settings: Settings, prompts: Sequence[Sequence[int]], longest: int
+) -> Iterator[Step]:
     """Prefill, then step until every text has ended."""
-    stopping = Stopping(settings, len(session.rows), session.device)
-    adaptive = AdaptiveLength(longest) if settings.draft_length == ADAPTIVE and longest else None
+    stopping = Stopping(settings, prompts, session.device)
+    is_adaptive = settings.draft_length == ADAPTIVE and longest > 0
+    adaptive = AdaptiveLength(step_costs(session.model, longest)) if is_adaptive else None
     first = _first_tokens(prefill(session), settings.sampling, session.generator)
     session.tokens.scatter_(1, session.lengths[:, None], first)
     yield _end_step(session, stopping, first[:, :0], torch.zeros_like(session.lengths), first)
     while not session.all_finished:
-        began_at, num_drafts = time.perf_counter(), adaptive.choose() if adaptive else longest
+        num_drafts = adaptive.choose() if adaptive else longest
         drafts, result = decoding.step(num_drafts)
         step = _end_step(session, stopping, drafts, result.accepted, result.block)
         if adaptive is not None:
-            adaptive.observe(num_drafts, time.perf_counter() - began_at, result.accepted[step.is_active].tolist())
+            adaptive.observe(num_drafts, result.accepted[step.is_active].tolist())
         yield step
 
 

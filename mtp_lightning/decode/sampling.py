@@ -1,5 +1,6 @@
 """Which tokens a model may say, and with which probability: temperature, top-k, top-p."""
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import DecodingError
+
+COLDEST = 1e-30  # scores divided by less would not be finite
 
 
 @final
@@ -20,7 +23,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for expected, found, is_kept in (
-            ("temperature must not be negative", self.temperature, self.temperature >= 0),
+            (
+                f"temperature must be 0, or a finite number from {COLDEST:g} on",
+                self.temperature,
+                self.temperature == 0 or COLDEST <= self.temperature < math.inf,
+            ),
             ("top-k must be at least 1", self.top_k, self.top_k is None or self.top_k >= 1),
             ("top-p must lie above 0 and not above 1", self.top_p, self.top_p is None or 0 < self.top_p <= 1),
         ):

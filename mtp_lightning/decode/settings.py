@@ -14,6 +14,7 @@ from mtp_lightning.model.mtp_model import MtpModel
 Decoder = Literal["auto", "greedy", "blockwise", "chain", "tree"]
 DECODERS: tuple[Decoder, ...] = ("auto", "greedy", "blockwise", "chain", "tree")
 ADAPTIVE: Literal["adaptive"] = "adaptive"
+SEEDS = (-(2**63), 2**64)  # what torch takes: from, and below
 
 
 @final
@@ -116,31 +117,61 @@ def check_settings(model: MtpModel, decoder: Decoder, settings: Settings) -> Non
         DecodingError: It does not.
     """
     greedy = settings.sampling.is_greedy
+    both, warm = "Change one of the two", "Give a temperature above 0, or leave it away"
     checks = (
-        ("max_new_tokens must be at least 1", settings.max_new_tokens, settings.max_new_tokens >= 1),
-        ("typical acceptance needs a temperature above 0", settings.temperature, not (settings.typical and greedy)),
-        ("drawing drafts needs a temperature above 0", settings.temperature, not (settings.sample_drafts and greedy)),
+        ("max_new_tokens must be at least 1", settings.max_new_tokens, settings.max_new_tokens >= 1, "Ask for more"),
+        (
+            "a seed must be a whole number of 64 bits",
+            settings.seed,
+            SEEDS[0] <= settings.seed < SEEDS[1],
+            "Give one of fewer digits",
+        ),
+        (
+            "typical acceptance needs a temperature above 0",
+            settings.temperature,
+            not (settings.typical and greedy),
+            warm,
+        ),
+        (
+            "drawing drafts needs a temperature above 0",
+            settings.temperature,
+            not (settings.sample_drafts and greedy),
+            warm,
+        ),
         (
             "drawn drafts must be verified losslessly, in a chain",
             f"decoder {decoder}, typical {settings.typical}",
             not settings.sample_drafts or (decoder != "tree" and not settings.typical),
+            both,
         ),
-        ("typical acceptance needs drafts in a chain", "decoder tree", not (settings.typical and decoder == "tree")),
+        (
+            "typical acceptance needs drafts in a chain",
+            "decoder tree",
+            not (settings.typical and decoder == "tree"),
+            both,
+        ),
         (
             "stop strings need `detokenize`, which says what tokens stand for",
             "none",
             not settings.stop_strings or settings.detokenize is not None,
+            "Give both, or none of them",
         ),
-        ("stop strings must not be empty", "b''", all(settings.stop_strings)),
+        (
+            "a stop string must hold a character",
+            "an empty one",
+            all(settings.stop_strings),
+            "Give the text to end at, or leave it away to go on to the end of the text",
+        ),
         (
             "decoder tree needs a tree, and no draft_length",
-            f"tree {settings.tree}, draft_length {settings.draft_length}",
+            f"{'no' if settings.tree is None else 'a'} tree, draft_length {settings.draft_length}",
             decoder != "tree" or (settings.tree is not None and settings.draft_length is None),
+            "Give a tree, from `mtp bench tree`, and leave draft_length away",
         ),
     )
-    for expected, found, is_kept in checks:
+    for expected, found, is_kept, hint in checks:
         if not is_kept:
-            raise DecodingError(expected, str(found), "Change one of the two")
+            raise DecodingError(expected, str(found), hint)
     if decoder == "tree" and settings.tree is not None:
         check_tree(settings.tree, model.num_offsets, model.section.vocab_size)
 

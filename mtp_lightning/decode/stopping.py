@@ -1,23 +1,29 @@
 """Where a text ends: at a stop token, a completed stop string, or its longest length, also amid an accepted block."""
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
 from mtp_lightning.decode.settings import Settings
+from mtp_lightning.decode.text_stream import TextStream
 
 
 @final
 class Stopping:
     """Cuts blocks of new tokens where their texts end."""
 
-    def __init__(self, settings: Settings, num_rows: int, device: torch.device) -> None:
+    def __init__(self, settings: Settings, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
         self.settings = settings
-        self.emitted = torch.zeros(num_rows, dtype=torch.long, device=device)  # (B,) new tokens so far
+        self.emitted = torch.zeros(len(prompts), dtype=torch.long, device=device)  # (B,) new tokens so far
         self.stop_tokens = torch.tensor(list(settings.stop_tokens), dtype=torch.long, device=device)
-        self.longest_string = max(map(len, settings.stop_strings), default=0)
-        self.tails = [b""] * num_rows
+        detokenize, strings = settings.detokenize, settings.stop_strings
+        self.texts = (
+            [TextStream(detokenize, prompt, stop_strings=strings) for prompt in prompts]
+            if strings and detokenize
+            else []
+        )
 
     def cut(self, block: Tensor, num_new: Tensor, is_finished: Tensor) -> tuple[Tensor, Tensor]:
         """Say how many tokens of a block belong to each text, and which texts end with it.
@@ -35,24 +41,20 @@ class Stopping:
             is_stop = torch.isin(block, self.stop_tokens) & (places < kept[:, None])
             has_stop, first = is_stop.max(1)
             kept, ends = torch.where(has_stop, first + 1, kept), ends | has_stop
-        if self.longest_string:
+        if self.texts:
             kept, completes = self._cut_at_strings(block, kept)
             ends = ends | completes
         self.emitted = self.emitted + kept
         return kept, ends | (self.emitted >= self.settings.max_new_tokens)
 
     def _cut_at_strings(self, block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Spell the rows on the host, token by token; only texts that may end at a string pay for this."""
-        detokenize = self.settings.detokenize
-        assert detokenize is not None
+        """Decode the rows on the host, one token after the other; only texts that may end at a string pay for this."""
         counts = kept.tolist()
-        completes = [False] * len(counts)
-        for row, tokens in enumerate(block.tolist()):
-            for place, token in enumerate(tokens[: counts[row]]):
-                spelled = detokenize([token])
-                text = self.tails[row] + spelled
-                self.tails[row] = text[max(0, len(text) - self.longest_string + 1) :]
-                if any(string in text for string in self.settings.stop_strings):
-                    counts[row], completes[row] = place + 1, True
+        for row, (text, tokens) in enumerate(zip(self.texts, block.tolist(), strict=True)):
+            for place, token in enumerate(tokens[: counts[row]], 1):
+                text.push([token])
+                if text.has_stopped:
+                    counts[row] = place
                     break
+        completes = [text.has_stopped for text in self.texts]
         return torch.tensor(counts, device=kept.device), torch.tensor(completes, device=kept.device)

@@ -217,8 +217,11 @@ def read_tree(path: Path) -> Tree:
     """
     try:
         document = read_object(path)
-        return Tree(*(tuple(int(number) for number in document[name]) for name in ("parents", "ranks")))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        columns = [tuple(document[name]) for name in ("parents", "ranks")]
+        if odd := [number for column in columns for number in column if type(number) is not int]:
+            raise ValueError(f"{odd[0]!r} in place of a whole number")
+        return Tree(*columns)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DecodingError(
             "the file of a tree must hold `parents` and `ranks`, as `mtp bench tree` writes them",
             f"{path}: {error}",

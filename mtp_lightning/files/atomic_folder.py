@@ -9,6 +9,7 @@ target. A folder that is replaced or deleted is renamed `.removed` first: half o
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mtp_lightning.errors import MtpError
@@ -61,10 +62,14 @@ def check_new_folder(target: Path, error: type[MtpError]) -> None:
 def check_staging(staging: Path, own_names: Collection[str], error: type[MtpError]) -> None:
     """Refuse a staging folder that no killed process left: one that holds anything but `own_names` is somebody's.
 
+    Names may be patterns, as `*.json`.
+
     Raises:
         MtpError: of type `error`.
     """
-    if not staging.is_dir() or {path.name for path in staging.iterdir()} - {*own_names}:
+    if not staging.is_dir() or not all(
+        any(fnmatchcase(path.name, own) for own in own_names) for path in staging.iterdir()
+    ):
         check_new_folder(staging, error)
 
 

@@ -269,9 +269,11 @@ def test_the_tokenizer_is_carried_along(write, name, tmp_path):
     for place in ("ours", "back"):
         assert (tmp_path / place / name).read_bytes() == (folder / name).read_bytes()
         assert (tmp_path / place / "tokenizer_config.json").read_text() == '{"bos_token": "x"}'
-    assert json.loads((tmp_path / "back/config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((tmp_path / "back/config.json").read_text())["eos_token_id"] == [2, 3]
     import_folder(folder, tmp_path / "other", Wanted(end_of_document=5))
     assert load_model(tmp_path / "other")[0].data.end_of_document == 5
+    export_hf(tmp_path / "other", tmp_path / "other_back")
+    assert json.loads((tmp_path / "other_back/config.json").read_text())["eos_token_id"] == [2, 3, 5]
 
 
 def test_a_tokenizer_larger_than_the_embedding(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 
 import pytest
@@ -9,11 +10,14 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+import mtp_lightning
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.cli.app import app
-from mtp_lightning.cli.generate import Writer
+from mtp_lightning.cli.generate_view import Writer
 from mtp_lightning.data.tokenizers.base import ByteTokenizer
 from mtp_lightning.decode import Settings, generate, stream
+from mtp_lightning.decode.text_stream import text_stream
+from mtp_lightning.errors import DecodingError
 from tests.checkpoint.runs import save_run
 from tests.support.tiny import tiny_recipe
 
@@ -77,6 +81,25 @@ def test_text_ends_at_a_stop_string(run):
     assert shown == whole[: whole.index(stop, len("def f(")) + 1] + "\n"
 
 
+def test_as_many_are_drafted_as_pay_unless_a_number_is_given(run):
+    asked = ("--prompt", "def f(", "--max-new-tokens", 80)
+    paying, fixed = (mtp(run, *asked, *more) for more in ((), ("--draft-length", 3)))
+    assert paying.stdout == fixed.stdout
+    found = [float(re.search(r"([\d.]+) drafted in each", result.stderr)[1]) for result in (paying, fixed)]
+    assert found[0] < 1.5  # these heads have learnt nothing
+    assert found[1] == 3.0
+
+
+def test_python_gives_the_text_up_to_its_stop_string(run):
+    whole = mtp_lightning.generate(run, "def f(", max_new_tokens=NEW_TOKENS).text
+    assert "def f(" + whole == expected_text(run, b"def f(")
+    stop = next(character for character in whole[2:] if character.isascii())
+    ended = mtp_lightning.generate(run, "def f(", max_new_tokens=NEW_TOKENS, stop=[stop])
+    assert ended.text == whole[: whole.index(stop) + 1]
+    with pytest.raises(DecodingError, match="a prompt must be text that UTF-8 can write"):
+        mtp_lightning.generate(run, "\ud83d")
+
+
 class Say:
     """Steps of a text in which drafts are kept and rejected."""
 
@@ -92,7 +115,8 @@ STEPS = [("", 0, "a", 1), ("bcx", 2, "bcd ", 3), ("y", 0, "e ", 1), ("fgh", 3, "
 def written(*, terminal, show_drafts):
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, color_system="standard" if terminal else None)
-    writer = Writer(console, ByteTokenizer(), show_drafts=show_drafts)
+    tokenizer = ByteTokenizer()
+    writer = Writer(console, tokenizer, text_stream(tokenizer, []), show_drafts=show_drafts)
     writer.write(b"> ", "prompt")
     for step in STEPS:
         writer.step(Say(*step))
@@ -129,6 +153,19 @@ def test_steps_are_written_as_they_come(run):
         (["--prompt", "x", "--decoder", "tree"], 7, "decoder tree needs a tree"),
         (["--prompt", "x", "--decoder", "tree", "--tree", "nowhere.json"], 7, "as `mtp bench tree` writes"),
         (["--prompt", "x", "--top-k", "4"], 7, "need a temperature above 0"),
+        (["--prompt", "x", "--temperature", "1e-300"], 7, "temperature must be 0, or a finite number from 1e-30 on"),
+        (["--prompt", "x", "--seed", "1" + 30 * "0"], 7, "a seed must be a whole number of 64 bits"),
+        (
+            ["--prompt", "x", "--stop", ""],
+            7,
+            "hold a character found an empty one hint Give the text",
+        ),
+        (["--prompt", "a\ud83d"], 7, r"a prompt must be text in UTF-8 found prompt 1 of 1: a\ud83d hint Convert it"),
+        (["--prompt", os.fsdecode(b"\xff\xfe")], 7, r"found prompt 1 of 1: \udcff\udcfe hint Convert it"),
+        (["--prompt", "x", "--stop", "\udcff"], 7, "a stop string must be text in UTF-8"),
+        (["--prompt", "x", "--chat"], 87, "special tokens and chat templates need a tokenizer.json"),
+        (["--prompt", "x", "--system", "y"], 2, "needs --chat"),
+        (["--prompt", "x", "--decoder", "greedy", "--tree", "x.json"], 2, "needs --decoder tree"),
         (["--prompts", "nowhere.txt"], 7, "the file of prompts must be readable"),
         ([], 2, "give either --prompt TEXT or --prompts FILE"),
         (["--prompt", "x", "--prompts", "y"], 2, "give either"),
@@ -149,15 +186,32 @@ def test_wrong_requests_are_refused_before_any_text(run, arguments, code, says):
         ("a.jsonl", "{\n", "line 1 of"),
         ("a.jsonl", '{"prompt": "x"}\n{"question": "y"}\n', "line 2 of"),
         ("a.jsonl", '{"prompt": 3}\n', "line 1 of"),
+        ("a.jsonl", '{"prompt": "\\ud83d"}\n', "a prompt must be text in UTF-8; found line 1 of"),
+        ("a.jsonl", "[" * 100_000, "line 1 of"),
     ],
 )
 def test_files_without_prompts_are_refused(tmp_path, name, content, says):
-    from mtp_lightning.cli.generate import read_prompts
-    from mtp_lightning.errors import DecodingError
+    from mtp_lightning.cli.prompts import read_prompts
 
     (tmp_path / name).write_text(content)
     with pytest.raises(DecodingError, match=says):
         read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize("numbers", [[1, 0], [0, 2], [-1], ["0"], [0.5], [True], [float("inf")], [[0]], "0", {"a": 1}])
+def test_files_that_hold_no_tree_are_refused(run, tmp_path, numbers):
+    (tmp_path / "tree.json").write_text(json.dumps({"parents": numbers, "ranks": [0] * len(numbers)}))
+    result = mtp(run, "--prompt", "x", "--tree", tmp_path / "tree.json")
+    assert result.exit_code == 7, result.output
+    assert "Build a tree from this model with" in result.stderr or "Write one with `mtp bench tree`" in result.stderr
+    assert not result.stdout
+
+
+def test_a_tree_is_used_where_one_is_given(run, tmp_path):
+    (tmp_path / "tree.json").write_text(json.dumps({"parents": [0, 0, 1], "ranks": [0, 1, 0]}))
+    result = mtp(run, "--prompt", "def f(", "--max-new-tokens", NEW_TOKENS, "--tree", tmp_path / "tree.json")
+    assert result.stdout == expected_text(run, b"def f(") + "\n"
+    assert "3.0 drafted in each" in result.stderr
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -39,7 +39,12 @@ CHAIN = Tree((0, 1), (0, 0))
         ("parallel", [[1]], {"decoder": "tree", "tree": Tree((0, 0), (1, 1))}, "different ranks"),
         ("parallel", [[1]], {"decoder": "tree", "tree": Tree((0, 2), (0, 0))}, "parents before"),
         ("parallel", [[1]], {"decoder": "tree", "tree": Tree((0,), (13,))}, "0 to 12"),
-        ("parallel", [[1]], {"temperature": -1.0}, "temperature must not be negative"),
+        ("parallel", [[1]], {"temperature": -1.0}, "temperature must be 0, or a finite number"),
+        ("parallel", [[1]], {"temperature": 1e-300}, "from 1e-30 on; found 1e-300"),
+        ("parallel", [[1]], {"temperature": float("inf")}, "finite number"),
+        ("parallel", [[1]], {"temperature": float("nan")}, "finite number"),
+        ("parallel", [[1]], {"seed": 10**30}, "a seed must be a whole number of 64 bits; found 10{30}"),
+        ("parallel", [[1]], {"decoder": "tree", "tree": Tree((1, 0), (0, 0))}, "parents before"),
         ("parallel", [[1]], {"top_k": 3}, "need a temperature above 0"),
         ("parallel", [[1]], {"temperature": 1.0, "top_p": 1.5}, "top-p must lie"),
         ("parallel", [[1]], {"temperature": 1.0, "top_k": 0}, "top-k must be"),
@@ -47,7 +52,7 @@ CHAIN = Tree((0, 1), (0, 0))
         ("parallel", [[1]], {"sample_drafts": True}, "drawing drafts needs a temperature"),
         ("parallel", [[1]], {"temperature": 1.0, "typical": True, "sample_drafts": True}, "verified losslessly"),
         ("parallel", [[1]], {"stop_strings": [b"x"]}, "stop strings need `detokenize`"),
-        ("parallel", [[1]], {"stop_strings": [b""], "detokenize": bytes}, "must not be empty"),
+        ("parallel", [[1]], {"stop_strings": [b""], "detokenize": bytes}, "must hold a character; found an empty one"),
     ],
 )
 def test_refusal(kind, prompts, options, says):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mtp_lightning.checkpoint.convert.consolidate import check_target, check_whole, name_of, write_whole
 from mtp_lightning.checkpoint.convert.load_model import check_tensors, stored_dtype
+from mtp_lightning.checkpoint.format.carried_files import copy_files, files_of_model
 from mtp_lightning.checkpoint.format.folder import CheckpointFolder, open_checkpoint
 from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME, Provenance, write_config
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
@@ -57,6 +58,7 @@ def extend_checkpoint(
     ):
         record = write_whole(renamed, staging / WHOLE_MODEL, dtype, advance)
         check_whole(renamed, ShardReader(staging), advance)
+        copy_files(files_of_model(recipe, checkpoint.path), staging)
         text = recipe_to_yaml(extended).encode()
         written = {WHOLE_MODEL: record, RECIPE_NAME: write_durably(staging / RECIPE_NAME, text)}
         provenance = Provenance(manifest.step, manifest.tokens, checkpoint.sha256)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtp_lightning.checkpoint.convert.load_model import check_tensors
 from mtp_lightning.checkpoint.convert.merge_lora import MergedReader, plain_recipe
+from mtp_lightning.checkpoint.format.carried_files import CARRIED, TEMPLATES, copy_files, files_of_model
 from mtp_lightning.checkpoint.format.folder import CheckpointFolder, open_checkpoint
 from mtp_lightning.checkpoint.format.manifest import CONFIG_NAME, RECIPE_NAME, DtypeName, Provenance, write_config
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
@@ -20,10 +21,8 @@ from mtp_lightning.files.durable import FileRecord, Recorder, durable_file, writ
 from mtp_lightning.recipe import recipe_to_yaml
 
 DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-"""Small files of other programs that go with a tokenizer; the first two are one."""
 REPORT_NAME = "import.json"
-_OWN_FILES = {WHOLE_MODEL, CONFIG_NAME, RECIPE_NAME, REPORT_NAME, *CARRIED}
+_OWN_FILES = (WHOLE_MODEL, CONFIG_NAME, RECIPE_NAME, REPORT_NAME, TEMPLATES, *CARRIED)
 Advance = Callable[[int], None]
 
 
@@ -138,6 +137,7 @@ def _write_descriptions(checkpoint: CheckpointFolder, staging: Path, model: File
     is_same = plain is checkpoint.recipe
     text = (checkpoint.path / RECIPE_NAME).read_bytes() if is_same else recipe_to_yaml(plain).encode()
     files = {WHOLE_MODEL: model, RECIPE_NAME: write_durably(staging / RECIPE_NAME, text)}
+    copy_files(files_of_model(checkpoint.recipe), staging)
     manifest = checkpoint.manifest
     provenance = Provenance(manifest.step, manifest.tokens, checkpoint.sha256, manifest.recipe_hash)
     write_config(staging, plain, provenance, files, dtype=dtype)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mtp_lightning.checkpoint.format.carried_files import with_own_tokenizer
 from mtp_lightning.checkpoint.format.folder import CheckpointFolder, open_checkpoint
 from mtp_lightning.checkpoint.format.read_shards import MOST_NAMES, ShardReader
 from mtp_lightning.console.progress import watched
@@ -19,6 +20,8 @@ def load_model(
 ) -> tuple[Recipe, MtpModel]:
     """Load the recipe and the trained model of a run, a checkpoint or an exported folder, to be used, not trained.
 
+    The recipe names the tokenizer beside the weights where the one that it was trained with is gone.
+
     Args:
         path: run folder (its newest complete checkpoint is taken), checkpoint folder, or exported folder.
         device: where the model shall lie; beside it, 4 MiB blocks lie in CPU memory.
@@ -29,7 +32,7 @@ def load_model(
         CheckpointError: there is nothing to load, it is damaged, or its tensors are not those of its recipe.
     """
     folder = open_checkpoint(path, verify=verify)
-    return folder.recipe, build_trained(folder, device=device, dtype=dtype)
+    return with_own_tokenizer(folder.recipe, folder.path), build_trained(folder, device=device, dtype=dtype)
 
 
 def build_trained(

@@ -14,6 +14,15 @@ from mtp_lightning.checkpoint.convert.consolidate import (
 )
 from mtp_lightning.checkpoint.convert.load_model import check_tensors
 from mtp_lightning.checkpoint.convert.merge_lora import MergedReader, plain_recipe
+from mtp_lightning.checkpoint.format.carried_files import (
+    GENERATION_CONFIG,
+    SOURCE_CONFIG,
+    Files,
+    copy_files,
+    end_ids,
+    files_of_model,
+    read_settings,
+)
 from mtp_lightning.checkpoint.format.folder import open_checkpoint
 from mtp_lightning.checkpoint.format.manifest import CONFIG_NAME, DtypeName
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
@@ -24,19 +33,33 @@ from mtp_lightning.checkpoint.huggingface.canonical_names import (
     num_base_layers,
     parameters_of,
 )
-from mtp_lightning.checkpoint.huggingface.configs import listed
-from mtp_lightning.checkpoint.huggingface.families import FAMILIES, settings_of
-from mtp_lightning.checkpoint.huggingface.import_model import carry_tokenizer
+from mtp_lightning.checkpoint.huggingface.configs import Config, listed
+from mtp_lightning.checkpoint.huggingface.families import FAMILIES, section_of, settings_of
+from mtp_lightning.checkpoint.huggingface.folder import DECLARED
 from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, MIMO, ModuleLayout, fits
 from mtp_lightning.checkpoint.huggingface.weights import OutgoingWeights
 from mtp_lightning.console.progress import say, watched
-from mtp_lightning.errors import CheckpointError
+from mtp_lightning.data.loading.corpus import recipe_tokenizer
+from mtp_lightning.errors import CheckpointError, DataError
 from mtp_lightning.files.atomic_folder import atomic_folder
 from mtp_lightning.files.durable import write_durably
 from mtp_lightning.recipe import Recipe
-from mtp_lightning.recipe.schema.model import Family
+from mtp_lightning.recipe.schema.model import Family, ModelSection
 from mtp_lightning.recipe.trainable import mixing_offsets
 
+REPLACED = (*DECLARED, "mtp_layer_types", "dtype", "torch_dtype", "auto_map")
+"""Fields of an imported model's settings that are written anew, or speak of what is not written."""
+OF_LAYERS = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types", "max_window_layers", "head_dim")
+"""Fields that can only be right together with others."""
+READERS: dict[str | None, str] = {
+    None: "Who can read it: every engine that knows {architecture}",
+    DEEPSEEK.name: "Who can read it: transformers from 5.23 on drafts with the modules, given a subclass of "
+    "{architecture} that lists their layers; vLLM refuses what has more tensors than it knows: use --format hf for it",
+    MIMO.name: "Who can read it: engines that know {architecture} with its module, as vLLM and SGLang do",
+}
+"""What to say of the engines, by the layout of the modules."""
+OF_OLD_READERS = ("rope_theta", "rope_scaling")
+"""Fields beside `rope_parameters` for readers that do not know it."""
 TORCH_NAMES: dict[DtypeName, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -62,14 +85,17 @@ def export_hf(path: Path, out: Path, *, dtype: DtypeName = "fp32", with_modules:
     family, settings = settings_of(section)
     layout = _layout_of(recipe, family) if with_modules else None
     sources = sources_of(recipe, parameters, family, layout)
-    settings |= _frame(recipe, family, layout, dtype)
+    files = files_of_model(recipe, checkpoint.path)
+    settings = _with_source(settings, section, family, files)
+    settings |= _frame(recipe, family, layout, dtype) | _ends(recipe, files)
     check_tensors(checkpoint)
     weights = OutgoingWeights(MergedReader(checkpoint.reader, checkpoint.recipe), sources, section)
     with watched(f"Exporting {checkpoint.path.name}", total_bytes=2 * checkpoint.model_bytes, show=True) as advance:
-        size_bytes = _write(weights, out, dtype, advance, recipe=recipe, settings=settings)
+        size_bytes = _write(weights, out, dtype, advance, files=files, settings=settings)
     say(f"Exported {checkpoint.path} to {out} as {family}: {size_bytes / 1e6:,.1f} MB of {dtype} weights, checked")
     if left := {parameters[name].owner for name in parameters} - {parameters[name].owner for name in sources}:
         say(f"Left out, because the format has no place for it: {', '.join(sorted(left))}")
+    say(READERS[layout.name if layout else None].format(architecture=FAMILIES[family].architecture))
 
 
 def _write(
@@ -78,7 +104,7 @@ def _write(
     dtype: DtypeName,
     advance: Advance,
     *,
-    recipe: Recipe,
+    files: Files,
     settings: dict[str, Any],
 ) -> int:
     """Write the folder; return the bytes of its weights."""
@@ -87,8 +113,7 @@ def _write(
         record = write_whole(weights, partial / WHOLE_MODEL, DTYPES[dtype], advance)
         check_whole(weights, ShardReader(partial), advance)
         write_durably(partial / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True).encode() + b"\n")
-        if recipe.data.tokenizer != "byte" and (tokenizer := Path(recipe.data.tokenizer)).is_file():
-            carry_tokenizer(tokenizer, partial)
+        copy_files({name: path for name, path in files.items() if name != SOURCE_CONFIG}, partial)
     return record.size_bytes
 
 
@@ -149,14 +174,41 @@ def _is_wanted(parameter: Parameter, wanted: tuple[str, ...]) -> bool:
     return not parameter.owner.startswith(("offset ", "unembedding"))
 
 
+def _with_source(settings: dict[str, Any], section: ModelSection, family: Family, files: Files) -> dict[str, Any]:
+    """Add what an imported model said of itself: all of it, where it still says the same model."""
+    source = {name: value for name, value in read_settings(files, SOURCE_CONFIG).items() if name not in REPLACED}
+    if not source or source.get("model_type", family) != family:
+        return settings
+    told = section_of(Config(files[SOURCE_CONFIG], source), family)
+    if told.model_dump() == (section.model_dump() | {"family": family}):
+        return {name: settings[name] for name in OF_OLD_READERS if "rope_theta" in settings} | source
+    return {name: value for name, value in source.items() if name not in OF_LAYERS} | settings
+
+
+def _ends(recipe: Recipe, files: Files) -> dict[str, Any]:
+    """Say which ids end and begin a text: the imported model's own, and the end of a document in what was trained on.
+
+    Documents are divided by their end alone, so it stands before the first as well, as in GPT-2.
+    """
+    if SOURCE_CONFIG in files:
+        end = recipe.data.end_of_document  # import has written it down, where there is a tokenizer
+        known = end_ids(files, SOURCE_CONFIG) or end_ids(files, GENERATION_CONFIG)
+        return {} if end is None or end in known else {"eos_token_id": [*known, end] if known else end}
+    try:
+        end = recipe_tokenizer(recipe).end_of_document
+    except DataError:  # its file is gone, or was never here
+        end = recipe.data.end_of_document
+    if end is not None and end >= recipe.model.vocab_size:  # a tokenizer that this model was not trained with
+        end = None
+    return {"bos_token_id": end, "eos_token_id": end}
+
+
 def _frame(recipe: Recipe, family: Family, layout: ModuleLayout | None, dtype: DtypeName) -> dict[str, Any]:
     """What config.json says beside the settings of the family."""
     told: dict[str, Any] = {
         "architectures": [FAMILIES[family].architecture],
         "model_type": family,
         "torch_dtype": TORCH_NAMES[dtype],
-        "bos_token_id": None,
-        "eos_token_id": recipe.data.end_of_document,
     }
     if layout is not None:
         num_modules = recipe.heads.num_offsets - 1

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +9,21 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from mtp_lightning.checkpoint.convert.consolidate import (
-    CARRIED,
-    REPORT_NAME,
-    check_target,
-    check_whole,
-    name_of,
-    write_whole,
+from mtp_lightning.checkpoint.convert.consolidate import REPORT_NAME, check_target, check_whole, name_of, write_whole
+from mtp_lightning.checkpoint.format.carried_files import (
+    GENERATION_CONFIG,
+    SOURCE_CONFIG,
+    TOKENIZERS,
+    Files,
+    copy_files,
+    end_ids,
+    files_in,
 )
 from mtp_lightning.checkpoint.format.manifest import CONFIG_NAME, RECIPE_NAME, Provenance, write_config
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
 from mtp_lightning.checkpoint.huggingface.adapter import SETTINGS as ADAPTER_SETTINGS
 from mtp_lightning.checkpoint.huggingface.adapter import is_adapter, open_adapter
-from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint, open_folder
+from mtp_lightning.checkpoint.huggingface.folder import CONFIG, HFCheckpoint, open_folder
 from mtp_lightning.checkpoint.huggingface.tensor_plan import Init, Plan, plan_import
 from mtp_lightning.checkpoint.huggingface.vocabulary import with_rows
 from mtp_lightning.checkpoint.huggingface.weight_files import find_snapshot
@@ -34,8 +35,6 @@ from mtp_lightning.files.atomic_folder import atomic_folder
 from mtp_lightning.files.durable import write_durably
 from mtp_lightning.files.untrusted import described
 from mtp_lightning.recipe import Recipe, check_rules, recipe_to_yaml
-
-TOKENIZERS, BESIDE = CARRIED[:2], CARRIED[2:]
 
 
 def find_tokenizer(folder: Path) -> Path | None:
@@ -61,13 +60,23 @@ def end_of_document(path: Path, vocab_size: int, given: int | None) -> int:
     return tokenizer.end_of_document
 
 
-def carry_tokenizer(path: Path, folder: Path) -> list[str]:
-    """Copy a tokenizer and the small files beside it into a folder; return the names."""
-    files = [path, *(path.with_name(name) for name in BESIDE)]
-    carried = [file for file in files if file.is_file()]
-    for file in carried:
-        shutil.copyfile(file, folder / file.name)
-    return [file.name for file in carried]
+def carried_from(folder: Path, tokenizer_folder: Path | None = None) -> dict[str, Path]:
+    """Find the files of somebody else's model that are carried along, under the names they have here.
+
+    Args:
+        folder: the model's.
+        tokenizer_folder: an adapter's, where that has a tokenizer of its own.
+
+    Raises:
+        CheckpointError: One that says how texts end cannot be read.
+    """
+    files = files_in(tokenizer_folder or folder)
+    for name, own in ((SOURCE_CONFIG, CONFIG), (GENERATION_CONFIG, GENERATION_CONFIG)):
+        files.pop(name, None)
+        if (folder / own).is_file():
+            files[name] = folder / own
+    end_ids(files, GENERATION_CONFIG)
+    return files
 
 
 COPYING_KINDS = ("parallel", "chained", "sequential", "recursive")
@@ -125,10 +134,11 @@ def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
     """
     check_target(out)
     hf_checkpoint = _opened(path, wanted)
+    carried = carried_from(hf_checkpoint.path, hf_checkpoint.tokenizer_folder)
     init = _init_of(hf_checkpoint, wanted)
     recipe = _recipe_of(hf_checkpoint, wanted, init, out)
     weights = IncomingWeights(hf_checkpoint, plan_import(hf_checkpoint, recipe, init, wanted.allow), recipe)
-    size_bytes = _write(weights, out, header=_header(hf_checkpoint, recipe, init, out))
+    size_bytes = _write(weights, out, carried, header=_header(hf_checkpoint, recipe, init, out))
     say(visible(f"Imported {hf_checkpoint.what} from {path} to {out}: {size_bytes / 1e6:,.1f} MB, checked"))
     for line in (*weights.plan.report(), *hf_checkpoint.notes):
         say(visible(line))
@@ -156,7 +166,7 @@ def _opened(path: Path, wanted: Wanted) -> HFCheckpoint:
     return with_rows(hf_checkpoint, wanted.vocabulary, num_ids)
 
 
-def _write(weights: IncomingWeights, out: Path, *, header: str) -> int:
+def _write(weights: IncomingWeights, out: Path, carried: Files, *, header: str) -> int:
     """Write the folder; return the bytes of its weights."""
     hf_checkpoint = weights.hf_checkpoint
     size_bytes = sum(math.prod(weights.shape(name)) for name in weights.names) * weights.dtype.itemsize
@@ -166,8 +176,7 @@ def _write(weights: IncomingWeights, out: Path, *, header: str) -> int:
     ):
         record = write_whole(weights, partial / WHOLE_MODEL, weights.dtype, advance)
         check_whole(weights, ShardReader(partial), advance)
-        if (tokenizer := find_tokenizer(hf_checkpoint.tokenizer_folder or hf_checkpoint.path)) is not None:
-            carry_tokenizer(tokenizer, partial)
+        copy_files(carried, partial)
         write_durably(partial / REPORT_NAME, _report_of(hf_checkpoint, weights.plan))
         text = header + recipe_to_yaml(weights.recipe)
         files = {WHOLE_MODEL: record, RECIPE_NAME: write_durably(partial / RECIPE_NAME, text.encode())}

@@ -31,7 +31,7 @@ ENDS = (
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`; special tokens spelled out in a text are taken as ordinary text."""
 
-    def __init__(self, path: Path, *, end_of_document: int | None) -> None:
+    def __init__(self, path: Path, *, end_of_document: int | None, parse_special_tokens: bool = False) -> None:
         """Open the file; the end of a document is its one token among `ENDS` unless given.
 
         Raises:
@@ -45,7 +45,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise _damaged(path, "a tokenizer.json", error) from error
         self._inner.no_truncation()  # a file may ask for both, which would cut documents and fill them up
         self._inner.no_padding()
-        self._inner.encode_special_tokens = True
+        self._inner.encode_special_tokens = not parse_special_tokens
         self._sha256 = hashlib.sha256(content).hexdigest()
         ids: dict[str, int] = self._inner.get_vocab(with_added_tokens=True)
         found = {name: ids[name] for name in ENDS if name in ids}
@@ -86,12 +86,14 @@ class HuggingFaceTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `*.model`; control symbols spelled out in a text are taken as ordinary text."""
 
-    def __init__(self, path: Path, *, end_of_document: int | None) -> None:
+    def __init__(self, path: Path, *, end_of_document: int | None, parse_special_tokens: bool = False) -> None:
         """Open the file; the end of a document is its end-of-sentence id unless given.
 
         Raises:
             DataError: The file or the library `sentencepiece` cannot be loaded, or it has no end.
         """
+        if parse_special_tokens:
+            raise no_special_tokens(f"the SentencePiece model {path}")
         library = import_extra("sentencepiece", f"read the tokenizer {path.name}")
         content = _read(path)
         self._inner: Any = library.SentencePieceProcessor()
@@ -129,6 +131,11 @@ FILE_TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
     ".json": HuggingFaceTokenizer,
     ".model": SentencePieceTokenizer,
 }
+
+
+def no_special_tokens(what: str) -> DataError:
+    """Return the error that a tokenizer cannot parse special tokens."""
+    return DataError("special tokens and chat templates need a tokenizer.json", what, "Leave them out")
 
 
 def _read(path: Path) -> bytes:

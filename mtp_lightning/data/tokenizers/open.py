@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from mtp_lightning.data.tokenizers.base import ByteTokenizer, Tokenizer
-from mtp_lightning.data.tokenizers.files import FILE_TOKENIZERS
+from mtp_lightning.data.tokenizers.files import FILE_TOKENIZERS, no_special_tokens
 from mtp_lightning.errors import DataError
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"byte": ByteTokenizer}
 
 
-def open_tokenizer(spec: str, *, end_of_document: int | None = None) -> Tokenizer:
+def open_tokenizer(spec: str, *, end_of_document: int | None = None, parse_special_tokens: bool = False) -> Tokenizer:
     """Return the tokenizer of a name, or that of a `tokenizer.json` (Hugging Face) or `*.model` (SentencePiece) file.
 
     The end-of-document id is the tokenizer's own unless given.
@@ -18,6 +18,8 @@ def open_tokenizer(spec: str, *, end_of_document: int | None = None) -> Tokenize
         DataError: There is none, its file or its library cannot be loaded, or it has no end-of-document id.
     """
     if spec in TOKENIZERS:
+        if parse_special_tokens:
+            raise no_special_tokens(f"the tokenizer {spec}")
         return _with_own_end(TOKENIZERS[spec](), end_of_document)
     path = Path(spec).expanduser()
     if path.suffix not in FILE_TOKENIZERS:
@@ -25,7 +27,9 @@ def open_tokenizer(spec: str, *, end_of_document: int | None = None) -> Tokenize
         raise DataError(
             "data.tokenizer must name a tokenizer", repr(spec), f"Choose one of: {names}, a file {suffixes}"
         )
-    return FILE_TOKENIZERS[path.suffix](path, end_of_document=end_of_document)
+    return FILE_TOKENIZERS[path.suffix](
+        path, end_of_document=end_of_document, parse_special_tokens=parse_special_tokens
+    )
 
 
 def _with_own_end(tokenizer: Tokenizer, end_of_document: int | None) -> Tokenizer:
