@@ -9,9 +9,10 @@ from typer.core import TyperGroup
 
 from mtp_lightning import __version__
 from mtp_lightning.cli import bench, data, doctor, eval, generate, models, plan, recipe, report, status, submit, sweep
+from mtp_lightning.cli.places import expand_places
 from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
 from mtp_lightning.console.errors import end_without_output, go_on_without_output, guard_output, print_error, screen
-from mtp_lightning.errors import MtpError
+from mtp_lightning.errors import MtpError, file_system_error
 
 if TYPE_CHECKING:
     from mtp_lightning.recipe import LoadedRecipe
@@ -30,6 +31,12 @@ class MtpGroup(TyperGroup):
         except MtpError as error:
             print_error(error)
             raise typer.Exit(error.exit_code) from error
+        except OSError as refusal:
+            if refusal.errno is None:  # no answer of the system
+                raise
+            told = file_system_error(refusal).with_traceback(refusal.__traceback__)
+            print_error(told)
+            raise typer.Exit(told.exit_code) from refusal
         except KeyboardInterrupt as interrupt:
             screen(stderr=True).print("interrupted")
             raise typer.Exit(INTERRUPTED) from interrupt
@@ -95,6 +102,7 @@ app.command("import")(models.import_model)
 app.command()(models.export)
 app.command()(models.extend)
 app.command()(generate.generate)
+expand_places(app)
 
 
 def main() -> None:

@@ -64,24 +64,38 @@ def opened_run_folder(recipe: Recipe, ranks: Ranks) -> Iterator[Opened]:
 @contextlib.contextmanager
 def _opened(recipe: Recipe) -> Iterator[Opened]:
     folder = Path(recipe.run.dir)
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            opened = _begin(folder, recipe, until_the_end)
+        except OSError as error:
+            raise RunFolderError(
+                "run.dir must be a folder that can be written to",
+                f"{error.filename or folder}: {error.strerror or error}",
+                "Make room or repair access there, or give another run.dir; checkpoints have not been touched.",
+            ) from error
+        yield opened
+
+
+def _begin(folder: Path, recipe: Recipe, until_the_end: contextlib.ExitStack) -> Opened:
+    """Take a run folder in hand, and write down what starts there."""
     _check_writable(folder)
     check_may_be_run(folder)
     if recipe.run.restart:
         _move_aside(folder)
     _check_entries(folder)
     claim(folder)
-    with _locked(folder):
-        _check_phases(folder, recipe)
-        checkpoint = newest_complete(folder / "checkpoints")
-        if checkpoint is not None:
-            check_changes(folder, recipe)
-        else:
-            _check_not_lost(folder)
-        attempt = _next_attempt(folder)
-        for path in (folder / "recipe.yaml", attempt / "recipe.yaml"):
-            replace_durably(path, recipe_to_yaml(recipe).encode())
-        replace_durably(attempt / "environment.json", json.dumps(_environment(), indent=2).encode() + b"\n")
-        yield Opened(folder, attempt, checkpoint)
+    until_the_end.enter_context(_locked(folder))
+    _check_phases(folder, recipe)
+    checkpoint = newest_complete(folder / "checkpoints")
+    if checkpoint is not None:
+        check_changes(folder, recipe)
+    else:
+        _check_not_lost(folder)
+    attempt = _next_attempt(folder)
+    for path in (folder / "recipe.yaml", attempt / "recipe.yaml"):
+        replace_durably(path, recipe_to_yaml(recipe).encode())
+    replace_durably(attempt / "environment.json", json.dumps(_environment(), indent=2).encode() + b"\n")
+    return Opened(folder, attempt, checkpoint)
 
 
 def _check_writable(folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Self, final
 
 from mtp_lightning.data.untrusted import shown
 from mtp_lightning.errors import DataError
-from mtp_lightning.files.durable import sync
+from mtp_lightning.files.durable import force, sync
 
 LOG_NAME = "texts.jsonl"
 MOST_REQUEST_BYTES = 1 << 20
@@ -80,7 +80,7 @@ class TextLog:
         """Force the file up to a position to disk, and go on there."""
         self._file.flush()
         self._file.truncate(end)
-        os.fsync(self._file.fileno())
+        force(self._file.fileno())
         self._file.seek(end)
 
     def _next(self, key: str) -> Any:

@@ -1,6 +1,5 @@
 """Files behind URLs: whatever fsspec can open, read from front to back."""
 
-import fcntl
 import hashlib
 import io
 import time
@@ -15,6 +14,7 @@ from mtp_lightning.data.shards.index import INDEX_NAME, MOST_INDEX_BYTES
 from mtp_lightning.data.shards.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES
 from mtp_lightning.data.untrusted import shown
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.lock import wait_for_lock
 
 BLOCK_BYTES = 8 << 20
 TRIES = 3
@@ -82,7 +82,7 @@ def mirror(url: str, cache: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            wait_for_lock(lock)
             for name, content in contents.items():  # each belongs to the other by a fingerprint
                 unfinished = folder / f"{name}.partial"
                 unfinished.write_bytes(content)
