@@ -113,6 +113,12 @@ class RunFolderError(MtpError):
     exit_code = 4
 
 
+class LoaderError(MtpError):
+    """A process that loads data has been killed."""
+
+    exit_code = 11
+
+
 class LaunchError(MtpError):
     """Processes that cannot be started, or do not know which rank they are."""
 

@@ -103,7 +103,7 @@ def _guarded(stream: TextIO | None, descriptor: int, answer: Callable[[OSError],
     return io.TextIOWrapper(
         output if stream.write_through else io.BufferedWriter(output),
         stream.encoding,
-        stream.errors,
+        "backslashreplace",  # what an encoding lacks is no reason to end
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

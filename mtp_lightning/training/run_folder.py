@@ -23,7 +23,7 @@ from mtp_lightning.checkpoint.format.folder import CheckpointFolder, newest_comp
 from mtp_lightning.errors import CheckpointError, RunFolderError
 from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.files.lock import ANOTHER, try_lock
-from mtp_lightning.launch.run_marker import MARKER, SAVED, check_may_be_run, claim, is_run, read_marker
+from mtp_lightning.launch.run_marker import MARKER, SAVED, check_may_be_run, claim, is_run, mark, read_marker
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, changed_fields, load_recipe, recipe_to_yaml
 from mtp_lightning.recipe.loading.phases import phases_of
@@ -179,10 +179,14 @@ def _check_not_lost(folder: Path) -> None:
     )
 
 
-def note_saved(folder: Path, step: int) -> None:
-    """Note durably, once, that a run has committed a checkpoint."""
+def note_saved(folder: Path, step: int, recipe_text: str) -> None:
+    """Note durably, once, that a run has committed a checkpoint; what was removed while it ran is a run again."""
+    if not is_run(folder):
+        print(f"{folder} was removed while it ran: made again, without the files of before", flush=True)
+        mark(folder)
+        replace_durably(folder / "recipe.yaml", recipe_text.encode())
     note = read_marker(folder)
-    if is_run(folder) and SAVED not in note:
+    if SAVED not in note:
         replace_durably(folder / MARKER, json.dumps({**note, SAVED: step}).encode() + b"\n")
 
 

@@ -156,4 +156,4 @@ def test_a_recipe_of_two_ranks_trains_under(launcher, tmp_path):
     ranks = [warm.start(*words, cwd=tmp_path, environment=os.environ | own | port) for own in WORLDS[launcher]]
     for rank in ranks:
         assert rank.wait(300) == 0, rank.output(1)
-    assert Path(tmp_path, "r/checkpoints/step-00000001/manifest.json").is_file()
+    assert Path(tmp_path, "r/checkpoints/step-00000001/MANIFEST.json").is_file()
