@@ -102,9 +102,9 @@ class Changed(L.Callback):
         for name, parameter in pl_module.model.named_parameters():
             if "large" in self.change and parameter.dim() == 1 and not name.endswith("bias"):
                 parameter.mul_(self.rng.choice((4.0, 8.0, 64.0)))
-            if "zero" in self.change and ("o_proj.weight" in name or "down_proj.weight" in name):
-                if self.rng.random() < 0.4:
-                    parameter.zero_()
+            ends_a_block = name.endswith(("o_proj.weight", "down_proj.weight"))
+            if "zero" in self.change and ends_a_block and self.rng.random() < 0.4:
+                parameter.zero_()
             if self.change == "small":
                 parameter.mul_(1e-2)
 
