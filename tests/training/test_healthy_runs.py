@@ -49,7 +49,7 @@ def some_weight(module):
 
 
 def detach_a_head(module, optimizer):
-    block = module.model.heads.blocks[0]
+    block = module.model.heads.blocks[0][0]
     forward = block.forward
     block.forward = lambda *arguments, **options: forward(*arguments, **options).detach()
 
