@@ -28,9 +28,19 @@ from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, changed_fields, load_recipe, recipe_to_yaml
 from mtp_lightning.recipe.loading.phases import phases_of
 from mtp_lightning.recipe.schema.phases import FOLDER as PHASES
-from mtp_lightning.training.step.skipped_steps import read_rollbacks
+from mtp_lightning.training.step.skipped_steps import RECORDS, read_rollbacks
 
-FILES = (".lock", MARKER, "recipe.yaml", "metrics.csv", "summary.json", "curves.png", "logging.json", "mlflow.db")
+FILES = (
+    ".lock",
+    MARKER,
+    RECORDS,
+    "recipe.yaml",
+    "metrics.csv",
+    "summary.json",
+    "curves.png",
+    "logging.json",
+    "mlflow.db",
+)
 FOLDERS = ("checkpoints", "logs", "phases", "tensorboard", "wandb")
 ATTEMPT = re.compile(r"attempt_[0-9]{1,9}\Z")
 PACKAGES = ("torch", "lightning", "deepspeed", "torchmetrics", "numpy", "safetensors", "webdataset", "mtp_lightning")

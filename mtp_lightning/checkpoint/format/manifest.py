@@ -87,6 +87,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     path = checkpoint / MANIFEST_NAME
     try:
+        if not path.is_file():  # a FIFO would be waited for
+            raise FileNotFoundError
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DamagedCheckpointError(
