@@ -30,8 +30,10 @@ from mtp_lightning.recipe.loading.phases import phases_of
 from mtp_lightning.recipe.schema.phases import FOLDER as PHASES
 from mtp_lightning.training.step.skipped_steps import RECORDS, read_rollbacks
 
-FILES = (".lock", MARKER, str(RECORDS), "recipe.yaml", "metrics.csv", "summary.json", "curves.png", "logging.json")
-FILES += ("mlflow.db",)
+FILES = (
+    *(".lock", MARKER, str(RECORDS), "recipe.yaml", "metrics.csv", "summary.json", "curves.png", "logging.json"),
+    "mlflow.db",
+)
 FOLDERS = ("checkpoints", "logs", "phases", "tensorboard", "wandb")
 ATTEMPT = re.compile(r"attempt_[0-9]{1,9}\Z")
 PACKAGES = ("torch", "lightning", "deepspeed", "torchmetrics", "numpy", "safetensors", "webdataset", "mtp_lightning")
