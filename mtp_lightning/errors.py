@@ -1,5 +1,6 @@
 """The vocabulary of failure: every error says what must hold, what was found, and what to do."""
 
+import errno
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -69,6 +70,31 @@ class RecipeError(MtpError):
         return type(self), (self.faults,)
 
 
+class FileSystemError(MtpError):
+    """A file system that does not take what is written, or give what is read."""
+
+    exit_code = 10
+
+
+_REMEDIES = {
+    errno.ENOSPC: "Make room there, or name another place",
+    errno.EDQUOT: "Make room within your quota, or name another place",
+    errno.EIO: "The storage fails: look at the kernel's log, and name another place",
+    errno.ESTALE: "The network file system has lost it: start again where it is mounted afresh",
+}
+
+
+def file_system_error(error: OSError) -> FileSystemError:
+    """Say what a refusal of the system means, wherever it came from.
+
+    >>> print(file_system_error(OSError(errno.ENOSPC, "No space left on device", "runs/a")))
+    files must be readable and writable; found runs/a: No space left on device. Make room there, or name another place
+    """
+    place = "".join(f"{name}: " for name in (error.filename,) if name is not None)
+    remedy = _REMEDIES.get(error.errno or 0, "Repair access to it, or name another place")
+    return FileSystemError("files must be readable and writable", f"{place}{error.strerror or error}", remedy)
+
+
 class DataError(MtpError):
     """Shards, tokens or text that cannot be trained on."""
 
@@ -85,6 +111,12 @@ class RunFolderError(MtpError):
     """A run folder that belongs to another recipe or another job."""
 
     exit_code = 4
+
+
+class LoaderError(MtpError):
+    """A process that loads data has been killed."""
+
+    exit_code = 11
 
 
 class LaunchError(MtpError):

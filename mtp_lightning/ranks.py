@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtp_lightning.errors import MtpError
+from mtp_lightning.errors import MtpError, file_system_error
 
 CPU = torch.device("cpu")
 
@@ -108,4 +108,6 @@ class Ranks:
 
 def _portable(error: Exception) -> Exception:
     """Return an error that can be sent to another process."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return file_system_error(error)
     return error if isinstance(error, MtpError) else RuntimeError(f"{type(error).__name__} on another rank: {error}")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -9,9 +10,10 @@ from typer.core import TyperGroup
 
 from mtp_lightning import __version__
 from mtp_lightning.cli import bench, data, doctor, eval, generate, models, plan, recipe, report, status, submit, sweep
+from mtp_lightning.cli.places import expand_places
 from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
 from mtp_lightning.console.errors import end_without_output, go_on_without_output, guard_output, print_error, screen
-from mtp_lightning.errors import MtpError
+from mtp_lightning.errors import LaunchError, MtpError, file_system_error
 
 if TYPE_CHECKING:
     from mtp_lightning.recipe import LoadedRecipe
@@ -26,10 +28,17 @@ class MtpGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the verb."""
         try:
+            _check_working_folder()
             return super().invoke(ctx)
         except MtpError as error:
             print_error(error)
             raise typer.Exit(error.exit_code) from error
+        except OSError as refusal:
+            if refusal.errno is None:  # no answer of the system
+                raise
+            told = file_system_error(refusal).with_traceback(refusal.__traceback__)
+            print_error(told)
+            raise typer.Exit(told.exit_code) from refusal
         except KeyboardInterrupt as interrupt:
             screen(stderr=True).print("interrupted")
             raise typer.Exit(INTERRUPTED) from interrupt
@@ -43,6 +52,22 @@ app.add_typer(recipe.app, name="recipe")
 app.add_typer(bench.app, name="bench")
 app.add_typer(eval.app, name="eval")
 app.add_typer(report.app, name="report")
+
+
+def _check_working_folder() -> None:
+    """Refuse a working directory that was removed: torch's libraries end a process there with a message of their own.
+
+    Raises:
+        LaunchError: It is gone.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise LaunchError(
+            "mtp must be called in a folder that is there",
+            f"{os.environ.get('PWD', 'the working directory')}, which was removed",
+            "Change to another folder (cd) and call it again",
+        ) from None
 
 
 def _print_version(*, value: bool) -> None:
@@ -95,6 +120,7 @@ app.command("import")(models.import_model)
 app.command()(models.export)
 app.command()(models.extend)
 app.command()(generate.generate)
+expand_places(app)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mtp_lightning.errors import RunFolderError
+from mtp_lightning.files.paths import expanded, leads_to
 
 if TYPE_CHECKING:
     from mtp_lightning.recipe.loading.load import LoadedRecipe
@@ -28,10 +29,10 @@ def open_recipe(recipe: str, overrides: list[str] | None = None) -> "LoadedRecip
     from mtp_lightning.recipe.loading.load import load_recipe
     from mtp_lightning.recipe.yaml import one_line_yaml
 
-    path = Path(recipe)
-    if not path.is_dir():
+    path = Path(expanded(recipe))
+    if not leads_to(path, Path.is_dir):
         return load_recipe(path, overrides or [])
-    if not (path / "recipe.yaml").is_file():
+    if not leads_to(path / "recipe.yaml", Path.is_file):
         raise RunFolderError(
             "a folder given as RECIPE must be a run folder, which holds recipe.yaml",
             f"no recipe.yaml in {path}",

@@ -8,6 +8,7 @@ from rich.text import Text
 from mtp_lightning.cli.recipe_argument import open_recipe
 from mtp_lightning.console.errors import screen
 from mtp_lightning.errors import Fault, RecipeError
+from mtp_lightning.files.paths import leads_to
 from mtp_lightning.recipe.diff import diff_recipes
 from mtp_lightning.recipe.loading.dump import yaml_lines
 from mtp_lightning.recipe.loading.load import LoadedRecipe
@@ -53,7 +54,7 @@ def _doc_comments(path: str, line: str, width: int) -> list[Text]:
 
 def print_verdicts(arguments: list[str]) -> None:
     """Print a line for each recipe among the arguments, the others being overrides; raise all faults together."""
-    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
+    overrides = [argument for argument in arguments if "=" in argument and not leads_to(Path(argument))]
     files = [argument for argument in arguments if argument not in overrides]
     faults: dict[Fault, None] = {}
     console = screen()

@@ -22,7 +22,8 @@ BLANK = "-"
 
 def status(
     folders: Annotated[
-        list[Path] | None, typer.Argument(metavar="DIR", help="Run folders, or folders of them.", show_default="runs")
+        list[Path] | None,
+        typer.Argument(metavar="DIR", help="Run folders, or folders of them.", show_default="runs", readable=False),
     ] = None,
     *,
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until Ctrl-C.")] = False,

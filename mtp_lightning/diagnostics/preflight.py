@@ -20,6 +20,7 @@ from mtp_lightning.diagnostics.preflight_trial import (
     run_check,
     train_twice,
 )
+from mtp_lightning.files.durable import force
 from mtp_lightning.launch.run_marker import claim
 from mtp_lightning.planner.counts import disk_use
 from mtp_lightning.planner.layout import layout_of
@@ -121,7 +122,7 @@ def _written_bytes_per_s(path: Path) -> float:
     with path.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        force(file.fileno())
     return WRITTEN_BYTES / (time.monotonic() - began_at)
 
 

@@ -28,8 +28,11 @@ def atomic_folder(target: Path, error: type[MtpError], *, size_bytes: int = 0) -
     Raises:
         MtpError: of type `error`: the file system refuses a write, or has less than `size_bytes` free.
     """
+    target = target.resolve()
     staging = staging_path(target)
     try:
+        if target.is_mount():
+            raise OSError("it is a mount point, and the folder is made beside it and renamed; name one in it")
         with removed_on_error(staging):
             make_empty(staging)
             if (free_bytes := shutil.disk_usage(staging).free) < size_bytes:

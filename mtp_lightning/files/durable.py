@@ -1,5 +1,6 @@
 """Writes that are on disk when the function returns, described without a second read."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -23,16 +24,25 @@ def sync(path: Path) -> None:
     """Force a file to disk, or the names that were created, renamed or removed in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        force(descriptor)
     finally:
         os.close(descriptor)
+
+
+def force(descriptor: int) -> None:
+    """Force what is open to disk; some file systems cannot, mostly for folders, and write when they will."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
 
 
 def describe_file(path: Path, *, is_synced: bool) -> FileRecord:
     """Read a file whole for its size and digest; force it to disk unless `is_synced`."""
     with path.open("rb") as file:
         if not is_synced:
-            os.fsync(file.fileno())
+            force(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileRecord(size_bytes=file.tell(), sha256=digest)
 
@@ -43,7 +53,7 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
     with path.open("wb") as file:
         yield file
         file.flush()
-        os.fsync(file.fileno())
+        force(file.fileno())
 
 
 def write_durably(path: Path, content: bytes) -> FileRecord:

@@ -1,30 +1,39 @@
-"""One process at a time: locks on open files and folders, which the kernel releases when their holder dies."""
+"""One process at a time: locks on open files and folders, which the kernel releases when their holder dies.
 
+Some file systems have none (Lustre with noflock, NFS without its lock service): that is said once, and nobody is kept
+out there.
+"""
+
+import errno
 import fcntl
 import os
 import re
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 _ENTRY = re.compile(r"^\d+: FLOCK .* (\d+) ([0-9a-f]+):([0-9a-f]+):(\d+) \d+ \S+$", re.MULTILINE)
 ANOTHER = "another process"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF}
+"""What `flock` answers where there are none; NFS, whose locks need a file open for writing, says EBADF of others."""
 
 Lockable = int | BinaryIO | TextIO  # a descriptor or an open file
 FileId = tuple[int, int, int]  # major, minor, inode
 
 
-def try_lock(file: Lockable) -> bool:
+def try_lock(file: Lockable, *, without_locks: bool = True) -> bool:
     """Lock an open file or folder for this process alone; return whether it is, at once.
 
-    Raises:
-        OSError: the file system has no locks.
+    Args:
+        file: what to lock.
+        without_locks: what to return where the file system has no locks.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) or without_locks
     except BlockingIOError:
         return False
-    return True
 
 
 def wait_for_lock(
@@ -36,21 +45,48 @@ def wait_for_lock(
         file: what to lock.
         shared: let others hold it shared at the same time, and nobody alone.
         on_waiting: called once, with words for the holder.
-
-    Raises:
-        OSError: the file system has no locks.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        _lock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         on_waiting(holder_of(file))
-        fcntl.flock(file, kind)
+        _lock(file, kind)
+
+
+def _lock(file: Lockable, operation: int) -> bool:
+    """Lock a file, and return True; where its file system has no locks say so once, and return False."""
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _say_unlocked(_descriptor(file), error)
+        return False
+    return True
+
+
+@cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _say_unlocked(descriptor: int, error: OSError) -> None:
+    path = Path(f"/proc/self/fd/{descriptor}").readlink()
+    mount = next(folder for folder in (path, *path.parents) if folder.is_mount() or folder == folder.parent)
+    _say_once(
+        f"The file system of {mount} has no locks ({error.strerror}): what lies there is not kept from a second "
+        "process at work on it"
+    )
+
+
+def _descriptor(file: Lockable) -> int:
+    return file if isinstance(file, int) else file.fileno()
 
 
 def holder_of(file: Lockable) -> str:
     """Say which process of this machine holds an open file's lock, with its command; else `another process`."""
-    pid = locked_files().get(file_id(os.fstat(file if isinstance(file, int) else file.fileno())))
+    pid = locked_files().get(file_id(os.fstat(_descriptor(file))))
     if not pid:  # a process of another machine, or of another container
         return ANOTHER
     try:
@@ -76,5 +112,4 @@ def file_id(status: os.stat_result) -> FileId:
 
 def is_file_at(file: Lockable, path: Path) -> bool:
     """Tell whether a path leads to an open file, which may have been renamed or removed since."""
-    descriptor = file if isinstance(file, int) else file.fileno()
-    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+    return path.exists() and os.path.samestat(os.fstat(_descriptor(file)), path.stat())

@@ -1,6 +1,7 @@
-"""Which rank this process is, read from what started it: Slurm's srun, torchrun, or `mtp train` itself."""
+"""Which rank this process is, read from what started it: torchrun, srun, mpirun, or `mtp train` itself."""
 
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,14 @@ FIRST_PORT = 20_000  # ports from here on; the job's number picks one, so that j
 NUM_PORTS = 12_000  # below the range that kernels give to outgoing connections
 LOCAL_PORTS = range(10_000, FIRST_PORT)  # for ranks that are started here
 VALID_PORTS = range(1, 65_536)
-HINT = "start ranks with srun, torchrun or a plain `mtp train` (without RANK and WORLD_SIZE)"
+HINT = "start ranks with srun, torchrun, mpirun or a plain `mtp train` (without RANK and WORLD_SIZE)"
+THIS_HOST = "127.0.0.1"
+MPI_VARIABLES = (
+    *(("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),),
+    *(("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),),
+    *(("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),),
+)
+"""Rank, number of ranks, and the same on the node: of Open MPI, of MVAPICH, of MPICH and Intel MPI."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +50,24 @@ class RankInfo:
 def rank_from_env(environment: Mapping[str, str]) -> RankInfo | None:
     """Read this process's rank_info; None where nothing has started it as one of several.
 
+    A step of one task (`srun --pty bash`, a notebook in an allocation) or an `mpirun -n 1` has started it alone: a
+    recipe of several ranks starts them itself there.
+
     Raises:
         LaunchError: A variable is missing or is not a number, or there can be no such rank_info.
     """
+    rank_info: RankInfo | None = None
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank_info = _from_torchrun(environment)
     elif "SLURM_STEP_ID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
-        rank_info = _from_slurm(environment)
+        rank_info = _from_slurm(environment) if _number(environment, "SLURM_STEP_NUM_TASKS") != 1 else None
     else:
-        return None
-    _check(rank_info)
+        for names in MPI_VARIABLES:
+            if names[0] in environment and names[1] in environment and _number(environment, names[1]) != 1:
+                rank_info = _from_mpi(environment, *names)
+                break
+    if rank_info is not None:
+        _check(rank_info)
     return rank_info
 
 
@@ -63,7 +79,7 @@ def local_rank_info(rank: int, num_ranks: int, port: int) -> RankInfo:
         local_rank=rank,
         local_ranks=num_ranks,
         node=0,
-        main_address="127.0.0.1",
+        main_address=THIS_HOST,
         main_port=port,
     )
 
@@ -97,22 +113,50 @@ def free_port() -> int:
 
 
 def _from_torchrun(environment: Mapping[str, str]) -> RankInfo:
-    num_ranks = _number(environment, "WORLD_SIZE")
+    """Read torchrun's variables; without LOCAL_RANK, as in Kubeflow, ranks that meet at another host are alone here."""
+    rank, num_ranks = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    main_address = environment.get("MASTER_ADDR", THIS_HOST)
+    is_alone = "LOCAL_RANK" not in environment and not _is_this_host(main_address)
     return RankInfo(
-        rank=_number(environment, "RANK"),
+        rank=rank,
         num_ranks=num_ranks,
-        local_rank=_number(environment, "LOCAL_RANK"),
-        local_ranks=_number(environment, "LOCAL_WORLD_SIZE", num_ranks),
-        node=_number(environment, "GROUP_RANK", 0),
-        main_address=environment.get("MASTER_ADDR", "127.0.0.1"),
+        local_rank=_number(environment, "LOCAL_RANK", 0 if is_alone else rank),
+        local_ranks=_number(environment, "LOCAL_WORLD_SIZE", 1 if is_alone else num_ranks),
+        node=_number(environment, "GROUP_RANK", rank if is_alone else 0),
+        main_address=main_address,
         main_port=_number(environment, "MASTER_PORT"),
+    )
+
+
+def _is_this_host(address: str) -> bool:
+    return address in ("localhost", "::1") or address.startswith("127.")
+
+
+def _from_mpi(environment: Mapping[str, str], rank: str, num_ranks: str, local_rank: str, local_ranks: str) -> RankInfo:
+    own, all_ranks, own_local = (_number(environment, name) for name in (rank, num_ranks, local_rank))
+    num_local = _number(environment, local_ranks, all_ranks)
+    if num_local < all_ranks and "MASTER_ADDR" not in environment:
+        raise LaunchError(
+            "the ranks that mpirun starts on several nodes must be told where to meet, by MASTER_ADDR",
+            f"{num_local} of {all_ranks} ranks on this node, and no MASTER_ADDR",
+            "Give the first node: mpirun -x MASTER_ADDR=NODE (Open MPI) or -genv MASTER_ADDR NODE, or use srun",
+        )
+    job = zlib.crc32(environment.get("PMIX_NAMESPACE", "").encode(errors="replace"))
+    return RankInfo(
+        rank=own,
+        num_ranks=all_ranks,
+        local_rank=own_local,
+        local_ranks=num_local,
+        node=own // max(num_local, 1),
+        main_address=environment.get("MASTER_ADDR") or THIS_HOST,
+        main_port=_number(environment, "MASTER_PORT", FIRST_PORT + job % NUM_PORTS),
     )
 
 
 def _from_slurm(environment: Mapping[str, str]) -> RankInfo:
     num_ranks = _number(environment, "SLURM_STEP_NUM_TASKS")
     num_nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or THIS_HOST
     job, step = _number(environment, "SLURM_JOB_ID", 0), _number(environment, "SLURM_STEP_ID")
     return RankInfo(
         rank=_number(environment, "SLURM_PROCID"),

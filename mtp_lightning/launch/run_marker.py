@@ -42,6 +42,11 @@ def claim(folder: Path) -> None:
         RunFolderError: It is something else.
     """
     check_may_be_run(folder)
+    mark(folder)
+
+
+def mark(folder: Path) -> None:
+    """Put the marker of a run into a folder that is known to be one's own."""
     folder.mkdir(parents=True, exist_ok=True)
     note = {"made_by": f"mtp_lightning {__version__}", "made_at": datetime.now(UTC).isoformat(timespec="microseconds")}
     with suppress(FileExistsError), (folder / MARKER).open("x", encoding="utf-8") as file:

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from mtp_lightning.errors import SiteError, visible
+from mtp_lightning.files.paths import expanded, remedy_for
 from mtp_lightning.files.untrusted import OddFileError, described, reason_of
 from mtp_lightning.launch.yaml_files import parse_yaml, read_yaml
 from mtp_lightning.recipe.schema.base import Section
+from mtp_lightning.recipe.schema.paths import LocalPath, PathOrUrl
 
 Cores = Annotated[int, Field(ge=1, le=65_536)]
 Gpus = Annotated[int, Field(ge=0, le=1024)]
@@ -27,9 +29,9 @@ OVERRIDE = "site."
 class Container(Section):
     """A container that every rank runs in (pyxis)."""
 
-    image: str
+    image: PathOrUrl
     """Image, as `srun --container-image` takes it."""
-    mounts: list[str] = Field(default_factory=list)
+    mounts: list[LocalPath] = Field(default_factory=list)
     """Folders of the node to be seen inside, e.g. /data:/data; the run folder and the shards must be among them."""
 
 
@@ -68,19 +70,19 @@ class Site(Section):
     """Further options of srun, e.g. [--cpu-bind=cores]."""
     modules: list[str] = Field(default_factory=list)
     """Environment modules to load."""
-    activate: str | None = None
+    activate: LocalPath | None = None
     """Script that makes `mtp` available, e.g. /project/env/bin/activate."""
     container: Container | None = None
     """Container to run in, or null."""
-    mtp: list[str] = Field(default=["mtp"], min_length=1)
+    mtp: list[LocalPath] = Field(default=["mtp"], min_length=1)
     """The command `mtp`, e.g. [/project/env/bin/mtp] or [python, -m, mtp_lightning]."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Variables for every rank."""
     interconnect: dict[str, str] = Field(default_factory=dict)
     """Variables that tell NCCL and gloo which network to use."""
-    scratch: str | None = None
+    scratch: LocalPath | None = None
     """Folder on each node's own disk; temporary files go into a folder of the job beneath it."""
-    node_local: list[str] = Field(default=["/tmp", "/var/tmp", "/dev/shm"])
+    node_local: list[LocalPath] = Field(default=["/tmp", "/var/tmp", "/dev/shm"])
     """Folders that every node has its own of: a run on several nodes cannot live there."""
     signal: Literal["USR1", "USR2"] = "USR1"
     """Signal that Slurm sends before the time limit."""
@@ -147,7 +149,7 @@ def site_folders() -> Iterator[Path]:
 
 
 def _find(name: str) -> Path:
-    given = Path(name)
+    given = Path(expanded(name))
     if given.suffix in (".yaml", ".yml") or len(given.parts) > 1:
         candidates: list[Path] = [given]
     else:
@@ -203,6 +205,7 @@ def _check_values(site: Site, where: str) -> None:
     if wrong:
         raise SiteError(f"{where} must name variables by letters, digits and _", repr(wrong[0]), "Rename it")
     _check_text(site.model_dump(), where)
+    _check_places(site, where)
     if site.memory is not None and not _MEMORY.fullmatch(site.memory):
         expected = f"{where} must give memory per node as Slurm does"
         raise SiteError(expected, repr(site.memory), "Write e.g. memory: 900G")
@@ -224,6 +227,16 @@ def _check_text(values: dict[str, Any], where: str) -> None:
                 f"{where} must hold printable text on one line: it goes into a job script",
                 f"{path}: {described(text)}",
                 "Take line breaks and control characters out",
+            )
+
+
+def _check_places(site: Site, where: str) -> None:
+    """Refuse paths that nothing can be found by: what a job script holds is not expanded on the nodes."""
+    places = site.model_dump(include={"activate", "container", "mtp", "scratch", "node_local"})
+    for path, text in _texts(places, ""):
+        if remedy := remedy_for(text, may_be_url=path == "container.image"):
+            raise SiteError(
+                f"{where} must hold paths in which ~ and $NAME can be expanded here", f"{path}: {text}", remedy
             )
 
 

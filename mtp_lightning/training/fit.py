@@ -21,7 +21,7 @@ from mtp_lightning.launch.signals import INTERRUPTED, REQUEUE, StopRequest
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import LoadedRecipe, Recipe, num_head_layers, num_trunk_layers
 from mtp_lightning.training.build_callbacks import build_callbacks
-from mtp_lightning.training.health.bad_node import as_hardware_error
+from mtp_lightning.training.health.bad_node import as_hardware_error, as_loader_error
 from mtp_lightning.training.health.early_stop import is_over
 from mtp_lightning.training.health.rollback import roll_back
 from mtp_lightning.training.lightning_module import MtpLightningModule
@@ -113,7 +113,7 @@ def _fit(recipe: Recipe, opened: Opened, logged: LoggedRun, stop: StopRequest) -
         except MtpError:
             raise
         except Exception as error:
-            broken = as_hardware_error(error, opened.path)
+            broken = as_hardware_error(error, opened.path) or as_loader_error(error)
             if broken is not None:
                 raise broken from error
             if not stop.exit_code:

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from mtp_lightning.losses.target_checks import ORACLE_STEPS, TargetCountCheck, check_targets
-from mtp_lightning.model.freezing import freeze
+from mtp_lightning.model.freezing import check_trained, freeze
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.loading.load import RecipeLike, as_recipe
@@ -93,6 +93,7 @@ class MtpLightningModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Begin the checks anew after every start, resumed or not."""
+        check_trained(self.model, self.recipe)
         self.gradient_check = NonzeroGradientCheck(self.model, self.strategy.ranks)
         self.gradient_checksum = GradientChecksum(self.model, self.strategy.ranks)
         self.target_check = TargetCountCheck()

@@ -24,14 +24,17 @@ from mtp_lightning.console.progress import say
 from mtp_lightning.errors import CheckpointError, RunFolderError
 from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.files.lock import ANOTHER, try_lock
-from mtp_lightning.launch.run_marker import MARKER, SAVED, check_may_be_run, claim, is_run, read_marker
+from mtp_lightning.launch.run_marker import MARKER, SAVED, check_may_be_run, claim, is_run, mark, read_marker
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, changed_fields, load_recipe, recipe_to_yaml
 from mtp_lightning.recipe.loading.phases import phases_of
 from mtp_lightning.recipe.schema.phases import FOLDER as PHASES
-from mtp_lightning.training.step.skipped_steps import read_rollbacks
+from mtp_lightning.training.step.skipped_steps import RECORDS, read_rollbacks
 
-FILES = (".lock", MARKER, "recipe.yaml", "metrics.csv", "summary.json", "curves.png", "logging.json", "mlflow.db")
+FILES = (
+    *(".lock", MARKER, str(RECORDS), "recipe.yaml", "metrics.csv", "summary.json", "curves.png", "logging.json"),
+    "mlflow.db",
+)
 FOLDERS = ("checkpoints", "logs", "phases", "tensorboard", "wandb")
 ATTEMPT = re.compile(r"attempt_[0-9]{1,9}\Z")
 PACKAGES = ("torch", "lightning", "deepspeed", "torchmetrics", "numpy", "safetensors", "webdataset", "mtp_lightning")
@@ -65,24 +68,38 @@ def opened_run_folder(recipe: Recipe, ranks: Ranks) -> Iterator[Opened]:
 @contextlib.contextmanager
 def _opened(recipe: Recipe) -> Iterator[Opened]:
     folder = Path(recipe.run.dir)
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            opened = _begin(folder, recipe, until_the_end)
+        except OSError as error:
+            raise RunFolderError(
+                "run.dir must be a folder that can be written to",
+                f"{error.filename or folder}: {error.strerror or error}",
+                "Make room or repair access there, or give another run.dir; checkpoints have not been touched.",
+            ) from error
+        yield opened
+
+
+def _begin(folder: Path, recipe: Recipe, until_the_end: contextlib.ExitStack) -> Opened:
+    """Take a run folder in hand, and write down what starts there."""
     _check_writable(folder)
     check_may_be_run(folder)
     if recipe.run.restart:
         _move_aside(folder)
     _check_entries(folder)
     claim(folder)
-    with _locked(folder):
-        _check_phases(folder, recipe)
-        checkpoint = newest_complete(folder / "checkpoints")
-        if checkpoint is not None:
-            check_changes(folder, recipe)
-        else:
-            _check_not_lost(folder)
-        attempt = _next_attempt(folder)
-        for path in (folder / "recipe.yaml", attempt / "recipe.yaml"):
-            replace_durably(path, recipe_to_yaml(recipe).encode())
-        replace_durably(attempt / "environment.json", json.dumps(_environment(), indent=2).encode() + b"\n")
-        yield Opened(folder, attempt, checkpoint)
+    until_the_end.enter_context(_locked(folder))
+    _check_phases(folder, recipe)
+    checkpoint = newest_complete(folder / "checkpoints")
+    if checkpoint is not None:
+        check_changes(folder, recipe)
+    else:
+        _check_not_lost(folder)
+    attempt = _next_attempt(folder)
+    for path in (folder / "recipe.yaml", attempt / "recipe.yaml"):
+        replace_durably(path, recipe_to_yaml(recipe).encode())
+    replace_durably(attempt / "environment.json", json.dumps(_environment(), indent=2).encode() + b"\n")
+    return Opened(folder, attempt, checkpoint)
 
 
 def _check_writable(folder: Path) -> None:
@@ -166,10 +183,14 @@ def _check_not_lost(folder: Path) -> None:
     )
 
 
-def note_saved(folder: Path, step: int) -> None:
-    """Note durably, once, that a run has committed a checkpoint."""
+def note_saved(folder: Path, step: int, recipe_text: str) -> None:
+    """Note durably, once, that a run has committed a checkpoint; what was removed while it ran is a run again."""
+    if not is_run(folder):
+        print(f"{folder} was removed while it ran: made again, without the files of before", flush=True)
+        mark(folder)
+        replace_durably(folder / "recipe.yaml", recipe_text.encode())
     note = read_marker(folder)
-    if is_run(folder) and SAVED not in note:
+    if SAVED not in note:
         replace_durably(folder / MARKER, json.dumps({**note, SAVED: step}).encode() + b"\n")
 
 

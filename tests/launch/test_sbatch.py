@@ -159,7 +159,7 @@ def subclasses(error: type[MtpError]) -> list[type[MtpError]]:
 
 @pytest.mark.parametrize("code", sorted({error.exit_code for error in subclasses(MtpError)}))
 def test_a_failure_that_a_user_can_cure_is_not_tried_again(code: int) -> None:
-    """Except the general one, which a dead node can cause too, and a node's own."""
+    """Except the general one, which a dead node can cause too, storage, a killed loader, and a node's own."""
     _, _, case = render(job(), Site(), "x").partition("case $code in")
     stand_ins = "stop() { echo stop; }; again() { echo again; }; say() { echo ok; }"
     done = subprocess.run(
@@ -168,4 +168,4 @@ def test_a_failure_that_a_user_can_cure_is_not_tried_again(code: int) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == ("again" if code in (1, 86) else "stop")
+    assert done.stdout.strip() == ("again" if code in (1, 10, 11, 86) else "stop")

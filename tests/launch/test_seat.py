@@ -123,7 +123,6 @@ def test_first_host(nodes, first):
         (TORCHRUN | {"WORLD_SIZE": ""}, "WORLD_SIZE", "''"),
         (TORCHRUN | {"MASTER_PORT": "1.5"}, "MASTER_PORT", "'1.5'"),
         (SLURM | {"MASTER_PORT": "abc"}, "MASTER_PORT", "'abc'"),
-        ({k: v for k, v in TORCHRUN.items() if k != "LOCAL_RANK"}, "LOCAL_RANK", "none"),
         (SLURM | {"SLURM_PROCID": "x"}, "SLURM_PROCID", "'x'"),
         ({k: v for k, v in SLURM.items() if k != "SLURM_LOCALID"}, "SLURM_LOCALID", "none"),
     ],

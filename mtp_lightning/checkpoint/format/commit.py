@@ -174,6 +174,8 @@ def write_pointer(folder: Path, kind: str, name: str) -> None:
 def read_pointer(folder: Path, kind: str) -> Path | None:
     """Follow `last` or `best`; None where it is missing or names no complete checkpoint."""
     try:
+        if not (folder / kind).is_file():  # a FIFO would be waited for
+            return None
         path = folder / (folder / kind).read_text().strip()
         check_sizes(path)
     except (OSError, CheckpointError):

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self, final
 
 from mtp_lightning.errors import DataError
-from mtp_lightning.files.durable import sync
+from mtp_lightning.files.durable import force, sync
 from mtp_lightning.files.untrusted import shown
 
 LOG_NAME = "texts.jsonl"
@@ -80,7 +80,7 @@ class TextLog:
         """Force the file up to a position to disk, and go on there."""
         self._file.flush()
         self._file.truncate(end)
-        os.fsync(self._file.fileno())
+        force(self._file.fileno())
         self._file.seek(end)
 
     def _next(self, key: str) -> Any:

@@ -13,7 +13,7 @@ from mtp_lightning.data.text.sources import find_files, is_stdlib
 from mtp_lightning.data.tokenizers.base import Tokenizer
 from mtp_lightning.data.tokenizers.open import open_tokenizer
 from mtp_lightning.errors import DataError
-from mtp_lightning.recipe.rules.data import is_url
+from mtp_lightning.files.paths import expanded, is_url
 from mtp_lightning.recipe.schema.data import DataSection
 from mtp_lightning.recipe.schema.root import Recipe
 
@@ -22,14 +22,14 @@ def shards_folder(recipe: Recipe) -> Path:
     """Return the folder of the recipe's shards, whether or not they have been built yet."""
     if recipe.data.shards is not None:
         return folder_of(recipe, recipe.data.shards)
-    return Path(recipe.run.cache).expanduser() / f"data-{_corpus_key(recipe.data)}"
+    return Path(recipe.run.cache) / f"data-{_corpus_key(recipe.data)}"
 
 
 def folder_of(recipe: Recipe, name: str) -> Path:
     """Return the folder of shards, or the one that has manifest and index of shards from a URL."""
     if is_url(name):
-        return mirror_folder(name, Path(recipe.run.cache).expanduser())
-    return Path(name).expanduser()
+        return mirror_folder(name, Path(recipe.run.cache))
+    return Path(expanded(name))
 
 
 def prepare_named(recipe: Recipe, name: str) -> Path:
@@ -38,7 +38,7 @@ def prepare_named(recipe: Recipe, name: str) -> Path:
     Raises:
         DataError: They cannot be fetched or used.
     """
-    folder = mirror(name, Path(recipe.run.cache).expanduser()) if is_url(name) else folder_of(recipe, name)
+    folder = mirror(name, Path(recipe.run.cache)) if is_url(name) else folder_of(recipe, name)
     say(f"using shards {name if is_url(name) else folder}: {describe(load_manifest(folder))}", stderr=True)
     return folder
 
@@ -152,4 +152,4 @@ def _say_if_corpus_changed(data: DataSection, folder: Path, manifest: Manifest) 
 
 
 def _absolute(source: str) -> str:
-    return str(Path(source).expanduser().resolve())
+    return str(Path(source).resolve())

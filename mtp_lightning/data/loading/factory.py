@@ -18,7 +18,7 @@ from mtp_lightning.data.sampling.windows import SequenceSource, WindowDataset
 from mtp_lightning.data.shards.cache import GIB, ShardCache
 from mtp_lightning.data.shards.manifest import SPLITS, Manifest, Split
 from mtp_lightning.errors import DataError
-from mtp_lightning.recipe.rules.data import is_url
+from mtp_lightning.files.paths import is_url
 from mtp_lightning.recipe.schema.data import MIXTURE_BLOCK_ROWS
 from mtp_lightning.recipe.schema.root import Recipe
 
@@ -228,4 +228,4 @@ def _shape(recipe: Recipe) -> dict[str, int]:
 
 
 def _cache(recipe: Recipe) -> Path:
-    return Path(recipe.run.cache).expanduser()
+    return Path(recipe.run.cache)

@@ -16,6 +16,7 @@ from mtp_lightning.data.shards.arrays import arrays_of
 from mtp_lightning.data.shards.manifest import Manifest, Shard, Split, load_manifest
 from mtp_lightning.data.shards.mapped import Integers, ShardMaps
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.durable import force
 from mtp_lightning.files.untrusted import shown
 
 PLAN_VERSION = 1
@@ -194,7 +195,7 @@ def _write(path: Path, plan: Plan) -> None:
         with unfinished.open("wb") as file:
             np.savez(file, allow_pickle=False, checksum=_checksum(plan), **vars(plan))
             file.flush()
-            os.fsync(file.fileno())
+            force(file.fileno())
         unfinished.rename(path)
     except OSError as error:
         raise DataError(

@@ -19,6 +19,7 @@ from mtp_lightning.console.progress import lines_now_and_then
 from mtp_lightning.data.shards.manifest import Shard
 from mtp_lightning.data.shards.remote import blocks_of, tried_again
 from mtp_lightning.errors import DataError, MtpError
+from mtp_lightning.files.durable import force
 from mtp_lightning.files.lock import is_file_at, try_lock, wait_for_lock
 
 ROOM_WAIT_S = 600.0
@@ -127,7 +128,8 @@ class ShardCache:
             self._make_room(shard, file, free_own, waits=waits)
             tried_again(self._download, shard, file)
             with self._alone():  # who counts meets it under one name
-                partial.replace(self._path(shard))
+                if is_file_at(file, partial):  # without locks another process may have been quicker
+                    partial.replace(self._path(shard))
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -144,7 +146,7 @@ class ShardCache:
         received_bytes = file.tell()
         file.truncate()
         file.flush()
-        os.fsync(file.fileno())
+        force(file.fileno())
         if (received_bytes, digest.hexdigest()) != (shard.num_bytes, shard.sha256):
             raise DataError(
                 f"{url} must have {shard.num_bytes:,} bytes and sha256 {shard.sha256}, as its manifest says",
@@ -184,7 +186,7 @@ class ShardCache:
             if taken_bytes + needed_bytes <= self.limit_bytes:
                 break
             with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-                if try_lock(file):
+                if try_lock(file, without_locks=False):  # it may be in use
                     path.unlink(missing_ok=True)
                     taken_bytes -= stat.st_size
         return taken_bytes

@@ -1,6 +1,5 @@
 """Files behind URLs: whatever fsspec can open, read from front to back."""
 
-import fcntl
 import hashlib
 import io
 import time
@@ -14,6 +13,7 @@ import fsspec
 from mtp_lightning.data.shards.index import INDEX_NAME, MOST_INDEX_BYTES
 from mtp_lightning.data.shards.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.lock import wait_for_lock
 from mtp_lightning.files.untrusted import shown
 
 BLOCK_BYTES = 8 << 20
@@ -82,7 +82,7 @@ def mirror(url: str, cache: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            wait_for_lock(lock)
             for name, content in contents.items():  # each belongs to the other by a fingerprint
                 unfinished = folder / f"{name}.partial"
                 unfinished.write_bytes(content)

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from mtp_lightning.console.progress import say
 from mtp_lightning.data.shards.manifest import SPLITS, Shard, Split
-from mtp_lightning.errors import DataError
 from mtp_lightning.files.atomic_folder import STAGING_SUFFIX, staging_path
 from mtp_lightning.files.durable import describe_file
 from mtp_lightning.files.lock import is_file_at, wait_for_lock
@@ -154,16 +153,16 @@ def exclusive_build(out: Path, identity: str, say_it: Callable[[str], None]) -> 
 
     The folder is named after the build's identity, so that a build is taken up only by an equal one. A process that
     finds it in use waits: the lock ends with its holder, however that ends.
-
-    Raises:
-        DataError: The file system has no locks.
     """
     path = staging_path(out, identity[:12])
     while True:
         path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            _lock(descriptor, lambda holder: say_it(f"waiting for {holder}, which builds the same into {path}"))
+            wait_for_lock(
+                descriptor,
+                on_waiting=lambda holder: say_it(f"waiting for {holder}, which builds the same into {path}"),
+            )
             if is_file_at(descriptor, path):
                 yield path
                 return
@@ -172,14 +171,6 @@ def exclusive_build(out: Path, identity: str, say_it: Callable[[str], None]) -> 
                 return
         finally:
             os.close(descriptor)
-
-
-def _lock(descriptor: int, on_waiting: Callable[[str], None]) -> None:
-    try:
-        wait_for_lock(descriptor, on_waiting=on_waiting)
-    except OSError as error:
-        hint = "Build on a disk of this machine, and copy the folder"
-        raise DataError("the file system of a build must have locks (flock)", str(error), hint) from error
 
 
 def say_others(out: Path, own: Path) -> None:

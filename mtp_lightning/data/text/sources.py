@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.paths import expanded, leads_to, remedy_for
 
 STDLIB = "stdlib"
 # Not the library: installed packages, its tests (larger than all the rest), what the build of this Python left.
@@ -57,17 +58,19 @@ def is_stdlib(source: str) -> bool:
 
 def matches_of(source: str) -> list[Path]:
     """Return what a path or a pattern itself names: files, and folders whether or not there is a file in them."""
-    path = Path(source).expanduser()
-    return [path] if path.exists() or not _is_pattern(source) else _matches(path)[1]
+    path = Path(expanded(source))
+    return [path] if leads_to(path) or not _is_pattern(source) else _matches(path)[1]
 
 
 def _files_of(source: str) -> list[SourceFile]:
     if is_stdlib(source):
         return _files_of_stdlib(source)
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = Path(expanded(source))
+    if remedy := remedy_for(str(path)):
+        raise DataError("every entry of data.corpus must be a path or a pattern on this machine", repr(source), remedy)
+    if leads_to(path, Path.is_file):
         return [_source_file(path, path.parent, is_named=True)]
-    if path.is_dir():
+    if leads_to(path, Path.is_dir):
         files = _files_below(path, path, passed_over=_is_passed_over)
     elif _is_pattern(source):
         files = _files_of_glob(path)

@@ -5,6 +5,7 @@ from pathlib import Path
 from mtp_lightning.data.tokenizers.base import ByteTokenizer, Tokenizer
 from mtp_lightning.data.tokenizers.files import FILE_TOKENIZERS, no_special_tokens
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.paths import expanded
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"byte": ByteTokenizer}
 
@@ -21,7 +22,7 @@ def open_tokenizer(spec: str, *, end_of_document: int | None = None, parse_speci
         if parse_special_tokens:
             raise no_special_tokens(f"the tokenizer {spec}")
         return _with_own_end(TOKENIZERS[spec](), end_of_document)
-    path = Path(spec).expanduser()
+    path = Path(expanded(spec))
     if path.suffix not in FILE_TOKENIZERS:
         names, suffixes = ", ".join(TOKENIZERS), " or ".join(f"*{suffix}" for suffix in FILE_TOKENIZERS)
         raise DataError(

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from mtp_lightning.errors import Fault, RecipeError
+from mtp_lightning.files.paths import expanded, leads_to, remedy_for
 from mtp_lightning.recipe.diff import leaves
 from mtp_lightning.recipe.loading.parse import read_overrides, read_yaml
 from mtp_lightning.recipe.loading.phases import check_phases, unknown_names_in_phases
@@ -118,8 +119,8 @@ def _read_text(path: Path, faults: list[Fault]) -> str | None:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         reason = "bytes that are not UTF-8 text"
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+    except (OSError, ValueError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
     meant = nearest_file(path)
     fault = Fault(
         path=str(path),
@@ -136,13 +137,15 @@ def _read_text(path: Path, faults: list[Fault]) -> str | None:
 def _parent_path(extends: Node, chain: Chain, faults: list[Fault]) -> Path | None:
     """Return the path of the parent that the last file of the chain extends, or note why there is none."""
     is_text = isinstance(extends.value, str)
-    parent = Path(os.path.normpath(chain[-1].parent / extends.value)) if is_text else None
+    parent = Path(os.path.normpath(chain[-1].parent / expanded(extends.value))) if is_text else None
     meant = None
     if parent is None:
         reason, hint = found(extends.plain()), "Write one path; a parent may extend a parent of its own."
+    elif remedy := remedy_for(str(parent)):
+        reason, hint = found(extends.plain()), remedy
     elif parent.resolve() in [file.resolve() for file in chain]:
         reason, hint = f"a circle: {' -> '.join(map(str, (*chain, parent)))}", "Remove one of its extends lines."
-    elif not parent.is_file():
+    elif not leads_to(parent, Path.is_file):
         meant = nearest_file(parent)
         reason, hint = f"no file {parent}", f"Name {meant}, if that was meant." if meant else "Correct the path."
     else:
@@ -161,7 +164,7 @@ def _parent_path(extends: Node, chain: Chain, faults: list[Fault]) -> Path | Non
 
 def nearest_file(path: Path) -> str | None:
     """Return the recipe file whose name looks most like that of a path that leads nowhere."""
-    if path.exists():
+    if leads_to(path) or remedy_for(str(path)):
         return None
     files = sorted({*path.parent.glob("*.yaml"), *Path("recipes").rglob("*.yaml")})
     stems = get_close_matches(path.stem, [file.stem for file in files], n=1, cutoff=0.7)

@@ -9,7 +9,8 @@ from mtp_lightning.recipe.layer_counts import num_layers_from_trunk, num_trunk_l
 from mtp_lightning.recipe.rules.adapt import ADAPT_RULES
 from mtp_lightning.recipe.rules.base import Rule, divisors, value_at
 from mtp_lightning.recipe.rules.data import DATA_RULES, MODEL_RULES
-from mtp_lightning.recipe.rules.strategy import PATH_RULES, STRATEGY_RULES
+from mtp_lightning.recipe.rules.paths import PATH_RULES
+from mtp_lightning.recipe.rules.strategy import STRATEGY_RULES
 from mtp_lightning.recipe.schema.base import Section
 from mtp_lightning.recipe.schema.data import MIXTURE_BLOCK_ROWS
 from mtp_lightning.recipe.schema.describe import nearest, one_of

@@ -1,5 +1,6 @@
 """Rules of data and model: what is read, from where, how it is packed, and which shapes a trunk can have."""
 
+from mtp_lightning.files.paths import is_url
 from mtp_lightning.recipe.rules.base import Rule, divisors
 from mtp_lightning.recipe.schema.data import DataSection
 from mtp_lightning.recipe.schema.root import Recipe
@@ -35,15 +36,6 @@ MODEL_RULES: tuple[Rule, ...] = (
         hint="Take the factors from the model's config.json: low_freq_factor is the smaller one.",
     ),
 )
-
-
-def is_url(name: str) -> bool:
-    """Say whether shards lie somewhere that is no folder of this machine.
-
-    >>> is_url("https://example.org/shards"), is_url("shards/web")
-    (True, False)
-    """
-    return "://" in name
 
 
 def _remote_sources(data: DataSection) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mtp_lightning.recipe.schema.base import PositiveFloat, PositiveInt, Section
+from mtp_lightning.recipe.schema.paths import EXPANDED_NAMES, LocalPath, PathOrUrl
 
 MIXTURE_BLOCK_ROWS = 4096
 """Rows over which a mixture keeps its weights exactly."""
@@ -16,10 +17,10 @@ class StreamSection(Section):
     A sample is a document: `.txt`, `.json` with a text field, or token ids in `.npy` or `.tok`.
     """
 
-    train: list[str] = Field(min_length=1)
+    train: list[PathOrUrl] = Field(min_length=1)
     """Tars to train on: paths, globs, URLs; {00..17} stands for numbers. As many as ranks x loader processes, or more.
     """
-    validation: list[str] = Field(min_length=1)
+    validation: list[PathOrUrl] = Field(min_length=1)
     """Tars whose first rows are held out for validation."""
     text_field: str = "text"
     """Field of `.json` samples that holds the text."""
@@ -36,15 +37,15 @@ class DataSection(Section):
     documents come again early and others late."""
     stream: StreamSection | None = None
     """For kind `webdataset_stream`: the tars."""
-    corpus: list[str] = Field(default=["stdlib"], min_length=1)
+    corpus: list[LocalPath] = Field(default=["stdlib"], min_length=1)
     """Text to build shards from: folders, files, globs, `stdlib` (Python's own library), `stdlib:json` (a package)."""
-    shards: str | None = None
+    shards: PathOrUrl | None = None
     """Folder of shards made by `mtp data build`, or its URL (https://, s3://, …); null means: build from the corpus
     into run.cache when missing."""
-    mixture: dict[str, PositiveFloat] = Field(default_factory=dict)
+    mixture: Annotated[dict[str, PositiveFloat], *EXPANDED_NAMES] = Field(default_factory=dict)
     """Several folders or URLs of shards and their weights, e.g. {shards/code: 1, shards/web: 3}, instead of `shards`.
     """
-    max_epochs: dict[str, PositiveFloat] = Field(default_factory=dict)
+    max_epochs: Annotated[dict[str, PositiveFloat], *EXPANDED_NAMES] = Field(default_factory=dict)
     """How often a run may at most read through a source of the mixture, e.g. {shards/code: 4}; without, any number."""
     shuffle: Literal["rows", "shards"] = "rows"
     """Shuffle all rows of an epoch; or shuffle the shards, and rows within groups of `shuffle_shards` of them, so that
@@ -53,7 +54,7 @@ class DataSection(Section):
     """For order `shards`: how many shards rows are shuffled over."""
     cache_gib: PositiveFloat = 256.0
     """Most that shards from URLs take below run.cache, in GiB."""
-    tokenizer: str = "byte"
+    tokenizer: LocalPath = "byte"
     """Tokenizer: `byte` (256 bytes + end of document), or a file, `tokenizer.json` or a SentencePiece `*.model`."""
     end_of_document: Annotated[int, Field(ge=0)] | None = None
     """Id of the token that ends a document; null means the tokenizer's own."""

@@ -1,11 +1,12 @@
 """The section of a phase: what differs from the recipe for one stretch of a run."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from mtp_lightning.recipe.schema.base import PositiveInt, Section
 from mtp_lightning.recipe.schema.model import FrozenPart
+from mtp_lightning.recipe.schema.paths import with_expanded_texts
 
 FOLDER = "phases"
 """Where the run folders of phases lie in the run's own."""
@@ -34,7 +35,7 @@ class PhaseSection(Section):
     """Changes of `objective`."""
     memory: dict[str, Any] = Field(default_factory=dict)
     """Changes of `memory`."""
-    data: dict[str, Any] = Field(default_factory=dict)
+    data: Annotated[dict[str, Any], AfterValidator(with_expanded_texts)] = Field(default_factory=dict)
     """Changes of `data`."""
     batch: dict[str, Any] = Field(default_factory=dict)
     """Changes of `batch`."""

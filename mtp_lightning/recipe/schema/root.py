@@ -8,6 +8,7 @@ from mtp_lightning.recipe.schema.base import Fraction, NonNegativeFloat, Positiv
 from mtp_lightning.recipe.schema.data import BatchSection, DataSection
 from mtp_lightning.recipe.schema.model import BELOW, AdaptSection, FrozenPart, HeadsSection, ModelSection
 from mtp_lightning.recipe.schema.objective import MemorySection, ObjectiveSection
+from mtp_lightning.recipe.schema.paths import LocalPath, PathOrUrl
 from mtp_lightning.recipe.schema.phases import PhaseSection
 
 
@@ -77,9 +78,9 @@ class EarlyStopSection(Section):
 class RunSection(Section):
     """Where a run lives, how long it lasts and on what it computes."""
 
-    dir: str = "runs/default"
+    dir: LocalPath = "runs/default"
     """Run folder; a folder that already has a checkpoint of the same recipe is continued."""
-    cache: str = "runs/cache"
+    cache: LocalPath = "runs/cache"
     """Folder for shards built from a corpus or fetched from a URL, shared between runs."""
     restart: bool = False
     """Start over: move an earlier run in this folder aside instead of continuing it."""
@@ -108,7 +109,7 @@ class RunSection(Section):
 class InitSection(Section):
     """The model that a new run starts from; without one, weights are drawn at random."""
 
-    path: str | None = None
+    path: LocalPath | None = None
     """Run, checkpoint or exported folder whose weights a new run starts with; optimizer and data begin anew."""
     optimizer: bool = False
     """Also take the optimizer's state of `init.path`; the same parameters must be trained."""
@@ -159,7 +160,7 @@ class LoggingSection(Section):
     wandb_mode: Literal["online", "offline", "disabled"] | None = None
     """Mode of W&B: offline writes to the folder wandb of the run folder, for `wandb sync`; null: the environment
     variable WANDB_MODE, else online."""
-    tracking_uri: str | None = None
+    tracking_uri: PathOrUrl | None = None
     """Server or store of MLflow; null: the environment variable MLFLOW_TRACKING_URI, else mlflow.db in the run
     folder."""
 
@@ -192,7 +193,7 @@ class StrategySection(Section):
     """Where the optimizer's state lives when it is not on the GPU."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     """Where sharded parameters live between uses when they are not on the GPU; zero3 only."""
-    nvme_path: str | None = None
+    nvme_path: LocalPath | None = None
     """Folder on a local disk for what is offloaded to nvme."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Raw DeepSpeed keys merged over the generated configuration."""

@@ -4,7 +4,7 @@ import os
 import platform
 from pathlib import Path
 
-from mtp_lightning.errors import BadNodeError
+from mtp_lightning.errors import BadNodeError, LoaderError
 
 SYMPTOMS = (
     "uncorrectable ECC",
@@ -31,4 +31,16 @@ def as_hardware_error(error: BaseException, run_folder: Path) -> BadNodeError | 
         "a node must have sound GPUs",
         f"{node}: {str(error).splitlines()[0]}",
         f"Leave {node} out (a job of `mtp submit` does so by itself) and tell who looks after it",
+    )
+
+
+def as_loader_error(error: BaseException) -> LoaderError | None:
+    """Return the error of a loader process that was killed; None for any other error."""
+    found = next(iter(str(error).splitlines()), "")
+    if not (isinstance(error, RuntimeError) and found.startswith("DataLoader worker")):
+        return None
+    return LoaderError(
+        "the processes that load data (data.workers) must live as long as the training",
+        found,
+        "Memory may have run out: lower data.workers, or set it to 0. The same command goes on where a checkpoint is",
     )

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, final
@@ -13,7 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.errors import RunFolderError
-from mtp_lightning.files.durable import replace_durably
+from mtp_lightning.files.durable import force, replace_durably
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.logging.columns import as_number, metric_columns
@@ -52,7 +51,7 @@ class MetricsTable:
         """Force all rows to disk."""
         if self._file is not None:
             with _writing(self.path):
-                os.fsync(self._file.fileno())
+                force(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

@@ -22,6 +22,7 @@ from mtp_lightning.checkpoint.format.commit import (
 from mtp_lightning.checkpoint.format.folder import complete_checkpoints, name_of_step
 from mtp_lightning.checkpoint.format.manifest import RunMetadata, SavePoint
 from mtp_lightning.errors import MtpError
+from mtp_lightning.launch.run_marker import is_run
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, recipe_hash, recipe_to_yaml
@@ -86,6 +87,7 @@ class Checkpoints(Callback):
         self.seconds_saving = 0.0
         self._recipe = recipe
         self._layers = layers
+        self._is_of_run = False
         self._due_step: int | None = None
         self._saved_at = 0.0
         self._validated: tuple[int, dict[str, float]] = (-1, {})
@@ -94,6 +96,7 @@ class Checkpoints(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Clear away what an interrupted save left, and look for the best so far."""
+        self._is_of_run = is_run(self.folder.parent)  # not of a Trainer of one's own
         if trainer.is_global_zero:
             remove_leftovers(self.folder)
         for found in complete_checkpoints(self.folder):
@@ -243,7 +246,8 @@ class Checkpoints(Callback):
         save_collectively(ranks, self.folder, point, metadata, snapshot.write)
         with ranks.raise_on_all_ranks():
             if ranks.is_first:
-                note_saved(self.folder.parent, point.step)
+                if self._is_of_run:
+                    note_saved(self.folder.parent, point.step, metadata.recipe_text)
                 self._point(name_of_step(point.step), name_of_step(best.step) if best else None)
 
     def _point(self, name: str, best_name: str | None) -> None:

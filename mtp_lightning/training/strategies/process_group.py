@@ -2,19 +2,65 @@
 
 import contextlib
 import os
+import platform
+import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from mtp_lightning.errors import TrainingError
-from mtp_lightning.launch.rank_env import free_port, local_rank_info, rank_from_env
+from mtp_lightning.errors import LaunchError, TrainingError
+from mtp_lightning.launch.rank_env import RankInfo, free_port, local_rank_info, rank_from_env
 from mtp_lightning.launch.signals import ending_at_signals
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.strategies.device import check_own_device, prepare_device
+from mtp_lightning.training.strategies.param_shards import listed
 
 JOIN_TIMEOUT = timedelta(minutes=30)
+SAY_AFTER_S, POLL_S = 60.0, 0.1
+
+
+def met(rank_info: RankInfo) -> dist.Store:
+    """Wait until all ranks have come to the address of the first; return the store that they share there.
+
+    Raises:
+        LaunchError: Naming the ranks that have not come in time, or why none can.
+    """
+    address, port = rank_info.main_address, rank_info.main_port
+    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
+    try:
+        server = dist.TCPStore(
+            address, port, is_master=rank_info.rank == 0 and not is_served, timeout=JOIN_TIMEOUT, wait_for_workers=False
+        )
+        store = dist.PrefixStore(f"mtp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+        store.set(f"came/{rank_info.rank}", platform.node())
+        _wait_for_all(store, rank_info)
+    except dist.DistError as error:
+        raise LaunchError(
+            f"rank 0 must open a port that all ranks reach: {address}:{port} (MASTER_ADDR, MASTER_PORT)",
+            str(error).splitlines()[0],
+            "Look at the log of rank 0, name its node in MASTER_ADDR, and take a MASTER_PORT that is free there.",
+        ) from error
+    return store
+
+
+def _wait_for_all(store: dist.Store, rank_info: RankInfo) -> None:
+    """Poll for the ranks that have not come; say which after a while, and at the end."""
+    missing, began, has_said = list(range(rank_info.num_ranks)), time.monotonic(), False
+    while missing := [rank for rank in missing if not store.check([f"came/{rank}"])]:
+        waited_s, names = time.monotonic() - began, listed(list(map(str, missing)))
+        if waited_s > JOIN_TIMEOUT.total_seconds():
+            raise LaunchError(
+                f"all {rank_info.num_ranks} ranks must meet within {JOIN_TIMEOUT.total_seconds() / 60:g} minutes",
+                f"rank {names} missing at {rank_info.main_address}:{rank_info.main_port}",
+                "Look at their logs, and whether their nodes reach that address.",
+            )
+        if waited_s > SAY_AFTER_S and not has_said:
+            has_said = True
+            print(f"rank {rank_info.rank} waits for rank {names}", file=sys.stderr, flush=True)
+        time.sleep(POLL_S)
 
 
 @contextlib.contextmanager
@@ -25,17 +71,19 @@ def process_group(recipe: Recipe) -> Iterator[None]:
         TrainingError: The number of processes that were started is not the recipe's number of ranks, or two of them
             have one GPU.
     """
+    started = rank_from_env(os.environ)
+    if started is not None and started.num_ranks != recipe.strategy.num_ranks:
+        raise TrainingError(
+            "as many processes must be started as the recipe has ranks (strategy.num_nodes x ranks_per_node)",
+            f"{started.num_ranks} started, by the variables of torchrun, srun or mpirun here, "
+            f"{recipe.strategy.num_ranks} in the recipe",
+            "Start that many (srun --nodes=… --ntasks-per-node=…), change strategy.num_nodes and "
+            "strategy.ranks_per_node, or unset RANK and WORLD_SIZE if nothing has started ranks.",
+        )
     if recipe.strategy.kind == "single":
         yield
         return
-    rank_info = rank_from_env(os.environ) or local_rank_info(0, 1, free_port())
-    if rank_info.num_ranks != recipe.strategy.num_ranks:
-        raise TrainingError(
-            "as many processes must be started as the recipe has ranks (strategy.num_nodes x ranks_per_node)",
-            f"{rank_info.num_ranks} started, {recipe.strategy.num_ranks} in the recipe",
-            "Start that many (srun --nodes=… --ntasks-per-node=…), or change strategy.num_nodes and "
-            "strategy.ranks_per_node.",
-        )
+    rank_info = started or local_rank_info(0, 1, free_port())
     os.environ.update(rank_info.environment)  # the names that torch, Lightning and DeepSpeed look for
     device = prepare_device(recipe)
     if device.type == "cuda":
@@ -44,7 +92,11 @@ def process_group(recipe: Recipe) -> Iterator[None]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others, and says so
     place = f"rank {rank_info.rank} of {rank_info.num_ranks}, to meet at {rank_info.main_address}:{rank_info.main_port}"
     with ending_at_signals(f"waiting for the other ranks ({place})"):  # torch waits for them in C++
-        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=JOIN_TIMEOUT)
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        store = met(rank_info)
+        dist.init_process_group(
+            backend, store=store, rank=rank_info.rank, world_size=rank_info.num_ranks, timeout=JOIN_TIMEOUT
+        )
     try:
         check_own_device(Ranks(), device)
         yield
