@@ -25,11 +25,11 @@ OverridesArgument = Annotated[
 
 def open_recipe(recipe: str, overrides: list[str] | None = None) -> "LoadedRecipe":
     """Load a recipe file, or the recipe of a run folder with `run.dir` set to that folder."""
-    from mtp_lightning.recipe.loading.load import load_recipe
+    from mtp_lightning.recipe.loading.load import is_so, load_recipe
     from mtp_lightning.recipe.yaml import one_line_yaml
 
     path = Path(recipe)
-    if not path.is_dir():
+    if not is_so(path.is_dir):
         return load_recipe(path, overrides or [])
     if not (path / "recipe.yaml").is_file():
         raise RunFolderError(

@@ -10,7 +10,7 @@ from mtp_lightning.console.errors import screen
 from mtp_lightning.errors import Fault, RecipeError
 from mtp_lightning.recipe.diff import diff_recipes
 from mtp_lightning.recipe.loading.dump import yaml_lines
-from mtp_lightning.recipe.loading.load import LoadedRecipe
+from mtp_lightning.recipe.loading.load import LoadedRecipe, is_so
 from mtp_lightning.recipe.schema.field_types import place_at
 from mtp_lightning.recipe.yaml import one_line_yaml
 
@@ -53,7 +53,7 @@ def _doc_comments(path: str, line: str, width: int) -> list[Text]:
 
 def print_verdicts(arguments: list[str]) -> None:
     """Print a line for each recipe among the arguments, the others being overrides; raise all faults together."""
-    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
+    overrides = [argument for argument in arguments if "=" in argument and not is_so(Path(argument).exists)]
     files = [argument for argument in arguments if argument not in overrides]
     faults: dict[Fault, None] = {}
     console = screen()

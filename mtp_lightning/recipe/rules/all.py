@@ -19,7 +19,6 @@ from mtp_lightning.recipe.yaml import one_line_yaml
 
 KNOWN_TOKENIZERS = ("byte",)
 TOKENIZER_FILES = (".json", ".model")
-LARGEST_SEED = 2**32 - 1
 
 
 def check_rules(
@@ -369,12 +368,6 @@ RULES: tuple[Rule, ...] = (
         hint="Give init.path, or set health.drift=null.",
     ),
     *(_needs_start(field) for field in ("init.optimizer", "init.data_position", "heads.extend")),
-    Rule(
-        fields=("run.seed",),
-        holds=lambda recipe: recipe.run.seed <= LARGEST_SEED,
-        expected=f"must be at most {LARGEST_SEED}",
-        hint="Choose a smaller seed.",
-    ),
     *MODEL_RULES,
     *ADAPT_RULES,
     *DATA_RULES,
