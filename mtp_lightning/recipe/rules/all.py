@@ -9,6 +9,7 @@ from mtp_lightning.recipe.layer_counts import num_layers_from_trunk, num_trunk_l
 from mtp_lightning.recipe.rules.adapt import ADAPT_RULES
 from mtp_lightning.recipe.rules.base import Rule, divisors, value_at
 from mtp_lightning.recipe.rules.data import DATA_RULES, MODEL_RULES
+from mtp_lightning.recipe.rules.deepspeed import check_deepspeed
 from mtp_lightning.recipe.rules.strategy import PATH_RULES, STRATEGY_RULES
 from mtp_lightning.recipe.schema.base import Section
 from mtp_lightning.recipe.schema.data import MIXTURE_BLOCK_ROWS
@@ -30,11 +31,12 @@ def check_rules(
     >>> [fault.expected for fault in check_rules(recipe)]
     ['must exceed heads.num_offsets (T > n)']
     """
-    return [
+    broken = [
         _fault_from(rule, recipe, origins or {})
         for rule in RULES
         if not any(_touches(field, suspect) for field in rule.fields for suspect in suspects) and not rule.holds(recipe)
     ]
+    return [*broken, *check_deepspeed(recipe, origins or {})]
 
 
 def _touches(field: str, suspect: str) -> bool:
