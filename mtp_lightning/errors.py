@@ -9,6 +9,10 @@ _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-
 """Controls of terminals, of lines and of the direction of writing, and surrogates (bytes that are no text)."""
 
 
+LONGEST = 1000
+"""Most characters that one part of a fault shows."""
+
+
 def visible(text: str, *, kept: str = "\n\t") -> str:
     r"""Write characters that would change the screen, or cannot be printed, as their escapes.
 
@@ -48,7 +52,8 @@ class Fault:
     def __post_init__(self) -> None:
         for name, text in vars(self).items():
             if isinstance(text, str):
-                object.__setattr__(self, name, visible(text))  # frozen
+                shown = text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
+                object.__setattr__(self, name, visible(shown))  # frozen
 
 
 class RecipeError(MtpError):

@@ -61,6 +61,8 @@ def print_verdicts(arguments: list[str]) -> None:
     for file in files:
         own = _faults_of(file, overrides)
         faults.update(dict.fromkeys(own))
+        if not own and (warning := _warning(file, overrides)):
+            screen(stderr=True).print(warning)
         verdict = Text.assemble(("faulty  ", "bold red"), file, f"  ({len(own)})") if own else None
         console.print(verdict or Text.assemble(("ok      ", "green"), file))
     if faults:
@@ -73,6 +75,25 @@ def _faults_of(file: str, overrides: list[str]) -> list[Fault]:
     except RecipeError as error:
         return error.faults
     return []
+
+
+def _warning(file: str, overrides: list[str]) -> str | None:
+    """Say of a sound recipe that neither this machine nor any known GPU could hold a rank's part of it."""
+    from mtp_lightning.planner.hardware import hardware, known_hardware
+    from mtp_lightning.planner.machine_memory import host_bytes, least_bytes
+    from mtp_lightning.planner.memory import GIB
+
+    recipe = open_recipe(file, overrides).recipe
+    on_device, _ = least_bytes(recipe)
+    gpus = {} if recipe.run.device == "cpu" else {name: hardware(name).memory_bytes for name in known_hardware()}
+    largest, there = max({"this machine": host_bytes(), **gpus}.items(), key=lambda item: item[1])
+    if on_device <= there:
+        return None
+    return (
+        f"warning: {file}: weights and optimizer state take {on_device / GIB:,.1f} GiB per rank, more than the "
+        f"{there / GIB:,.1f} GiB of {largest}; "
+        "`mtp plan` shows what would fit, and `mtp train` refuses it where it does not"
+    )
 
 
 def print_differences(a: str, b: str) -> None:

@@ -174,6 +174,7 @@ def draw_lens(report: LensReport, path: Path) -> None:
     right = left.twinx()
     depths = [layer.depth for layer in report.layers]
     left.plot(depths, [layer.kl for layer in report.layers], color="#0072B2", marker="o")
+    left.title.set_parse_math(False)  # a name may hold dollar signs
     left.set(xlabel="depth l / L", ylim=(0, None), title=f"{report.recipe}: where it commits to the next token")
     left.set_ylabel("KL from the final distribution, nats", color="#0072B2")
     right.plot(depths, [layer.agreement for layer in report.layers], color="#D55E00", marker="s")

@@ -121,7 +121,7 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
     strategy, objective, memory = recipe.strategy, recipe.objective, recipe.memory
     gpus = num_gpus or strategy.num_ranks
     rows_per_gpu = -(-recipe.batch.global_batch_size // gpus)
-    micro_batch_size = max(rows for rows in range(1, recipe.batch.micro_batch_size + 1) if rows_per_gpu % rows == 0)
+    micro_batch_size = _largest_divisor(rows_per_gpu, recipe.batch.micro_batch_size)
     recomputes_heads = memory.recompute_heads
     return Layout(
         stage=max(STAGES[strategy.kind], 1 if gpus > 1 else 0),
@@ -139,6 +139,11 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
         gradient_bytes=_gradient_bytes(strategy.deepspeed.get("data_types")),
         **_buffer_sizes(recipe),
     )
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return max(divisor for one in small for divisor in (one, number // one) if divisor <= most)
 
 
 def _gradient_bytes(data_types: Any) -> int:

@@ -134,7 +134,7 @@ def offsets_to_run(with_loss: Iterable[int], parent: Callable[[int], int], *, re
     """
     needed: set[int] = set()
     for offset in {*with_loss, *([1] if reads_main else [])}:
-        while offset != TRUNK:
+        while offset != TRUNK and offset not in needed:
             needed.add(offset)
             offset = parent(offset)
     return needed
@@ -150,9 +150,18 @@ def planned_offsets(recipe: Recipe) -> list[int]:
     with_loss = range(first_offset_with_loss(recipe), heads.num_offsets + 1)
     reads_main = recipe.objective.distill is not None
     needed = offsets_to_run(with_loss, lambda offset: parent_offset(heads, offset), reads_main=reads_main)
-    return sorted(sorted(needed), key=lambda offset: _depth(heads, offset))
+    depths = _depths(heads, needed)
+    return sorted(sorted(needed), key=lambda offset: depths[offset])
 
 
-def _depth(heads: HeadsSection, offset: int) -> int:
-    """Count the offsets on the way from the trunk to one."""
-    return 0 if offset == TRUNK else 1 + _depth(heads, parent_offset(heads, offset))
+def _depths(heads: HeadsSection, offsets: Iterable[int]) -> dict[int, int]:
+    """Count the offsets on the way from the trunk to each; a chain of hundreds is no recursion."""
+    depths = {TRUNK: 0}
+    for offset in offsets:
+        way = []
+        while offset not in depths:
+            way.append(offset)
+            offset = parent_offset(heads, offset)
+        for count, passed in enumerate(reversed(way), start=depths[offset] + 1):
+            depths[passed] = count
+    return depths

@@ -1,7 +1,7 @@
 """A recipe on its way in: plain values in which each remembers the line it was written on."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Names = tuple[str, ...]
@@ -13,6 +13,7 @@ class Node:
 
     value: Any
     origin: str
+    text: str = field(default="", repr=False, compare=False)  # of a scalar, as it was written
 
     def plain(self) -> Any:
         """Return the value without origins."""

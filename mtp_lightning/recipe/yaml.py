@@ -10,6 +10,7 @@ from ruamel.yaml.representer import SafeRepresenter
 
 TAG_PREFIX = "tag:yaml.org,2002:"
 NULL, TRUTH, WHOLE, REAL, TEXT = (f"{TAG_PREFIX}{kind}" for kind in ("null", "bool", "int", "float", "str"))
+MOST_DEPTH = 100
 _STRAY = re.compile(r"_(?![0-9a-fA-F])|0b")
 _SAFE = YAML(typ="safe", pure=True)
 _CONSTRUCT = {
@@ -41,7 +42,9 @@ _Representer.add_representer(str, _Representer.represent_str)
 
 def compose(text: str) -> Node | None:
     """Parse a document into nodes, each of which knows its line; raise one of ruamel.yaml's errors."""
-    root: Node | None = YAML(typ="safe", pure=True).compose(text)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.max_depth = MOST_DEPTH
+    root: Node | None = yaml.compose(text)
     return root
 
 

@@ -46,7 +46,7 @@ def _any_of(annotation: Any, limits: Any = ()) -> st.SearchStrategy[Any]:
 
 def _scalars(option: Option) -> st.SearchStrategy[Any]:
     low = next((limit.ge for limit in option.limits if isinstance(limit, annotated_types.Ge)), None)
-    above = next((limit.gt for limit in option.limits if isinstance(limit, annotated_types.Gt)), None)
+    above = next((limit.gt for limit in option.limits if isinstance(limit, annotated_types.Gt) and low is None), None)
     high = next((limit.le for limit in option.limits if isinstance(limit, annotated_types.Le)), None)
     below = next((limit.lt for limit in option.limits if isinstance(limit, annotated_types.Lt)), None)
     if option.type is float:

@@ -57,6 +57,7 @@ FILES = (
     Case("duplicate_section", "run:\n  steps: 500\nmodel:\n  hidden_size: 64\nrun:\n  seed: 1\n"),
     Case("extends_missing_file", "extends: bases.yaml\nrun:\n  steps: 0\n", files={"base.yaml": "name: x\n"}),
     Case("extends_two_parents", "extends: [a.yaml, b.yaml]\n"),
+    Case("extends_a_name_that_no_file_can_have", f"extends: {'x' * 300}\n"),
     Case("extends_itself", f"extends: {RECIPE}\n"),
     Case(
         "extends_in_a_circle", "extends: a.yaml\n", files={"a.yaml": "extends: b.yaml\n", "b.yaml": "extends: a.yaml\n"}
@@ -136,13 +137,22 @@ VALUES = (
     Case("below_bound_in_optional_section", "objective:\n  token_order: {weight: 0}\n"),
     _broken("distillation_with_negative_weight", "objective.distill={beta: [-0.5]}"),
     _broken("unknown_divergence", "objective.distill={divergence: kl}"),
+    _broken("seed_too_large", "run.seed=4294967296"),
+    _broken("enormous_width", "model.hidden_size=99999999999999999999999999"),
+    _broken("section_that_is_null_by_default", "batch.ramp.from_batch_size=0"),
+    _broken("section_or_word", "health.drift.samples=1"),
+    _broken("neither_section_nor_word", "health.drift=x"),
+    _broken("list_of_phases", "phases=[a, b]"),
+    _broken("date_for_text", "name=2024_10_01"),
+    _broken("number_too_small_for_any_machine", "optimizer.lr=1e-320"),
+    _broken("number_too_large_for_any_machine", "optimizer.max_grad_norm=1e308"),
+    _broken("more_loaders_than_any_machine", "data.workers=1000"),
     Case("not_a_number", "optimizer:\n  lr: .nan\n"),
     Case("infinite_number", "optimizer:\n  lr: 1e999\n"),
 )
 
 RULES = (
     _broken("width_not_divisible", "model.hidden_size=30"),
-    _broken("enormous_width_not_divisible", "model.hidden_size=99999999999999999999999999"),
     _broken("key_value_heads_do_not_divide", "model.num_key_value_heads=3"),
     _broken("run_folder_in_no_place", 'run.dir=""'),
     _broken("run_folder_behind_a_url", "run.dir=s3://bucket/run"),
@@ -201,7 +211,6 @@ RULES = (
     _broken("guard_without_a_start", "health.drift={}"),
     _broken("optimizer_kept_without_a_start", "init.optimizer=true", "init.data_position=true", "heads.extend=3"),
     _broken("trains_nothing", "freeze=[offsets_below_3]", "objective.weights={kind: constant, values: [1, 1, 0, 0]}"),
-    _broken("seed_too_large", "run.seed=4294967296"),
     _broken("ranks_do_not_divide_rows", "strategy.kind=zero2", "strategy.ranks_per_node=6", "batch.micro_batch_size=1"),
     _broken("micro_rows_of_all_ranks_do_not_divide_rows", "strategy.kind=zero3", "strategy.num_nodes=2"),
     _broken("several_ranks_without_zero", "strategy.ranks_per_node=4"),

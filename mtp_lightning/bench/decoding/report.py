@@ -119,7 +119,7 @@ def draw_figures(figures: list[DecodeFigure], path: Path, *, title: str) -> None
 
     figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     left, right = figure.subplots(1, 2)
     _draw_speedups(left, figures)
     _draw_acceptance(right, figures)

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from mtp_lightning.console.progress import say
+from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.data.loading.dataset import RankSlices, SampleDataset, TrainingBatches, ValidationBatches
 from mtp_lightning.data.loading.factory import OpenData, open_data, open_rows, prepare_data
 from mtp_lightning.data.loading.stream_batches import StreamBatches, stream_identity, stream_rows
@@ -72,6 +73,7 @@ class MtpDataModule(LightningDataModule):
         """
         self._check_batch()
         self._check_validation()
+        self._check_sample()
 
     def train_dataloader(self) -> TrainingBatches | StreamBatches:
         """Return this rank's part of every global batch, without end, from `rows_consumed` at first use."""
@@ -231,6 +233,17 @@ class MtpDataModule(LightningDataModule):
         if there < asked and self._rank == 0:
             held_out = f"{len(self.validation_samples):,} are held out"
             say(f"validating on {there:,} rows, not {asked:,}: {held_out}", stderr=True)
+
+    def _check_sample(self) -> None:
+        """Refuse a prompt that leaves no room for what is to be written when the run has ended."""
+        prompt, room = self.recipe.run.sample, self.recipe.model.max_position_embeddings
+        num_tokens = len(recipe_tokenizer(self.recipe).encode(prompt.encode())) if prompt is not None else 0
+        if num_tokens >= room:
+            raise DataError(
+                f"run.sample must leave room in the {room:,} positions of the model (model.max_position_embeddings)",
+                f"a prompt of {num_tokens:,} tokens",
+                "Shorten run.sample, or raise model.max_position_embeddings",
+            )
 
 
 def _rows_consumed_of(state: Mapping[str, Any]) -> int:

@@ -1,7 +1,7 @@
 """From a file, its parents and the command line to a recipe, or to all of its faults at once."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +20,7 @@ from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.tree import Node, merge
 
 Chain = tuple[Path, ...]
+MOST_CHARACTERS = 2**22
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,19 @@ def _read_mapping(path: Path, faults: list[Fault]) -> Node:
 
 def _read_text(path: Path, faults: list[Fault]) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO nobody writes to is empty
+        os.set_blocking(handle, True)
+        with os.fdopen(handle, encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS + 1)
+        if len(text) <= MOST_CHARACTERS:
+            return text
+        reason = f"more than {MOST_CHARACTERS:,} characters"
     except UnicodeDecodeError:
         reason = "bytes that are not UTF-8 text"
-    except (OSError, ValueError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).lower()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+    except ValueError:
+        reason = "a name that no file can have"
     meant = nearest_file(path)
     fault = Fault(
         path=str(path),
@@ -143,11 +152,11 @@ def _parent_path(extends: Node, chain: Chain, faults: list[Fault]) -> Path | Non
         reason, hint = found(extends.plain()), "Write one path; a parent may extend a parent of its own."
     elif remedy := remedy_for(str(parent)):
         reason, hint = found(extends.plain()), remedy
-    elif parent.resolve() in [file.resolve() for file in chain]:
-        reason, hint = f"a circle: {' -> '.join(map(str, (*chain, parent)))}", "Remove one of its extends lines."
     elif not leads_to(parent, Path.is_file):
         meant = nearest_file(parent)
         reason, hint = f"no file {parent}", f"Name {meant}, if that was meant." if meant else "Correct the path."
+    elif os.path.realpath(parent) in map(os.path.realpath, chain):
+        reason, hint = f"a circle: {' -> '.join(map(str, (*chain, parent)))}", "Remove one of its extends lines."
     else:
         return parent
     fault = Fault(

@@ -11,7 +11,7 @@ from ruamel.yaml.reader import ReaderError
 
 from mtp_lightning.errors import Fault
 from mtp_lightning.recipe.tree import Names, Node, merge
-from mtp_lightning.recipe.yaml import TAG_PREFIX, compose, scalar_value
+from mtp_lightning.recipe.yaml import MOST_DEPTH, TAG_PREFIX, compose, scalar_value
 
 COMMAND_LINE = "command line"
 SHELL_REMEDY = "Close brackets and quotes, and put the whole argument in quotes for the shell."
@@ -59,11 +59,12 @@ def _refuse(path: str, expected: str, found: str, hint: str, faults: list[Fault]
 
 FAULTY = object()
 PLAIN_TAGS = (f"{TAG_PREFIX}map", f"{TAG_PREFIX}seq")
-MOST_DEPTH = 100
-MOST_VALUES = 100_000
+MOST_VALUES = 50_000
+LONGEST_NUMBER = 1000
 ENDLESS = "brackets nested without end"
 FILE_REMEDY = "Check the indentation (spaces, no tabs), the space after each colon, and open quotes or brackets."
 PLAIN_PROBLEMS = (
+    (r"maximum depth of data structure exceeded .*", ENDLESS),
     (r"found character '\\t' that cannot start any token", "a tab, where only spaces may indent"),
     (r"expected <block end>, but found .*", "a line that is indented unlike its neighbours"),
     (r"but found another document", "a second document, after a line of dashes"),
@@ -92,7 +93,7 @@ def read_yaml(
     except ReaderError as error:
         found = f"the character {chr(error.character)!a}, which YAML does not allow"
         line = text.count("\n", 0, error.position) + 1
-    except RecursionError:
+    except RecursionError:  # of keys that are mappings, whose depth is not counted
         found, line = ENDLESS, 1
     except _Flood as flood:
         found, line = flood.args
@@ -112,6 +113,13 @@ def parse_yaml(text: str) -> Any:
     if faults:
         raise ValueError(f"{faults[0].found}, {faults[0].origin}")
     return root.plain() if root else None
+
+
+def _checked_number(value: Any, node: ScalarNode) -> Any:
+    """Raise ValueError for a number of so many digits that Python may not write it out again."""
+    if isinstance(value, int | float) and len(node.value) > LONGEST_NUMBER:
+        raise ValueError
+    return value
 
 
 class _Flood(Exception):
@@ -158,7 +166,8 @@ class _TreeBuilder:
         self.open_nodes.append(node)
         value = self.value(node, path, origin)
         self.open_nodes.pop()
-        return None if value is FAULTY else Node(value, origin)
+        text = node.value if isinstance(node, ScalarNode) else ""
+        return None if value is FAULTY else Node(value, origin, text)
 
     def value(self, node: YamlNode, path: Names, origin: str) -> object:
         """Build a mapping, a list or a scalar."""
@@ -170,7 +179,7 @@ class _TreeBuilder:
         found, hint = f"the tag {str(node.tag).replace(TAG_PREFIX, '!!')}", "Remove the tag; put quotes around text."
         if isinstance(node, ScalarNode):
             try:
-                return scalar_value(node)
+                return _checked_number(scalar_value(node), node)
             except KeyError:
                 pass  # the tag is foreign or does not fit
             except ValueError:

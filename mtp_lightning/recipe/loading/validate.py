@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, get_origin
 
 from pydantic import ValidationError
@@ -25,6 +26,7 @@ from mtp_lightning.recipe.tree import Names, Node
 from mtp_lightning.recipe.yaml import is_number, one_line_yaml
 
 MAX_ROUNDS = 1000
+MOST_FAULTS = 200
 GIVE_FIELDS = "Give a mapping of its fields, or remove it."
 LOOSE_BOOLEANS = ("yes", "no", "on", "off", "true", "false")
 
@@ -47,10 +49,14 @@ def check_fields(tree: Node) -> Checked:
         try:
             return Checked(Recipe.model_validate(values), faults, frozenset(suspects))
         except ValidationError as error:
+            seen: set[Names] = set()
             for detail in sorted(error.errors(include_url=False), key=_is_missing):
-                names = follow(detail["loc"])[0]
+                names, _, place = follow(detail["loc"])
+                if names in seen or _is_other_branch(detail, place):
+                    continue
+                seen.add(names)
                 is_renamed = _is_missing(detail) and ".".join(names) in suspects  # given, under another name
-                found_here = [] if is_renamed else _faults_from(detail, tree)
+                found_here = [] if is_renamed or len(faults) >= MOST_FAULTS else _faults_from(detail, tree)
                 faults += found_here
                 suspects.update(*(_suspects(names, fault.nearest) for fault in found_here))
                 _set_aside(values, names[:-1] if _is_missing(detail) else names)
@@ -77,13 +83,20 @@ def _is_missing(detail: ErrorDetails) -> bool:
     return detail["type"] == "missing"
 
 
+def _is_other_branch(detail: ErrorDetails, place: Place | None) -> bool:
+    """Tell whether a mapping is refused as a word only, where a section may stand too, whose faults tell more."""
+    has_section = place is not None and any(option.section for option in place.options)
+    return has_section and detail["type"] == "literal_error" and isinstance(detail["input"], dict)
+
+
 def _set_aside(values: dict[str, Any], names: Names) -> None:
-    """Remove an entry, so that its default is taken; an item of a list goes with the whole list."""
-    for name in names[:-1]:
-        if not isinstance(values.get(name), dict):
-            values.pop(name, None)
+    """Remove an entry, so that its default is taken; an item of a list, or what is not there, goes with the whole."""
+    for above, name in pairwise(names):
+        below = values.get(above)
+        if not isinstance(below, dict) or name not in below:
+            values.pop(above, None)
             return
-        values = values[name]
+        values = below
     values.pop(names[-1], None)
 
 
@@ -102,10 +115,10 @@ def _faults_from(detail: ErrorDetails, tree: Node) -> list[Fault]:
         return [_unknown_kind(names, place, detail["input"], tree)]
     if _is_missing(detail):
         return [_missing(names, place, tree)]
-    value = detail["input"]
+    value, node = detail["input"], tree.at(names)
     choices = [choice for option in place.options for choice in option.choices or words_of_pattern(option)]
     meant = nearest(value, choices) if isinstance(value, str) else None
-    wanted = allowed(place)
+    wanted = allowed(place, value)
     if detail["type"] == "finite_number":
         wanted = wanted.replace("a number", "a finite number")
     fault = Fault(
@@ -114,7 +127,7 @@ def _faults_from(detail: ErrorDetails, tree: Node) -> list[Fault]:
         found=found(value),
         origin=origin,
         nearest=meant,
-        hint=f"Write {meant}." if meant else suggest_fix(place, value),
+        hint=f"Write {meant}." if meant else suggest_fix(place, value, node.text if node else ""),
     )
     return [fault]
 
@@ -199,8 +212,8 @@ def _unknown_kind(names: Names, place: Place, value: dict[str, Any], tree: Node)
     )
 
 
-def suggest_fix(place: Place, value: Any) -> str:
-    """Say what to do about a value of the wrong type or out of bounds.
+def suggest_fix(place: Place, value: Any, text: str = "") -> str:
+    """Say what to do about a value of the wrong type or out of bounds; `text` is how it was written.
 
     >>> from mtp_lightning.recipe.schema.field_types import place_at
     >>> suggest_fix(place_at(["model", "qkv_bias"]), "yes")
@@ -211,12 +224,14 @@ def suggest_fix(place: Place, value: Any) -> str:
         return _remedy_for_text(place, value, types)
     if bool in types and value in (0, 1):
         return f"Write {'true' if value else 'false'}."
+    if dict in types and isinstance(value, list):
+        return "Write names with a colon in place of the dashes, e.g. {a: …, b: …}."
     if list in types and isinstance(value, dict):
         return "Give the whole list, e.g. [a, b]."
     if list in types and not isinstance(value, list | dict) and value is not None:
         return f"Write a list: [{one_line_yaml(value)}]."
     if str in types and not isinstance(value, list | dict) and value is not None:
-        return f'Put it in quotes: "{one_line_yaml(value)}".'
+        return f'Put it in quotes: "{text or one_line_yaml(value)}".'
     if any(option.section for option in place.options):
         return "Indent its fields beneath it, or remove it." if value is None else GIVE_FIELDS
     return _default_remedy(place)

@@ -9,6 +9,7 @@ from mtp_lightning.recipe.layer_counts import num_layers_from_trunk, num_trunk_l
 from mtp_lightning.recipe.rules.adapt import ADAPT_RULES
 from mtp_lightning.recipe.rules.base import Rule, divisors, value_at
 from mtp_lightning.recipe.rules.data import DATA_RULES, MODEL_RULES
+from mtp_lightning.recipe.rules.deepspeed import check_deepspeed
 from mtp_lightning.recipe.rules.paths import PATH_RULES
 from mtp_lightning.recipe.rules.strategy import STRATEGY_RULES
 from mtp_lightning.recipe.schema.base import Section
@@ -20,7 +21,6 @@ from mtp_lightning.recipe.yaml import one_line_yaml
 
 KNOWN_TOKENIZERS = ("byte",)
 TOKENIZER_FILES = (".json", ".model")
-LARGEST_SEED = 2**32 - 1
 
 
 def check_rules(
@@ -32,11 +32,12 @@ def check_rules(
     >>> [fault.expected for fault in check_rules(recipe)]
     ['must exceed heads.num_offsets (T > n)']
     """
-    return [
+    broken = [
         _fault_from(rule, recipe, origins or {})
         for rule in RULES
         if not any(_touches(field, suspect) for field in rule.fields for suspect in suspects) and not rule.holds(recipe)
     ]
+    return [*broken, *check_deepspeed(recipe, origins or {})]
 
 
 def _touches(field: str, suspect: str) -> bool:
@@ -370,12 +371,6 @@ RULES: tuple[Rule, ...] = (
         hint="Give init.path, or set health.drift=null.",
     ),
     *(_needs_start(field) for field in ("init.optimizer", "init.data_position", "heads.extend")),
-    Rule(
-        fields=("run.seed",),
-        holds=lambda recipe: recipe.run.seed <= LARGEST_SEED,
-        expected=f"must be at most {LARGEST_SEED}",
-        hint="Choose a smaller seed.",
-    ),
     *MODEL_RULES,
     *ADAPT_RULES,
     *DATA_RULES,

@@ -6,10 +6,20 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+LARGEST_INT = 10**12
+LARGEST, SMALLEST = 1e15, 1e-30
+"""Bounds of all numbers that have no closer ones: what is made of them still fits int64 and fp32."""
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+PositiveFraction = Annotated[float, Field(gt=0.0, ge=SMALLEST, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST_INT)]
+AtLeastTwo = Annotated[int, Field(ge=2, le=LARGEST_INT)]
+PositiveFloat = Annotated[float, Field(gt=0.0, ge=SMALLEST, le=LARGEST)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST)]
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+Offsets = Annotated[int, Field(ge=1, le=1000)]
+Rows = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 @dataclass(frozen=True)

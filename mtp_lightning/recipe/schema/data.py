@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtp_lightning.recipe.schema.base import PositiveFloat, PositiveInt, Section
+from mtp_lightning.recipe.schema.base import AtLeastTwo, NonNegativeInt, PositiveFloat, PositiveInt, Rows, Section
 from mtp_lightning.recipe.schema.paths import EXPANDED_NAMES, LocalPath, PathOrUrl
 
 MIXTURE_BLOCK_ROWS = 4096
@@ -56,26 +56,26 @@ class DataSection(Section):
     """Most that shards from URLs take below run.cache, in GiB."""
     tokenizer: LocalPath = "byte"
     """Tokenizer: `byte` (256 bytes + end of document), or a file, `tokenizer.json` or a SentencePiece `*.model`."""
-    end_of_document: Annotated[int, Field(ge=0)] | None = None
+    end_of_document: NonNegativeInt | None = None
     """Id of the token that ends a document; null means the tokenizer's own."""
     deduplicate: bool = False
     """Leave out of a corpus every document that is equal to an earlier one."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03
     """Share of documents held out for validation, chosen by a hash of their path."""
-    seq_len: Annotated[int, Field(ge=2)] = 256
+    seq_len: AtLeastTwo = 256
     """Positions T per sequence; each sample holds T + n tokens."""
     packing: Literal["cut", "best_fit"] = "cut"
     """Windows cut from the documents one after another, or filled with whole documents by best fit."""
     document_mask: bool = False
     """Attend within the document only (positions restart there) instead of over the whole window."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Loader processes per rank; 0 reads in a thread of the training process."""
 
 
 class RampSection(Section):
     """A batch that grows from `from_batch_size`, in steps of as many, to `batch.global_batch_size`."""
 
-    from_batch_size: PositiveInt
+    from_batch_size: Rows
     """Batch size of the first steps; must divide `batch.global_batch_size`."""
     over_samples: PositiveInt
     """Samples after which a step has `batch.global_batch_size`."""
@@ -84,9 +84,9 @@ class RampSection(Section):
 class BatchSection(Section):
     """Sequences per optimizer step, and how they are cut up."""
 
-    global_batch_size: PositiveInt = 16
+    global_batch_size: Rows = 16
     """Sequences per optimizer step, over all ranks and micro-batches."""
-    micro_batch_size: PositiveInt = 16
+    micro_batch_size: Rows = 16
     """Sequences per forward and backward on one rank; ranks times it must divide the global batch."""
     ramp: RampSection | None = None
     """Smaller batches at the beginning, or null; the learning rate goes by steps all the same."""

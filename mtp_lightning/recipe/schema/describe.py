@@ -3,10 +3,13 @@
 import json
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from itertools import islice
+from math import isfinite
 from typing import Any, get_origin
 
 import annotated_types
 
+from mtp_lightning.recipe.schema.base import LARGEST, LARGEST_INT, SMALLEST
 from mtp_lightning.recipe.schema.field_types import Option, Place, fields, options_of
 from mtp_lightning.recipe.yaml import one_line_yaml
 
@@ -22,8 +25,8 @@ def one_of(words: Sequence[str], conjunction: str = "or") -> str:
     return f" {conjunction} ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
-def allowed(place: Place) -> str:
-    """Describe the values that may stand at a place.
+def allowed(place: Place, value: Any = None) -> str:
+    """Describe the values that may stand at a place; bounds that all numbers have are named where `value` breaks them.
 
     >>> from mtp_lightning.recipe.schema.field_types import place_at
     >>> allowed(place_at(["model", "num_key_value_heads"]))
@@ -31,20 +34,23 @@ def allowed(place: Place) -> str:
     """
     if place.kinds:
         return f"a mapping whose kind is {one_of(list(place.kinds))}"
-    return one_of([_allowed_by(option) for option in place.options])
+    is_finite = isinstance(value, int) or (isinstance(value, float) and isfinite(value))
+    is_extreme = is_finite and not (value <= 0 or SMALLEST <= value <= LARGEST_INT)
+    return one_of([_allowed_by(option, is_extreme=is_extreme) for option in place.options])
 
 
-def _allowed_by(option: Option) -> str:
+def _allowed_by(option: Option, *, is_extreme: bool = False) -> str:
     if option.section:
         return "a mapping of fields"
     if words := option.choices or words_of_pattern(option):
         return one_of(words)
     if get_origin(option.type) is dict:
-        return f"a mapping from {one_of(option.keys or ['names'])} to {_entries(option)[1]}"
+        keys = f"from {one_of(option.keys)}" if option.keys else "of names"
+        return f"a mapping {keys} to {_entries(option)[1]}"
     if get_origin(option.type) is list:
         return f"a list of {_entries(option)[1]}{_length(option)}"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    return f"{names[option.type]}{_bounds(option)}"
+    return f"{names[option.type]}{_bounds(option, is_extreme=is_extreme)}"
 
 
 def words_of_pattern(option: Option) -> list[str]:
@@ -58,6 +64,8 @@ def _entries(option: Option) -> tuple[str, str]:
     entry = options_of(option.entry)[0]
     if entry.type is Any:
         return "anything", "anything"
+    if entry.section:
+        return "a mapping of fields", "mappings of fields"
     if entry.choices:
         return one_of(entry.choices), f"words out of {one_of(entry.choices, 'and')}"
     if words := words_of_pattern(entry):
@@ -66,13 +74,14 @@ def _entries(option: Option) -> tuple[str, str]:
     return _allowed_by(entry), f"{plural}{_bounds(entry)}"
 
 
-def _bounds(option: Option) -> str:
+def _bounds(option: Option, *, is_extreme: bool = False) -> str:
+    hidden = () if is_extreme else (LARGEST_INT, LARGEST, SMALLEST, -LARGEST)
     signs = {annotated_types.Ge: ">=", annotated_types.Gt: ">", annotated_types.Le: "<=", annotated_types.Lt: "<"}
     bounds = [
-        f"{sign} {getattr(limit, kind.__name__.lower()):g}"
+        f"{sign} {value:,}" if isinstance(value, int) else f"{sign} {value:g}"
         for limit in option.limits
         for kind, sign in signs.items()
-        if isinstance(limit, kind)
+        if isinstance(limit, kind) and (value := getattr(limit, kind.__name__.lower())) not in hidden
     ]
     return f" {' and '.join(bounds)}" if bounds else ""
 
@@ -93,10 +102,17 @@ def found(value: Any) -> str:
     """
     if value is None or isinstance(value, bool):
         return one_line_yaml(value)
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else one_line_yaml(value)
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else one_line_yaml(_head(value))
     text = text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
     kinds = {str: "the text ", int: "the number ", float: "the number ", list: "a list: ", dict: "a mapping: "}
     return f"{kinds[type(value)]}{text}"
+
+
+def _head(value: Any) -> Any:
+    """Return as much of a nested value as is shown at most."""
+    if isinstance(value, dict):
+        return {key: _head(entry) for key, entry in islice(value.items(), LONGEST_VALUE)}
+    return [_head(item) for item in value[:LONGEST_VALUE]] if isinstance(value, list) else value
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

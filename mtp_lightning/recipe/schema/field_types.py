@@ -116,10 +116,18 @@ def follow(location: Sequence[str | int]) -> tuple[Names, Place | None, Place | 
     for step in map(str, location):
         if place and step in place.kinds:
             place = Place(names, (Option(place.kinds[step]),), place.field)
+        elif place and _is_branch(place, step):
+            continue
         elif step != "[key]":
             names = (*names, step)
             parent, place = place, place.below(step) if place else None
     return names, parent, place
+
+
+def _is_branch(place: Place, step: str) -> bool:
+    """Tell whether a step of pydantic's is none of ours: it names one type out of several, tried in turn."""
+    sections = [option.section.__name__ for option in place.options if option.section]
+    return len(place.options) > 1 and (step in sections or step.startswith("literal["))
 
 
 def fields(place: Place = ROOT) -> Iterator[Place]:

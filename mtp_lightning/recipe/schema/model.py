@@ -6,7 +6,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from mtp_lightning.recipe.head_kinds import BUILT_IN, head_kinds
-from mtp_lightning.recipe.schema.base import Choices, PositiveFloat, PositiveInt, Section
+from mtp_lightning.recipe.schema.base import LARGEST, Choices, Layers, Offsets, PositiveFloat, PositiveInt, Section
 
 BELOW = "offsets_below_"
 FrozenPart = Annotated[str, Field(pattern=rf"^(trunk|heads|unembedding|lora|layer_mix|{BELOW}\d+)$")]
@@ -37,7 +37,7 @@ class LayerMixSection(Section):
 
     temperature: PositiveFloat = 0.1
     """T: the smaller, the faster a head settles on few layers."""
-    init: float = 0.1
+    init: Annotated[float, Field(ge=-LARGEST, le=LARGEST)] = 0.1
     """What every weight starts as; the mixture starts as the mean of all layers."""
     main_head: bool = True
     """Also for the main head, which then no longer starts as the model's own; false leaves it the last layer."""
@@ -75,7 +75,7 @@ class ModelSection(Section):
 
     hidden_size: PositiveInt = 256
     """Width D of the hidden states."""
-    num_hidden_layers: PositiveInt = 8
+    num_hidden_layers: Layers = 8
     """Transformer layers in all; with `heads.layers_from_trunk` the heads' layers are taken from these."""
     num_attention_heads: PositiveInt = 8
     """Query heads per layer."""
@@ -150,14 +150,14 @@ def _known_kind(name: str) -> str:
 class HeadsSection(Section):
     """Which offsets are predicted, and by what kind of head."""
 
-    num_offsets: PositiveInt = 4
+    num_offsets: Offsets = 4
     """Number n of predicted tokens, the next one included; 1 is a plain next-token model."""
     kind: Annotated[str, AfterValidator(_known_kind), Choices(head_kinds)] = "parallel"
     """Head kind: parallel layers, linear maps, chained layers, DeepSeek modules, one unrolled module, Medusa blocks; or
     one that is registered."""
     order: Literal["causal", "anticausal"] = "causal"
     """Direction of the chain, for kind `chained`: next token first, or far token first."""
-    layers_per_head: PositiveInt = 1
+    layers_per_head: Layers = 1
     """Transformer layers (or Medusa blocks) in each head."""
     layers_from_trunk: bool = True
     """Take the extra heads' layers from the trunk, so that the layer count does not depend on n."""
@@ -169,6 +169,6 @@ class HeadsSection(Section):
     """Order of the 2D-wide input of sequential and recursive modules (DeepSeek: embedding first; MiMo: hidden)."""
     detach_trunk: bool = False
     """Keep the gradients of offsets beyond the first out of the trunk."""
-    extend: PositiveInt | None = None
+    extend: Offsets | None = None
     """Where `init.path` has fewer offsets: how many of its trained heads, the last ones, the new ones are copied
     from, again and again; null refuses such a model."""

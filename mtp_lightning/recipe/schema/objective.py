@@ -4,7 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtp_lightning.recipe.schema.base import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from mtp_lightning.recipe.schema.base import (
+    SMALLEST,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Section,
+)
 
 DISTILLED_LOGITS = 10_000
 """Largest logits of the teacher that distillation compares by default [MTP-D]."""
@@ -22,7 +30,7 @@ class DecayWeights(Section):
     """Geometric decay over the extra offsets; the main head has weight 1 [Medusa, FastMTP]."""
 
     kind: Literal["decay"]
-    beta: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    beta: PositiveFraction = 0.8
     """Ratio of one extra offset's weight to the one before."""
     total: PositiveFloat | None = None
     """Sum of the extra weights; null means that the first extra offset has weight beta."""
@@ -88,7 +96,7 @@ class DistillSection(Section):
     """What both sides' logits are divided by before the softmax; the loss is not scaled back."""
     where: Literal["all", "confident"] = "all"
     """Every position that has a teacher, or those where its largest probability reaches `confidence`."""
-    confidence: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    confidence: PositiveFraction = 0.5
     """For `where: confident`: the least probability."""
     detach_teacher: bool = True
     """Stop the gradient at the teacher; false lets the divergence change the main head too, an ablation."""
@@ -123,7 +131,7 @@ class ObjectiveSection(Section):
     """Token-order prediction, or null."""
     distill: DistillSection | None = None
     """Distillation of the main head into the others, or null."""
-    chunk_mib: PositiveFloat = 64.0
+    chunk_mib: Annotated[float, Field(gt=0.0, ge=SMALLEST, le=1e9)] = 64.0
     """Memory that one chunk of logits may take, in MiB; sets how many positions are scored at once."""
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from mtp_lightning.recipe.schema.base import PositiveInt, Section
+from mtp_lightning.recipe.schema.base import Offsets, Section
 from mtp_lightning.recipe.schema.model import FrozenPart
 from mtp_lightning.recipe.schema.paths import with_expanded_texts
 
@@ -18,10 +18,10 @@ class PhaseSection(Section):
     Changes hold for their own phase only; what an extension adds stays for the phases after it.
     """
 
-    extend_to: PositiveInt | None = None
+    extend_to: Offsets | None = None
     """Give the model this many offsets first, the new heads as copies of trained ones; only they are trained, unless
     `freeze` says otherwise."""
-    extend_group: PositiveInt | None = None
+    extend_group: Offsets | None = None
     """How many trained heads are copied again and again, the last ones; null means all beyond the first."""
     keep_optimizer: bool = False
     """Go on with the optimizer's state of the phase before, which must have trained the same parameters."""

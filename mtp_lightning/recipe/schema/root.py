@@ -4,7 +4,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mtp_lightning.recipe.schema.base import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from mtp_lightning.recipe.schema.base import (
+    AtLeastTwo,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Section,
+)
 from mtp_lightning.recipe.schema.data import BatchSection, DataSection
 from mtp_lightning.recipe.schema.model import BELOW, AdaptSection, FrozenPart, HeadsSection, ModelSection
 from mtp_lightning.recipe.schema.objective import MemorySection, ObjectiveSection
@@ -27,7 +36,7 @@ class OptimizerSection(Section):
     """Epsilon of AdamW."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay; norms and biases are exempt."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    warmup_steps: NonNegativeInt = 100
     """Steps of linear warm-up; a shorter run ends within it."""
     min_lr_ratio: Fraction = 0.1
     """Learning rate at the last step, as a share of the peak."""
@@ -40,7 +49,7 @@ class DriftSection(Section):
 
     every_steps: PositiveInt = 100
     """Steps between two looks."""
-    samples: Annotated[int, Field(ge=2)] = 64
+    samples: AtLeastTwo = 64
     """Held-out samples to look at."""
     warn_loss: PositiveFloat | None = 0.01
     """Warn when the main head's loss has surely risen by this much, in nats: the low end of its 95 % interval."""
@@ -50,16 +59,16 @@ class DriftSection(Section):
     """Warn at this mean KL, in nats, of the starting model from the present one."""
     stop_kl: PositiveFloat | None = None
     """Stop at this mean KL."""
-    warn_flips: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    warn_flips: PositiveFraction | None = None
     """Warn when the likeliest token has changed at this share of positions."""
-    stop_flips: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    stop_flips: PositiveFraction | None = None
     """Stop at this share."""
 
 
 class NonFiniteSection(Section):
     """What a run does about a loss or gradient that is not finite."""
 
-    skip_steps: Annotated[int, Field(ge=0)] = 1
+    skip_steps: NonNegativeInt = 1
     """Steps in a row that leave the weights as they are and the run goes on from; at one more it rolls back."""
     rollbacks: Annotated[int, Field(ge=0, le=16)] = 3
     """How often a run may go back to its last good checkpoint and leave the rows of those steps out; after that it ends
@@ -84,7 +93,7 @@ class RunSection(Section):
     """Folder for shards built from a corpus or fetched from a URL, shared between runs."""
     restart: bool = False
     """Start over: move an earlier run in this folder aside instead of continuing it."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of initial weights and of the order of the data."""
     steps: PositiveInt = 1000
     """Optimizer steps."""
@@ -93,7 +102,7 @@ class RunSection(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32; bf16: autocast over fp32 weights on one device, bf16 weights beside an fp32 master under ZeRO; fp16: under
     ZeRO on GPUs only, with loss scaling."""
-    threads: PositiveInt | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads for tensor work; null leaves torch's choice."""
     validate_every_steps: PositiveInt = 200
     """Steps between validations; there is one more after the last step."""
@@ -125,7 +134,7 @@ class CheckpointSection(Section):
     every_minutes: PositiveFloat | None = None
     """Minutes after the last checkpoint, by the first rank's clock, after which the next step is saved; null: not by
     time."""
-    keep: Annotated[int, Field(ge=2)] = 2
+    keep: AtLeastTwo = 2
     """Newest checkpoints to keep, besides the best by mean acceptance length."""
     keep_every_steps: PositiveInt | None = None
     """Steps divisible by this are saved too, and their checkpoints never deleted; null: none is kept for ever."""
@@ -173,7 +182,7 @@ class HealthSection(Section):
     on, warn as below and stop when its loss has surely risen by 0.5 nats; null: do not measure."""
     nonfinite: NonFiniteSection = NonFiniteSection()
     """What to do about a loss or gradient that is not finite."""
-    hang_after_s: PositiveFloat | None = 900.0
+    hang_after_s: Annotated[float, Field(gt=0.0, ge=1e-3, le=1e9)] | None = 900.0
     """Seconds without any progress after which a rank writes its stacks and ends with exit code 89; first steps and
     saves get six times as long; null means never."""
     hang_factor: PositiveFloat = 10.0
@@ -185,9 +194,9 @@ class StrategySection(Section):
 
     kind: Literal["single", "zero1", "zero2", "zero3"] = "single"
     """One rank, or DeepSpeed ZeRO: shard the optimizer's state (1), gradients too (2), parameters too (3)."""
-    num_nodes: PositiveInt = 1
+    num_nodes: Annotated[int, Field(ge=1, le=65_536)] = 1
     """Machines."""
-    ranks_per_node: PositiveInt = 1
+    ranks_per_node: Annotated[int, Field(ge=1, le=1024)] = 1
     """Ranks (GPUs) per node."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where the optimizer's state lives when it is not on the GPU."""

@@ -34,7 +34,7 @@ def build_figure(rows: list[Row], *, title: str, unit: str) -> Any:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)  # a name may hold dollar signs
     _draw_losses(left, rows, unit)
     _draw_acceptance(right, rows)
     _add_legend(figure)

@@ -8,6 +8,8 @@ import torch
 
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.launch.rank_env import rank_from_env
+from mtp_lightning.planner.machine_memory import host_bytes, least_bytes
+from mtp_lightning.planner.memory import GIB
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
 
@@ -40,6 +42,26 @@ def prepare_device(recipe: Recipe) -> torch.device:
     device = torch.device("cuda", place.local_rank % torch.cuda.device_count() if place else 0)
     torch.cuda.set_device(device)  # else NCCL, and whoever asks for "cuda", would take the first on every rank
     return device
+
+
+def check_memory(recipe: Recipe, device: torch.device) -> None:
+    """Refuse a model that cannot be held, before any of it is there: by weights and optimizer state alone.
+
+    Raises:
+        TrainingError: They are larger than the memory of the device, or of the host.
+    """
+    on_device, offloaded = least_bytes(recipe)
+    on_host = recipe.strategy.ranks_per_node * (offloaded if device.type == "cuda" else on_device)
+    limits = [(on_host, host_bytes(), "this machine's memory (swap and limits of its control groups counted)")]
+    if device.type == "cuda":
+        limits.append((on_device, torch.cuda.get_device_properties(device).total_memory, "the memory of a GPU here"))
+    for needed, there, what in limits:
+        if needed > there:
+            raise TrainingError(
+                f"weights and optimizer state must fit into {what}",
+                f"{needed / GIB:,.1f} GiB of them by `mtp plan`, and {there / GIB:,.1f} GiB",
+                "Make the model smaller, or spread it over more ranks or nodes (strategy.kind=zero3).",
+            )
 
 
 def check_own_device(ranks: Ranks, device: torch.device) -> None:

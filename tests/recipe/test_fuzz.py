@@ -1,0 +1,65 @@
+"""No value, file or nesting ends in anything but a recipe or its faults, and none takes long."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.recipe.fuzzing import WRONG_VALUES, Tally, mutated, paths
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SECONDS = 0.5
+
+
+def overrides(tally: Tally, share: float, folder: Path) -> Tally:
+    """Try a share of all wrong values on all fields; below phases, a quarter of it."""
+    draw = random.Random(20261127)
+    base = folder / "base.yaml"
+    base.write_text("name: base\n")
+    for path in paths():
+        for value in WRONG_VALUES:
+            if draw.random() < (share / 4 if path.startswith("phases.a.") else share):
+                tally.add(base, (f"{path}={value}",), f"{path}={value[:60]!r}")
+    return tally
+
+
+def files(tally: Tally, count: int, folder: Path) -> Tally:
+    draw = random.Random(20261127)
+    for _ in range(count):
+        source = draw.choice(RECIPES)
+        target = folder / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = mutated(source.read_text(), draw)
+        target.write_bytes(content)
+        tally.add(target, (), repr(content))
+        target.write_bytes(source.read_bytes())
+    return tally
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for source in RECIPES:
+        target = tmp_path / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    return tmp_path
+
+
+def test_some_wrong_values_and_damaged_files_are_told_in_words(folder: Path) -> None:
+    tally = files(overrides(Tally(SECONDS), 0.01, folder), 150, folder)
+    assert not tally.broken
+    assert min(tally.right, tally.refused) > 20
+
+
+@pytest.mark.slow
+def test_wrong_values_of_every_field_are_told_in_words(folder: Path) -> None:
+    tally = overrides(Tally(SECONDS), 0.25, folder)
+    assert not tally.broken
+    assert tally.right + tally.refused > 6000
+
+
+@pytest.mark.slow
+def test_damaged_files_are_told_in_words(folder: Path) -> None:
+    assert not files(Tally(SECONDS), 5000, folder).broken
