@@ -77,7 +77,7 @@ def collectives_of(books):
 
 
 @pytest.mark.parametrize(
-    "kind", ["single", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("zero1", "zero2")), "zero3"]
+    "kind", ["single", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("zero1", "zero3")), "zero2"]
 )
 def test_all_ranks_load_train_validate_and_save_together(gpu, checkpoint, kind):
     ranks = RANKS if kind != "single" else (0,)
@@ -93,10 +93,15 @@ def test_all_ranks_load_train_validate_and_save_together(gpu, checkpoint, kind):
 @pytest.mark.parametrize(
     ("kind", "precision", "overrides"),
     [
-        ("zero2", "fp16", []),
+        pytest.param("zero2", "fp16", [], marks=pytest.mark.slow),
         ("zero3", "fp16", []),
         ("zero2", "bf16", ["strategy.offload_optimizer=cpu"]),
-        ("zero3", "bf16", ["strategy.offload_optimizer=cpu", "strategy.offload_parameters=cpu"]),
+        pytest.param(
+            "zero3",
+            "bf16",
+            ["strategy.offload_optimizer=cpu", "strategy.offload_parameters=cpu"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["zero2-fp16", "zero3-fp16", "zero2-offloaded", "zero3-offloaded"],
 )
@@ -105,6 +110,7 @@ def test_low_precision_and_offloading_compute_in_the_type_of_the_recipe(gpu, che
     check(fit(gpu, kind, *fields, rank=3, checkpoint=checkpoint, saves=True), kind, precision, 3)
 
 
+@pytest.mark.slow
 def test_one_rank_saves_a_whole_checkpoint(gpu):
     check(fit(gpu, "zero3", "strategy.ranks_per_node=1", saves=True), "zero3", "bf16")
 

@@ -126,23 +126,26 @@ def test_texts_end_at_any_length(kind):
 def test_accepted_counts_are_those_of_a_teacher_forced_pass(kind, attention, num_offsets):
     """Law 7. A prefix of right drafts is the true text, so the pass over the true text computed the same states."""
     model = model_of(kind, num_offsets=num_offsets, attention=attention)
-    texts = [[*prompt, *text] for prompt, text in zip(PROMPTS, plain_texts(model, PROMPTS), strict=True)]
+    texts = [[*prompt, *text] for prompt, text in zip(PROMPTS[:3], plain_texts(model, PROMPTS[:3]), strict=True)]
+    choices = [
+        {offset: logits.argmax(-1).tolist() for offset, logits in full_logits(model, text).items()} for text in texts
+    ]
     total = 0
     for decoder in set(applicable_decoders(model)) - {"greedy", "tree"}:
         for num_drafts in range(1, num_offsets):
             made = generate(
-                model, PROMPTS, decoder=decoder, draft_length=num_drafts, max_new_tokens=LENGTH - num_offsets
+                model, PROMPTS[:3], decoder=decoder, draft_length=num_drafts, max_new_tokens=LENGTH - num_offsets
             )
-            for prompt, text, accepted in zip(PROMPTS, texts, made.statistics.accepted_by_row, strict=True):
-                assert accepted == predicted_counts(model, prompt, text, num_drafts)
+            rows = zip(PROMPTS[:3], texts, choices, made.statistics.accepted_by_row, strict=True)
+            for prompt, text, chosen, accepted in rows:
+                assert accepted == predicted_counts(chosen, prompt, text, num_drafts)
             total += made.statistics.num_accepted_tokens
     assert total > 0
 
 
-def predicted_counts(model, prompt, text, num_drafts):
-    """Drafts that every step keeps, from one forward over the finished text."""
-    choices = {offset: logits.argmax(-1).tolist() for offset, logits in full_logits(model, text).items()}
-    length, end, counts = len(prompt), len(text) - model.num_offsets, []
+def predicted_counts(choices, prompt, text, num_drafts):
+    """Drafts that every step keeps, from the choices of every offset in one forward over the finished text."""
+    length, end, counts = len(prompt), len(text) - len(choices), []
     while length + 1 < end:
         right = [choices[offset][length - 1] == text[length + offset - 1] for offset in range(2, num_drafts + 2)]
         counts.append(([*right, False]).index(False))

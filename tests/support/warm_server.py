@@ -27,6 +27,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import matplotlib.backends.backend_agg  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
+
 import mtp_lightning.cli
 import mtp_lightning.training.fit  # noqa: F401
 
@@ -71,7 +74,9 @@ def check_fork_safety() -> None:
     import torch
 
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    assert len([name for name in threads if name != "jemalloc_bg_thd"]) == 1, f"the imports must start no thread: {threads}"
+    assert len([name for name in threads if name != "jemalloc_bg_thd"]) == 1, (
+        f"the imports must start no thread: {threads}"
+    )
     assert not torch.cuda.is_initialized(), "the imports must open no device"
 
 
