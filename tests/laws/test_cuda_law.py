@@ -21,6 +21,7 @@ RANKS = (0, 3, 7)  # of 8: the first, one in the middle, the last
 LOGGED = 2  # steps at most, each with a product in fp32 by which slow ranks are found
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SMALL = [
+    "model.num_hidden_layers=5",
     "heads.num_offsets=3",
     "objective.weights.kind=curriculum",  # heads switch on one after the other: few ranks hold anything of the next
     "batch.global_batch_size=16",

@@ -127,6 +127,7 @@ def assert_counts(recipe: Recipe, backward_order: str, more_logits: int = 0) -> 
 
 @every_pair(
     exists,
+    quick=50,
     kind=KINDS,
     adaptation=ADAPTATIONS,
     model=MODELS,

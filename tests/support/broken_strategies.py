@@ -56,7 +56,10 @@ BREAKAGES = (leave_boundary_alone, let_zero3_overwrite, scale_gradients, check_n
 
 
 def cells(num_ranks):
-    """Cells in which something can be lost, and per stage one in which there is only one backward pass."""
+    """Cells in which something can be lost, and per stage one in which there is only one backward pass.
+
+    Chained heads on several ranks only: parallel ones say the same in the same order.
+    """
     ways = [
         ("sequential", 1, "parallel", "shared"),
         ("sequential", 1, "chained", "tied"),
@@ -75,6 +78,7 @@ def cells(num_ranks):
         )
         for stage in STAGES
         for backward_order, accumulation, heads, unembedding in ways
+        if heads == "parallel" or num_ranks > 1
     ]
 
 
