@@ -96,7 +96,7 @@ def test_all_ranks_load_train_validate_and_save_together(gpu, checkpoint, kind):
     [
         pytest.param("zero2", "fp16", [], marks=pytest.mark.slow),
         ("zero3", "fp16", []),
-        ("zero2", "bf16", ["strategy.offload_optimizer=cpu"]),
+        pytest.param("zero2", "bf16", ["strategy.offload_optimizer=cpu"], marks=pytest.mark.slow),
         pytest.param(
             "zero3",
             "bf16",

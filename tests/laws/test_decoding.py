@@ -24,6 +24,7 @@ from tests.support.covering import every_pair
 from tests.support.tiny import HEAD_KINDS
 
 kinds = pytest.mark.parametrize("kind", DECODED_KINDS)
+BEGUN = ("parallel", "medusa_replicated", "causal", "sequential", "recursive")
 STOPS = range(0, 13, 3)  # kinds in turn take the even and the odd ones, with right drafts and with their own
 MARGIN = 4  # tokens of the plain text kept back, so that drafts near the end can be judged
 
@@ -47,7 +48,9 @@ def test_random_heads_are_right_at_times(kind):
         assert generate(model_of(kind), PROMPTS, chosen).statistics.num_accepted_tokens > 0
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in BEGUN else pytest.param(kind, marks=pytest.mark.slow) for kind in HEAD_KINDS]
+)
 def test_trained_heads_say_what_plain_greedy_says(kind):
     """Trained heads are right by their own doing, and wrong at words' ends: most steps keep some drafts and not all."""
     model = trained_model_of(kind)
@@ -85,7 +88,7 @@ def test_any_drafts_give_the_plain_text(kind, data):
 
 
 @kinds
-@pytest.mark.parametrize("num_offsets", [2, 4])
+@pytest.mark.parametrize("num_offsets", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_all_drafts_right_take_n_tokens_a_step(kind, num_offsets):
     model = model_of(kind, num_offsets=num_offsets)
     forced_drafts = WrittenDrafts(model, PROMPTS, [[num_offsets]] * len(PROMPTS))
@@ -96,7 +99,7 @@ def test_all_drafts_right_take_n_tokens_a_step(kind, num_offsets):
 
 
 @kinds
-@pytest.mark.parametrize("drafts_are", ["right", "their own"])
+@pytest.mark.parametrize("drafts_are", ["right", pytest.param("their own", marks=pytest.mark.slow)])
 def test_texts_end_at_a_stop_token_wherever_it_falls(kind, drafts_are):
     model = model_of(kind)
     forced_drafts = WrittenDrafts(model, PROMPTS, [[3], [2, 1], [0, 3], [1], [3, 2]]) if drafts_are == "right" else None

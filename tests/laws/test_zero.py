@@ -20,10 +20,22 @@ def warm_ranks(monkeypatch):
     monkeypatch.setattr(sys, "executable", str(warm.server().python))
 
 
-def test_every_stage_and_backward_order_is_equal_on_two_ranks(warm_ranks):
-    """A plain cell of each; the slow tests run all pairs of values, and all triples."""
-    cells = [cell for cell in sample() if (cell.ranks, cell.optimizer, cell.adaptation) == (2, "sgd", "none")]
-    assert {(cell.stage, cell.backward_order) for cell in cells} == set(product(STAGES, BACKWARD_ORDERS))
+def test_every_stage_and_every_backward_order_is_equal_on_two_ranks(warm_ranks):
+    """The slow tests run all pairs of values, and all triples."""
+    chosen = {
+        ("zero1", "bridged"),
+        ("zero2", "joint"),
+        ("zero2", "sequential"),
+        ("zero3", "sequential"),
+        ("zero3", "bridged"),
+    }
+    cells = [
+        cell
+        for cell in sample()
+        if (cell.ranks, cell.optimizer, cell.adaptation) == (2, "sgd", "none")
+        and (cell.stage, cell.backward_order) in chosen
+    ]
+    assert len(cells) == len(chosen)
     outcomes = compare_strategies(cells)
     assert [outcome.cell for outcome in outcomes] == cells
     assert [outcome for outcome in outcomes if not outcome.is_good or not outcome.error] == []
@@ -93,8 +105,8 @@ def test_the_whole_matrix(warm_ranks):
 def test_unequal_cells_are_named_and_fail_the_command():
     """Nothing is as near as this tolerance asks for: rounding itself must be found."""
     code = (
-        "from mtp_lightning.diagnostics import parity; from mtp_lightning.cli.app import main; "
-        "parity.TOLERANCE = 1e-9; main()"
+        "from mtp_lightning.diagnostics import parity, parity_matrix; from mtp_lightning.cli.app import main; "
+        "parity.TOLERANCE, some = 1e-9, parity_matrix.sample()[:3]; parity_matrix.sample = lambda: some; main()"
     )
     done = warm.run("doctor", "--strategies", cwd=ROOT, code=code, warm_ranks=True)
     assert done.returncode == 1

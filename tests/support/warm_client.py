@@ -26,7 +26,8 @@ def main(door: str, python: str, *arguments: str) -> None:
         "environment": dict(os.environ),
         "ignored": [signum for signum in PASSED_ON if signal.getsignal(signum) == signal.SIG_IGN],
         "python": "",
-        "trains": "RANK" in os.environ,
+        "trains": not {"RANK", "SLURM_PROCID"}.isdisjoint(os.environ),
+        "where": os.getpid(),
     }
     answers, theirs = socket.socketpair()
     with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:

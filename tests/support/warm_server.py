@@ -14,6 +14,7 @@ is `sys.executable`, a script that runs `warm_client`, which sends its request t
 """
 
 import contextlib
+import ctypes
 import gc
 import json
 import logging
@@ -51,6 +52,8 @@ def serve(*channels: socket.socket) -> None:
         if os.fork() == 0:
             for channel in channels:
                 channel.close()
+            if where := request.get("where"):
+                join_namespaces(where)
             if supervise(*descriptors):
                 run_program(request)
                 return
@@ -78,6 +81,15 @@ def check_fork_safety() -> None:
         f"the imports must start no thread: {threads}"
     )
     assert not torch.cuda.is_initialized(), "the imports must open no device"
+
+
+def join_namespaces(pid: int) -> None:
+    """Be on the pretended node of a process, if it is on one (`cluster/local/slurm.sh`): its host name and files."""
+    for name in ("uts", "mnt"):
+        theirs = Path(f"/proc/{pid}/ns/{name}")
+        if theirs.readlink() != Path(f"/proc/self/ns/{name}").readlink():
+            with theirs.open() as file:
+                assert ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
 
 
 def supervise(answers: int, *streams: int) -> bool:
