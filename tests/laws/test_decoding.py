@@ -30,7 +30,10 @@ MARGIN = 4  # tokens of the plain text kept back, so that drafts near the end ca
 
 
 @kinds
-@pytest.mark.parametrize("num_rows", [1, *(pytest.param(n, marks=pytest.mark.matrix) for n in (2, 3, 4)), 5])
+@pytest.mark.parametrize(
+    "num_rows",
+    [pytest.param(1, marks=pytest.mark.slow), *(pytest.param(n, marks=pytest.mark.matrix) for n in (2, 3, 4)), 5],
+)
 def test_every_decoder_says_what_plain_greedy_says(kind, num_rows):
     model, prompts = model_of(kind), PROMPTS[:num_rows]
     expected = plain_texts(model, prompts)
