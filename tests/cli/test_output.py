@@ -50,7 +50,9 @@ def test_a_reader_that_has_read_enough_ends_a_verb_at_once():
     assert (code, out.split()[0], err) == (BROKEN_PIPE, "ok", "")
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", "2> /dev/full", "2> >(true)"])
+@pytest.mark.parametrize(
+    "redirection", ["2>&-", *(pytest.param(other, marks=pytest.mark.slow) for other in ("2> /dev/full", "2> >(true)"))]
+)
 def test_stderr_that_takes_nothing_leaves_exit_codes_and_stdout_alone(redirection):
     code, out, _ = shell("recipe check nowhere.yaml", redirection)
     assert (code, out.split()[0]) == (2, "faulty")

@@ -125,6 +125,7 @@ def test_the_x_axis_at_wandb_is_the_global_step(run):
     assert not (folder / "mlflow.db").exists()
 
 
+@pytest.mark.slow
 def test_phases_log_into_one_run_with_rising_steps(run, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -47,7 +47,7 @@ def build_figure(rows: list[Row], *, title: str, unit: str) -> Any:
 def _draw_losses(axes: Any, rows: list[Row], unit: str) -> None:
     for k in _offsets_of(rows, "loss"):
         _draw_pair(axes, rows, f"loss_{k}", colour=_colour_of(k), label=f"offset {k}")
-    axes.set_title("Loss")
+    axes.set_title("Loss", y=1.0)
     axes.set_ylabel(f"loss ({unit})")
     axes.set_xlabel("step")
     axes.grid(alpha=0.25)
@@ -55,7 +55,7 @@ def _draw_losses(axes: Any, rows: list[Row], unit: str) -> None:
 
 def _draw_acceptance(axes: Any, rows: list[Row]) -> None:
     """Draw acceptance with a second axis for the acceptance length, whose ends 1 and n match those of the first."""
-    axes.set_title("Acceptance by the main head")
+    axes.set_title("Acceptance by the main head", y=1.0)
     axes.set_xlabel("step")
     offsets = _offsets_of(rows, "acceptance_rate")
     if not offsets:
