@@ -4,6 +4,7 @@ One thread per process: tiny tensors gain nothing from more, and tests share the
 it, also where the tests were started with nohup: what they start would ignore it as well.
 """
 
+import gc
 import os
 import signal
 import threading
@@ -24,3 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not any(item.iter_markers("xdist_group")) and not any(item.iter_markers("slow")):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
+
+
+def pytest_collection_finish() -> None:
+    """Let no collection of garbage look through the modules that all tests import: the trainer asks for one per run."""
+    gc.collect()
+    gc.freeze()

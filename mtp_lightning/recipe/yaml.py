@@ -85,6 +85,8 @@ def one_line_yaml(value: Any) -> str:
     >>> one_line_yaml({"kind": "decay", "values": [1.0, 3e-4], "note": "1e3"})
     "{kind: decay, values: [1.0, 0.0003], note: '1e3'}"
     """
+    if value is None or type(value) in (bool, int):  # most fields, without the tenth of a second that all of them take
+        return "null" if value is None else str(value).lower()
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = True

@@ -28,10 +28,17 @@ def shell(words, redirection, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("words", [f"recipe show {RECIPE}", f"plan {RECIPE}", "--help", "--version"])
+VERBS = (f"recipe show {RECIPE}", f"plan {RECIPE}", "--help", "--version")
+NO_ROOM = (("| true", BROKEN_PIPE, ""), ("> /dev/full", 1, FULL), (">&-", 1, CLOSED), ("> /dev/full 2>&1", 1, ""))
+
+
 @pytest.mark.parametrize(
-    ("redirection", "exit_code", "said"),
-    [("| true", BROKEN_PIPE, ""), ("> /dev/full", 1, FULL), (">&-", 1, CLOSED), ("> /dev/full 2>&1", 1, "")],
+    ("words", "redirection", "exit_code", "said"),
+    [
+        pytest.param(words, *where, marks=() if verb in (0, place) else pytest.mark.slow)
+        for verb, words in enumerate(VERBS)
+        for place, where in enumerate(NO_ROOM)
+    ],
 )
 def test_a_verb_that_cannot_print_ends_without_a_traceback(words, redirection, exit_code, said):
     assert shell(words, redirection) == (exit_code, "", said)
@@ -43,7 +50,9 @@ def test_a_reader_that_has_read_enough_ends_a_verb_at_once():
     assert (code, out.split()[0], err) == (BROKEN_PIPE, "ok", "")
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", "2> /dev/full", "2> >(true)"])
+@pytest.mark.parametrize(
+    "redirection", ["2>&-", *(pytest.param(other, marks=pytest.mark.slow) for other in ("2> /dev/full", "2> >(true)"))]
+)
 def test_stderr_that_takes_nothing_leaves_exit_codes_and_stdout_alone(redirection):
     code, out, _ = shell("recipe check nowhere.yaml", redirection)
     assert (code, out.split()[0]) == (2, "faulty")

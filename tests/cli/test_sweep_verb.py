@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,9 +17,11 @@ from mtp_lightning.evaluation.marginal import measure_marginal
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
 from tests.cli.test_submit_verb import pretend_sbatch
+from tests.support import warm
 from tests.support.runs import ROOT, figures
 
-pytestmark = pytest.mark.slow  # twelve real runs, killed and gone on with; tests/launch/test_sweep.py plans them
+# twelve real runs, killed and gone on with, which all tests share; tests/launch/test_sweep.py plans them
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sweep")]
 
 SHARED = f"""
 extends: {ROOT}/recipes/debug/sequential.yaml
@@ -43,16 +43,10 @@ MEMBERS = [f"{name}/seed{seed}" for name in ("first", "second") for seed in (0, 
 MEASURED = {"num_samples": 8, "last_tokens": 4}
 
 
-def start(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
+def start(*arguments: str, cwd: Path) -> warm.WarmProcess:
     """Start the command line as the leader of a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "mtp_lightning", *arguments],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    return warm.start(
+        *arguments, cwd=cwd, environment=os.environ | {"OMP_NUM_THREADS": "1"}, merged=True, warm_ranks=True
     )
 
 

@@ -59,7 +59,9 @@ def kill_after(lines: Path, out: Path, num_shards: int) -> int:
     return subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode
 
 
-@pytest.mark.parametrize("tokenizer", ["byte", "tokenizer.json", "pieces.model"])
+@pytest.mark.parametrize(
+    "tokenizer", ["byte", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tokenizer.json", "pieces.model"))]
+)
 def test_any_number_of_processes_gives_the_same_bytes(
     tmp_path: Path, lines: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

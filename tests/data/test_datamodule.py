@@ -74,7 +74,7 @@ def test_ranks_share_the_global_batch_in_order(cache: Path, corpus: Path, world_
     assert_equal(together, whole)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_resumed_run_sees_the_very_next_batches(cache: Path, corpus: Path, workers: int) -> None:
     whole = take(build(cache, corpus), 9)
     first = build(cache, corpus, data={"workers": workers})

@@ -85,7 +85,7 @@ def test_rows_are_the_documents_one_after_another(tars: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_ranks_and_their_loader_processes_read_tars_of_their_own(tars: Path, workers: int) -> None:
     """Spawned loader processes know of no rank: webdataset's own splitter would give each all the data."""
     readers = max(1, workers)

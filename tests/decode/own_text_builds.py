@@ -1,6 +1,5 @@
 """Processes that let a model write documents and are killed, for the tests beside this file."""
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -12,6 +11,7 @@ from mtp_lightning.cli.app import app
 from mtp_lightning.data.generated import shards as token_shards
 from tests.checkpoint.runs import save_run
 from tests.support import warm
+from tests.support.runs import ROOT
 from tests.support.tiny import tiny_model, tiny_recipe
 
 PROMPTS = ["def main(", "import ", "x = ", "class A", "for i in", "return", "if ", "with open"]
@@ -38,16 +38,13 @@ def begin_command(command: list[str]) -> warm.WarmProcess:
 
 def build_in_a_process(command: list[str], *, fatal_call: int = 0) -> int:
     """Build with many small shards, SIGKILLed at the so-manieth call that touches the disk; return the exit code."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.decode.own_text_builds"])
-    process = context.Process(target=_build, args=(command, fatal_call))
-    process.start()
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode
+    code = "import sys; from tests.decode.own_text_builds import build; build(sys.argv[2:], int(sys.argv[1]))"
+    done = warm.run(str(fatal_call), *command, cwd=ROOT, code=code)
+    return done.returncode
 
 
-def _build(command: list[str], fatal_call: int) -> None:
+def build(command: list[str], fatal_call: int) -> None:
+    """Run the command until that call."""
     torch.set_num_threads(1)
     token_shards.MEMBER_TOKENS, token_shards.SHARD_BYTES = 150, 1500
     calls = 0

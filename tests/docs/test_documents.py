@@ -1,8 +1,6 @@
 """Links, commands, fields and Python code of the documents are those of the program."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import typer
@@ -24,6 +22,7 @@ from tests.docs.documents import (
     links,
     name_of,
 )
+from tests.support import warm
 
 TEXTS = {name_of(page): page.read_text(encoding="utf-8") for page in PAGES}
 BY_HAND = [name_of(page) for page in PAGES if WRITTEN not in page.parents]
@@ -124,8 +123,7 @@ def test_no_page_speaks_of_the_machine_it_was_written_on(page):
 def test_python_code_runs(page, tmp_path):
     """The blocks of a page are one program, run beside the recipes."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    (tmp_path / "page.py").write_text("\n\n".join(blocks(TEXTS[page], "python")), encoding="utf-8")
-    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = warm.run(cwd=tmp_path, code="\n\n".join(blocks(TEXTS[page], "python")))
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -16,7 +16,7 @@ from tests.support.runs import ROOT, mtp
 RUN = ("run.steps=30", "run.validate_every_steps=30", "logging.every_steps=30", "run.threads=1", "optimizer.lr=1e-2")
 
 
-@pytest.fixture(scope="module", params=["parallel", "sequential"])
+@pytest.fixture(scope="module", params=["sequential", pytest.param("parallel", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     own = (f"run.dir={folder / 'run'}", f"run.cache={folder / 'cache'}")

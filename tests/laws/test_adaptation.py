@@ -1,6 +1,5 @@
 """Law 1 with low-rank updates, frozen parts and mixtures: backward orders agree, and what is trained has gradients."""
 
-import pytest
 import torch
 
 from mtp_lightning.losses.targets import count_targets, shifted_targets
@@ -8,6 +7,7 @@ from mtp_lightning.model.freezing import freeze
 from mtp_lightning.training.step.backward_order import evaluate
 from mtp_lightning.training.step.batch import MicroBatch
 from mtp_lightning.training.step.objective import Objective
+from tests.support.covering import every_pair
 from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
 
 TOLERANCE = 1e-10
@@ -31,7 +31,7 @@ WITHOUT_LAYERS = ("linear", "medusa", "medusa_replicated")
 READING_THE_TRUNK = ("parallel", "parallel_two_layers", "parallel_replicated", "linear", "medusa", "medusa_replicated")
 
 
-def fits(kind, adaptation):
+def fits(kind, adaptation, **_):
     """Leave out what a recipe's rules refuse."""
     if adaptation == "updates_everywhere":
         return kind not in WITHOUT_LAYERS
@@ -69,22 +69,8 @@ OBJECTIVES = {
 }
 
 
-CELLS = [(k, a, o) for k in HEAD_KINDS for a in ADAPTATIONS for o in OBJECTIVES if fits(k, a)]
-QUICK = [cell for cell in CELLS if cell[0] in ("parallel", "sequential", "medusa") and cell[2] in ("plain", "taught")]
-
-
-@pytest.mark.parametrize(("kind", "adaptation", "objective"), QUICK)
+@every_pair(fits, quick=40, full=True, kind=HEAD_KINDS, adaptation=ADAPTATIONS, objective=OBJECTIVES)
 def test_schedules_agree(kind, adaptation, objective):
-    assert_schedules_agree(kind, adaptation, objective)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "adaptation", "objective"), [cell for cell in CELLS if cell not in QUICK])
-def test_schedules_agree_in_every_combination(kind, adaptation, objective):
-    assert_schedules_agree(kind, adaptation, objective)
-
-
-def assert_schedules_agree(kind, adaptation, objective):
     (model, (expected_losses, expected)), *others = steps_of(kind, adaptation, OBJECTIVES[objective])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert expected.keys() == trained != set()

@@ -21,6 +21,7 @@ RANKS = (0, 3, 7)  # of 8: the first, one in the middle, the last
 LOGGED = 2  # steps at most, each with a product in fp32 by which slow ranks are found
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SMALL = [
+    "model.num_hidden_layers=5",
     "heads.num_offsets=3",
     "objective.weights.kind=curriculum",  # heads switch on one after the other: few ranks hold anything of the next
     "batch.global_batch_size=16",
@@ -77,10 +78,14 @@ def collectives_of(books):
 
 
 @pytest.mark.parametrize(
-    "kind", ["single", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("zero1", "zero2")), "zero3"]
+    ("kind", "ranks"),
+    [
+        ("single", (0,)),
+        ("zero2", (0, 7)),
+        *(pytest.param(kind, RANKS, marks=pytest.mark.slow) for kind in ("zero1", "zero2", "zero3")),
+    ],
 )
-def test_all_ranks_load_train_validate_and_save_together(gpu, checkpoint, kind):
-    ranks = RANKS if kind != "single" else (0,)
+def test_all_ranks_load_train_validate_and_save_together(gpu, checkpoint, kind, ranks):
     of_ranks = [fit(gpu, kind, rank=rank, checkpoint=checkpoint, saves=True) for rank in ranks]
     for rank, books in zip(ranks, of_ranks, strict=True):
         check(books, kind, "bf16", rank)
@@ -93,10 +98,15 @@ def test_all_ranks_load_train_validate_and_save_together(gpu, checkpoint, kind):
 @pytest.mark.parametrize(
     ("kind", "precision", "overrides"),
     [
-        ("zero2", "fp16", []),
+        pytest.param("zero2", "fp16", [], marks=pytest.mark.slow),
         ("zero3", "fp16", []),
-        ("zero2", "bf16", ["strategy.offload_optimizer=cpu"]),
-        ("zero3", "bf16", ["strategy.offload_optimizer=cpu", "strategy.offload_parameters=cpu"]),
+        pytest.param("zero2", "bf16", ["strategy.offload_optimizer=cpu"], marks=pytest.mark.slow),
+        pytest.param(
+            "zero3",
+            "bf16",
+            ["strategy.offload_optimizer=cpu", "strategy.offload_parameters=cpu"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["zero2-fp16", "zero3-fp16", "zero2-offloaded", "zero3-offloaded"],
 )
@@ -105,6 +115,7 @@ def test_low_precision_and_offloading_compute_in_the_type_of_the_recipe(gpu, che
     check(fit(gpu, kind, *fields, rank=3, checkpoint=checkpoint, saves=True), kind, precision, 3)
 
 
+@pytest.mark.slow
 def test_one_rank_saves_a_whole_checkpoint(gpu):
     check(fit(gpu, "zero3", "strategy.ranks_per_node=1", saves=True), "zero3", "bf16")
 

@@ -34,7 +34,9 @@ from mtp_lightning.recipe.schema.data import BatchSection, RampSection
 from mtp_lightning.training import fit
 from tests.support.runs import ROOT, figures
 
-STEPS, KILLS = 160, 11  # of each of the three runs
+STEPS = 160  # of each of the three runs
+KILLS, MORE_KILLS = 6, 11
+RUNS = {"plain": (["single"], 1), "zero2": (["zero2"], 2), "any": (["single", "zero1", "zero2", "zero3"], 3)}
 WINDOW_TOKENS = 128
 BATCH = BatchSection(global_batch_size=16, micro_batch_size=1, ramp=RampSection(from_batch_size=4, over_samples=600))
 FIELDS = (
@@ -90,8 +92,8 @@ def train_rank(environment: dict[str, str], overrides: list[str], record: Path) 
 class Matrix:
     """A run that is started again and again, with what was drawn for each start."""
 
-    def __init__(self, folder: Path, kinds: list[str], seed: int) -> None:
-        self.folder, self.kinds = folder, kinds
+    def __init__(self, folder: Path, kinds: list[str], seed: int, kills: int) -> None:
+        self.folder, self.kinds, self.kills = folder, kinds, kills
         self.draw = random.Random(seed)
         self.fields = [*FIELDS, f"run.dir={folder}/run", f"run.cache={folder}/cache"]
         self.context: Any = multiprocessing.get_context("forkserver")
@@ -130,7 +132,7 @@ class Matrix:
         if self.draw.random() < 0.2:
             time.sleep(self.draw.uniform(0, 3))
         else:
-            wanted = self.draw.randint(1, max(1, (STEPS - 50 - len(first)) * 2 // (KILLS + 1 - start)))
+            wanted = self.draw.randint(1, max(1, (STEPS - 50 - len(first)) * 2 // (self.kills + 1 - start)))
             wait_for(lambda: count_lines(self.record(0, start)) >= wanted or not all_alive(processes))
             time.sleep(self.draw.uniform(0, 0.04))
         assert all_alive(processes), self.record(0, start).with_suffix(".log").read_text()[-3000:]
@@ -219,16 +221,22 @@ def compare(matrix: Matrix, committed: list[int], golden: list[str]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize(
-    ("kinds", "seed"),
-    [(["single"], 1), (["zero2"], 2), (["single", "zero1", "zero2", "zero3"], 3)],
-    ids=["plain", "zero2", "any"],
-)
-def test_every_row_is_trained_on_once_in_the_golden_order(tmp_path: Path, kinds: list[str], seed: int) -> None:
-    matrix = Matrix(tmp_path, kinds, seed)
+@pytest.mark.parametrize("run", RUNS)
+def test_every_row_is_trained_on_once_in_the_golden_order(tmp_path: Path, run: str) -> None:
+    kill_and_compare(Matrix(tmp_path, *RUNS[run], KILLS))
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("run", RUNS)
+def test_more_kills_change_nothing(tmp_path: Path, run: str) -> None:
+    kill_and_compare(Matrix(tmp_path, *RUNS[run], MORE_KILLS))
+
+
+def kill_and_compare(matrix: Matrix) -> None:
     golden = golden_rows(matrix)
     committed = [0]
-    for _ in range(KILLS):
+    for _ in range(matrix.kills):
         matrix.kill_at_random()
         committed.append(BATCH.samples_after(len(matrix.committed())))
     matrix.finish()

@@ -49,8 +49,9 @@ def test_killed_runs_go_on_exactly(uninterrupted):
     kill_and_resume(uninterrupted, "killed", num_kills=1, seed=1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(n, marks=(pytest.mark.slow, pytest.mark.matrix)[n > 1]) for n in range(4)]
+)
 def test_many_kills(uninterrupted, seed):
     kill_and_resume(uninterrupted, f"killed_{seed}", num_kills=5, seed=seed)
 

@@ -1,9 +1,7 @@
 """Law 1 under ZeRO: what reaches the optimizer on real ranks = plain torch, for every stage, order and head kind."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from itertools import product
 
@@ -11,6 +9,7 @@ import pytest
 
 from mtp_lightning.diagnostics.parity import LOSS_TOLERANCE, TOLERANCE, compare_strategies
 from mtp_lightning.diagnostics.parity_matrix import ADAPTATIONS, BACKWARD_ORDERS, RANKS, STAGES, sample
+from tests.support import warm
 from tests.support.parity_matrix import plain_cells, sample_of_triples, values_of, whole_matrix
 from tests.support.ranked import on_ranks
 from tests.support.runs import ROOT, mtp
@@ -18,6 +17,33 @@ from tests.support.runs import ROOT, mtp
 ROW = re.compile(r"^(zero\d) +(\d) +(\w+) +(\d+) +(\S+) +(\S+) +(\S+)$", re.MULTILINE)
 
 
+@pytest.fixture
+def warm_ranks(monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(warm.server().python))
+
+
+def test_every_stage_and_every_backward_order_is_equal_on_two_ranks(warm_ranks):
+    """The slow tests run all pairs of values, and all triples."""
+    chosen = {
+        ("zero1", "bridged"),
+        ("zero2", "joint"),
+        ("zero2", "sequential"),
+        ("zero3", "sequential"),
+        ("zero3", "bridged"),
+    }
+    cells = [
+        cell
+        for cell in sample()
+        if (cell.ranks, cell.optimizer, cell.adaptation) == (2, "sgd", "none")
+        and (cell.stage, cell.backward_order) in chosen
+    ]
+    assert len(cells) == len(chosen)
+    outcomes = compare_strategies(cells)
+    assert [outcome.cell for outcome in outcomes] == cells
+    assert [outcome for outcome in outcomes if not outcome.is_good or not outcome.error] == []
+
+
+@pytest.mark.slow
 def test_a_sample_of_the_matrix():
     done = mtp("doctor", "--strategies", cwd=ROOT, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -63,7 +89,7 @@ def test_in_the_sample_of_triples_every_three_values_meet_that_can():
 
 
 @pytest.mark.slow
-def test_every_three_values_that_can_meet_are_equal():
+def test_every_three_values_that_can_meet_are_equal(warm_ranks):
     outcomes = compare_strategies(sample_of_triples())
     assert [outcome for outcome in outcomes if not outcome.is_good] == []
     assert {outcome.cell for outcome in outcomes} == {*sample_of_triples()}
@@ -71,7 +97,7 @@ def test_every_three_values_that_can_meet_are_equal():
 
 @pytest.mark.matrix
 @pytest.mark.timeout(3600)
-def test_the_whole_matrix():
+def test_the_whole_matrix(warm_ranks):
     outcomes = compare_strategies(whole_matrix())
     assert [outcome for outcome in outcomes if not outcome.is_good] == []
     assert {outcome.cell for outcome in outcomes} == {*whole_matrix()}
@@ -81,11 +107,10 @@ def test_the_whole_matrix():
 def test_unequal_cells_are_named_and_fail_the_command():
     """Nothing is as near as this tolerance asks for: rounding itself must be found."""
     code = (
-        "from mtp_lightning.diagnostics import parity; from mtp_lightning.cli.app import main; "
-        "parity.TOLERANCE = 1e-9; main()"
+        "from mtp_lightning.diagnostics import parity, parity_matrix; from mtp_lightning.cli.app import main; "
+        "parity.TOLERANCE, some = 1e-9, parity_matrix.sample()[:3]; parity_matrix.sample = lambda: some; main()"
     )
-    command = [sys.executable, "-c", code, "doctor", "--strategies"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = warm.run("doctor", "--strategies", cwd=ROOT, code=code, warm_ranks=True)
     assert done.returncode == 1
     assert "cells are not equal" in done.stdout
     assert "zero1, 1 rank, sequential: " in done.stdout

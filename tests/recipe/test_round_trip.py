@@ -45,9 +45,20 @@ def test_every_recipe_has_a_header_that_says_what_it_is_for() -> None:
     assert missing == []
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(recipes())
 def test_any_recipe_reads_back_as_it_was(recipe: Recipe) -> None:
+    assert_reads_back(recipe)
+
+
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None)
+@given(recipes())
+def test_each_of_a_hundred_recipes_reads_back_as_it_was(recipe: Recipe) -> None:
+    assert_reads_back(recipe)
+
+
+def assert_reads_back(recipe: Recipe) -> None:
     text = recipe_to_yaml(recipe)
     tree = read_yaml(text, "recipe.yaml", [], where=str)
     assert tree is not None

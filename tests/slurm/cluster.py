@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support import warm
 from tests.support.runs import ROOT
 
 SCRIPT = ROOT / "cluster/local/slurm.sh"
@@ -47,7 +48,7 @@ class Cluster:
     def submit(self, *arguments: str, verb: str = "submit") -> str:
         """Submit by `mtp submit --site local`, or `mtp sweep`; return the job's id."""
         mtp = (sys.executable, "-m", "mtp_lightning")
-        own = f"site.mtp=[{sys.executable}, -m, mtp_lightning]"
+        own = f"site.mtp=[{warm.server().python}, -m, mtp_lightning]"
         words = arguments if any(word.startswith("site.mtp=") for word in arguments) else (*arguments, own)
         said = self.run(*mtp, verb, *words, "--site", "local")
         found = re.search(r"^job (\d+)", said, re.MULTILINE)

@@ -8,17 +8,18 @@ import pytest
 
 from mtp_lightning.checkpoint.format.folder import complete_checkpoints
 from tests.slurm.cluster import Cluster, attempts_of, output_of
+from tests.support import warm
 from tests.support.runs import ROOT, figures
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(1200)]
-STEPS = 40
+STEPS = 24
 RECIPE = (
     str(ROOT / "recipes/paper/13b_n4.yaml"),
     "debug.shrink=true",
     "strategy.num_nodes=2",
     "strategy.ranks_per_node=2",
     f"run.steps={STEPS}",
-    "run.validate_every_steps=20",
+    "run.validate_every_steps=12",
 )
 
 
@@ -108,11 +109,11 @@ def test_whatever_happens_the_weights_are_those_of_an_uninterrupted_run(
 
 @pytest.mark.timeout(1500)
 def test_time_limits_are_survived(cluster: Cluster, folder: Path, whole: Path) -> None:
-    """Two minutes are not enough for forty steps of four seconds and more.
+    """Two minutes are not enough for twenty-four steps of more than five seconds.
 
     One would be Slurm's least, but its signal may come a minute early, and then no start came as far as a step.
     """
-    slow = f"site.mtp=[{sys.executable}, -m, tests.support.slow_mtp]"
+    slow = f"site.mtp=[{warm.server().python}, -m, tests.support.slow_mtp]"
     limit = ("site.time=00:02:00", "site.signal_lead_s=20")
     job = submit(cluster, folder, "limited", slow, *limit)
     cluster.until_state(job, "COMPLETED", "FAILED", timeout_s=1200)

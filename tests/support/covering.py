@@ -29,11 +29,21 @@ def full_product(allowed: Callable[..., bool] | None = None, **dimensions: Itera
 
 
 def every_pair(
-    allowed: Callable[..., bool] | None = None, *, full: bool = False, **dimensions: Iterable[Any]
+    allowed: Callable[..., bool] | None = None,
+    *,
+    quick: int | None = None,
+    full: bool = False,
+    **dimensions: Iterable[Any],
 ) -> pytest.MarkDecorator:
-    """Parametrise a test over a covering array; with `full`, over the other combinations too under `-m matrix`."""
-    cells: list[Any] = covering_array(allowed, **dimensions)
+    """Parametrise a test over a covering array.
+
+    With `quick`, only its first so many cells, which have most pairs, run without `-m slow`; with `full`, the other
+    combinations run too, under `-m matrix`.
+    """
+    array = covering_array(allowed, **dimensions)
+    number = len(array) if quick is None else quick
+    cells: list[Any] = array[:number] + [pytest.param(*cell, marks=pytest.mark.slow) for cell in array[number:]]
     if full:
-        rest = [cell for cell in full_product(allowed, **dimensions) if cell not in set(cells)]
+        rest = [cell for cell in full_product(allowed, **dimensions) if cell not in set(array)]
         cells += [pytest.param(*cell, marks=pytest.mark.matrix) for cell in rest]
     return pytest.mark.parametrize(tuple(dimensions), cells)

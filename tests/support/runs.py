@@ -15,12 +15,12 @@ NOISY_COLUMNS = ("tokens_per_s", "memory_gib")
 
 def mtp(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
     """Run `mtp` to its end."""
-    return warm.run(*arguments, cwd=cwd, environment=_environment(), **options)
+    return warm.run(*arguments, cwd=cwd, environment=_environment(), **{"warm_ranks": True} | options)
 
 
 def mtp_killed(*arguments: str, cwd: Path, metrics: Path, after_step: int, seed: int) -> int:
     """Run `mtp` and SIGKILL it at a random moment after it has logged a step; return the exit code."""
-    process = warm.start(*arguments, cwd=cwd, environment=_environment())
+    process = warm.start(*arguments, cwd=cwd, environment=_environment(), warm_ranks=True)
     while process.poll() is None and last_step(metrics) < after_step:
         time.sleep(0.005)
     time.sleep(random.Random(seed).uniform(0, 0.2))

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,7 +22,9 @@ MTP = "from mtp_lightning.cli.app import main; main()"
 class WarmProcess:
     """A program that was forked: what `subprocess.Popen` offers, as far as tests need it. Output goes to files."""
 
-    def __init__(self, code: str, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, code: str, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str], options: dict[str, object]
+    ) -> None:
         self.args = ["mtp", *arguments]
         self.returncode: int | None = None
         self.outputs = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
@@ -32,11 +35,12 @@ class WarmProcess:
             "cwd": str(cwd),
             "environment": environment,
             "ignored": ignored,
+            **options,
         }
         self.answers, theirs = socket.socketpair()
         with theirs, Path(os.devnull).open("rb") as nothing:
             files = [theirs, nothing, *self.outputs]
-            socket.send_fds(requests(), [json.dumps(request).encode()], [file.fileno() for file in files])
+            socket.send_fds(server().requests, [json.dumps(request).encode()], [file.fileno() for file in files])
         self.lines = self.answers.makefile()
         self.pid = int(self.lines.readline() or fail())
 
@@ -81,12 +85,19 @@ class WarmProcess:
 
 
 def start(
-    *arguments: str, cwd: Path, code: str = MTP, environment: dict[str, str] | None = None, merged: bool = False
+    *arguments: str,
+    cwd: Path,
+    code: str = MTP,
+    environment: dict[str, str] | None = None,
+    merged: bool = False,
+    warm_ranks: bool = False,
 ) -> WarmProcess:
-    """Start a program, `mtp` unless told another."""
+    """Start a program, `mtp` unless told another; with `warm_ranks` the ranks that it starts are forked too."""
     if merged:
         code = f"import os; os.dup2(1, 2)\n{code}"
-    return WarmProcess(code, arguments, cwd, dict(os.environ) if environment is None else environment)
+    environment = dict(os.environ) if environment is None else environment
+    options = {"python": str(server().python) if warm_ranks else "", "trains": "RANK" in environment}
+    return WarmProcess(code, arguments, cwd, environment, options)
 
 
 def run(
@@ -112,27 +123,41 @@ def fail() -> NoReturn:
     raise RuntimeError("the server must run; it ended with: " + os.pread(log().fileno(), 2**20, 0).decode())
 
 
+class Server:
+    """The server of this process, and a `python` that has it run modules."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="mtp-warm-")
+        door, self.python = Path(self._folder.name, "door"), Path(self._folder.name, "python")
+        client = [sys.executable, "-IS", str(ROOT / "tests/support/warm_client.py"), str(door), sys.executable]
+        self.python.write_text(f'#!/bin/sh\nexec {shlex.join(client)} "$@"\n')
+        self.python.chmod(0o755)
+        self.requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as clients:
+            clients.bind(str(door))
+            descriptors = [theirs.fileno(), clients.fileno()]
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "default", "-m", "tests.support.warm_server", *map(str, descriptors)],
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                stdout=log(),
+                stderr=log(),
+                start_new_session=True,
+            )
+
+    def end(self) -> None:
+        """Let the server end."""
+        self.requests.close()
+        self._process.wait()
+        log().close()
+        self._folder.cleanup()
+
+
 @cache
-def requests() -> socket.socket:
+def server() -> Server:
     """Start the server of this process."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        server = subprocess.Popen(
-            [sys.executable, "-W", "default", "-m", "tests.support.warm_server", str(theirs.fileno())],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=log(),
-            stderr=log(),
-            start_new_session=True,
-        )
-    atexit.register(end, ours, server)
-    return ours
-
-
-def end(ours: socket.socket, server: "subprocess.Popen[bytes]") -> None:
-    """Let the server end."""
-    ours.close()
-    server.wait()
-    log().close()
+    started = Server()
+    atexit.register(started.end)
+    return started

@@ -107,7 +107,7 @@ def run(folder, name, *overrides):
 
 @pytest.fixture(scope="module")
 def start(folder):
-    run(folder, "start", "run.steps=180", "checkpoint.every_steps=180", "run.validate_every_steps=180")
+    run(folder, "start", "run.steps=100", "checkpoint.every_steps=100", "run.validate_every_steps=100")
     return f"init.path={folder / 'start'}"
 
 
@@ -164,11 +164,12 @@ def test_a_harmful_recipe_is_stopped_before_its_harm_is_saved(folder, start):
     assert max(saved, default=0) < stopped < 30
 
 
+@pytest.mark.slow
 def test_without_a_guard_the_same_recipe_goes_on(folder, start):
     assert run(folder, "unguarded", start, *HARM) == 0
 
 
-@pytest.mark.parametrize("limit", ["stop_kl", "stop_flips"])
+@pytest.mark.parametrize("limit", ["stop_kl", pytest.param("stop_flips", marks=pytest.mark.slow)])
 def test_other_limits_stop_it_too(folder, start, limit):
     guard = f"health.drift={{every_steps: 2, samples: 16, stop_loss: null, {limit}: 0.2}}"
     with pytest.raises(TrainingError, match=f"health.drift.{limit} crossed"):

@@ -20,6 +20,7 @@ from mtp_lightning.recipe.schema.root import LoggingSection
 from mtp_lightning.training.fit import train
 from mtp_lightning.training.logging import loggers as outage
 from mtp_lightning.training.logging.loggers import LoggedRun, LoggerQueue, build_loggers, hyperparameters
+from tests.support import warm
 from tests.support.runs import ROOT, figures, mtp_killed
 from tests.training.callbacks.tiny_run import TinyModule, fit, tiny_recipe
 
@@ -124,6 +125,7 @@ def test_the_x_axis_at_wandb_is_the_global_step(run):
     assert not (folder / "mlflow.db").exists()
 
 
+@pytest.mark.slow
 def test_phases_log_into_one_run_with_rising_steps(run, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -204,10 +206,8 @@ def test_nothing_leaves_the_machine(tmp_path, cache):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_"))}
     environment |= {**dict.fromkeys(names, url), "NO_PROXY": "", "no_proxy": ""}
     place = ("run.dir=run", f"run.cache={cache}", "run.threads=1", "run.device=cpu")
-    command = [sys.executable, "-m", "mtp_lightning", "train", str(ROOT / "recipes/debug/parallel.yaml")]
-    done = subprocess.run(
-        [*command, *QUICK, *OFFLINE, *place], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    recipe = str(ROOT / "recipes/debug/parallel.yaml")
+    done = warm.run("train", recipe, *QUICK, *OFFLINE, *place, cwd=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr
     assert proxy.callers == []
     probe = "import urllib.request as u; u.urlopen('https://example.com')"
@@ -332,9 +332,7 @@ def test_wandb_without_a_login_is_refused_before_training(tmp_path, monkeypatch)
 def test_ranks_of_a_slurm_step_that_are_runs_of_their_own_log(tmp_path, cache):
     place = ("run.dir=run", f"run.cache={cache}", "run.threads=1", "logging.loggers=[tensorboard]")
     environment = os.environ | {"SLURM_PROCID": "3", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mtp_lightning", "train", str(ROOT / "recipes/debug/parallel.yaml")]
-    done = subprocess.run(
-        [*command, *QUICK, *place], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    recipe = str(ROOT / "recipes/debug/parallel.yaml")
+    done = warm.run("train", recipe, *QUICK, *place, cwd=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run/tensorboard").glob("events.*"))

@@ -1,7 +1,6 @@
 """The Python API: fit, generate and save with a Trainer of the user's own, and what such a Trainer is refused for."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -27,6 +26,7 @@ from mtp_lightning import (
 from mtp_lightning.diagnostics.parity import TOLERANCE
 from mtp_lightning.errors import CheckpointError, RecipeError, TrainingError
 from mtp_lightning.training.fit import train
+from tests.support import warm
 from tests.support.ddp_fit import Watch
 from tests.support.runs import ROOT, figures
 from tests.support.tiny import relative_error
@@ -131,9 +131,9 @@ def test_a_monitored_figure_chooses_checkpoints(recipe_of, tmp_path):
 
 
 def run_two_ranks(recipe_file, folder, *overrides):
-    command = [sys.executable, "-m", "tests.support.ddp_fit", recipe_file, folder, 2, *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, env=environment)
+    code = "import runpy; runpy.run_module('tests.support.ddp_fit', run_name='__main__', alter_sys=True)"
+    arguments = [str(word) for word in (recipe_file, folder, 2, *overrides)]
+    done = warm.run(*arguments, cwd=ROOT, code=code, warm_ranks=True)
     assert done.returncode == 0, done.stderr[-4000:]
     tensors = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("gradients", "weights"))
     return *tensors, json.loads((folder / "facts.json").read_text())

@@ -13,6 +13,7 @@ from mtp_lightning.training.strategies.param_shards import whole_shards
 from tests.support.ranked import on_ranks
 from tests.support.tiny import HEAD_KINDS, gradients_of, tiny_model, tiny_recipe, tiny_rows
 
+pytestmark = pytest.mark.xdist_group("strategies")  # the slow ones too: they share what was found
 NO_GRADIENT = "must receive a finite, non-zero gradient"
 NOT_THE_SUM = "must be the sum of those that the backward passes compute"
 ONE_LAYER, UNEMBEDDING = 7_744, 101 * 32 + 32  # entries of a head layer of gradient_peak's model; V x D and final norm

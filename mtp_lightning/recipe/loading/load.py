@@ -1,7 +1,7 @@
 """From a file, its parents and the command line to a recipe, or to all of its faults at once."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path

@@ -12,6 +12,7 @@ _LENGTH_COLOUR = "#000000"
 _LIGHT = 0.4
 _SIZE_PIXELS = (1200, 500)
 _DOTS_PER_INCH = 100
+_LEGEND_COLUMNS = 8
 
 
 def draw_training_curves(csv_path: Path, png_path: Path, *, title: str = "", unit: str = "nats per token") -> None:
@@ -30,21 +31,23 @@ def build_figure(rows: list[Row], *, title: str, unit: str) -> Any:
     from matplotlib.figure import Figure
 
     width, height = _SIZE_PIXELS
-    figure = Figure(figsize=(width / _DOTS_PER_INCH, height / _DOTS_PER_INCH), dpi=_DOTS_PER_INCH, layout="constrained")
+    figure = Figure(figsize=(width / _DOTS_PER_INCH, height / _DOTS_PER_INCH), dpi=_DOTS_PER_INCH)
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     if title:
         figure.suptitle(title, parse_math=False)  # a name may hold dollar signs
     _draw_losses(left, rows, unit)
     _draw_acceptance(right, rows)
-    _add_legend(figure)
+    rows_of_legend = _add_legend(figure)
+    # fixed, as a layout that measures every text takes longer than the drawing
+    figure.subplots_adjust(left=0.06, right=0.94, bottom=0.12 + 0.05 * rows_of_legend, top=0.86, wspace=0.16)
     return figure
 
 
 def _draw_losses(axes: Any, rows: list[Row], unit: str) -> None:
     for k in _offsets_of(rows, "loss"):
         _draw_pair(axes, rows, f"loss_{k}", colour=_colour_of(k), label=f"offset {k}")
-    axes.set_title("Loss")
+    axes.set_title("Loss", y=1.0)
     axes.set_ylabel(f"loss ({unit})")
     axes.set_xlabel("step")
     axes.grid(alpha=0.25)
@@ -52,7 +55,7 @@ def _draw_losses(axes: Any, rows: list[Row], unit: str) -> None:
 
 def _draw_acceptance(axes: Any, rows: list[Row]) -> None:
     """Draw acceptance with a second axis for the acceptance length, whose ends 1 and n match those of the first."""
-    axes.set_title("Acceptance by the main head")
+    axes.set_title("Acceptance by the main head", y=1.0)
     axes.set_xlabel("step")
     offsets = _offsets_of(rows, "acceptance_rate")
     if not offsets:
@@ -76,13 +79,15 @@ def _draw_pair(axes: Any, rows: list[Row], name: str, *, colour: str, label: str
     axes.plot(*_points(rows, f"val/{name}"), style, color=colour, **dark)
 
 
-def _add_legend(figure: Any) -> None:
+def _add_legend(figure: Any) -> int:
+    """Add it below both, and return its number of rows."""
     from matplotlib.lines import Line2D
 
     lines = [line for axes in figure.axes for line in axes.get_lines() if not line.get_label().startswith("_")]
     lines.append(Line2D([], [], color="grey", linewidth=2, marker="o", markersize=3.5, label="dark: validation"))
     lines.append(Line2D([], [], color="grey", linewidth=1, alpha=_LIGHT, label="light: training"))
-    figure.legend(handles=lines, loc="outside lower center", ncols=8, frameon=False)
+    figure.legend(handles=lines, loc="lower center", ncols=_LEGEND_COLUMNS, frameon=False)
+    return math.ceil(len(lines) / _LEGEND_COLUMNS)
 
 
 def _colour_of(k: int) -> str:
