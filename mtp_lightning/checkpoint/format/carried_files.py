@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.durable import sync
-from mtp_lightning.launch.untrusted import OddFileError, read_object, reason_of, shown
+from mtp_lightning.files.untrusted import OddFileError, described, read_object, reason_of
 from mtp_lightning.recipe import Recipe
 
 SOURCE_CONFIG: Final = "hf_config.json"
@@ -112,7 +112,7 @@ def end_ids(files: Files, name: str) -> list[int]:
         if type(end) is not int:
             raise CheckpointError(
                 "eos_token_id must be an id, or a list of ids",
-                f"{shown(end)}, in {files[name]}",
+                f"{described(end)}, in {files[name]}",
                 "Correct it, or download the file again",
             )
     return ends

@@ -16,8 +16,8 @@ from jinja2.nodes import CallBlock
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from mtp_lightning.data.untrusted import bounded_content, shown
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.untrusted import bounded_content, shown
 
 CONFIG, SPECIAL_TOKENS, TEMPLATE, MORE_TEMPLATES = (
     "tokenizer_config.json",
