@@ -74,6 +74,8 @@ def _run_lines(plan: Plan) -> Text:
         f"MFU {chosen.mfu:.1%}",
         "cost": f"{duration(chosen.days)}, {hours(chosen.gpu_hours)} GPU-hours",
         "stops": _stops(chosen.gpu_hours),
+        "disk": f"at most {gib(plan.disk.total)} GiB: {plan.disk.num_checkpoints:,} checkpoints of "
+        f"{gib(plan.disk.bytes_each)} GiB",
     }
     lines = {label: text for label, text in lines.items() if text}
     return Text("\n").join(Text.assemble((label.ljust(LABEL), "cyan"), text) for label, text in lines.items())

@@ -21,7 +21,7 @@ from mtp_lightning.diagnostics.preflight_trial import (
     train_twice,
 )
 from mtp_lightning.launch.run_marker import claim
-from mtp_lightning.planner.counts import parameter_counts
+from mtp_lightning.planner.counts import disk_use
 from mtp_lightning.planner.layout import layout_of
 from mtp_lightning.planner.memory import memory
 from mtp_lightning.planner.shape import shape_of
@@ -34,7 +34,6 @@ PACKAGES = ("torch", "lightning", "deepspeed", "numpy", "mtp_lightning")
 REDUCED_BYTES = 2**24
 WRITTEN_BYTES = 2**24
 REPEATS = 3
-BYTES_PER_PARAMETER = 14  # of a checkpoint: fp32 weight and two moments, and what goes with them
 GIB = 2**30
 
 
@@ -136,13 +135,13 @@ def _shards(recipe: Recipe, device: torch.device) -> str:
 
 
 def _room(recipe: Recipe, device: torch.device) -> str:
-    checkpoints = recipe.checkpoint.keep + 2  # the best, and the one being written
-    needed = checkpoints * BYTES_PER_PARAMETER * parameter_counts(recipe).total
+    needed = disk_use(recipe)
     free = shutil.disk_usage(Path(recipe.run.dir).absolute()).free
-    if free < needed:
-        found = f"{free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB needed for {checkpoints} checkpoints"
-        raise Failure(found, "Make room, or lower checkpoint.keep")
-    return f"{free / GIB:,.0f} GiB free where {checkpoints} checkpoints take {needed / GIB:,.2g} GiB"
+    checkpoints, needed_gib = f"{needed.num_checkpoints} checkpoints", needed.total / GIB
+    if free < needed.total:
+        found = f"{free / GIB:.1f} GiB free, {needed_gib:.1f} GiB needed for {checkpoints}"
+        raise Failure(found, "Make room, lower checkpoint.keep, or raise checkpoint.keep_every_steps")
+    return f"{free / GIB:,.0f} GiB free where {checkpoints} take {needed_gib:,.2g} GiB"
 
 
 CHECKS: dict[str, Check] = {

@@ -9,6 +9,7 @@ from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.trainable import TrainableParts, mixing_offsets
 
+CHECKPOINT_BYTES = 14  # per parameter: fp32 weight and two moments, and what goes with them
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's default for what is reduced together
 
 
@@ -45,6 +46,30 @@ class ParameterCounts:
     def total(self) -> int:
         """All parameters of the model."""
         return self.trunk + self.heads + self.unembedding + self.lora + self.layer_mix
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Room that the checkpoints of a run take at most."""
+
+    num_checkpoints: int  # the newest, the best, those kept for ever, and the one being written
+    bytes_each: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of them."""
+        return self.num_checkpoints * self.bytes_each
+
+
+def disk_use(recipe: Recipe) -> DiskUse:
+    """Count checkpoints and their bytes.
+
+    >>> disk_use(Recipe())
+    DiskUse(num_checkpoints=4, bytes_each=91818496)
+    """
+    section = recipe.checkpoint
+    permanent = recipe.run.steps // section.keep_every_steps if section.keep_every_steps else 0
+    return DiskUse(section.keep + 2 + permanent, CHECKPOINT_BYTES * parameter_counts(recipe).total)
 
 
 def parameter_counts(recipe: Recipe) -> ParameterCounts:

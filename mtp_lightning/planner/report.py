@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mtp_lightning.errors import MtpError
+from mtp_lightning.planner.counts import DiskUse, disk_use
 from mtp_lightning.planner.flops import flops_per_position, flops_per_step, tokens_after, tokens_per_step
 from mtp_lightning.planner.hardware import Hardware, hardware
 from mtp_lightning.planner.layout import STAGES, Layout, layout_of
@@ -54,6 +55,7 @@ class Plan:
     flops_per_step: int
     total_tokens: int
     total_flops: int
+    disk: DiskUse
     chosen: Variant
     strategies: tuple[Variant, ...]  # ZeRO stages and offloading
     checkpointing: tuple[Variant, ...]  # trunk and heads recomputed or not
@@ -70,6 +72,7 @@ class Plan:
             "flops_per_step": self.flops_per_step,
             "total_tokens": self.total_tokens,
             "total_flops": self.total_flops,
+            "disk": asdict(self.disk) | {"total": self.disk.total},
             "chosen": variant_as_json(self.chosen),
             "strategies": [variant_as_json(variant) for variant in self.strategies],
             "checkpointing": [variant_as_json(variant) for variant in self.checkpointing],
@@ -110,6 +113,7 @@ def build_plan(recipe: Recipe, gpu: str = "H100", num_gpus: int | None = None) -
         flops_per_step=flops_per_step(recipe),
         total_tokens=tokens_after(recipe, recipe.run.steps),
         total_flops=tokens_after(recipe, recipe.run.steps) * flops_per_position(recipe),
+        disk=disk_use(recipe),
         chosen=variant(layout),
         strategies=tuple(variant(changed) for changed in _strategies(layout)),
         checkpointing=tuple(

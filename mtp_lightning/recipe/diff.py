@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mtp_lightning.recipe.schema.base import Section
-from mtp_lightning.recipe.schema.root import DriftSection, EarlyStopSection, LoggingSection, Recipe, StrategySection
+from mtp_lightning.recipe.schema.root import (
+    CheckpointSection,
+    DriftSection,
+    EarlyStopSection,
+    LoggingSection,
+    Recipe,
+    StrategySection,
+)
 from mtp_lightning.recipe.yaml import one_line_yaml
 
 Verdict = Literal["warn", "refuse"]
@@ -26,9 +33,7 @@ RUN_FIELDS = frozenset(
         "run.device",
         "run.threads",
         "run.validate_every_steps",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-        "checkpoint.in_background",
+        *(f"checkpoint.{name}" for name in CheckpointSection.model_fields),
         "health.hang_after_s",
         "health.hang_factor",
         "health.nonfinite.skip_steps",

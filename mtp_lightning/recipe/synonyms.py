@@ -104,7 +104,7 @@ SPELLINGS: Mapping[str, str] = {
     "data.workers": "dataloader_num_workers num_workers",
     "data.validation_fraction": "val_set_size val_split_fraction split",
     "batch.global_batch_size": "train_batch_size global_train_batch_size batch_size gradient_accumulation_steps "
-    "gradient_accumulation_iters num_microbatches",
+    "gradient_accumulation_iters accumulate_grad_batches num_microbatches",
     "batch.micro_batch_size": "train_micro_batch_size_per_gpu per_device_train_batch_size local_batch_size "
     "device_train_microbatch_size rank_microbatch_size device_batch_size",
     "batch.ramp": "rampup_batch_size batch_size_warmup",
@@ -128,8 +128,12 @@ SPELLINGS: Mapping[str, str] = {
     "run.early_stop.least_gain": "early_stopping_threshold",
     "init.path": "model_name_or_path pretrained_model_name_or_path base_model initial_checkpoint_dir initial_load_path "
     "load load_path resume_from_checkpoint init_from",
-    "checkpoint.every_steps": "save_steps save_interval checkpoint.interval checkpoint_interval saves_per_epoch",
-    "checkpoint.keep": "save_total_limit keep_latest_k save_num_checkpoints_to_keep save_top_k",
+    "checkpoint.every_steps": "save_steps save_interval checkpoint.interval checkpoint_interval saves_per_epoch "
+    "every_n_train_steps checkpoint_every_n_steps checkpoint_period save_interval_updates",
+    "checkpoint.every_minutes": "train_time_interval",
+    "checkpoint.keep": "save_total_limit keep_latest_k save_num_checkpoints_to_keep save_top_k "
+    "save_last_n keep_last_n_checkpoints keep_interval_updates",
+    "checkpoint.keep_every_steps": "save_retain_interval keep_checkpoint_every_n_steps keep_period",
     "checkpoint.in_background": "async_save async_mode save_async",
     "logging.every_steps": "logging_steps log_interval log_freq steps_per_print log_every_n_steps console_log_interval",
     "logging.loggers": "report_to logger_name wandb wandb_project use_wandb enable_wandb enable_tensorboard "
@@ -153,6 +157,7 @@ TOKENS = "divide the tokens by batch.global_batch_size x data.seq_len"
 NOTES: Mapping[str, str] = {
     "gradient_accumulation_steps": ACCUMULATION,
     "gradient_accumulation_iters": ACCUMULATION,
+    "accumulate_grad_batches": ACCUMULATION,
     "num_microbatches": ACCUMULATION,
     "batch_size": "it counts sequences of all ranks; those of one rank at a time are batch.micro_batch_size",
     "rank_microbatch_size": "it counts sequences: divide the tokens by data.seq_len",
@@ -186,6 +191,7 @@ NOTES: Mapping[str, str] = {
     "base_model": "import the model first: mtp import",
     "resume_from_checkpoint": "a run whose run.dir has a checkpoint is continued without being told",
     "evals_per_epoch": "count steps",
+    "train_time_interval": "in minutes",
     "saves_per_epoch": "count steps",
     "reset_position_ids": "positions restart at every document then",
     "fsdp": "shard the optimizer's state (zero1), gradients too (zero2), parameters too (zero3)",

@@ -33,7 +33,7 @@ from mtp_lightning.training.step.optimizer import (
     set_learning_rate,
 )
 from mtp_lightning.training.step.skipped_steps import SkippedSteps
-from mtp_lightning.training.step.vote import AgreedCounts, StopVote, agree_on_step
+from mtp_lightning.training.step.vote import AgreedCounts, StepVote, agree_on_step
 from mtp_lightning.training.strategies.base import RunStrategy
 from mtp_lightning.training.strategies.own_trainer import OwnTrainerStrategy, check_trainer
 from mtp_lightning.training.strategies.param_shards import gradient_norms
@@ -46,7 +46,7 @@ class MtpLightningModule(L.LightningModule):
         model: trunk, heads and unembedding.
         metrics: figures of the last logged step or validation, by column name of metrics.csv; filled right before the
             callbacks see the step, and emptied by the next.
-        stop_vote: how ranks agree to stop.
+        step_vote: how ranks agree to stop, and to save by the clock.
         throughput: tokens per second; callbacks pause it while they take time that is no training.
     """
 
@@ -57,7 +57,7 @@ class MtpLightningModule(L.LightningModule):
         super().__init__()
         recipe = as_recipe(recipe)
         self.automatic_optimization = False
-        self.stop_vote = StopVote()
+        self.step_vote = StepVote()
         self.recipe = recipe
         self.metrics: dict[str, float] = {}
         self.skipped_steps = SkippedSteps(recipe.health.nonfinite)
@@ -107,7 +107,7 @@ class MtpLightningModule(L.LightningModule):
         step, self.metrics = self.global_step, {}
         prepared = prepare_batch(batch, self.recipe, step)
         self._check_targets(batch, prepared)
-        counts = agree_on_step(prepared.counts, self.stop_vote, self.strategy.ranks)
+        counts = agree_on_step(prepared.counts, self.step_vote, self.strategy.ranks)
         weights_with_targets = self.target_check.look(counts.targets, prepared.weights)
         objective = self._objective(prepared.weights, counts, weights_with_targets, predicts=self._is_logged(step + 1))
         losses: list[OffsetLosses] = []
@@ -130,7 +130,7 @@ class MtpLightningModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add held-out sequences to the validation metrics."""
         prepared = prepare_batch(batch, self.recipe, step=None)
-        counts = agree_on_step(prepared.counts, self.stop_vote, self.strategy.ranks)
+        counts = agree_on_step(prepared.counts, self.step_vote, self.strategy.ranks)
         objective = self._objective(prepared.weights, counts, None, predicts=True)
         for micro_batch in prepared.micro_batches:
             with self.autocast():

@@ -31,14 +31,14 @@ def final_weights(cwd, name):
     return sha256((checkpoint / "model-00001-of-00001.safetensors").read_bytes()).hexdigest()
 
 
-def kill_and_resume(cwd, name, num_kills, seed):
+def kill_and_resume(cwd, name, num_kills, seed, *extra):
     draw = random.Random(seed)
     metrics = cwd / name / "metrics.csv"
     for kill in range(num_kills):
         # After the first checkpoint, and far enough from the end for the kill to find a running process.
         after_step = min(STEPS // 2, max(10, last_step(metrics) + draw.randint(1, 20)))
-        assert mtp_killed(*train(cwd, name), cwd=cwd, metrics=metrics, after_step=after_step, seed=kill) == -9
-    done = mtp(*train(cwd, name), cwd=cwd)
+        assert mtp_killed(*train(cwd, name, *extra), cwd=cwd, metrics=metrics, after_step=after_step, seed=kill) == -9
+    done = mtp(*train(cwd, name, *extra), cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert f"Continuing {name} after step" in done.stdout
     assert final_weights(cwd, name) == final_weights(cwd, "whole")
@@ -62,3 +62,11 @@ def test_another_seed_gives_other_weights(uninterrupted):
     assert done.returncode == 0, done.stderr
     assert final_weights(uninterrupted, "other") != final_weights(uninterrupted, "whole")
     assert figures(uninterrupted / "other/metrics.csv") != figures(uninterrupted / "whole/metrics.csv")
+
+
+@pytest.mark.slow
+def test_killed_runs_saved_by_the_clock_go_on_exactly(uninterrupted):
+    by_clock = ("checkpoint.every_steps=null", "checkpoint.every_minutes=0.002")
+    kill_and_resume(uninterrupted, "by_clock", 3, 9, *by_clock)
+    names = [path.name for path in (uninterrupted / "by_clock/checkpoints").glob("step-*")]
+    assert any(int(name[5:]) % 7 for name in names), names

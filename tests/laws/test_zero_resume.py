@@ -150,6 +150,21 @@ def test_killed_runs_go_on_exactly(whole, tmp_path, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_while_the_clock_of_the_first_rank_says_what_is_saved(whole, tmp_path):
+    """0.3 s: every few steps, at other ones in each process and attempt."""
+    folder = tmp_path / "killed"
+    by_clock = ("checkpoint.every_steps=null", "checkpoint.every_minutes=0.005", "checkpoint.keep_every_steps=10")
+    for seed in range(2):
+        killed(folder, "zero2", 2, *by_clock, seed=20 + seed)
+    assert "Continuing" in to_the_end(folder, "zero2", 2, *by_clock).stdout
+    assert_same_run(folder, whole("zero2", 2))
+    kept = {int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")}
+    assert kept >= {10, 20, 30, 40, STEPS}
+    assert len(kept) <= 7, "the newest two and the best besides"
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])
 def test_killed_while_checkpoints_are_written_in_the_background(whole, tmp_path, kind):

@@ -80,6 +80,8 @@ CONFIGS: dict[str, tuple[str, str]] = {
         --mtp-num-layers: 3
         --mtp-loss-scaling-factor: 0.1
         --distributed-timeout-minutes: 10
+        --save-interval: 500
+        --save-retain-interval: 1000
         """,
         """
         --ffn-hidden-size model.intermediate_size; --kv-channels model.head_dim
@@ -89,6 +91,7 @@ CONFIGS: dict[str, tuple[str, str]] = {
         --clip-grad optimizer.max_grad_norm; --rampup-batch-size batch.ramp
         --recompute-granularity memory.recompute_trunk; --mtp-num-layers heads.num_offsets
         --mtp-loss-scaling-factor objective.weights; --distributed-timeout-minutes health.hang_after_s
+        --save-interval checkpoint.every_steps; --save-retain-interval checkpoint.keep_every_steps
         """,
     ),
     "deepspeed": (
@@ -109,6 +112,18 @@ CONFIGS: dict[str, tuple[str, str]] = {
         zero_optimization.offload_param.device strategy.offload_parameters
         zero_optimization.offload_param.nvme_path strategy.nvme_path; optimizer.params.lr optimizer.lr
         scheduler.params.warmup_num_steps optimizer.warmup_steps; scheduler.params.total_num_steps run.steps
+        """,
+    ),
+    "lightning": (
+        """
+        trainer: {max_steps: 100, val_check_interval: 10, accumulate_grad_batches: 4, default_root_dir: out}
+        checkpoint: {train_time_interval: 30, every_n_train_steps: 500, save_top_k: 2}
+        """,
+        """
+        trainer.max_steps run.steps; trainer.val_check_interval run.validate_every_steps
+        trainer.accumulate_grad_batches batch.global_batch_size; trainer.default_root_dir run.dir
+        checkpoint.train_time_interval checkpoint.every_minutes; checkpoint.every_n_train_steps checkpoint.every_steps
+        checkpoint.save_top_k checkpoint.keep
         """,
     ),
     "litgpt": (

@@ -163,11 +163,12 @@ def _short(recipe: Recipe, steps: int, round_steps: int) -> Recipe:
         "validate_every_steps": steps + 1,
         "validation_samples": recipe.strategy.num_ranks,
     }
+    checkpoint = {"every_steps": None, "every_minutes": None, "keep_every_steps": None}
     logging = {"every_steps": min(recipe.logging.every_steps, round_steps)}
     return recipe.model_copy(
         update={
             "run": recipe.run.model_copy(update=run),
-            "checkpoint": recipe.checkpoint.model_copy(update={"every_steps": steps + 1}),
+            "checkpoint": recipe.checkpoint.model_copy(update=checkpoint),
             "logging": recipe.logging.model_copy(update=logging),
         }
     )

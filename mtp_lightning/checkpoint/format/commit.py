@@ -138,11 +138,13 @@ def _free_mib(folder: Path) -> float:
     return shutil.disk_usage(existing).free / 2**20
 
 
-def retain(folder: Path, *, keep: int, best: str | None) -> None:
-    """Delete old checkpoints; the newest two, the newest `keep` and the one named `best` are not touched."""
+def retain(
+    folder: Path, *, keep: int, best: str | None, is_permanent: Callable[[int], bool] = lambda step: False
+) -> None:
+    """Delete old checkpoints, but not the newest two, the newest `keep`, the one named `best` and permanent ones."""
     complete = complete_checkpoints(folder)
     for checkpoint in complete[: -max(keep, 2)]:
-        if checkpoint.path.name != best:
+        if checkpoint.path.name != best and not is_permanent(checkpoint.step):
             remove_folder(checkpoint.path)
 
 

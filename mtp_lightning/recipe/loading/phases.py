@@ -24,7 +24,7 @@ CHANGED_SECTIONS = (
 CHANGED_FIELDS: Mapping[str, frozenset[str]] = {
     "heads": frozenset({"detach_trunk"}),
     "run": frozenset({"steps", "early_stop", "validate_every_steps", "validation_samples"}),
-    "checkpoint": frozenset({"every_steps", "keep"}),
+    "checkpoint": frozenset({"every_steps", "every_minutes", "keep", "keep_every_steps"}),
     "logging": frozenset({"every_steps"}),
     "health": frozenset({"drift", "hang_after_s", "hang_factor"}),
 }

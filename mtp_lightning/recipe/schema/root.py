@@ -119,12 +119,25 @@ class InitSection(Section):
 class CheckpointSection(Section):
     """When the state of a run is saved, and how many checkpoints are kept."""
 
-    every_steps: PositiveInt = 200
-    """Steps between checkpoints; there is one more after the last step."""
+    every_steps: PositiveInt | None = 200
+    """Steps between checkpoints; there is one more after the last step. null: not by steps."""
+    every_minutes: PositiveFloat | None = None
+    """Minutes after the last checkpoint, by the first rank's clock, after which the next step is saved; null: not by
+    time."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints to keep, besides the best by mean acceptance length."""
+    keep_every_steps: PositiveInt | None = None
+    """Steps divisible by this are saved too, and their checkpoints never deleted; null: none is kept for ever."""
     in_background: bool | None = None
     """Copy the state to the host and write it while training goes on; null means: where it lies on a GPU."""
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether a step is saved whatever the clock says."""
+        return any(every is not None and step % every == 0 for every in (self.every_steps, self.keep_every_steps))
+
+    def is_permanent(self, step: int) -> bool:
+        """Tell whether the checkpoint of a step is kept for ever."""
+        return self.keep_every_steps is not None and step % self.keep_every_steps == 0
 
 
 class LoggingSection(Section):

@@ -10,13 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.launch.signals import HANG
 from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.training.lightning_module import MtpLightningModule
 
 FIRST_STEPS = 3  # which compile, connect and allocate
 SLOW_FACTOR = 6  # how much longer first steps and saves may take
@@ -38,7 +39,7 @@ class Watchdog(Callback):
     def __init__(self, recipe: Recipe, run_folder: Path, *, end: Callable[[int], object] = os._exit) -> None:
         self._least_s = recipe.health.hang_after_s
         self._factor = recipe.health.hang_factor
-        self._save_steps = recipe.checkpoint.every_steps
+        self._checkpoint = recipe.checkpoint
         self._run_folder = run_folder
         self._end = end
         self._durations_s: deque[float] = deque(maxlen=WINDOW_STEPS)
@@ -68,7 +69,8 @@ class Watchdog(Callback):
         self._durations_s.append(time.monotonic() - self._began_at)
         if len(self._durations_s) <= FIRST_STEPS or self._step % WINDOW_STEPS == 0:
             self._median_s = statistics.median(self._durations_s)
-        self._move("between steps", is_slow=self._step % self._save_steps == 0)
+        is_saved = self._checkpoint.is_due(self._step) or cast(MtpLightningModule, pl_module).step_vote.save_due
+        self._move("between steps", is_slow=is_saved)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """A validation moves on."""

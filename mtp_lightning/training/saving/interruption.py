@@ -38,14 +38,14 @@ class Interruption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over Ctrl-C, and only remember other stop signals from now on."""
         self._stop.defer()
-        cast(MtpLightningModule, pl_module).stop_vote.own_level = self._stop_level
+        cast(MtpLightningModule, pl_module).step_vote.own_level = self._stop_level
         if threading.current_thread() is threading.main_thread():
             self._former = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop here if any rank was asked to."""
         has_others = cast(RunStrategy, trainer.strategy).ranks.size > 1
-        agreed = cast(MtpLightningModule, pl_module).stop_vote.agreed_level
+        agreed = cast(MtpLightningModule, pl_module).step_vote.agreed_level
         exit_code = _STOP_LEVELS[agreed if has_others else self._stop_level()]
         if exit_code:
             self._stop.exit_code = exit_code

@@ -1,4 +1,4 @@
-"""Saving by step, and which checkpoint is the best: by mean acceptance length, then by the main head's loss."""
+"""Saving by step and clock, and which checkpoint is the best: by mean acceptance length, then the main head's loss."""
 
 import contextlib
 import math
@@ -66,11 +66,12 @@ def score_of(step: int, metrics: Mapping[str, float]) -> CheckpointScore | None:
 
 @final
 class Checkpoints(Callback):
-    """Commit a checkpoint after every `checkpoint.every_steps` optimizer steps and after the last one.
+    """Commit a checkpoint when it is due by `checkpoint.every_steps` or `every_minutes`, and after the last step.
 
     A due step is saved right before the next step begins (or when training ends): its validation is over by then,
     the data position has moved, and the generators are in the very state that the next step will find. Lightning
-    offers no earlier moment that comes after both the step and a validation that may or may not follow it.
+    offers no earlier moment that comes after both the step and a validation that may or may not follow it. The time
+    since the last save is the first rank's; it tells the others in the reduction of each step (`step/vote.py`).
 
     Attributes:
         last_step: step of the newest checkpoint, the one resumed from included.
@@ -86,6 +87,7 @@ class Checkpoints(Callback):
         self._recipe = recipe
         self._layers = layers
         self._due_step: int | None = None
+        self._saved_at = 0.0
         self._validated: tuple[int, dict[str, float]] = (-1, {})
         self._rng_of_ranks: list[dict[str, Any]] = []
         self._writer: BackgroundWriter | None = None
@@ -99,7 +101,10 @@ class Checkpoints(Callback):
             self.best = score if score and score.beats(self.best) else self.best
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Know the checkpoint that was resumed from, if it is one of this run."""
+        """Know the checkpoint that was resumed from, if it is one of this run, and start the clock."""
+        self._saved_at = time.monotonic()
+        if trainer.is_global_zero:
+            cast(MtpLightningModule, pl_module).step_vote.own_save_due = self._is_due_by_clock
         if (self.folder / name_of_step(trainer.global_step)).exists():
             self.last_step = trainer.global_step
 
@@ -120,8 +125,8 @@ class Checkpoints(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note that a step is due."""
-        step = trainer.global_step
-        if step % self._recipe.checkpoint.every_steps == 0 and step != self.last_step:
+        step, vote = trainer.global_step, cast(MtpLightningModule, pl_module).step_vote
+        if (self._recipe.checkpoint.is_due(step) or vote.save_due) and step != self.last_step:
             self._due_step = step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,7 +187,7 @@ class Checkpoints(Callback):
         point = self._save_point(step)
         best = self._best_after(point)
         writer.run(partial(self._commit, strategy.ranks.size, point, snapshot, best))
-        self.last_step = step
+        self.last_step, self._saved_at = step, time.monotonic()
         self._account(trainer, time.monotonic() - began_at)
 
     def finish(self, trainer: Trainer) -> None:
@@ -195,6 +200,10 @@ class Checkpoints(Callback):
             began_at = time.monotonic()
             self._writer.wait()
             self._account(trainer, time.monotonic() - began_at)
+
+    def _is_due_by_clock(self) -> bool:
+        minutes = self._recipe.checkpoint.every_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def _writer_of(self, trainer: Trainer) -> BackgroundWriter:
         if self._writer is None:
@@ -241,4 +250,5 @@ class Checkpoints(Callback):
         write_pointer(self.folder, "last", name)
         if name == best_name:
             write_pointer(self.folder, "best", name)
-        retain(self.folder, keep=self._recipe.checkpoint.keep, best=best_name)
+        section = self._recipe.checkpoint
+        retain(self.folder, keep=section.keep, best=best_name, is_permanent=section.is_permanent)

@@ -269,3 +269,73 @@ def test_a_refused_write_stops_training_with_the_earlier_checkpoint_intact(tmp_p
     assert newest.step == 2
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
     assert len(fit(tmp_path, recipe)[1].seen) == 4
+
+
+class Clock:
+    """Stands still but for `step_s` seconds in each step."""
+
+    def __init__(self, step_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self._step_s = 1000.0, step_s
+        monkeypatch.setattr("mtp_lightning.training.saving.save_checkpoints.time.monotonic", lambda: self.now)
+
+    def __call__(self, step: int) -> None:
+        self.now += self._step_s
+
+
+@pytest.mark.parametrize(
+    ("section", "kept"),
+    [
+        ({"every_steps": None}, [12]),
+        ({"every_steps": None, "every_minutes": 1.0}, [4, 8, 12]),  # three steps of 25 s, seen in the step after
+        ({"every_steps": 6, "every_minutes": 1.0}, [4, 6, 10, 12]),  # each save starts the clock anew
+        ({"every_steps": 4, "keep_every_steps": 5, "keep": 2}, [5, 10, 12]),
+        ({"every_steps": None, "every_minutes": 0.001, "keep_every_steps": 4, "keep": 2}, [4, 8, 10, 12]),
+    ],
+)
+def test_steps_are_saved_by_the_clock_and_kept_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: dict[str, Any], kept: list[int]
+) -> None:
+    assert saved_steps(tmp_path, monkeypatch, section, 12) == kept
+
+
+def test_what_is_kept_for_ever_outlives_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {"every_steps": 1, "keep_every_steps": 3, "keep": 2}
+    assert saved_steps(tmp_path, monkeypatch, section, 7) == [3, 6, 7]
+    assert saved_steps(tmp_path, monkeypatch, section, 12) == [3, 6, 9, 11, 12]
+
+
+def saved_steps(folder: Path, monkeypatch: pytest.MonkeyPatch, section: dict[str, Any], until: int) -> list[int]:
+    """Train on to a step, each step of 25 s, and return which checkpoints there are."""
+    recipe = tiny_recipe(steps=12, validate_every_steps=100, keep_checkpoints=99, checkpoint=section)
+    module = TinyModule(recipe)
+    module.on_step = Clock(25.0, monkeypatch)
+    fit(folder, recipe, module=module, until=until)
+    return [checkpoint.step for checkpoint in complete_checkpoints(folder / "checkpoints")]
+
+
+def test_a_run_saved_by_the_clock_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    def module_of(seed: int) -> TinyModule:
+        torch.manual_seed(seed)
+        return TinyModule(recipe)
+
+    recipe = tiny_recipe(steps=9, checkpoint={"every_steps": None, "every_minutes": 1.0})
+    _, whole = fit(tmp_path / "whole", recipe, module=module_of(0))
+    clock, cut = Clock(25.0, monkeypatch), module_of(0)
+
+    def step_or_stop(step: int) -> None:
+        clock(step)
+        if step == 6:
+            raise Stop
+
+    cut.on_step = step_or_stop
+    with pytest.raises(Stop):
+        fit(tmp_path / "cut", recipe, module=cut)
+    newest = newest_complete(tmp_path / "cut/checkpoints")
+    assert newest is not None
+    assert newest.step == 4
+    _, resumed = fit(tmp_path / "cut", recipe, seed=99)
+    assert resumed.seen == whole.seen[4:]
+    assert all(map(torch.equal, weights(resumed), weights(whole)))

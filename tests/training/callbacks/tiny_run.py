@@ -3,7 +3,7 @@
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from mtp_lightning.training.build_callbacks import build_callbacks
 from mtp_lightning.training.logging.loggers import LoggedRun, build_loggers
 from mtp_lightning.training.logging.summary import Summary
 from mtp_lightning.training.step.metrics import ThroughputClock
-from mtp_lightning.training.step.vote import StopVote
+from mtp_lightning.training.step.vote import StepVote
 from mtp_lightning.training.strategies.single import SingleStrategy
 
 WIDTH = 6
@@ -42,6 +42,7 @@ def tiny_recipe(
     log_every_steps: int = 2,
     checkpoint_every_steps: int = 2,
     keep_checkpoints: int = 2,
+    checkpoint: Mapping[str, Any] | None = None,
     hang_after_s: float | None = 900.0,
     hang_factor: float = 10.0,
     **run: Any,
@@ -53,7 +54,9 @@ def tiny_recipe(
         data=DataSection(seq_len=16),
         batch=BatchSection(global_batch_size=4, micro_batch_size=4),
         run=RunSection(**({"steps": 6, "validate_every_steps": 3} | run)),
-        checkpoint=CheckpointSection(every_steps=checkpoint_every_steps, keep=keep_checkpoints),
+        checkpoint=CheckpointSection(
+            **({"every_steps": checkpoint_every_steps, "keep": keep_checkpoints} | dict(checkpoint or {}))
+        ),
         logging=LoggingSection(every_steps=log_every_steps),
         health=HealthSection(hang_after_s=hang_after_s, hang_factor=hang_factor),
     )
@@ -100,7 +103,7 @@ class TinyModule(LightningModule):
         self.trunk = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Dropout(0.3))
         self.offset_heads = nn.ModuleList(nn.Linear(16, WIDTH) for _ in range(recipe.heads.num_offsets))
         self.metrics: dict[str, Any] = {}
-        self.stop_vote, self.throughput = StopVote(), ThroughputClock(recipe, 0)
+        self.step_vote, self.throughput = StepVote(), ThroughputClock(recipe, 0)
         self.seen: list[tuple[int, int, float]] = []
         self.num_validations = 0
         self.on_step: Callable[[int], None] = lambda step: None
@@ -116,6 +119,7 @@ class TinyModule(LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         step = self.global_step
         self.metrics = {}
+        self.step_vote.count(self.step_vote.ballot())
         losses = self.losses(batch)
         optimizer = self.optimizers()
         optimizer.zero_grad()

@@ -9,7 +9,7 @@ from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.training.step.batch import prepare_batch, weights_at
 from mtp_lightning.training.step.metrics import ThroughputClock
-from mtp_lightning.training.step.vote import NUM_STOP_LEVELS, StopVote, agree_on_step
+from mtp_lightning.training.step.vote import StepVote, agree_on_step
 from tests.support.tiny import tiny_recipe, tiny_rows
 
 RECIPE = tiny_recipe(batch={"global_batch_size": 5, "micro_batch_size": 2}, heads={"num_offsets": 3})
@@ -74,16 +74,19 @@ def test_held_out_rows_weigh_every_offset_the_same_whatever_trains():
     assert weights_at(frozen, frozen.run.steps - 1) == [0.0, 0.0, 1.0]
 
 
+@pytest.mark.parametrize("wants_save", [False, True])
 @pytest.mark.parametrize(("own", "other", "agreed"), [(0, 0, 0), (1, 0, 1), (0, 2, 2), (2, 1, 2)])
-def test_one_reduction_brings_counts_and_the_highest_stop_level(own, other, agreed):
+def test_one_reduction_brings_counts_the_highest_stop_level_and_the_wish_to_save(own, other, agreed, wants_save):
     there = prepare_batch(rows(seed=1), RECIPE, 0).counts
-    ballot = torch.eye(NUM_STOP_LEVELS, dtype=torch.int64)[other]
+    elsewhere = StepVote()
+    elsewhere.own_level, elsewhere.own_save_due = lambda: other, lambda: wants_save
+    ballot = torch.tensor(elsewhere.ballot())
     ranks = TwoRanks(torch.cat((there.targets, there.teachers, there.ordered[None], ballot)))
-    here, vote = prepare_batch(rows(), RECIPE, 0).counts, StopVote()
+    here, vote = prepare_batch(rows(), RECIPE, 0).counts, StepVote()
     vote.own_level = lambda: own
     counts = agree_on_step(here, vote, ranks)
     assert ranks.num_reductions == 1
-    assert vote.agreed_level == agreed
+    assert (vote.agreed_level, vote.save_due) == (agreed, wants_save)
     assert counts.targets == (here.targets + there.targets).tolist()
     for name in ("targets", "teachers", "ordered"):
         assert torch.equal(getattr(counts.on_device, name), getattr(here, name) + getattr(there, name))
