@@ -1,5 +1,6 @@
 """Law 1 under ZeRO: what reaches the optimizer on real ranks = plain torch, for every stage, order and head kind."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from mtp_lightning.diagnostics.parity import LOSS_TOLERANCE, TOLERANCE, compare_strategies
 from mtp_lightning.diagnostics.parity_matrix import ADAPTATIONS, BACKWARD_ORDERS, RANKS, STAGES, sample
 from tests.support.parity_matrix import plain_cells, sample_of_triples, values_of, whole_matrix
+from tests.support.ranked import on_ranks
 from tests.support.runs import ROOT, mtp
 
 ROW = re.compile(r"^(zero\d) +(\d) +(\w+) +(\d+) +(\S+) +(\S+) +(\S+)$", re.MULTILINE)
@@ -87,3 +89,25 @@ def test_unequal_cells_are_named_and_fail_the_command():
     assert done.returncode == 1
     assert "cells are not equal" in done.stdout
     assert "zero1, 1 rank, sequential: " in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_frozen_parameters_are_partitioned_again_before_each_step():
+    """Low-rank updates under zero3, with recomputation, on two ranks: the frozen model lies in parts between steps."""
+    orders = ",".join(BACKWARD_ORDERS)
+    found = json.loads(on_ranks("tests.support.frozen_gathered", 2, orders, "0").splitlines()[-1])
+    assert found.keys() == set(BACKWARD_ORDERS)
+    for outcome in found.values():
+        assert outcome["failure"] == ""
+        assert 0 < outcome["gradients"] <= TOLERANCE
+        assert outcome["frozen"] > 20
+        assert outcome["frozen whole"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_frozen_parameters_that_are_kept_whole_are_seen():
+    """The test above can fail."""
+    found = json.loads(on_ranks("tests.support.frozen_gathered", 2, "joint", "1000000").splitlines()[-1])
+    assert len(found["joint"]["frozen whole"]) == found["joint"]["frozen"]
