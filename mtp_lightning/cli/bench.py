@@ -20,6 +20,7 @@ from mtp_lightning.cli.generate import (
     read_prompts,
 )
 from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
+from mtp_lightning.cli.targets import JsonOption, check_file, check_picture
 
 
 def decode(
@@ -30,8 +31,10 @@ def decode(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, at most.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate after each.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds to measure.")] = 3,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")] = None,
-    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Draw the figures here.")] = None,
+    json: JsonOption = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE", callback=check_picture, help="Draw the figures here.")
+    ] = None,
     device: DeviceOption = DeviceName.auto,
     dtype: DtypeOption = DtypeName.stored,
 ) -> None:
@@ -50,7 +53,10 @@ def decode(
 def tree(
     path: ModelArgument,
     *,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Write the tree here, as JSON.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="FILE", callback=check_file, help="Write the tree here, as JSON.", show_default=False),
+    ],
     drafts: Annotated[int, typer.Option(min=1, max=64, help="Nodes of the tree.")] = 16,
     device: DeviceOption = DeviceName.auto,
     dtype: DtypeOption = DtypeName.stored,
@@ -74,7 +80,6 @@ app = typer.Typer(no_args_is_help=True, help="Measure training, decoding and loa
 
 OffsetsOption = Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of offsets to measure.")]
 BackwardOrdersOption = Annotated[str, typer.Option(metavar="NAME,...", help="Backward orders to measure.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")]
 
 
 @app.command()

@@ -8,6 +8,7 @@ import typer
 
 from mtp_lightning.cli import self_generated as own_text_verbs
 from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
+from mtp_lightning.cli.targets import check_picture
 
 app = typer.Typer(
     no_args_is_help=True, help="Build or generate shards of tokens, look at a row, verify and count shards."
@@ -115,7 +116,10 @@ def verify(folder: Annotated[Path, typer.Argument(help="Folder of shards.", show
 def stats(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of shards.", show_default=False)],
     *,
-    picture: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the lengths into this file, too.")] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", callback=check_picture, help="Draw the lengths into this file, too."),
+    ] = None,
 ) -> None:
     """Count documents and tokens by folder and source, and show how long the documents are."""
     from mtp_lightning.data.shards.stats import show_statistics

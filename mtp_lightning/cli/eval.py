@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mtp_lightning.cli.generate import DeviceName, DeviceOption, DtypeName, DtypeOption, ModelArgument
+from mtp_lightning.cli.targets import JsonOption, check_picture
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,15 +32,12 @@ def acceptance(
     ] = None,
     device: DeviceOption = DeviceName.auto,
     dtype: DtypeOption = DtypeName.stored,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
-    ] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Measure on held-out rows how often each offset's drafts are accepted, greedily and under sampling."""
-    import json
-
     from mtp_lightning.cli.generate import device_of, dtype_of
     from mtp_lightning.console.errors import screen
+    from mtp_lightning.console.tables import write_json
     from mtp_lightning.evaluation.acceptance import measure_acceptance
 
     measured = measure_acceptance(
@@ -55,8 +53,7 @@ def acceptance(
         screen().print(
             f"  of {source}  {own['mean_acceptance_length']:.3f}, {own['sampled_acceptance_length']:.3f} under sampling"
         )
-    if json_path is not None:
-        json_path.write_text(json.dumps(measured.as_json(), indent=2) + "\n")
+    write_json(json_path, measured.as_json())
 
 
 def _table(measured: "Acceptance") -> "Table":
@@ -94,19 +91,16 @@ def marginal(
     nucleus: Annotated[float, typer.Option(help="Share of the probability that is summed over.")] = 0.99,
     most_paths: Annotated[int, typer.Option("--paths", help="Most paths that are summed over.")] = 1024,
     device: DeviceOption = DeviceName.auto,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
-    ] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Predict tokens further on with the main head alone, summed over those in between, beside the heads.
 
     Of a run it is kept in its folder: mtp report compare shows it, and the same question is not computed again.
     """
-    import json
-
     from mtp_lightning.cli.generate import device_of
     from mtp_lightning.cli.recipe_argument import open_runs
     from mtp_lightning.console.errors import screen
+    from mtp_lightning.console.tables import write_json
     from mtp_lightning.evaluation.marginal_reports import measure_kept
 
     runs, reports = open_runs(paths), []
@@ -129,8 +123,7 @@ def marginal(
         f"{report.num_positions:,} positions at the ends of {report.num_samples} held-out texts; summed over "
         f"{nucleus:.0%} of the probability, at most {most_paths:,} paths"
     )
-    if json_path is not None:
-        json_path.write_text(json.dumps(reports if len(runs) > 1 else reports[0], indent=2) + "\n")
+    write_json(json_path, reports if len(runs) > 1 else reports[0])
 
 
 def _marginal_table(report: "MarginalReport") -> "Table":
@@ -151,17 +144,16 @@ def lens(
     path: ModelArgument,
     *,
     samples: Annotated[int, typer.Option(min=1, help="Held-out texts.")] = 32,
-    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the figures, too.")] = None,
-    device: DeviceOption = DeviceName.auto,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", callback=check_picture, help="Draw the figures, too.")
     ] = None,
+    device: DeviceOption = DeviceName.auto,
+    json_path: JsonOption = None,
 ) -> None:
     """Read every layer as if it were the last: where does the model commit to the next token?"""
-    import json
-
     from mtp_lightning.cli.generate import device_of
     from mtp_lightning.console.errors import screen, table_of
+    from mtp_lightning.console.tables import write_json
     from mtp_lightning.evaluation.lens import draw_lens, measure_lens
 
     report = measure_lens(path, num_samples=samples, device=str(device_of(device)))
@@ -170,7 +162,6 @@ def lens(
         table.add_row(str(number), f"{layer.depth:.2f}", f"{layer.kl:.4f}", f"{layer.agreement:.1%}")
     screen().print(table)
     screen().print(f"{report.num_positions:,} positions; layer 0 is the embedding")
-    if json_path is not None:
-        json_path.write_text(json.dumps(report.as_json(), indent=2) + "\n")
+    write_json(json_path, report.as_json())
     if plot is not None:
         draw_lens(report, plot)

@@ -1,11 +1,11 @@
 """`mtp plan`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
+from mtp_lightning.cli.targets import JsonOption
 
 
 def plan(
@@ -16,7 +16,7 @@ def plan(
     gpus: Annotated[
         int | None, typer.Option(min=1, help="Number of GPUs (as the recipe's strategy says, unless given).")
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Work out memory, time and cost of a run, phase by phase, before it starts; needs no GPU and no torch."""
     loaded = open_recipe(recipe, overrides)

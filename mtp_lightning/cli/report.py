@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mtp_lightning.cli.targets import JsonOption, check_picture
 from mtp_lightning.errors import visible
 
 if TYPE_CHECKING:
@@ -28,28 +29,25 @@ def compare(
         typer.Argument(metavar="RUN...", help="Run folders, of any number of seeds; or sweeps.", show_default=False),
     ],
     *,
-    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw acceptance and loss, too.")] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", callback=check_picture, help="Draw acceptance and loss, too.")
     ] = None,
+    json_path: JsonOption = None,
 ) -> None:
     """Compare recipes by the last validation of their runs: loss of the main head, acceptance length, acceptance."""
     from mtp_lightning.cli.recipe_argument import open_runs
-    from mtp_lightning.cli.targets import PICTURES, check_target, write_json
     from mtp_lightning.console.errors import screen
+    from mtp_lightning.console.tables import write_json
     from mtp_lightning.evaluation.comparison import as_json, draw, read_run
     from mtp_lightning.evaluation.comparison import compare as compare_runs
 
-    check_target(json_path, "--json")
-    check_target(plot, "--plot", endings=PICTURES, makes_folders=True)
     groups = compare_runs(read_run(run) for run in open_runs(runs))
     screen().print(_table(groups))
     if measured := next((group.marginal for group in groups if group.marginal), None):
         screen().print("", _marginal_table(groups, measured), sep="\n")
     for remark in _table_notes(groups):
         screen().print(remark)
-    if json_path is not None:
-        write_json(as_json(groups), json_path, "--json")
+    write_json(json_path, as_json(groups))
     if plot is not None:
         draw(groups, plot)
 
@@ -61,15 +59,16 @@ def mixture(
     ],
     *,
     plot: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Where to draw it; in a run folder mixture.png unless given.")
+        Path | None,
+        typer.Option(
+            metavar="PNG", callback=check_picture, help="Where to draw it; in a run folder mixture.png unless given."
+        ),
     ] = None,
 ) -> None:
     """Show what each head has learnt to read of the trunk's layers (adapt.layer_mix)."""
-    from mtp_lightning.cli.targets import PICTURES, check_target
     from mtp_lightning.console.errors import screen, table_of
     from mtp_lightning.evaluation.lens import draw, read_mixtures
 
-    check_target(plot, "--plot", endings=PICTURES, makes_folders=True)
     mixtures = read_mixtures(run)
     layers = (f"layer {number}" for number in range(1, len(mixtures[0].shares) + 1))
     table = table_of(["offset", "mean layer", *layers])

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mtp_lightning.console.screen import Screen
 from mtp_lightning.errors import Fault, MtpError, RecipeError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ NARROWEST = 20
 
 def screen(*, stderr: bool = False) -> Console:
     """Return a console that wraps on a terminal, and neither wraps nor colours into a pipe or file."""
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = Screen(stderr=stderr, soft_wrap=True)
     if not console.is_terminal:
         console.width = UNBOUNDED
     return console
@@ -103,7 +104,8 @@ def _guarded(stream: TextIO | None, descriptor: int, answer: Callable[[OSError],
     return io.TextIOWrapper(
         output if stream.write_through else io.BufferedWriter(output),
         stream.encoding,
-        stream.errors,
+        # what an encoding lacks, as ASCII does most, is written as escapes
+        "backslashreplace" if stream.errors == "strict" else stream.errors,
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

@@ -3,10 +3,19 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtp_lightning.errors import RunFolderError
+from mtp_lightning.errors import RunFolderError, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def label_of(name: str) -> str:
+    r"""Name what is drawn, where matplotlib would take $ for mathematics and leave out what begins with _.
+
+    >>> print(label_of("_a$\x1b"))
+     _a\$\x1b
+    """
+    return " " * name.startswith("_") + visible(name, kept="").replace("$", r"\$")
 
 
 def save_picture(figure: "Figure", path: Path, option: str) -> None:

@@ -1,10 +1,10 @@
 """What the data verbs say: plain lines, and a bar where there is a terminal to draw it on."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -15,13 +15,16 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from mtp_lightning.console.screen import Screen
+from mtp_lightning.errors import visible
+
 SECONDS_BETWEEN_LINES = 5.0
 Advance = Callable[[int], None]
 
 
 def say(text: str, *, stderr: bool = False) -> None:
     """Print one line as it is: never wrapped, nothing in it read as markup."""
-    Console(stderr=stderr).print(text, markup=False, highlight=False, soft_wrap=True)
+    print(visible(text), file=sys.stderr if stderr else sys.stdout, flush=True)  # above a live view, if there is one
 
 
 @contextmanager
@@ -30,12 +33,12 @@ def watched(what: str, *, total_bytes: int, show: bool) -> Iterator[Advance]:
 
     On stderr: stdout may be a text that goes into a pipe.
     """
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     if not show:
         yield lambda num_bytes: None
     elif console.is_terminal:
         columns = (
-            TextColumn(what),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
@@ -51,9 +54,15 @@ def watched(what: str, *, total_bytes: int, show: bool) -> Iterator[Advance]:
 @contextmanager
 def counted(what: str, *, total: int, unit: str) -> Iterator[Advance]:
     """Yield a function to report things done to, like `watched`."""
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     if console.is_terminal:
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(what, total=total)
             yield lambda num_done: progress.advance(task, num_done)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mtp_lightning.console.screen import Screen
 from mtp_lightning.errors import RunFolderError
 
 BLANK = "-"
@@ -28,7 +29,7 @@ class Report(Protocol):
 
 def console(*, stderr: bool = False) -> Console:
     """Return a console as wide as the terminal."""
-    made = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    made = Screen(stderr=stderr)
     if not made.is_terminal:
         made.width = PLAIN_WIDTH
     return made
@@ -97,7 +98,7 @@ def watched(total: int) -> Iterator[Report]:
         yield lambda doing, *, done: progress.update(task, description=doing, completed=done)
 
 
-def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+def write_json(path: Path | None, figures: Any) -> None:
     """Write the figures to a file, if one is asked for."""
     if path is None:
         return

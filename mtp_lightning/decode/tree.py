@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from mtp_lightning.decode.sampling import Sampling, draw
 from mtp_lightning.decode.verify import AcceptResult
 from mtp_lightning.errors import DecodingError
+from mtp_lightning.files.untrusted import read_object
 from mtp_lightning.model.mtp_model import MtpModel
 
 MOST_NODES = 64
@@ -215,9 +216,9 @@ def read_tree(path: Path) -> Tree:
         DecodingError: The file cannot be read, or is no tree.
     """
     try:
-        document: dict[str, Any] = json.loads(path.read_bytes())
+        document = read_object(path)
         return Tree(*(tuple(int(number) for number in document[name]) for name in ("parents", "ranks")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DecodingError(
             "the file of a tree must hold `parents` and `ranks`, as `mtp bench tree` writes them",
             f"{path}: {error}",

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from mtp_lightning.console.plots import save_picture
-from mtp_lightning.errors import RunFolderError, visible
+from mtp_lightning.console.plots import label_of, save_picture
+from mtp_lightning.errors import RunFolderError
 from mtp_lightning.evaluation.marginal import MarginalReport
 from mtp_lightning.evaluation.marginal_reports import read_kept
+from mtp_lightning.files.untrusted import OddFileError, described, open_regular, read_object, reason_of
 from mtp_lightning.launch.status import current_phase
-from mtp_lightning.launch.untrusted import OddFileError, open_regular, read_object, reason_of, shown
 from mtp_lightning.training.logging.metrics_files import Row, read_rows
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; from 10 on the last one is used, which is
@@ -76,7 +76,9 @@ def read_run(folder: Path) -> RunFigures:
     told = {**summary, "tokens": last.get("tokens")}
     for name, is_right in FIELDS.items():
         if not is_right(told.get(name)):
-            raise _refusal(f"{name}: {shown(told.get(name))}, in summary.json or the last validation of {last_phase}")
+            raise _refusal(
+                f"{name}: {described(told.get(name))}, in summary.json or the last validation of {last_phase}"
+            )
     figures = {name.removeprefix(PREFIX): value for name, value in last.items() if name.startswith(PREFIX)}
     marginal = read_kept(folder)
     for of in marginal.offsets if marginal else ():
@@ -196,19 +198,14 @@ def draw(groups: Sequence[Group], path: Path) -> None:
         offsets = range(2, group.num_offsets + 1)
         accepted = {k: group.figures[name] for k in offsets if (name := f"acceptance_rate_{k}") in group.figures}
         means, margins = [own.mean for own in accepted.values()], [own.margin or 0.0 for own in accepted.values()]
-        left.errorbar([*accepted], means, yerr=margins, marker="o", capsize=3, label=_label(group))
+        left.errorbar([*accepted], means, yerr=margins, marker="o", capsize=3, label=label_of(group.recipe))
         loss = group.figures["loss_1"]
         right.errorbar([place], [loss.mean], yerr=[loss.margin or 0.0], marker="o", capsize=3)
     left.set(title="Drafts accepted up to an offset", xlabel="offset", ylabel="share of positions")
     right.set(title="Loss of the main head", ylabel="nats per token")
-    right.set_xticks(range(len(groups)), [_label(group) for group in groups])
+    right.set_xticks(range(len(groups)), [label_of(group.recipe) for group in groups])
     left.legend()
     save_picture(figure, path, "--plot")
-
-
-def _label(group: Group) -> str:
-    r"""Name a group where matplotlib would take $ for mathematics."""
-    return visible(group.recipe, kept="").replace("$", r"\$")
 
 
 def _refusal(found: str) -> RunFolderError:

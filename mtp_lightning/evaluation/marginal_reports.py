@@ -12,8 +12,8 @@ from mtp_lightning.checkpoint.format.manifest import MANIFEST_NAME
 from mtp_lightning.errors import RunFolderError
 from mtp_lightning.evaluation.marginal import MarginalReport, measure_marginal
 from mtp_lightning.files.durable import replace_durably
+from mtp_lightning.files.untrusted import MOST_JSON_BYTES, OddFileError, read_bounded, reason_of
 from mtp_lightning.launch.run_marker import is_run
-from mtp_lightning.launch.untrusted import MOST_JSON_BYTES, OddFileError, read_bounded, reason_of
 
 FILE_NAME = "marginal.json"
 

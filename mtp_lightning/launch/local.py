@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO
 
-from mtp_lightning.errors import LaunchError
+from mtp_lightning.errors import LaunchError, visible
 from mtp_lightning.launch.rank_env import RankInfo, free_port, local_rank_info, rank_from_env
 from mtp_lightning.launch.signals import heeded_signals
 from mtp_lightning.recipe.schema.root import Recipe
@@ -154,4 +154,4 @@ def _stop(ranks: list[_Rank]) -> None:
 def _tail(log: IO[bytes]) -> str:
     size = log.seek(0, os.SEEK_END)
     log.seek(max(0, size - TAIL_BYTES))
-    return log.read().decode(errors="replace")
+    return visible(log.read().decode(errors="replace"))

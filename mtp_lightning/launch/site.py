@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from mtp_lightning.errors import SiteError, visible
-from mtp_lightning.launch.untrusted import OddFileError, parse_yaml, read_yaml, reason_of, shown
+from mtp_lightning.files.untrusted import OddFileError, described, reason_of
+from mtp_lightning.launch.yaml_files import parse_yaml, read_yaml
 from mtp_lightning.recipe.schema.base import Section
 
 Cores = Annotated[int, Field(ge=1, le=65_536)]
@@ -221,7 +222,7 @@ def _check_text(values: dict[str, Any], where: str) -> None:
         if not is_harmless:
             raise SiteError(
                 f"{where} must hold printable text on one line: it goes into a job script",
-                f"{path}: {shown(text)}",
+                f"{path}: {described(text)}",
                 "Take line breaks and control characters out",
             )
 

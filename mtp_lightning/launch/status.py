@@ -11,8 +11,9 @@ from typing import Any, TypeVar, final
 from pydantic import ValidationError
 
 from mtp_lightning.files.lock import FileId, file_id, locked_files
+from mtp_lightning.files.untrusted import OddFileError, described, open_regular, read_object, reason_of
 from mtp_lightning.launch.scheduler import job_states
-from mtp_lightning.launch.untrusted import OddFileError, open_regular, read_object, read_yaml, reason_of, shown
+from mtp_lightning.launch.yaml_files import read_yaml
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.phases import FOLDER
 from mtp_lightning.recipe.schema.root import Recipe
@@ -187,19 +188,19 @@ def _name_of(reading: _Reading, recipe: dict[str, Any]) -> str:
     name = recipe.get("name", "?")
     if isinstance(name, str):
         return name
-    reading.note(reading.run / RECIPE, f"name is {shown(name)}, not text")
+    reading.note(reading.run / RECIPE, f"name is {described(name)}, not text")
     return "?"
 
 
 def _steps_of(reading: _Reading, recipe: dict[str, Any]) -> int | None:
     section = recipe.get("run", {})
     if not isinstance(section, dict):
-        reading.note(reading.run / RECIPE, f"run is {shown(section)}, not a section")
+        reading.note(reading.run / RECIPE, f"run is {described(section)}, not a section")
         return None
     steps = section.get("steps")
     if steps is None or (type(steps) is int and 0 <= steps <= MOST):
         return steps
-    reading.note(reading.run / RECIPE, f"run.steps is {shown(steps)}, not a number of steps")
+    reading.note(reading.run / RECIPE, f"run.steps is {described(steps)}, not a number of steps")
     return None
 
 
@@ -228,7 +229,7 @@ def _job_of(reading: _Reading) -> str | None:
     job = reading.json(path).get("job")
     if job is None or (isinstance(job, str) and _JOB.fullmatch(job)):
         return job
-    reading.note(path, f"job is {shown(job)}, not the number of a job")
+    reading.note(path, f"job is {described(job)}, not the number of a job")
     return None
 
 
@@ -239,7 +240,7 @@ def _recipe_of(reading: _Reading, run: Path) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
         if content is not ABSENT:
-            reading.note(path, f"{shown(content)} in place of sections")
+            reading.note(path, f"{described(content)} in place of sections")
     return {}
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
+from mtp_lightning.console.progress import say
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.errors import MtpError
 from mtp_lightning.launch.signals import INTERRUPTED, REQUEUE, StopRequest
@@ -81,11 +82,10 @@ def _let_go() -> None:
 
 def _say_finished(opened: Opened, recipe: Recipe) -> None:
     if Ranks().is_first and opened.checkpoint is not None:
-        print(
+        say(
             f"{opened.path} is finished: {opened.checkpoint.step} of {recipe.run.steps} steps. Raise "
             f"{'run.steps' if opened.checkpoint.step >= recipe.run.steps else 'run.early_stop.validations'} to go on, "
             "or start over with run.restart=true.",
-            flush=True,
         )
 
 
@@ -93,7 +93,7 @@ def _fit(recipe: Recipe, opened: Opened, logged: LoggedRun, stop: StopRequest) -
     L.seed_everything(recipe.run.seed, verbose=False)
     checkpoint = opened.checkpoint
     if checkpoint is not None and Ranks().is_first:
-        print(f"Continuing {opened.path} after step {checkpoint.step} of {recipe.run.steps}", flush=True)
+        say(f"Continuing {opened.path} after step {checkpoint.step} of {recipe.run.steps}")
     with redirect_library_logs(opened.attempt / "lightning.log"):
         trainer = build_trainer(recipe, opened.path, stop, _loggers(opened, logged))
         module, data = MtpLightningModule(recipe), MtpDataModule(recipe)
@@ -131,7 +131,7 @@ def _loggers(opened: Opened, logged: LoggedRun) -> list[Logger]:
 def _stopped(opened: Opened, exit_code: int) -> int:
     if Ranks().is_first:
         what = "Stopped, to be requeued" if exit_code == REQUEUE else "Interrupted"
-        print(f"{what}. The same command goes on: mtp train {opened.path}", flush=True)
+        say(f"{what}. The same command goes on: mtp train {opened.path}")
     return exit_code
 
 

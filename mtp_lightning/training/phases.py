@@ -4,9 +4,13 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mtp_lightning.checkpoint.format.folder import newest_complete
+from mtp_lightning.console.progress import say
+from mtp_lightning.errors import RunFolderError
 from mtp_lightning.files.durable import replace_durably
+from mtp_lightning.files.untrusted import OddFileError, read_object, reason_of
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.recipe.loading.phases import Phase, phases_of
@@ -36,7 +40,7 @@ def train_phases(recipe: Recipe, train_one: Callable[[Recipe, LoggedRun], int]) 
             if Ranks().broadcast(is_finished):
                 continue
             if is_first:
-                print(f"Phase {phase.number} of {len(phases)}: {phase.name}", flush=True)
+                say(f"Phase {phase.number} of {len(phases)}: {phase.name}")
             logged = LoggedRun(recipe, opened.path, phase.number, first_steps[phase.number - 1])
             if code := train_one(phase.recipe, logged):
                 return code
@@ -56,10 +60,19 @@ def _is_finished(phase: Phase) -> bool:
 
 def _summarise(folder: Path, phases: tuple[Phase, ...]) -> None:
     """Write the summaries of all phases into one file, by the phase's name."""
-    summaries = {
-        phase.name: json.loads((Path(phase.recipe.run.dir) / "summary.json").read_text(encoding="utf-8"))
-        for phase in phases
-    }
+    summaries = {phase.name: _summary_of(Path(phase.recipe.run.dir)) for phase in phases}
     content = {"is_finished": True, "phases": summaries}
     replace_durably(folder / "summary.json", json.dumps(content, indent=2).encode() + b"\n")
-    print(f"All {len(phases)} phases are finished: {folder}/summary.json", flush=True)
+    say(f"All {len(phases)} phases are finished: {folder}/summary.json")
+
+
+def _summary_of(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
+    try:
+        return read_object(path)
+    except (OSError, OddFileError) as error:
+        raise RunFolderError(
+            "a phase that has ended must have its summary.json",
+            f"{reason_of(error)}, in {path}",
+            "Remove summary.json and the last checkpoint of that phase, and run the same command again",
+        ) from error

@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mtp_lightning.checkpoint.format.folder import CheckpointFolder, newest_complete
+from mtp_lightning.console.progress import say
 from mtp_lightning.errors import CheckpointError, RunFolderError
 from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.files.lock import ANOTHER, try_lock
@@ -102,7 +103,7 @@ def _move_aside(folder: Path) -> None:
         number = next(k for k in range(1, sys.maxsize) if not folder.with_name(f"{folder.name}.{k}").exists())
         aside = folder.with_name(f"{folder.name}.{number}")
         folder.rename(aside)
-    print(f"Starting afresh: the earlier run is now {aside}", flush=True)
+    say(f"Starting afresh: the earlier run is now {aside}")
 
 
 @contextlib.contextmanager
@@ -183,7 +184,7 @@ def check_changes(folder: Path, recipe: Recipe) -> None:
             "Give another run.dir, take the changes back, or start over with run.restart=true (the old run is kept).",
         )
     for change in changes:
-        print(f"Changed since this run began: {change}", flush=True)
+        say(f"Changed since this run began: {change}")
 
 
 def _next_attempt(folder: Path) -> Path:

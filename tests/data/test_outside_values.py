@@ -285,7 +285,7 @@ def test_tokenizer_without_tokens_and_a_folder_in_its_place_are_refused(tmp_path
         HuggingFaceTokenizer(path, end_of_document=0)
     path.unlink()
     path.mkdir()
-    with pytest.raises(DataError, match=r"must be readable; found no regular file"):
+    with pytest.raises(DataError, match=r"must be readable; found a folder, a FIFO or a device"):
         HuggingFaceTokenizer(path, end_of_document=0)
 
 

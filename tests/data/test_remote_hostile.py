@@ -3,9 +3,11 @@
 import functools
 import http.server
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from mtp_lightning.data.shards.manifest import Shard, fingerprint_of, load_manif
 from mtp_lightning.data.shards.remote import mirror
 from mtp_lightning.errors import DataError
 from tests.data.corpora import tiny_recipe
+from tests.data.shard_damage import damage_folder
 
 MOST = 1 << 20
 
@@ -179,3 +182,24 @@ def test_index_of_claims_behind_a_url_is_refused(tmp_path: Path, shards: Path, s
     prepare_named(recipe, server.url)
     with pytest.raises(DataError, match=r"in the index of .* must be as in the manifest"):
         open_rows(recipe, "train")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 108), marks=pytest.mark.slow)])
+def test_damaged_folders_behind_a_url_are_refused(tmp_path: Path, shards: Path, server: Any, seeds: range) -> None:
+    refusals = []
+    for seed in seeds:
+        folder = tmp_path / f"served/{seed}"
+        shutil.copytree(shards, folder)
+        what = damage_folder(folder, Random(seed), keeps_files=True)
+        server.answer = lambda path: (None, iter([(tmp_path / "served" / path.lstrip("/")).read_bytes()]))
+        recipe = tiny_recipe(tmp_path / "cache", tmp_path, data={"shards": f"{server.url}/{seed}"})
+        try:
+            prepare_named(recipe, f"{server.url}/{seed}")
+            for split in ("train", "validation"):
+                rows = open_rows(recipe, split)
+                rows.read(np.arange(len(rows)))
+        except DataError as error:
+            refusals.append((what, str(error)))
+    assert all(said.replace("\n", "").isprintable() for _, said in refusals)
+    assert len(refusals) > 0.3 * len(seeds)

@@ -111,7 +111,6 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
     ("option", "target", "found"),
     [
         ("--json", "", "a folder"),
-        ("--json", "missing/out.json", "without a folder"),
         ("--json", "file/out.json", "beneath the file"),
         ("--json", "x" * 300, "File name too long"),
         ("--plot", "", "a folder"),

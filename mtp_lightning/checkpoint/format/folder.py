@@ -162,7 +162,7 @@ def _newest_of_run(path: Path) -> CheckpointFolder:
     raise CheckpointError(
         "a run folder must have a complete checkpoint",
         "; ".join(reasons) or f"none in {folder}",
-        "Let the run go on until its first checkpoint (checkpoint.every_steps)",
+        "Let the run go on until its first checkpoint (checkpoint.every_steps, checkpoint.every_minutes)",
     )
 
 
@@ -241,10 +241,7 @@ def newest_complete(folder: Path) -> CheckpointFolder | None:
         except DamagedCheckpointError as error:
             aside = _free_name(path, ".bad")
             path.rename(aside)
-            print(
-                f"Damaged checkpoint, now called {aside.name}: {error.found}. Trying the one before.",
-                flush=True,
-            )
+            say(f"Damaged checkpoint, now called {aside.name}: {error.found}. Trying the one before.")
     return None
 
 

@@ -1,7 +1,6 @@
 """Descriptions of checkpoints (MANIFEST.json) and of exported folders (config.json)."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mtp_lightning import __version__
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.durable import FileRecord, write_durably
+from mtp_lightning.files.untrusted import read_json
 from mtp_lightning.recipe import Recipe, num_head_layers, num_trunk_layers, recipe_hash
 
 MANIFEST_NAME = "MANIFEST.json"
@@ -87,7 +87,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     path = checkpoint / MANIFEST_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except FileNotFoundError:
         raise DamagedCheckpointError(
             "a complete checkpoint has a MANIFEST.json", f"none in {checkpoint}", "Name a complete checkpoint"

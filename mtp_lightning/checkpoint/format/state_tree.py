@@ -24,9 +24,11 @@ from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
 from mtp_lightning.checkpoint.format.tensors import NAME_OF_DTYPE, read_tensors, write_tensors
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.durable import FileRecord, durable_file, write_durably
+from mtp_lightning.files.untrusted import described, read_json, reason_of
 
 Json = Any  # what json.dumps writes
 STATE_NAME = "state.json"
+MOST_STATE_BYTES = 2**30  # generators of every rank
 _TENSORS_NAME = "other.safetensors"
 
 
@@ -52,11 +54,15 @@ def read_state(folder: Path) -> dict[str, Any]:
         DamagedCheckpointError: a file is missing or is not what was written.
     """
     try:
-        document = json.loads((folder / STATE_NAME).read_bytes())
-        state: dict[str, Any] = decode(document, read_tensors(folder / _TENSORS_NAME))
-        return state
+        document = read_json(folder / STATE_NAME, MOST_STATE_BYTES)
+        state = decode(document, read_tensors(folder / _TENSORS_NAME))
+        if isinstance(state, dict):
+            return state
+        found = f"{described(state)} in {folder / STATE_NAME}"
     except FileNotFoundError as error:
         found = f"no {Path(error.filename).name} in {folder}"
+    except OSError as error:
+        found = f"{reason_of(error)}, in {folder}"
     except (ValueError, KeyError, TypeError) as error:
         found = f"{error!r} in {folder / STATE_NAME}"
     raise DamagedCheckpointError("a checkpoint must hold all it was written with", found, "Use another checkpoint")

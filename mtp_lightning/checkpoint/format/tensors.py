@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
 from mtp_lightning.files.durable import FileRecord, Recorder
-from mtp_lightning.launch.untrusted import TOO_DEEP, OddFileError, open_regular, shown
+from mtp_lightning.files.untrusted import TOO_DEEP, OddFileError, described, open_regular
 
 NAME_OF_DTYPE = {
     torch.bool: "BOOL",
@@ -143,7 +143,7 @@ def _parse_header(text: bytes, data: tuple[int, int]) -> Header:
     """Check the header of a file whose tensors lie between two positions."""
     header = json.loads(text, object_pairs_hook=_each_once)
     if not isinstance(header, dict):
-        raise OddFileError(f"{shown(header)} in place of a header")
+        raise OddFileError(f"{described(header)} in place of a header")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise OddFileError("metadata that is not text under names")
@@ -151,7 +151,7 @@ def _parse_header(text: bytes, data: tuple[int, int]) -> Header:
     order = sorted(entries, key=lambda name: (entries[name].begin, entries[name].end))
     for name, follower in pairwise(order):
         if entries[follower].begin < entries[name].end:
-            raise OddFileError(f"{shown(follower)} and {shown(name)} in the same bytes")
+            raise OddFileError(f"{described(follower)} and {described(name)} in the same bytes")
     return Header({name: entries[name] for name in order}, metadata)
 
 
@@ -169,13 +169,13 @@ def _parse_entry(name: str, entry: Any, data: tuple[int, int]) -> Entry:
     kind, shape, offsets = told.get("dtype"), told.get("shape", ()), told.get("data_offsets", ())
     dtype = _DTYPE_OF_NAME.get(kind) if isinstance(kind, str) else None
     if dtype is None:
-        raise OddFileError(f"{shown(name)} of the dtype {shown(kind)}")
+        raise OddFileError(f"{described(name)} of the dtype {described(kind)}")
     if not (_are_counts(shape, MOST_AXES) and _are_counts(offsets, 2) and len(offsets) == 2):
-        raise OddFileError(f"{shown(name)} without a shape and two offsets in whole numbers")
+        raise OddFileError(f"{described(name)} without a shape and two offsets in whole numbers")
     begin, end = (data[0] + offset for offset in offsets)
     num_bytes = math.prod(shape) * dtype.itemsize
     if not begin <= end <= data[1] or end - begin != num_bytes:
-        raise OddFileError(f"bytes {begin} to {end} of {data[1]} for shape {shape} of {dtype}, {shown(name)}")
+        raise OddFileError(f"bytes {begin} to {end} of {data[1]} for shape {shape} of {dtype}, {described(name)}")
     return Entry(dtype, tuple(shape), begin, end)
 
 

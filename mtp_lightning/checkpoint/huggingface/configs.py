@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from mtp_lightning.checkpoint.format.tensors import Entry
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.launch.untrusted import LONGEST_SHOWN, shown
+from mtp_lightning.files.untrusted import LONGEST_VALUE, described
 from mtp_lightning.recipe.schema.model import ModelSection
 
 MOST = 2**27  # so that no product of three overflows what torch counts with
@@ -65,7 +65,7 @@ class Config:
         """
         if (value := self.get(name, default)) != wanted:
             hint = "Models with another value are not supported: choose another model"
-            raise self.refused(f"{name} must be {wanted!r}", shown(value), hint)
+            raise self.refused(f"{name} must be {wanted!r}", described(value), hint)
 
     def impossible(self, found: str) -> CheckpointError:
         """Build the error about a field of a wrong type or value."""
@@ -79,7 +79,7 @@ class Config:
         """
         value = self.get(name, default)
         if value is not None and not (type(value) is int and least <= value <= most):
-            raise self.impossible(f"{name}: {shown(value)} (a whole number up to {most:,} is meant)")
+            raise self.impossible(f"{name}: {described(value)} (a whole number up to {most:,} is meant)")
         return value
 
     def number(self, name: str, value: Any) -> float:
@@ -91,12 +91,12 @@ class Config:
         try:
             return float(value)
         except (TypeError, ValueError, OverflowError):
-            raise self.impossible(f"{name}: {shown(value)} (a number is meant)") from None
+            raise self.impossible(f"{name}: {described(value)} (a number is meant)") from None
 
 
 def named(value: object) -> str:
     """Show a value as it is if it is a short text, else in a few words."""
-    return value if isinstance(value, str) and len(value) <= LONGEST_SHOWN else shown(value)
+    return value if isinstance(value, str) and len(value) <= LONGEST_VALUE else described(value)
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def possible_settings(config: Config) -> Iterator[None]:
         return
     except ValidationError as error:
         first = error.errors()[0]
-        found = f"{'.'.join(map(str, first['loc']))}: {shown(first['input'])} ({first['msg']})"
+        found = f"{'.'.join(map(str, first['loc']))}: {described(first['input'])} ({first['msg']})"
     except KeyError as error:
         found = f"no {error.args[0]} beside the others that belong to it"
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -178,7 +178,7 @@ def rotary_fields(config: Config) -> dict[str, Any]:
     """
     told = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(told, dict):
-        raise config.impossible(f"rope_parameters or rope_scaling: {shown(told)}")
+        raise config.impossible(f"rope_parameters or rope_scaling: {described(told)}")
     theta = told.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0
     share = told.get("partial_rotary_factor") or config.get("partial_rotary_factor") or config.get("rotary_pct")
     return {

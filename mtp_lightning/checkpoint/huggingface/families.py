@@ -17,7 +17,7 @@ from mtp_lightning.checkpoint.huggingface.configs import (
     written_shared,
 )
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.launch.untrusted import shown
+from mtp_lightning.files.untrusted import described
 from mtp_lightning.recipe.schema.model import Family, ModelSection
 
 BUFFERS = re.compile(r"(.+\.rotary_emb\.inv_freq|.+\.attention\.(masked_)?bias|rope\.freqs)")
@@ -188,7 +188,7 @@ def family_of(config: Config) -> Family:
     if not found:
         raise config.refused(
             f"the architecture must be one of {', '.join(FAMILIES)}",
-            f"model_type {shown(told)} ({named(', '.join(names)) or 'no architectures'})",
+            f"model_type {described(told)} ({named(', '.join(names)) or 'no architectures'})",
             "Choose a model of these, or add a row to checkpoint/hf/families.py",
         )
     if (quantization := config.get("quantization_config")) is not None:

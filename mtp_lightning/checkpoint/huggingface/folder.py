@@ -25,7 +25,7 @@ from mtp_lightning.checkpoint.huggingface.meta_mtp import (
 )
 from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, MIMO, Native, native_modules
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.launch.untrusted import OddFileError, read_object, reason_of, shown
+from mtp_lightning.files.untrusted import OddFileError, described, read_object, reason_of
 from mtp_lightning.recipe.schema.model import ModelSection
 
 CONFIG = "config.json"
@@ -133,7 +133,7 @@ def _first_end(config: Config, vocab_size: int) -> int | None:
     ends = told if isinstance(told, list) else [] if told is None else [told]
     for end in ends:
         if not (type(end) is int and 0 <= end < vocab_size):
-            raise config.impossible(f"eos_token_id: {shown(end)} (ids are below {vocab_size:,})")
+            raise config.impossible(f"eos_token_id: {described(end)} (ids are below {vocab_size:,})")
     return ends[0] if ends else None
 
 
@@ -219,7 +219,7 @@ def _check_names(index: Path, names: list[Any]) -> None:
     if odd:
         raise CheckpointError(
             "weight_map must name files *.safetensors of the folder itself",
-            f"{shown(odd[0])}, in {index}",
+            f"{described(odd[0])}, in {index}",
             "Download the file again",
         )
 

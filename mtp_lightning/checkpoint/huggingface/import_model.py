@@ -28,7 +28,7 @@ from mtp_lightning.data.tokenizers.open import open_tokenizer
 from mtp_lightning.errors import CheckpointError, RecipeError, visible
 from mtp_lightning.files.atomic_folder import atomic_folder
 from mtp_lightning.files.durable import write_durably
-from mtp_lightning.launch.untrusted import shown
+from mtp_lightning.files.untrusted import described
 from mtp_lightning.recipe import Recipe, check_rules, recipe_to_yaml
 
 TOKENIZERS, BESIDE = CARRIED[:2], CARRIED[2:]
@@ -197,7 +197,7 @@ def _recipe_of(hf_checkpoint: HFCheckpoint, wanted: Wanted, init: Init, out: Pat
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        found = f"{'.'.join(map(str, first['loc']))}: {shown(first['input'])} ({first['msg']})"
+        found = f"{'.'.join(map(str, first['loc']))}: {described(first['input'])} ({first['msg']})"
         expected, hint = "the folder's settings must make a model that can be trained", "Choose another model"
         raise CheckpointError(expected, f"{found}, from {hf_checkpoint.settings_path}", hint) from None
     if faults := check_rules(recipe):

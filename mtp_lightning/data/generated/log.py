@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, final
 
-from mtp_lightning.data.untrusted import shown
 from mtp_lightning.errors import DataError
 from mtp_lightning.files.durable import sync
+from mtp_lightning.files.untrusted import shown
 
 LOG_NAME = "texts.jsonl"
 MOST_REQUEST_BYTES = 1 << 20

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich.box import HORIZONTALS
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mtp_lightning.console.screen import Screen
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.data.loading.factory import open_rows, prepare_data
 from mtp_lightning.data.sampling.windows import SequenceSource
@@ -27,10 +27,10 @@ def peek(recipe: Recipe, *, row: int, split: Split) -> None:
     """
     prepare_data(recipe)
     rows = open_rows(recipe, split)
-    console, table = Console(), row_table(recipe, rows, row)
+    console, table = Screen(), row_table(recipe, rows, row)
     if not console.is_terminal:
-        widest = Console(width=10_000).measure(table).maximum
-        console = Console(width=max(PIPED_WIDTH, widest))
+        widest = Screen(width=10_000).measure(table).maximum
+        console = Screen(width=max(PIPED_WIDTH, widest))
     console.print(table)
 
 

@@ -26,8 +26,8 @@ from mtp_lightning.data.shards.tar_members import NO_END, TarDamage, members_of
 from mtp_lightning.data.text.sources import find_files, matches_of
 from mtp_lightning.data.tokenizers.base import Tokenizer
 from mtp_lightning.data.tokenizers.open import open_tokenizer
-from mtp_lightning.data.untrusted import shown
 from mtp_lightning.errors import DataError, MtpError
+from mtp_lightning.files.untrusted import shown
 from mtp_lightning.recipe.rules.data import is_url
 from mtp_lightning.recipe.schema.root import Recipe
 

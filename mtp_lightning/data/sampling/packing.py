@@ -15,8 +15,8 @@ from mtp_lightning.data.sampling.windows import RowArrays, SequenceSource
 from mtp_lightning.data.shards.arrays import arrays_of
 from mtp_lightning.data.shards.manifest import Manifest, Shard, Split, load_manifest
 from mtp_lightning.data.shards.mapped import Integers, ShardMaps
-from mtp_lightning.data.untrusted import shown
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.untrusted import shown
 
 PLAN_VERSION = 1
 

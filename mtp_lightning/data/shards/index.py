@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from mtp_lightning.data.shards.arrays import arrays_of
 from mtp_lightning.data.shards.integrity import wrong_shard
 from mtp_lightning.data.shards.manifest import Manifest
-from mtp_lightning.data.untrusted import shown
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.untrusted import shown
 
 INDEX_NAME = "index.npz"
 MOST_INDEX_BYTES = 256 << 20  # 48 bytes for each member of the largest manifest

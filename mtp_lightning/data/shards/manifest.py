@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mtp_lightning.data.untrusted import bounded_content, shown
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.untrusted import read_bounded, shown
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -206,7 +206,7 @@ def load_manifest(folder: Path) -> Manifest:
 def _read_content(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
     try:
-        content = json.loads(bounded_content(path, MOST_MANIFEST_BYTES))
+        content = json.loads(read_bounded(path, MOST_MANIFEST_BYTES))
     except FileNotFoundError as error:
         found = "a folder without one" if folder.is_dir() else "no such folder"
         raise DataError(

@@ -1,5 +1,6 @@
 """Tar shards in memory: mapped when first needed, a bounded number at a time."""
 
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from mtp_lightning.data.shards.index import Index, load_index
 from mtp_lightning.data.shards.integrity import MemberChecks
 from mtp_lightning.data.shards.manifest import Manifest, Shard, Split, load_manifest
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.untrusted import reason_of
 
 MOST_MAPPED_SHARDS = 256  # each keeps a file descriptor and the ends of its documents
 Integers = NDArray[np.int64]
@@ -213,7 +215,13 @@ def check_size(folder: Path, shard: Shard) -> None:
     path = folder / shard.name
     expected = f"shard {path} must have {shard.num_bytes:,} bytes, as its manifest says"
     hint = "Copy the file again from its source, or build the shards again with `mtp data build`"
-    if not path.is_file():
-        raise DataError(expected, "no such file", hint)
-    if path.stat().st_size != shard.num_bytes:
-        raise DataError(expected, f"{path.stat().st_size:,} bytes", hint)
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(expected, "no such file", hint) from None
+    except OSError as error:
+        raise DataError(expected, reason_of(error), "See to its rights and those of the folders above it") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(expected, "a folder, a FIFO or a device in place of a file", hint)
+    if found.st_size != shard.num_bytes:
+        raise DataError(expected, f"{found.st_size:,} bytes", hint)

@@ -13,8 +13,8 @@ import fsspec
 
 from mtp_lightning.data.shards.index import INDEX_NAME, MOST_INDEX_BYTES
 from mtp_lightning.data.shards.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES
-from mtp_lightning.data.untrusted import shown
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.untrusted import shown
 
 BLOCK_BYTES = 8 << 20
 TRIES = 3

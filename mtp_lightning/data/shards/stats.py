@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.box import HORIZONTALS
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mtp_lightning.console.plots import label_of, save_picture
 from mtp_lightning.console.progress import say
+from mtp_lightning.console.screen import Screen
 from mtp_lightning.data.shards.integrity import MemberChecks
 from mtp_lightning.data.shards.manifest import Manifest, Split, load_manifest
 from mtp_lightning.data.shards.mapped import bytes_of, check_sizes
-from mtp_lightning.data.untrusted import shown
-from mtp_lightning.errors import DataError
+from mtp_lightning.files.untrusted import shown
 
 BAR_WIDTH = 40
 PIPED_WIDTH = 100
@@ -47,9 +47,9 @@ def show_statistics(folders: list[Path], *, picture: Path | None) -> None:
     """
     manifests = {folder: load_manifest(folder) for folder in folders}
     lengths = {folder: lengths_of(folder, manifests[folder]) for folder in folders}
-    console = Console()
+    console = Screen()
     if not console.is_terminal:
-        console = Console(width=PIPED_WIDTH)
+        console = Screen(width=PIPED_WIDTH)
     console.print(_counts_table(manifests, lengths))
     for folder in folders:
         console.print(_histogram_table(folder, bins_of(lengths[folder])))
@@ -139,15 +139,11 @@ def _draw(lengths: dict[Path, Lengths], picture: Path) -> None:
         bins = bins_of(own)
         total = sum(one.num_tokens for one in bins)
         edges = [*(one.low_tokens for one in bins), 2 * bins[-1].low_tokens]
-        axes.stairs([one.num_tokens / total for one in bins], edges, fill=True, alpha=0.4, label=str(folder))
+        axes.stairs([one.num_tokens / total for one in bins], edges, fill=True, alpha=0.4, label=label_of(str(folder)))
     axes.set_xscale("log", base=2)
     axes.set_xlabel("length of the document (tokens)")
     axes.set_ylabel("share of tokens")
     axes.set_title("Where the tokens are")
     axes.legend()
-    try:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(picture, format="png")
-    except OSError as error:
-        raise DataError(f"the picture {picture} must be writable", str(error), "Give another path") from error
+    save_picture(figure, picture, "--picture")
     say(f"picture: {picture}")

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Self, final
 
-from mtp_lightning.data.untrusted import shown
+from mtp_lightning.files.untrusted import shown
 
 PIECE_BYTES = 1 << 20
 MOST_MEMBER_BYTES = 1 << 30  # of one document, which is held in memory

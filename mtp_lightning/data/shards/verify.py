@@ -15,7 +15,7 @@ from mtp_lightning.data.shards.integrity import check_document_lengths, check_wr
 from mtp_lightning.data.shards.manifest import Manifest, Member, Shard, load_manifest
 from mtp_lightning.data.shards.mapped import bytes_of, check_sizes
 from mtp_lightning.data.shards.tar_members import TarDamage, members_of
-from mtp_lightning.data.untrusted import shown
+from mtp_lightning.files.untrusted import shown
 
 Bytes = NDArray[np.uint8]
 

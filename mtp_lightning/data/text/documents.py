@@ -7,8 +7,8 @@ from typing import Any
 
 from mtp_lightning.data.text.extras import import_extra
 from mtp_lightning.data.text.sources import SourceFile
-from mtp_lightning.data.untrusted import shown
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.untrusted import shown
 
 NUM_BYTES_SNIFFED = 8192
 LEARNT_ROLE = "assistant"

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from mtp_lightning.data.text.extras import import_extra
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, visible
-from mtp_lightning.data.untrusted import bounded_content, shown
 from mtp_lightning.errors import DataError
+from mtp_lightning.files.untrusted import read_bounded, shown
 
 MOST_BYTES = 1 << 30
 ENDS = (
@@ -133,7 +133,7 @@ FILE_TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
 
 def _read(path: Path) -> bytes:
     try:
-        return bounded_content(path, MOST_BYTES)
+        return read_bounded(path, MOST_BYTES)
     except (OSError, ValueError) as error:
         hint = "Correct data.tokenizer: byte, or the path of a tokenizer.json or SentencePiece *.model"
         raise DataError(f"the tokenizer {str(path.absolute())!r} must be readable", str(error), hint) from error

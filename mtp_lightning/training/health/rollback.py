@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.checkpoint.format.commit import read_pointer
 from mtp_lightning.checkpoint.format.folder import CheckpointFolder, newest_complete
+from mtp_lightning.console.progress import say
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.errors import NonFiniteError
 from mtp_lightning.files.durable import replace_durably
@@ -41,10 +42,9 @@ def roll_back(run_folder: Path, section: NonFiniteSection, streak: NonFiniteStre
             found, record = _chosen(run_folder, records, streak)
             content = json.dumps([asdict(own) for own in (*records, record)], indent=1)
             replace_durably(run_folder / RECORDS, content.encode() + b"\n")
-            print(
+            say(
                 f"Rolling back to step {record.checkpoint} ({len(records) + 1} of {section.rollbacks} times): "
-                f"{streak.found}. Rows {record.first:,} to {record.first + record.count - 1:,} of the run are left out",
-                flush=True,
+                f"{streak.found}. Rows {record.first:,} to {record.first + record.count - 1:,} of the run are left out"
             )
     chosen: CheckpointFolder | None = ranks.broadcast(found)
     return chosen
@@ -73,7 +73,7 @@ def _set_aside(checkpoint: CheckpointFolder, ending: str) -> None:
         if read_pointer(folder, kind) == checkpoint.path:
             (folder / kind).unlink()
     checkpoint.path.rename(folder / (name + ending))
-    print(f"Nothing finite comes after {name}: it is now called {name}{ending}", flush=True)
+    say(f"Nothing finite comes after {name}: it is now called {name}{ending}")
 
 
 def _rows_consumed(checkpoint: CheckpointFolder) -> int:

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mtp_lightning.console.screen import Screen
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.trainable import ADDED
 from mtp_lightning.training.logging.columns import ROLES
@@ -205,7 +206,7 @@ class LiveView(Callback):
             if row["step"] <= progress.step:
                 progress.take(row, int(row["step"]))
         progress.saved_step = self._checkpoints.last_step
-        self._console = self._console or Console()
+        self._console = self._console or Screen()
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(live_view(progress), console=self._console, auto_refresh=False)
             self._live.start(refresh=True)

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,8 +22,10 @@ from typing import TYPE_CHECKING, Any, final
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from mtp_lightning.console.progress import say
 from mtp_lightning.errors import LoggingError, MtpError, RunFolderError
 from mtp_lightning.files.durable import replace_durably
+from mtp_lightning.files.untrusted import read_json
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.recipe.diff import leaves
 
@@ -45,7 +46,7 @@ def outage_reported(name: str, then: str = KEPT) -> Iterator[None]:
         raise
     except Exception as error:  # each library has exceptions of its own, and of those below it
         with contextlib.suppress(OSError):  # the disk of stderr may be what is full
-            print(f"{name} failed: {type(error).__name__}: {error}; {then}", file=sys.stderr, flush=True)
+            say(f"{name} failed: {type(error).__name__}: {error}; {then}", stderr=True)
 
 
 @final
@@ -315,8 +316,10 @@ def _open_mlflow(run: LoggedRun) -> Logger:
 def _read_records(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / RECORDS
     try:
-        records: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        records: dict[str, dict[str, Any]] = read_json(path)
         return {name: dict(record) for name, record in records.items()}
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise LoggingError(
             f"{path} must be what a run has written",

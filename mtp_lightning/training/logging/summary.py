@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mtp_lightning.checkpoint.format.folder import name_of_step
+from mtp_lightning.console.plots import label_of
+from mtp_lightning.console.screen import Screen
 from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.root import Recipe
@@ -77,16 +79,16 @@ class Summary(Callback):
         content = self._content(step)
         self._write(content)
         losses_in = f"nats per {bits_unit(self._recipe).removeprefix('bits/')}"
-        title = f"{self._recipe.name}: n = {self._recipe.heads.num_offsets}, {count(content['tokens'])} tokens"
+        title = (
+            f"{label_of(self._recipe.name)}: n = {self._recipe.heads.num_offsets}, {count(content['tokens'])} tokens"
+        )
         csv_path, png_path = self._run_folder / "metrics.csv", self._run_folder / "curves.png"
         draw_training_curves(csv_path, png_path, title=title, unit=losses_in)
-        console = self._console or Console()
-        console.print(summary_view(content), highlight=False)
+        console = self._console or Screen()
+        console.print(summary_view(content))
         console.print(
             f"files  {self._run_folder}/summary.json, curves.png, metrics.csv",
             soft_wrap=True,
-            highlight=False,
-            markup=False,
         )
 
     def _content(self, step: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from mtp_lightning.checkpoint.format.folder import CheckpointFolder, open_checkpoint
 from mtp_lightning.checkpoint.format.manifest import RECIPE_NAME
 from mtp_lightning.checkpoint.format.reader_view import RenamingReader
+from mtp_lightning.console.progress import say
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.errors import CheckpointError, TrainingError
 from mtp_lightning.model.add_heads import parameter_origins
@@ -85,7 +86,7 @@ class InitFrom(Callback):
             reader, fresh = self._view_of(folder, strategy)
             if strategy.ranks.is_first:
                 added = f"; not in there, and fresh: {listed(fresh)}" if fresh else ""
-                print(f"Starting from the weights of {folder.path}{added}", flush=True)
+                say(f"Starting from the weights of {folder.path}{added}")
         strategy.fill(reader)
 
     def _view_of(self, folder: CheckpointFolder, strategy: RunStrategy) -> tuple[RenamingReader, list[str]]:

@@ -1,11 +1,11 @@
 """Count steps that leave the weights as they are: their loss or gradient is not finite, or they have no target."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 from mtp_lightning.errors import NonFiniteError, RunFolderError
+from mtp_lightning.files.untrusted import read_json
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import NonFiniteSection
 
@@ -36,7 +36,7 @@ def read_rollbacks(run_folder: Path) -> list[Rollback]:
     """
     path = run_folder / RECORDS
     try:
-        return [Rollback(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
+        return [Rollback(**record) for record in read_json(path)]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError) as error:

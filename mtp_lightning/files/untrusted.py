@@ -1,4 +1,4 @@
-"""Files that somebody else may have written: regular files only, of bounded size, parsed without surprises."""
+"""Files and values that somebody else may have written: read within bounds, and said so that they can be printed."""
 
 import json
 import os
@@ -6,19 +6,17 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
-from mtp_lightning.recipe.loading import parse as reading
-
-MOST_JSON_BYTES = 2**26
+MOST_JSON_BYTES: Final = 2**26
 """The index of a model of hundreds of layers, each with hundreds of experts, takes about 2**24."""
-MOST_YAML_BYTES = 2**22
-LONGEST_SHOWN = 80
-TOO_DEEP = "brackets nested too deep"
-NO_TEXT = "bytes that are not UTF-8 text"
+MOST_SHOWN: Final = 200
+LONGEST_VALUE: Final = 80
+TOO_DEEP: Final = "brackets nested too deep"
+NO_TEXT: Final = "bytes that are not UTF-8 text"
 
 
-class OddFileError(Exception):
+class OddFileError(ValueError):
     """A file that is not what its name promises; says in a few words what it is."""
 
 
@@ -52,15 +50,16 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
         return file.read(size_bytes)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
+    """Read a JSON file.
 
     Raises:
         OSError: It cannot be read.
         OddFileError: It is something else.
     """
+    content = read_bounded(path, most_bytes)
     try:
-        value = json.loads(read_bounded(path, MOST_JSON_BYTES))
+        return json.loads(content)
     except UnicodeDecodeError:
         raise OddFileError(NO_TEXT) from None
     except json.JSONDecodeError as error:
@@ -69,41 +68,37 @@ def read_object(path: Path) -> dict[str, Any]:
         raise OddFileError("a number of too many digits") from None
     except RecursionError:
         raise OddFileError(TOO_DEEP) from None
-    if not isinstance(value, dict):
-        raise OddFileError(f"{shown(value)} in place of an object")
-    return value
 
 
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file.
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
 
     Raises:
         OSError: It cannot be read.
         OddFileError: It is something else.
     """
-    try:
-        text = read_bounded(path, MOST_YAML_BYTES).decode()
-    except UnicodeDecodeError:
-        raise OddFileError(NO_TEXT) from None
-    return parse_yaml(text)
-
-
-def parse_yaml(text: str) -> Any:
-    """Parse YAML.
-
-    Raises:
-        OddFileError: It is something else.
-    """
-    try:
-        return reading.parse_yaml(text)
-    except ValueError as error:
-        raise OddFileError(f"no YAML ({error})") from None
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise OddFileError(f"{described(value)} in place of an object")
+    return value
 
 
 def shown(value: object) -> str:
-    """Show a value of any type, depth and length in a few words.
+    r"""Return a text from outside on one line, its control characters escaped, cut where it is long.
 
-    >>> shown("x" * 200)[-30:], shown([[1]]), shown(None)
+    >>> print(shown("a\n\x1b[2J"), shown([1, "b"]))
+    a\n\x1b[2J [1, 'b']
+    """
+    text = str(value)
+    cut = text[:MOST_SHOWN]
+    plain = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in cut)
+    return plain if len(cut) == len(text) else f"{plain}… ({len(text):,} characters)"
+
+
+def described(value: object) -> str:
+    """Say what a value of any type, depth and length is, in a few words.
+
+    >>> described("x" * 200)[-30:], described([[1]]), described(None)
     ('xxxxxxxxxx... (202 characters)', 'a list', 'null')
     """
     plain = {dict: "an object", list: "a list", type(None): "null"}
@@ -113,7 +108,7 @@ def shown(value: object) -> str:
         text = repr(value)
     except ValueError:  # of an integer with too many digits for Python to write out
         return "an integer of thousands of digits"
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text):,} characters)"
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}... ({len(text):,} characters)"
 
 
 def reason_of(error: Exception) -> str:
