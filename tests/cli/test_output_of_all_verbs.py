@@ -84,6 +84,15 @@ def test_help_of_every_verb_without_an_output(verb: str, tmp_path: Path) -> None
     assert run(output, *verb.split(), "--help", cwd=tmp_path)[0] == ENDS[output]
 
 
+@pytest.mark.parametrize("verb", ["plan", "recipe show", "recipe check"])
+def test_what_ascii_lacks_is_written_as_escapes(verb: str, tmp_path: Path) -> None:
+    (tmp_path / "träume.yaml").write_text("name: 梦 ± träume\n", encoding="utf-8")
+    code, said = run("ascii", *verb.split(), "träume.yaml", cwd=tmp_path)
+    assert code == 0
+    assert r"tr\xe4ume" in said
+    assert said.isascii()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("output", OUTPUTS)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -38,14 +39,14 @@ class Hangs(BaseException):
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound folder, and beside it a corpus and a recipe."""
-    place = tmp_path_factory.mktemp("damaged")
-    write_corpus(place / "corpus")
-    build_tiny([str(place / "corpus")], place / "sound")
-    for folder in (place, place.parent):  # as nobody too
-        folder.chmod(0o755)
-    return place / "sound"
+def sound() -> Iterator[Path]:
+    """A sound folder, and beside it a corpus and a recipe, where nobody may look, too."""
+    with TemporaryDirectory() as name:
+        place = Path(name)
+        write_corpus(place / "corpus")
+        build_tiny([str(place / "corpus")], place / "sound")
+        place.chmod(0o755)
+        yield place / "sound"
 
 
 @contextmanager
@@ -149,8 +150,9 @@ def check(sound: Path, seeds: range) -> None:
     assert refused > 0.7 * len(seeds), "most damages are damages"
 
 
-def test_a_sound_folder_is_read_by_all(sound: Path) -> None:
-    assert not any(read_by_all(sound, as_nobody=False).values())
+@pytest.mark.parametrize("as_nobody", [False, True])
+def test_a_sound_folder_is_read_by_all(sound: Path, as_nobody: bool) -> None:
+    assert not any(read_by_all(sound, as_nobody=as_nobody).values())
 
 
 def test_damaged_folders_are_refused_in_three_parts(sound: Path) -> None:

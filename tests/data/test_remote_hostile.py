@@ -202,4 +202,4 @@ def test_damaged_folders_behind_a_url_are_refused(tmp_path: Path, shards: Path, 
         except DataError as error:
             refusals.append((what, str(error)))
     assert all(said.replace("\n", "").isprintable() for _, said in refusals)
-    assert len(refusals) > 0.5 * len(seeds)
+    assert len(refusals) > 0.3 * len(seeds)

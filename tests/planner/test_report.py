@@ -105,3 +105,10 @@ def test_unknown_gpu_is_refused_with_those_known() -> None:
 def test_figures_are_written_where_asked(tmp_path: Path) -> None:
     plan_screen.write_plans([build_plan(Recipe())], tmp_path / "new/plan.json")
     assert json.loads((tmp_path / "new/plan.json").read_text())["tokens_per_step"] == 4096
+
+
+def test_checkpoints_that_are_kept_for_ever_take_room() -> None:
+    recipe = Recipe.model_validate({"run": {"steps": 1000}, "checkpoint": {"keep": 3, "keep_every_steps": 100}})
+    disk, few = build_plan(recipe).disk, build_plan(Recipe()).disk
+    assert (few.num_checkpoints, disk.num_checkpoints) == (4, 3 + 2 + 10)
+    assert disk.total == 15 * few.bytes_each
