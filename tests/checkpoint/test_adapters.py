@@ -210,6 +210,15 @@ def test_the_base_can_be_given(bases: Path, adapter: Path, tmp_path: Path) -> No
     assert "must belong to one of its base" in refusal(folder, base=bases / "gpt_neox")
 
 
+def test_new_rows_are_the_mean_of_updated_ones(bases: Path, tmp_path: Path) -> None:
+    adapt(bases / "llama", tmp_path / "adapter", target_modules=["embed_tokens"])
+    expected = merged_logits(tmp_path / "adapter", bases / "llama")
+    found = imported_logits(tmp_path / "adapter", vocabulary=20)
+    torch.testing.assert_close(found[..., :13], expected, rtol=1e-5, atol=2e-5)
+    matrix = load_model(tmp_path / "adapter-ours")[1].trunk.embed_tokens.weight
+    torch.testing.assert_close(matrix[13:], matrix[:13].mean(0).expand(7, -1), rtol=1e-5, atol=1e-6)
+
+
 def test_an_adapter_in_the_cache_of_the_hub(adapter: Path, tmp_path: Path) -> None:
     folder = tmp_path / "models--someone--adapter"
     shutil.copytree(adapter, folder / "snapshots/abc")

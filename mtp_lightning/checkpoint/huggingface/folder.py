@@ -78,11 +78,7 @@ class HFCheckpoint:
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Read a tensor in consecutive flat blocks of at most 4 MiB; yields each with its first value."""
-        blocks = self._stored_blocks(name)
-        if update := self.updates.get(name):
-            down, up = update.factors()
-            blocks = updated_blocks(blocks, down, up, update.scale)
-        yield from blocks
+        yield from self._trained_blocks(name)
         if num_rows := self.new_rows.get(name):
             yield from self._mean_rows(name, num_rows)
 
@@ -113,11 +109,19 @@ class HFCheckpoint:
                 read_into(values, file, entry.begin + start * entry.dtype.itemsize)
             yield start, values
 
+    def _trained_blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Read what a file holds, with its update."""
+        blocks = self._stored_blocks(name)
+        if update := self.updates.get(name):
+            down, up = update.factors()
+            blocks = updated_blocks(blocks, down, up, update.scale)
+        return blocks
+
     def _mean_rows(self, name: str, num_rows: int) -> Iterator[tuple[int, Tensor]]:
         """Make rows for new tokens, each the mean of those that are stored."""
         num_stored, width = self.entries[name].shape[0] - num_rows, self.entries[name].shape[1]
         total = torch.zeros(width, dtype=torch.float64)
-        for start, values in self._stored_blocks(name):
+        for start, values in self._trained_blocks(name):
             before = start % width
             rows = torch.nn.functional.pad(values.double(), (before, -(before + values.numel()) % width))
             total += rows.view(-1, width).sum(0)

@@ -10,6 +10,7 @@ from mtp_lightning.checkpoint.format.tensors import Entry
 from mtp_lightning.checkpoint.huggingface.canonical_names import LAYER, PAIRED, PLAIN, TensorSource
 from mtp_lightning.checkpoint.huggingface.configs import Config, possible_settings
 from mtp_lightning.checkpoint.huggingface.modules import Native, extra_place
+from mtp_lightning.launch.untrusted import shown
 from mtp_lightning.recipe.schema.model import ModelSection
 
 SETTINGS = "params.json"
@@ -57,12 +58,14 @@ def meta_section(config: Config, entries: dict[str, Entry]) -> ModelSection:
 
 def _check_plain(config: Config) -> None:
     """Refuse what later models of Meta and Mistral add in this layout."""
-    for name in ("use_scaled_rope", "yarn", "moe", "quantization"):
-        if config.get(name):
-            config.check_is(name, None)
     window, positions = config.get("sliding_window"), config.get("max_seq_len", POSITIONS)
-    if window is not None and window < positions:
-        config.check_is("sliding_window", None)
+    told = [name for name in ("use_scaled_rope", "yarn", "moe", "quantization") if config.get(name)]
+    told += ["sliding_window"] if window is not None and window < positions else []
+    if told:
+        hint = "Take the release in the format of transformers"
+        raise config.refused(
+            f"a model in this layout must be plain, without {told[0]}", shown(config.get(told[0])), hint
+        )
 
 
 def num_extra_heads(config: Config) -> int:
