@@ -23,7 +23,7 @@ from mtp_lightning.checkpoint.huggingface.folder import (
 from mtp_lightning.checkpoint.huggingface.tensor_plan import DTYPES
 from mtp_lightning.checkpoint.huggingface.weight_files import in_pickles, read_json
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.launch.untrusted import shown
+from mtp_lightning.files.untrusted import described
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -130,7 +130,7 @@ def _base_folder(config: Config, given: Path | None) -> Path:
         return Path(told)
     raise config.refused(
         "the base of an adapter must be a folder here",
-        f"base_model_name_or_path {shown(told)}",
+        f"base_model_name_or_path {described(told)}",
         "Download that model, and give its folder with --base",
     )
 
@@ -202,7 +202,7 @@ def _update(hf_checkpoint: HFCheckpoint, config: Config, name: str, pair: _Pair,
     found = (pair.down.shape, pair.up.shape)
     if type(rank) is not int or not 0 < rank <= MOST_RANK or found != wanted:
         raise CheckpointError(
-            f"the factors of an update must be of rank {shown(rank)}, and fit the matrix of the base",
+            f"the factors of an update must be of rank {described(rank)}, and fit the matrix of the base",
             f"{[*map(list, found)]} for {name} {list(shape)}, in {file}",
             "Give the model that the adapter was trained on with --base",
         )
@@ -225,7 +225,7 @@ def _of_module(config: Config, name: str, module: str, default: Any) -> Any:
     """Return what a table of patterns says of a module, as PEFT looks it up: the first that the name ends with."""
     table = config.get(name, default={})
     if not isinstance(table, dict):
-        raise config.impossible(f"{name}: {shown(table)} (an object is meant)")
+        raise config.impossible(f"{name}: {described(table)} (an object is meant)")
     _check_patterns(config, name, table)
     matching = (key for key in table if re.match(rf"(.*\.)?({key})$", module))
     return table.get(next(matching, module), default)
@@ -246,4 +246,4 @@ def _check_patterns(config: Config, name: str, patterns: Iterable[str]) -> None:
             is_slow = True
         if is_slow:
             expected = f"{name} must name modules, or be short patterns with few repeats and choices"
-            raise config.refused(expected, shown(pattern), MERGE)
+            raise config.refused(expected, described(pattern), MERGE)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from mtp_lightning.checkpoint.format.read_shards import MOST_NAMES
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.launch.untrusted import OddFileError, read_object, reason_of, shown
+from mtp_lightning.files.untrusted import OddFileError, described, read_object, reason_of
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -84,7 +84,7 @@ def find_weights(path: Path, pattern: str, *, variant: str | None = None) -> Wei
         CheckpointError: there are none, or not all, or it is not clear which.
     """
     if variant is not None and not _HARMLESS.fullmatch(variant):
-        raise CheckpointError("--variant must be a name, like fp16", shown(variant), "Correct it or leave it out")
+        raise CheckpointError("--variant must be a name, like fp16", described(variant), "Correct it or leave it out")
     read = _choose(path, pattern, variant)
     beside = {file.name for file in path.glob("*.safetensors")} - {file.name for file in read}
     return WeightFiles(read, sorted(name for name in beside if not name.startswith("adapter_")))
@@ -157,7 +157,7 @@ def _check_names(index: Path, names: list[Any]) -> None:
     if odd:
         raise CheckpointError(
             "weight_map must name files *.safetensors of the folder itself",
-            f"{shown(odd[0])}, in {index}",
+            f"{described(odd[0])}, in {index}",
             "Download the file again",
         )
 
