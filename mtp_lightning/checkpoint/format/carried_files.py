@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.durable import sync
+from mtp_lightning.files.paths import expanded
 from mtp_lightning.files.untrusted import OddFileError, described, read_object, reason_of
 from mtp_lightning.recipe import Recipe
 
@@ -44,10 +45,8 @@ def files_of_model(recipe: Recipe, path: Path | None = None) -> dict[str, Path]:
         recipe: the recipe that it was trained by.
         path: folder that its weights were read from, if there is one.
     """
-    tokenizer = None if recipe.data.tokenizer == "byte" else Path(recipe.data.tokenizer).expanduser()
-    if tokenizer is not None and tokenizer.is_dir():
-        tokenizer /= TOKENIZERS[0]
-    folders = [path, tokenizer and tokenizer.parent, recipe.init.path and Path(recipe.init.path).expanduser()]
+    tokenizer = _tokenizer_of(recipe)
+    folders = [path, tokenizer and tokenizer.parent, recipe.init.path and Path(expanded(recipe.init.path))]
     origin = next((folder for folder in folders if folder and (folder / SOURCE_CONFIG).is_file()), None)
     if origin is not None and (tokenizer is None or _has_tokenizer(origin, tokenizer)):
         return files_in(origin)
@@ -60,11 +59,18 @@ def files_of_model(recipe: Recipe, path: Path | None = None) -> dict[str, Path]:
 
 def with_own_tokenizer(recipe: Recipe, folder: Path) -> Recipe:
     """Let a recipe whose tokenizer has gone from its place name the one that lies beside the weights."""
-    named = Path(recipe.data.tokenizer).expanduser()
-    own = folder / named.name
-    if named.exists() or not own.is_file():
+    named = _tokenizer_of(recipe)
+    if named is None or named.exists() or not (own := folder / named.name).is_file():
         return recipe
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": str(own)})})
+
+
+def _tokenizer_of(recipe: Recipe) -> Path | None:
+    """Return the file that a recipe's tokenizer is read from, which may be named by its folder; None for bytes."""
+    if recipe.data.tokenizer == "byte":
+        return None
+    path = Path(expanded(recipe.data.tokenizer))
+    return path if path.suffix in (".json", ".model") else path / TOKENIZERS[0]
 
 
 def _has_tokenizer(folder: Path, tokenizer: Path) -> bool:

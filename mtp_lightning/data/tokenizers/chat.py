@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from mtp_lightning.errors import DataError
-from mtp_lightning.files.untrusted import bounded_content, shown
+from mtp_lightning.files.untrusted import read_bounded, shown
 
 CONFIG, SPECIAL_TOKENS, TEMPLATE, MORE_TEMPLATES = (
     "tokenizer_config.json",
@@ -156,7 +156,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(bounded_content(path, MOST_BYTES))
+        content = json.loads(read_bounded(path, MOST_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, shown(error)) from error
     if not isinstance(content, dict):
@@ -189,7 +189,7 @@ def _files_of(folder: Path) -> dict[str, str]:
 
 def _text_of(path: Path) -> str:
     try:
-        return bounded_content(path, MOST_BYTES).decode().replace("\r\n", "\n").replace("\r", "\n")
+        return read_bounded(path, MOST_BYTES).decode().replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, ValueError) as error:
         raise _damaged(path, shown(error)) from error
 
