@@ -18,6 +18,7 @@ from mtp_lightning.model.lora import DOWN, UP
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.model.roles import role_of
 from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe.trainable import ADDED
 from mtp_lightning.training.strategies.param_shards import ParamShard, listed
 
 _MISSING = -1.0
@@ -40,7 +41,8 @@ class NonzeroGradientCheck:
 
     Some cases are undecided, and checked again after 1, 2, 4, ... more steps. A gradient of zero while some matrix is
     all zeros (blocks put into a pretrained model, say: no gradient passes before that matrix has changed), or while the
-    global batch has few targets, or of a mixture of layers that add too little yet to differ. And a weight that stays
+    global batch has few targets, or of what an adaptation adds (a mixture of layers that
+    hardly differ yet, half of an update whose other half is next to zero). And a weight that stays
     as it is where the learning rate is too small to show in its last digit.
     """
 
@@ -106,7 +108,7 @@ class NonzeroGradientCheck:
                 peaks[shard.name] = max(peaks[shard.name], float(shard.weight.abs().max()))
         largest = self.ranks.max(torch.tensor(list(peaks.values()), dtype=torch.float64))
         if bool(largest.all()) and not is_sparse:
-            zeros = [name for name in zeros if role_of(name) == "layer_mix"]
+            zeros = [name for name in zeros if role_of(name) in ADDED]
         self.zeros.update(zeros)
         waiting = {name for name in zeros if self.zeros[name] <= ZERO_LOOKS}
         self._look_again(waiting, self.zeros)
