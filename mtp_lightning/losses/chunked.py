@@ -195,7 +195,8 @@ def _run_term(plan: _Plan, term: Term, operand: _LinearOperand, teacher: _Linear
     _run_chunks(plan, term, replace(operand, matrix_grad=own), None, torch.ones_like(term.coefficient))
     if plan.balance_to is None:
         plan.balance_to = term.rms()
-    factor = term.coefficient * plan.balance_to / term.rms()
+    own_rms = term.rms()  # 0 without a target here, as where a mask leaves little to learn
+    factor = (term.coefficient * plan.balance_to / own_rms).where(own_rms > 0, 0.0)
     if operand.grad is not None:
         operand.grad.mul_(factor)
     if into is not None and own is not None:

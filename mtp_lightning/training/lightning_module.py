@@ -117,7 +117,7 @@ class MtpLightningModule(L.LightningModule):
                 with self.autocast():
                     losses.append(accumulate_gradients(self.model, micro_batch, objective, self._backward))
         norms = self._norms(losses, objective)
-        self._step_optimizer(norms, objective, step)
+        self._step_optimizer(norms, objective, step, num_targets=sum(counts.targets))
         if math.isfinite(norms["all"]):
             for micro_batch, own in zip(prepared.micro_batches, losses, strict=True):
                 self.measured.train.update(micro_batch.targets, own)
@@ -209,19 +209,21 @@ class MtpLightningModule(L.LightningModule):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_enabled)
 
     def _backward(self, loss: Tensor) -> None:
+        if not loss.requires_grad:  # a stage of the weights in which only what is frozen has a loss
+            return
         with torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss)
 
     def _norms(self, parts: list[OffsetLosses], objective: Objective) -> dict[str, Tensor]:
         """Gradient norms before clipping by role; `all` is finite only if the losses of all ranks are, too."""
         strategy = self.strategy
-        has_weight = torch.tensor(objective.weights, device=self.device) > 0  # the others need not have been computed
-        losses = torch.stack([part.nll_sums for part in parts]).sum(0)[has_weight]
+        learnt = [offset - 1 for offset in parts[0].computed if objective.weights[offset - 1] > 0]
+        losses = torch.stack([part.nll_sums for part in parts]).sum(0)[learnt]
         return gradient_norms(
             strategy.param_shards(), strategy.ranks, loss_scale=strategy.gradient_scale, loss=losses.sum()
         )
 
-    def _step_optimizer(self, norms: dict[str, Tensor], objective: Objective, step: int) -> None:
+    def _step_optimizer(self, norms: dict[str, Tensor], objective: Objective, step: int, *, num_targets: int) -> None:
         """Check, clip, step, zero: once per optimizer step."""
         optimizer, strategy, section = self.optimizers(), self.strategy, self.recipe.optimizer
         assert not isinstance(optimizer, list)
@@ -234,7 +236,9 @@ class MtpLightningModule(L.LightningModule):
                 else min(1.0, section.max_grad_norm / max(float(norms["all"]), 1e-30))
             )
             scale = clip / strategy.gradient_scale
-            self.gradient_check.before_step(objective.weights_with_targets or [], strategy.param_shards(), scale=scale)
+            self.gradient_check.before_step(
+                objective.weights_with_targets or [], strategy.param_shards(), scale=scale, num_targets=num_targets
+            )
             self.gradient_checksum.compare(strategy.param_shards())
             if section.max_grad_norm is not None and strategy.clips_here:
                 clip_gradients(self.model.parameters(), norms["all"], section.max_grad_norm)

@@ -67,11 +67,11 @@ def lose_a_gradient(module, optimizer):
 
 
 def zero_a_gradient(module, optimizer):
-    some_weight(module).register_post_accumulate_grad_hook(lambda p: p.grad.zero_())
+    some_weight(module).register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", torch.zeros_like(p)))
 
 
 def count_a_gradient_twice(module, optimizer):
-    some_weight(module).register_post_accumulate_grad_hook(lambda p: p.grad.mul_(2))
+    some_weight(module).register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", 2 * p.grad))
 
 
 def keep_the_last_pass_only(module, optimizer):

@@ -18,11 +18,13 @@ from mtp_lightning.model.lora import DOWN, UP
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.model.roles import role_of
 from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe.trainable import ADDED
 from mtp_lightning.training.strategies.param_shards import ParamShard, listed
 
 _MISSING = -1.0
 _STILL, _UNSEEN, _MOVED = 0.0, 1.0, 2.0  # what has become of a weight in a step
 _FAULTS = {_MISSING: "no gradient", math.inf: "gradient not finite", 0.0: "gradient zero"}
+FEW_TARGETS = 32  # all of them may lie where attention has a single key, which queries have no gradient from
 ZERO_LOOKS = 6  # at a gradient of zero, over 2^6 steps, where a matrix of zeros may be the reason
 SEEN_GRADIENT = 1e-6  # far above the eps that Adam adds to a gradient's size
 SHOWN_ULPS = 4  # a rate of so many units in the last place shows in any step of Adam whose gradients agree
@@ -37,9 +39,11 @@ class NonzeroGradientCheck:
     (a curriculum, say) waits until they are switched on. The check ends when every parameter has passed. Ranks hold
     shards, so their results are reduced: all ranks make the same calls.
 
-    Two cases are undecided, and checked again after 1, 2, 4, ... more steps: a gradient of zero while some matrix is
-    all zeros (blocks put into a pretrained model, say: no gradient passes before that matrix has changed), and a weight
-    that stays as it is where the learning rate is too small to show in its last digit.
+    Some cases are undecided, and checked again after 1, 2, 4, ... more steps. A gradient of zero while some matrix is
+    all zeros (blocks put into a pretrained model, say: no gradient passes before that matrix has changed), or while the
+    global batch has few targets, or of what an adaptation adds (a mixture of layers that
+    hardly differ yet, half of an update whose other half is next to zero). And a weight that stays
+    as it is where the learning rate is too small to show in its last digit.
     """
 
     def __init__(self, model: MtpModel, ranks: Ranks) -> None:
@@ -52,13 +56,16 @@ class NonzeroGradientCheck:
         self.zeros: Counter[str] = Counter()  # looks that found a gradient of zero
         self.unseen: Counter[str] = Counter()  # looks at which the rate was too small to show
 
-    def before_step(self, weights: list[float], shards: Iterable[ParamShard], *, scale: float = 1.0) -> None:
+    def before_step(
+        self, weights: list[float], shards: Iterable[ParamShard], *, scale: float = 1.0, num_targets: int | None = None
+    ) -> None:
         """Check the gradients of a step, before clipping and the optimizer.
 
         Args:
             weights: of the offsets.
             shards: of this rank.
             scale: factor of these gradients that the optimizer will see, by clipping and loss scale.
+            num_targets: valid targets of all offsets in this global batch; None means many.
 
         Raises:
             TrainingError: Naming the parameters whose gradient is missing, zero or not finite.
@@ -75,7 +82,9 @@ class NonzeroGradientCheck:
                 peaks[shard.name] = max(peaks[shard.name], self._probe(shard))
         found = self.ranks.max(torch.tensor(list(peaks.values()), dtype=torch.float64)).tolist()
         largest = dict(zip(self.watched, found, strict=True))
-        waiting = self._waiting([name for name, peak in largest.items() if peak == 0], held)
+        zeros = [name for name, peak in largest.items() if peak == 0]
+        is_sparse = num_targets is not None and num_targets < FEW_TARGETS
+        waiting = self._waiting(zeros, held, is_sparse=is_sparse)
         faults: dict[str, list[str]] = {}
         for name, peak in largest.items():
             if peak in _FAULTS and name not in waiting:
@@ -88,8 +97,8 @@ class NonzeroGradientCheck:
             )
         self.watched = [name for name in self.watched if name not in waiting]
 
-    def _waiting(self, zeros: list[str], held: Sequence[ParamShard]) -> set[str]:
-        """Choose the parameters whose gradient may be zero because of a matrix of zeros, for some steps."""
+    def _waiting(self, zeros: list[str], held: Sequence[ParamShard], *, is_sparse: bool) -> set[str]:
+        """Choose the parameters whose gradient may be zero for some steps."""
         matrices = [name for name, p in self.model.named_parameters() if not name.endswith("bias")]
         if not zeros:
             return set()
@@ -98,8 +107,8 @@ class NonzeroGradientCheck:
             if shard.name in peaks and shard.weight.numel():
                 peaks[shard.name] = max(peaks[shard.name], float(shard.weight.abs().max()))
         largest = self.ranks.max(torch.tensor(list(peaks.values()), dtype=torch.float64))
-        if bool(largest.all()):
-            return set()
+        if bool(largest.all()) and not is_sparse:
+            zeros = [name for name in zeros if role_of(name) in ADDED]
         self.zeros.update(zeros)
         waiting = {name for name in zeros if self.zeros[name] <= ZERO_LOOKS}
         self._look_again(waiting, self.zeros)

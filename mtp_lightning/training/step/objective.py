@@ -81,6 +81,7 @@ class OffsetLosses(NamedTuple):
     predictions: Tensor | None  # (N, B, T) argmax of every offset
     divergence_sums: Tensor | None = None  # (N,) sum of divergences from the teacher
     overlaps: Tensor | None = None  # (N, B, T) sum of min(p, q) with the main head for the same token
+    computed: tuple[int, ...] = ()  # offsets that were computed
 
     def of_rows(self, chosen: Tensor) -> "OffsetLosses":
         """Keep the results per position of some rows, chosen by a (B,) mask; sums of losses become zero."""
@@ -183,4 +184,4 @@ class LossTerms:
         for offset, distillation in self.distillations.items():
             assert divergences is not None
             divergences[offset - 1] = distillation.loss_sum
-        return OffsetLosses(sums, predictions, divergences)
+        return OffsetLosses(sums, predictions, divergences, computed=tuple(sorted(self.cross_entropies)))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # which torch.distributed has, without a type
 
 from mtp_lightning.errors import LaunchError, TrainingError
 from mtp_lightning.launch.rank_env import RankInfo, free_port, local_rank_info, rank_from_env
@@ -22,7 +23,7 @@ JOIN_TIMEOUT = timedelta(minutes=30)
 SAY_AFTER_S, POLL_S = 60.0, 0.1
 
 
-def met(rank_info: RankInfo) -> dist.Store:
+def met(rank_info: RankInfo) -> Store:
     """Wait until all ranks have come to the address of the first; return the store that they share there.
 
     Raises:
@@ -31,10 +32,10 @@ def met(rank_info: RankInfo) -> dist.Store:
     address, port = rank_info.main_address, rank_info.main_port
     is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
     try:
-        server = dist.TCPStore(
+        server = TCPStore(
             address, port, is_master=rank_info.rank == 0 and not is_served, timeout=JOIN_TIMEOUT, wait_for_workers=False
         )
-        store = dist.PrefixStore(f"mtp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+        store = PrefixStore(f"mtp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
         store.set(f"came/{rank_info.rank}", platform.node())
         _wait_for_all(store, rank_info)
     except dist.DistError as error:
@@ -46,7 +47,7 @@ def met(rank_info: RankInfo) -> dist.Store:
     return store
 
 
-def _wait_for_all(store: dist.Store, rank_info: RankInfo) -> None:
+def _wait_for_all(store: Store, rank_info: RankInfo) -> None:
     """Poll for the ranks that have not come; say which after a while, and at the end."""
     missing, began, has_said = list(range(rank_info.num_ranks)), time.monotonic(), False
     while missing := [rank for rank in missing if not store.check([f"came/{rank}"])]:
