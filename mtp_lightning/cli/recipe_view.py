@@ -16,6 +16,13 @@ from mtp_lightning.recipe.yaml import one_line_yaml
 
 ORIGIN_COLUMN = 44
 NARROWEST = 20
+NO_RECIPE = Fault(
+    path="RECIPE",
+    expected="must be given at least once",
+    found="fields to change only",
+    origin="command line",
+    hint="Give one or more recipe files, e.g. recipes/quickstart.yaml.",
+)
 
 
 def print_recipe(recipe: str, overrides: list[str] | None, *, with_origins: bool, with_docs: bool) -> None:
@@ -55,6 +62,8 @@ def print_verdicts(arguments: list[str]) -> None:
     """Print a line for each recipe among the arguments, the others being overrides; raise all faults together."""
     overrides = [argument for argument in arguments if "=" in argument and not is_so(Path(argument).exists)]
     files = [argument for argument in arguments if argument not in overrides]
+    if not files:
+        raise RecipeError([NO_RECIPE])
     faults: dict[Fault, None] = {}
     console = screen()
     for file in files:

@@ -71,7 +71,10 @@ def plan_sweep(
             faults += [fault for fault in error.faults if fault not in faults]
             continue
         if members.setdefault(member.name, member) is not member:
-            hint = "Give each recipe a name of its own (name: …), and each recipe once."
+            hint = (
+                "Give each recipe a name of its own (name: …), and each recipe once; values that --vary gives must "
+                "differ in letters, digits or . = + -, which are what names of folders keep of them."
+            )
             faults.append(_fault("name", "must differ between the runs of a sweep", f"{member.name} twice", hint))
     ordered = _ordered(list(members.values()), faults)
     for member in ordered:

@@ -101,3 +101,9 @@ def test_diff_lists_the_fields_that_differ() -> None:
 
 def test_diff_of_equal_recipes_says_so() -> None:
     assert mtp("recipe", "diff", *["recipes/quickstart.yaml"] * 2).stdout == "no field differs\n"
+
+
+def test_a_check_of_nothing_is_refused() -> None:
+    done = mtp("recipe", "check", "run.steps=5")
+    assert done.exit_code == 2
+    assert "RECIPE must be given at least once" in done.stderr

@@ -98,6 +98,7 @@ def test_a_run_comes_after_the_one_that_it_starts_from() -> None:
         (("plain", "faulty"), {}, "run.stepz", ""),
         (("plain", "plain"), {}, "name", "plain/seed0 twice"),
         (("plain", "lower", "name=same"), {}, "name", "same/seed0 twice"),
+        (("plain",), {"vary": ["data.corpus=[a/b],[a b]"]}, "name", "differ in letters"),
         (("plain", "run.dir=x"), {}, "run.dir", "Give --out"),
         (("plain",), {"vary": ["run.seed=1,2"]}, "run.seed", "Give --seeds"),
         (("plain", "run.restart=true"), {}, "run.restart", "another --out"),
