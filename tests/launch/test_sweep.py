@@ -184,3 +184,11 @@ def test_the_script_of_a_sweep(here: Path) -> None:
     wider = plan("lower", "strategy.kind=zero1", "strategy.ranks_per_node=2", "batch.micro_batch_size=1")
     with pytest.raises(LaunchError, match="equally many ranks"):
         prepare([*recipes, wider[0].recipe], site, "local", folder=Path("out"), name="out")
+
+
+def test_long_values_make_names_that_file_systems_take(here: Path) -> None:
+    long = "é" * 300
+    members = plan("plain", vary=[f"run.sample={long}a,{long}b"])
+    begin_sweep(Path("out"), members)
+    assert len({member.name for member in members}) == 2
+    assert all(member.folder.is_dir() for member in members)
