@@ -71,7 +71,11 @@ def _opened(recipe: Recipe) -> Iterator[Opened]:
     if recipe.run.restart:
         _move_aside(folder)
     _check_entries(folder)
-    claim(folder)
+    try:
+        claim(folder)
+    except OSError as error:  # a place that looks writable and is none, such as /proc
+        found = f"{folder}: {error.strerror}"
+        raise RunFolderError("run.dir must be a folder that can be made", found, "Give another run.dir.") from None
     with _locked(folder):
         _check_phases(folder, recipe)
         checkpoint = newest_complete(folder / "checkpoints")

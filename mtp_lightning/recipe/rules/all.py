@@ -10,6 +10,7 @@ from mtp_lightning.recipe.rules.adapt import ADAPT_RULES
 from mtp_lightning.recipe.rules.base import Rule, divisors, value_at
 from mtp_lightning.recipe.rules.data import DATA_RULES, MODEL_RULES
 from mtp_lightning.recipe.rules.deepspeed import check_deepspeed
+from mtp_lightning.recipe.rules.names import check_names
 from mtp_lightning.recipe.rules.strategy import PATH_RULES, STRATEGY_RULES
 from mtp_lightning.recipe.schema.base import Section
 from mtp_lightning.recipe.schema.data import MIXTURE_BLOCK_ROWS
@@ -36,7 +37,7 @@ def check_rules(
         for rule in RULES
         if not any(_touches(field, suspect) for field in rule.fields for suspect in suspects) and not rule.holds(recipe)
     ]
-    return [*broken, *check_deepspeed(recipe, origins or {})]
+    return [*broken, *check_names(recipe, origins or {}), *check_deepspeed(recipe, origins or {})]
 
 
 def _touches(field: str, suspect: str) -> bool:
