@@ -202,6 +202,12 @@ RULES = (
     _broken(
         "ramp_that_ranks_cannot_share", "batch.micro_batch_size=4", "batch.ramp={from_batch_size: 2, over_samples: 90}"
     ),
+    _broken(
+        "ramp_of_too_many_sizes",
+        "batch.global_batch_size=1000000",
+        "batch.micro_batch_size=1",
+        "batch.ramp={from_batch_size: 1, over_samples: 90}",
+    ),
     _broken("epochs_of_another_source", "data.mixture={web: 1}", "data.max_epochs={code: 2}"),
     _broken("window_as_short_as_offsets", "data.seq_len=4"),
     _broken("window_beyond_positions", "data.seq_len=5000"),
