@@ -12,6 +12,7 @@ from mtp_lightning.recipe.diff import diff_recipes
 from mtp_lightning.recipe.loading.dump import yaml_lines
 from mtp_lightning.recipe.loading.load import LoadedRecipe, is_so
 from mtp_lightning.recipe.schema.field_types import place_at
+from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.yaml import one_line_yaml
 
 ORIGIN_COLUMN = 44
@@ -67,9 +68,13 @@ def print_verdicts(arguments: list[str]) -> None:
     faults: dict[Fault, None] = {}
     console = screen()
     for file in files:
-        own = _faults_of(file, overrides)
+        own: list[Fault] = []
+        try:  # once: a file may be a pipe
+            warning = _warning(file, open_recipe(file, overrides).recipe)
+        except RecipeError as error:
+            own, warning = error.faults, None
         faults.update(dict.fromkeys(own))
-        if not own and (warning := _warning(file, overrides)):
+        if warning:
             screen(stderr=True).print(warning)
         verdict = Text.assemble(("faulty  ", "bold red"), file, f"  ({len(own)})") if own else None
         console.print(verdict or Text.assemble(("ok      ", "green"), file))
@@ -77,21 +82,12 @@ def print_verdicts(arguments: list[str]) -> None:
         raise RecipeError(list(faults))
 
 
-def _faults_of(file: str, overrides: list[str]) -> list[Fault]:
-    try:
-        open_recipe(file, overrides)
-    except RecipeError as error:
-        return error.faults
-    return []
-
-
-def _warning(file: str, overrides: list[str]) -> str | None:
+def _warning(file: str, recipe: Recipe) -> str | None:
     """Say of a sound recipe that neither this machine nor any known GPU could hold a rank's part of it."""
     from mtp_lightning.planner.hardware import hardware, known_hardware
     from mtp_lightning.planner.machine_memory import host_bytes, least_bytes
     from mtp_lightning.planner.memory import GIB
 
-    recipe = open_recipe(file, overrides).recipe
     on_device, _ = least_bytes(recipe)
     gpus = {} if recipe.run.device == "cpu" else {name: hardware(name).memory_bytes for name in known_hardware()}
     largest, there = max({"this machine": host_bytes(), **gpus}.items(), key=lambda item: item[1])
