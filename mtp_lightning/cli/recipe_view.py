@@ -13,10 +13,18 @@ from mtp_lightning.recipe.diff import diff_recipes
 from mtp_lightning.recipe.loading.dump import yaml_lines
 from mtp_lightning.recipe.loading.load import LoadedRecipe
 from mtp_lightning.recipe.schema.field_types import place_at
+from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.yaml import one_line_yaml
 
 ORIGIN_COLUMN = 44
 NARROWEST = 20
+NO_RECIPE = Fault(
+    path="RECIPE",
+    expected="must be given at least once",
+    found="fields to change only",
+    origin="command line",
+    hint="Give one or more recipe files, e.g. recipes/quickstart.yaml.",
+)
 
 
 def print_recipe(recipe: str, overrides: list[str] | None, *, with_origins: bool, with_docs: bool) -> None:
@@ -56,12 +64,18 @@ def print_verdicts(arguments: list[str]) -> None:
     """Print a line for each recipe among the arguments, the others being overrides; raise all faults together."""
     overrides = [argument for argument in arguments if "=" in argument and not leads_to(Path(argument))]
     files = [argument for argument in arguments if argument not in overrides]
+    if not files:
+        raise RecipeError([NO_RECIPE])
     faults: dict[Fault, None] = {}
     console = screen()
     for file in files:
-        own = _faults_of(file, overrides)
+        own: list[Fault] = []
+        try:  # once: a file may be a pipe
+            warning = _warning(file, open_recipe(file, overrides).recipe)
+        except RecipeError as error:
+            own, warning = error.faults, None
         faults.update(dict.fromkeys(own))
-        if not own and (warning := _warning(file, overrides)):
+        if warning:
             screen(stderr=True).print(warning)
         verdict = Text.assemble(("faulty  ", "bold red"), file, f"  ({len(own)})") if own else None
         console.print(verdict or Text.assemble(("ok      ", "green"), file))
@@ -69,21 +83,12 @@ def print_verdicts(arguments: list[str]) -> None:
         raise RecipeError(list(faults))
 
 
-def _faults_of(file: str, overrides: list[str]) -> list[Fault]:
-    try:
-        open_recipe(file, overrides)
-    except RecipeError as error:
-        return error.faults
-    return []
-
-
-def _warning(file: str, overrides: list[str]) -> str | None:
+def _warning(file: str, recipe: Recipe) -> str | None:
     """Say of a sound recipe that neither this machine nor any known GPU could hold a rank's part of it."""
     from mtp_lightning.planner.hardware import hardware, known_hardware
     from mtp_lightning.planner.machine_memory import host_bytes, least_bytes
     from mtp_lightning.planner.memory import GIB
 
-    recipe = open_recipe(file, overrides).recipe
     on_device, _ = least_bytes(recipe)
     gpus = {} if recipe.run.device == "cpu" else {name: hardware(name).memory_bytes for name in known_hardware()}
     largest, there = max({"this machine": host_bytes(), **gpus}.items(), key=lambda item: item[1])

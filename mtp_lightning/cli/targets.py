@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mtp_lightning.console.tables import STDOUT
 from mtp_lightning.errors import RunFolderError
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".eps", ".ps", ".tif", ".tiff")
@@ -20,13 +21,18 @@ def check_file(option: typer.CallbackParam, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        found = "-, which no option takes for stdout" if str(path) == "-" else _obstacle(path)
+        found = "-, which this option does not take for stdout" if str(path) == "-" else _obstacle(path)
     except (OSError, ValueError) as error:  # a name that no file can have, or a folder that is closed
         found = f"{path}: {error.strerror if isinstance(error, OSError) else error}"
     if found is not None:
         name = option.opts[-1]
         raise RunFolderError(f"the file for {name} must be writable", found, f"Give another path to {name}")
     return path
+
+
+def check_file_or_stdout(option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Do the same, where `-` stands for stdout."""
+    return path if path == STDOUT else check_file(option, path)
 
 
 def check_picture(option: typer.CallbackParam, path: Path | None) -> Path | None:

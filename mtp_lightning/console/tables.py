@@ -16,6 +16,7 @@ from mtp_lightning.console.screen import Screen
 from mtp_lightning.errors import RunFolderError
 
 BLANK = "-"
+STDOUT = Path("-")  # in place of a file, as other programs have it
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 PLAIN_WIDTH = 100  # where the output is no terminal
 
@@ -101,6 +102,9 @@ def watched(total: int) -> Iterator[Report]:
 def write_json(path: Path | None, figures: Any) -> None:
     """Write the figures to a file, if one is asked for."""
     if path is None:
+        return
+    if path == STDOUT:
+        print(json.dumps(figures, indent=2))
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

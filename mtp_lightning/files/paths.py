@@ -71,7 +71,8 @@ def _is_encodable(path: str) -> bool:
 
 def _remedy_for_length(path: str) -> str | None:
     names = [len(name.encode(errors="replace")) for name in path.split("/")]
-    if max(names) > MOST_NAME_BYTES:
+    is_pattern = set("{*?[") & set(path)  # judged by what it stands for, when that is opened
+    if not is_pattern and max(names) > MOST_NAME_BYTES:
         return f"Shorten it: one of its names has {max(names):,} bytes, and a file system takes {MOST_NAME_BYTES}."
     if sum(names) + len(names) > MOST_PATH_BYTES:
         return f"Shorten it: it has {sum(names) + len(names):,} bytes, and a system takes {MOST_PATH_BYTES:,}."

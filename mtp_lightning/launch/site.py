@@ -133,7 +133,7 @@ def _changed(override: str) -> tuple[str, Any]:
     try:
         return key, parse_yaml(value)
     except OddFileError as error:
-        raise SiteError(f"{expected}, the value in YAML", f"{OVERRIDE}{override}: {error}", hint) from None
+        raise SiteError(f"{expected}, the value in YAML", f"{described(OVERRIDE + override)}: {error}", hint) from None
 
 
 def known_sites() -> list[str]:

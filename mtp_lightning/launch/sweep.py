@@ -1,6 +1,7 @@
 """Sweeps: recipes, values of some fields and seeds, a run folder for each combination; planned and checked whole."""
 
 import graphlib
+import hashlib
 import itertools
 import re
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from mtp_lightning.recipe import Recipe, diff_recipes, load_recipe, recipe_to_ya
 from mtp_lightning.recipe.yaml import one_line_yaml
 
 MOST_RUNS = 1000
+LONGEST_NAME_BYTES = 200  # most file systems take 255
 RECIPE = "recipe.yaml"
 SEED = "{seed}"  # in init.path: the member's own
 OWN_FIELDS = {"run.dir": "Give --out.", "run.seed": "Give --seeds.", "run.restart": "Give another --out."}
@@ -71,7 +73,10 @@ def plan_sweep(
             faults += [fault for fault in error.faults if fault not in faults]
             continue
         if members.setdefault(member.name, member) is not member:
-            hint = "Give each recipe a name of its own (name: …), and each recipe once."
+            hint = (
+                "Give each recipe a name of its own (name: …), and each recipe once; values that --vary gives must "
+                "differ in letters, digits or . = + -, which are what names of folders keep of them."
+            )
             faults.append(_fault("name", "must differ between the runs of a sweep", f"{member.name} twice", hint))
     ordered = _ordered(list(members.values()), faults)
     for member in ordered:
@@ -155,11 +160,19 @@ def _member(path: str, base: Path | None, overrides: Sequence[str], varied: str,
     own = (*overrides, f"run.dir={one_line_yaml(str(out))}", "run.restart=false")
     recipe = load_recipe(first, [*laid, *own]).recipe
     title = f"{recipe.name}-{varied}" if varied else recipe.name
-    name = re.sub(r"^\.|[^\w.=,+-]", "_", title) + f"/seed{recipe.run.seed}"
+    name = f"{_as_folder(title)}/seed{recipe.run.seed}"
     start = recipe.init.path and recipe.init.path.replace(SEED, str(recipe.run.seed))
     run = recipe.run.model_copy(update={"dir": str(out.absolute() / name)})
     init = recipe.init.model_copy(update={"path": start})
     return Member(name, recipe.model_copy(update={"name": title, "run": run, "init": init}))
+
+
+def _as_folder(title: str) -> str:
+    """Return a folder's name for a title; one longer than file systems take is cut, and told apart by a digest."""
+    name = re.sub(r"^\.|[^\w.=,+-]", "_", title)
+    if len(name.encode()) <= LONGEST_NAME_BYTES:
+        return name
+    return f"{name.encode()[:150].decode(errors='ignore')}-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
 
 
 def _ordered(members: Sequence[Member], faults: list[Fault]) -> list[Member]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from mtp_lightning.errors import MtpError
 from mtp_lightning.planner.counts import DiskUse, disk_use
-from mtp_lightning.planner.flops import flops_per_position, flops_per_step, tokens_after, tokens_per_step
+from mtp_lightning.planner.flops import tokens_after, tokens_per_step
 from mtp_lightning.planner.hardware import Hardware, hardware
 from mtp_lightning.planner.layout import STAGES, Layout, layout_of
 from mtp_lightning.planner.memory import Memory, memory, most_micro_rows
@@ -110,9 +110,9 @@ def build_plan(recipe: Recipe, gpu: str = "H100", num_gpus: int | None = None) -
         hardware=device,
         shape=shape,
         tokens_per_step=tokens_per_step(recipe),
-        flops_per_step=flops_per_step(recipe),
+        flops_per_step=tokens_per_step(recipe) * shape.flops_per_position,
         total_tokens=tokens_after(recipe, recipe.run.steps),
-        total_flops=tokens_after(recipe, recipe.run.steps) * flops_per_position(recipe),
+        total_flops=tokens_after(recipe, recipe.run.steps) * shape.flops_per_position,
         disk=disk_use(recipe),
         chosen=variant(layout),
         strategies=tuple(variant(changed) for changed in _strategies(layout)),
@@ -140,7 +140,7 @@ def build_variant(recipe: Recipe, shape: Shape, layout: Layout, device: Hardware
         time=time,
         communication_bytes=communication_bytes(shape, layout),
         tokens_per_s=per_gpu,
-        mfu=per_gpu * flops_per_position(recipe) / device.peak(layout.precision),
+        mfu=per_gpu * shape.flops_per_position / device.peak(layout.precision),
         days=tokens_after(recipe, recipe.run.steps) / (per_gpu * layout.num_gpus) / DAY_S,
     )
 

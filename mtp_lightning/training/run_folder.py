@@ -36,6 +36,8 @@ FILES = (
     "mlflow.db",
 )
 FOLDERS = ("checkpoints", "logs", "phases", "tensorboard", "wandb")
+CONTINUABLE = {"optimizer", "objective", "data", "batch", "run"}
+"""Sections whose changes leave the model and what is trained of it as they are."""
 ATTEMPT = re.compile(r"attempt_[0-9]{1,9}\Z")
 PACKAGES = ("torch", "lightning", "deepspeed", "torchmetrics", "numpy", "safetensors", "webdataset", "mtp_lightning")
 
@@ -199,10 +201,13 @@ def check_changes(folder: Path, recipe: Recipe) -> None:
     changes = changed_fields(load_recipe(folder / "recipe.yaml").recipe, recipe)
     refused = [str(change) for change in changes if change.verdict == "refuse"]
     if refused:
+        sections = {change.path.partition(".")[0] for change in changes if change.verdict == "refuse"}
+        way = f"from these weights in another folder (run.dir=ANOTHER init.path={folder} init.optimizer=true)"
         raise RunFolderError(
             f"a run must go on with the recipe that {folder} began with",
             f"{len(refused)} changed field{'s' if len(refused) > 1 else ''}:\n  " + "\n  ".join(refused) + "\n",
-            "Give another run.dir, take the changes back, or start over with run.restart=true (the old run is kept).",
+            "Give another run.dir, take the changes back, or start over with run.restart=true (the old run is kept)"
+            + (f"; to train on with the new values, begin a new run {way}." if sections <= CONTINUABLE else "."),
         )
     for change in changes:
         say(f"Changed since this run began: {change}")

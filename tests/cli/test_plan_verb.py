@@ -89,3 +89,9 @@ def test_plan_takes_less_than_a_second() -> None:
 )
 def test_figures_are_short(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_a_dash_is_stdout_and_nothing_but_the_figures() -> None:
+    done = mtp(RECIPE, "--json", "-")
+    assert json.loads(done.stdout)["chosen"]["fits"]
+    assert not Path("-").exists()

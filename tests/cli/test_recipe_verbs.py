@@ -1,5 +1,6 @@
 """`mtp recipe show | check | diff`, as they appear on the screen."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,18 @@ def test_diff_lists_the_fields_that_differ() -> None:
 
 def test_diff_of_equal_recipes_says_so() -> None:
     assert mtp("recipe", "diff", *["recipes/quickstart.yaml"] * 2).stdout == "no field differs\n"
+
+
+def test_a_check_of_nothing_is_refused() -> None:
+    done = mtp("recipe", "check", "run.steps=5")
+    assert done.exit_code == 2
+    assert "RECIPE must be given at least once" in done.stderr
+
+
+def test_a_recipe_may_come_from_a_pipe() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"name: piped\n")
+    os.close(writing)
+    done = mtp("recipe", "check", f"/dev/fd/{reading}")
+    os.close(reading)
+    assert (done.exit_code, done.stderr) == (0, "")

@@ -98,6 +98,7 @@ def test_a_run_comes_after_the_one_that_it_starts_from() -> None:
         (("plain", "faulty"), {}, "run.stepz", ""),
         (("plain", "plain"), {}, "name", "plain/seed0 twice"),
         (("plain", "lower", "name=same"), {}, "name", "same/seed0 twice"),
+        (("plain",), {"vary": ["data.corpus=[a/b],[a b]"]}, "name", "differ in letters"),
         (("plain", "run.dir=x"), {}, "run.dir", "Give --out"),
         (("plain",), {"vary": ["run.seed=1,2"]}, "run.seed", "Give --seeds"),
         (("plain", "run.restart=true"), {}, "run.restart", "another --out"),
@@ -183,3 +184,11 @@ def test_the_script_of_a_sweep(here: Path) -> None:
     wider = plan("lower", "strategy.kind=zero1", "strategy.ranks_per_node=2", "batch.micro_batch_size=1")
     with pytest.raises(LaunchError, match="equally many ranks"):
         prepare([*recipes, wider[0].recipe], site, "local", folder=Path("out"), name="out")
+
+
+def test_long_values_make_names_that_file_systems_take(here: Path) -> None:
+    long = "é" * 300
+    members = plan("plain", vary=[f"run.sample={long}a,{long}b"])
+    begin_sweep(Path("out"), members)
+    assert len({member.name for member in members}) == 2
+    assert all(member.folder.is_dir() for member in members)

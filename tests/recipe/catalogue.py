@@ -140,6 +140,7 @@ VALUES = (
     _broken("seed_too_large", "run.seed=4294967296"),
     _broken("enormous_width", "model.hidden_size=99999999999999999999999999"),
     _broken("section_that_is_null_by_default", "batch.ramp.from_batch_size=0"),
+    _broken("name_that_no_file_system_takes", f"run.dir=runs/{'x' * 300}", f"data.corpus=[{'y' * 256}, 'a*']"),
     _broken("section_or_word", "health.drift.samples=1"),
     _broken("neither_section_nor_word", "health.drift=x"),
     _broken("list_of_phases", "phases=[a, b]"),
@@ -202,6 +203,12 @@ RULES = (
     ),
     _broken(
         "ramp_that_ranks_cannot_share", "batch.micro_batch_size=4", "batch.ramp={from_batch_size: 2, over_samples: 90}"
+    ),
+    _broken(
+        "ramp_of_too_many_sizes",
+        "batch.global_batch_size=1000000",
+        "batch.micro_batch_size=1",
+        "batch.ramp={from_batch_size: 1, over_samples: 90}",
     ),
     _broken("epochs_of_another_source", "data.mixture={web: 1}", "data.max_epochs={code: 2}"),
     _broken("window_as_short_as_offsets", "data.seq_len=4"),

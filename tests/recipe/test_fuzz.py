@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipe.fuzzing import WRONG_VALUES, Tally, mutated, paths
+from mtp_lightning.errors import SiteError
+from mtp_lightning.launch.site import Site, load_site
+from tests.recipe.fuzzing import WRONG_VALUES, Tally, at_most, is_whole, mutated, paths
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -48,9 +50,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_some_wrong_values_and_damaged_files_are_told_in_words(folder: Path) -> None:
-    tally = files(overrides(Tally(SECONDS), 0.01, folder), 150, folder)
+    tally = files(overrides(Tally(SECONDS), 0.006, folder), 100, folder)
     assert not tally.broken
-    assert min(tally.right, tally.refused) > 20
+    assert min(tally.right, tally.refused) > 10
 
 
 @pytest.mark.slow
@@ -63,3 +65,17 @@ def test_wrong_values_of_every_field_are_told_in_words(folder: Path) -> None:
 @pytest.mark.slow
 def test_damaged_files_are_told_in_words(folder: Path) -> None:
     assert not files(Tally(SECONDS), 5000, folder).broken
+
+
+def test_some_wrong_values_of_a_site_are_told_in_words() -> None:
+    draw = random.Random(20261127)
+    refused: list[SiteError] = []
+    for key in [*Site.model_fields, "container.image", "interconnect.A", "nothing"]:
+        for value in draw.sample(WRONG_VALUES, 12):
+            with at_most(SECONDS):
+                try:
+                    load_site("local", [f"{key}={value}"])
+                except SiteError as error:
+                    refused.append(error)
+    assert len(refused) > 200
+    assert all(map(is_whole, refused))

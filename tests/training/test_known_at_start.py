@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.errors import DataError
-from mtp_lightning.recipe import load_recipe
+from mtp_lightning.errors import DataError, RunFolderError
+from mtp_lightning.recipe import LoadedRecipe, load_recipe
 from mtp_lightning.training.fit import train
 from mtp_lightning.training.logging.curves import draw_training_curves
 
@@ -29,3 +29,20 @@ def test_a_picture_takes_any_name(title: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,train/loss_1,val/loss_1\n1,2.0,2.0\n2,1.0,1.0\n")
     draw_training_curves(tmp_path / "metrics.csv", tmp_path / "curves.png", title=title)
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def small(folder: Path, *fields: str) -> LoadedRecipe:
+    own = ["run.steps=1", f"run.dir={folder}/run", f"run.cache={folder}/cache", "run.device=cpu", "optimizer.lr=1e-3"]
+    return load_recipe(RECIPE, [*own, *fields])
+
+
+def test_another_learning_rate_is_refused_with_the_way_there_is(tmp_path: Path) -> None:
+    assert train(small(tmp_path)) == 0
+    with pytest.raises(RunFolderError) as caught:
+        train(small(tmp_path, "optimizer.lr=2e-3", "run.steps=2"))
+    assert "init.optimizer=true" in caught.value.hint
+    way = ("optimizer.lr=2e-3", f"run.dir={tmp_path}/other", f"init.path={tmp_path}/run", "init.optimizer=true")
+    assert train(small(tmp_path, *way)) == 0
+    with pytest.raises(RunFolderError) as caught:
+        train(small(tmp_path, "heads.num_offsets=2", "run.steps=2"))
+    assert "init.optimizer" not in caught.value.hint

@@ -19,6 +19,8 @@ def _slows_a_range(recipe: Recipe) -> bool:
     return scaling is None or scaling.kind != "llama3" or scaling.low_freq_factor < scaling.high_freq_factor
 
 
+MOST_BATCH_SIZES = 10_000  # of a ramp, which are walked through to count tokens
+
 MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         fields=("model.partial_rotary_factor", "model.head_dim", "model.hidden_size", "model.num_attention_heads"),
@@ -46,6 +48,11 @@ def _remote_sources(data: DataSection) -> list[str]:
 def _ramp_starts_with_a_divisor(recipe: Recipe) -> bool:
     ramp = recipe.batch.ramp
     return ramp is None or recipe.batch.global_batch_size % ramp.from_batch_size == 0
+
+
+def _num_sizes(recipe: Recipe) -> int:
+    ramp = recipe.batch.ramp
+    return recipe.batch.global_batch_size // ramp.from_batch_size if ramp else 1
 
 
 def _ramp_can_be_shared(recipe: Recipe) -> bool:
@@ -83,6 +90,12 @@ DATA_RULES: tuple[Rule, ...] = (
         holds=_ramp_starts_with_a_divisor,
         expected="must divide batch.global_batch_size",
         hint=lambda recipe: f"Set batch.ramp.from_batch_size to {divisors(recipe.batch.global_batch_size)}.",
+    ),
+    Rule(
+        fields=("batch.ramp.from_batch_size", "batch.global_batch_size"),
+        holds=lambda recipe: recipe.batch.ramp is None or _num_sizes(recipe) <= MOST_BATCH_SIZES,
+        expected=f"must be at least 1/{MOST_BATCH_SIZES:,} of batch.global_batch_size",
+        hint="Raise batch.ramp.from_batch_size.",
     ),
     Rule(
         fields=(
