@@ -21,7 +21,7 @@ from mtp_lightning.data.shards.manifest import Split
 from mtp_lightning.data.text.blocks import DocumentBlock
 from mtp_lightning.data.text.chats import Chat, render_chat
 from mtp_lightning.data.text.documents import Document
-from mtp_lightning.data.text.tokenize import NOTHING, Mask, encode_documents, round_trip
+from mtp_lightning.data.text.tokenize import Mask, encode_documents, round_trip
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, token_dtype
 from mtp_lightning.data.tokenizers.chat import ChatTemplate
 from mtp_lightning.data.tokenizers.open import open_chat_template, open_tokenizer
@@ -111,17 +111,20 @@ def _encode_block(block: DocumentBlock, settings: Settings, known: frozenset[Spl
     documents = [document for document in wanted if document]
     if not tokenizer.takes_any_bytes:
         notes += round_trip([document.text for document in documents[:SAMPLED]], tokenizer)
-    encoded = iter(
-        encode_documents(documents, tokenizer, parses_chats=template is None or template.writes_special_tokens)
-    )
-    pieces = [next(encoded) if document else NOTHING for document in wanted]
+    parses_chats = template is None or template.writes_special_tokens
+    encoded = list(encode_documents(documents, tokenizer, parses_chats=parses_chats))
+    sizes = [sum([piece.size for piece in pieces]) for pieces, _ in encoded]
+    lengths = np.zeros(len(wanted), dtype=np.int64)
+    lengths[[document is not None for document in wanted]] = sizes
+    dtype = token_dtype(tokenizer.vocab_size)
+    tokens = itertools.chain.from_iterable(pieces for pieces, _ in encoded)
     return Encoded(
         block=DocumentBlock(source=block.source, num_bytes=block.num_bytes, files=()),  # its lines need not travel back
         fates=np.array(fates, dtype=np.uint8),
         ranks=np.array(ranks, dtype=np.float64),
-        lengths=np.array([tokens.size for tokens, _ in pieces], dtype=np.int64),
-        tokens=np.concatenate([NOTHING[0], *(tokens for tokens, _ in pieces)], dtype=token_dtype(tokenizer.vocab_size)),
-        mask=_joined([(tokens.size, mask) for tokens, mask in pieces]),
+        lengths=lengths,
+        tokens=np.concatenate([np.array([], dtype=dtype), *tokens], dtype=dtype),
+        mask=_joined(sizes, [mask for _, mask in encoded]),
         digests=b"".join(digests),
         notes=notes,
     )
@@ -147,10 +150,11 @@ def _rendered(document: Document, chat: Chat, template: ChatTemplate | None, not
     return replace(document, parts=rendered.parts)
 
 
-def _joined(masks: list[tuple[int, Mask | None]]) -> Mask | None:
-    if all(mask is None for _, mask in masks):
+def _joined(sizes: list[int], masks: list[Mask | None]) -> Mask | None:
+    if all(mask is None for mask in masks):
         return None
-    return np.concatenate([np.ones(size, dtype=np.uint8) if mask is None else mask for size, mask in masks])
+    whole = (np.ones(size, dtype=np.uint8) if mask is None else mask for size, mask in zip(sizes, masks, strict=True))
+    return np.concatenate(list(whole))
 
 
 def _fate(document: Document, tokenizer: Tokenizer) -> str:

@@ -55,7 +55,7 @@ def chat_of_record(record: Mapping[str, Any], place: str) -> Chat | None:
     Raises:
         DataError: It is not a list of objects with a role; the error names the place.
     """
-    is_pair = all(isinstance(record.get(name), list) for name in ("prompt", "completion"))
+    is_pair = isinstance(record.get("prompt"), list) and isinstance(record.get("completion"), list)
     if "messages" not in record and not is_pair:
         return None
     given, answer = (record["prompt"], record["completion"]) if is_pair else ([], record["messages"])

@@ -1,8 +1,7 @@
 """From the parts of documents to token ids and loss masks."""
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +11,13 @@ from mtp_lightning.data.tokenizers.base import Offsets, TokenArray, Tokenizer
 
 Mask = NDArray[np.uint8]
 """Per token, 1 where it is learnt."""
-NOTHING: tuple[TokenArray, Mask | None] = (np.array([], dtype=np.uint16), None)
 SAMPLED_BYTES = 2048
 
 
 def encode_documents(
     documents: Sequence[Document], tokenizer: Tokenizer, *, parses_chats: bool
-) -> list[tuple[TokenArray, Mask | None]]:
-    """Return the ids of each document, its end included, and its mask if a part of it is only read.
+) -> Iterator[tuple[list[TokenArray], Mask | None]]:
+    """Yield the ids of each document with its end, in a few arrays, and its mask if a part of it is only read.
 
     A document is one text to the tokenizer, whatever its parts. A token is learnt if some of its characters are, so
     one that crosses a border is. An end is added unless the text has it: as its last id or, in a chat, as the special
@@ -30,22 +28,28 @@ def encode_documents(
         tokenizer: says whether special tokens in texts are parsed, and what is added around them.
         parses_chats: whether special tokens are parsed in chats.
     """
-    plain = iter(tokenizer.encode_many([document.text for document in documents if _is_whole(document)]))
-    parsed: dict[bool, list[Document]] = {}
-    for document in documents:
-        if not _is_whole(document):
-            parses = parses_chats if document.chat else tokenizer.parses_special_tokens
-            parsed.setdefault(parses, []).append(document)
-    marked: dict[int, tuple[TokenArray, Offsets]] = {}
-    for parses, own in parsed.items():
-        found = tokenizer.encode_with_offsets([document.text for document in own], parse_special_tokens=parses)
-        marked |= zip(map(id, own), found, strict=True)
-    encoded = []
-    for document in documents:
-        tokens, offsets = marked.get(id(document)) or (next(plain), None)
-        mask = None if offsets is None else learnt_tokens(document, offsets, in_bytes=tokenizer.takes_any_bytes)
-        encoded.append(_framed(document, tokens, mask, tokenizer))
-    return encoded
+    kinds = [_kind(document) for document in documents]
+    texts: dict[str, list[bytes]] = {"text": [], "pair": [], "chat": []}
+    for document, kind in zip(documents, kinds, strict=True):
+        texts[kind].append(document.text)
+    plain = iter(tokenizer.encode_many(texts["text"]))
+    parses = {"pair": tokenizer.parses_special_tokens, "chat": parses_chats}
+    marked = {
+        kind: iter(tokenizer.encode_with_offsets(texts[kind], parse_special_tokens=does) if texts[kind] else ())
+        for kind, does in parses.items()
+    }
+    opening, closing, end = (
+        [np.array(ids, dtype=np.uint32)] if ids else []
+        for ids in (tokenizer.opening, tokenizer.closing, (tokenizer.end_of_document,))
+    )
+    for document, kind in zip(documents, kinds, strict=True):
+        tokens, offsets = (next(plain), None) if kind == "text" else next(marked[kind])
+        is_ended = (tokens.size and tokens[-1] == tokenizer.end_of_document) or (
+            kind == "chat" and _ends_itself(document, tokenizer)
+        )
+        before, after = ([], []) if kind == "chat" else (opening, closing)
+        pieces = [*before, tokens, *after, *([] if is_ended else end)]
+        yield pieces, None if offsets is None else _mask(document, offsets, pieces, len(before), tokenizer)
 
 
 def learnt_tokens(document: Document, offsets: Offsets, *, in_bytes: bool) -> Mask:
@@ -63,35 +67,31 @@ def learnt_tokens(document: Document, offsets: Offsets, *, in_bytes: bool) -> Ma
 def round_trip(texts: Sequence[bytes], tokenizer: Tokenizer) -> Counter[str]:
     """Count, of the beginnings of some texts, those that do not come back from their ids, and unknown tokens."""
     beginnings = [text[:SAMPLED_BYTES].decode(errors="ignore") for text in texts]
-    pairs = tokenizer.encode_with_offsets([text.encode() for text in beginnings], parse_special_tokens=False)
-    encoded = [tokens for tokens, _ in pairs]
-    notes = Counter[str](sampled=len(texts), tokens=sum(tokens.size for tokens in encoded))
-    for text, tokens in zip(beginnings, encoded, strict=True):
+    encoded = tokenizer.encode_with_offsets([text.encode() for text in beginnings], parse_special_tokens=False)
+    notes = Counter[str](sampled=len(texts))
+    for text, (tokens, _) in zip(beginnings, encoded, strict=True):
         back = tokenizer.decode(tokens).decode(errors="replace")
+        notes["tokens"] += tokens.size
         notes["changed"] += back != text
         notes["beyond_spaces"] += "".join(back.split()) != "".join(text.split())
         notes["unknown"] += int(np.count_nonzero(tokens == tokenizer.unknown)) if tokenizer.unknown is not None else 0
     return notes
 
 
-def _is_whole(document: Document) -> bool:
-    """Tell whether all of a text is learnt."""
-    return not document.chat and all(is_learnt for _, is_learnt in document.parts)
+def _kind(document: Document) -> str:
+    if document.chat:
+        return "chat"
+    return "text" if all(is_learnt for _, is_learnt in document.parts) else "pair"
 
 
-def _framed(
-    document: Document, tokens: TokenArray, mask: Mask | None, tokenizer: Tokenizer
-) -> tuple[TokenArray, Mask | None]:
-    """Put around the ids of a text what belongs there; it is learnt as what is next to it."""
-    opening, closing = ((), ()) if document.chat else (tokenizer.opening, tokenizer.closing)
-    has_end = tokens[-1:].tolist() == [tokenizer.end_of_document]
-    if not has_end and not (document.chat and _ends_itself(document, tokenizer)):
-        closing = (*closing, tokenizer.end_of_document)
-    framed: Any = np.concatenate([np.array(opening, dtype=np.uint32), tokens, np.array(closing, dtype=np.uint32)])
-    if mask is not None:
-        first, last = (int(document.parts[place][1]) for place in (0, -1))
-        mask = np.concatenate([np.full(len(opening), first), mask, np.full(len(closing), last)]).astype(np.uint8)
-    return framed, mask
+def _mask(
+    document: Document, offsets: Offsets, pieces: list[TokenArray], num_before: int, tokenizer: Tokenizer
+) -> Mask:
+    """Return the mask of a document; what is put around its text is learnt as what is next to it."""
+    own = learnt_tokens(document, offsets, in_bytes=tokenizer.takes_any_bytes)
+    sizes = [sum(piece.size for piece in around) for around in (pieces[:num_before], pieces[num_before + 1 :])]
+    first, last = (np.full(size, document.parts[place][1]) for size, place in zip(sizes, (0, -1), strict=True))
+    return np.concatenate([first, own, last], dtype=np.uint8, casting="unsafe")
 
 
 def _ends_itself(document: Document, tokenizer: Tokenizer) -> bool:
