@@ -158,6 +158,15 @@ def test_what_a_tokenizer_loses_is_said_in_one_line(tmp_path: Path, capsys: pyte
     assert line in " ".join((said.out + said.err).split())
 
 
+def test_text_that_vanishes_is_no_corpus(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "\u5730\u56fe"}\n' * 60)
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "</s>": 1}, [])).save(str(tmp_path / "a.json"))
+    how = BuildOptions(tokenizer=str(tmp_path / "a.json"), validation_fraction=0.035)
+    with pytest.raises(DataError, match=r"must know some of the text; found no token for any of 8 documents sampled"):
+        build_shards([str(tmp_path / "rows.jsonl")], tmp_path / "out", how, show_progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_chats_need_a_template_or_the_wish_for_none(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", "byte level, ChatML")
     alone = folder / "alone.json"

@@ -31,10 +31,10 @@ from mtp_lightning.data.shards.manifest import (
 )
 from mtp_lightning.data.shards.remarks import remarks
 from mtp_lightning.data.shards.staging import Counts, StagingFolder, exclusive_build, say_others
+from mtp_lightning.data.shards.tokenize import Mask
 from mtp_lightning.data.shards.writer import MEMBER_TOKENS, SHARD_BYTES, SplitWriter
 from mtp_lightning.data.text import blocks as units
 from mtp_lightning.data.text.sources import SourceFile, find_files
-from mtp_lightning.data.text.tokenize import Mask
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, token_dtype
 from mtp_lightning.data.tokenizers.open import open_chat_template, open_tokenizer
 from mtp_lightning.errors import DataError
@@ -314,6 +314,12 @@ class ShardBuild:
                 "a corpus must hold at least one document with text",
                 f"{num_files:,} files with {left_out} documents",
                 "Correct data.corpus",
+            )
+        if self.notes["sampled"] and not self.notes["tokens"]:
+            raise EmptySplitError(
+                "a tokenizer must know some of the text",
+                f"no token for any of {self.notes['sampled']:,} documents sampled, by {self._tokenizer.name}",
+                "Choose another tokenizer (data.tokenizer, --tokenizer)",
             )
         for split, written in shards.items():
             if not written:

@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_lightning.data.shards.manifest import Split
+from mtp_lightning.data.shards.render import render_chat
+from mtp_lightning.data.shards.tokenize import Mask, encode_documents, round_trip
 from mtp_lightning.data.text.blocks import DocumentBlock
-from mtp_lightning.data.text.chats import Chat, render_chat
+from mtp_lightning.data.text.chats import Chat
 from mtp_lightning.data.text.documents import Document
-from mtp_lightning.data.text.tokenize import Mask, encode_documents, round_trip
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, token_dtype
 from mtp_lightning.data.tokenizers.chat import ChatTemplate
 from mtp_lightning.data.tokenizers.open import open_chat_template, open_tokenizer

@@ -11,7 +11,7 @@ from typing import final
 import numpy as np
 
 from mtp_lightning.data.shards.manifest import Member, Shard, Split
-from mtp_lightning.data.text.tokenize import Mask
+from mtp_lightning.data.shards.tokenize import Mask
 from mtp_lightning.data.tokenizers.base import TokenArray
 from mtp_lightning.errors import DataError
 from mtp_lightning.files.durable import describe_file
