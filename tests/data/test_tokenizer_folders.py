@@ -13,6 +13,8 @@ from mtp_lightning.data.loading.factory import open_data
 from mtp_lightning.data.shards.build import BuildOptions, build_shards
 from mtp_lightning.data.shards.manifest import load_manifest
 from mtp_lightning.data.shards.mapped import ShardMaps
+from mtp_lightning.data.shards.tokenize import learnt_tokens
+from mtp_lightning.data.text.documents import Document
 from mtp_lightning.data.tokenizers.open import open_tokenizer
 from mtp_lightning.errors import DataError
 from mtp_lightning.recipe import Recipe
@@ -119,6 +121,13 @@ def test_a_completion_is_tokenized_with_its_prompt(folder: Path, judge: Any, tmp
         assert ids == [*whole["input_ids"], judge.eos_token_id]
         beyond = [end > len(prompt) for _, end in whole["offset_mapping"]]
         assert mask == [*map(int, beyond), 1]
+
+
+def test_a_token_with_a_learnt_character_is_learnt() -> None:
+    document = Document(name="x", parts=(("éb".encode(), True), (b"cd", False), (b"ef", True)))
+    offsets = np.array([[0, 1], [1, 3], [2, 4], [3, 5], [4, 4], [2, 2], [6, 6]])  # empty: some bytes of a character
+    assert learnt_tokens(document, offsets, in_bytes=False).tolist() == [1, 1, 0, 1, 1, 0, 1]
+    assert learnt_tokens(document, offsets, in_bytes=True).tolist() == [1, 1, 1, 0, 0, 1, 1]
 
 
 def test_a_folder_and_its_file_are_one_tokenizer(folder: Path) -> None:
