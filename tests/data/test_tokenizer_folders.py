@@ -123,6 +123,14 @@ def test_a_completion_is_tokenized_with_its_prompt(folder: Path, judge: Any, tmp
         assert mask == [*map(int, beyond), 1]
 
 
+def test_of_a_chat_in_two_parts_the_prompt_is_only_read(folder: Path, judge: Any, tmp_path: Path) -> None:
+    whole, pair = built(folder, [{"messages": CHAT}, {"prompt": CHAT[:3], "completion": CHAT[3:]}], tmp_path)
+    prompt = judge.apply_chat_template(CHAT[:3], add_generation_prompt=True)["input_ids"]
+    assert pair[0] == whole[0]
+    assert not any(pair[1][: len(prompt) - 1])
+    assert pair[1][len(prompt) :] == whole[1][len(prompt) :]
+
+
 def test_a_token_with_a_learnt_character_is_learnt() -> None:
     document = Document(name="x", parts=(("éb".encode(), True), (b"cd", False), (b"ef", True)))
     offsets = np.array([[0, 1], [1, 3], [2, 4], [3, 5], [4, 4], [2, 2], [6, 6]])  # empty: some bytes of a character
