@@ -55,6 +55,21 @@ def test_ids_are_those_of_the_library(file: Path, tokenizer: Tokenizer) -> None:
     assert len({len(ids) for ids in expected}) > 1
 
 
+def test_offsets_tell_the_characters_of_each_token(tokenizer: Tokenizer) -> None:
+    text = "naïve 😀 fox\n  x"
+    ((tokens, offsets),) = tokenizer.encode_with_offsets([text.encode()], parse_special_tokens=False)
+    assert tokens.tolist() == tokenizer.encode(text.encode()).tolist()
+    assert {place for begin, end in offsets.tolist() for place in range(begin, end)} == set(range(len(text)))
+    assert (np.diff(offsets[:, 0]) >= 0).all()
+
+
+def test_special_tokens_of_a_sentencepiece_model_are_refused_by_name(tmp_path: Path) -> None:
+    path = write_sentencepiece(tmp_path / "x.model")
+    for options in ({"parse_special_tokens": True}, {"add_special_tokens": True}):
+        with pytest.raises(DataError, match=r"need a tokenizer.json; found .*x.model. Write a tokenizer.json once"):
+            open_tokenizer(str(path), **options)
+
+
 def test_name_size_and_hash_are_those_of_the_file(file: Path, tokenizer: Tokenizer) -> None:
     assert tokenizer.name == file.name
     assert tokenizer.vocab_size == (400 if file.suffix == ".json" else 340)

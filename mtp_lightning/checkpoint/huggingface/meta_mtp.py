@@ -10,7 +10,7 @@ from mtp_lightning.checkpoint.format.tensors import Entry
 from mtp_lightning.checkpoint.huggingface.canonical_names import LAYER, PAIRED, PLAIN, TensorSource
 from mtp_lightning.checkpoint.huggingface.configs import Config, possible_settings
 from mtp_lightning.checkpoint.huggingface.modules import Native, extra_place
-from mtp_lightning.launch.untrusted import shown
+from mtp_lightning.files.untrusted import described
 from mtp_lightning.recipe.schema.model import ModelSection
 
 SETTINGS = "params.json"
@@ -64,7 +64,7 @@ def _check_plain(config: Config) -> None:
     if told:
         hint = "Take the release in the format of transformers"
         raise config.refused(
-            f"a model in this layout must be plain, without {told[0]}", shown(config.get(told[0])), hint
+            f"a model in this layout must be plain, without {told[0]}", described(config.get(told[0])), hint
         )
 
 
