@@ -95,6 +95,7 @@ SPELLINGS: Mapping[str, str] = {
     "memory.compile": "torch_compile compile.enable compile_model compile_config",
     "data.corpus": "dataset datasets dataset_path dataset_name train_data_path",
     "data.shards": "data_path data_cache_path",
+    "data.text_field": "dataset_text_field text_column text_key content_field field",
     "data.mixture": "data_mix data_mixture",
     "data.tokenizer": "tokenizer_model tokenizer_path tokenizer_dir tokenizer_type tokenizer_name hf_assets_path",
     "data.seq_len": "seq_length sequence_length sequence_len max_seq_length max_seq_len max_seqlen max_sequence_length "

@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 
 from mtp_lightning.data.shards.manifest import Split
 from mtp_lightning.data.text.blocks import DocumentBlock
-from mtp_lightning.data.text.documents import Document
+from mtp_lightning.data.text.records import AS_KNOWN, Document, LeftOut, Reading
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, token_dtype
 from mtp_lightning.data.tokenizers.open import open_tokenizer
 
-FATES = ("kept", "empty", "binary", "not_utf8")
+FATES = ("kept", "empty", "not_utf8")
 DIGEST_BYTES = 16
 AS_NAMED = ("utf-8", "surrogateescape")  # file names need not be UTF-8
+
+Own = tuple[Split, TokenArray, NDArray[np.uint8] | None]
+"""What of a document goes into a split: tokens and mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,7 @@ class Settings:
     end_of_document: int | None
     validation_fraction: float
     deduplicate: bool
+    reading: Reading = AS_KNOWN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,7 @@ class Encoded:
     tokens: TokenArray
     mask: NDArray[np.uint8] | None  # per token, 1 where it is learnt; None where all are
     digests: bytes  # of `DIGEST_BYTES` each; empty unless asked for
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def encode_blocks(
@@ -86,11 +91,26 @@ def split_of(rank: float, validation_fraction: float) -> Split:
     return "validation" if rank < validation_fraction else "train"
 
 
+def cut_by_place(tokens: TokenArray, mask: NDArray[np.uint8] | None, validation_fraction: float) -> list[Own] | None:
+    """Cut a document so that its last learnt tokens are held out; None if it has but one. Both parts have its end."""
+    learnt = np.arange(tokens.size) if mask is None else np.flatnonzero(mask)
+    if learnt.size < 3:  # one of them is the end
+        return None
+    place = round(learnt.size * (1 - validation_fraction))
+    cut = int(learnt[min(max(place, 1), learnt.size - 2)])
+    masks = (None, None) if mask is None else (np.append(mask[:cut], mask[-1:]), mask[cut:])
+    return [("train", np.append(tokens[:cut], tokens[-1:]), masks[0]), ("validation", tokens[cut:], masks[1])]
+
+
 def _encode_block(block: DocumentBlock, settings: Settings, known: frozenset[Split]) -> Encoded:
     tokenizer = _tokenizer(settings.tokenizer, settings.end_of_document)
     fates, ranks, digests = [], [], []
     wanted: list[Document | None] = []
-    for document in block.documents():
+    left_out: list[LeftOut] = []
+    for document in block.documents(settings.reading):
+        if isinstance(document, LeftOut):
+            left_out.append(document)
+            continue
         fates.append(FATES.index(_fate(document, tokenizer)))
         ranks.append(held_out_rank(document.name))
         digests.append(_digest(document) if settings.deduplicate else b"")
@@ -105,6 +125,7 @@ def _encode_block(block: DocumentBlock, settings: Settings, known: frozenset[Spl
         tokens=tokens,
         mask=mask,
         digests=b"".join(digests),
+        left_out=tuple(left_out),
     )
 
 
@@ -135,8 +156,6 @@ def _encode_documents(
 def _fate(document: Document, tokenizer: Tokenizer) -> str:
     if document.is_empty:
         return "empty"
-    if document.is_binary:
-        return "binary"
     return "kept" if tokenizer.takes_any_bytes or _is_utf8(document) else "not_utf8"
 
 
