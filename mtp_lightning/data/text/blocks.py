@@ -224,6 +224,6 @@ def _what_it_is(file: SourceFile) -> str:
     """Say what a file is that its ending does not say."""
     with file.path.open("rb") as stream:
         kind = kind_of(stream.read(512))
-    return (
-        f"; it is {kind}: {HINTS.get(kind, 'give it its ending')}" if kind and kind not in ("Parquet", "Arrow") else ""
-    )
+    if kind in (None, "Parquet", "Arrow"):
+        return ""
+    return f"; it is {kind}: {HINTS.get(kind, 'make text or a table of it')}"
