@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import pickle
+import struct
 import sys
 import tarfile
 import zipfile
@@ -191,6 +192,16 @@ def test_rows_of_a_table_that_are_no_text_are_counted(tmp_path: Path, name: str)
     write_table(tmp_path / name, pa.table({"text": column}))
     assert texts(tmp_path / name, Reading(on_bad_row="skip")) == ["a", "no text under text", "invalid UTF-8", "b"]
     with pytest.raises(DataError, match=rf"{name}, row 2: 'text' is null"):
+        texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["stream.arrow", "file.arrow"])
+def test_texts_that_lead_out_of_their_table_are_refused(tmp_path: Path, name: str) -> None:
+    write_table(tmp_path / name, pa.table({"text": ["x" * 7777, "abc"]}))
+    content, offsets = (tmp_path / name).read_bytes(), struct.pack("<3i", 0, 7777, 7780)
+    assert content.count(offsets) == 1
+    (tmp_path / name).write_bytes(content.replace(offsets, struct.pack("<3i", 0, 7777, 2**20)))
+    with pytest.raises(DataError, match=rf"{name} must be readable to its end; found ArrowInvalid"):
         texts(tmp_path / name)
 
 

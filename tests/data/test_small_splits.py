@@ -8,7 +8,8 @@ import pytest
 
 from mtp_lightning.data.loading.corpus import prepare_shards
 from mtp_lightning.data.sampling.windows import WindowDataset
-from mtp_lightning.data.shards.manifest import Manifest, Split
+from mtp_lightning.data.shards.manifest import Manifest, Shard, Split
+from mtp_lightning.data.shards.staging import StagingFolder
 from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.errors import DataError
 from tests.data.corpora import END, build_tiny, is_held_out, tiny_recipe
@@ -52,6 +53,27 @@ def test_some_of_several_documents_are_held_out_whichever_the_draw(
         found = manifest.num_documents("validation")
         assert found == (drawn if 0 < drawn < num_documents else 1)
         assert manifest.num_documents("train") == num_documents - found
+
+
+def test_a_build_by_place_that_failed_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.txt").write_text("a text of one file")
+    whole = build_tiny([str(tmp_path / "one.txt")], tmp_path / "whole", validation_fraction=0.03)
+    note, noted = StagingFolder.note_shard, list[Shard]()
+
+    def note_and_fail(self: StagingFolder, shard: Shard, largest_token: int) -> None:
+        note(self, shard, largest_token)
+        noted.append(shard)
+        if len(noted) == 2:  # the first was of the build that left a split empty
+            raise OSError(5, "a disk that fails")
+
+    monkeypatch.setattr(StagingFolder, "note_shard", note_and_fail)
+    with pytest.raises(DataError, match="a disk that fails"):
+        build_tiny([str(tmp_path / "one.txt")], tmp_path / "shards", validation_fraction=0.03)
+    again = build_tiny([str(tmp_path / "one.txt")], tmp_path / "shards", validation_fraction=0.03, show_progress=True)
+    assert again.fingerprint == whole.fingerprint
+    assert "going on with 1 finished shards" in capsys.readouterr().out
 
 
 def test_what_is_done_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
