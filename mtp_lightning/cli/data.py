@@ -16,6 +16,13 @@ app = typer.Typer(
 app.command()(own_text_verbs.generate)
 
 
+class OnBadRow(StrEnum):
+    """What is done with a row that is no document."""
+
+    refuse = "refuse"
+    skip = "skip"
+
+
 class Split(StrEnum):
     """The two parts of the data."""
 
@@ -27,7 +34,7 @@ InputsArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="RECIPE KEY=VALUE | PATH",
-        help="A recipe; or, with --out, texts: files (also JSONL, .gz, .zst, Parquet), folders, globs, stdlib.",
+        help="A recipe; or, with --out, texts: files (also JSON, CSV, Parquet, .gz, .zst), folders, globs, stdlib.",
         show_default=False,
     ),
 ]
@@ -50,12 +57,24 @@ AddOption = Annotated[
         "--add-special-tokens", help="With --out: put the tokenizer's begin of sequence before each document."
     ),
 ]
-TemplateOption = Annotated[
+ChatTemplateOption = Annotated[
     str | None,
     typer.Option(metavar="FILE|NAME|plain", help="With --out: template of chats (the tokenizer's own unless given)."),
 ]
 DeduplicateOption = Annotated[
     bool, typer.Option("--deduplicate", help="With --out: leave out documents equal to an earlier one.")
+]
+TextFieldOption = Annotated[
+    str | None, typer.Option(metavar="FIELD", help="With --out: field or column of the text (text unless given).")
+]
+TemplateOption = Annotated[
+    str | None, typer.Option(help="With --out: a text of several fields, e.g. '# {title}\\n{text}'.")
+]
+EncodingOption = Annotated[
+    str | None, typer.Option(help="With --out: encoding of texts without a byte-order mark (utf-8 unless given).")
+]
+OnBadRowOption = Annotated[
+    OnBadRow, typer.Option(help="With --out: refuse a row that is no document, or skip and count such rows.")
 ]
 ProcessesOption = Annotated[
     int | None, typer.Option(min=1, help="With --out: processes (as many as are of use unless given).")
@@ -72,7 +91,11 @@ def build(
     end_of_document: EndOption = None,
     parse_special_tokens: ParseOption = False,
     add_special_tokens: AddOption = False,
-    chat_template: TemplateOption = None,
+    chat_template: ChatTemplateOption = None,
+    text_field: TextFieldOption = None,
+    template: TemplateOption = None,
+    encoding: EncodingOption = None,
+    on_bad_row: OnBadRowOption = OnBadRow.refuse,
     deduplicate: DeduplicateOption = False,
     processes: ProcessesOption = None,
 ) -> None:
@@ -80,12 +103,24 @@ def build(
     if not inputs:
         raise typer.BadParameter("give a recipe, or texts", param_hint="PATH")
     if out is None:
-        given = (validation_fraction, tokenizer, end_of_document, chat_template, processes)
-        flags = deduplicate or parse_special_tokens or add_special_tokens
+        given = (
+            validation_fraction,
+            tokenizer,
+            end_of_document,
+            chat_template,
+            text_field,
+            template,
+            encoding,
+            processes,
+        )
+        flags = deduplicate or parse_special_tokens or add_special_tokens or on_bad_row == OnBadRow.skip
         _build_of_recipe(inputs, is_for_texts=flags or any(option is not None for option in given))
         return
     from mtp_lightning.data.shards.build import BuildOptions, build_shards
+    from mtp_lightning.data.text.records import Reading
 
+    reading = Reading(text_field=text_field, template=template, encoding=encoding, on_bad_row=on_bad_row.value)
+    reading.check()
     options = BuildOptions(
         tokenizer=tokenizer or "byte",
         end_of_document=end_of_document,
@@ -94,6 +129,7 @@ def build(
         chat_template=chat_template,
         validation_fraction=own_text_verbs.share_of(validation_fraction),
         deduplicate=deduplicate,
+        reading=reading,
     )
     build_shards(inputs, out, options, processes=processes)
 

@@ -98,7 +98,7 @@ def _build(out: Path, made: "TokenShards", wanted: "OwnText", write: "WriteTexts
     """Write the shards, and say what they hold."""
     from mtp_lightning.console.progress import say
     from mtp_lightning.data.generated.shards import write_token_shards
-    from mtp_lightning.data.shards.build import describe
+    from mtp_lightning.data.shards.manifest import describe
 
     manifest = write_token_shards(write, out, made)
     if manifest is None:

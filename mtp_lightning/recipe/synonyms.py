@@ -95,6 +95,7 @@ SPELLINGS: Mapping[str, str] = {
     "memory.compile": "torch_compile compile.enable compile_model compile_config",
     "data.corpus": "dataset datasets dataset_path dataset_name train_data_path",
     "data.shards": "data_path data_cache_path",
+    "data.text_field": "dataset_text_field text_column text_key content_field field",
     "data.mixture": "data_mix data_mixture",
     "data.tokenizer": "tokenizer_model tokenizer_path tokenizer_dir tokenizer_type tokenizer_name hf_assets_path",
     "data.parse_special_tokens": "parse_special split_special_tokens",

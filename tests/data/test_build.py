@@ -112,23 +112,6 @@ def test_corpus_without_text_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
-@pytest.mark.parametrize(("share", "split"), [(1e-9, "validation"), (1 - 1e-9, "train")])
-def test_split_without_documents_is_refused_with_a_share_that_works(
-    tmp_path: Path, corpus: Path, share: float, split: str
-) -> None:
-    with pytest.raises(DataError, match=f"found none of 40 for {split} at") as caught:
-        build_tiny([str(corpus)], tmp_path / "shards", validation_fraction=share)
-    hint = float(caught.value.hint.split("=")[1].split(",")[0])
-    manifest = build_tiny([str(corpus)], tmp_path / "shards", validation_fraction=hint)
-    assert manifest.num_documents("validation") == 1
-
-
-def test_single_document_cannot_be_split(tmp_path: Path) -> None:
-    (tmp_path / "one.txt").write_text("text")
-    with pytest.raises(DataError, match=r"both splits .* found none of 1 .*Add documents"):
-        build_tiny([str(tmp_path / "one.txt")], tmp_path / "shards")
-
-
 def test_folder_that_is_taken_is_refused_and_kept(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/thesis.txt").write_text("mine")

@@ -14,6 +14,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow
 import pytest
 
 from mtp_lightning.data.loading.stream_documents import TarDocuments, tars_of
@@ -78,6 +79,7 @@ HEALTHY: dict[str, Callable[[bytes], bytes]] = {
     "gzip in two parts": lambda tar: gzip.compress(tar[:3000]) + gzip.compress(tar[3000:]),
     "bzip2": bz2.compress,
     "xz": lzma.compress,
+    "zstd": lambda tar: pyarrow.compress(tar, "zstd", asbytes=True),
 }
 
 
@@ -229,6 +231,9 @@ def test_folders_and_pipes_in_place_of_tars_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "shards/2.tar")
     with pytest.raises(DataError, match=r"2\.tar', which is no file"):
         tars_of([str(tmp_path / "shards/*.tar")])
+    for name in ("", "a" * 300, "a\0b", "~nobody-of-this-name/x"):
+        with pytest.raises(DataError, match="every entry of data.corpus must"):
+            tars_of([name])
     with pytest.raises(DataError, match=r"at most 1,000,000 numbers; found \{0\.\.99999999\}"):
         tars_of(["s3://x/{0..99999999}.tar"])
 

@@ -63,6 +63,7 @@ MANIFEST = [
     *((name, -1, name) for name in ("source_files", "source_bytes", "skipped_empty", "skipped_binary",
                                     "skipped_not_utf8", "skipped_duplicates")),
     *((name, "x" * 5000, name) for name in ("tokenizer", "tokenizer_hash", "source_listing")),
+    *(("skipped_rows", value, "skipped_rows") for value in (["x"], {"x": -1}, {"x": 1.5}, {"x" * 5000: 1})),
     ("sources", [{"name": "x", "num_documents": -1, "num_tokens": 2}], "num_documents"),
     ("sources", [{"name": "x" * 5000, "num_documents": 1, "num_tokens": 2}], "name"),
 ]  # fmt: skip

@@ -1,8 +1,11 @@
 """Streams of plain WebDataset tars, and the traps that webdataset's own pipelines have."""
 
+import bz2
+import gzip
 import io
 import itertools
 import json
+import lzma
 import pickle
 import tarfile
 from collections import Counter
@@ -16,7 +19,7 @@ import torch
 
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.data.loading.factory import open_rows
-from mtp_lightning.data.loading.stream_documents import tars_of
+from mtp_lightning.data.loading.stream_documents import TarDocuments, tars_of
 from mtp_lightning.errors import CheckpointError, DataError
 from tests.data.corpora import END, tiny_recipe
 
@@ -153,6 +156,51 @@ def test_kinds_of_samples(tmp_path: Path) -> None:
     write_tar(tmp_path / "held/0.tar", {"0.txt": b"x" * 30})
     rows = torch.cat([batch["tokens"] for batch in take(build(tmp_path, stream={"text_field": "body"}), 1)])
     assert rows[0].tolist() == [104, 105, END] * 3 + [104, 105]
+
+
+def read_member(root: Path, members: dict[str, bytes], member: str | None) -> list[list[int]]:
+    tar = str(write_tar(root / "0.tar", members))
+    stream = {"train": [tar], "validation": [tar], "member": member}
+    recipe = tiny_recipe(root / "cache", root, data={"kind": "webdataset_stream", "stream": stream})
+    return [tokens.tolist() for tokens in TarDocuments.of(recipe).read(tar)]
+
+
+@pytest.mark.parametrize(
+    ("members", "member"),
+    [
+        ({"0000.txt": b"hi", "0000.json": b"{}"}, "txt"),
+        ({"0000.txt": b"no", "0000.json": b'{"text": "hi"}'}, ".JSON"),
+        ({"a/0000.seg.txt": b"hi", "a/0000.other.txt": b"no"}, "seg.txt"),
+        ({"0000.txt.gz": gzip.compress(b"hi")}, None),
+        ({"0000.txt.bz2": bz2.compress(b"hi"), "0000.jpg": b"x"}, None),
+        ({"0000.json.xz": lzma.compress(b'{"text": "hi"}')}, None),
+        ({"0000.seg.txt.gz": gzip.compress(b"hi"), "0000.txt": b"no"}, "seg.txt.gz"),
+        ({"0000.txt": "hi".encode("utf-16")}, None),
+        ({"0000.transcript": b"hi", "0000.txt": b"no"}, "transcript"),
+        ({"0000.__key__": b"0000", "0000.__url__": b"x", "0000.txt": b"hi"}, None),
+    ],
+)
+def test_the_member_that_is_the_document_can_be_named(
+    tmp_path: Path, members: dict[str, bytes], member: str | None
+) -> None:
+    assert read_member(tmp_path, members, member) == [[104, 105, END]]
+
+
+@pytest.mark.parametrize(
+    ("members", "member", "found"),
+    [
+        ({"a.txt": b"x", "a.json": b"{}"}, None, r"found \.txt, json\. .*data\.stream\.member=txt"),
+        ({"a.b.txt": b"x"}, None, r"found \.b\.txt\. .*data\.stream\.member=b\.txt"),
+        ({"a.txt": b"x"}, "seg.txt", r"must be seg\.txt; found \.txt"),
+        ({"a.txt.gz": gzip.compress(b"x" * 99)[:-9]}, None, r"a\.txt\.gz must be readable to its end; found EOFError"),
+        ({"a.pkl": b"x"}, "pkl", "no pickle"),
+    ],
+)
+def test_a_member_that_is_not_there_is_told(
+    tmp_path: Path, members: dict[str, bytes], member: str | None, found: str
+) -> None:
+    with pytest.raises(DataError, match=found):
+        read_member(tmp_path, members, member)
 
 
 def npy_of_objects() -> bytes:

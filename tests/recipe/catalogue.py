@@ -196,6 +196,9 @@ RULES = (
     _broken("mixture_with_a_tiny_weight", "data.mixture={web: 1, code: 1e-4}"),
     _broken("stream_without_its_kind", "data.stream={train: [a.tar], validation: [b.tar]}"),
     _broken("stream_in_an_order", *STREAM, "data.shuffle=shards"),
+    _broken("template_without_fields", "data.template=no fields"),
+    _broken("encoding_that_is_none", "data.encoding=latin-99"),
+    _broken("text_field_beside_a_template", "data.text_field=a", "data.template='{a}'"),
     _broken("packed_shards_from_a_url", "data.shards=s3://bucket/shards", "data.packing=best_fit"),
     _broken(
         "ramp_that_does_not_divide_rows",

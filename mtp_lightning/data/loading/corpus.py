@@ -3,12 +3,14 @@
 import hashlib
 import json
 import platform
+from dataclasses import asdict
 from pathlib import Path
 
 from mtp_lightning.console.progress import say
-from mtp_lightning.data.shards.build import BuildOptions, build_shards, describe, listing_hash
-from mtp_lightning.data.shards.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, load_manifest
+from mtp_lightning.data.shards.build import BuildOptions, build_shards, listing_hash
+from mtp_lightning.data.shards.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, describe, load_manifest
 from mtp_lightning.data.shards.remote import mirror, mirror_folder
+from mtp_lightning.data.text.records import Reading
 from mtp_lightning.data.text.sources import find_files, is_stdlib
 from mtp_lightning.data.tokenizers.base import Tokenizer
 from mtp_lightning.data.tokenizers.chat import PLAIN
@@ -66,6 +68,7 @@ def prepare_shards(recipe: Recipe) -> Path:
             chat_template=recipe.data.chat_template,
             validation_fraction=recipe.data.validation_fraction,
             deduplicate=recipe.data.deduplicate,
+            reading=Reading.of(recipe.data),
         )
         build_shards(recipe.data.corpus, folder, options)
     return folder
@@ -160,6 +163,7 @@ def _corpus_key(data: DataSection) -> str:
         **({"parse_special_tokens": True} if data.parse_special_tokens else {}),
         **({"add_special_tokens": True} if data.add_special_tokens else {}),
         **({"chat_template": template.fingerprint()} if template and template is not PLAIN else {}),
+        **{name: value for name, value in asdict(Reading.of(data)).items() if value not in (None, "refuse")},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -4,11 +4,12 @@ What is read is a function of (tars, seed, position at the start, rank, loader p
 order. Each rank and each of its loader processes reads tars of its own, over and over, so none ends before the others.
 """
 
+import io
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, final
@@ -22,21 +23,23 @@ from mtp_lightning.data.sampling.order import permute
 from mtp_lightning.data.sampling.windows import RowArrays
 from mtp_lightning.data.shards.arrays import whole_numbers
 from mtp_lightning.data.shards.remote import opened
-from mtp_lightning.data.shards.tar_members import NO_END, TarDamage, members_of
+from mtp_lightning.data.shards.tar_members import MOST_MEMBER_BYTES, NO_END, TarDamage, members_of
+from mtp_lightning.data.text.compressed import DAMAGE, bounded, decompressed, opened_text
 from mtp_lightning.data.text.sources import find_files, matches_of
 from mtp_lightning.data.tokenizers.base import Tokenizer
 from mtp_lightning.data.tokenizers.open import open_tokenizer
 from mtp_lightning.errors import DataError, MtpError
-from mtp_lightning.files.paths import is_url
+from mtp_lightning.files.paths import is_url, leads_to
 from mtp_lightning.files.untrusted import shown
 from mtp_lightning.recipe.schema.root import Recipe
 
 PICKLES = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "joblib"})
 KINDS = ("txt", "json", "tok", "npy")
+COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$")
 NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MOST_NUMBERS = 1_000_000
-META = re.compile(r"__[^/]*__($|/)")  # members that webdataset keeps for itself
-TAR_NAME = re.compile(r"\.(tar|tgz|tbz2?|txz)(\.\w+)?$")
+META = re.compile(r"__[^/]*__($|/)|.*\.__(key|url)__$")  # members that webdataset keeps for itself
+TAR_NAME = re.compile(r"\.(tar|tgz|tbz2?|txz|tzst)(\.\w+)?$")
 STREAM_ORDER = "stream order 1"
 
 
@@ -57,8 +60,9 @@ def tars_of(patterns: Sequence[str]) -> list[str]:
 
 def _files(name: str) -> list[str]:
     for path in matches_of(name):
-        is_other = path.exists() and not path.is_file() and not path.is_dir()  # a pipe would be waited for
-        if is_other or (path.is_dir() and TAR_NAME.search(path.name)):
+        is_folder = leads_to(path, Path.is_dir)
+        is_other = leads_to(path) and not is_folder and not path.is_file()  # a pipe would be waited for
+        if is_other or (is_folder and TAR_NAME.search(path.name)):
             raise DataError(
                 "tars of data.stream must be files",
                 f"{str(path)!r}, which is {'no file' if is_other else 'a folder'}",
@@ -95,6 +99,8 @@ class TarDocuments:
     vocab_size: int
     parse_special_tokens: bool = False
     add_special_tokens: bool = False
+    member: str | None = None
+    encoding: str | None = None
 
     @staticmethod
     def of(recipe: Recipe) -> "TarDocuments":
@@ -109,6 +115,8 @@ class TarDocuments:
             text_field=stream.text_field,
             token_type=stream.token_type,
             vocab_size=recipe.model.vocab_size,
+            member=stream.member and stream.member.lower().removeprefix("."),
+            encoding=recipe.data.encoding,
         )
 
     def read(self, tar: str) -> Iterator[NDArray[Any]]:
@@ -123,7 +131,7 @@ class TarDocuments:
             parse_special_tokens=self.parse_special_tokens,
             add_special_tokens=self.add_special_tokens,
         )
-        for sample in _samples(tar):
+        for sample in _samples(tar, self._is_document):
             place = f"{tar}, sample {shown(sample['__key__'])}"
             tokens = self._tokens(sample, tokenizer, place)
             if tokens.size and tokens[-1] != tokenizer.end_of_document:
@@ -132,30 +140,49 @@ class TarDocuments:
                 self._check(tokens, place)
                 yield tokens
 
+    def _is_document(self, name: str) -> bool:
+        """Tell whether a member of a tar is read."""
+        suffix = name.rpartition("/")[2].partition(".")[2].lower()
+        return suffix == self.member if self.member else _kind(suffix) in KINDS
+
     def _tokens(self, sample: dict[str, Any], tokenizer: Tokenizer, place: str) -> NDArray[Any]:
-        kinds = [kind for kind in KINDS if kind in sample]
-        if len(kinds) != 1:
-            found = shown(", ".join(name for name in sample if not name.startswith("__")))
-            raise _wrong(place, f"one of .{', .'.join(KINDS)} right after its key, which has no dot", f".{found}")
-        content = sample[kinds[0]]
-        if kinds[0] in ("txt", "json"):
-            tokens = tokenizer.encode_many([self._text(content, kinds[0], place)])[0]
-            framed = [tokenizer.opening, tokens, tokenizer.closing] if tokens.size else [tokens]
-            return np.concatenate([np.array(part, dtype=np.int64) for part in framed])
-        if kinds[0] == "tok":
+        if self.member and self.member in sample:
+            members = [self.member]
+        else:
+            members = [] if self.member else [name for name in sample if COMPRESSED.sub("", name) in KINDS]
+        if len(members) != 1:
+            raise self._no_member(sample, place)
+        kind = _kind(members[0])
+        content = _unpacked(sample[members[0]], f"{place}.{members[0]}")
+        if kind == "tok":
             return _array_of(content, self.token_type, place).astype(np.int64)
-        return _numpy_array(content, place).astype(np.int64)
+        if kind == "npy":
+            return _numpy_array(content, place).astype(np.int64)
+        tokens = tokenizer.encode_many([self._text(content, kind, f"{place}.{members[0]}")])[0]
+        framed = [tokenizer.opening, tokens, tokenizer.closing] if tokens.size else [tokens]
+        return np.concatenate([np.array(part, dtype=np.int64) for part in framed])
+
+    def _no_member(self, sample: dict[str, Any], place: str) -> DataError:
+        """Return the error that it is not clear which member of a sample is the document."""
+        names = [name for name in sample if not name.startswith("__")]
+        near = next((name for name in names if _kind(name) in KINDS), None)
+        wanted = (
+            f"one of .{', .'.join(KINDS)} right after its key, which has no dot" if not self.member else self.member
+        )
+        hint = f"Name the one that is meant: data.stream.member={near}" if near else ""
+        return _wrong(place, wanted, shown(f".{', '.join(names)}"), hint)
 
     def _text(self, content: bytes, kind: str, place: str) -> bytes:
         try:
-            text = content.decode()
+            with opened_text(io.BytesIO(content), place, self.encoding) as stream:
+                text = stream.read().decode()
             value = json.loads(text)[self.text_field] if kind == "json" else text
             if isinstance(value, str):
                 return value.encode()
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            wanted = "UTF-8 text" if kind == "txt" else f"JSON with the field {self.text_field}"
-            raise _wrong(f"{place}.{kind}", wanted, f"{type(error).__name__}: {shown(error)}") from error
-        raise _wrong(f"{place}.{kind}", f"text in the field {self.text_field}", type(value).__name__)
+            wanted = f"JSON with the field {self.text_field}" if kind == "json" else "UTF-8 text"
+            raise _wrong(place, wanted, f"{type(error).__name__}: {shown(error)}") from error
+        raise _wrong(place, f"text in the field {self.text_field}", type(value).__name__)
 
     def _check(self, tokens: NDArray[Any], place: str) -> None:
         wrong = np.flatnonzero((tokens >= self.vocab_size) | (tokens < 0))
@@ -168,18 +195,35 @@ class TarDocuments:
             )
 
 
-def _samples(tar: str) -> Iterator[dict[str, Any]]:
+def _kind(suffix: str) -> str:
+    """Return what follows the last dot of a suffix, that of a compression left out."""
+    return COMPRESSED.sub("", suffix).rpartition(".")[2]
+
+
+def _unpacked(content: bytes, place: str) -> bytes:
+    """Decompress a member that is compressed."""
+    stream = io.BufferedReader(io.BytesIO(content))
+    try:
+        unpacked = bounded(decompressed(stream, place), MOST_MEMBER_BYTES)
+    except DAMAGE as error:
+        raise _wrong(place, "readable to its end", f"{type(error).__name__}: {shown(error)}") from error
+    if unpacked is None:
+        raise _wrong(place, f"at most {MOST_MEMBER_BYTES:,} bytes when it is decompressed", "more")
+    return unpacked
+
+
+def _samples(tar: str, is_document: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
     """Yield what webdataset finds in a tar: samples of members by suffix, none of them decoded."""
     try:
         with opened(tar) if is_url(tar) else Path(tar).open("rb") as stream:
-            yield from _samples_of(tar, stream)
+            yield from _samples_of(tar, stream, is_document)
     except OSError as error:
         raise _damaged(tar, error) from error
 
 
-def _samples_of(tar: str, stream: BinaryIO) -> Iterator[dict[str, Any]]:
+def _samples_of(tar: str, stream: BinaryIO, is_document: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
     num_bytes = None if is_url(tar) else os.fstat(stream.fileno()).st_size
-    members = members_of(stream, _is_document, num_bytes)
+    members = members_of(stream, is_document, num_bytes)
     files = ({"fname": name, "data": content, "__url__": tar} for name, content in members if not META.match(name))
     try:
         for sample in group_by_keys(files):
@@ -190,10 +234,6 @@ def _samples_of(tar: str, stream: BinaryIO) -> Iterator[dict[str, Any]]:
             yield sample
     except (TarDamage, ValueError) as error:  # the latter of webdataset, for two members of one name
         raise _damaged(tar, error) from error
-
-
-def _is_document(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in KINDS
 
 
 def _damaged(tar: str, error: Exception) -> DataError:
@@ -225,8 +265,8 @@ def _numpy_array(content: bytes, place: str) -> NDArray[Any]:
         raise _wrong(f"{place}.npy", wanted, shown(error)) from error
 
 
-def _wrong(place: str, wanted: str, found: str) -> DataError:
-    return DataError(f"{place} must be {wanted}", found, "Write the tar anew, or leave it out of data.stream")
+def _wrong(place: str, wanted: str, found: str, hint: str = "") -> DataError:
+    return DataError(f"{place} must be {wanted}", found, hint or "Write the tar anew, or leave it out of data.stream")
 
 
 def rows_of(documents: Iterator[NDArray[Any]], *, seq_len: int, width_tokens: int) -> Iterator[RowArrays]:

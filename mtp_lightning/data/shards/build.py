@@ -1,6 +1,7 @@
 """Build shards: documents in, tar shards with manifest and index out, all or nothing."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -16,8 +17,19 @@ from typing import final
 import numpy as np
 
 from mtp_lightning.console.progress import Advance, say, watched
-from mtp_lightning.data.shards.encode import AS_NAMED, DIGEST_BYTES, FATES, Encoded, Settings, encode_blocks, split_of
+from mtp_lightning.data.shards.encode import (
+    AS_NAMED,
+    DIGEST_BYTES,
+    FATES,
+    Encoded,
+    Own,
+    Settings,
+    cut_by_place,
+    encode_blocks,
+    split_of,
+)
 from mtp_lightning.data.shards.index import write_index
+from mtp_lightning.data.shards.left_out import LeftOutCounts
 from mtp_lightning.data.shards.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -26,6 +38,7 @@ from mtp_lightning.data.shards.manifest import (
     Shard,
     SourceCount,
     Split,
+    describe,
     load_manifest,
     manifest_text,
 )
@@ -34,7 +47,8 @@ from mtp_lightning.data.shards.staging import Counts, StagingFolder, exclusive_b
 from mtp_lightning.data.shards.tokenize import Mask
 from mtp_lightning.data.shards.writer import MEMBER_TOKENS, SHARD_BYTES, SplitWriter
 from mtp_lightning.data.text import blocks as units
-from mtp_lightning.data.text.sources import SourceFile, find_files
+from mtp_lightning.data.text.records import AS_KNOWN, Reading
+from mtp_lightning.data.text.sources import SourceFile, find_files, spelled
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, token_dtype
 from mtp_lightning.data.tokenizers.open import open_chat_template, open_tokenizer
 from mtp_lightning.errors import DataError
@@ -55,8 +69,10 @@ class BuildOptions:
     chat_template: str | None = None  # the tokenizer's own unless given
     validation_fraction: float
     deduplicate: bool = False
+    reading: Reading = AS_KNOWN
     member_tokens: int = MEMBER_TOKENS
     shard_bytes: int = SHARD_BYTES
+    cuts_documents: bool = False  # held out is the last part of a document, for want of a second one
 
 
 def build_shards(
@@ -73,13 +89,39 @@ def build_shards(
     folder appears under its name only when it is complete; until then, finished shards lie in `OUT.partial-*` and
     are taken over when the same build is started again. When the same folder is there already, or another process
     completes it first, that one is kept. Which documents are held out depends on their names alone, so it survives
-    additions to the corpus.
+    additions to the corpus. Where that would leave a split empty, the build is done again: with the lowest of several
+    documents held out, or the last part of a single one.
 
     Raises:
         DataError: A source yields nothing, a document is malformed, a split stays empty, `out` is taken, or the
             disk fails.
     """
-    files = find_files(sources)
+    passed_over = Counter[str]()
+    files = find_files(sources, passed_over)
+    tell: Callable[[str], None] = say if show_progress else lambda text: None
+    build = functools.partial(_build, files, [Path(source).name for source in sources], out, processes=processes)
+    try:
+        manifest = build(options, tell=tell)
+    except EmptySplitError as error:
+        if error.other_options is None:
+            raise
+        tell(f"{error.found}; so {error.instead}")
+        manifest = build(error.other_options, tell=tell)
+    if passed_over:
+        tell(f"passed over: {spelled(passed_over)}")
+    return manifest
+
+
+def _build(
+    files: list[SourceFile],
+    sources: list[str],
+    out: Path,
+    options: BuildOptions,
+    *,
+    processes: int | None,
+    tell: Callable[[str], None],
+) -> Manifest:
+    """Build once, with what is held out decided."""
     is_built(out, listing_hash(files))
     tokenizer = open_tokenizer(
         options.tokenizer,
@@ -90,24 +132,23 @@ def build_shards(
     template = open_chat_template(options.tokenizer, options.chat_template)
     template_hash = template.fingerprint() if template else None
     began_at = time.monotonic()
-    tell: Callable[[str], None] = say if show_progress else lambda text: None
     try:
         with exclusive_build(out, _identity(files, options, tokenizer, template_hash), tell) as folder:
             if folder is None:
                 return load_manifest(out)
-            if show_progress:
-                say_others(out, folder)
+            say_others(out, folder, tell)
             staging = StagingFolder(folder)
             if staging.num_kept:
                 tell(f"going on with {staging.num_kept:,} finished shards of a build that was ended")
-            build = ShardBuild(staging, tokenizer, options, [Path(source).name for source in sources], template_hash)
-            manifest = _run(build, files, out, processes=processes or _num_processes(files), show=show_progress)
+            build = ShardBuild(staging, tokenizer, options, sources, template_hash)
+            manifest = _run(build, files, out, processes=processes or _num_processes(files), show=tell is say)
     except OSError as error:
         hint = "See to space and rights there, or choose another folder; finished shards are kept"
         raise DataError(f"documents must be readable and {out} writable", str(error), hint) from error
     for line in remarks(build.notes, tokenizer.name, template):
         tell(line)
     tell(f"built {describe(manifest)} in {time.monotonic() - began_at:.1f} s: {out}")
+    build.left_out.say(tell)
     return manifest
 
 
@@ -152,21 +193,6 @@ def _identity(files: list[SourceFile], options: BuildOptions, tokenizer: Tokeniz
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def describe(manifest: Manifest) -> str:
-    """Return a phrase that says how much is in the shards, and what was left out."""
-    train, held_out = manifest.num_documents("train"), manifest.num_documents("validation")
-    num_tokens = manifest.num_tokens("train") + manifest.num_tokens("validation")
-    skipped = {
-        "empty": manifest.skipped_empty,
-        "binary": manifest.skipped_binary,
-        "not UTF-8": manifest.skipped_not_utf8,
-        "duplicate": manifest.skipped_duplicates,
-    }
-    notes = [f"{count:,} {kind} skipped" for kind, count in skipped.items() if count]
-    parts = [f"{train:,} documents and {held_out:,} held out", f"{num_tokens / 1e6:.2f} M tokens", *notes]
-    return ", ".join(parts)
-
-
 def listing_hash(files: list[SourceFile]) -> str:
     """Return a hash over names and sizes, to notice cheaply that a corpus has changed."""
     return hashlib.sha256("\n".join(f"{file.name} {file.num_bytes}" for file in files).encode(*AS_NAMED)).hexdigest()
@@ -174,7 +200,10 @@ def listing_hash(files: list[SourceFile]) -> str:
 
 @final
 class EmptySplitError(DataError):
-    """Documents that can never be made shards of."""
+    """Documents of which none would be trained on, or none held out."""
+
+    other_options: BuildOptions | None = None  # with which both splits get some
+    instead: str = ""  # what these do
 
 
 @final
@@ -199,8 +228,8 @@ class ShardBuild:
         self._documents_of = [0] * len(sources)
         self._tokens_of = [0] * len(sources)
         self._sources = sources
-        self._lowest_ranks: list[float] = []  # two at most
-        self._skipped = Counter[str]()
+        self._lowest_ranks: list[float] = []  # two at most, no two equal
+        self.left_out = LeftOutCounts()
         self._seen: set[bytes] = set()
 
     def add_files(self, files: list[SourceFile], processes: int, advance: Advance) -> None:
@@ -213,8 +242,11 @@ class ShardBuild:
             chat_template=self._options.chat_template,
             validation_fraction=self._options.validation_fraction,
             deduplicate=self._options.deduplicate,
+            reading=self._options.reading,
         )
-        stream = encode_blocks(units.cut_into_blocks(files), settings, processes=processes, known=self.staging.known)
+        known = (lambda number: frozenset()) if self._options.cuts_documents else self.staging.known
+        blocks = units.cut_into_blocks(files, self._options.reading)
+        stream = encode_blocks(blocks, settings, processes=processes, known=known)
         for number, encoded in enumerate(stream):
             self.add(encoded)
             self.staging.note_block(number, self._counts)
@@ -242,10 +274,11 @@ class ShardBuild:
             source_files=len(files),
             source_bytes=_sum_bytes(files),
             source_listing=source_listing,
-            skipped_empty=self._skipped["empty"],
-            skipped_binary=self._skipped["binary"],
-            skipped_not_utf8=self._skipped["not_utf8"] or None,
-            skipped_duplicates=self._skipped["duplicate"] if self._options.deduplicate else None,
+            skipped_empty=self.left_out.fates["empty"],
+            skipped_binary=sum(self.left_out.files.values()),
+            skipped_not_utf8=self.left_out.fates["not_utf8"] or None,
+            skipped_duplicates=self.left_out.fates["duplicate"] if self._options.deduplicate else None,
+            skipped_rows=dict(self.left_out.rows) or None,
             sources=self._source_counts(),
             shards=shards["train"] + shards["validation"],
         )
@@ -259,19 +292,27 @@ class ShardBuild:
     def add(self, encoded: Encoded) -> None:
         """Write documents that are tokens."""
         self.notes += encoded.notes
+        self.left_out.add(encoded.left_out)
         ends = np.cumsum(encoded.lengths)
         for number, fate in enumerate(encoded.fates):
             digest = encoded.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
             if fate or self._is_duplicate(digest):
-                self._skipped[FATES[fate] if fate else "duplicate"] += 1
+                self.left_out.fates[FATES[fate] if fate else "duplicate"] += 1
                 continue
             rank = float(encoded.ranks[number])
             inside = slice(int(ends[number] - encoded.lengths[number]), int(ends[number]))
             mask = None if encoded.mask is None else encoded.mask[inside]
-            num_tokens = self._write(split_of(rank, self._options.validation_fraction), encoded.tokens[inside], mask)
-            self._lowest_ranks = sorted([*self._lowest_ranks, rank])[:2]
-            self._documents_of[encoded.block.source] += 1
-            self._tokens_of[encoded.block.source] += num_tokens
+            if len(self._lowest_ranks) < 2 or rank < self._lowest_ranks[1]:
+                self._lowest_ranks = sorted({*self._lowest_ranks, rank})[:2]
+            for split, own, own_mask in self._splits(rank, encoded.tokens[inside], mask):
+                self._documents_of[encoded.block.source] += 1
+                self._tokens_of[encoded.block.source] += self._write(split, own, own_mask)
+
+    def _splits(self, rank: float, tokens: TokenArray, mask: Mask | None) -> list[Own]:
+        """Return what of a document goes into which split: all of it, unless documents are cut."""
+        fraction = self._options.validation_fraction
+        cut = cut_by_place(tokens, mask, fraction) if self._options.cuts_documents else None
+        return cut or [(split_of(rank, fraction), tokens, mask)]
 
     def _write(self, split: Split, tokens: TokenArray, mask: Mask | None) -> int:
         """Write a document unless it lies in a shard that was kept, and return its number of tokens."""
@@ -308,12 +349,11 @@ class ShardBuild:
 
     def _refuse_empty(self, shards: dict[Split, list[Shard]], num_files: int) -> None:
         num_documents = sum(self._counts.values())
-        if not num_documents:
-            left_out = ", ".join(f"{self._skipped[fate]:,} {fate}" for fate in ("empty", "binary"))
+        if num_documents == self.left_out.json_as_text.total():
             raise EmptySplitError(
                 "a corpus must hold at least one document with text",
-                f"{num_files:,} files with {left_out} documents",
-                "Correct data.corpus",
+                self.left_out.found(num_files),
+                self.left_out.hint(),
             )
         if self.notes["sampled"] and not self.notes["tokens"]:
             raise EmptySplitError(
@@ -323,17 +363,25 @@ class ShardBuild:
             )
         for split, written in shards.items():
             if not written:
-                raise EmptySplitError(
-                    "both splits must get at least one document",
-                    f"none of {num_documents:,} for {split} at "
-                    f"data.validation_fraction={self._options.validation_fraction}",
-                    _share_remedy(self._lowest_ranks),
-                )
+                raise self._empty_split(split, num_documents)
+
+    def _empty_split(self, split: Split, num_documents: int) -> EmptySplitError:
+        """Return the error that a split has no documents, with the options that give it some."""
+        options, ranks = self._options, self._lowest_ranks
+        found = f"none of {num_documents:,} for {split} at data.validation_fraction={options.validation_fraction}"
+        error = EmptySplitError("both splits must get at least one document", found, _share_remedy(ranks))
+        if len(ranks) == 1:
+            error.other_options = dataclasses.replace(options, cuts_documents=True)
+            error.instead = "the last part of each is held out" if num_documents > 1 else "its last part is held out"
+        else:
+            error.other_options = dataclasses.replace(options, validation_fraction=sum(ranks) / 2)
+            error.instead = f"1 is held out, as by data.validation_fraction={sum(ranks) / 2:.3g}"
+        return error
 
 
 def _share_remedy(ranks: list[float]) -> str:
     if len(ranks) == 1:
-        return "Add documents; a document is never divided (JSONL has one per line)"
+        return "Add documents (JSONL has one per line)"
     share = f"{sum(ranks) / 2:.3g}"
     return (
         f"Set data.validation_fraction={share}, which holds out one of them (--validation-fraction), or add documents"

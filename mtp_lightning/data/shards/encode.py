@@ -22,16 +22,19 @@ from mtp_lightning.data.shards.render import render_chat
 from mtp_lightning.data.shards.tokenize import Mask, encode_documents, round_trip
 from mtp_lightning.data.text.blocks import DocumentBlock
 from mtp_lightning.data.text.chats import Chat
-from mtp_lightning.data.text.documents import Document
+from mtp_lightning.data.text.records import AS_KNOWN, Document, LeftOut, Reading
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, token_dtype
 from mtp_lightning.data.tokenizers.chat import ChatTemplate
 from mtp_lightning.data.tokenizers.open import open_chat_template, open_tokenizer
 from mtp_lightning.errors import DataError
 
-FATES = ("kept", "empty", "binary", "not_utf8")
+FATES = ("kept", "empty", "not_utf8")
 DIGEST_BYTES = 16
 SAMPLED = 8  # documents of a block whose text is decoded again
 AS_NAMED = ("utf-8", "surrogateescape")  # file names need not be UTF-8
+
+Own = tuple[Split, TokenArray, NDArray[np.uint8] | None]
+"""What of a document goes into a split: tokens and mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,7 @@ class Settings:
     chat_template: str | None
     validation_fraction: float
     deduplicate: bool
+    reading: Reading = AS_KNOWN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,7 @@ class Encoded:
     mask: Mask | None  # per token, 1 where it is learnt; None where all are
     digests: bytes  # of `DIGEST_BYTES` each; empty unless asked for
     notes: Counter[str]  # how chats were rendered, and what became of a sample of texts
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def encode_blocks(
@@ -96,14 +101,29 @@ def split_of(rank: float, validation_fraction: float) -> Split:
     return "validation" if rank < validation_fraction else "train"
 
 
+def cut_by_place(tokens: TokenArray, mask: NDArray[np.uint8] | None, validation_fraction: float) -> list[Own] | None:
+    """Cut a document so that its last learnt tokens are held out; None if it has but one. Both parts have its end."""
+    learnt = np.arange(tokens.size) if mask is None else np.flatnonzero(mask)
+    if learnt.size < 3:  # one of them is the end
+        return None
+    place = round(learnt.size * (1 - validation_fraction))
+    cut = int(learnt[min(max(place, 1), learnt.size - 2)])
+    masks = (None, None) if mask is None else (np.append(mask[:cut], mask[-1:]), mask[cut:])
+    return [("train", np.append(tokens[:cut], tokens[-1:]), masks[0]), ("validation", tokens[cut:], masks[1])]
+
+
 def _encode_block(block: DocumentBlock, settings: Settings, known: frozenset[Split]) -> Encoded:
     tokenizer, template = _opened(settings)
     fates, ranks, digests = [], [], []
     wanted: list[Document | None] = []
     notes: Counter[str] = Counter()
-    for document in block.documents():
-        if document.chat:
-            document = _rendered(document, document.chat, template, notes)
+    left_out: list[LeftOut] = []
+    for document in block.documents(settings.reading):
+        if isinstance(document, Document) and document.chat:
+            document = _rendered(document, document.chat, template, notes, skips=settings.reading.skips)
+        if isinstance(document, LeftOut):
+            left_out.append(document)
+            continue
         fates.append(FATES.index(_fate(document, tokenizer)))
         ranks.append(held_out_rank(document.name))
         digests.append(_digest(document) if settings.deduplicate else b"")
@@ -128,11 +148,14 @@ def _encode_block(block: DocumentBlock, settings: Settings, known: frozenset[Spl
         mask=_joined(sizes, [mask for _, mask in encoded]),
         digests=b"".join(digests),
         notes=notes,
+        left_out=tuple(left_out),
     )
 
 
-def _rendered(document: Document, chat: Chat, template: ChatTemplate | None, notes: Counter[str]) -> Document:
-    """Render a chat, and count it.
+def _rendered(
+    document: Document, chat: Chat, template: ChatTemplate | None, notes: Counter[str], *, skips: bool
+) -> Document | LeftOut:
+    """Render a chat, and count it; one that the template does not take is left out if such are.
 
     Raises:
         DataError: There is no template, or it does not take the chat; the error names the document.
@@ -146,6 +169,8 @@ def _rendered(document: Document, chat: Chat, template: ChatTemplate | None, not
     try:
         rendered = render_chat(chat, template)
     except DataError as error:
+        if skips:
+            return LeftOut(place=document.name, kind="chat that the template does not take", found=error.found)
         raise DataError(error.expected, f"{document.name}: {error.found}", error.hint) from error
     notes.update(chats=1, turns=rendered.num_turns, unlearnt=rendered.num_unlearnt)
     return replace(document, parts=rendered.parts)
@@ -161,8 +186,6 @@ def _joined(sizes: list[int], masks: list[Mask | None]) -> Mask | None:
 def _fate(document: Document, tokenizer: Tokenizer) -> str:
     if document.is_empty:
         return "empty"
-    if document.is_binary:
-        return "binary"
     return "kept" if tokenizer.takes_any_bytes or _is_utf8(document) else "not_utf8"
 
 

@@ -125,6 +125,7 @@ class Manifest(_Frozen):
     skipped_binary: Count
     skipped_not_utf8: Count | None = None
     skipped_duplicates: Count | None = None
+    skipped_rows: dict[Text, Count] | None = None  # that are no documents, by what is wrong
     sources: list[SourceCount] | None = None
     shards: list[Shard] = Field(min_length=1)
 
@@ -204,6 +205,22 @@ def load_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate(content)
     except ValidationError as error:
         raise _damaged(folder, _said(error)) from error
+
+
+def describe(manifest: Manifest) -> str:
+    """Return a phrase that says how much is in the shards, and what was left out."""
+    train, held_out = manifest.num_documents("train"), manifest.num_documents("validation")
+    num_tokens = manifest.num_tokens("train") + manifest.num_tokens("validation")
+    skipped = {
+        "empty": manifest.skipped_empty,
+        "binary": manifest.skipped_binary,
+        "not UTF-8": manifest.skipped_not_utf8,
+        "duplicate": manifest.skipped_duplicates,
+    }
+    skipped |= manifest.skipped_rows or {}
+    notes = [f"{count:,} {kind} skipped" for kind, count in skipped.items() if count]
+    parts = [f"{train:,} documents and {held_out:,} held out", f"{num_tokens / 1e6:.2f} M tokens", *notes]
+    return ", ".join(parts)
 
 
 def _read_content(folder: Path) -> dict[str, Any]:

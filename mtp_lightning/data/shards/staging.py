@@ -173,9 +173,9 @@ def exclusive_build(out: Path, identity: str, say_it: Callable[[str], None]) -> 
             os.close(descriptor)
 
 
-def say_others(out: Path, own: Path) -> None:
+def say_others(out: Path, own: Path, tell: Callable[[str], None] = say) -> None:
     """Name what other builds left; theirs is not removed, since one may be at work."""
     for path in sorted(out.parent.glob(f"{glob.escape(out.name)}{STAGING_SUFFIX}-*")):
         if path.absolute() != own.absolute():
             left = "was left by a build that was killed, unless another process is at work on it"
-            say(f"{path} {left}; it may be removed")
+            tell(f"{path} {left}; it may be removed")

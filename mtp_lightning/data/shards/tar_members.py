@@ -9,15 +9,12 @@ them to a tar that is known to be whole takes one command; to have trained on ha
 without an end is refused. One block of the two is enough: nothing is lost before it.
 """
 
-import bz2
-import gzip
 import io
-import lzma
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Self, final
 
+from mtp_lightning.data.text import compressed
 from mtp_lightning.files.untrusted import shown
 
 PIECE_BYTES = 1 << 20
@@ -32,14 +29,9 @@ EXTENDED = frozenset(
         tarfile.GNUTYPE_LONGLINK,
     )
 )
-COMPRESSED: dict[bytes, Callable[[BinaryIO], Any]] = {
-    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ\0": lzma.LZMAFile,
-}
 NO_END = "no end: the blocks of zeros that end a tar are missing, so members may be, too"
 DAMAGE = (
-    *(tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError),
+    *(tarfile.TarError, *compressed.DAMAGE),
     *(ValueError, LookupError, ArithmeticError, RecursionError),  # of tarfile, for fields that no writer writes
 )
 
@@ -49,7 +41,7 @@ class TarDamage(Exception):
 
 
 def members_of(stream: BinaryIO, is_wanted: Callable[[str], bool], num_bytes: int | None = None) -> Iterator[Any]:
-    """Yield name and content of every file in a tar, which may be compressed (gzip, bzip2, xz).
+    """Yield name and content of every file in a tar, which may be compressed (gzip, bzip2, xz, zstd).
 
     Args:
         stream: the tar.
@@ -116,13 +108,10 @@ class _Forward:
     def of(stream: BinaryIO, num_bytes: int | None) -> "_Forward":
         """Decompress a stream that is compressed."""
         buffered = io.BufferedReader(_Raw(stream), PIECE_BYTES)
-        first = buffered.peek(6)
-        if not first:
+        if not buffered.peek(1):
             raise tarfile.ReadError("an empty file")
-        for magic, decompressed in COMPRESSED.items():
-            if first.startswith(magic):
-                return _Forward(decompressed(buffered), None)
-        return _Forward(buffered, num_bytes)
+        content = compressed.decompressed(buffered, "a compressed tar")
+        return _Forward(content, num_bytes if content is buffered else None)
 
     def tell(self) -> int:
         """Return the number of bytes read."""

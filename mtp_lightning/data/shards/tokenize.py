@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_lightning.data.text.documents import Document
+from mtp_lightning.data.text.records import Document
 from mtp_lightning.data.tokenizers.base import Offsets, TokenArray, Tokenizer
 
 Mask = NDArray[np.uint8]

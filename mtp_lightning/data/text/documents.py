@@ -1,141 +1,191 @@
-"""Documents: what a file, a line or a row of a table says, and which parts of it are learnt."""
+"""Documents of a block: whole files, lines of JSON, rows of tables; and what is left out, with its reason."""
 
+import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mtp_lightning.data.text.chats import FIELDS, Chat, chat_of_record
+from mtp_lightning.data.text.compressed import DAMAGE, bounded, opened_text
 from mtp_lightning.data.text.extras import import_extra
+from mtp_lightning.data.text.kinds import (
+    COMPRESSIONS,
+    LFS_POINTER,
+    UNMARKED,
+    binary_kind,
+    encoding_of,
+    kind_of,
+)
+from mtp_lightning.data.text.records import Document, LeftOut, Reading, RowFault, document_of_record
 from mtp_lightning.data.text.sources import SourceFile
 from mtp_lightning.errors import DataError
 from mtp_lightning.files.untrusted import shown
 
-NUM_BYTES_SNIFFED = 8192
-COLUMNS = ("text", "prompt", "completion", *FIELDS)
+MOST_ROW_BYTES = 256 << 20  # of a line of JSON, or of a field of a table of text
+MOST_FILE_BYTES = 2 << 30  # of a file that is one document
+JSON_AS_TEXT = "JSON file without records, read as text"
 PARQUET_DAMAGE = (OSError, ValueError, LookupError, MemoryError, NotImplementedError)
 """What pyarrow raises: most of its own are ValueErrors, a claim of too many bytes is a MemoryError."""
 
+Row = bytes | dict[str, Any] | RowFault
+"""A line of JSON, a record of a table, or why there is none."""
 
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """One piece of text that predicts nothing beyond its own end."""
-
-    name: str
-    parts: tuple[tuple[bytes, bool], ...]  # texts in their order, and whether each is learnt or only read
-    is_binary: bool = False
-    chat: Chat | None = None  # of which a template makes the parts
-
-    @property
-    def text(self) -> bytes:
-        """All of the text."""
-        return b"".join(text for text, _ in self.parts)
-
-    @property
-    def is_empty(self) -> bool:
-        """Tell whether there is nothing to learn in it."""
-        return not any(text for text, is_learnt in self.parts if is_learnt)
+OF_A_ROW = re.compile(r", (line|record|row) [0-9]+$")
+HINTS = {
+    LFS_POINTER: "Fetch what it stands for: git lfs pull",
+    UNMARKED: "Give its encoding: data.encoding=utf-16-le or utf-16-be (--encoding)",
+    "tar": "Unpack it; or train on it as it is: data.kind=webdataset_stream",
+    "Parquet": "Name it *.parquet, uncompressed",
+    "Arrow": "Name it *.arrow, uncompressed",
+    **dict.fromkeys(COMPRESSIONS, "Unpack it once: it is compressed twice"),
+}
 
 
-def document_of_file(file: SourceFile) -> Document:
-    """Read a whole file as one document, byte for byte.
+def document_of_file(file: SourceFile, reading: Reading) -> Document | LeftOut:
+    """Read a whole file as one document: decompressed and in UTF-8 where it says what it is, else byte for byte.
 
-    A file that has a NUL byte near its beginning is marked as binary, for the caller to leave out, unless the user
-    named it.
-    """
-    text = file.path.read_bytes()
-    is_binary = not file.is_named and b"\0" in text[:NUM_BYTES_SNIFFED]
-    return Document(name=file.name, parts=((text, True),), is_binary=is_binary)
-
-
-def documents_of_lines(file: SourceFile, first_line: int, lines: list[bytes]) -> Iterator[Document]:
-    """Yield a document for each line of JSON that is not blank.
+    Left out is what is no text. That is a fault if the user named the file; but one of which nothing is known except
+    that it has NUL bytes is then taken.
 
     Raises:
-        DataError: A line is not an object that says a document (see `parts_of_record`).
+        DataError: what is compressed is damaged.
     """
-    for number, line in enumerate(lines, start=first_line):
-        if line.strip():
-            place = f"{file.path}, line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # the latter for lists within lists
-                raise _unreadable(f"{place}: {error}") from error
-            yield document_of_record(record, f"{file.name}:{number}", place)
+    place = str(file.path)
+    content: bytes | None = file.path.read_bytes() if file.num_bytes <= MOST_FILE_BYTES else None
+    if content is not None and _is_wrapped(content, reading):
+        try:
+            with opened_text(io.BytesIO(content), file.name, reading.encoding) as stream:
+                content = bounded(stream, MOST_FILE_BYTES)
+        except DAMAGE as error:
+            raise unreadable_file(file, error) from error
+        except UnicodeDecodeError as error:
+            return LeftOut(place=place, kind=f"invalid {error.encoding}", found=str(error))
+    if content is None:
+        return LeftOut(place=place, kind="too long", found=f"more than {MOST_FILE_BYTES:,} bytes in one document")
+    kind = kind_of(content[:512]) or binary_kind(content)
+    if kind and (kind != "binary" or not file.is_named or file.is_compressed):
+        return _no_text(file, kind)
+    return Document(name=file.name, parts=((content, True),))
 
 
-def documents_of_row_group(file: SourceFile, row_group: int, first_row: int) -> Iterator[Document]:
+def _is_wrapped(content: bytes, reading: Reading) -> bool:
+    """Tell whether a file is compressed, or says its encoding, or has been given one."""
+    return reading.encoding is not None or kind_of(content[:512]) in COMPRESSIONS or encoding_of(content[:4])[1] > 0
+
+
+def _no_text(file: SourceFile, kind: str) -> LeftOut:
+    hint = HINTS.get(kind, "Make text of it, or leave it out")
+    return LeftOut(
+        place=str(file.path),
+        kind=kind,
+        found=f"{kind}, which is no text",
+        hint=hint,
+        is_fault=file.is_named or kind == LFS_POINTER,
+    )
+
+
+def documents_of_rows(
+    file: SourceFile, rows: Iterable[Row], reading: Reading, *, first: int, unit: str, may_be_text: bool
+) -> Iterator[Document | LeftOut]:
+    """Yield a document for each row that is not blank.
+
+    Args:
+        file: where they come from.
+        rows: the rows.
+        reading: how they are read.
+        first: number of the first.
+        unit: what a row is called.
+        may_be_text: whether a value that is no record makes the file a plain text.
+    """
+    for number, row in enumerate(rows, start=first):
+        name = f"{file.name}:{number}"
+        try:
+            if isinstance(row, RowFault):
+                raise row
+            if isinstance(row, bytes) and not row.strip():
+                continue
+            yield document_of_record(json.loads(row) if isinstance(row, bytes) else row, name, reading)
+        except (RowFault, ValueError, RecursionError) as error:  # the last for lists within lists
+            if may_be_text and isinstance(row, bytes):
+                yield LeftOut(place=str(file.path), kind=JSON_AS_TEXT, is_fault=False)
+                yield document_of_file(file, reading)
+            else:
+                yield _bad_row(f"{file.path}, {unit} {number}", error)
+
+
+def _bad_row(place: str, error: Exception) -> LeftOut:
+    if isinstance(error, RowFault):
+        return LeftOut(place=place, kind=error.kind, found=error.found, hint=error.hint)
+    kinds = {RecursionError: "lists within lists, too deep", UnicodeDecodeError: "invalid UTF-8"}
+    return LeftOut(place=place, kind=kinds.get(type(error), "damaged JSON"), found=str(error))
+
+
+def documents_of_row_group(
+    file: SourceFile, row_group: int, first_row: int, reading: Reading
+) -> Iterator[Document | LeftOut]:
     """Yield a document for each row of a row group of a Parquet file.
 
     Raises:
-        DataError: The file is damaged, or a row does not say a document (see `parts_of_record`).
+        DataError: The file is damaged.
     """
     parquet = import_extra("pyarrow.parquet", f"read {file.name}")
-    number = first_row
     try:
         with parquet.ParquetFile(file.path) as table:
-            wanted = [name for name in table.schema_arrow.names if name in COLUMNS]
-            for batch in table.iter_batches(batch_size=1024, row_groups=[row_group], columns=wanted or None):
-                for record in batch.to_pylist():
-                    place = f"{file.path}, row {number}"
-                    record = {key: value for key, value in record.items() if value is not None}
-                    yield document_of_record(record, f"{file.name}:{number}", place)
-                    number += 1
+            wanted = wanted_columns(file, table.schema_arrow.names, reading)
+            for batch in table.iter_batches(batch_size=1024, row_groups=[row_group], columns=wanted):
+                rows = rows_of_batch(batch)
+                yield from documents_of_rows(file, rows, reading, first=first_row, unit="row", may_be_text=False)
+                first_row += len(rows)
     except PARQUET_DAMAGE as error:
         raise unreadable_file(file, error) from error
 
 
-def document_of_record(record: Any, name: str, place: str) -> Document:
-    """Return the document of a row: its `text`, its `prompt` and `completion`, or a chat (see `chat_of_record`).
+def wanted_columns(file: SourceFile, names: list[str], reading: Reading) -> list[str]:
+    """Return the columns of a table that say documents.
 
     Raises:
-        DataError: It is none of these; the error names the place.
+        DataError: There are none.
     """
-    if not isinstance(record, dict):
-        raise _unreadable(f"{place}: a {_kind(record)}")
-    if chat := chat_of_record(record, place):
-        return Document(name=name, parts=(), chat=chat)
-    return Document(name=name, parts=parts_of_record(record, place))
-
-
-def parts_of_record(record: dict[str, Any], place: str) -> tuple[tuple[bytes, bool], ...]:
-    """Return the parts of a document from `text`, or from `prompt` and `completion`.
-
-    >>> parts_of_record({"prompt": "2+2=", "completion": "4"}, "")
-    ((b'2+2=', False), (b'4', True))
-
-    Raises:
-        DataError: It is neither; the error names the place.
-    """
-    keys = ("prompt", "completion") if "completion" in record else ("text",)
-    for key in keys:
-        if not isinstance(record.get(key), str):
-            found = f"{key!r} is a {_kind(record[key])}" if key in record else f"keys {shown(sorted(record))}"
-            raise _unreadable(f"{place}: {found}")
-    return tuple((_bytes(record[key]), key != "prompt") for key in keys)
-
-
-def unreadable_file(file: SourceFile, error: Exception) -> DataError:
-    """Return the error that a file of documents is damaged."""
-    return DataError(
-        f"{file.path} must be readable to its end",
-        f"{type(error).__name__}: {error}",
-        "Download the file again, or leave it out",
+    wanted = reading.columns_of(names)
+    if wanted:
+        return wanted
+    raise DataError(
+        "a table must have a column 'text', a prompt and its completion, or 'messages'; or its columns be named",
+        f"{file.path}: columns {shown(', '.join(names))}",
+        f"Name the column: data.text_field={shown(names[0]) if names else 'NAME'} (--text-field)",
     )
 
 
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
+def rows_of_batch(batch: Any) -> list[Row]:
+    """Return the rows of some of Arrow's; one that is not UTF-8 as a fault."""
+    try:
+        rows: list[Row] = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [RowFault("invalid UTF-8", str(error))]
+        half = batch.num_rows // 2
+        return rows_of_batch(batch.slice(0, half)) + rows_of_batch(batch.slice(half))
+    return rows
 
 
-def _kind(value: Any) -> str:
-    return type(value).__name__
+def refused(left_out: LeftOut) -> DataError:
+    """Return the error for what is no document."""
+    hint = "Correct or remove the line, or leave out what is no document: data.on_bad_row=skip (--on-bad-row skip)"
+    expected = (
+        "every line of JSON and every row of a table must be an object with a string under 'text', with a prompt and "
+        "its completion, or with a list of turns under 'messages'"
+    )
+    if not OF_A_ROW.search(left_out.place):
+        expected, hint = "every file of a corpus must be text, JSON or a table", "Correct it, or leave it out"
+    return DataError(expected, f"{left_out.place}: {left_out.found}", left_out.hint or hint)
 
 
-def _unreadable(found: str) -> DataError:
+def unreadable_file(file: SourceFile, error: Exception, place: str = "") -> DataError:
+    """Return the error that a file of documents is damaged."""
     return DataError(
-        "every line of JSONL and every row of Parquet must be an object with a string under 'text', "
-        "with strings under 'prompt' and 'completion', or with a list of turns under 'messages'",
-        found,
-        "Correct or remove the line",
+        f"{file.path} must be readable to its end",
+        f"{type(error).__name__}: {error}{place}",
+        "See to the rights of reading"
+        if isinstance(error, PermissionError)
+        else "Download the file again, or leave it out",
     )

@@ -151,9 +151,14 @@ class ChatTemplate:
 
 PLAIN = ChatTemplate(
     templates={
-        "default": "{% for turn in messages %}{{ '<|' + turn.role + '|>\n' }}{% if turn.role == 'assistant' %}"
-        "{% generation %}{{ turn.content + '\n' }}{% endgeneration %}{% else %}{{ turn.content + '\n' }}{% endif %}"
-        "{% endfor %}"
+        "default": "{% for turn in messages %}{{ '<|' + turn.role + '|>\n' }}{% if turn.tool_calls %}"
+        "{{ raise_exception('a turn calls tools, which the plain layout does not write') }}"
+        "{% elif turn.content is string %}{% set said = turn.content + '\n' %}"
+        "{% elif turn.content and turn.content | selectattr('type', 'equalto', 'text') | list == turn.content %}"
+        "{% set said = turn.content | map(attribute='text') | join + '\n' %}"
+        "{% else %}{{ raise_exception('a turn has no text') }}{% endif %}{% if turn.role == 'assistant' %}"
+        "{% generation %}{{ said }}{% endgeneration %}{% else %}{{ said }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     },
     where="the plain layout",
     writes_special_tokens=False,

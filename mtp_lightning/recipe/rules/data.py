@@ -1,5 +1,8 @@
 """Rules of data and model: what is read, from where, how it is packed, and which shapes a trunk can have."""
 
+import re
+from functools import cache
+
 from mtp_lightning.files.paths import is_url
 from mtp_lightning.recipe.rules.base import Rule, divisors
 from mtp_lightning.recipe.schema.data import DataSection
@@ -40,6 +43,60 @@ MODEL_RULES: tuple[Rule, ...] = (
 )
 
 
+TEMPLATE_EXPECTED = "must name fields in braces"
+TEMPLATE_HINT = "Write it so: '# {title}\\n{text}'; {{ and }} stand for braces."
+ENCODING_EXPECTED = "must be an encoding of text that Python knows"
+ENCODING_HINT = "Give its name: utf-16-le, latin-1, cp1252, shift_jis or gb18030."
+_IN_TEMPLATE = re.compile(r"\\n|\\t|\{\{|\}\}|\{[^{}]+\}|[{}]")
+_ESCAPES = {"\\n": "\n", "\\t": "\t", "{{": "{", "}}": "}"}
+
+
+@cache
+def template_parts(template: str) -> tuple[tuple[str, str], ...]:
+    r"""Split a template into pairs of a text and the field that comes after it, the last one without.
+
+    Doubled braces stand for one, and `\n` and `\t` for a line break and a tab.
+
+    >>> template_parts(r"# {title}\n{a.b} {{x}}")
+    (('# ', 'title'), ('\n', 'a.b'), (' {x}', ''))
+
+    Raises:
+        ValueError: a brace stands alone.
+    """
+    parts, text, at = [], "", 0
+    for found in _IN_TEMPLATE.finditer(template):
+        text, at, mark = text + template[at : found.start()], found.end(), found[0]
+        if mark in ("{", "}"):
+            raise ValueError(f"a single {mark} at character {found.start() + 1}")
+        if mark in _ESCAPES:
+            text += _ESCAPES[mark]
+        else:
+            parts.append((text, mark[1:-1].strip()))
+            text = ""
+    return (*parts, (text + template[at:], ""))
+
+
+def is_template(template: str) -> bool:
+    """Say whether a text names fields in braces, and has no brace besides."""
+    try:
+        fields = [field for _, field in template_parts(template)[:-1]]
+    except ValueError:
+        return False
+    return bool(fields) and all(fields)
+
+
+def is_encoding(name: str) -> bool:
+    """Say whether Python knows an encoding of text.
+
+    >>> is_encoding("latin-1"), is_encoding("latin-99"), is_encoding("hex")
+    (True, False, False)
+    """
+    try:
+        return "a".encode(name).decode(name) == "a"
+    except (LookupError, ValueError, AttributeError):  # codecs that are no encodings of text raise all of them
+        return False
+
+
 def _remote_sources(data: DataSection) -> list[str]:
     names = [*data.mixture, *([data.shards] if data.shards is not None else [])]
     return [name for name in names if is_url(name)]
@@ -63,10 +120,29 @@ def _ramp_can_be_shared(recipe: Recipe) -> bool:
 def _reads_only_the_stream(recipe: Recipe) -> bool:
     data = recipe.data
     is_default = not data.mixture and data.shards is None and data.packing == "cut" and data.shuffle == "rows"
+    is_default = is_default and data.text_field is None and data.template is None and data.on_bad_row == "refuse"
     return data.kind != "webdataset_stream" or is_default
 
 
 DATA_RULES: tuple[Rule, ...] = (
+    Rule(
+        fields=("data.template",),
+        holds=lambda recipe: recipe.data.template is None or is_template(recipe.data.template),
+        expected=TEMPLATE_EXPECTED,
+        hint=TEMPLATE_HINT,
+    ),
+    Rule(
+        fields=("data.encoding",),
+        holds=lambda recipe: recipe.data.encoding is None or is_encoding(recipe.data.encoding),
+        expected=ENCODING_EXPECTED,
+        hint=ENCODING_HINT,
+    ),
+    Rule(
+        fields=("data.text_field", "data.template"),
+        holds=lambda recipe: recipe.data.text_field is None or recipe.data.template is None,
+        expected="must be null beside data.template, which names the fields",
+        hint="Keep one of the two.",
+    ),
     Rule(
         fields=("data.kind", "data.stream.train"),
         holds=lambda recipe: (recipe.data.kind == "webdataset_stream") == (recipe.data.stream is not None),
@@ -74,9 +150,15 @@ DATA_RULES: tuple[Rule, ...] = (
         hint="Set both, or neither.",
     ),
     Rule(
-        fields=("data.kind", "data.shards", "data.mixture", "data.packing", "data.shuffle"),
+        fields=(
+            *("data.kind", "data.shards", "data.mixture", "data.packing", "data.shuffle"),
+            *("data.text_field", "data.template", "data.on_bad_row"),
+        ),
         holds=_reads_only_the_stream,
-        expected="must be shards for data.shards, data.mixture, data.packing and data.shuffle, which a stream lacks",
+        expected=(
+            "must be shards for data.shards, data.mixture, data.packing and data.shuffle, and for data.text_field, "
+            "data.template and data.on_bad_row, which a stream lacks"
+        ),
         hint="Remove these fields, or build shards of the text with `mtp data build`.",
     ),
     Rule(

@@ -22,6 +22,9 @@ class StreamSection(Section):
     """
     validation: list[PathOrUrl] = Field(min_length=1)
     """Tars whose first rows are held out for validation."""
+    member: str | None = Field(default=None, min_length=1)
+    """Which member of a sample is the document, e.g. `txt`, `seg.txt` or `txt.gz`; null takes the only one of a known
+    kind."""
     text_field: str = "text"
     """Field of `.json` samples that holds the text."""
     token_type: Literal["uint16", "uint32"] = "uint16"
@@ -68,6 +71,15 @@ class DataSection(Section):
     chat_template: str | None = None
     """Template that makes text of chats: a Jinja file, the name of one of several, or `plain` (roles as ordinary text);
     null means the tokenizer's own, and `plain` with bytes."""
+    text_field: str | None = Field(default=None, min_length=1)
+    """Field or column of the corpus that holds the text, `a.b` for one within another; null finds `text`, `prompt` and
+    `completion`, `messages` and other known ones by their names."""
+    template: str | None = Field(default=None, min_length=1)
+    """A text made of several fields, e.g. '# {title}\\n{text}'; nothing in it is computed."""
+    encoding: str | None = None
+    """Encoding of texts without a byte-order mark, e.g. `latin-1`; null means UTF-8."""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """Refuse a corpus with a row that is no document (no text, damaged JSON), or leave such rows out and count them."""
     deduplicate: bool = False
     """Leave out of a corpus every document that is equal to an earlier one."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03
