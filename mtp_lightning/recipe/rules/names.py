@@ -45,6 +45,8 @@ def _texts(value: object) -> Iterator[str]:
 
 def _is_too_long(path: str) -> bool:
     """Patterns with braces or wildcards are judged by what they stand for, when it is opened."""
-    if len(path.encode()) > MOST_PATH_BYTES:
+    if len(path.encode(errors="replace")) > MOST_PATH_BYTES:
         return True
-    return not set("{*?[") & set(path) and any(len(name.encode()) > MOST_NAME_BYTES for name in path.split("/"))
+    return not set("{*?[") & set(path) and any(
+        len(name.encode(errors="replace")) > MOST_NAME_BYTES for name in path.split("/")
+    )
