@@ -141,6 +141,7 @@ VALUES = (
     _broken("enormous_width", "model.hidden_size=99999999999999999999999999"),
     _broken("section_that_is_null_by_default", "batch.ramp.from_batch_size=0"),
     _broken("name_that_no_file_system_takes", f"run.dir=runs/{'x' * 300}", f"data.corpus=[{'y' * 256}, 'a*']"),
+    _broken("half_a_character", r'run.dir="\uD800"'),
     _broken("section_or_word", "health.drift.samples=1"),
     _broken("neither_section_nor_word", "health.drift=x"),
     _broken("list_of_phases", "phases=[a, b]"),

@@ -61,6 +61,7 @@ FAULTY = object()
 PLAIN_TAGS = (f"{TAG_PREFIX}map", f"{TAG_PREFIX}seq")
 MOST_VALUES = 50_000
 LONGEST_NUMBER = 1000
+_LONE = re.compile(r"[\ud800-\udfff]")
 ENDLESS = "brackets nested without end"
 FILE_REMEDY = "Check the indentation (spaces, no tabs), the space after each colon, and open quotes or brackets."
 PLAIN_PROBLEMS = (
@@ -179,7 +180,10 @@ class _TreeBuilder:
         found, hint = f"the tag {str(node.tag).replace(TAG_PREFIX, '!!')}", "Remove the tag; put quotes around text."
         if isinstance(node, ScalarNode):
             try:
-                return _checked_number(scalar_value(node), node)
+                if _LONE.search(node.value):
+                    found, hint = "half of a character (a lone surrogate), or bytes that are no text", "Take it out."
+                else:
+                    return _checked_number(scalar_value(node), node)
             except KeyError:
                 pass  # the tag is foreign or does not fit
             except ValueError:
@@ -192,7 +196,7 @@ class _TreeBuilder:
         entries: dict[str, Node] = {}
         lines: dict[str, int] = {}
         for key, value in node.value:
-            name = str(key.value) if isinstance(key, ScalarNode) else "?"
+            name = _LONE.sub("?", str(key.value)) if isinstance(key, ScalarNode) else "?"
             line = lines.setdefault(name, key.start_mark.line + 1)
             if line != key.start_mark.line + 1 or name in entries:
                 found = f"a second entry (the first: {self.where(line)})"
