@@ -34,10 +34,25 @@ InputsArgument = Annotated[
 OutOption = Annotated[Path | None, typer.Option(help="Folder for the shards; must not exist yet.")]
 ShareOption = Annotated[float | None, typer.Option(help="With --out: share of documents held out (0.03 unless given).")]
 TokenizerOption = Annotated[
-    str | None, typer.Option(help="With --out: byte (unless given), a tokenizer.json or a SentencePiece *.model.")
+    str | None,
+    typer.Option(help="With --out: byte (unless given), a tokenizer.json or its folder, or a SentencePiece *.model."),
 ]
 EndOption = Annotated[
     int | None, typer.Option(min=0, help="With --out: id that ends a document (the tokenizer's own unless given).")
+]
+ParseOption = Annotated[
+    bool,
+    typer.Option("--parse-special-tokens", help="With --out: special tokens spelled out in texts become their ids."),
+]
+AddOption = Annotated[
+    bool,
+    typer.Option(
+        "--add-special-tokens", help="With --out: put the tokenizer's begin of sequence before each document."
+    ),
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE|NAME|plain", help="With --out: template of chats (the tokenizer's own unless given)."),
 ]
 DeduplicateOption = Annotated[
     bool, typer.Option("--deduplicate", help="With --out: leave out documents equal to an earlier one.")
@@ -55,6 +70,9 @@ def build(
     validation_fraction: ShareOption = None,
     tokenizer: TokenizerOption = None,
     end_of_document: EndOption = None,
+    parse_special_tokens: ParseOption = False,
+    add_special_tokens: AddOption = False,
+    chat_template: TemplateOption = None,
     deduplicate: DeduplicateOption = False,
     processes: ProcessesOption = None,
 ) -> None:
@@ -62,14 +80,18 @@ def build(
     if not inputs:
         raise typer.BadParameter("give a recipe, or texts", param_hint="PATH")
     if out is None:
-        given = (validation_fraction, tokenizer, end_of_document, processes)
-        _build_of_recipe(inputs, is_for_texts=deduplicate or any(option is not None for option in given))
+        given = (validation_fraction, tokenizer, end_of_document, chat_template, processes)
+        flags = deduplicate or parse_special_tokens or add_special_tokens
+        _build_of_recipe(inputs, is_for_texts=flags or any(option is not None for option in given))
         return
     from mtp_lightning.data.shards.build import BuildOptions, build_shards
 
     options = BuildOptions(
         tokenizer=tokenizer or "byte",
         end_of_document=end_of_document,
+        parse_special_tokens=parse_special_tokens,
+        add_special_tokens=add_special_tokens,
+        chat_template=chat_template,
         validation_fraction=own_text_verbs.share_of(validation_fraction),
         deduplicate=deduplicate,
     )

@@ -60,6 +60,7 @@ NOTED: dict[str, str] = {
     "data.shards": "the shards may have moved; their fingerprint is compared instead",
     "data.mixture": "the shards may have moved; their fingerprints and shares are compared instead",
     "data.tokenizer": "the file may have moved; its hash is compared with that of the shards instead",
+    "data.chat_template": "the file may have moved; its hash is compared with that of the shards instead",
     "run.validation_samples": "validation figures from here on are of other rows",
     **dict.fromkeys(
         ("init.path", "init.optimizer", "init.data_position", "heads.extend"),

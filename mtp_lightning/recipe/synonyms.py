@@ -97,6 +97,9 @@ SPELLINGS: Mapping[str, str] = {
     "data.shards": "data_path data_cache_path",
     "data.mixture": "data_mix data_mixture",
     "data.tokenizer": "tokenizer_model tokenizer_path tokenizer_dir tokenizer_type tokenizer_name hf_assets_path",
+    "data.parse_special_tokens": "parse_special split_special_tokens",
+    "data.add_special_tokens": "add_special add_bos add_bos_token",
+    "data.chat_template": "chat_template_path chat_template_jinja",
     "data.seq_len": "seq_length sequence_length sequence_len max_seq_length max_seq_len max_seqlen max_sequence_length "
     "block_size context_length cutoff_len",
     "data.packing": "sample_packing",

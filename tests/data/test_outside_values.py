@@ -57,6 +57,8 @@ MANIFEST = [
     *(("vocabulary", value, "vocabulary") for value in (0, -1, 1e9, 2**33)),
     *((name, value, name) for name in ("end_of_document", "largest_token") for value in (-1, 1.5, 2**32)),
     *((name, 257, "ids up to 256") for name in ("end_of_document", "largest_token")),
+    *((name, value, name) for name in ("parse_special_tokens", "add_special_tokens") for value in (0, 1, "yes")),
+    *(("chat_template", value, "chat_template") for value in ("../x", "A" * 64, "a" * 63, 5)),
     *(("validation_share", value, "validation_share") for value in (-0.1, 1.5, float("nan"), float("inf"), "x")),
     *((name, -1, name) for name in ("source_files", "source_bytes", "skipped_empty", "skipped_binary",
                                     "skipped_not_utf8", "skipped_duplicates")),

@@ -190,6 +190,7 @@ RULES = (
     _broken("distillation_and_balance", "objective.distill={}", "objective.balance=rms"),
     _broken("unknown_tokenizer", "data.tokenizer=bytes"),
     _broken("end_of_document_of_bytes", "data.end_of_document=3"),
+    _broken("special_tokens_of_bytes", "data.parse_special_tokens=true"),
     _broken("mixture_beside_shards", "data.mixture={web: 1}", "data.shards=code"),
     _broken("mixture_with_a_tiny_weight", "data.mixture={web: 1, code: 1e-4}"),
     _broken("stream_without_its_kind", "data.stream={train: [a.tar], validation: [b.tar]}"),

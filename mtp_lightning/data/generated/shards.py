@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -140,4 +141,5 @@ def _encoded(document: TokenDocument, dtype: np.dtype[Any]) -> Encoded:
         tokens=np.array(document.tokens, dtype=dtype),
         mask=None if all(document.is_learnt) else np.array(document.is_learnt, dtype=np.uint8),
         digests=b"",
+        notes=Counter(),
     )

@@ -11,7 +11,8 @@ from mtp_lightning.data.shards.manifest import FORMAT_VERSION, MANIFEST_NAME, Ma
 from mtp_lightning.data.shards.remote import mirror, mirror_folder
 from mtp_lightning.data.text.sources import find_files, is_stdlib
 from mtp_lightning.data.tokenizers.base import Tokenizer
-from mtp_lightning.data.tokenizers.open import open_tokenizer
+from mtp_lightning.data.tokenizers.chat import PLAIN
+from mtp_lightning.data.tokenizers.open import open_chat_template, open_tokenizer
 from mtp_lightning.errors import DataError
 from mtp_lightning.files.paths import expanded, is_url
 from mtp_lightning.recipe.schema.data import DataSection
@@ -60,6 +61,9 @@ def prepare_shards(recipe: Recipe) -> Path:
         options = BuildOptions(
             tokenizer=recipe.data.tokenizer,
             end_of_document=recipe.data.end_of_document,
+            parse_special_tokens=recipe.data.parse_special_tokens,
+            add_special_tokens=recipe.data.add_special_tokens,
+            chat_template=recipe.data.chat_template,
             validation_fraction=recipe.data.validation_fraction,
             deduplicate=recipe.data.deduplicate,
         )
@@ -74,6 +78,7 @@ def check_manifest(recipe: Recipe, manifest: Manifest, folder: Path) -> None:
         DataError: They are of another tokenizer, or hold ids that the model lacks.
     """
     _check_tokenizer(recipe, manifest)
+    _check_template(recipe, manifest, folder)
     check_largest_token(manifest.largest_token, recipe.model.vocab_size, f"the shards in {folder}")
 
 
@@ -103,7 +108,12 @@ def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
     Raises:
         DataError: There is none, or its file or its library cannot be loaded.
     """
-    return open_tokenizer(recipe.data.tokenizer, end_of_document=recipe.data.end_of_document)
+    return open_tokenizer(
+        recipe.data.tokenizer,
+        end_of_document=recipe.data.end_of_document,
+        parse_special_tokens=recipe.data.parse_special_tokens,
+        add_special_tokens=recipe.data.add_special_tokens,
+    )
 
 
 def _check_tokenizer(recipe: Recipe, manifest: Manifest) -> None:
@@ -119,6 +129,18 @@ def _check_tokenizer(recipe: Recipe, manifest: Manifest) -> None:
         )
 
 
+def _check_template(recipe: Recipe, manifest: Manifest, folder: Path) -> None:
+    """Refuse chats of another template than the one that the recipe names and the model will be served with."""
+    template = open_chat_template(recipe.data.tokenizer, recipe.data.chat_template)
+    if template and manifest.chat_template and template.fingerprint() != manifest.chat_template:
+        raise DataError(
+            f"chats in {folder} must be rendered with the chat template of the recipe, "
+            f"{template.where} {template.fingerprint()[:12]}",
+            manifest.chat_template[:12],
+            "Set data.chat_template to the one that they were built with, or build them again",
+        )
+
+
 def _spelled(name: str, fingerprint: str, end_of_document: int) -> str:
     return f"{name} {fingerprint[:12]} (end of document {end_of_document})"
 
@@ -126,6 +148,7 @@ def _spelled(name: str, fingerprint: str, end_of_document: int) -> str:
 def _corpus_key(data: DataSection) -> str:
     """Return a hash of all that decides the tokens but the text: a run goes on with the text it began with."""
     needs_python = any(map(is_stdlib, data.corpus))
+    template = open_chat_template(data.tokenizer, data.chat_template)
     parts = {
         "corpus": [source if is_stdlib(source) else _absolute(source) for source in data.corpus],
         "tokenizer": open_tokenizer(data.tokenizer, end_of_document=data.end_of_document).fingerprint(),
@@ -134,6 +157,9 @@ def _corpus_key(data: DataSection) -> str:
         "python": f"{platform.python_implementation()} {platform.python_version()}" if needs_python else None,
         **({"end_of_document": data.end_of_document} if data.end_of_document is not None else {}),
         **({"deduplicate": True} if data.deduplicate else {}),
+        **({"parse_special_tokens": True} if data.parse_special_tokens else {}),
+        **({"add_special_tokens": True} if data.add_special_tokens else {}),
+        **({"chat_template": template.fingerprint()} if template and template is not PLAIN else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -92,6 +92,7 @@ def _open_mixture(recipe: Recipe, split: Split) -> OpenData:
     sources = [_Source(name, _open_source(recipe, name, split), weight) for name, weight in recipe.data.mixture.items()]
     sources.sort(key=lambda source: source.fingerprint)  # neither names nor their order decide what is read
     _refuse_twins(sources)
+    _check_templates(sources)
     _check_cache(recipe, {source.name: source.rows for source in sources})
     weights = [source.weight for source in sources]
     order = MixedOrder(
@@ -201,6 +202,18 @@ def _refuse_twins(sources: list[_Source]) -> None:
                 f"the same in {one.name} and {other.name}",
                 "Name them once, with the sum of their weights",
             )
+
+
+def _check_templates(sources: list[_Source]) -> None:
+    """Refuse chats that are written in more than one way."""
+    templates = {source.name: manifest.chat_template for source in sources for manifest in source.rows.manifests}
+    named = {name: template for name, template in templates.items() if template}
+    if len(set(named.values())) > 1:
+        raise DataError(
+            "the chats in data.mixture must all be rendered with one chat template",
+            ", ".join(f"{template[:12]} in {name}" for name, template in named.items()),
+            "Build them again with one tokenizer or --chat-template",
+        )
 
 
 def _check_quotas(recipe: Recipe, sources: list[_Source], order: MixedOrder) -> None:

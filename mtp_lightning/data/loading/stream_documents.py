@@ -93,6 +93,8 @@ class TarDocuments:
     text_field: str
     token_type: str
     vocab_size: int
+    parse_special_tokens: bool = False
+    add_special_tokens: bool = False
 
     @staticmethod
     def of(recipe: Recipe) -> "TarDocuments":
@@ -102,6 +104,8 @@ class TarDocuments:
         return TarDocuments(
             tokenizer=recipe.data.tokenizer,
             end_of_document=recipe.data.end_of_document,
+            parse_special_tokens=recipe.data.parse_special_tokens,
+            add_special_tokens=recipe.data.add_special_tokens,
             text_field=stream.text_field,
             token_type=stream.token_type,
             vocab_size=recipe.model.vocab_size,
@@ -113,7 +117,12 @@ class TarDocuments:
         Raises:
             DataError: The tar is damaged, a sample is none of the known kinds, or an id is not in the vocabulary.
         """
-        tokenizer = open_tokenizer(self.tokenizer, end_of_document=self.end_of_document)
+        tokenizer = open_tokenizer(
+            self.tokenizer,
+            end_of_document=self.end_of_document,
+            parse_special_tokens=self.parse_special_tokens,
+            add_special_tokens=self.add_special_tokens,
+        )
         for sample in _samples(tar):
             place = f"{tar}, sample {shown(sample['__key__'])}"
             tokens = self._tokens(sample, tokenizer, place)
@@ -130,7 +139,9 @@ class TarDocuments:
             raise _wrong(place, f"one of .{', .'.join(KINDS)} right after its key, which has no dot", f".{found}")
         content = sample[kinds[0]]
         if kinds[0] in ("txt", "json"):
-            return tokenizer.encode_many([self._text(content, kinds[0], place)])[0].astype(np.int64)
+            tokens = tokenizer.encode_many([self._text(content, kinds[0], place)])[0]
+            framed = [tokenizer.opening, tokens, tokenizer.closing] if tokens.size else [tokens]
+            return np.concatenate([np.array(part, dtype=np.int64) for part in framed])
         if kinds[0] == "tok":
             return _array_of(content, self.token_type, place).astype(np.int64)
         return _numpy_array(content, place).astype(np.int64)

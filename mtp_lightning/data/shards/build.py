@@ -29,12 +29,14 @@ from mtp_lightning.data.shards.manifest import (
     load_manifest,
     manifest_text,
 )
+from mtp_lightning.data.shards.remarks import remarks
 from mtp_lightning.data.shards.staging import Counts, StagingFolder, exclusive_build, say_others
-from mtp_lightning.data.shards.writer import MEMBER_TOKENS, SHARD_BYTES, Mask, SplitWriter
+from mtp_lightning.data.shards.tokenize import Mask
+from mtp_lightning.data.shards.writer import MEMBER_TOKENS, SHARD_BYTES, SplitWriter
 from mtp_lightning.data.text import blocks as units
 from mtp_lightning.data.text.sources import SourceFile, find_files
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, token_dtype
-from mtp_lightning.data.tokenizers.open import open_tokenizer
+from mtp_lightning.data.tokenizers.open import open_chat_template, open_tokenizer
 from mtp_lightning.errors import DataError
 from mtp_lightning.files.atomic_folder import check_new_folder, publish
 from mtp_lightning.files.durable import sync
@@ -48,6 +50,9 @@ class BuildOptions:
 
     tokenizer: str = "byte"
     end_of_document: int | None = None  # the tokenizer's own unless given
+    parse_special_tokens: bool = False
+    add_special_tokens: bool = False
+    chat_template: str | None = None  # the tokenizer's own unless given
     validation_fraction: float
     deduplicate: bool = False
     member_tokens: int = MEMBER_TOKENS
@@ -76,11 +81,18 @@ def build_shards(
     """
     files = find_files(sources)
     is_built(out, listing_hash(files))
-    tokenizer = open_tokenizer(options.tokenizer, end_of_document=options.end_of_document)
+    tokenizer = open_tokenizer(
+        options.tokenizer,
+        end_of_document=options.end_of_document,
+        parse_special_tokens=options.parse_special_tokens,
+        add_special_tokens=options.add_special_tokens,
+    )
+    template = open_chat_template(options.tokenizer, options.chat_template)
+    template_hash = template.fingerprint() if template else None
     began_at = time.monotonic()
     tell: Callable[[str], None] = say if show_progress else lambda text: None
     try:
-        with exclusive_build(out, _identity(files, options, tokenizer), tell) as folder:
+        with exclusive_build(out, _identity(files, options, tokenizer, template_hash), tell) as folder:
             if folder is None:
                 return load_manifest(out)
             if show_progress:
@@ -88,11 +100,13 @@ def build_shards(
             staging = StagingFolder(folder)
             if staging.num_kept:
                 tell(f"going on with {staging.num_kept:,} finished shards of a build that was ended")
-            build = ShardBuild(staging, tokenizer, options, [Path(source).name for source in sources])
+            build = ShardBuild(staging, tokenizer, options, [Path(source).name for source in sources], template_hash)
             manifest = _run(build, files, out, processes=processes or _num_processes(files), show=show_progress)
     except OSError as error:
         hint = "See to space and rights there, or choose another folder; finished shards are kept"
         raise DataError(f"documents must be readable and {out} writable", str(error), hint) from error
+    for line in remarks(build.notes, tokenizer.name, template):
+        tell(line)
     tell(f"built {describe(manifest)} in {time.monotonic() - began_at:.1f} s: {out}")
     return manifest
 
@@ -124,11 +138,12 @@ def _num_processes(files: list[SourceFile]) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), _sum_bytes(files) // BYTES_PER_PROCESS))
 
 
-def _identity(files: list[SourceFile], options: BuildOptions, tokenizer: Tokenizer) -> str:
+def _identity(files: list[SourceFile], options: BuildOptions, tokenizer: Tokenizer, template: str | None) -> str:
     """Return a hash of all that decides the shards, as far as it shows without reading the documents."""
     parts = {
         **dataclasses.asdict(options),
         "tokenizer": tokenizer.fingerprint(),
+        "chat_template": template,
         "end_of_document": tokenizer.end_of_document,
         "format_version": FORMAT_VERSION,
         "unit_bytes": units.BLOCK_BYTES,  # the journal counts blocks
@@ -166,8 +181,17 @@ class EmptySplitError(DataError):
 class ShardBuild:
     """One build on its way: a writer per split and what was counted so far."""
 
-    def __init__(self, staging: StagingFolder, tokenizer: Tokenizer, options: BuildOptions, sources: list[str]) -> None:
+    def __init__(
+        self,
+        staging: StagingFolder,
+        tokenizer: Tokenizer,
+        options: BuildOptions,
+        sources: list[str],
+        template: str | None = None,
+    ) -> None:
         self.staging = staging
+        self.notes = Counter[str]()
+        self._template = template  # fingerprint of the chat template
         self._tokenizer = tokenizer
         self._options = options
         self._writers = {split: self._writer(split) for split in SPLITS}
@@ -184,6 +208,9 @@ class ShardBuild:
         settings = Settings(
             tokenizer=self._options.tokenizer,
             end_of_document=self._options.end_of_document,
+            parse_special_tokens=self._options.parse_special_tokens,
+            add_special_tokens=self._options.add_special_tokens,
+            chat_template=self._options.chat_template,
             validation_fraction=self._options.validation_fraction,
             deduplicate=self._options.deduplicate,
         )
@@ -207,6 +234,9 @@ class ShardBuild:
             tokenizer_hash=self._tokenizer.fingerprint(),
             vocabulary=self._tokenizer.vocab_size,
             end_of_document=self._tokenizer.end_of_document,
+            parse_special_tokens=self._options.parse_special_tokens or None,
+            add_special_tokens=self._options.add_special_tokens or None,
+            chat_template=self._template if self.notes["chats"] else None,
             largest_token=self.staging.largest_token,
             validation_share=self._options.validation_fraction,
             source_files=len(files),
@@ -228,6 +258,7 @@ class ShardBuild:
 
     def add(self, encoded: Encoded) -> None:
         """Write documents that are tokens."""
+        self.notes += encoded.notes
         ends = np.cumsum(encoded.lengths)
         for number, fate in enumerate(encoded.fates):
             digest = encoded.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
@@ -283,6 +314,12 @@ class ShardBuild:
                 "a corpus must hold at least one document with text",
                 f"{num_files:,} files with {left_out} documents",
                 "Correct data.corpus",
+            )
+        if self.notes["sampled"] and not self.notes["tokens"]:
+            raise EmptySplitError(
+                "a tokenizer must know some of the text",
+                f"no token for any of {self.notes['sampled']:,} documents sampled, by {self._tokenizer.name}",
+                "Choose another tokenizer (data.tokenizer, --tokenizer)",
             )
         for split, written in shards.items():
             if not written:

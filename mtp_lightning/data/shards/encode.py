@@ -6,11 +6,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,13 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_lightning.data.shards.manifest import Split
+from mtp_lightning.data.shards.render import render_chat
+from mtp_lightning.data.shards.tokenize import Mask, encode_documents, round_trip
 from mtp_lightning.data.text.blocks import DocumentBlock
+from mtp_lightning.data.text.chats import Chat
 from mtp_lightning.data.text.documents import Document
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, token_dtype
-from mtp_lightning.data.tokenizers.open import open_tokenizer
+from mtp_lightning.data.tokenizers.chat import ChatTemplate
+from mtp_lightning.data.tokenizers.open import open_chat_template, open_tokenizer
+from mtp_lightning.errors import DataError
 
 FATES = ("kept", "empty", "binary", "not_utf8")
 DIGEST_BYTES = 16
+SAMPLED = 8  # documents of a block whose text is decoded again
 AS_NAMED = ("utf-8", "surrogateescape")  # file names need not be UTF-8
 
 
@@ -34,6 +40,9 @@ class Settings:
 
     tokenizer: str
     end_of_document: int | None
+    parse_special_tokens: bool
+    add_special_tokens: bool
+    chat_template: str | None
     validation_fraction: float
     deduplicate: bool
 
@@ -47,8 +56,9 @@ class Encoded:
     ranks: NDArray[np.float64]  # low ones are held out
     lengths: NDArray[np.int64]  # 0 where the tokens were not asked for, or the document is left out
     tokens: TokenArray
-    mask: NDArray[np.uint8] | None  # per token, 1 where it is learnt; None where all are
+    mask: Mask | None  # per token, 1 where it is learnt; None where all are
     digests: bytes  # of `DIGEST_BYTES` each; empty unless asked for
+    notes: Counter[str]  # how chats were rendered, and what became of a sample of texts
 
 
 def encode_blocks(
@@ -87,49 +97,65 @@ def split_of(rank: float, validation_fraction: float) -> Split:
 
 
 def _encode_block(block: DocumentBlock, settings: Settings, known: frozenset[Split]) -> Encoded:
-    tokenizer = _tokenizer(settings.tokenizer, settings.end_of_document)
+    tokenizer, template = _opened(settings)
     fates, ranks, digests = [], [], []
     wanted: list[Document | None] = []
+    notes: Counter[str] = Counter()
     for document in block.documents():
+        if document.chat:
+            document = _rendered(document, document.chat, template, notes)
         fates.append(FATES.index(_fate(document, tokenizer)))
         ranks.append(held_out_rank(document.name))
         digests.append(_digest(document) if settings.deduplicate else b"")
         is_wanted = fates[-1] == 0 and split_of(ranks[-1], settings.validation_fraction) not in known
         wanted.append(document if is_wanted else None)
-    lengths, tokens, mask = _encode_documents(wanted, tokenizer)
+    documents = [document for document in wanted if document]
+    if not tokenizer.takes_any_bytes:
+        notes += round_trip([document.text for document in documents[:SAMPLED]], tokenizer)
+    parses_chats = template is None or template.writes_special_tokens
+    encoded = list(encode_documents(documents, tokenizer, parses_chats=parses_chats))
+    sizes = [sum([piece.size for piece in pieces]) for pieces, _ in encoded]
+    lengths = np.zeros(len(wanted), dtype=np.int64)
+    lengths[[document is not None for document in wanted]] = sizes
+    dtype = token_dtype(tokenizer.vocab_size)
+    tokens = itertools.chain.from_iterable(pieces for pieces, _ in encoded)
     return Encoded(
         block=DocumentBlock(source=block.source, num_bytes=block.num_bytes, files=()),  # its lines need not travel back
         fates=np.array(fates, dtype=np.uint8),
         ranks=np.array(ranks, dtype=np.float64),
         lengths=lengths,
-        tokens=tokens,
-        mask=mask,
+        tokens=np.concatenate([np.array([], dtype=dtype), *tokens], dtype=dtype),
+        mask=_joined(sizes, [mask for _, mask in encoded]),
         digests=b"".join(digests),
+        notes=notes,
     )
 
 
-def _encode_documents(
-    documents: list[Document | None], tokenizer: Tokenizer
-) -> tuple[NDArray[np.int64], TokenArray, NDArray[np.uint8] | None]:
-    """Return lengths, tokens with end-of-document after each document, and the mask if some part is only read."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    end = np.array([tokenizer.end_of_document], dtype=dtype)
-    parts = [part for document in documents if document for part in document.parts]
-    encoded = iter(tokenizer.encode_many([text for text, _ in parts]))
-    pieces: list[TokenArray] = []
-    learnt: list[bool] = []
-    lengths = np.zeros(len(documents), dtype=np.int64)
-    for number, document in enumerate(documents):
-        if document:
-            own = [*itertools.islice(encoded, len(document.parts)), end]
-            flags = [is_learnt for _, is_learnt in document.parts]
-            pieces += own
-            learnt += [*flags, flags[-1]]  # the end belongs to what is before it
-            lengths[number] = sum(piece.size for piece in own)
-    tokens = np.concatenate([np.array([], dtype=dtype), *pieces], dtype=dtype)
-    if all(learnt):
-        return lengths, tokens, None
-    return lengths, tokens, np.repeat(np.array(learnt, dtype=np.uint8), [piece.size for piece in pieces])
+def _rendered(document: Document, chat: Chat, template: ChatTemplate | None, notes: Counter[str]) -> Document:
+    """Render a chat, and count it.
+
+    Raises:
+        DataError: There is no template, or it does not take the chat; the error names the document.
+    """
+    if template is None:
+        raise DataError(
+            "chats need a chat template, and the tokenizer has none",
+            f"{document.name}, a list of turns",
+            "Give one: data.chat_template=FILE.jinja (--chat-template), or `plain` for roles as plain text",
+        )
+    try:
+        rendered = render_chat(chat, template)
+    except DataError as error:
+        raise DataError(error.expected, f"{document.name}: {error.found}", error.hint) from error
+    notes.update(chats=1, turns=rendered.num_turns, unlearnt=rendered.num_unlearnt)
+    return replace(document, parts=rendered.parts)
+
+
+def _joined(sizes: list[int], masks: list[Mask | None]) -> Mask | None:
+    if all(mask is None for mask in masks):
+        return None
+    whole = (np.ones(size, dtype=np.uint8) if mask is None else mask for size, mask in zip(sizes, masks, strict=True))
+    return np.concatenate(list(whole))
 
 
 def _fate(document: Document, tokenizer: Tokenizer) -> str:
@@ -159,8 +185,14 @@ def _digest(document: Document) -> bytes:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(spec: str, end_of_document: int | None) -> Tokenizer:
-    return open_tokenizer(spec, end_of_document=end_of_document)
+def _opened(settings: Settings) -> tuple[Tokenizer, ChatTemplate | None]:
+    tokenizer = open_tokenizer(
+        settings.tokenizer,
+        end_of_document=settings.end_of_document,
+        parse_special_tokens=settings.parse_special_tokens,
+        add_special_tokens=settings.add_special_tokens,
+    )
+    return tokenizer, open_chat_template(settings.tokenizer, settings.chat_template)
 
 
 @contextmanager

@@ -113,6 +113,9 @@ class Manifest(_Frozen):
     tokenizer_hash: Text
     vocabulary: Annotated[int, Field(ge=1, le=1 << 32)]
     end_of_document: TokenId
+    parse_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: Digest | None = None  # of shards in which there are chats
     largest_token: TokenId
     validation_share: Annotated[float, Field(ge=0, le=1)]
     source_files: Count

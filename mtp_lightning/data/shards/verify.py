@@ -98,6 +98,8 @@ def _check_tokens(bytes_of_shard: Bytes, shard: Shard, member: Member, manifest:
         at = int(too_large[0])
         place = _place(shard, member, ".tok", member.tokens_at + at * tokens.itemsize)
         raise wrong_shard(f"the token id at {place} must be below {manifest.vocabulary:,}", f"{tokens[at]:,}")
+    if manifest.chat_template:
+        return  # a chat ends as its template ends it
     unended = ends[tokens[ends - 1] != manifest.end_of_document]
     if unended.size:
         at = int(unended[0]) - 1

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mtp_lightning.data.shards.manifest import Member, Shard, Split
+from mtp_lightning.data.shards.tokenize import Mask
 from mtp_lightning.data.tokenizers.base import TokenArray
 from mtp_lightning.errors import DataError
 from mtp_lightning.files.durable import describe_file
 
-Mask = NDArray[np.uint8]
 MEMBER_TOKENS = 1 << 20
 SHARD_BYTES = 256 << 20
 MOST_DOCUMENT_TOKENS = 2**32 - 1  # what a length in `.len` can say

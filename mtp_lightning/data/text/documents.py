@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mtp_lightning.data.text.chats import FIELDS, Chat, chat_of_record
 from mtp_lightning.data.text.extras import import_extra
 from mtp_lightning.data.text.sources import SourceFile
 from mtp_lightning.errors import DataError
 from mtp_lightning.files.untrusted import shown
 
 NUM_BYTES_SNIFFED = 8192
-LEARNT_ROLE = "assistant"
+COLUMNS = ("text", "prompt", "completion", *FIELDS)
 PARQUET_DAMAGE = (OSError, ValueError, LookupError, MemoryError, NotImplementedError)
 """What pyarrow raises: most of its own are ValueErrors, a claim of too many bytes is a MemoryError."""
 
@@ -23,6 +24,7 @@ class Document:
     name: str
     parts: tuple[tuple[bytes, bool], ...]  # texts in their order, and whether each is learnt or only read
     is_binary: bool = False
+    chat: Chat | None = None  # of which a template makes the parts
 
     @property
     def text(self) -> bytes:
@@ -59,7 +61,7 @@ def documents_of_lines(file: SourceFile, first_line: int, lines: list[bytes]) ->
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:  # the latter for lists within lists
                 raise _unreadable(f"{place}: {error}") from error
-            yield Document(name=f"{file.name}:{number}", parts=parts_of_record(record, place))
+            yield document_of_record(record, f"{file.name}:{number}", place)
 
 
 def documents_of_row_group(file: SourceFile, row_group: int, first_row: int) -> Iterator[Document]:
@@ -72,34 +74,39 @@ def documents_of_row_group(file: SourceFile, row_group: int, first_row: int) -> 
     number = first_row
     try:
         with parquet.ParquetFile(file.path) as table:
-            wanted = [name for name in table.schema_arrow.names if name in ("text", "prompt", "completion", "messages")]
+            wanted = [name for name in table.schema_arrow.names if name in COLUMNS]
             for batch in table.iter_batches(batch_size=1024, row_groups=[row_group], columns=wanted or None):
                 for record in batch.to_pylist():
                     place = f"{file.path}, row {number}"
                     record = {key: value for key, value in record.items() if value is not None}
-                    yield Document(name=f"{file.name}:{number}", parts=parts_of_record(record, place))
+                    yield document_of_record(record, f"{file.name}:{number}", place)
                     number += 1
     except PARQUET_DAMAGE as error:
         raise unreadable_file(file, error) from error
 
 
-def parts_of_record(record: Any, place: str) -> tuple[tuple[bytes, bool], ...]:
-    """Return the parts of a document from `text`, from `prompt` and `completion`, or from the turns of a chat.
-
-    A chat is a list under `messages` of objects with `role` and `content`. It becomes, turn after turn, `<|role|>`
-    on a line of its own and the content with a line break after it; what the assistant says is learnt, with that line
-    break, and all else is only read. The marks are plain text, with every tokenizer.
-
-    >>> parts_of_record({"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}, "")
-    ((b'<|user|>\\n2+2?\\n<|assistant|>\\n', False), (b'4\\n', True))
+def document_of_record(record: Any, name: str, place: str) -> Document:
+    """Return the document of a row: its `text`, its `prompt` and `completion`, or a chat (see `chat_of_record`).
 
     Raises:
         DataError: It is none of these; the error names the place.
     """
     if not isinstance(record, dict):
         raise _unreadable(f"{place}: a {_kind(record)}")
-    if "messages" in record:
-        return _parts_of_chat(record["messages"], place)
+    if chat := chat_of_record(record, place):
+        return Document(name=name, parts=(), chat=chat)
+    return Document(name=name, parts=parts_of_record(record, place))
+
+
+def parts_of_record(record: dict[str, Any], place: str) -> tuple[tuple[bytes, bool], ...]:
+    """Return the parts of a document from `text`, or from `prompt` and `completion`.
+
+    >>> parts_of_record({"prompt": "2+2=", "completion": "4"}, "")
+    ((b'2+2=', False), (b'4', True))
+
+    Raises:
+        DataError: It is neither; the error names the place.
+    """
     keys = ("prompt", "completion") if "completion" in record else ("text",)
     for key in keys:
         if not isinstance(record.get(key), str):
@@ -115,21 +122,6 @@ def unreadable_file(file: SourceFile, error: Exception) -> DataError:
         f"{type(error).__name__}: {error}",
         "Download the file again, or leave it out",
     )
-
-
-def _parts_of_chat(messages: Any, place: str) -> tuple[tuple[bytes, bool], ...]:
-    parts: list[tuple[str, bool]] = []
-    for number, message in enumerate(messages if isinstance(messages, list) else [messages]):
-        texts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None, None]
-        role, content = texts
-        if not (isinstance(role, str) and isinstance(content, str)):
-            raise _unreadable(f"{place}: message {number} is not an object with strings under 'role' and 'content'")
-        for text, is_learnt in ((f"<|{role}|>\n", False), (f"{content}\n", role == LEARNT_ROLE)):
-            if parts and parts[-1][1] == is_learnt:
-                parts[-1] = (parts[-1][0] + text, is_learnt)
-            else:
-                parts.append((text, is_learnt))
-    return tuple((_bytes(text), is_learnt) for text, is_learnt in parts)
 
 
 def _bytes(text: str) -> bytes:

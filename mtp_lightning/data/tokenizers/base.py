@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 TokenArray = NDArray[np.unsignedinteger[Any]]
+Offsets = NDArray[np.int64]
+"""(N, 2): where each token begins and ends in its text, in characters."""
 
 
 class Tokenizer(ABC):
@@ -18,6 +20,16 @@ class Tokenizer(ABC):
     vocab_size: int
     end_of_document: int
     takes_any_bytes: bool = False  # else UTF-8 only
+    opening: tuple[int, ...] = ()
+    """Ids to put before a document (begin of sequence): what a post-processor adds, where that is asked for."""
+    closing: tuple[int, ...] = ()
+    """Ids to put after a document, without an end of document at their end."""
+    unknown: int | None = None
+    """Id that stands for what the tokenizer does not know."""
+    special_tokens: tuple[str, ...] = ()
+    """Spellings of the special tokens."""
+    parses_special_tokens: bool = False
+    """Whether special tokens that a text spells out become their ids."""
 
     @abstractmethod
     def encode(self, text: bytes) -> TokenArray:
@@ -30,6 +42,12 @@ class Tokenizer(ABC):
     def encode_many(self, texts: Sequence[bytes]) -> list[TokenArray]:
         """Return what `encode` gives for each text, in less time."""
         return [self.encode(text) for text in texts]
+
+    @abstractmethod
+    def encode_with_offsets(
+        self, texts: Sequence[bytes], *, parse_special_tokens: bool
+    ) -> list[tuple[TokenArray, Offsets]]:
+        """Return the ids of each text, and which characters (a byte tokenizer: bytes) each of them stands for."""
 
     @abstractmethod
     def decode(self, tokens: NDArray[np.integer[Any]]) -> bytes:
@@ -56,6 +74,13 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: bytes) -> TokenArray:
         """Return the bytes as they are: text that is not UTF-8 is neither refused nor changed."""
         return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+
+    def encode_with_offsets(
+        self, texts: Sequence[bytes], *, parse_special_tokens: bool
+    ) -> list[tuple[TokenArray, Offsets]]:
+        """Return the bytes; there are no special tokens."""
+        begins = [np.arange(len(text)) for text in texts]
+        return [(self.encode(text), np.stack([own, own + 1], 1)) for text, own in zip(texts, begins, strict=True)]
 
     def decode(self, tokens: NDArray[np.integer[Any]]) -> bytes:
         """Return the bytes, leaving out end-of-document."""

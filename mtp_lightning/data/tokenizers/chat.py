@@ -43,11 +43,13 @@ class ChatTemplate:
         templates: sources in Jinja; `default` is used, or `tool_use` for a chat with tools.
         variables: what a template sees besides the chat: `bos_token`, `eos_token` and other special tokens.
         where: file or folder that they come from, for messages.
+        writes_special_tokens: whether special tokens in what is rendered are to be parsed.
     """
 
     templates: Mapping[str, str]
     variables: Mapping[str, str] = field(default_factory=dict)
     where: str
+    writes_special_tokens: bool = True
 
     @staticmethod
     def from_folder(folder: Path) -> "ChatTemplate | None":
@@ -145,6 +147,18 @@ class ChatTemplate:
             environment = _environment()
             compiled[name] = (environment.from_string(source), environment.generation)  # type: ignore[attr-defined]
         return compiled
+
+
+PLAIN = ChatTemplate(
+    templates={
+        "default": "{% for turn in messages %}{{ '<|' + turn.role + '|>\n' }}{% if turn.role == 'assistant' %}"
+        "{% generation %}{{ turn.content + '\n' }}{% endgeneration %}{% else %}{{ turn.content + '\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    },
+    where="the plain layout",
+    writes_special_tokens=False,
+)
+"""Roles as marks on lines of their own, in ordinary text with every tokenizer: for models without a template."""
 
 
 def read_object(path: Path) -> dict[str, Any]:

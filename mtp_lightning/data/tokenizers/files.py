@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_lightning.data.text.extras import import_extra
-from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, visible
+from mtp_lightning.data.tokenizers.base import Offsets, TokenArray, Tokenizer, visible
+from mtp_lightning.data.tokenizers.beside import config_beside
 from mtp_lightning.errors import DataError
 from mtp_lightning.files.untrusted import read_bounded, shown
 
@@ -25,17 +26,34 @@ ENDS = (
     "<｜end▁of▁sentence｜>",  # noqa: RUF001 - DeepSeek's own spelling, with wide bars
 )
 """How published tokenizers spell the token that ends a document."""
+CONVERT = (
+    'Write a tokenizer.json once, with transformers: python -c "from transformers import AutoTokenizer as A; '
+    "A.from_pretrained('{0}').save_pretrained('{0}')\""
+)
 
 
 @final
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`; special tokens spelled out in a text are taken as ordinary text."""
+    """A `tokenizer.json`, with what the files beside it add, as transformers reads them.
 
-    def __init__(self, path: Path, *, end_of_document: int | None, parse_special_tokens: bool = False) -> None:
-        """Open the file; the end of a document is its one token among `ENDS` unless given.
+    Special tokens that a text spells out are ordinary text unless `parse_special_tokens`. Regularisation that draws
+    lots (BPE dropout, sampling) is off: a text has one encoding.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        end_of_document: int | None,
+        parse_special_tokens: bool = False,
+        add_special_tokens: bool = False,
+    ) -> None:
+        """Open the file.
+
+        The end of a document is, unless given, the `eos_token` of the files beside it, or the one token among `ENDS`.
 
         Raises:
-            DataError: The file or the library `tokenizers` cannot be loaded, or the end is in doubt.
+            DataError: A file or the library `tokenizers` cannot be loaded, or the end is in doubt.
         """
         library = import_extra("tokenizers", f"read the tokenizer {path.name}")
         content = _read(path)
@@ -45,15 +63,43 @@ class HuggingFaceTokenizer(Tokenizer):
             raise _damaged(path, "a tokenizer.json", error) from error
         self._inner.no_truncation()  # a file may ask for both, which would cut documents and fill them up
         self._inner.no_padding()
-        self._inner.encode_special_tokens = not parse_special_tokens
-        self._sha256 = hashlib.sha256(content).hexdigest()
+        for lot in ("dropout", "alpha", "nbest_size"):
+            if getattr(self._inner.model, lot, None) is not None:
+                setattr(self._inner.model, lot, None)
+        config = config_beside(path)
+        added = config.add_tokens(self._inner, library.AddedToken)
+        self._is_split = config.splits_special_tokens  # whether parsing is off even where transformers would parse
+        self.parses_special_tokens = parse_special_tokens
+        self._sha256 = hashlib.sha256(content + added.encode()).hexdigest()
         ids: dict[str, int] = self._inner.get_vocab(with_added_tokens=True)
-        found = {name: ids[name] for name in ENDS if name in ids}
         self.name = path.name
         if not ids:
             raise _damaged(path, "a tokenizer.json", ValueError("no tokens in it"))
         self.vocab_size = max(ids.values()) + 1  # ids may have gaps
-        self.end_of_document = _end_of(path, found, end_of_document, self.vocab_size)
+        named = [config.tokens["eos_token"]] if config.tokens.get("eos_token") in ids else ENDS
+        self.end_of_document = _end_of(
+            path, {name: ids[name] for name in named if name in ids}, end_of_document, self.vocab_size
+        )
+        unknown = getattr(self._inner.model, "unk_token", None) or config.tokens.get("unk_token")
+        self.unknown = ids.get(unknown) if unknown else None
+        special = [token.content for token in self._inner.get_added_tokens_decoder().values() if token.special]
+        self.special_tokens = tuple(filter(None, special))
+        self._take_frame(path, is_wanted=add_special_tokens)
+
+    def _take_frame(self, path: Path, *, is_wanted: bool) -> None:
+        """Take the post-processor out, which trims offsets; keep what it adds around a text where that is wanted."""
+        if is_wanted:
+            bare, framed = (self._inner.encode("a", add_special_tokens=add).ids for add in (False, True))
+            begin = next((n for n in range(len(framed)) if framed[n : n + len(bare)] == bare), None)
+            if begin is None:
+                raise DataError(
+                    f"the post-processor of {path} must add tokens before and after a text only",
+                    f"{framed} from {bare}",
+                    "Leave data.add_special_tokens out",
+                )
+            self.opening, closing = tuple(framed[:begin]), framed[begin + len(bare) :]
+            self.closing = tuple(closing[:-1] if closing[-1:] == [self.end_of_document] else closing)
+        self._inner.post_processor = None
 
     def encode(self, text: bytes) -> TokenArray:
         """Return the ids of a text in UTF-8."""
@@ -61,12 +107,26 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_many(self, texts: Sequence[bytes]) -> list[TokenArray]:
         """Return the ids of texts in UTF-8; the library may use several threads (TOKENIZERS_PARALLELISM)."""
+        encoded = self._batch(self._inner.encode_batch_fast, texts, parses=self.parses_special_tokens)
+        return [np.array(one.ids, dtype=np.uint32) for one in encoded]
+
+    def encode_with_offsets(
+        self, texts: Sequence[bytes], *, parse_special_tokens: bool
+    ) -> list[tuple[TokenArray, Offsets]]:
+        """Return the ids of texts in UTF-8, and the characters of each token."""
+        encoded = self._batch(self._inner.encode_batch, texts, parses=parse_special_tokens)
+        return [
+            (np.array(one.ids, dtype=np.uint32), np.array(one.offsets, dtype=np.int64).reshape(-1, 2))
+            for one in encoded
+        ]
+
+    def _batch(self, encode: Callable[..., list[Any]], texts: Sequence[bytes], *, parses: bool) -> list[Any]:
+        self._inner.encode_special_tokens = not parses or self._is_split
         decoded = [text.decode() for text in texts]
         try:
-            encoded = self._inner.encode_batch_fast(decoded, add_special_tokens=False)
+            return encode(decoded, add_special_tokens=False)
         except Exception as error:  # plain: of a file that lacks the token for what it does not know
             raise _damaged(Path(self.name), "a tokenizer.json that can encode any text", error) from error
-        return [np.array(one.ids, dtype=np.uint32) for one in encoded]
 
     def decode(self, tokens: NDArray[np.integer[Any]]) -> bytes:
         """Return the text of the ids in UTF-8, leaving out end-of-document."""
@@ -78,7 +138,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return "<end>" if token == self.end_of_document else visible(self._inner.id_to_token(token) or f"#{token}")
 
     def fingerprint(self) -> str:
-        """Return the sha256 of the file."""
+        """Return the sha256 of the file, and of the tokens that files beside it add."""
         return self._sha256
 
 
@@ -86,14 +146,23 @@ class HuggingFaceTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `*.model`; control symbols spelled out in a text are taken as ordinary text."""
 
-    def __init__(self, path: Path, *, end_of_document: int | None, parse_special_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        end_of_document: int | None,
+        parse_special_tokens: bool = False,
+        add_special_tokens: bool = False,
+    ) -> None:
         """Open the file; the end of a document is its end-of-sentence id unless given.
 
         Raises:
-            DataError: The file or the library `sentencepiece` cannot be loaded, or it has no end.
+            DataError: The file or the library `sentencepiece` cannot be loaded, it has no end, or special tokens are
+                to be parsed or added, which the library does not do.
         """
-        if parse_special_tokens:
-            raise no_special_tokens(f"the SentencePiece model {path}")
+        self._path = path
+        if parse_special_tokens or add_special_tokens:
+            raise self._no_special_tokens()
         library = import_extra("sentencepiece", f"read the tokenizer {path.name}")
         content = _read(path)
         self._inner: Any = library.SentencePieceProcessor()
@@ -108,11 +177,28 @@ class SentencePieceTokenizer(Tokenizer):
         if not self.vocab_size:
             raise _damaged(path, "a SentencePiece model", ValueError("no pieces in it"))
         found = {self._inner.id_to_piece(own): own} if 0 <= own < self.vocab_size else {}
+        self.unknown = int(self._inner.unk_id())
         self.end_of_document = _end_of(path, found, end_of_document, self.vocab_size)
 
     def encode(self, text: bytes) -> TokenArray:
         """Return the ids of a text in UTF-8."""
         return np.array(self._inner.encode(text.decode(), out_type=int), dtype=np.uint32)
+
+    def encode_with_offsets(
+        self, texts: Sequence[bytes], *, parse_special_tokens: bool
+    ) -> list[tuple[TokenArray, Offsets]]:
+        """Return the ids of texts in UTF-8, and the characters of each piece.
+
+        Raises:
+            DataError: Special tokens are to be parsed.
+        """
+        if parse_special_tokens:
+            raise self._no_special_tokens()
+        encoded = self._inner.encode([text.decode() for text in texts], return_type="offset_mapping")
+        return [
+            (np.array(one["ids"], dtype=np.uint32), np.array(one["offsets"], dtype=np.int64).reshape(-1, 2))
+            for one in encoded
+        ]
 
     def decode(self, tokens: NDArray[np.integer[Any]]) -> bytes:
         """Return the text of the ids in UTF-8, leaving out end-of-document."""
@@ -126,6 +212,9 @@ class SentencePieceTokenizer(Tokenizer):
         """Return the sha256 of the file."""
         return self._sha256
 
+    def _no_special_tokens(self) -> DataError:
+        return no_special_tokens(f"the SentencePiece model {self._path}", hint=CONVERT.format(self._path.parent))
+
 
 FILE_TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
     ".json": HuggingFaceTokenizer,
@@ -133,21 +222,25 @@ FILE_TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
 }
 
 
-def no_special_tokens(what: str) -> DataError:
-    """Return the error that a tokenizer cannot parse special tokens."""
-    return DataError("special tokens and chat templates need a tokenizer.json", what, "Leave them out")
+def no_special_tokens(what: str, *, hint: str) -> DataError:
+    """Return the error that a tokenizer cannot parse or add special tokens."""
+    return DataError("special tokens and chat templates need a tokenizer.json", what, hint)
 
 
 def _read(path: Path) -> bytes:
     try:
         return read_bounded(path, MOST_BYTES)
     except (OSError, ValueError) as error:
-        hint = "Correct data.tokenizer: byte, or the path of a tokenizer.json or SentencePiece *.model"
+        hint = (
+            "Correct data.tokenizer: byte, a folder with a tokenizer.json, or a tokenizer.json or SentencePiece *.model"
+        )
         raise DataError(f"the tokenizer {str(path.absolute())!r} must be readable", str(error), hint) from error
 
 
 def _damaged(path: Path, what: str, error: Exception) -> DataError:
-    return DataError(f"{path} must be {what}", shown(error).strip() or type(error).__name__, "Download the file again")
+    found = shown(error).strip() or type(error).__name__
+    hint = f"Download the file again. {CONVERT.format(path.parent)}" if path.suffix else "Download the file again"
+    return DataError(f"{path} must be {what}", found, hint)
 
 
 def _end_of(path: Path, found: dict[str, int], given: int | None, vocab_size: int) -> int:

@@ -1,6 +1,7 @@
 """What must hold between the fields of a recipe, as one table."""
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import Fault
@@ -135,7 +136,8 @@ def _layers_remedy(recipe: Recipe) -> str:
 
 
 def _is_tokenizer(name: str) -> bool:
-    return name in KNOWN_TOKENIZERS or name.endswith(TOKENIZER_FILES)
+    is_folder = "/" in name or Path(name).is_dir()
+    return name in KNOWN_TOKENIZERS or name.endswith(TOKENIZER_FILES) or is_folder
 
 
 def _weights_are_near(recipe: Recipe) -> bool:
@@ -311,14 +313,23 @@ RULES: tuple[Rule, ...] = (
     Rule(
         fields=("data.tokenizer",),
         holds=lambda recipe: _is_tokenizer(recipe.data.tokenizer),
-        expected=f"must be {one_of(KNOWN_TOKENIZERS)}, or a file that ends in {one_of(TOKENIZER_FILES)}",
-        hint=f"Set data.tokenizer={KNOWN_TOKENIZERS[0]}, or give the path of a tokenizer.json.",
+        expected=f"must be {one_of(KNOWN_TOKENIZERS)}, a folder, or a file that ends in {one_of(TOKENIZER_FILES)}",
+        hint=f"Set data.tokenizer={KNOWN_TOKENIZERS[0]}, or give the path of a tokenizer.json or of its folder.",
     ),
     Rule(
         fields=("data.end_of_document", "data.tokenizer"),
         holds=lambda recipe: recipe.data.tokenizer not in KNOWN_TOKENIZERS or recipe.data.end_of_document is None,
         expected="must be null unless data.tokenizer is a file",
         hint="Remove data.end_of_document.",
+    ),
+    Rule(
+        fields=("data.parse_special_tokens", "data.add_special_tokens", "data.tokenizer"),
+        holds=lambda recipe: (
+            not (recipe.data.parse_special_tokens or recipe.data.add_special_tokens)
+            or not recipe.data.tokenizer.endswith((*KNOWN_TOKENIZERS, ".model"))
+        ),
+        expected="must be false unless data.tokenizer is a tokenizer.json or its folder",
+        hint="Remove them, or give a tokenizer.json.",
     ),
     Rule(
         fields=("data.mixture", "data.shards"),

@@ -55,9 +55,19 @@ class DataSection(Section):
     cache_gib: PositiveFloat = 256.0
     """Most that shards from URLs take below run.cache, in GiB."""
     tokenizer: LocalPath = "byte"
-    """Tokenizer: `byte` (256 bytes + end of document), or a file, `tokenizer.json` or a SentencePiece `*.model`."""
+    """Tokenizer: `byte` (256 bytes + end of document), a folder of transformers, or a file, `tokenizer.json` or a
+    SentencePiece `*.model`."""
     end_of_document: NonNegativeInt | None = None
-    """Id of the token that ends a document; null means the tokenizer's own."""
+    """Id of the token that ends a document; null means the tokenizer's own (its `eos_token`)."""
+    parse_special_tokens: bool = False
+    """Whether special tokens that a text spells out (`<|im_start|>`) become their ids. For text you trust: else
+    anybody can write an end of document. In chats those of the template always do."""
+    add_special_tokens: bool = False
+    """Put around each document what the tokenizer's post-processor adds, as a begin of sequence; not in chats, where
+    the template writes it."""
+    chat_template: str | None = None
+    """Template that makes text of chats: a Jinja file, the name of one of several, or `plain` (roles as ordinary text);
+    null means the tokenizer's own, and `plain` with bytes."""
     deduplicate: bool = False
     """Leave out of a corpus every document that is equal to an earlier one."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.03
