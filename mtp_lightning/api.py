@@ -132,7 +132,7 @@ def generate(
 
 def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
     try:
-        return [*map(int, tokenizer.encode(prompt.encode()))]
+        return [*tokenizer.opening, *map(int, tokenizer.encode(prompt.encode()))]
     except UnicodeEncodeError:
         raise DecodingError(
             "a prompt must be text that UTF-8 can write", repr(prompt[:60]), "Leave lone surrogates out of it"

@@ -82,19 +82,20 @@ def encode_prompts(
     *,
     parse_special_tokens: bool = False,
 ) -> list[Prompt]:
-    """Encode prompts, and chats by the chat template that lies beside the tokenizer.
+    """Encode prompts, and chats by the recipe's chat template.
 
     Raises:
         DecodingError: One is not UTF-8, and the tokenizer takes nothing else; or there is no chat template.
         DataError: The template does not take a chat, or the tokenizer has no special tokens.
     """
-    is_chat = any(not isinstance(prompt, bytes) for prompt in prompts)
-    if parse_special_tokens or is_chat:
-        from mtp_lightning.data.tokenizers.open import open_tokenizer
+    from mtp_lightning.data.tokenizers.open import open_tokenizer
 
+    is_chat = any(not isinstance(prompt, bytes) for prompt in prompts)
+    template = _template_of(recipe) if is_chat else None
+    opening = () if template else tokenizer.opening  # a template writes its own
+    if parse_special_tokens or (template and template.writes_special_tokens):
         end = tokenizer.end_of_document
         tokenizer = open_tokenizer(recipe.data.tokenizer, end_of_document=end, parse_special_tokens=True)
-    template = _template_of(recipe) if is_chat else None
     encoded = []
     for number, prompt in enumerate(prompts, 1):
         where = f"prompt {number} of {len(prompts)}"
@@ -105,20 +106,18 @@ def encode_prompts(
             text, shown = _encoded(template.render(prompt, add_generation_prompt=True), where), b""
         if not tokenizer.takes_any_bytes:
             _decoded(text, where)
-        encoded.append(Prompt(tokenizer.encode(text).tolist(), shown))
+        encoded.append(Prompt([*opening, *tokenizer.encode(text).tolist()], shown))
     return encoded
 
 
 def _template_of(recipe: "Recipe") -> "ChatTemplate":
-    from mtp_lightning.data.tokenizers.chat import ChatTemplate
+    from mtp_lightning.data.tokenizers.open import open_chat_template
 
-    path = Path(recipe.data.tokenizer).expanduser()
-    folder = path if path.is_dir() else path.parent
-    template = ChatTemplate.from_folder(folder)
+    template = open_chat_template(recipe.data.tokenizer, recipe.data.chat_template)
     if template is None:
         raise DecodingError(
             "--chat needs a chat template beside the model's tokenizer",
-            f"none in {folder}",
+            f"none beside {recipe.data.tokenizer}",
             "Leave --chat out, or put the chat_template.jinja of the model there",
         )
     return template

@@ -100,6 +100,12 @@ def test_python_gives_the_text_up_to_its_stop_string(run):
         mtp_lightning.generate(run, "\ud83d")
 
 
+def test_a_model_of_bytes_chats_in_the_plain_layout(run):
+    shown = mtp(run, "--chat", "--prompt", "hi", "--max-new-tokens", NEW_TOKENS).stdout
+    asked = b"<|user|>\nhi\n<|assistant|>\n"
+    assert asked.decode() + shown == expected_text(run, asked) + "\n"
+
+
 class Say:
     """Steps of a text in which drafts are kept and rejected."""
 
@@ -163,7 +169,7 @@ def test_steps_are_written_as_they_come(run):
         (["--prompt", "a\ud83d"], 7, r"a prompt must be text in UTF-8 found prompt 1 of 1: a\ud83d hint Convert it"),
         (["--prompt", os.fsdecode(b"\xff\xfe")], 7, r"found prompt 1 of 1: \udcff\udcfe hint Convert it"),
         (["--prompt", "x", "--stop", "\udcff"], 7, "a stop string must be text in UTF-8"),
-        (["--prompt", "x", "--chat"], 87, "special tokens and chat templates need a tokenizer.json"),
+        (["--prompt", "x", "--special-tokens"], 87, "special tokens and chat templates need a tokenizer.json"),
         (["--prompt", "x", "--system", "y"], 2, "needs --chat"),
         (["--prompt", "x", "--decoder", "greedy", "--tree", "x.json"], 2, "needs --decoder tree"),
         (["--prompts", "nowhere.txt"], 7, "the file of prompts must be readable"),
