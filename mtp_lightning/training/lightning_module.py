@@ -209,8 +209,6 @@ class MtpLightningModule(L.LightningModule):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_enabled)
 
     def _backward(self, loss: Tensor) -> None:
-        if not loss.requires_grad:  # a stage of the weights in which only what is frozen has a loss
-            return
         with torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss)
 

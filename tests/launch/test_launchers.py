@@ -95,7 +95,10 @@ def test_an_interactive_allocation_lets_a_recipe_start_its_ranks():
 def test_another_number_of_ranks_than_the_recipes_is_refused(own, monkeypatch):
     for name, value in (TORCHRUN | MEET).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(TrainingError, match="2 started, by the variables of .* unset RANK"), joining.process_group(own):
+    with (
+        pytest.raises(TrainingError, match="2 started, . in the recipe, by the variables of .* unset RANK"),
+        joining.process_group(own),
+    ):
         pass
 
 

@@ -80,6 +80,8 @@ def draw(seed: int, data: dict[str, str], **fixed: Any) -> tuple[Recipe, str]:
             "run": SMALL["run"] | {"precision": rng.choice(("fp32", "bf16")), "seed": seed},
             "memory": {"recompute_trunk": rng.random() < 0.2},
         }
+        if sections["freeze"] == ["trunk", "unembedding"]:  # the main head alone, as other weights begin or end with
+            sections["objective"]["weights"] = WEIGHTS[rng.randrange(2)]
         change = rng.choice(CHANGES)
         try:
             return load_recipe(ROOT / "recipes/debug/base.yaml", as_fields(sections | fixed)).recipe, change

@@ -73,11 +73,12 @@ def process_group(recipe: Recipe) -> Iterator[None]:
             have one GPU.
     """
     started = rank_from_env(os.environ)
-    if started is not None and started.num_ranks != recipe.strategy.num_ranks:
+    num_started = started.num_ranks if started else 1
+    if num_started != recipe.strategy.num_ranks:
         raise TrainingError(
             "as many processes must be started as the recipe has ranks (strategy.num_nodes x ranks_per_node)",
-            f"{started.num_ranks} started, by the variables of torchrun, srun or mpirun here, "
-            f"{recipe.strategy.num_ranks} in the recipe",
+            f"{num_started} started, {recipe.strategy.num_ranks} in the recipe"
+            f"{', by the variables of torchrun, srun or mpirun here' if started else ''}",
             "Start that many (srun --nodes=… --ntasks-per-node=…), change strategy.num_nodes and "
             "strategy.ranks_per_node, or unset RANK and WORLD_SIZE if nothing has started ranks.",
         )
