@@ -14,11 +14,11 @@ import numpy as np
 
 from mtp_lightning.console.progress import say
 from mtp_lightning.data.generated.log import LOG_NAME, Setting, TextLog, check_request
-from mtp_lightning.data.shards.build import BuildOptions, EmptySplitError, ShardBuild, commit, is_built
+from mtp_lightning.data.shards.build import BuildOptions, EmptySplitError, ShardBuild
 from mtp_lightning.data.shards.encode import Encoded
 from mtp_lightning.data.shards.manifest import Manifest
 from mtp_lightning.data.shards.mapped import ShardMaps
-from mtp_lightning.data.shards.staging import StagingFolder, exclusive_build, say_others
+from mtp_lightning.data.shards.staging import StagingFolder, commit, exclusive_build, is_built, say_others
 from mtp_lightning.data.shards.writer import MEMBER_TOKENS, SHARD_BYTES
 from mtp_lightning.data.text.blocks import DocumentBlock
 from mtp_lightning.data.tokenizers.base import Tokenizer, token_dtype

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,11 +27,9 @@ from mtp_lightning.data.shards.encode import (
     encode_blocks,
     split_of,
 )
-from mtp_lightning.data.shards.index import write_index
 from mtp_lightning.data.shards.left_out import LeftOutCounts
 from mtp_lightning.data.shards.manifest import (
     FORMAT_VERSION,
-    MANIFEST_NAME,
     SPLITS,
     Manifest,
     Shard,
@@ -40,10 +37,9 @@ from mtp_lightning.data.shards.manifest import (
     Split,
     describe,
     load_manifest,
-    manifest_text,
 )
 from mtp_lightning.data.shards.remarks import remarks
-from mtp_lightning.data.shards.staging import Counts, StagingFolder, exclusive_build, say_others
+from mtp_lightning.data.shards.staging import Counts, StagingFolder, commit, exclusive_build, is_built, say_others
 from mtp_lightning.data.shards.tokenize import Mask
 from mtp_lightning.data.shards.writer import MEMBER_TOKENS, SHARD_BYTES, SplitWriter
 from mtp_lightning.data.text import blocks as units
@@ -52,8 +48,6 @@ from mtp_lightning.data.text.sources import SourceFile, find_files, spelled
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, token_dtype
 from mtp_lightning.data.tokenizers.open import open_chat_template, open_tokenizer
 from mtp_lightning.errors import DataError
-from mtp_lightning.files.atomic_folder import check_new_folder, publish
-from mtp_lightning.files.durable import sync
 
 BYTES_PER_PROCESS = 32 << 20
 
@@ -390,35 +384,3 @@ def _share_remedy(ranks: list[float]) -> str:
 
 def _sum_bytes(files: Sequence[SourceFile]) -> int:
     return sum(file.num_bytes for file in files)
-
-
-def is_built(out: Path, source_listing: str) -> bool:
-    """Tell whether a folder holds shards of this very listing; refuse one that holds anything else.
-
-    Raises:
-        DataError: It does.
-    """
-    if (out / MANIFEST_NAME).exists() and load_manifest(out).source_listing == source_listing:
-        return True
-    check_new_folder(out, DataError)
-    return False
-
-
-def commit(staging: StagingFolder, out: Path, manifest: Manifest) -> None:
-    """Write what makes the folder complete and give it its name, unless an equal one has it already."""
-    write_index(staging.path, manifest)
-    (staging.path / MANIFEST_NAME).write_text(manifest_text(manifest))
-    staging.close()
-    for path in staging.path.iterdir():
-        sync(path)
-    try:
-        publish(staging.path, out)
-    except OSError:
-        if not (out / MANIFEST_NAME).exists():
-            raise
-        if (there := load_manifest(out).fingerprint) != manifest.fingerprint:
-            found = f"shards of fingerprint {there}, not {manifest.fingerprint}: {out}"
-            hint = "Name another folder, or move that away"
-            raise DataError("the folder to write must be new or empty", found, hint) from None
-        shutil.rmtree(staging.path)
-        sync(out.parent)

@@ -14,9 +14,19 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from mtp_lightning.console.progress import say
-from mtp_lightning.data.shards.manifest import SPLITS, Shard, Split
-from mtp_lightning.files.atomic_folder import STAGING_SUFFIX, staging_path
-from mtp_lightning.files.durable import describe_file
+from mtp_lightning.data.shards.index import write_index
+from mtp_lightning.data.shards.manifest import (
+    MANIFEST_NAME,
+    SPLITS,
+    Manifest,
+    Shard,
+    Split,
+    load_manifest,
+    manifest_text,
+)
+from mtp_lightning.errors import DataError
+from mtp_lightning.files.atomic_folder import STAGING_SUFFIX, check_new_folder, publish, staging_path
+from mtp_lightning.files.durable import describe_file, sync
 from mtp_lightning.files.lock import is_file_at, wait_for_lock
 
 RECORD_SUFFIX = ".json"
@@ -179,3 +189,35 @@ def say_others(out: Path, own: Path, tell: Callable[[str], None] = say) -> None:
         if path.absolute() != own.absolute():
             left = "was left by a build that was killed, unless another process is at work on it"
             tell(f"{path} {left}; it may be removed")
+
+
+def is_built(out: Path, source_listing: str) -> bool:
+    """Tell whether a folder holds shards of this very listing; refuse one that holds anything else.
+
+    Raises:
+        DataError: It does.
+    """
+    if (out / MANIFEST_NAME).exists() and load_manifest(out).source_listing == source_listing:
+        return True
+    check_new_folder(out, DataError)
+    return False
+
+
+def commit(staging: StagingFolder, out: Path, manifest: Manifest) -> None:
+    """Write what makes the folder complete and give it its name, unless an equal one has it already."""
+    write_index(staging.path, manifest)
+    (staging.path / MANIFEST_NAME).write_text(manifest_text(manifest))
+    staging.close()
+    for path in staging.path.iterdir():
+        sync(path)
+    try:
+        publish(staging.path, out)
+    except OSError:
+        if not (out / MANIFEST_NAME).exists():
+            raise
+        if (there := load_manifest(out).fingerprint) != manifest.fingerprint:
+            found = f"shards of fingerprint {there}, not {manifest.fingerprint}: {out}"
+            hint = "Name another folder, or move that away"
+            raise DataError("the folder to write must be new or empty", found, hint) from None
+        shutil.rmtree(staging.path)
+        sync(out.parent)

@@ -15,7 +15,7 @@ from mtp_lightning.recipe.rules.paths import PATH_RULES
 from mtp_lightning.recipe.rules.strategy import STRATEGY_RULES
 from mtp_lightning.recipe.schema.base import Section
 from mtp_lightning.recipe.schema.data import MIXTURE_BLOCK_ROWS
-from mtp_lightning.recipe.schema.describe import nearest, one_of
+from mtp_lightning.recipe.schema.describe import nearest, one_of, shortened
 from mtp_lightning.recipe.schema.objective import ConstantWeights, LambdaWeights
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.yaml import one_line_yaml
@@ -52,7 +52,7 @@ def _fault_from(rule: Rule, recipe: Recipe, origins: Mapping[str, str]) -> Fault
     return Fault(
         path=rule.fields[0],
         expected=rule.expected,
-        found=several if len(values) > 1 else one_line_yaml(values[rule.fields[0]]),
+        found=several if len(values) > 1 else shortened(one_line_yaml(values[rule.fields[0]])),
         origin=", ".join(origin for origin in written if origin != "default") or "default",
         nearest=nearest(recipe.data.tokenizer, KNOWN_TOKENIZERS) if rule.fields == ("data.tokenizer",) else None,
         hint=rule.hint if isinstance(rule.hint, str) else rule.hint(recipe),

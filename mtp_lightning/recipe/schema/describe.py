@@ -103,9 +103,14 @@ def found(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return one_line_yaml(value)
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else one_line_yaml(_head(value))
-    text = text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+    text = shortened(text)
     kinds = {str: "the text ", int: "the number ", float: "the number ", list: "a list: ", dict: "a mapping: "}
     return f"{kinds[type(value)]}{text}"
+
+
+def shortened(text: str) -> str:
+    """Cut a value that is too long to be shown."""
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 def _head(value: Any) -> Any:
