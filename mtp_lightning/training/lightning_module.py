@@ -216,10 +216,9 @@ class MtpLightningModule(L.LightningModule):
         """Gradient norms before clipping by role; `all` is finite only if the losses of all ranks are, too."""
         strategy = self.strategy
         learnt = [offset - 1 for offset in parts[0].computed if objective.weights[offset - 1] > 0]
-        losses = torch.stack([part.nll_sums for part in parts]).sum(0)[learnt]
-        return gradient_norms(
-            strategy.param_shards(), strategy.ranks, loss_scale=strategy.gradient_scale, loss=losses.sum()
-        )
+        sums = torch.stack([part.nll_sums for part in parts]).sum(0)
+        loss = torch.stack([sums[place] for place in learnt]).sum() if learnt else sums.new_zeros(())
+        return gradient_norms(strategy.param_shards(), strategy.ranks, loss_scale=strategy.gradient_scale, loss=loss)
 
     def _step_optimizer(self, norms: dict[str, Tensor], objective: Objective, step: int, *, num_targets: int) -> None:
         """Check, clip, step, zero: once per optimizer step."""

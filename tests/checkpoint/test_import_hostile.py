@@ -48,7 +48,8 @@ def test_numbers_that_are_none_or_that_no_file_holds(name, value, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
-        ({"num_hidden_layers": 10**6}, "1,000,000 layers beside 30 tensors of 6,288 values together"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers: 1000000 (Input should be less"),
+        ({"num_hidden_layers": 10**4}, "10,000 layers beside 30 tensors of 6,288 values together"),
         ({"num_nextn_predict_layers": 1000}, "1,003 layers beside 30 tensors"),
         ({"vocab_size": 10**7}, "10,000,000 tokens in the vocabulary beside"),
         ({"num_attention_heads": 2**20, "head_dim": 2**20}, "1,099,511,627,776 channels of all query heads"),

@@ -21,14 +21,17 @@ def _values(option: Option) -> st.SearchStrategy[Any]:
     if option.choices:
         return st.sampled_from(option.choices)
     if get_origin(option.type) is list:
-        shortest = next((limit.min_length for limit in option.limits if isinstance(limit, annotated_types.MinLen)), 0)
         longest = next((limit.max_length for limit in option.limits if isinstance(limit, annotated_types.MaxLen)), 3)
-        return st.lists(_any_of(option.entry), min_size=shortest, max_size=longest)
+        return st.lists(_any_of(option.entry), min_size=_shortest(option), max_size=longest)
     if get_origin(option.type) is dict:
         return st.dictionaries(st.sampled_from(option.keys) if option.keys else st.text(), _any_of(option.entry))
     if option.type is Any:
         return st.recursive(st.none() | st.booleans() | st.integers() | st.text(), _nested, max_leaves=4)
     return _scalars(option)
+
+
+def _shortest(option: Option) -> int:
+    return next((limit.min_length for limit in option.limits if isinstance(limit, annotated_types.MinLen)), 0)
 
 
 def _nested(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -62,7 +65,7 @@ def _scalars(option: Option) -> st.SearchStrategy[Any]:
         return st.from_regex(patterns[0].replace(r"\d", "[0-9]").rstrip("$"), fullmatch=True)
     return {
         int: st.integers(min_value=low, max_value=high),
-        str: st.text(),
+        str: st.text(min_size=_shortest(option)),
         bool: st.booleans(),
         type(None): st.none(),
     }[option.type]

@@ -223,6 +223,12 @@ RULES = (
     _broken("guard_without_a_start", "health.drift={}"),
     _broken("optimizer_kept_without_a_start", "init.optimizer=true", "init.data_position=true", "heads.extend=3"),
     _broken("trains_nothing", "freeze=[offsets_below_3]", "objective.weights={kind: constant, values: [1, 1, 0, 0]}"),
+    _broken(
+        "trains_nothing_for_a_while",
+        "heads.kind=medusa",
+        "freeze=[trunk, unembedding]",
+        "objective.weights={kind: curriculum}",
+    ),
     _broken("ranks_do_not_divide_rows", "strategy.kind=zero2", "strategy.ranks_per_node=6", "batch.micro_batch_size=1"),
     _broken("micro_rows_of_all_ranks_do_not_divide_rows", "strategy.kind=zero3", "strategy.num_nodes=2"),
     _broken("several_ranks_without_zero", "strategy.ranks_per_node=4"),

@@ -6,6 +6,7 @@ from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
 from mtp_lightning.recipe.rules.base import Rule
 from mtp_lightning.recipe.schema.describe import one_of
 from mtp_lightning.recipe.schema.model import Target
+from mtp_lightning.recipe.schema.objective import CurriculumWeights, LambdaWeights
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.trainable import TrainableParts, mixing_offsets
 
@@ -37,6 +38,19 @@ def added_by(recipe: Recipe) -> dict[str, str]:
     if mixed:
         added["layer_mix"] = f"mixtures for offsets {', '.join(map(str, mixed))}"
     return added
+
+
+def _learns_throughout(recipe: Recipe) -> bool:
+    """Check that the main head is trained where, for a while, no other offset has a weight."""
+    weights, parts = recipe.objective.weights, TrainableParts(recipe)
+    is_alone = isinstance(weights, CurriculumWeights) or (
+        isinstance(weights, LambdaWeights) and (weights.start == 0 or (weights.end == 0 and weights.ends_at < 1))
+    )
+    has_layers = recipe.heads.kind in ("parallel", "chained") and parts.head(1)
+    is_mixed = 1 in mixing_offsets(recipe) and parts.mixtures
+    matrix = parts.matrix(1) or parts.shared_norm(1)
+    is_trained = parts.trunk or parts.updates or has_layers or is_mixed or matrix
+    return recipe.first_trained_offset is not None or is_trained or not is_alone
 
 
 ADAPT_RULES: tuple[Rule, ...] = (
@@ -98,6 +112,13 @@ ADAPT_RULES: tuple[Rule, ...] = (
         ),
         expected="must leave mixtures to heads that are trained only: a frozen head would read the mean of all layers",
         hint="Set adapt.layer_mix.main_head=false, or freeze=[].",
+    ),
+    Rule(
+        fields=("objective.weights", "freeze"),
+        holds=_learns_throughout,
+        expected="must give a trained offset a weight at every step: all that the main head depends on is frozen, and "
+        "for a while it alone has one",
+        hint="Choose constant or decay weights, or take unembedding or trunk out of freeze.",
     ),
     Rule(
         fields=("adapt.layer_mix.temperature", "heads.detach_trunk"),
