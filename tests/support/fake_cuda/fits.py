@@ -249,6 +249,7 @@ def of_package(ledger: Ledger, recipe: Recipe, rank: int) -> Iterator[Any]:
         with mock.patch("torch.distributed.init_process_group", INIT):
             fake_group(recipe.strategy.num_ranks, rank)
 
+    yield mock.patch("mtp_lightning.training.strategies.process_group.met", silent())  # there is nobody to wait for
     yield mock.patch("torch.distributed.init_process_group", join)
     yield mock.patch("mtp_lightning.training.strategies.process_group.check_own_device", silent())  # all say the same
     yield mock.patch("torchmetrics.metric.gather_all_tensors", gathered)
