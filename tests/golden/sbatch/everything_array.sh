@@ -61,6 +61,7 @@ again() {
         exit "$code"
     fi
     say "$1; requeued"
+    trap '' TERM # of a limit there come several, and the next one would end scontrol
     scontrol requeue "$job" || say "scontrol could not requeue: submit again"
     exclude
     exit "$code"
