@@ -8,7 +8,7 @@ from mtp_lightning.data.tokenizers.beside import NAME
 from mtp_lightning.data.tokenizers.chat import CONFIG, PLAIN, ChatTemplate, named_tokens, read_object
 from mtp_lightning.data.tokenizers.files import CONVERT, FILE_TOKENIZERS, no_special_tokens
 from mtp_lightning.errors import DataError
-from mtp_lightning.files.paths import expanded
+from mtp_lightning.files.paths import expanded, leads_to
 from mtp_lightning.files.untrusted import shown
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"byte": ByteTokenizer}
@@ -45,7 +45,7 @@ def open_tokenizer(
             )
         return _with_own_end(TOKENIZERS[spec](), end_of_document)
     path = Path(expanded(spec))
-    if path.is_dir():
+    if leads_to(path, Path.is_dir):
         path = _file_of(path)
     if path.suffix not in FILE_TOKENIZERS:
         names, suffixes = ", ".join(TOKENIZERS), " or ".join(f"*{suffix}" for suffix in FILE_TOKENIZERS)
@@ -72,14 +72,14 @@ def open_chat_template(tokenizer: str, chosen: str | None = None) -> ChatTemplat
     if chosen == "plain" or (chosen is None and tokenizer in TOKENIZERS):
         return PLAIN
     path = Path(expanded(tokenizer))
-    folder = path if path.is_dir() else path.parent if path.name == NAME else None
+    folder = path if leads_to(path, Path.is_dir) else path.parent if path.name == NAME else None
     own = ChatTemplate.from_folder(folder) if folder else None
     if chosen is None:
         return own
     if own and chosen in own.templates:
         return dataclasses.replace(own, templates={"default": own.templates[chosen]})
     file = Path(expanded(chosen))
-    if not file.is_file():
+    if not leads_to(file, Path.is_file):
         names = ", ".join(("plain", *map(shown, own.templates if own else ())))
         raise DataError(
             "data.chat_template must be a file, or a name", repr(chosen), f"Correct the path, or choose one of: {names}"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import Fault
+from mtp_lightning.files.paths import leads_to
 from mtp_lightning.recipe.head_kinds import registered
 from mtp_lightning.recipe.layer_counts import num_layers_from_trunk, num_trunk_layers
 from mtp_lightning.recipe.rules.adapt import ADAPT_RULES
@@ -136,7 +137,7 @@ def _layers_remedy(recipe: Recipe) -> str:
 
 
 def _is_tokenizer(name: str) -> bool:
-    is_folder = "/" in name or Path(name).is_dir()
+    is_folder = "/" in name or leads_to(Path(name), Path.is_dir)
     return name in KNOWN_TOKENIZERS or name.endswith(TOKENIZER_FILES) or is_folder
 
 
