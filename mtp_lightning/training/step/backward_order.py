@@ -223,7 +223,10 @@ def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: 
             states.append(hidden)
             parts.append(term)
     teacher = terms.teacher_of(hiddens[1]) if terms.distillations else None
-    backward(model.unembedding(offsets, states, parts, teacher=teacher, teacher_learns=terms.teacher_learns))
+    if parts:  # else, at this step, only frozen offsets have a weight
+        loss = model.unembedding(offsets, states, parts, teacher=teacher, teacher_learns=terms.teacher_learns)
+        if loss.requires_grad:
+            backward(loss)
     return terms.losses()
 
 
@@ -253,8 +256,8 @@ def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Ba
         terms.record(offset, logits.detach())
     if section.token_order is not None:
         total = total + _joint_token_order(model, batch, objective, hiddens[1])
-    assert isinstance(total, Tensor)
-    backward(total)
+    if isinstance(total, Tensor) and total.requires_grad:
+        backward(total)
     return terms.losses()
 
 
