@@ -23,7 +23,9 @@ def test_two_hundred_healthy_runs_are_not_stopped(data):
     stopped = {}
     for seed in range(1000, 1200):
         recipe, change = draw(seed, data)
-        if seed % 10 == 0:  # until every look at what is undecided is over
+        if (
+            seed % 10 == 0 and "zero" not in change
+        ):  # until every look is over; updates behind a frozen zero never learn
             recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"steps": 130})})
         try:
             fit(recipe, change)
