@@ -188,7 +188,7 @@ def _check_not_lost(folder: Path) -> None:
 def note_saved(folder: Path, step: int, recipe_text: str) -> None:
     """Note durably, once, that a run has committed a checkpoint; what was removed while it ran is a run again."""
     if not is_run(folder):
-        print(f"{folder} was removed while it ran: made again, without the files of before", flush=True)
+        say(f"{folder} was removed while it ran: made again, without the files of before")
         mark(folder)
         replace_durably(folder / "recipe.yaml", recipe_text.encode())
     note = read_marker(folder)

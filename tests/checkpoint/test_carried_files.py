@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from mtp_lightning.checkpoint.convert.add_heads import extend_checkpoint
 from mtp_lightning.checkpoint.convert.consolidate import consolidate
@@ -11,10 +12,13 @@ from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.checkpoint.format.carried_files import SOURCE_CONFIG, all_end_ids
 from mtp_lightning.checkpoint.huggingface.export_model import export_hf
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
+from mtp_lightning.cli.prompts import encode_prompts
+from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.recipe import Recipe
 from tests.checkpoint.foreign import llama_tensors, write_folder
 from tests.checkpoint.runs import save_run
+from tests.data import tokenizer_folders
 from tests.data.text_tokenizers import write_tokenizer_json
 from tests.support.tiny import tiny_recipe
 
@@ -80,6 +84,22 @@ def test_files_go_through_import_run_merge_extension_and_export(with_tokenizer, 
         assert {"README.md", "tokenization_x.py", SOURCE_CONFIG} & {
             path.name for path in (tmp_path / f"back{number}").iterdir()
         } == set()
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "is_framed"),
+    [("a begin of sequence, Llama 3", True), ("begin and end of sequence", True), ("byte level, ChatML", False)],
+)
+def test_texts_and_prompts_get_what_the_tokenizer_puts_around_them(tokenizer, is_framed, tmp_path):
+    hf = write_model(tmp_path / "hf", with_tokenizer=False)
+    tokenizer_folders.write_folder(hf, tokenizer)
+    import_folder(hf, tmp_path / "ours", Wanted(num_offsets=2))
+    recipe = load_model(tmp_path / "ours")[0]
+    assert recipe.data.add_special_tokens == is_framed
+    judge = AutoTokenizer.from_pretrained(hf)
+    (prompt,) = encode_prompts(recipe, recipe_tokenizer(recipe), [b"def f(x):"])
+    expected = judge("def f(x):")["input_ids"]
+    assert prompt.tokens == (expected[:-1] if expected[-1] == judge.eos_token_id else expected)
 
 
 def test_a_model_trained_here_has_the_end_of_its_tokenizer(tmp_path):

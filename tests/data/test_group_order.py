@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mtp_lightning.data.sampling.mixture import MixedOrder, quotas_of
@@ -38,6 +38,8 @@ def test_rows_do_not_depend_on_what_is_asked_for_together(
 
 
 @given(shard_rows_lists, st.integers(1, 12), st.integers(0, 5000))
+@example([0, 1, 1], 1, 0)
+@example([1, 1, 0], 1, 1)
 def test_shards_are_known_before_they_are_read(shard_rows: list[int], shuffle_shards: int, sample: int) -> None:
     order = grouped(shard_rows, shuffle_shards)
     told = set(shards_of(order.lookahead(sample), shard_rows).tolist())

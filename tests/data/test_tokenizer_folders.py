@@ -41,7 +41,7 @@ CALL = [
     CHAT[3],
 ]
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds & <adds>"}}]
-PAIRS = [("The quick", " fox said"), ("The qui", "ck fox"), ("2+2= ", "4"), ("地", "图 😀")]
+PAIRS = [("The quick", " fox said"), ("two spaces  ", "zz"), ("The qui", "ck fox"), ("2+2= ", "4"), ("地", "图 😀")]
 
 
 @pytest.fixture(scope="module", params=[*FOLDERS, *([REAL] if REAL else [])])

@@ -30,7 +30,7 @@ from mtp_lightning.checkpoint.huggingface.weight_files import find_snapshot
 from mtp_lightning.checkpoint.huggingface.weights import IncomingWeights
 from mtp_lightning.console.progress import say, watched
 from mtp_lightning.data.tokenizers.open import open_tokenizer
-from mtp_lightning.errors import CheckpointError, RecipeError, visible
+from mtp_lightning.errors import CheckpointError, DataError, RecipeError, visible
 from mtp_lightning.files.atomic_folder import atomic_folder
 from mtp_lightning.files.durable import write_durably
 from mtp_lightning.files.untrusted import described
@@ -250,7 +250,17 @@ def _tokenizer_fields(hf_checkpoint: HFCheckpoint, wanted: Wanted, out: Path) ->
         return {}
     given = hf_checkpoint.end_of_document if wanted.end_of_document is None else wanted.end_of_document
     end = end_of_document(found, hf_checkpoint.section.vocab_size, given)
-    return {"tokenizer": str(out.absolute() / found.name), "end_of_document": end}
+    fields = {"tokenizer": str(out.absolute() / found.name), "end_of_document": end}
+    return {**fields, "add_special_tokens": True} if _frames_texts(found, end) else fields
+
+
+def _frames_texts(tokenizer: Path, end_of_document: int) -> bool:
+    """Say whether the model has seen texts with special tokens around them, as a begin of sequence."""
+    try:
+        opened = open_tokenizer(str(tokenizer), end_of_document=end_of_document, add_special_tokens=True)
+    except DataError:  # SentencePiece alone, or a frame that is not around a text
+        return False
+    return bool(opened.opening or opened.closing)
 
 
 def _report_of(hf_checkpoint: HFCheckpoint, plan: Plan) -> bytes:

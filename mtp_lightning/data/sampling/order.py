@@ -157,10 +157,18 @@ class ShardLocalShuffle(Order):
         epoch, position = divmod(sample, self._num_rows)
         order, ends = self._groups(epoch)
         group = int(np.searchsorted(ends, position, side="right"))
-        here = order[group * self._group_shards : (group + 2) * self._group_shards]
-        if group + 1 == ends.size:
-            here = np.concatenate([here, self._groups(epoch + 1)[0][: self._group_shards]])
+        following = int(
+            np.searchsorted(ends, ends[group], side="right")
+        )  # not the next number: a group may have no rows
+        here = self._members(order, group)
+        if following == ends.size:
+            order, ends = self._groups(epoch + 1)
+            following = int(np.searchsorted(ends, 0, side="right"))
+        here = np.concatenate([here, self._members(order, following)])
         return self._first_rows[here[self._shard_rows[here] > 0]]
+
+    def _members(self, order: Numbers, group: int) -> Numbers:
+        return order[group * self._group_shards : (group + 1) * self._group_shards]
 
     def _rows_of_epoch(self, positions: Numbers, epoch: int) -> Numbers:
         order, ends = self._groups(epoch)
@@ -168,7 +176,7 @@ class ShardLocalShuffle(Order):
         rows = np.empty_like(positions)
         for group in set(groups.tolist()):
             inside = np.flatnonzero(groups == group)
-            members = order[group * self._group_shards : (group + 1) * self._group_shards]
+            members = self._members(order, group)
             begins = np.concatenate([[0], np.cumsum(self._shard_rows[members])])
             size = int(begins[-1])
             places = permute(

@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from mtp_lightning.errors import DataError
+from mtp_lightning.files import untrusted
 from mtp_lightning.files.untrusted import read_bounded, shown
 
 CONFIG, SPECIAL_TOKENS, TEMPLATE, MORE_TEMPLATES = (
@@ -175,12 +176,9 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(read_bounded(path, MOST_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
+        return untrusted.read_object(path)
+    except (OSError, untrusted.OddFileError) as error:
         raise _damaged(path, shown(error)) from error
-    if not isinstance(content, dict):
-        raise _damaged(path, type(content).__name__)
-    return content
 
 
 def named_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

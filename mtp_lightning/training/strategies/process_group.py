@@ -21,6 +21,7 @@ from mtp_lightning.training.strategies.param_shards import listed
 
 JOIN_TIMEOUT = timedelta(minutes=30)
 SAY_AFTER_S, POLL_S = 60.0, 0.1
+ALL_CAME = "all"
 
 
 def met(rank_info: RankInfo) -> Store:
@@ -48,20 +49,33 @@ def met(rank_info: RankInfo) -> Store:
 
 
 def _wait_for_all(store: Store, rank_info: RankInfo) -> None:
-    """Poll for the ranks that have not come; say which after a while, and at the end."""
-    missing, began, has_said = list(range(rank_info.num_ranks)), time.monotonic(), False
-    while missing := [rank for rank in missing if not store.check([f"came/{rank}"])]:
-        waited_s, names = time.monotonic() - began, listed(list(map(str, missing)))
-        if waited_s > JOIN_TIMEOUT.total_seconds():
-            raise LaunchError(
-                f"all {rank_info.num_ranks} ranks must meet within {JOIN_TIMEOUT.total_seconds() / 60:g} minutes",
-                f"rank {names} missing at {rank_info.main_address}:{rank_info.main_port}",
-                "Look at their logs, and whether their nodes reach that address.",
-            )
-        if waited_s > SAY_AFTER_S and not has_said:
+    """Poll until the first rank has seen all ranks come; say which have not after a while, and at the end."""
+    began, has_said = time.monotonic(), False
+    while not _have_all_come(store, rank_info):
+        waited_s = time.monotonic() - began
+        is_over = waited_s > JOIN_TIMEOUT.total_seconds()
+        if is_over or (waited_s > SAY_AFTER_S and not has_said):
             has_said = True
+            names = listed(list(map(str, _missing(store, rank_info))))
+            if is_over:
+                raise LaunchError(
+                    f"all {rank_info.num_ranks} ranks must meet within {JOIN_TIMEOUT.total_seconds() / 60:g} minutes",
+                    f"rank {names} missing at {rank_info.main_address}:{rank_info.main_port}",
+                    "Look at their logs, and whether their nodes reach that address.",
+                )
             print(f"rank {rank_info.rank} waits for rank {names}", file=sys.stderr, flush=True)
         time.sleep(POLL_S)
+
+
+def _have_all_come(store: Store, rank_info: RankInfo) -> bool:
+    """Ask for one key; only the first rank looks for every other, so a thousand ranks ask a thousand times a round."""
+    if rank_info.rank == 0 and not _missing(store, rank_info):
+        store.set(ALL_CAME, "")
+    return bool(store.check([ALL_CAME]))
+
+
+def _missing(store: Store, rank_info: RankInfo) -> list[int]:
+    return [rank for rank in range(rank_info.num_ranks) if not store.check([f"came/{rank}"])]
 
 
 @contextlib.contextmanager
