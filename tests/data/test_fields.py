@@ -151,6 +151,18 @@ def test_the_first_ten_are_named_on_the_screen(tmp_path: Path) -> None:
     assert f"{tmp_path}/x.jsonl, line 2: 'text' is null" in done.output
 
 
+def test_a_chat_in_a_field_that_is_named_keeps_what_stands_beside_it(tmp_path: Path) -> None:
+    record = {"turns": SHAREGPT, "system": "S", "tools": [{"type": "function"}]}
+    pa.parquet.write_table(pa.Table.from_pylist([record]), tmp_path / "x.parquet")
+    (tmp_path / "x.jsonl").write_text(json.dumps(record))
+    for name in ("x.parquet", "x.jsonl"):
+        (document,) = found(tmp_path / name, Reading(text_field="turns"))
+        assert isinstance(document, Document)
+        assert document.chat
+        assert document.chat.tools == record["tools"]
+        assert document.chat.messages == [{"role": "system", "content": "S"}, *TURNS]
+
+
 def test_fields_can_be_named(tmp_path: Path) -> None:
     record = {"title": "T", "body": {"text": "B", "n": 3}, "a.b": "dotted", "no": None, "turns": SHAREGPT}
     cases = {

@@ -27,7 +27,8 @@ ASKED = (["instruction"], ["instruction", "input"], ["instruction", "context"])
 
 ANSWERING = ("completion", "output", "response", "answer", "solution")
 SYSTEM = ("system", "system_prompt")
-KNOWN = frozenset({"text", "tools", "documents", "chat_template_kwargs", *CHATS, *ASKING, *ANSWERING, *SYSTEM})
+BESIDE_A_CHAT = ("tools", "documents", "chat_template_kwargs", *SYSTEM)
+KNOWN = frozenset({"text", *CHATS, *ASKING, *ANSWERING, *BESIDE_A_CHAT})
 """Fields that are looked for where none is named."""
 
 ROLES = {
@@ -82,7 +83,7 @@ class Reading:
 
     def columns_of(self, names: Sequence[str]) -> list[str]:
         """Return the columns of a table that are needed, of those that there are."""
-        named = [self.text_field] if self.text_field else []
+        named = [self.text_field, *BESIDE_A_CHAT] if self.text_field else []
         if self.template:
             named = [field for _, field in template_parts(self.template) if field]
         wanted = {root for name in named for root in (name, name.partition(".")[0])} or KNOWN
@@ -151,7 +152,7 @@ def document_of_record(record: Any, name: str, reading: Reading) -> Document:
     if reading.text_field:
         value = _looked_up(record, reading.text_field)
         if isinstance(value, list):
-            return _chat_document(name, Chat(messages=_messages(value)))
+            return _chat_document(name, _chat(record, _with_system(record, _messages(value))))
         return Document(name=name, parts=((_text(value, reading.text_field), True),))
     return _known_document({key: value for key, value in record.items() if value is not None}, record, name)
 
