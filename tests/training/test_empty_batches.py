@@ -46,6 +46,7 @@ def test_steps_without_a_target_have_no_effect_and_are_counted(shards, kind):
     losses = [row["train/loss_1"] for row in rows]
     assert [loss in ("", "nan") for loss in losses] == steps  # exactly where there is a loss, something is learnt
     assert done.stdout.count("skipped: no token to learn in rows") == skipped[-1].bit_length()
+    assert f"{skipped[-1]} of the first {STEPS} global batches have no token to learn" in done.stderr
     if kind != "single":
         alone = dict(load_model(shards / "single")[1].named_parameters()) if (shards / "single").exists() else {}
         for name, parameter in dict(load_model(shards / kind)[1].named_parameters()).items():

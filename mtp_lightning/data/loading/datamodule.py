@@ -16,12 +16,14 @@ from mtp_lightning.data.loading.factory import OpenData, open_data, open_rows, p
 from mtp_lightning.data.loading.stream_batches import StreamBatches, stream_identity, stream_rows
 from mtp_lightning.data.loading.stream_documents import StreamRows
 from mtp_lightning.data.sampling.order import Range, with_skipped, without_skipped
-from mtp_lightning.data.sampling.windows import SequenceSource
+from mtp_lightning.data.sampling.windows import RowArrays, SequenceSource
 from mtp_lightning.errors import CheckpointError, DataError
+from mtp_lightning.files.paths import is_url
 from mtp_lightning.recipe.loading.load import RecipeLike, as_recipe
 
 STATE_VERSION = 1
 MOST_SKIP_RANGES = 20  # so that the state stays below 1 KiB
+MOST_LOOKED_AT = 1024  # rows that are read before training begins
 
 
 @final
@@ -74,6 +76,8 @@ class MtpDataModule(LightningDataModule):
         self._check_batch()
         self._check_validation()
         self._check_sample()
+        if self._rank == 0 and not self._is_stream:
+            self._say_unlearnt()
 
     def train_dataloader(self) -> TrainingBatches | StreamBatches:
         """Return this rank's part of every global batch, without end, from `rows_consumed` at first use."""
@@ -244,6 +248,30 @@ class MtpDataModule(LightningDataModule):
                 f"a prompt of {num_tokens:,} tokens",
                 "Shorten run.sample, or raise model.max_position_embeddings",
             )
+
+    def _say_unlearnt(self) -> None:
+        """Say how many of the first global batches have no token to learn, as a mask may leave none in long prompts."""
+        sources = filter(None, (self.recipe.data.shards, *self.recipe.data.mixture))
+        is_masked = any(manifest.is_masked("train") for manifest in self.training_rows.manifests)
+        if not is_masked or any(map(is_url, sources)):  # rows behind a URL would all be fetched first
+            return
+        dataset = SampleDataset(self.training_rows, self.training_data.order, self.recipe.model.vocab_size)
+        slices = iter(RankSlices(rows_consumed=0, batch=self.recipe.batch, rank=0, world_size=1))
+        count = max(1, min(MOST_LOOKED_AT // self.recipe.batch.global_batch_size, self.recipe.run.steps))
+        unlearnt = sum(not _has_target(dataset.read(samples)) for samples in itertools.islice(slices, count))
+        if unlearnt:
+            say(
+                f"{unlearnt:,} of the first {count:,} global batches have no token to learn: their steps are skipped. "
+                "Raise batch.global_batch_size or data.seq_len to have fewer",
+                stderr=True,
+            )
+
+
+def _has_target(batch: RowArrays) -> bool:
+    """Tell whether any token is to be predicted from one of its document before it."""
+    documents, learnt = batch["documents"], batch.get("loss_mask")
+    is_inside = documents[:, 1:] == documents[:, :-1]
+    return bool((is_inside if learnt is None else is_inside & learnt[:, 1:]).any())
 
 
 def _rows_consumed_of(state: Mapping[str, Any]) -> int:

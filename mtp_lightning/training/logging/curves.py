@@ -40,7 +40,7 @@ def build_figure(rows: list[Row], *, title: str, unit: str) -> Any:
     _draw_acceptance(right, rows)
     rows_of_legend = _add_legend(figure)
     # fixed, as a layout that measures every text takes longer than the drawing
-    figure.subplots_adjust(left=0.06, right=0.94, bottom=0.12 + 0.05 * rows_of_legend, top=0.86, wspace=0.16)
+    figure.subplots_adjust(left=0.075, right=0.94, bottom=0.12 + 0.05 * rows_of_legend, top=0.86, wspace=0.16)
     return figure
 
 
