@@ -37,7 +37,7 @@ PICKLES = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "joblib"})
 KINDS = ("txt", "json", "tok", "npy")
 COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$")
 NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
-MOST_NUMBERS = 1_000_000
+MOST_NUMBERS, LONGEST_NUMBER = 1_000_000, 9
 META = re.compile(r"__[^/]*__($|/)|.*\.__(key|url)__$")  # members that webdataset keeps for itself
 TAR_NAME = re.compile(r"\.(tar|tgz|tbz2?|txz|tzst)(\.\w+)?$")
 STREAM_ORDER = "stream order 1"
@@ -51,6 +51,8 @@ def tars_of(patterns: Sequence[str]) -> list[str]:
 
     >>> tars_of(["https://x.org/a-{08..10}.tar"])
     ['https://x.org/a-08.tar', 'https://x.org/a-09.tar', 'https://x.org/a-10.tar']
+    >>> tars_of(["s3://b/{0..1}/{8..9}.tar"])
+    ['s3://b/0/8.tar', 's3://b/0/9.tar', 's3://b/1/8.tar', 's3://b/1/9.tar']
     """
     tars: set[str] = set()
     for name in itertools.chain.from_iterable(map(_numbered, patterns)):
@@ -71,20 +73,22 @@ def _files(name: str) -> list[str]:
     return [str(file.path) for file in find_files([name])]
 
 
-def _numbered(pattern: str) -> list[str]:
-    """Write the numbers of one `{00..17}` out."""
+def _numbered(pattern: str, most: int = MOST_NUMBERS) -> list[str]:
+    """Write each `{00..17}` out; `most` bounds how many names there are in all."""
     found = NUMBERS.search(pattern)
     if not found:
         return [pattern]
     low, high = found.groups()
-    if len(high) > 9 or len(low) > 9 or int(high) - int(low) >= MOST_NUMBERS:
+    count = int(high) - int(low) + 1 if max(len(low), len(high)) <= LONGEST_NUMBER else most + 1
+    if not 1 <= count <= most:
         raise DataError(
-            f"{{first..last}} in a name of data.stream must stand for at most {MOST_NUMBERS:,} numbers",
+            f"{{first..last}} in a name of data.stream must stand for 1 to {MOST_NUMBERS:,} numbers in all",
             shown(found[0]),
-            "Give fewer tars, or several patterns",
+            "Give the lower number first, fewer tars, or several patterns",
         )
     numbers = [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)]
-    return [pattern[: found.start()] + number + pattern[found.end() :] for number in numbers]
+    names = (pattern[: found.start()] + number + pattern[found.end() :] for number in numbers)
+    return [name for one in names for name in _numbered(one, most // count)]
 
 
 @final
