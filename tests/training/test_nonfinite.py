@@ -213,8 +213,8 @@ def test_a_checkpoint_that_nothing_finite_follows_is_set_aside(place, seed, monk
         batches.append(batch["tokens"])
         return prepare(batch, recipe, step)
 
-    def spoiling(self, *arguments):
-        step_optimizer(self, *arguments)
+    def spoiling(self, *arguments, **named):
+        step_optimizer(self, *arguments, **named)
         if (batches[-1][:, :-4] == ord(BAD)).any():
             with torch.no_grad():
                 self.model.trunk.embed_tokens.weight.fill_(torch.nan)
