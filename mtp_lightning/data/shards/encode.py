@@ -21,8 +21,7 @@ from mtp_lightning.data.shards.manifest import Split
 from mtp_lightning.data.shards.render import render_chat
 from mtp_lightning.data.shards.tokenize import Mask, encode_documents, round_trip
 from mtp_lightning.data.text.blocks import DocumentBlock
-from mtp_lightning.data.text.chats import Chat
-from mtp_lightning.data.text.records import AS_KNOWN, Document, LeftOut, Reading
+from mtp_lightning.data.text.records import AS_KNOWN, Chat, Document, LeftOut, Reading
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, token_dtype
 from mtp_lightning.data.tokenizers.chat import ChatTemplate
 from mtp_lightning.data.tokenizers.open import open_chat_template, open_tokenizer

@@ -4,13 +4,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from mtp_lightning.data.text.chats import Chat
+from mtp_lightning.data.text.records import Chat, Parts
 from mtp_lightning.data.tokenizers.chat import ChatTemplate, Span
 from mtp_lightning.errors import DataError
 
 LEARNT_ROLE = "assistant"
-Parts = tuple[tuple[bytes, bool], ...]
-"""Texts in their order, and whether each is learnt or only read."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,9 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from mtp_lightning.data.text.chats import Chat
 from mtp_lightning.errors import DataError
 from mtp_lightning.files.untrusted import shown
 from mtp_lightning.recipe.rules.data import (
@@ -91,6 +90,23 @@ class Reading:
 
 
 AS_KNOWN = Reading()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A conversation as a row says it.
+
+    Attributes:
+        messages: objects with `role`, and `content` or `tool_calls`, as the template takes them.
+        tools: descriptions of the functions that the model may call.
+        variables: more that the template sees, such as `documents`.
+        num_given: number of first turns that are read only, whoever speaks.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: list[Any] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    num_given: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,12 +269,12 @@ def _chat(given: Mapping[str, Any], messages: list[dict[str, Any]], *, num_given
 def _filled(template: str, record: Mapping[str, Any]) -> str:
     """Put values into a template: texts and numbers, nothing computed."""
     pieces = []
-    for literal, field in template_parts(template):
+    for literal, name in template_parts(template):
         pieces.append(literal)
-        if field:
-            value = _looked_up(record, field)
+        if name:
+            value = _looked_up(record, name)
             if not isinstance(value, str | int | float):
-                raise RowFault(*_fault_of(value, field))
+                raise RowFault(*_fault_of(value, name))
             pieces.append(value if isinstance(value, str) else json.dumps(value))
     return "".join(pieces)
 
