@@ -63,6 +63,7 @@ def generate(
     from mtp_lightning.data.loading.corpus import recipe_tokenizer
     from mtp_lightning.decode import Settings
     from mtp_lightning.decode.self_generated import OwnText
+    from mtp_lightning.decode.settings import ADAPTIVE
 
     folder = open_checkpoint(model, verify=False)  # in full before it is loaded: all may be there already
     tokenizer = recipe_tokenizer(folder.recipe)
@@ -76,6 +77,7 @@ def generate(
             top_p=top_p if temperature else None,
             seed=seed,
             stop_tokens=_end_ids_of(folder, tokenizer),
+            draft_length=ADAPTIVE if folder.recipe.heads.num_offsets > 1 else None,  # heads may know nothing yet
         ),
         end_of_document=tokenizer.end_of_document,
         batch_rows=rows,
@@ -139,10 +141,11 @@ def _documents(
     """Load the model and let it write."""
     from mtp_lightning.checkpoint.convert.load_model import build_trained
     from mtp_lightning.console.progress import counted, say
+    from mtp_lightning.decode.packed_linear import pack_linear_maps
     from mtp_lightning.decode.self_generated import Writer
 
     folder.verify()
-    writer = Writer(build_trained(folder, device=device), prompts, wanted)
+    writer = Writer(pack_linear_maps(build_trained(folder, device=device)), prompts, wanted)
     with counted("writing", total=wanted.num_documents, unit="documents") as advance:
         yield from writer.documents(log, advance)
     say(f"{writer.num_duplicates:,} duplicates left out")
