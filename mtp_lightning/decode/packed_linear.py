@@ -21,7 +21,7 @@ class PackedLinear(nn.Linear):
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta", dtype=plain.weight.dtype)
-        self.weight.requires_grad_(requires_grad=False)
+        self.requires_grad_(requires_grad=False)
         self.bias = plain.bias
         self._packed = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach(), 1)
 
@@ -36,7 +36,7 @@ def pack_linear_maps(model: MtpModel) -> MtpModel:
 
     On a GPU, in another type, or where the processor has no kernels for it, the model stays as it is.
     """
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         for owner in [*model.modules()]:
             for name, child in owner.named_children():
                 if type(child) is nn.Linear and (child.weight.device.type, child.weight.dtype) == PACKED:

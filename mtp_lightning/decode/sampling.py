@@ -63,17 +63,17 @@ class Sampling:
         return tokens.gather(-1, draw(likeliest, generator)[..., None])[..., 0]
 
     def _leaves_out(self, logits: Tensor) -> bool:
-        return (self.top_k or logits.shape[-1]) < logits.shape[-1] or (self.top_p or 1.0) < 1
+        return self._num_kept(logits) < logits.shape[-1] or (self.top_p or 1.0) < 1
+
+    def _num_kept(self, logits: Tensor) -> int:
+        return min(self.top_k or logits.shape[-1], logits.shape[-1])
 
     def _softmax(self, logits: Tensor) -> Tensor:
         return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature).softmax(-1)
 
     def _likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Find the tokens that top-k keeps, and what each is drawn with after top-p: (..., V) -> two (..., k)."""
-        if (self.top_k or logits.shape[-1]) < logits.shape[-1]:
-            scores, tokens = logits.topk(self.top_k, dim=-1)
-        else:
-            scores, tokens = logits.sort(dim=-1, descending=True)
+        scores, tokens = logits.topk(self._num_kept(logits), dim=-1)
         probabilities = self._softmax(scores)
         if self.top_p is not None:
             is_surplus = (
