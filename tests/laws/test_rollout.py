@@ -5,7 +5,6 @@ The loop runs each module on the given states before a position and on the posit
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
 from mtp_lightning.decode import generate
 from mtp_lightning.decode.drafting import draft_chain
@@ -13,6 +12,7 @@ from mtp_lightning.decode.state import DecodeState, prefill
 from mtp_lightning.losses import reference
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
+from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.heads import HeadContext
 from mtp_lightning.model.positions import document_geometry, window_geometry
 from mtp_lightning.training.step.backward_order import accumulate_gradients
@@ -188,7 +188,8 @@ def test_drafts_are_those_of_the_decoder(kind):
         exact = min(3, [*right, False].index(False) + 2)
         assert drafts[:exact] == decoded[:exact]
         compared, wrong_before = compared + exact, wrong_before + (exact >= 2 and not right[0])
-    assert compared > 60 and wrong_before > 5
+    assert compared > 60
+    assert wrong_before > 5
 
 
 @pytest.mark.parametrize("kind", ["sequential", "recursive"])
@@ -201,7 +202,8 @@ def test_the_decoder_keeps_what_a_rollout_predicts(kind):
     made = generate(model, [prompt], decoder="chain", draft_length=3, max_new_tokens=LENGTH - 4)
     counts = predicted_counts(chosen, prompt, text[: len(chosen[1]) + 4], 3)
     assert counts == made.statistics.accepted_by_row[0][: len(counts)]
-    assert len(counts) > 3 and 0 < sum(counts) < 3 * len(counts)
+    assert len(counts) > 3
+    assert 0 < sum(counts) < 3 * len(counts)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -257,3 +259,24 @@ def test_off_text_counts_targets_behind_a_wrong_draft():
     expected = [(valid[k - 1] & ~right[k - 3]).sum() for k in (3, 4)]
     assert losses.off_text[2:].tolist() == [float(number) for number in expected]
     assert 0 < expected[0] < valid[2].sum()
+
+
+@pytest.mark.parametrize("where", ["all", "reached"])
+def test_a_frozen_offset_drafts_too(where):
+    """Without a loss of its own, and whatever is logged."""
+    results = []
+    for order, predicts in (("joint", True), ("sequential", False), ("bridged", False)):
+        recipe = rolled_recipe(order=order, objective={"rollout": {"where": where}}, freeze=["offsets_below_3"])
+        model, (tokens, documents, _) = tiny_model(recipe), tiny_rows(recipe, 2)
+        freeze(model, recipe)
+        targets = shifted_targets(tokens, documents, 4)
+        counts, draw = (targets != IGNORE).sum((1, 2)).double(), RolloutDraw.at(recipe, 0)
+        objective = Objective(recipe.objective, [0, 0, 1, 1], counts, predicts=predicts, rollout=draw)
+        losses = accumulate_gradients(model, MicroBatch(tokens, documents, targets), objective, torch.Tensor.backward)
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert losses.computed == ((1, 2, 3, 4) if predicts else (3, 4))
+    expected, *others = results
+    assert "heads.blocks.1.eh_proj.weight" in expected
+    for found in others:
+        assert found.keys() == expected.keys()
+        assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-10

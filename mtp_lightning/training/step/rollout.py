@@ -6,8 +6,9 @@ drafts at t alone. From offset 3 on the modules therefore run over two streams, 
     given  (T)    reads the given tokens; attends to given positions up to itself
     own    (T)    reads the drafts made at this position; attends to given positions before itself, and to itself
 
-The own stream is scored; what it drafts is what the next offset reads. Its drafts are those of the decoder up to the one
-after the first that is wrong, behind which nothing is kept. Choices have no gradient; embeddings of what was chosen have one.
+The own stream is scored; what it drafts is what the next offset reads. Its drafts are those of the decoder up to the
+one after the first that is wrong, behind which nothing is kept. Choices have no gradient; embeddings of what was chosen
+have one.
 """
 
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class RolloutDraw:
         index = torch.arange(tokens.shape[1], device=tokens.device)
         rows = _scrambled(tokens + _scrambled(index)).sum(1, keepdim=True)  # (B, 1)
         key = _scrambled(_scrambled(torch.tensor(self.seed, device=tokens.device)) + self.step)
-        bits = _scrambled(_scrambled(rows + key) + index[:num_positions]) & (2**53 - 1)
+        bits: Tensor = _scrambled(_scrambled(rows + key) + index[:num_positions]) & (2**53 - 1)
         return bits < int(self.probability * 2**53)
 
 
