@@ -66,7 +66,8 @@ def _scrambled(values: Tensor) -> Tensor:
 
 
 def _shifted(values: Tensor, bits: int) -> Tensor:
-    return (values >> bits) & (2 ** (64 - bits) - 1)
+    shifted: Tensor = (values >> bits) & (2 ** (64 - bits) - 1)  # zeros come in, whatever the sign
+    return shifted
 
 
 class Rollout:
