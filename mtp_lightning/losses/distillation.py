@@ -38,6 +38,8 @@ class Distillation:
     matrix: int = 0  # number of the teacher's V x D matrix
     loss_sum: Tensor | float = 0.0
     row_losses: Tensor | None = None  # (P,) filled in where given
+    learns: Tensor | None = None  # (P,) rows that have a loss and a gradient, None for all; others are measured alone
+    measured_sum: Tensor | float = 0.0  # of all rows with a teacher
 
     def teacher_rows(self, rows: slice) -> slice:
         """Rows of the main head that teach a chunk; fewer at the end."""
@@ -68,7 +70,12 @@ class Distillation:
             counts = counts & (log_p.amax(1) >= math.log(section.confidence))
         divergence, mirrored = divergence_pair(section.divergence, section.lk_rate)
         losses, grad = divergence(log_p, log_q)
-        self._record(torch.where(counts, losses, 0), rows)
+        losses = torch.where(counts, losses, 0)
+        self.measured_sum = self.measured_sum + losses.sum()
+        if self.learns is not None:
+            counts = counts & self.learns[rows][: len(teacher)]
+            losses = torch.where(counts, losses, 0)
+        self._record(losses, rows)
         back = _counted(mirrored(log_q, log_p)[1], counts, section) if both else None
         own = LogitGrad(index, _counted(grad, counts, section))
         return own, None if back is None else LogitGrad(index, back)

@@ -70,6 +70,11 @@ class MtpModel(nn.Module):
             embedded = embedded.detach()
         return HeadContext(geometry, embedded)
 
+    def embed_drafts(self, drafts: Tensor) -> Tensor:
+        """Embed what heads read in place of given tokens, as `context` would: (B, T) -> (B, T, D)."""
+        embedded: Tensor = self.trunk.embed_tokens(drafts)
+        return embedded.detach() if self.heads.detaches_trunk else embedded
+
     def parent_of(self, offset: int) -> int:
         """Name what an offset reads: another offset, `TRUNK`, or by its own number, negative, its mixture of layers."""
         return -offset if str(offset) in self.layer_mix else self.heads.parent_of(offset)
@@ -94,11 +99,16 @@ class MtpModel(nn.Module):
         return state if norm is None else self.unembedding.normalize(norm, state)
 
     def hidden_states(
-        self, tokens: Tensor, documents: Tensor, offsets: Collection[int] | None = None
+        self,
+        tokens: Tensor,
+        documents: Tensor,
+        offsets: Collection[int] | None = None,
+        run: Callable[[int, Tensor, HeadContext], Tensor] | None = None,
     ) -> dict[int, Tensor]:
         """Hidden states in one ordinary graph, main head first: two (B, T+n) -> one (B, T, D) per offset.
 
-        `offsets` names those that are wanted (with all that they read); None means every one.
+        `offsets` names those that are wanted (with all that they read); None means every one. `run` computes an offset
+        in place of the heads.
         """
         embedded = self.embed(tokens)
         geometry = self.geometry(documents, like=embedded)
@@ -108,7 +118,7 @@ class MtpModel(nn.Module):
         for offset in self.heads.order:
             if offsets is None or offset in offsets:
                 source = self.read(offset, states[self.parent_of(offset)])
-                states[offset] = self.heads(offset, source, context)
+                states[offset] = (run or self.heads)(offset, source, context)
         return {offset: states[offset] for offset in self.heads.offsets if offset in states}
 
     def compile_layers(self) -> None:

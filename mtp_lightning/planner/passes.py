@@ -66,6 +66,8 @@ class BackwardFlow:
     num_matrix_gradients: int  # V x D gradients that are summed up
     num_mixed_states: int = 0  # that only mixtures keep, in a trunk without autograd
     teacher: MatmulCost = MatmulCost()  # scores of the main head, made again for every offset that is compared with it
+    drafts: MatmulCost = MatmulCost()  # scores that a rollout makes ahead of the losses, but in the sequential order
+    reads_drafts: bool = False  # far offsets run over two streams
     num_compared: int = 0  # such offsets
     num_compared_entries: int = 0  # of their distributions, per position, in all
 
@@ -110,6 +112,8 @@ def backward_flow_of(recipe: Recipe) -> BackwardFlow:
         num_matrix_gradients=len(walk.matrices),
         num_mixed_states=num_trunk_layers(recipe) if has_mixtures and not walk.trunk.layers_back else 0,
         teacher=walk.teacher,
+        drafts=walk.drafts,
+        reads_drafts=walk.reads_drafts,
         num_compared=walk.num_compared,
         num_compared_entries=walk.num_compared_entries,
     )
@@ -120,7 +124,9 @@ class _Walk:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.trained = recipe, TrainableParts(recipe)
-        self.trunk = self.heads = self.unembedding = self.teacher = MatmulCost()
+        self.trunk = self.heads = self.unembedding = self.teacher = self.drafts = MatmulCost()
+        rollout = recipe.objective.rollout
+        self.reads_drafts = rollout is not None and rollout.where == "all"
         self.num_losses = self.num_compared = self.num_compared_entries = 0
         self.matrices: set[int] = set()  # numbers of those that get a gradient
         self.has_path: dict[int, bool] = {}  # by offset
@@ -133,29 +139,37 @@ class _Walk:
         offsets = planned_offsets(self.recipe)
         for offset in offsets:
             self._run_head(offset)
+        if self.recipe.objective.rollout is not None:
+            scored = product(
+                self.recipe.model.vocab_size * self.recipe.model.hidden_size, reads=False, is_trained=False
+            )
+            for _ in set(offsets) & set(range(2, self.recipe.heads.num_offsets)):
+                self.drafts += scored
         for offset in offsets:  # the main head, which others are compared with, may have come last
             self._compare(offset)
 
     def _run_head(self, offset: int) -> None:
         recipe, trained = self.recipe, self.trained
-        heads, model, is_trained = recipe.heads, recipe.model, trained.head(offset)
+        heads, model, is_trained, own_work = recipe.heads, recipe.model, trained.head(offset), MatmulCost()
         has_path = self._reads_path(offset)
         num_layers = heads.layers_per_head if heads.kind in ("parallel", "chained") else 0
         if (own := registered(heads.kind)) is not None:
             num_layers, (entries, _) = own.num_layers(heads, offset), own.weights_beside_layers(model, heads, offset)
-            self.heads += product(entries, reads=has_path, is_trained=is_trained)
+            own_work += product(entries, reads=has_path, is_trained=is_trained)
             has_path = has_path or (is_trained and entries > 0)
         if heads.kind in ("sequential", "recursive") and offset > 1:
             reads = has_path or is_trained or (trained.trunk and not heads.detach_trunk)  # the norms before it, too
-            self.heads += product(2 * model.hidden_size**2, reads=reads, is_trained=is_trained)
+            own_work += product(2 * model.hidden_size**2, reads=reads, is_trained=is_trained)
             has_path, num_layers = reads, heads.layers_per_head
         for _ in range({"linear": 1, "medusa": heads.layers_per_head}.get(heads.kind, 0) if offset > 1 else 0):
-            self.heads += product(model.hidden_size**2, reads=has_path, is_trained=is_trained)
+            own_work += product(model.hidden_size**2, reads=has_path, is_trained=is_trained)
             has_path = has_path or is_trained
         lora = recipe.adapt.lora
         stack = _Stack(recipe, is_trained=is_trained, is_updated=lora is not None and lora.in_heads)
         work, self.has_path[offset] = stack.run(num_layers, has_path=has_path)
-        self.heads += work
+        own_work += work
+        for _ in range(2 if self.reads_drafts and offset > 2 else 1):
+            self.heads += own_work
 
     def _reads_path(self, offset: int) -> bool:
         """Whether what an offset reads has a gradient path: its parent, through a norm or without, or a mixture."""

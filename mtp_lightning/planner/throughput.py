@@ -99,7 +99,8 @@ def _recomputed(shape: Shape, layout: Layout) -> tuple[int, int]:
 def _products_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     _, again = _recomputed(shape, layout)
     teacher = 0 if layout.backward_order == "joint" else shape.passes.teacher.entries
-    operations = _positions(shape, layout) * 2 * (shape.passes.all.entries + again + teacher)
+    drafts = 0 if layout.backward_order == "sequential" else shape.passes.drafts.entries
+    operations = _positions(shape, layout) * 2 * (shape.passes.all.entries + again + teacher + drafts)
     return operations / (hardware.peak(layout.precision) * hardware.product_efficiency)
 
 

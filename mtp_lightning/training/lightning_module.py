@@ -8,6 +8,7 @@ reduction that all ranks begin with), `step/objective.py` (the loss), `step/back
 import math
 import resource
 import time
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
@@ -32,6 +33,7 @@ from mtp_lightning.training.step.optimizer import (
     rates_by_role,
     set_learning_rate,
 )
+from mtp_lightning.training.step.rollout import RolloutDraw
 from mtp_lightning.training.step.skipped_steps import SkippedSteps
 from mtp_lightning.training.step.vote import AgreedCounts, StepVote, agree_on_step
 from mtp_lightning.training.strategies.base import RunStrategy
@@ -110,7 +112,10 @@ class MtpLightningModule(L.LightningModule):
         self._check_targets(batch, prepared)
         counts = agree_on_step(prepared.counts, self.step_vote, self.strategy.ranks)
         weights_with_targets = self.target_check.look(counts.targets, prepared.weights)
-        objective = self._objective(prepared.weights, counts, weights_with_targets, predicts=self._is_logged(step + 1))
+        objective = replace(
+            self._objective(prepared.weights, counts, weights_with_targets, predicts=self._is_logged(step + 1)),
+            rollout=RolloutDraw.at(self.recipe, step),
+        )
         losses: list[OffsetLosses] = []
         with self.strategy.accumulating():
             for micro_batch in prepared.micro_batches:

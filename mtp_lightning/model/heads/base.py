@@ -18,9 +18,12 @@ class HeadContext(NamedTuple):
 
     geometry: AttentionInputs
     embedded: Tensor  # (B, T+n, D) embedded tokens
+    drafted: Tensor | None = None  # (B, T, D) embedded tokens of which drafts take the place
 
     def tokens_between(self, offset: int) -> Tensor:
         """Embedding of the token just before the one this offset predicts, t+k-1 at slot t: (B, T, D)."""
+        if self.drafted is not None:
+            return self.drafted
         num_positions = self.geometry.cos.shape[-2]
         return self.embedded[:, offset - 1 : offset - 1 + num_positions]
 

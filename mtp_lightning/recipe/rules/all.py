@@ -13,6 +13,7 @@ from mtp_lightning.recipe.rules.base import Rule, divisors, value_at
 from mtp_lightning.recipe.rules.data import DATA_RULES, MODEL_RULES
 from mtp_lightning.recipe.rules.deepspeed import check_deepspeed
 from mtp_lightning.recipe.rules.paths import PATH_RULES
+from mtp_lightning.recipe.rules.rollout import ROLLOUT_RULES
 from mtp_lightning.recipe.rules.strategy import STRATEGY_RULES
 from mtp_lightning.recipe.schema.base import Section
 from mtp_lightning.recipe.schema.data import MIXTURE_BLOCK_ROWS
@@ -383,6 +384,7 @@ RULES: tuple[Rule, ...] = (
         hint="Give init.path, or set health.drift=null.",
     ),
     *(_needs_start(field) for field in ("init.optimizer", "init.data_position", "heads.extend")),
+    *ROLLOUT_RULES,
     *MODEL_RULES,
     *ADAPT_RULES,
     *DATA_RULES,

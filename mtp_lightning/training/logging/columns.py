@@ -20,6 +20,7 @@ def metric_columns(num_offsets: int, sources: Iterable[str] = ()) -> list[str]:
         "lr",
         *_figures("train", num_offsets),
         *(f"train/divergence_{k}" for k in range(2, num_offsets + 1)),
+        *(f"train/off_text_{k}" for k in range(3, num_offsets + 1)),
         *(f"grad_norm/{role}" for role in ROLES),
         "tokens_per_s",
         "memory_gib",

@@ -61,6 +61,8 @@ class OffsetMetrics(Metric):
     overlap_sum: Tensor
     num_sampled: Tensor
     sampled_sum: Tensor
+    num_off_text: Tensor
+    num_rolled_out: Tensor
 
     def __init__(self, num_offsets: int) -> None:
         super().__init__()
@@ -71,6 +73,8 @@ class OffsetMetrics(Metric):
         for name in ("num_agreeing", "num_comparable", "num_accepted"):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
         for name in ("divergence_sum", "num_distilled", "overlap_sum", "sampled_sum"):
+            self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
+        for name in ("num_off_text", "num_rolled_out"):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
         for name in ("num_drafted", "num_sampled"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -85,6 +89,9 @@ class OffsetMetrics(Metric):
             is_distilled = ~losses.divergence_sums.isnan()
             self.divergence_sum += losses.divergence_sums.nan_to_num().to(torch.float64)
             self.num_distilled += teacher_positions(targets).sum((1, 2)) * is_distilled
+        if losses.off_text is not None:
+            self.num_off_text += losses.off_text.nan_to_num().to(torch.float64)
+            self.num_rolled_out += is_valid.sum((1, 2)) * ~losses.off_text.isnan()
         if losses.predictions is None:
             return
         self.num_predicted += is_valid.sum((1, 2))
@@ -117,6 +124,9 @@ class OffsetMetrics(Metric):
         figures["mean_acceptance_length"] = cumulative.sum()
         if self.num_distilled.any():
             figures |= _by_offset("divergence", self.divergence_sum / self.num_distilled)
+        if self.num_rolled_out.any():
+            off_text = self.num_off_text / self.num_rolled_out
+            figures |= {f"off_text_{k}": off_text[k - 1] for k in range(3, self.num_offsets + 1)}
         if self.num_sampled:
             sampled = self.sampled_sum / self.num_sampled
             figures |= _by_offset("overlap", self.overlap_sum / self.num_comparable)

@@ -22,6 +22,7 @@ from mtp_lightning.losses.targets import IGNORE
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe.schema.objective import ObjectiveSection
 from mtp_lightning.training.step.batch import MicroBatch
+from mtp_lightning.training.step.rollout import Rollout, RolloutDraw
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Objective:
     teacher_counts: Tensor | None = None  # (N,) positions of the whole global batch that have a teacher
     loss_scale: float = 1.0  # that each backward pass multiplies gradients by (fp16)
     weights_with_targets: list[float] | None = None  # the weights, 0 where this global batch has no target
+    rollout: RolloutDraw | None = None  # where far offsets read drafts
 
     @cached_property
     def coefficients(self) -> Tensor:
@@ -82,6 +84,7 @@ class OffsetLosses(NamedTuple):
     divergence_sums: Tensor | None = None  # (N,) sum of divergences from the teacher
     overlaps: Tensor | None = None  # (N, B, T) sum of min(p, q) with the main head for the same token
     computed: tuple[int, ...] = ()  # offsets that were computed
+    off_text: Tensor | None = None  # (N,) targets whose position is drawn and has a draft before that is not the token
 
     def of_rows(self, chosen: Tensor) -> "OffsetLosses":
         """Keep the results per position of some rows, chosen by a (B,) mask; sums of losses become zero."""
@@ -100,18 +103,23 @@ class LossTerms:
         self.model, self.batch, self.objective = model, batch, objective
         self.cross_entropies: dict[int, CrossEntropy] = {}
         self.distillations: dict[int, Distillation] = {}
+        self.rollout = None if objective.rollout is None else Rollout(model, batch, objective.rollout)
 
     def for_offset(self, offset: int) -> list[Term]:
         """Return the cross-entropy of an offset, with its distillation, and at the main head token order."""
         section, targets = self.objective.section, self.batch.targets[offset - 1].flatten()
+        learns = self.learns_at(offset)
         cross_entropy = CrossEntropy(
             targets,
             smoothing=section.label_smoothing,
             z_loss=section.z_loss,
-            predicts=self.objective.predicts,
+            predicts=self.objective.predicts or self.wants_draft(offset),
+            learns=learns,
         )
         self.cross_entropies[offset] = cross_entropy
-        count = (targets != IGNORE).sum() if self.objective.is_balanced else None
+        count = None
+        if self.objective.is_balanced:
+            count = ((targets != IGNORE) & (True if learns is None else learns)).sum()
         coefficient = self.objective.coefficients[offset - 1]
         term = Term(self.model.unembedding.matrix_index(offset), cross_entropy, coefficient, count)
         terms = [term]
@@ -125,6 +133,18 @@ class LossTerms:
         """Return whether this offset's loss has a gradient or is logged; else it need not be computed."""
         own = self.model.unembedding.parameters_of(offset)
         return self.objective.predicts or hidden.requires_grad or any(parameter.requires_grad for parameter in own)
+
+    def wants_draft(self, offset: int) -> bool:
+        """Return whether a later offset may read what this one drafts."""
+        return self.rollout is not None and self.rollout.wants_draft(offset)
+
+    def learns_at(self, offset: int) -> Tensor | None:
+        """Return which rows of an offset have a loss, (P,); None for all that have a target."""
+        return None if self.rollout is None else self.rollout.learns_at(offset)
+
+    def scored(self, hidden: Tensor) -> Tensor:
+        """Return what is scored of an offset's state: (B, T, D), or two streams of it, -> (B, T, D)."""
+        return hidden if self.rollout is None else self.rollout.scored(hidden)
 
     @property
     def teacher_learns(self) -> bool:
@@ -153,6 +173,7 @@ class LossTerms:
             has_teacher=self.has_teacher[offset - 1].flatten(),
             weight=self.objective.distill_weights[offset - 1],
             matrix=self.model.unembedding.matrix_index(1),
+            learns=self.learns_at(offset),
         )
         return self.distillations[offset]
 
@@ -183,5 +204,11 @@ class LossTerms:
         divergences = None if self.objective.section.distill is None else torch.full_like(like, torch.nan)
         for offset, distillation in self.distillations.items():
             assert divergences is not None
-            divergences[offset - 1] = distillation.loss_sum
-        return OffsetLosses(sums, predictions, divergences, computed=tuple(sorted(self.cross_entropies)))
+            divergences[offset - 1] = distillation.measured_sum
+        computed = tuple(sorted(self.cross_entropies))
+        if self.rollout is None:
+            return OffsetLosses(sums, predictions, divergences, computed=computed)
+        off_text = torch.full_like(like, torch.nan)
+        for offset, number in self.rollout.num_off_text.items():
+            off_text[offset - 1] = number
+        return OffsetLosses(sums, predictions, divergences, computed=computed, off_text=off_text)
