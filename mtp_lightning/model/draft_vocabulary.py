@@ -11,6 +11,9 @@ from mtp_lightning.losses.targets import IGNORE
 from mtp_lightning.recipe.draft_vocabulary import unpacked_ids
 from mtp_lightning.recipe.schema.root import Recipe
 
+OUTSIDE = "outside_draft_vocabulary"
+"""Name of a figure: the share of an offset's targets that are not in the draft vocabulary."""
+
 
 class _Tables(NamedTuple):
     ids: Tensor  # (V',) ascending

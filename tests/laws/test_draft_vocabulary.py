@@ -6,13 +6,24 @@ losses.
 
 import math
 
+import pytest
 import torch
 from torch.nn import functional as F
 
+from mtp_lightning.decode import Tree, applicable_decoders, generate
+from mtp_lightning.decode.drafting import draft_blockwise, draft_chain
+from mtp_lightning.decode.sampling import Sampling
+from mtp_lightning.errors import DecodingError
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
+from mtp_lightning.model.draft_vocabulary import DraftVocabulary
 from mtp_lightning.recipe.draft_vocabulary import with_draft_ids
-from mtp_lightning.training.step.batch import prepare_batch
+from mtp_lightning.training.step.backward_order import evaluate
+from mtp_lightning.training.step.batch import MicroBatch, prepare_batch
+from mtp_lightning.training.step.metrics import OffsetMetrics
+from mtp_lightning.training.step.objective import Objective
+from tests.decode.oracles import LENGTH, PROMPTS, begun_session, full_logits, plain_texts
+from tests.laws.test_decoding_law import NEW_TOKENS, PROMPT, ROWS, deviation, exact_law
 from tests.laws.test_schedules_agree import MODELS, TOLERANCE, can_be_of_any
 from tests.support.covering import every_pair
 from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
@@ -109,13 +120,6 @@ def divergence(full, k, section, has_teacher):
     return total / has_teacher.sum()
 
 
-def with_scored_counts(recipe, rows):
-    """Tokens, documents and mask as a batch, whose counts are those of a run."""
-    tokens, documents, mask = rows
-    batch = {"tokens": tokens, "documents": documents, "loss_mask": mask}
-    return prepare_batch(batch, recipe, step=None)
-
-
 @every_pair(
     lambda *, kind, model, **_: can_be_of_any(kind=kind, model=model, isolated=False),
     quick=24,
@@ -143,3 +147,140 @@ def test_training_equals_full_logits_restricted(kind, losses, model, freeze, ord
         assert gradients.keys() == expected.keys()
         errors = {name: relative_error(gradients[name], expected[name]) for name in expected}
         assert max(errors.values()) <= TOLERANCE, errors
+
+
+@pytest.mark.parametrize("kind", ["parallel", "medusa_replicated", "sequential"])
+@pytest.mark.parametrize("losses", ["smooth", "lk_lambda"])
+def test_all_ids_in_any_order_give_the_full_result(kind, losses):
+    """V' = V: exactly so in ascending order, up to rounding in another."""
+    whole = recipe_of(HEAD_KINDS[kind], LOSSES[losses], ids=None)
+    rows = tiny_rows(whole, 2)
+    expected_losses, expected = gradients_of(tiny_model(whole), whole, rows)
+    recipe = recipe_of(HEAD_KINDS[kind], LOSSES[losses], ids=range(V))
+    found_losses, found = gradients_of(tiny_model(recipe), recipe, rows)
+    assert torch.equal(found_losses[0].nll_sums, expected_losses[0].nll_sums)
+    assert torch.equal(found_losses[0].predictions, expected_losses[0].predictions)
+    model = tiny_model(recipe)
+    order = torch.randperm(V, generator=torch.Generator().manual_seed(0)).tolist()
+    model.unembedding.drafts = DraftVocabulary(tuple(order), V)
+    permuted_losses, permuted = gradients_of(model, recipe, rows)
+    assert torch.equal(permuted_losses[0].predictions, expected_losses[0].predictions)
+    for gradients in (found, permuted):
+        assert max(relative_error(gradients[name], expected[name]) for name in expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["linear", "medusa_replicated", "recursive"])
+def test_validation_counts_what_cannot_be_drafted(kind):
+    """Overlaps are sums of min(p, q) over all V, q 0 outside; losses are of targets inside; the others are counted."""
+    recipe = recipe_of(HEAD_KINDS[kind], {"distill": {}})
+    tokens, documents, mask = tiny_rows(recipe, 3)
+    model = tiny_model(recipe)
+    targets = shifted_targets(tokens, documents, 4, mask)
+    objective = Objective(recipe.objective, [1.0] * 4, torch.ones(4, dtype=torch.float64), predicts=True)
+    losses = evaluate(model, MicroBatch(tokens, documents, targets), objective)
+    with torch.no_grad():
+        hiddens = model.hidden_states(tokens, documents)
+        full = {k: model.unembedding.logits(k, hidden) for k, hidden in hiddens.items()}
+    p = full[1].softmax(-1)
+    teachers = teacher_positions(targets)
+    for k in range(2, 5):
+        assert torch.isinf(full[k][..., 0]).all()
+        q = torch.zeros_like(p)
+        q[..., IDS] = full[k][..., IDS].softmax(-1)
+        expected = torch.minimum(p[:, k - 1 :], q[:, : q.shape[1] - k + 1]).sum(-1)
+        where = teachers[k - 1, :, : expected.shape[1]]
+        torch.testing.assert_close(losses.overlaps[k - 1, :, : expected.shape[1]][where], expected[where])
+        assert torch.equal(losses.predictions[k - 1], full[k].argmax(-1))
+    metrics = OffsetMetrics(4)
+    metrics.update(targets, losses)
+    figures = metrics.compute()
+    for k in range(1, 5):
+        wanted = targets[k - 1][targets[k - 1] != IGNORE]
+        inside = torch.isin(wanted, torch.tensor(IDS)) | torch.tensor(k == 1)
+        logits = full[k][targets[k - 1] != IGNORE]
+        assert figures[f"loss_{k}"] == pytest.approx(float(F.cross_entropy(logits[inside], wanted[inside])))
+        if k > 1:
+            assert figures[f"outside_draft_vocabulary_{k}"] == pytest.approx(1 - float(inside.double().mean()))
+    counts = prepare_batch({"tokens": tokens, "documents": documents, "loss_mask": mask}, recipe, step=None).counts
+    scored = [int(((targets[k] != IGNORE) & (torch.isin(targets[k], torch.tensor(IDS)))).sum()) for k in range(4)]
+    assert counts.targets.tolist() == [int((targets[0] != IGNORE).sum()), *scored[1:]]
+
+
+def drafting_model(kind, num_offsets=4):
+    heads = HEAD_KINDS[kind] | {"num_offsets": num_offsets}
+    return tiny_model(recipe_of(heads, {})).requires_grad_(requires_grad=False)
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_no_decoder_changes_the_text(kind):
+    model = drafting_model(kind)
+    expected = plain_texts(model, PROMPTS)
+    assert any(token not in IDS for text in expected for token in text), "nothing here that cannot be drafted"
+    tree = Tree((0, 0, 1, 1, 2), (0, 1, 0, 5, 0))
+    for decoder in applicable_decoders(model):
+        for draft_length in (None, "adaptive") if decoder in ("blockwise", "chain") else (None,):
+            made = generate(
+                model,
+                PROMPTS,
+                decoder=decoder,
+                draft_length=draft_length,
+                tree=tree if decoder == "tree" else None,
+                max_new_tokens=LENGTH,
+            )
+            assert made.tokens == expected, decoder
+            assert made.statistics.is_consistent
+            if decoder != "greedy":
+                assert made.statistics.num_accepted_tokens > 0
+
+
+@pytest.mark.parametrize("kind", ["parallel", "medusa_replicated", "causal", "sequential", "recursive"])
+def test_drafts_are_the_restricted_argmax(kind):
+    """Each is what the first choice among all V would be if the others scored minus infinity."""
+    model = drafting_model(kind)
+    draft = draft_chain if model.heads.reads_tokens else draft_blockwise
+    session = begun_session(model, PROMPTS)
+    found = draft(session, 3, lambda scores: (scores.argmax(-1), None)).tokens.tolist()
+    assert {token for row in found for token in row} <= {*IDS}
+    for row, prompt in enumerate(PROMPTS):
+        text = [*prompt, int(session.tokens[row, len(prompt)])]
+        for k in range(2, 5):
+            scores = full_logits(model, [*text, *found[row][: k - 2]])[k][len(prompt) - 1]
+            assert found[row][k - 2] == max(IDS, key=lambda token: float(scores[token]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("medusa", {"decoder": "blockwise"}),
+        ("parallel", {"decoder": "blockwise", "sample_drafts": True}),
+        ("sequential", {"decoder": "chain", "sample_drafts": True}),
+        pytest.param("causal", {"decoder": "chain", "top_p": 0.8, "sample_drafts": True}, marks=pytest.mark.slow),
+        pytest.param("linear", {"decoder": "tree", "tree": Tree((0, 0, 1), (0, 1, 0))}, marks=pytest.mark.slow),
+    ],
+)
+def test_sampled_texts_keep_the_law(kind, options):
+    """q is 0 outside the draft vocabulary: what is drawn there comes out of what is left of p."""
+    model = {"vocab_size": 4, "initializer_range": 0.25}
+    heads = HEAD_KINDS[kind]
+    recipe = with_draft_ids(tiny_recipe(heads=heads | {"draft_vocabulary": 2}, model=model), [0, 3])
+    made_of = tiny_model(recipe).requires_grad_(requires_grad=False)
+    chosen = {"temperature": 1.2} | ({"top_p": options["top_p"]} if "top_p" in options else {})
+    made = generate(made_of, [PROMPT] * ROWS, max_new_tokens=NEW_TOKENS, **(chosen | options))
+    assert abs(deviation(made.tokens, exact_law(made_of, Sampling(**chosen)))) < 5
+    assert 0 < made.statistics.num_accepted_tokens < made.statistics.num_draft_tokens
+
+
+def test_a_tree_wider_than_the_draft_vocabulary_is_refused():
+    with pytest.raises(DecodingError, match="ranks in a tree must lie in 0 to 5"):
+        generate(drafting_model("medusa"), PROMPTS, decoder="tree", tree=Tree((0,), (6,)))
+
+
+def test_copied_rows_follow_a_frozen_matrix():
+    """The copy that is kept where the matrix is frozen is made again when its values change."""
+    model = drafting_model("medusa")
+    matrix = model.unembedding.lm_heads[0].weight
+    kept = model.unembedding.draft_rows(0)
+    assert model.unembedding.draft_rows(0) is kept
+    with torch.no_grad():
+        matrix.mul_(2)
+    assert torch.equal(model.unembedding.draft_rows(0), matrix[IDS])

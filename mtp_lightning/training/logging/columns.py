@@ -3,9 +3,8 @@
 from collections.abc import Iterable
 
 from mtp_lightning.model import roles as model_roles
+from mtp_lightning.model.draft_vocabulary import OUTSIDE
 
-OUTSIDE = "outside_draft_vocabulary"
-"""Share of an offset's targets that are not in the draft vocabulary."""
 DRIFT_FIGURES = ("nll_change", "nll_change_low", "nll_change_high", "kl", "flips")
 ROLES = (*model_roles.ROLES, "all")
 

@@ -22,9 +22,9 @@ from torchmetrics import Metric
 
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE
+from mtp_lightning.model.draft_vocabulary import OUTSIDE
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.root import Recipe
-from mtp_lightning.training.logging.columns import OUTSIDE
 from mtp_lightning.training.step.objective import OffsetLosses
 
 
