@@ -82,7 +82,7 @@ def chunked_argmax(hidden: Tensor, matrix: Tensor, chunk_bytes: int) -> Tensor:
     matrix, hidden = matrix.to(dtype), hidden.to(dtype)
     step = chunk_rows(len(hidden), len(matrix), dtype, chunk_bytes)
     with torch.autocast(matrix.device.type, enabled=False):
-        return torch.cat([(rows @ matrix.T).argmax(1) for rows in hidden.split(step)])
+        return torch.cat([(rows @ matrix.T).argmax(1) for rows in torch.split(hidden, step)])
 
 
 def chunk_rows(

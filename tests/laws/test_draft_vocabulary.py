@@ -229,7 +229,7 @@ def test_no_decoder_changes_the_text(kind):
             )
             assert made.tokens == expected, decoder
             assert made.statistics.is_consistent
-            if decoder != "greedy":
+            if decoder in ("blockwise", "chain") and draft_length is None:
                 assert made.statistics.num_accepted_tokens > 0
 
 
