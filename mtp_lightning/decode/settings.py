@@ -173,7 +173,7 @@ def check_settings(model: MtpModel, decoder: Decoder, settings: Settings) -> Non
         if not is_kept:
             raise DecodingError(expected, str(found), hint)
     if decoder == "tree" and settings.tree is not None:
-        check_tree(settings.tree, model.num_offsets, model.section.vocab_size)
+        check_tree(settings.tree, model.num_offsets, model.unembedding.num_drafted)
 
 
 def check_prompts(model: MtpModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -46,6 +46,10 @@ class DecodeState:
         self.shortest, self.longest, self.all_finished = 0, 0, False  # what the host knows
         self.catches_up = any(attentions(model, offset) for offset in self.drafting)
         self.valid = {offset: torch.zeros_like(self.cache.lengths) for offset in self.drafting}
+        unembedding = model.unembedding
+        self.vocabulary = unembedding.drafts  # of drafts; None for all V
+        scored = {unembedding.matrix_index(offset) for offset in drafting} if self.vocabulary is not None else set()
+        self.draft_rows = {index: unembedding.draft_rows(index) for index in scored}
         read = {model.parent_of(offset) for offset in self.drafting} - {*self.drafting}
         self.draft_states = self._allocate_anchors(read | ({*drafting} & {*self.path}))
 
@@ -70,6 +74,14 @@ class DecodeState:
             context = HeadContext(self.cache.geometry(window, offset), embedded)
             states[offset] = model.heads(offset, model.read(offset, states[source]), context)
         return states
+
+    def draft_scores(self, offset: int, state: Tensor) -> Tensor:
+        """Score what an offset may draft: (..., D) -> (..., V), or (..., V') of a draft vocabulary."""
+        unembedding = self.model.unembedding
+        if self.vocabulary is None:
+            return unembedding.logits(offset, state)
+        rows = self.draft_rows[unembedding.matrix_index(offset)]
+        return torch.nn.functional.linear(unembedding.normalize(offset, state), rows)
 
     def keep_anchors(self, states: dict[int, Tensor], slots: Tensor) -> None:
         """Keep the states that drafting begins from: (B, T, D) at (B, T) slots."""

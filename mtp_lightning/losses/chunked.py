@@ -76,6 +76,15 @@ def chunked_loss(
     return total
 
 
+def chunked_argmax(hidden: Tensor, matrix: Tensor, chunk_bytes: int) -> Tensor:
+    """Find the best-scored entry of every row, in chunks: (P, D), (V, D) -> (P,). Nothing learns from it."""
+    dtype = _compute_dtype(matrix)
+    matrix, hidden = matrix.to(dtype), hidden.to(dtype)
+    step = chunk_rows(len(hidden), len(matrix), dtype, chunk_bytes)
+    with torch.autocast(matrix.device.type, enabled=False):
+        return torch.cat([(rows @ matrix.T).argmax(1) for rows in torch.split(hidden, step)])
+
+
 def chunk_rows(
     num_rows: int, vocab_size: int, dtype: torch.dtype, chunk_bytes: int, distillation: Distillation | None = None
 ) -> int:
@@ -208,7 +217,8 @@ def _run_chunks(
     plan: _Plan, term: Term, operand: _LinearOperand, teacher: _LinearOperand | None, coefficient: Tensor
 ) -> None:
     """Score one term chunk by chunk, gradients multiplied by the given coefficient."""
-    num_rows, (vocab_size, _) = len(operand.hidden), operand.matrix.shape
+    num_rows = len(operand.hidden)
+    vocab_size = max(len(one.matrix) for one in (operand, teacher) if one is not None)
     step = chunk_rows(num_rows, vocab_size, operand.matrix.dtype, plan.chunk_bytes, term.distillation)
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))

@@ -117,10 +117,10 @@ def _memory_bound_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     again, _ = _recomputed(shape, layout)
     work = shape.passes.all
     passes = FORWARD_PASSES * work.layers + BACKWARD_PASSES * work.layers_back + RECOMPUTE_PASSES * again
-    logits = LOGIT_BYTES * shape.passes.num_losses * shape.vocab_size
+    logits = LOGIT_BYTES * shape.passes.num_scored
     compared = COMPARED_BYTES * shape.passes.num_compared_entries
     if layout.backward_order != "joint":
-        compared += TEACHER_BYTES * shape.passes.num_compared * shape.vocab_size
+        compared += TEACHER_BYTES * shape.passes.num_teacher_scores
     moved = _positions(shape, layout) * (passes * layer_bytes(shape.layer, layout) + logits + compared)
     return moved / (hardware.memory_bytes_per_s * MEMORY_EFFICIENCY)
 

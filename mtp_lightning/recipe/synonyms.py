@@ -81,6 +81,8 @@ SPELLINGS: Mapping[str, str] = {
     "heads.num_offsets": "num_nextn_predict_layers num_mtp_layers mtp_num_layers num_mtp_modules medusa_num_heads "
     "n_future_tokens num_future_tokens",
     "heads.layers_per_head": "medusa_num_layers",
+    "heads.draft_vocabulary": "draft_vocab_size draft_vocab d2t t2d vocab_mapping_path token_freq_path "
+    "speculative_token_map",
     "adapt.lora": "adapter peft_config",
     "adapt.lora.rank": "lora_r lora.r lora_rank",
     "adapt.lora.alpha": "lora_alpha",

@@ -21,6 +21,7 @@ from mtp_lightning.model.freezing import check_trained, freeze
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.loading.load import RecipeLike, as_recipe
+from mtp_lightning.training.draft_vocabulary import with_draft_vocabulary
 from mtp_lightning.training.step.backward_order import accumulate_gradients, evaluate
 from mtp_lightning.training.step.batch import Batch, MicroBatch, PreparedBatch, prepare_batch
 from mtp_lightning.training.step.gradient_checks import GradientChecksum, NonzeroGradientCheck
@@ -78,6 +79,7 @@ class MtpLightningModule(L.LightningModule):
     def configure_model(self) -> None:
         """Build the model once, as the strategy wants it."""
         if not hasattr(self, "model"):
+            self.recipe = with_draft_vocabulary(self.recipe)  # under a Trainer of the user's own it has not been chosen
             self.model = self.strategy.build_model(self.recipe)
             freeze(self.model, self.recipe)
             if self.recipe.memory.compile:

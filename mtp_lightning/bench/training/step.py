@@ -13,6 +13,7 @@ from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import build_model
 from mtp_lightning.planner.layout import with_backward_order
 from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe.draft_vocabulary import with_first_ids
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.trainable import first_offset_with_loss
 from mtp_lightning.training.step.backward_order import accumulate_gradients
@@ -31,6 +32,7 @@ class TrainingStep:
     """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        recipe = with_first_ids(recipe)
         self.recipe, self.device = recipe, device
         self.model = build_model(recipe, device)
         freeze(self.model, recipe)

@@ -44,8 +44,10 @@ def shrinking(recipe: Recipe) -> Node:
         "validate_every_steps": 10,
         "validation_samples": 2 * num_ranks,
     }
+    drafts = {"draft_vocabulary": 128, "draft_token_ids": None}
     fields: dict[str, dict[str, Any]] = {
         "model": model,
+        "heads": {} if recipe.heads.draft_vocabulary is None else drafts,
         "data": data,
         "batch": {
             "global_batch_size": MICRO_BATCHES * MICRO_ROWS * num_ranks,

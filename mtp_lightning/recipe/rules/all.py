@@ -12,6 +12,7 @@ from mtp_lightning.recipe.rules.adapt import ADAPT_RULES
 from mtp_lightning.recipe.rules.base import Rule, divisors, value_at
 from mtp_lightning.recipe.rules.data import DATA_RULES, MODEL_RULES
 from mtp_lightning.recipe.rules.deepspeed import check_deepspeed
+from mtp_lightning.recipe.rules.draft_vocabulary import DRAFT_RULES
 from mtp_lightning.recipe.rules.paths import PATH_RULES
 from mtp_lightning.recipe.rules.rollout import ROLLOUT_RULES
 from mtp_lightning.recipe.rules.strategy import STRATEGY_RULES
@@ -387,6 +388,7 @@ RULES: tuple[Rule, ...] = (
     *ROLLOUT_RULES,
     *MODEL_RULES,
     *ADAPT_RULES,
+    *DRAFT_RULES,
     *DATA_RULES,
     *STRATEGY_RULES,
     *PATH_RULES,

@@ -6,7 +6,17 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from mtp_lightning.recipe.head_kinds import BUILT_IN, head_kinds
-from mtp_lightning.recipe.schema.base import LARGEST, Choices, Layers, Offsets, PositiveFloat, PositiveInt, Section
+from mtp_lightning.recipe.schema.base import (
+    LARGEST,
+    AtLeastTwo,
+    Choices,
+    Layers,
+    Offsets,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from mtp_lightning.recipe.schema.paths import LocalPath
 
 BELOW = "offsets_below_"
 FrozenPart = Annotated[str, Field(pattern=rf"^(trunk|heads|unembedding|lora|layer_mix|{BELOW}\d+)$")]
@@ -163,6 +173,11 @@ class HeadsSection(Section):
     """Take the extra heads' layers from the trunk, so that the layer count does not depend on n."""
     unembedding: Literal["shared", "replicated"] = "shared"
     """One V x D matrix for all offsets, or one per offset (byte vocabularies, original Medusa)."""
+    draft_vocabulary: AtLeastTwo | LocalPath | None = None
+    """Ids V' that offsets beyond the first score, of all V: how many, the most frequent of the training data, or a
+    file of ids (a JSON list, or a text of numbers); the end of a document is always one. null: all V [FastMTP]."""
+    draft_token_ids: str | None = None
+    """The ids that a run chose, as a set of bits in base64: written when it starts, and kept ever after."""
     hidden: Literal["post_norm", "pre_norm"] = "post_norm"
     """Hidden state that sequential and recursive modules read: after or before the final norm."""
     concatenation: Literal["embedding_first", "hidden_first"] = "embedding_first"

@@ -47,8 +47,10 @@ def _distance(terms: LossTerms, offset: int, distances: Tensor) -> Distillation:
     """Compare all of an offset's distribution with the main head's by total variation, kept for each row."""
     section = DistillSection(divergence="tv", top_k=terms.model.section.vocab_size)
     has_teacher, weight = terms.has_teacher[offset - 1].flatten(), torch.zeros_like(terms.objective.coefficients[0])
-    matrix = terms.model.unembedding.matrix_index(1)
-    return Distillation(section, offset - 1, has_teacher, weight, matrix, row_losses=distances)
+    unembedding = terms.model.unembedding
+    matrix, drafts = unembedding.matrix_index(1), unembedding.drafts
+    columns = None if drafts is None else drafts.on(has_teacher.device).ids
+    return Distillation(section, offset - 1, has_teacher, weight, matrix, row_losses=distances, columns=columns)
 
 
 Backward = Callable[[Tensor], None]
@@ -269,11 +271,11 @@ def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Ba
     hiddens = _all_hidden_states(terms)
     main: Tensor | None = None
     for offset, hidden in hiddens.items():
-        logits = _full_logits(model, offset, terms.scored(hidden))
+        logits = _scored(terms, offset, _full_logits(model, offset, terms.scored(hidden)))
         main = logits if offset == 1 and section.distill is not None else main
         if not terms.needs_loss(offset, hidden):
             continue
-        targets = batch.targets[offset - 1].flatten()
+        targets = terms.targets(offset)
         if (learns := terms.learns_at(offset)) is not None:
             targets = torch.where(learns, targets, IGNORE)
         losses = reference.cross_entropy(logits, targets, section.label_smoothing, section.z_loss)
@@ -296,8 +298,16 @@ def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Ba
 
 def _full_logits(model: MtpModel, offset: int, hidden: Tensor) -> Tensor:
     """All logits of an offset, (P, V)."""
-    logits = model.unembedding.logits(offset, hidden).flatten(0, 1)
+    unembedding = model.unembedding
+    matrix = unembedding.lm_heads[unembedding.matrix_index(offset)]
+    logits: Tensor = matrix(unembedding.normalize(offset, hidden)).flatten(0, 1)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _scored(terms: LossTerms, offset: int, logits: Tensor) -> Tensor:
+    """Keep of all logits, (P, V), those that the offset scores, (P, V or V')."""
+    vocabulary = terms.model.unembedding.vocabulary(offset)
+    return logits if vocabulary is None else vocabulary.columns_of(logits)
 
 
 def _joint_distillation(terms: LossTerms, offset: int, main: Tensor, logits: Tensor) -> Tensor | float:
@@ -305,9 +315,13 @@ def _joint_distillation(terms: LossTerms, offset: int, main: Tensor, logits: Ten
     if distillation is None:
         return 0.0
     teacher = terms.teacher_of(main.roll(1 - offset, 0))  # wrong where rows wrap around: no teacher there
-    losses = reference.distillation(teacher, logits, distillation.section) * distillation.has_teacher
+    counts, drafts = distillation.has_teacher, terms.model.unembedding.drafts
+    if drafts is not None:
+        counts = counts & ~drafts.lacks(teacher.argmax(1))
+    losses = reference.distillation(_scored(terms, offset, teacher), logits, distillation.section) * counts
     distillation.measured_sum = losses.detach().sum()
     total = losses.sum() if distillation.learns is None else (losses * distillation.learns).sum()
+    distillation.loss_sum = total.detach()
     return distillation.weight * total
 
 

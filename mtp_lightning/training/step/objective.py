@@ -4,7 +4,9 @@
                                                                    (+ beta_k x targets_k / teachers_k x divergence)
 
 `targets_k` counts the valid targets of the whole global batch, so that neither micro-batches nor ranks nor padding
-change the gradient.
+change the gradient. With a draft vocabulary offsets beyond the first score V' entries: targets that are not among them
+are not counted, and a teacher's distribution is renormalised over them; where its own choice is not among them its
+divergence is 0, though the position counts in `teachers_k` [EAGLE-3].
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from mtp_lightning.losses import reference
 from mtp_lightning.losses.chunked import Term
-from mtp_lightning.losses.distillation import Distillation, teacher_positions
+from mtp_lightning.losses.distillation import Distillation, Drafted, teacher_positions
 from mtp_lightning.losses.row_losses import CrossEntropy, TokenOrder
 from mtp_lightning.losses.targets import IGNORE
 from mtp_lightning.model.mtp_model import MtpModel
@@ -31,7 +33,7 @@ class Objective:
 
     section: ObjectiveSection
     weights: list[float]  # one per offset, on the host: an offset of weight 0 is not computed
-    counts: Tensor  # (N,) valid targets of the whole global batch
+    counts: Tensor  # (N,) valid targets of the whole global batch that the offset scores
     num_ordered: Tensor | None = None  # positions of the global batch that have a token-order target
     predicts: bool = False  # also take the argmax of every offset
     num_ranks: int = 1  # that the strategy averages gradients over, where the loss is a sum over all of them
@@ -54,7 +56,7 @@ class Objective:
         assert distill is not None
         assert teacher_counts is not None
         betas = [0.0, *(distill.beta_of(offset) for offset in range(2, len(self.counts) + 1))]
-        return self.coefficients.new_tensor(betas) * self.counts / teacher_counts.clamp(min=1)
+        return self.coefficients.new_tensor(betas) * self.counts.clamp(min=1) / teacher_counts.clamp(min=1)
 
     @cached_property
     def token_order_coefficient(self) -> Tensor:
@@ -85,15 +87,15 @@ class OffsetLosses(NamedTuple):
     overlaps: Tensor | None = None  # (N, B, T) sum of min(p, q) with the main head for the same token
     computed: tuple[int, ...] = ()  # offsets that were computed
     off_text: Tensor | None = None  # (N,) targets whose position is drawn and has a draft before that is not the token
+    is_outside: Tensor | None = None  # (N, B, T) targets outside the draft vocabulary; None without one
 
     def of_rows(self, chosen: Tensor) -> "OffsetLosses":
         """Keep the results per position of some rows, chosen by a (B,) mask; sums of losses become zero."""
-        predictions, overlaps = (
-            None if kept is None else kept[:, chosen] for kept in (self.predictions, self.overlaps)
+        predictions, overlaps, is_outside = (
+            None if kept is None else kept[:, chosen] for kept in (self.predictions, self.overlaps, self.is_outside)
         )
-        return OffsetLosses(
-            torch.zeros_like(self.nll_sums).where(~self.nll_sums.isnan(), torch.nan), predictions, None, overlaps
-        )
+        no_sums = torch.zeros_like(self.nll_sums).where(~self.nll_sums.isnan(), torch.nan)
+        return OffsetLosses(no_sums, predictions, None, overlaps, is_outside=is_outside)
 
 
 class LossTerms:
@@ -104,10 +106,11 @@ class LossTerms:
         self.cross_entropies: dict[int, CrossEntropy] = {}
         self.distillations: dict[int, Distillation] = {}
         self.rollout = None if objective.rollout is None else Rollout(model, batch, objective.rollout)
+        self.drafted = Drafted()
 
     def for_offset(self, offset: int) -> list[Term]:
         """Return the cross-entropy of an offset, with its distillation, and at the main head token order."""
-        section, targets = self.objective.section, self.batch.targets[offset - 1].flatten()
+        section, targets = self.objective.section, self.targets(offset)
         learns = self.learns_at(offset)
         cross_entropy = CrossEntropy(
             targets,
@@ -121,13 +124,17 @@ class LossTerms:
         if self.objective.is_balanced:
             count = ((targets != IGNORE) & (True if learns is None else learns)).sum()
         coefficient = self.objective.coefficients[offset - 1]
-        term = Term(self.model.unembedding.matrix_index(offset), cross_entropy, coefficient, count)
+        term = Term(self.model.unembedding.term_matrix(offset), cross_entropy, coefficient, count)
         terms = [term]
         if offset > 1 and section.distill is not None:
             term.share, term.distillation = section.distill.alpha_of(offset), self.distillation(offset)
         if offset == 1 and section.token_order is not None:
             terms.append(self._token_order(section.token_order.window_size))
         return terms
+
+    def targets(self, offset: int) -> Tensor:
+        """Targets as the offset's scores are numbered, (P,)."""
+        return self.model.unembedding.scored_targets(offset, self.batch.targets[offset - 1]).flatten()
 
     def needs_loss(self, offset: int, hidden: Tensor) -> bool:
         """Return whether this offset's loss has a gradient or is logged; else it need not be computed."""
@@ -172,8 +179,9 @@ class LossTerms:
             shift=offset - 1,
             has_teacher=self.has_teacher[offset - 1].flatten(),
             weight=self.objective.distill_weights[offset - 1],
-            matrix=self.model.unembedding.matrix_index(1),
+            matrix=self.model.unembedding.teacher_matrix,
             learns=self.learns_at(offset),
+            drafted=self.drafted,
         )
         return self.distillations[offset]
 
@@ -183,10 +191,8 @@ class LossTerms:
         return Term(len(self.model.unembedding.matrices) - 1, row_loss, coefficient)
 
     def record(self, offset: int, logits: Tensor) -> None:
-        """Take an offset's plain loss and predictions from its full logits, (P, V)."""
-        cross_entropy = CrossEntropy(
-            self.batch.targets[offset - 1].flatten(), smoothing=0.0, z_loss=0.0, predicts=self.objective.predicts
-        )
+        """Take an offset's plain loss and predictions from all that it scores, (P, V or V')."""
+        cross_entropy = CrossEntropy(self.targets(offset), smoothing=0.0, z_loss=0.0, predicts=self.objective.predicts)
         cross_entropy.nll_sum = reference.cross_entropy(logits, cross_entropy.targets, 0.0, 0.0).sum()
         cross_entropy.predictions = logits.argmax(-1) if self.objective.predicts else None
         self.cross_entropies[offset] = cross_entropy
@@ -200,15 +206,24 @@ class LossTerms:
         for offset, cross_entropy in self.cross_entropies.items():
             sums[offset - 1] = cross_entropy.nll_sum
             if predictions is not None and cross_entropy.predictions is not None:
-                predictions[offset - 1] = cross_entropy.predictions.view(shape)
+                vocabulary = self.model.unembedding.vocabulary(offset)
+                found = cross_entropy.predictions.view(shape)
+                predictions[offset - 1] = found if vocabulary is None else vocabulary.spoken(found)
         divergences = None if self.objective.section.distill is None else torch.full_like(like, torch.nan)
         for offset, distillation in self.distillations.items():
             assert divergences is not None
             divergences[offset - 1] = distillation.measured_sum
         computed = tuple(sorted(self.cross_entropies))
-        if self.rollout is None:
-            return OffsetLosses(sums, predictions, divergences, computed=computed)
-        off_text = torch.full_like(like, torch.nan)
-        for offset, number in self.rollout.num_off_text.items():
-            off_text[offset - 1] = number
-        return OffsetLosses(sums, predictions, divergences, computed=computed, off_text=off_text)
+        off_text = None
+        if self.rollout is not None:
+            off_text = torch.full_like(like, torch.nan)
+            for offset, number in self.rollout.num_off_text.items():
+                off_text[offset - 1] = number
+        outside = self._outside()
+        return OffsetLosses(sums, predictions, divergences, computed=computed, off_text=off_text, is_outside=outside)
+
+    def _outside(self) -> Tensor | None:
+        drafts, targets = self.model.unembedding.drafts, self.batch.targets
+        if drafts is None:
+            return None
+        return torch.cat((torch.zeros_like(targets[:1], dtype=torch.bool), drafts.lacks(targets[1:])))

@@ -118,14 +118,15 @@ class Rollout:
         """Choose an offset's drafts, a chunk of positions at a time."""
         nothing = torch.full_like(self.batch.targets[0], IGNORE).flatten()
         choice = CrossEntropy(nothing, smoothing=0.0, z_loss=0.0, predicts=True)
-        term = Term(self.model.unembedding.matrix_index(offset), choice, torch.zeros((), device=hidden.device))
+        term = Term(self.model.unembedding.term_matrix(offset), choice, torch.zeros((), device=hidden.device))
         self.model.unembedding([offset], [self.scored(hidden)], [term])
         assert choice.predictions is not None
         self.take(offset, choice.predictions)
 
     def take(self, offset: int, choices: Tensor) -> None:
-        """Let the next offset read an offset's first choices, (P,) ids of the whole vocabulary."""
-        self.drafts = choices.view_as(self.drawn)
+        """Let the next offset read an offset's first choices, (P,) as its scores are numbered."""
+        vocabulary = self.model.unembedding.vocabulary(offset)
+        self.drafts = (choices if vocabulary is None else vocabulary.spoken(choices)).view_as(self.drawn)
         given = self.batch.tokens[:, offset : offset + self.num_positions]
         self.on_text[offset + 1] = self.on_text[offset] & ((self.drafts == given) | ~self.drawn)
         targets = self.batch.targets[offset]  # of the next offset
