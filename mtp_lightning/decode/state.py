@@ -80,8 +80,8 @@ class DecodeState:
         unembedding = self.model.unembedding
         if self.vocabulary is None:
             return unembedding.logits(offset, state)
-        rows = self.draft_rows[unembedding.matrix_index(offset)]
-        return torch.nn.functional.linear(unembedding.normalize(offset, state), rows)
+        index = unembedding.matrix_index(offset)
+        return unembedding.draft_logits(index, unembedding.normalize(offset, state), self.draft_rows[index])
 
     def keep_anchors(self, states: dict[int, Tensor], slots: Tensor) -> None:
         """Keep the states that drafting begins from: (B, T, D) at (B, T) slots."""

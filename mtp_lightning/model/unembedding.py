@@ -78,9 +78,17 @@ class Unembedding(nn.Module):
 
         For decoding and as an oracle.
         """
-        vocabulary = self.vocabulary(offset)
-        scores: Tensor = self.lm_heads[self.matrix_index(offset)](self.normalize(offset, hidden))
+        vocabulary, scores = self.vocabulary(offset), self.all_logits(offset, hidden)
         return scores if vocabulary is None else vocabulary.spread(vocabulary.columns_of(scores), -torch.inf)
+
+    def all_logits(self, offset: int, hidden: Tensor) -> Tensor:
+        """Score every token, whatever the offset may draft: (B, T, D) -> (B, T, V)."""
+        scores: Tensor = self.lm_heads[self.matrix_index(offset)](self.normalize(offset, hidden))
+        return scores
+
+    def draft_logits(self, index: int, normed: Tensor, rows: Tensor) -> Tensor:
+        """Score the draft vocabulary by copied rows, (V', D), of a matrix: normed (..., D) -> (..., V')."""
+        return nn.functional.linear(normed, rows)
 
     def draft_rows(self, index: int) -> Tensor:
         """Rows of a matrix that score the draft vocabulary, (V', D): a copy that is kept where the matrix is frozen."""

@@ -24,7 +24,8 @@ def with_draft_vocabulary(recipe: Recipe, run_recipe: Path | None = None) -> Rec
         return recipe
     before = load_recipe(run_recipe).recipe if run_recipe is not None and run_recipe.exists() else None
     if before is not None:  # another number than before is refused when the two recipes are compared
-        return with_draft_ids(recipe, unpacked_ids(before.heads.draft_token_ids or ""))
+        kept = before.heads.draft_token_ids
+        return recipe if kept is None else with_draft_ids(recipe, unpacked_ids(kept))
     if isinstance(wanted, int) and (ids := _trained_ids(recipe)) is not None and len(ids) == wanted:
         say(f"draft vocabulary: the {wanted:,} ids of {recipe.init.path} (sha256 {digest_of(ids)[:12]})", stderr=True)
         return with_draft_ids(recipe, ids)

@@ -47,8 +47,8 @@ def token_counts(folder: Path, cache: Path, shard_cache: ShardCache | None = Non
 
 def _targets(shard: MappedShard, start: int, width: int) -> NDArray[np.int64]:
     starts = np.array([start])
-    tokens: NDArray[np.int64] = shard.tokens(starts, width)[0].astype(np.int64)
-    return tokens[shard.loss_mask(starts, width)[0]]
+    tokens: NDArray[np.int64] = shard.tokens(starts, width)[shard.loss_mask(starts, width)].astype(np.int64)
+    return tokens
 
 
 def _spread(sizes: list[int]) -> list[int]:

@@ -298,9 +298,7 @@ def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Ba
 
 def _full_logits(model: MtpModel, offset: int, hidden: Tensor) -> Tensor:
     """All logits of an offset, (P, V)."""
-    unembedding = model.unembedding
-    matrix = unembedding.lm_heads[unembedding.matrix_index(offset)]
-    logits: Tensor = matrix(unembedding.normalize(offset, hidden)).flatten(0, 1)
+    logits = model.unembedding.all_logits(offset, hidden).flatten(0, 1)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
