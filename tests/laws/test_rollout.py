@@ -15,6 +15,7 @@ from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.heads import HeadContext
 from mtp_lightning.model.positions import document_geometry, window_geometry
+from mtp_lightning.recipe.draft_vocabulary import with_draft_ids
 from mtp_lightning.training.step.backward_order import accumulate_gradients
 from mtp_lightning.training.step.batch import MicroBatch
 from mtp_lightning.training.step.objective import Objective
@@ -154,6 +155,23 @@ def test_gradients_are_those_of_a_plain_loop(
     logits, _ = loop.run()
     for k, scores in logits.items():
         assert torch.equal(chosen[k - 1], scores.argmax(-1))
+
+
+@pytest.mark.parametrize("objective", ["plain", "distilled"])
+@pytest.mark.parametrize("kind", ["sequential", "recursive"])
+def test_drafts_of_a_draft_vocabulary_are_read_as_ids_of_the_whole(kind, objective):
+    """Every order has the same gradients, and reads what a vocabulary of V would choose among the ids."""
+    ids, kept = [0, 2, 3, 5, 8, 11, 12], {}
+    for order in ORDERS:
+        further = OBJECTIVES[objective] | {"rollout": {"probability": 1.0}}
+        recipe = rolled_recipe(kind, order=order, objective=further, heads={"draft_vocabulary": len(ids)})
+        recipe = with_draft_ids(recipe, ids)
+        network = tiny_model(recipe)
+        losses, kept[order] = gradients_of(network, recipe, tiny_rows(recipe, 2))
+        assert all(set(part.predictions[1:].flatten().tolist()) <= set(ids) for part in losses)
+        assert all(part.off_text[2:].sum() > 0 for part in losses)
+    for order in ("sequential", "bridged"):
+        assert max(relative_error(kept[order][name], wanted) for name, wanted in kept["joint"].items()) < 1e-10
 
 
 def predictions_of(model, recipe, texts):
