@@ -40,6 +40,7 @@ LOSSES = {
     "teacher learns": {"distill": {"divergence": "lk_lambda", "detach_teacher": False, "temperature": 1.7}},
     "three of them": {"distill": {"top_k": 3, "where": "confident", "confidence": 0.4}},
 }
+QUICK = ("parallel", "medusa_replicated", "causal", "sequential", "recursive")
 FREEZES = {"all trained": [], "frozen": ["trunk", "unembedding"]}
 
 
@@ -122,7 +123,7 @@ def divergence(full, k, section, has_teacher):
 
 @every_pair(
     lambda *, kind, model, **_: can_be_of_any(kind=kind, model=model, isolated=False),
-    quick=24,
+    quick=18,
     kind=HEAD_KINDS,
     losses=LOSSES,
     model=MODELS,
@@ -211,7 +212,9 @@ def drafting_model(kind, num_offsets=4):
     return tiny_model(recipe_of(heads, {})).requires_grad_(requires_grad=False)
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in HEAD_KINDS]
+)
 def test_no_decoder_changes_the_text(kind):
     model = drafting_model(kind)
     expected = plain_texts(model, PROMPTS)
@@ -233,7 +236,7 @@ def test_no_decoder_changes_the_text(kind):
                 assert made.statistics.num_accepted_tokens > 0
 
 
-@pytest.mark.parametrize("kind", ["parallel", "medusa_replicated", "causal", "sequential", "recursive"])
+@pytest.mark.parametrize("kind", QUICK)
 def test_drafts_are_the_restricted_argmax(kind):
     """Each is what the first choice among all V would be if the others scored minus infinity."""
     model = drafting_model(kind)
@@ -246,6 +249,15 @@ def test_drafts_are_the_restricted_argmax(kind):
         for k in range(2, 5):
             scores = full_logits(model, [*text, *found[row][: k - 2]])[k][len(prompt) - 1]
             assert found[row][k - 2] == max(IDS, key=lambda token: float(scores[token]))
+
+
+@pytest.mark.parametrize("kind", ["parallel", "medusa_replicated", "linear"])
+def test_a_tree_of_first_choices_is_a_chain(kind):
+    model = drafting_model(kind)
+    chain = generate(model, PROMPTS, max_new_tokens=LENGTH, decoder="blockwise")
+    tree = generate(model, PROMPTS, max_new_tokens=LENGTH, decoder="tree", tree=Tree((0, 1, 2), (0, 0, 0)))
+    assert tree.statistics.accepted_by_row == chain.statistics.accepted_by_row
+    assert tree.statistics.num_accepted_tokens > 0
 
 
 @pytest.mark.parametrize(
