@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_lightning.decode.kv_cache import Cache, Window, attentions
+from mtp_lightning.decode.kv_cache import Cache, Window, has_layers
 from mtp_lightning.model.heads import TRUNK, HeadContext
 from mtp_lightning.model.mtp_model import MtpModel
 
@@ -36,7 +36,7 @@ class DecodeState:
         self.path = main_path(model)
         drafting = range(2, 2 + max_drafts)
         self.drafting = [offset for offset in drafting if offset not in self.path]
-        self.cache = Cache(model, {*self.path, *self.drafting}, len(prompts), max(map(len, prompts)) + remaining + 1)
+        self.cache = Cache(model, len(prompts), max(map(len, prompts)) + remaining + 1)
         self.rows = torch.arange(len(prompts), device=self.device)
         self.tokens = torch.zeros(len(prompts), self.cache.capacity, dtype=torch.long, device=self.device)  # (B, C)
         self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
@@ -44,7 +44,7 @@ class DecodeState:
         self.tokens[:, : padded.shape[1]] = padded
         self.is_finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         self.shortest, self.longest, self.all_finished = 0, 0, False  # what the host knows
-        self.catches_up = any(attentions(model, offset) for offset in self.drafting)
+        self.catches_up = any(has_layers(model, offset) for offset in self.drafting)
         self.valid = {offset: torch.zeros_like(self.cache.lengths) for offset in self.drafting}
         read = {model.parent_of(offset) for offset in self.drafting} - {*self.drafting}
         self.draft_states = self._allocate_anchors(read | ({*drafting} & {*self.path}))
