@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.model.heads import TRUNK, HeadContext, head_class
-from mtp_lightning.model.layers import Layer, Trunk
+from mtp_lightning.model.layers import Geometry, build_trunk, layers_of
 from mtp_lightning.model.lora import add_updates, initialise_update
-from mtp_lightning.model.positions import AttentionInputs, document_geometry, window_geometry
+from mtp_lightning.model.positions import document_geometry, positions_in_document, window_geometry
 from mtp_lightning.model.roles import LAYER_MIX, LORA, role_of
 from mtp_lightning.model.scalar_mix import ScalarMix, Sums
+from mtp_lightning.model.transformers_trunk import TransformersTrunk
 from mtp_lightning.model.unembedding import Unembedding
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
 from mtp_lightning.recipe.schema.root import Recipe
@@ -29,7 +30,7 @@ class MtpModel(nn.Module):
         self.section = recipe.model
         self.num_offsets = recipe.heads.num_offsets
         self.attends_in_document = recipe.data.document_mask
-        self.trunk = Trunk(recipe.model, num_trunk_layers(recipe), recompute=recipe.memory.recompute_trunk)
+        self.trunk = build_trunk(recipe.model, num_trunk_layers(recipe), recompute=recipe.memory.recompute_trunk)
         recompute = recipe.memory.recompute_heads
         if recompute is None:
             recompute = recipe.heads.kind == "recursive"
@@ -57,14 +58,19 @@ class MtpModel(nn.Module):
         embedded: Tensor = self.trunk.embed_tokens(tokens)
         return embedded
 
-    def geometry(self, documents: Tensor, *, like: Tensor) -> AttentionInputs:
+    def geometry(self, documents: Tensor, *, like: Tensor) -> Geometry:
         """Positions and attention mask of a batch of rows, from the documents of its (B, T+n) tokens."""
         num_positions = documents.shape[1] - self.num_offsets
+        if isinstance(self.trunk, TransformersTrunk):
+            own = documents[:, :num_positions] if self.attends_in_document else torch.zeros_like(documents)
+            own = own[:, :num_positions]
+            inside = own if self.attends_in_document else None
+            return self.trunk.inputs(like[:, :num_positions], positions_in_document(own), inside)
         if self.attends_in_document:
             return document_geometry(documents[:, :num_positions], self.section, like=like)
         return window_geometry(num_positions, self.section, like=like)
 
-    def context(self, embedded: Tensor, geometry: AttentionInputs) -> HeadContext:
+    def context(self, embedded: Tensor, geometry: Geometry) -> HeadContext:
         """What heads may look at; without a gradient path to the embedding where the trunk is isolated."""
         if self.heads.detaches_trunk:
             embedded = embedded.detach()
@@ -78,7 +84,7 @@ class MtpModel(nn.Module):
         """Offsets that read a state; the inverse of `parent_of`."""
         return [offset for offset in self.heads.offsets if self.parent_of(offset) == state]
 
-    def trunk_states(self, embedded: Tensor, geometry: AttentionInputs) -> dict[int, Tensor]:
+    def trunk_states(self, embedded: Tensor, geometry: Geometry) -> dict[int, Tensor]:
         """Run the trunk: (B, T, D) -> one (B, T, D) for each of its states that `parent_of` names, and `TRUNK`."""
         if not self.layer_mix:
             return {TRUNK: self.trunk(embedded, geometry)[0]}
@@ -113,9 +119,8 @@ class MtpModel(nn.Module):
 
     def compile_layers(self) -> None:
         """Compile every transformer layer of trunk and heads, in place, with torch.compile."""
-        for module in self.modules():
-            if isinstance(module, Layer):
-                module.compile()
+        for layer in layers_of(self):
+            layer.compile()
 
 
 def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> MtpModel:

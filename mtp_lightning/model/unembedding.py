@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mtp_lightning.losses.chunked import Term, chunked_loss
 from mtp_lightning.model.heads import Heads
 from mtp_lightning.model.layers import build_norm
+from mtp_lightning.model.transformers_architecture import LogitMap, architecture_of
 from mtp_lightning.recipe.schema.root import Recipe
 
 
@@ -23,8 +24,11 @@ class Unembedding(nn.Module):
         num_norms = 1 + max(index for index in self.norm_index.values() if index is not None)
         num_matrices = recipe.heads.num_offsets if self.is_replicated else 1
         self.norms = nn.ModuleList(build_norm(section) for _ in range(num_norms))
+        architecture = architecture_of(section) if section.is_foreign else None
+        has_bias = architecture is not None and architecture.lm_head.bias is not None
+        self.logit_map = LogitMap() if architecture is None else architecture.logit_map
         self.lm_heads = nn.ModuleList(
-            nn.Linear(section.hidden_size, section.vocab_size, bias=False) for _ in range(num_matrices)
+            nn.Linear(section.hidden_size, section.vocab_size, bias=has_bias) for _ in range(num_matrices)
         )
         self.token_order = (
             nn.Linear(section.hidden_size, section.vocab_size, bias=False) if recipe.objective.token_order else None
@@ -44,7 +48,7 @@ class Unembedding(nn.Module):
     def logits(self, offset: int, hidden: Tensor) -> Tensor:
         """Score every token: (B, T, D) -> (B, T, V). For decoding and as an oracle."""
         scores: Tensor = self.lm_heads[self.matrix_index(offset)](self.normalize(offset, hidden))
-        return scores
+        return self.logit_map(scores)
 
     def forward(
         self,
