@@ -9,7 +9,7 @@ import copy
 import functools
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.losses.logit_map import LogitMap
 from mtp_lightning.model.transformers_library import library
 from mtp_lightning.recipe.schema.model import ModelSection
 
+COMPARED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "tie_word_embeddings")
 SMALL_VOCABULARY = 16
 TOLERANCE = 1e-5
 RANDOM_ZEROS = ("dropout", "_pdrop", "layerdrop", "jitter_noise", "layer_drop")
@@ -28,24 +30,6 @@ RANDOM_ZEROS = ("dropout", "_pdrop", "layerdrop", "jitter_noise", "layer_drop")
 NOT_SETTINGS = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "quantization_config")
 TOKEN_SETTINGS = ("pad_token_id", "bos_token_id", "eos_token_id")
 HINT = "Choose another model, or report it; `family: llama` and its kin have trunks of their own"
-
-
-@dataclass(frozen=True)
-class LogitMap:
-    """What a model does to the scores of the unembedding: times `scale`, then `cap` x tanh(scores / cap)."""
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    def __bool__(self) -> bool:
-        """Whether it does anything."""
-        return self.scale != 1 or self.cap is not None
-
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Map scores, (..., V)."""
-        if self.scale != 1:
-            scores = scores * self.scale
-        return scores if self.cap is None else self.cap * torch.tanh(scores / self.cap)
 
 
 @dataclass(frozen=True)
@@ -108,7 +92,7 @@ class Architecture:
     @property
     def decoder(self) -> nn.Module:
         """The decoder, on the meta device."""
-        return self.model.get_submodule(self.names.decoder)
+        return cast(nn.Module, self.model.get_submodule(self.names.decoder))
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -140,7 +124,7 @@ class Architecture:
         kind = type(self.layers[index])
         further = [name for name in inspect.signature(kind.__init__).parameters if name not in ("self", "config")]
         with self.quietly():
-            return cast(nn.Module, kind(self.config, *([index] if further else [])))
+            return kind(self.config, *([index] if further else []))
 
     def build_norm(self) -> nn.Module:
         """Build one more norm like the final one."""
@@ -160,7 +144,16 @@ def architecture_of(section: ModelSection) -> Architecture:
     Raises:
         CheckpointError: transformers is not there, or the settings are of no decoder that can be a trunk.
     """
-    return _architecture(json.dumps(section.hf_config, sort_keys=True))
+    architecture = _architecture(json.dumps(section.hf_config, sort_keys=True))
+    for field in COMPARED:
+        given, read = getattr(section, field), getattr(architecture.config, field)
+        if given != read:
+            raise CheckpointError(
+                f"model.{field} must be what transformers reads out of model.hf_config",
+                f"{given} beside {read} as {type(architecture.config).__name__} reads it",
+                f"Set model.{field} to {read}, or write it into model.hf_config",
+            )
+    return architecture
 
 
 @functools.lru_cache(maxsize=8)
@@ -266,7 +259,7 @@ class Probe(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Keep the call; return the state as it is."""
-        names = parameter_names(type(object.__getattribute__(self, "_stands_for")))
+        names = parameter_names(type(object.__getattribute__(self, "_stands_for")).forward)
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden = call.pop(names[0])
         self.calls.append(call | {"": hidden})
@@ -298,9 +291,9 @@ def _floats(values: Any) -> Iterator[Tensor]:
 
 
 @functools.cache
-def parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
+def parameter_names(forward: Hashable) -> tuple[str, ...]:
     """Names of what a layer's forward takes, in order, the state first."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+    return tuple(inspect.signature(cast(Callable[..., Any], forward)).parameters)[1:]
 
 
 def probe(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.scalar_mix import Sums
 from mtp_lightning.model.transformers_architecture import Architecture, architecture_of, probe, restore_constants
 from mtp_lightning.recipe.schema.model import ModelSection
@@ -88,7 +89,7 @@ class ForeignModules(nn.Module):
         return any(parameter.is_meta for parameter in self.parameters())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for full, value in self._constants.items():
             owner, _, name = full.rpartition(".")
             module = self.get_submodule(owner)
@@ -199,3 +200,18 @@ class TransformersTrunk(ForeignModules):
                     hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else architecture.hides_by_true
                     done[id(mask)] = torch.where(same, mask, hidden)
                 call["attention_mask"] = done[id(mask)]
+
+
+def check_masks(section: ModelSection) -> None:
+    """Check that layers can be kept from attending to other documents.
+
+    Raises:
+        CheckpointError: Some carry a state from position to position, or take no mask.
+    """
+    architecture = architecture_of(section)
+    if not architecture.masks_documents:
+        raise CheckpointError(
+            "data.document_mask must be false for a model whose layers do not all take a mask",
+            f"true; {architecture.name} has layers that carry a state from one position to the next",
+            "Set data.document_mask=false: documents of a window then see those before them",
+        )
