@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.model.layers import Layer
+from mtp_lightning.model.layers import layers_of
 from mtp_lightning.model.roles import LORA
 from mtp_lightning.recipe.schema.model import LoraSection, Target
 
@@ -57,7 +57,7 @@ class LoraLinear(nn.Linear):
 
 def add_updates(part: nn.Module, section: LoraSection) -> None:
     """Replace the targets in every transformer layer of a part of the model, in place; weights are yet to be set."""
-    for layer in [module for module in part.modules() if isinstance(module, Layer)]:
+    for layer in layers_of(part):
         for target in section.targets:
             owner_name, _, name = PROJECTIONS[target].partition(".")
             owner = layer.get_submodule(owner_name)

@@ -29,6 +29,11 @@ class AttentionInputs(NamedTuple):
     mask: Tensor | None  # (B, 1, T, S), true where attention is allowed; S = T without a past
     past: KVCache | None = None
 
+    @property
+    def num_positions(self) -> int:
+        """Length T of the windows."""
+        return self.cos.shape[-2]
+
 
 def window_geometry(num_positions: int, section: ModelSection, *, like: Tensor) -> AttentionInputs:
     """Attend causally over the whole window; positions count from its start. `like` gives dtype and device."""

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.losses.chunked import Term, chunked_loss
+from mtp_lightning.losses.logit_map import LogitMap
 from mtp_lightning.model.heads import Heads
 from mtp_lightning.model.layers import build_norm
+from mtp_lightning.model.transformers_architecture import architecture_of
 from mtp_lightning.recipe.schema.root import Recipe
 
 
@@ -23,8 +25,11 @@ class Unembedding(nn.Module):
         num_norms = 1 + max(index for index in self.norm_index.values() if index is not None)
         num_matrices = recipe.heads.num_offsets if self.is_replicated else 1
         self.norms = nn.ModuleList(build_norm(section) for _ in range(num_norms))
+        architecture = architecture_of(section) if section.is_foreign else None
+        has_bias = architecture is not None and architecture.lm_head.bias is not None
+        self.logit_map = LogitMap() if architecture is None else architecture.logit_map
         self.lm_heads = nn.ModuleList(
-            nn.Linear(section.hidden_size, section.vocab_size, bias=False) for _ in range(num_matrices)
+            nn.Linear(section.hidden_size, section.vocab_size, bias=has_bias) for _ in range(num_matrices)
         )
         self.token_order = (
             nn.Linear(section.hidden_size, section.vocab_size, bias=False) if recipe.objective.token_order else None
@@ -44,7 +49,7 @@ class Unembedding(nn.Module):
     def logits(self, offset: int, hidden: Tensor) -> Tensor:
         """Score every token: (B, T, D) -> (B, T, V). For decoding and as an oracle."""
         scores: Tensor = self.lm_heads[self.matrix_index(offset)](self.normalize(offset, hidden))
-        return scores
+        return self.logit_map(scores)
 
     def forward(
         self,
@@ -73,6 +78,7 @@ class Unembedding(nn.Module):
         modules = self._modules_by_number
         numbers = {term.matrix for term in terms}
         used = {number: modules[number].weight for number in sorted(numbers)}
+        biases = {number: bias for number in used if (bias := modules[number].bias) is not None}
         if teacher is not None:
             with torch.set_grad_enabled(teacher_learns and torch.is_grad_enabled()):
                 teacher = self.normalize(1, teacher).flatten(0, 1)  # (P, D)
@@ -80,6 +86,8 @@ class Unembedding(nn.Module):
             if number not in used:
                 matrix = modules[number].weight
                 used[number] = matrix if teacher_learns else matrix.detach()
+                if (bias := modules[number].bias) is not None:
+                    biases[number] = bias if teacher_learns else bias.detach()
         return chunked_loss(
             normed,
             used,
@@ -88,13 +96,15 @@ class Unembedding(nn.Module):
             balance_to=balance_to,
             teacher=teacher,
             teacher_learns=teacher_learns,
+            biases=biases,
+            logit_maps={} if self.logit_map == LogitMap() else dict.fromkeys(range(len(self.lm_heads)), self.logit_map),
         )
 
     def parameters_of(self, offset: int) -> list[Tensor]:
-        """Final norm and matrix of an offset."""
+        """Final norm and matrix of an offset, with the matrix's bias."""
         index = self.norm_index[offset]
         norm = [] if index is None else list(self.norms[index].parameters())
-        return [*norm, self.matrices[self.matrix_index(offset)]]
+        return [*norm, *self.lm_heads[self.matrix_index(offset)].parameters()]
 
     @property
     def matrices(self) -> list[Tensor]:
