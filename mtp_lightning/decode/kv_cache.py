@@ -11,10 +11,12 @@ from typing import final
 import torch
 from torch import Tensor
 
+from mtp_lightning.decode.transformers_windows import TransformersWindows
 from mtp_lightning.model.heads import TRUNK
-from mtp_lightning.model.layers import LayerStack
+from mtp_lightning.model.layers import Geometry, layers_of
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.model.positions import AttentionInputs, KVCache, rotary_tables
+from mtp_lightning.recipe.schema.model import ModelSection
 
 Layers = dict[object, tuple[Tensor, Tensor]]
 
@@ -25,7 +27,7 @@ class Window:
     """The positions that one pass computes, a slot of the cache for each."""
 
     slots: Tensor  # (B, T) where keys and values go
-    geometry: AttentionInputs  # without a past
+    geometry: Geometry  # without a past
     reach: int  # S, one more than the last slot
     indices: dict[int, Tensor] = field(default_factory=dict)  # by number of heads, see `Cache.index`
 
@@ -38,6 +40,7 @@ class StackPast(KVCache):
         self.layers = layers
         self.cache = cache
         self.window = window
+        self.num_positions, self.reach = window.slots.shape[1], window.reach
 
     def extend(self, layer: object, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write the window's slots and return all up to its last: two (B, K, T, W) -> two (B, K, S, W).
@@ -47,10 +50,24 @@ class StackPast(KVCache):
         pair = self.layers.get(layer)
         if pair is None:
             pair = self.layers[layer] = self.cache.allocate(key), self.cache.allocate(value)
-        index, reach = self.cache.index(self.window, key.shape[1]), self.window.reach
+        index = self.cache.index(self.window, key.shape[1])
         for kept, new in zip(pair, (key, value), strict=True):
             kept.view(-1, kept.shape[-1]).index_copy_(0, index, new.reshape(-1, new.shape[-1]))
-        return pair[0][:, :, :reach], pair[1][:, :, :reach]
+        return pair[0][:, :, : self.reach], pair[1][:, :, : self.reach]
+
+
+@final
+class RotaryWindows:
+    """Prepares what layers of our own are run with: rotary tables are computed once."""
+
+    def __init__(self, capacity: int, section: ModelSection, *, like: Tensor) -> None:
+        positions = torch.arange(capacity, device=like.device)[None]
+        cos, sin = rotary_tables(positions, section, like=like)
+        self._cos, self._sin = cos[0, 0], sin[0, 0]  # (C, R)
+
+    def __call__(self, positions: Tensor, seen: Tensor | None, _key_positions: Tensor) -> AttentionInputs:
+        """Prepare a window; see `TransformersWindows`."""
+        return AttentionInputs(self._cos[positions][:, None], self._sin[positions][:, None], seen)
 
 
 @final
@@ -69,8 +86,11 @@ class Cache:
         self._starts: dict[int, Tensor] = {}  # by number of heads K: (B, K, 1)
         self._stacks: dict[int, Layers] = {}  # by offset
         self._slots = torch.arange(capacity, device=weight.device)  # (C,)
-        cos, sin = rotary_tables(self._slots[None], model.section, like=weight)
-        self._cos, self._sin = cos[0, 0], sin[0, 0]  # (C, R)
+        self._windows = (
+            TransformersWindows(model)
+            if model.section.is_foreign
+            else RotaryWindows(capacity, model.section, like=weight)
+        )
 
     def window(self, starts: Tensor, num_positions: int, *, reach: int, aligned: bool) -> Window:
         """Open a window of consecutive positions in every row.
@@ -87,7 +107,7 @@ class Cache:
             mask = None
         else:
             mask = (self._slots[:reach] <= slots[:, :, None])[:, None]  # (B, 1, T, S)
-        return self._window(slots, slots, mask, reach)
+        return Window(slots, self._windows(slots, mask, self._slots[None, :reach]), reach)
 
     def tree_window(self, depths: Tensor, ancestry: Tensor, *, reach: int) -> Window:
         """Open a window of tree nodes behind every row's length: a slot for each node, its depth as its position.
@@ -102,11 +122,10 @@ class Cache:
         behind = self._slots[:reach] - self.lengths[:, None]  # (B, S) node that a slot holds; negative for the past
         seen = ancestry[:, behind.clamp(0, num_nodes - 1)].transpose(0, 1)  # (B, T, S)
         seen = torch.where((behind < 0)[:, None], True, seen & (behind < num_nodes)[:, None])
-        return self._window(slots, self.lengths[:, None] + depths, seen[:, None], reach)
-
-    def _window(self, slots: Tensor, positions: Tensor, mask: Tensor | None, reach: int) -> Window:
-        geometry = AttentionInputs(self._cos[positions][:, None], self._sin[positions][:, None], mask)
-        return Window(slots, geometry, reach)
+        keys = torch.where(
+            behind < 0, self._slots[:reach], self.lengths[:, None] + depths[behind.clamp(0, num_nodes - 1)]
+        )
+        return Window(slots, self._windows(self.lengths[:, None] + depths, seen[:, None], keys), reach)
 
     def index(self, window: Window, num_heads: int) -> Tensor:
         """Number the (B, K, T) vectors of a window in a layer's cache seen as (B K C, W): (B K T,)."""
@@ -124,10 +143,10 @@ class Cache:
         """Hold as many slots as there are for keys or values: (B, K, T, W) -> (B, K, C, W)."""
         return like.new_zeros(*like.shape[:2], self.capacity, like.shape[3])
 
-    def geometry(self, window: Window, offset: int) -> AttentionInputs:
+    def geometry(self, window: Window, offset: int) -> Geometry:
         """What the layers of an offset (or `TRUNK`) are run with in a window: their own past."""
         layers = self._stacks.setdefault(offset, {})
-        return window.geometry._replace(past=StackPast(layers, self, window))
+        return window.geometry.with_past(StackPast(layers, self, window))
 
     def move(self, offsets: Collection[int], source: Tensor, target: Tensor) -> None:
         """Copy slots of some stacks to others: (B, P) from each to each."""
@@ -143,5 +162,4 @@ class Cache:
 
 def has_layers(model: MtpModel, offset: int) -> bool:
     """Tell whether layers with attention compute an offset."""
-    owners = model.heads.modules_of(offset)
-    return any(isinstance(module, LayerStack) for owner in owners for module in owner.modules())
+    return any(layers_of(owner) for owner in model.heads.modules_of(offset))

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Literal, final
 
 from mtp_lightning.decode.sampling import Sampling
+from mtp_lightning.decode.transformers_windows import is_recurrent
 from mtp_lightning.decode.tree import Tree, check_tree
 from mtp_lightning.errors import DecodingError
 from mtp_lightning.model.heads import TRUNK, Heads
@@ -48,10 +49,11 @@ def applicable_decoders(model: MtpModel) -> list[Decoder]:
     """List the decoders that fit the model's heads, the one that `auto` takes first among those that draft.
 
     Heads that read no tokens draft all at once (blockwise) and below every branch of a tree alike; modules that read
-    tokens draft one after the other (chain), which heads that read each other's states may do, too.
+    tokens draft one after the other (chain), which heads that read each other's states may do, too. Drafts need a past
+    that can be rolled back.
     """
     heads = model.heads
-    if heads.num_offsets == 1:
+    if heads.num_offsets == 1 or is_recurrent(model):
         return ["greedy"]
     if heads.reads_tokens:
         return ["greedy", "chain"]
@@ -78,6 +80,8 @@ def resolve_decoder(model: MtpModel, decoder: Decoder) -> Decoder:
     if decoder not in applicable:
         n = model.num_offsets
         why = "one offset, which drafts nothing" if n == 1 else f"{type(model.heads).__name__} with n = {n}"
+        if is_recurrent(model):
+            why = "layers that carry a state of all the past, which rejected drafts cannot be taken back from"
         raise DecodingError(
             f"decoder {decoder} must fit the model's heads", why, f"Choose: auto, {', '.join(applicable)}"
         )
@@ -183,6 +187,12 @@ def check_prompts(model: MtpModel, prompts: Sequence[Sequence[int]], max_new_tok
         DecodingError: There are none, one is empty, too long for the context, or holds an unknown token.
     """
     vocab_size, context = model.section.vocab_size, model.section.max_position_embeddings
+    if is_recurrent(model) and len({len(prompt) for prompt in prompts}) > 1:
+        raise DecodingError(
+            "prompts of one batch must be of one length for a model whose layers carry a state of all the past",
+            f"lengths from {min(map(len, prompts))} to {max(map(len, prompts))} tokens",
+            "Give prompts one at a time",
+        )
     if not prompts:
         raise DecodingError("there must be a prompt", "none", "Give one or more, as lists of token ids")
     for number, prompt in enumerate(prompts, 1):

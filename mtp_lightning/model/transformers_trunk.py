@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.model.positions import KVCache
 from mtp_lightning.model.scalar_mix import Sums
 from mtp_lightning.model.transformers_architecture import Architecture, architecture_of, probe, restore_constants
+from mtp_lightning.model.transformers_past import PAST, LayerPast, PastLength
 from mtp_lightning.recipe.schema.model import ModelSection
-
-PAST = ("past_key_values", "layer_past", "past_key_value", "cache_params")
-"""Names by which layers take keys and values of earlier positions."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,14 @@ class LayerInputs:
     positions: Tensor
     calls: list[dict[str, Any]]
     output: int
-    past: object | None = None
+    past: KVCache | None = None
 
     @property
     def num_positions(self) -> int:
         """Length T of the windows."""
         return self.positions.shape[1]
 
-    def with_past(self, past: object) -> Self:
+    def with_past(self, past: KVCache) -> Self:
         """Let layers go on from keys and values of earlier positions."""
         return replace(self, past=past)
 
@@ -51,7 +50,8 @@ class LayerInputs:
         """Run a layer: (B, T, D) -> (B, T, D)."""
         call = self.calls[layer.like_layer]  # type: ignore[index]
         if self.past is not None:
-            call = {**call, **{name: self.past for name in PAST if name in call}}
+            past = LayerPast(self.past, layer)
+            call = {**call, **{name: past for name in PAST if isinstance(call.get(name), PastLength)}}
         output = layer(hidden, **call)
         state: Tensor = output[0] if self.output else output
         return state
