@@ -15,7 +15,7 @@ from torch import Tensor
 from mtp_lightning.errors import DecodingError
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.model.transformers_library import library
-from mtp_lightning.model.transformers_past import GENERATE_ELSEWHERE, MASK, PAST, PastLength
+from mtp_lightning.model.transformers_past import ALIBI, GENERATE_ELSEWHERE, MASK, PAST, PastLength
 from mtp_lightning.model.transformers_trunk import LayerInputs, TransformersTrunk
 
 
@@ -28,7 +28,8 @@ class Span:
     chunk: int | None  # positions of the same chunk of so many; None for all
     shown: float  # value of a mask where it attends (1 or 0 in one of truth values), and elsewhere
     hidden: float
-    adds: bool  # the mask adds to scores what depends on the key's position (ALiBi)
+    adds: bool  # the mask adds to scores what depends on the key's slot (ALiBi)
+    by_slot: bool  # something else does, or the mask
     skips: bool  # no mask at all means plain causal attention
 
     def sees_all(self, reach: int) -> bool:
@@ -56,6 +57,22 @@ def spans_of(model: MtpModel) -> list[Span | None]:
 def is_recurrent(model: MtpModel) -> bool:
     """Whether layers carry a state of all the past, which cannot be rolled back, rather than keys and values."""
     return None in spans_of(model)
+
+
+def knows_slots(model: MtpModel) -> bool:
+    """Whether scores depend on the slots of keys (ALiBi): those of a tree's nodes are not their positions."""
+    return any(span is not None and span.by_slot for span in spans_of(model))
+
+
+def rotary_switch(model: MtpModel) -> int | None:
+    """Length from which on all positions of a text turn by other angles (rope type longrope); None where none is."""
+    if not isinstance(model.trunk, TransformersTrunk):
+        return None
+    parameters = getattr(model.trunk.architecture.config, "rope_parameters", None) or {}
+    for kind in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if kind.get("rope_type") == "longrope":
+            return int(kind["original_max_position_embeddings"])
+    return None
 
 
 @final
@@ -123,13 +140,14 @@ def _measured(trunk: TransformersTrunk, context: int) -> list[Span | None]:
     for layer in trunk.layers:
         _check_tables(trunk, layer)
     return [
-        _span(trunk, last.get(MASK), skips=first.get(MASK) is None, context=context)
+        _span(trunk, last, skips=first.get(MASK) is None, context=context)
         for first, last in zip(near, far, strict=True)
     ]
 
 
-def _span(trunk: TransformersTrunk, mask: Any, *, skips: bool, context: int) -> Span | None:
-    """Read a mask of the last two positions: (1, 1 or H, 2, C)."""
+def _span(trunk: TransformersTrunk, call: dict[str, Any], *, skips: bool, context: int) -> Span | None:
+    """Read a layer's mask for the last two positions: (1, 1 or H, 2, C)."""
+    mask = call.get(MASK)
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return None
     hidden, shown = mask[0, 0, 0, -1], mask[0, 0, 1, -1]
@@ -151,6 +169,7 @@ def _span(trunk: TransformersTrunk, mask: Any, *, skips: bool, context: int) -> 
         shown=float(shown),
         hidden=float(hidden),
         adds=adds,
+        by_slot=adds or any(isinstance(call.get(name), Tensor) for name in ALIBI),
         skips=skips and not adds,
     )
 

@@ -8,8 +8,9 @@ from mtp_lightning.errors import DecodingError
 from mtp_lightning.model.positions import KVCache
 
 MASK = "attention_mask"
+ALIBI = ("alibi", "position_bias")
 PAST = ("past_key_values", "layer_past", "past_key_value", "cache_params")
-"""Names by which layers take their mask, and keys and values of earlier positions."""
+"""Names by which layers take their mask, what is added by distance, and keys and values of earlier positions."""
 GENERATE_ELSEWHERE = "Generate with transformers; training, evaluation of the loss and export work"
 
 
