@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mtp_lightning.errors import DecodingError
+from mtp_lightning.errors import DecodingError, MtpError
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.model.transformers_library import library
 from mtp_lightning.model.transformers_past import ALIBI, GENERATE_ELSEWHERE, MASK, PAST, PastLength
@@ -109,7 +109,7 @@ class TransformersWindows:
 
 def _inputs(trunk: TransformersTrunk, positions: Tensor, reach: int) -> LayerInputs:
     weight = trunk.embed_tokens.weight
-    embedded = weight.new_zeros(1, 1, 1).expand(*positions.shape, weight.shape[1])
+    embedded = weight.new_zeros(*positions.shape, weight.shape[1])
     past = PastLength(positions.shape[1], reach)
     return trunk.inputs(embedded, positions, past_key_values=past, use_cache=True)
 
@@ -134,7 +134,12 @@ def _mask(
 
 def _measured(trunk: TransformersTrunk, context: int) -> list[Span | None]:
     zeros = torch.zeros(1, 2, dtype=torch.long, device=trunk.embed_tokens.weight.device)
-    near, far = (_inputs(trunk, zeros, reach).calls for reach in (2, context))
+    try:
+        near, far = (_inputs(trunk, zeros, reach).calls for reach in (2, context))
+    except MtpError:
+        raise
+    except Exception as error:  # whatever a decoder makes of a past that is not its own
+        raise _refused(trunk, f"{type(error).__name__}: {error}") from error
     if not all(any(name in call for name in PAST) for call in far):
         raise _refused(trunk, "layers that take no keys and values of earlier positions")
     for layer in trunk.layers:

@@ -6,6 +6,7 @@ keep what they are given (`probe`); layers of trunk and heads are then called wi
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
@@ -16,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.positions import KVCache
 from mtp_lightning.model.scalar_mix import Sums
-from mtp_lightning.model.transformers_architecture import Architecture, architecture_of, probe, restore_constants
+from mtp_lightning.model.transformers_architecture import Architecture, architecture_of, restore_constants
 from mtp_lightning.model.transformers_past import PAST, LayerPast, PastLength
+from mtp_lightning.model.transformers_probe import probe
+from mtp_lightning.model.transformers_routers import router_loss_of
 from mtp_lightning.recipe.schema.model import ModelSection
 
 
@@ -88,8 +91,8 @@ class ForeignModules(nn.Module):
     def _has_meta_parameters(self) -> bool:
         return any(parameter.is_meta for parameter in self.parameters())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    def _apply(self, fn: Callable[[Tensor], Tensor], *options: Any) -> Self:
+        super()._apply(fn, *options)  # type: ignore[no-untyped-call]
         for full, value in self._constants.items():
             owner, _, name = full.rpartition(".")
             module = self.get_submodule(owner)
@@ -142,6 +145,7 @@ class TransformersTrunk(ForeignModules):
         for number, layer in enumerate(self.layers):
             layer.like_layer = number  # type: ignore[assignment]
         self.keep_constants(self.architecture)
+        self.router_loss = router_loss_of(self.architecture, self.layers)
 
     @property
     def embed_tokens(self) -> nn.Embedding:
@@ -175,10 +179,13 @@ class TransformersTrunk(ForeignModules):
         hidden = embedded
         if not self.architecture.reads_embedding:  # scaled, or with positions added
             hidden, _ = self._probe(embedded, inputs.positions)
-        for number, output in enumerate(walk(self.layers, hidden, inputs, recompute=self.recompute)):
-            hidden = output
-            if sums is not None:
-                sums.add(number, hidden)
+        with nullcontext() if self.router_loss is None else self.router_loss.gathering():
+            for number, output in enumerate(walk(self.layers, hidden, inputs, recompute=self.recompute)):
+                hidden = output
+                if sums is not None:
+                    sums.add(number, hidden)
+        if self.router_loss is not None:
+            hidden = self.router_loss.added_to(hidden)
         return (hidden, *(sums.states.values() if sums is not None else ()))
 
     def _probe(self, embedded: Tensor, positions: Tensor, **further: Any) -> tuple[Tensor, list[dict[str, Any]]]:

@@ -5,9 +5,9 @@ import torch
 
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.recipe.schema.root import Recipe
-from tests.support.architectures import SETTINGS, architecture_recipe
+from tests.support.architectures import SETTINGS, architecture_recipe, judge_of
 
-transformers = pytest.importorskip(
+pytest.importorskip(
     "transformers", minversion="5.23", reason="needs transformers: pip install 'mtp_lightning[transformers]'"
 )
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -21,23 +21,6 @@ def perturbed(recipe: Recipe) -> MtpModel:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
-
-
-def judge_of(model: MtpModel) -> torch.nn.Module:
-    """The same weights in transformers' own class."""
-    architecture = model.trunk.architecture
-    config = transformers.AutoConfig.for_model(**model.section.hf_config)
-    attention = architecture.config._attn_implementation
-    judge = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-    state = {
-        theirs: parameter.detach()
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if (theirs := architecture.names.theirs(name))
-    }
-    absent, unexpected = judge.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert not absent
-    return judge
 
 
 def tokens_of(model: MtpModel, num_positions: int = 11) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import torch
+
+from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe.schema.root import Recipe
 
 COMMON: dict[str, Any] = {
@@ -138,3 +141,22 @@ def architecture_recipe(name: str, **sections: Any) -> Recipe:
     for section, values in sections.items():
         defaults[section] = defaults.get(section, {}) | values if isinstance(values, dict) else values
     return Recipe.model_validate(defaults)
+
+
+def judge_of(model: MtpModel) -> torch.nn.Module:
+    """The same weights in transformers' own class."""
+    import transformers
+
+    architecture = model.trunk.architecture
+    config = transformers.AutoConfig.for_model(**model.section.hf_config)
+    attention = architecture.config._attn_implementation
+    judge = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    state = {
+        theirs: parameter.detach()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if (theirs := architecture.names.theirs(name))
+    }
+    absent, unexpected = judge.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert not absent
+    return judge
