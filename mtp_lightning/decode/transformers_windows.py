@@ -107,9 +107,9 @@ class TransformersWindows:
         return inputs
 
 
-def _inputs(trunk: TransformersTrunk, positions: Tensor, reach: int) -> LayerInputs:
+def _inputs(trunk: TransformersTrunk, positions: Tensor, reach: int, *, embedding: float = 0.0) -> LayerInputs:
     weight = trunk.embed_tokens.weight
-    embedded = weight.new_zeros(*positions.shape, weight.shape[1])
+    embedded = weight.new_full((*positions.shape, weight.shape[1]), embedding)
     past = PastLength(positions.shape[1], reach)
     return trunk.inputs(embedded, positions, past_key_values=past, use_cache=True)
 
@@ -136,10 +136,13 @@ def _measured(trunk: TransformersTrunk, context: int) -> list[Span | None]:
     zeros = torch.zeros(1, 2, dtype=torch.long, device=trunk.embed_tokens.weight.device)
     try:
         near, far = (_inputs(trunk, zeros, reach).calls for reach in (2, context))
+        other = _inputs(trunk, zeros, 2, embedding=1.0).calls
     except MtpError:
         raise
     except Exception as error:  # whatever a decoder makes of a past that is not its own
         raise _refused(trunk, f"{type(error).__name__}: {error}") from error
+    if not all(map(_is_alike, near, other)):
+        raise _refused(trunk, "layers that read embedded tokens beside the state of the layer before")
     if not all(any(name in call for name in PAST) for call in far):
         raise _refused(trunk, "layers that take no keys and values of earlier positions")
     for layer in trunk.layers:
@@ -148,6 +151,17 @@ def _measured(trunk: TransformersTrunk, context: int) -> list[Span | None]:
         _span(trunk, last, skips=first.get(MASK) is None, context=context)
         for first, last in zip(near, far, strict=True)
     ]
+
+
+def _is_alike(first: Any, second: Any) -> bool:
+    """Compare what a layer is called with, tensors by their values and the rest not at all."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, dict):
+        return all(_is_alike(value, second[name]) for name, value in first.items())
+    if isinstance(first, tuple | list):
+        return all(map(_is_alike, first, second))
+    return True
 
 
 def _span(trunk: TransformersTrunk, call: dict[str, Any], *, skips: bool, context: int) -> Span | None:
