@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decode.kv_cache import Cache, Window, has_layers
+from mtp_lightning.decode.transformers_windows import check_states
 from mtp_lightning.model.heads import TRUNK, HeadContext
 from mtp_lightning.model.mtp_model import MtpModel
 
@@ -34,6 +35,7 @@ class DecodeState:
         self.device = model.trunk.embed_tokens.weight.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.path = main_path(model)
+        check_states(model, self.path)
         drafting = range(2, 2 + max_drafts)
         self.drafting = [offset for offset in drafting if offset not in self.path]
         self.cache = Cache(model, len(prompts), max(map(len, prompts)) + remaining + 1)

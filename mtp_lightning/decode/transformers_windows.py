@@ -5,6 +5,7 @@ lengths nor trees, so ours take their place. How far a layer looks back is measu
 for the last two positions of its context.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, final
 from weakref import WeakKeyDictionary
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import DecodingError, MtpError
+from mtp_lightning.model.layers import layers_of
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.model.transformers_library import library
 from mtp_lightning.model.transformers_past import ALIBI, GENERATE_ELSEWHERE, MASK, PAST, PastLength
@@ -26,8 +28,7 @@ class Span:
 
     window: int | None  # so many positions, its own the last; None for all
     chunk: int | None  # positions of the same chunk of so many; None for all
-    shown: float  # value of a mask where it attends (1 or 0 in one of truth values), and elsewhere
-    hidden: float
+    shown: float  # value of a mask where it attends; 1 or 0 in one of truth values
     adds: bool  # the mask adds to scores what depends on the key's slot (ALiBi)
     by_slot: bool  # something else does, or the mask
     skips: bool  # no mask at all means plain causal attention
@@ -57,6 +58,25 @@ def spans_of(model: MtpModel) -> list[Span | None]:
 def is_recurrent(model: MtpModel) -> bool:
     """Whether layers carry a state of all the past, which cannot be rolled back, rather than keys and values."""
     return None in spans_of(model)
+
+
+def check_states(model: MtpModel, path: Collection[int]) -> None:
+    """Check that no two layers of trunk and of the offsets on the way to the main head would share a state.
+
+    Raises:
+        DecodingError: They would.
+    """
+    if not is_recurrent(model):
+        return
+    owners = [model.trunk, *(module for offset in path for module in model.heads.modules_of(offset))]
+    indices = [layer.like_layer for owner in owners for layer in layers_of(owner)]
+    stateful = [index for index in indices if spans_of(model)[index] is None]
+    if len(set(stateful)) < len(stateful):
+        raise DecodingError(
+            "layers of the main head must not be of a kind that carries a state, for texts to be generated",
+            f"{type(model.heads).__name__} with layers like number {max(stateful)} of the trunk",
+            GENERATE_ELSEWHERE,
+        )
 
 
 def knows_slots(model: MtpModel) -> bool:
@@ -129,7 +149,7 @@ def _mask(
     if theirs is None or theirs.dtype == torch.bool:
         return seen if span.shown else ~seen
     shown = theirs[:, :, -1:] if span.adds else theirs.new_tensor(span.shown)
-    return torch.where(seen, shown, span.hidden)
+    return torch.where(seen, shown, torch.finfo(theirs.dtype).min)
 
 
 def _measured(trunk: TransformersTrunk, context: int) -> list[Span | None]:
@@ -186,7 +206,6 @@ def _span(trunk: TransformersTrunk, call: dict[str, Any], *, skips: bool, contex
         window=last if before == last else None,
         chunk=chunk if before != last and last < context else None,
         shown=float(shown),
-        hidden=float(hidden),
         adds=adds,
         by_slot=adds or any(isinstance(call.get(name), Tensor) for name in ALIBI),
         skips=skips and not adds,

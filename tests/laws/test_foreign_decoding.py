@@ -169,6 +169,9 @@ def test_layers_with_a_state_take_no_drafts(name):
         generate(model, PROMPTS[:1], decoder="chain")
     with pytest.raises(DecodingError, match="of one length"):
         generate(model, PROMPTS)
+    last_has_a_state = {"layer_types": ["full_attention", *["linear_attention"] * 3]}
+    with pytest.raises(DecodingError, match="layers like number 3"):
+        generate(model_of(name, "anticausal", **last_has_a_state), PROMPTS[:1])
 
 
 @pytest.mark.parametrize(
