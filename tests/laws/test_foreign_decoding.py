@@ -14,6 +14,7 @@ from mtp_lightning.evaluation.marginal import laws_ahead
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.model.transformers_architecture import architecture_of
 from tests.decode.oracles import TREE, WrittenDrafts, full_logits, plain_text
+from tests.laws.test_decoding import predicted_counts
 from tests.laws.test_decoding_law import deviation, exact_law
 from tests.support.architectures import SETTINGS, architecture_recipe
 from tests.support.tiny import HEAD_KINDS, tiny_model
@@ -85,17 +86,27 @@ def test_drafts_change_no_text(name, kind):
     if kind in ("medusa", "sequential"):
         judge = judge_of(model)
         assert [said_by(judge, prompt, LENGTH + 4) for prompt in PROMPTS] == expected
+    texts = [[*prompt, *text] for prompt, text in zip(PROMPTS, expected, strict=True)]
     expected = [text[:LENGTH] for text in expected]
     for decoder in applicable_decoders(model):
         made = generate(
             model, PROMPTS, decoder=decoder, tree=TREE if decoder == "tree" else None, max_new_tokens=LENGTH
         )
         assert made.tokens == expected, decoder
+        if decoder in ("blockwise", "chain"):
+            assert_counts(model, texts, made.statistics.accepted_by_row)
     assert generate(model, PROMPTS, draft_length="adaptive", max_new_tokens=LENGTH).tokens == expected
     drafts = WrittenDrafts(model, PROMPTS, [[3], [2, 1], [0, 3]])
     made = generate(model, PROMPTS, max_new_tokens=LENGTH, forced_drafts=drafts)
     assert made.tokens == expected
     assert 0 < made.statistics.num_accepted_tokens < made.statistics.num_draft_tokens
+
+
+def assert_counts(model, texts, accepted_by_row):
+    """Law 7: steps keep as many drafts as a pass over the finished text says."""
+    for prompt, text, accepted in zip(PROMPTS, texts, accepted_by_row, strict=True):
+        choices = {offset: logits.argmax(-1).tolist() for offset, logits in full_logits(model, text).items()}
+        assert accepted == predicted_counts(choices, prompt, text, 3)
 
 
 def test_texts_of_the_table_say_something():
