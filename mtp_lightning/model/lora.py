@@ -104,7 +104,7 @@ def _maps_of(layer: nn.Module, target: Target) -> list[tuple[str, nn.Linear]]:
     return [
         (path, module)
         for path, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and f".{path}".endswith(ends) and _is_plain(type(module))
+        if isinstance(module, nn.Linear) and f".{path}".endswith(ends) and _is_plain(cast(Hashable, type(module)))
     ]
 
 

@@ -130,7 +130,8 @@ class Architecture:
     def build_norm(self) -> nn.Module:
         """Build one more norm like the final one."""
         norm = nn.Identity() if self.norm is None else copy.deepcopy(self.norm)
-        return norm.to_empty(device=torch.empty(0).device)
+        like = torch.empty(0)  # as whatever is built around it: on the meta device, or of ZeRO-3's type
+        return norm.to_empty(device=like.device).to(like.dtype)
 
     @contextmanager
     def quietly(self) -> Iterator[None]:

@@ -79,7 +79,8 @@ class ForeignModules(nn.Module):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if (full := f"{module_name}.{name}") in saved:
                     delattr(module, name)
-                    module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+                    kept = buffer.to(torch.empty(0).dtype) if buffer.is_floating_point() else buffer
+                    module.register_parameter(name, nn.Parameter(kept, requires_grad=False))
                     self.untrained.add(full)
                 elif buffer.is_meta:
                     module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
