@@ -9,7 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_lightning.decode.kv_cache import Cache, Window, attentions
+from mtp_lightning.decode.kv_cache import Cache, Window, has_layers
+from mtp_lightning.decode.transformers_windows import check_states
 from mtp_lightning.model.heads import TRUNK, HeadContext
 from mtp_lightning.model.mtp_model import MtpModel
 
@@ -34,9 +35,10 @@ class DecodeState:
         self.device = model.trunk.embed_tokens.weight.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.path = main_path(model)
+        check_states(model, self.path)
         drafting = range(2, 2 + max_drafts)
         self.drafting = [offset for offset in drafting if offset not in self.path]
-        self.cache = Cache(model, {*self.path, *self.drafting}, len(prompts), max(map(len, prompts)) + remaining + 1)
+        self.cache = Cache(model, len(prompts), max(map(len, prompts)) + remaining + 1)
         self.rows = torch.arange(len(prompts), device=self.device)
         self.tokens = torch.zeros(len(prompts), self.cache.capacity, dtype=torch.long, device=self.device)  # (B, C)
         self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
@@ -44,7 +46,7 @@ class DecodeState:
         self.tokens[:, : padded.shape[1]] = padded
         self.is_finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         self.shortest, self.longest, self.all_finished = 0, 0, False  # what the host knows
-        self.catches_up = any(attentions(model, offset) for offset in self.drafting)
+        self.catches_up = any(has_layers(model, offset) for offset in self.drafting)
         self.valid = {offset: torch.zeros_like(self.cache.lengths) for offset in self.drafting}
         unembedding = model.unembedding
         self.vocabulary = unembedding.drafts  # of drafts; None for all V

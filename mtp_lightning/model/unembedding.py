@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from mtp_lightning.losses.chunked import Term, chunked_argmax, chunked_loss
 from mtp_lightning.losses.distillation import Distillation
+from mtp_lightning.losses.logit_map import LogitMap
 from mtp_lightning.model.draft_vocabulary import DraftVocabulary, draft_vocabulary_of
 from mtp_lightning.model.heads import Heads
 from mtp_lightning.model.layers import build_norm
+from mtp_lightning.model.transformers_architecture import architecture_of
 from mtp_lightning.recipe.schema.root import Recipe
 
 
@@ -28,8 +30,11 @@ class Unembedding(nn.Module):
         num_norms = 1 + max(index for index in self.norm_index.values() if index is not None)
         num_matrices = recipe.heads.num_offsets if self.is_replicated else 1
         self.norms = nn.ModuleList(build_norm(section) for _ in range(num_norms))
+        architecture = architecture_of(section) if section.is_foreign else None
+        has_bias = architecture is not None and architecture.lm_head.bias is not None
+        self.logit_map = LogitMap() if architecture is None else architecture.logit_map
         self.lm_heads = nn.ModuleList(
-            nn.Linear(section.hidden_size, section.vocab_size, bias=False) for _ in range(num_matrices)
+            nn.Linear(section.hidden_size, section.vocab_size, bias=has_bias) for _ in range(num_matrices)
         )
         self.token_order = (
             nn.Linear(section.hidden_size, section.vocab_size, bias=False) if recipe.objective.token_order else None
@@ -84,11 +89,12 @@ class Unembedding(nn.Module):
     def all_logits(self, offset: int, hidden: Tensor) -> Tensor:
         """Score every token, whatever the offset may draft: (B, T, D) -> (B, T, V)."""
         scores: Tensor = self.lm_heads[self.matrix_index(offset)](self.normalize(offset, hidden))
-        return scores
+        return self.logit_map(scores)
 
     def draft_logits(self, index: int, normed: Tensor, rows: Tensor) -> Tensor:
         """Score the draft vocabulary by copied rows, (V', D), of a matrix: normed (..., D) -> (..., V')."""
-        return nn.functional.linear(normed, rows)
+        bias = self._bias(-1 - index)
+        return self.logit_map(nn.functional.linear(normed, rows, bias))
 
     def draft_rows(self, index: int) -> Tensor:
         """Rows of a matrix that score the draft vocabulary, (V', D): a copy that is kept where the matrix is frozen."""
@@ -129,6 +135,7 @@ class Unembedding(nn.Module):
         ]
         numbers = {term.matrix for term in terms}
         used = {number: self._matrix(number) for number in sorted(numbers)}
+        biases = {number: bias for number in used if (bias := self._bias(number)) is not None}
         if teacher is not None:
             with torch.set_grad_enabled(teacher_learns and torch.is_grad_enabled()):
                 teacher = self.normalize(1, teacher).flatten(0, 1)  # (P, D)
@@ -138,6 +145,8 @@ class Unembedding(nn.Module):
             if number not in used:
                 matrix = self._matrix(number)
                 used[number] = matrix if teacher_learns else matrix.detach()
+                if (bias := self._bias(number)) is not None:
+                    biases[number] = bias if teacher_learns else bias.detach()
         return chunked_loss(
             normed,
             used,
@@ -146,25 +155,40 @@ class Unembedding(nn.Module):
             balance_to=balance_to,
             teacher=teacher,
             teacher_learns=teacher_learns,
+            biases=biases,
+            logit_maps={} if self.logit_map == LogitMap() else dict.fromkeys(self._numbers_of_heads, self.logit_map),
         )
 
     def _matrix(self, number: int) -> Tensor:
         return self.draft_rows(-1 - number) if number < 0 else self._modules_by_number[number].weight
 
+    def _bias(self, number: int) -> Tensor | None:
+        bias = self._modules_by_number[number if number >= 0 else -1 - number].bias
+        return bias if number >= 0 or bias is None else self._drafted_entries(bias)
+
+    def _drafted_entries(self, bias: Tensor) -> Tensor:
+        assert self.drafts is not None
+        return self.drafts.columns_of(bias)
+
+    @property
+    def _numbers_of_heads(self) -> list[int]:
+        """What terms name matrices of offsets by: whole, and the rows of a draft vocabulary."""
+        return [*range(len(self.lm_heads)), *(range(-1, -1 - len(self.lm_heads), -1))]
+
     @torch.no_grad()
     def _judge_teacher(self, teacher: Tensor, compared: Sequence[Distillation]) -> None:
         """Find out, once for all offsets, where the main head's choice is one that can be drafted: (P, D) states."""
-        matrix = self._matrix(self.matrix_index(1))
+        matrix, bias = self._matrix(self.matrix_index(1)), self._bias(self.matrix_index(1))
         for one in compared:
             if one.drafted is not None and self.drafts is not None and one.drafted.rows is None:
-                choices = chunked_argmax(teacher, matrix, self.chunk_bytes)
+                choices = chunked_argmax(teacher, matrix, self.chunk_bytes, bias)
                 one.drafted.rows = ~self.drafts.lacks(choices)
 
     def parameters_of(self, offset: int) -> list[Tensor]:
-        """Final norm and matrix of an offset."""
+        """Final norm and matrix of an offset, with the matrix's bias."""
         index = self.norm_index[offset]
         norm = [] if index is None else list(self.norms[index].parameters())
-        return [*norm, self.matrices[self.matrix_index(offset)]]
+        return [*norm, *self.lm_heads[self.matrix_index(offset)].parameters()]
 
     @property
     def matrices(self) -> list[Tensor]:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.model.heads.base import HeadContext, Heads
-from mtp_lightning.model.layers import LayerStack, build_norm
-from mtp_lightning.model.positions import AttentionInputs
+from mtp_lightning.model.layers import Geometry, build_norm, build_stack
 from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 
 
@@ -20,9 +19,9 @@ class MtpModule(nn.Module):
         self.enorm = build_norm(model)
         self.hnorm = build_norm(model)
         self.eh_proj = nn.Linear(2 * model.hidden_size, model.hidden_size, bias=False)
-        self.layers = LayerStack(model, heads.layers_per_head, recompute=recompute)
+        self.layers = build_stack(model, heads.layers_per_head, recompute=recompute)
 
-    def forward(self, state: Tensor, embedded: Tensor, geometry: AttentionInputs) -> Tensor:
+    def forward(self, state: Tensor, embedded: Tensor, geometry: Geometry) -> Tensor:
         """Compute the next offset's state: two (B, T, D) -> (B, T, D)."""
         hidden, token = self.hnorm(state), self.enorm(embedded)
         pair = (token, hidden) if self.embedding_first else (hidden, token)

@@ -4,6 +4,14 @@ from mtp_lightning.recipe.rules.base import Rule
 
 ROLLOUT_RULES: tuple[Rule, ...] = (
     Rule(
+        fields=("objective.rollout.where", "model.family"),
+        holds=lambda recipe: (
+            not recipe.model.is_foreign or recipe.objective.rollout is None or recipe.objective.rollout.where != "all"
+        ),
+        expected="must be reached for family transformers, whose masks know one stream of positions",
+        hint="Set objective.rollout.where=reached, or objective.rollout=null.",
+    ),
+    Rule(
         fields=("objective.rollout", "heads.kind"),
         holds=lambda recipe: recipe.objective.rollout is None or recipe.heads.kind in ("sequential", "recursive"),
         expected="must be null unless heads.kind is sequential or recursive: the other kinds read no tokens",

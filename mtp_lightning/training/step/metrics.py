@@ -68,6 +68,8 @@ class OffsetMetrics(Metric):
     num_off_text: Tensor
     num_rolled_out: Tensor
     num_outside: Tensor
+    router_sum: Tensor
+    num_routed: Tensor
 
     def __init__(self, num_offsets: int) -> None:
         super().__init__()
@@ -82,7 +84,7 @@ class OffsetMetrics(Metric):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
         for name in ("num_off_text", "num_rolled_out"):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
-        for name in ("num_drafted", "num_sampled"):
+        for name in ("num_drafted", "num_sampled", "router_sum", "num_routed"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, targets: Tensor, losses: OffsetLosses) -> None:
@@ -101,6 +103,9 @@ class OffsetMetrics(Metric):
         if losses.off_text is not None:
             self.num_off_text += losses.off_text.nan_to_num().to(torch.float64)
             self.num_rolled_out += is_valid.sum((1, 2)) * ~losses.off_text.isnan()
+        if losses.router_loss is not None:
+            self.router_sum += losses.router_loss.to(torch.float64)
+            self.num_routed += 1
         if losses.predictions is None:
             return
         self.num_predicted += is_valid.sum((1, 2))
@@ -138,6 +143,8 @@ class OffsetMetrics(Metric):
         if self.num_rolled_out.any():
             off_text = self.num_off_text / self.num_rolled_out
             figures |= {f"off_text_{k}": off_text[k - 1] for k in range(3, self.num_offsets + 1)}
+        if self.num_routed:
+            figures["router_loss"] = self.router_sum / self.num_routed
         if self.num_sampled:
             sampled = self.sampled_sum / self.num_sampled
             figures |= _by_offset("overlap", self.overlap_sum / self.num_comparable)

@@ -66,6 +66,14 @@ class Objective:
         assert num_ordered is not None
         return self.num_ranks * section.weight / num_ordered.to(self.coefficients.dtype).clamp(min=1)
 
+    def share_of(self, batch: MicroBatch) -> Tensor:
+        """Share of a micro-batch in the targets of the whole global batch, times ranks and loss scale, 0-dimensional.
+
+        It weighs what is a mean over the micro-batch (the loss of routers), whose gradients backward passes add up.
+        """
+        targets = (batch.targets[0] != IGNORE).sum().to(self.coefficients.dtype)
+        return targets / self.counts[0].clamp(min=1) * (self.num_ranks * self.loss_scale)
+
     @property
     def has_targets(self) -> bool:
         """Whether this global batch has a gradient at all: any target of an offset with a weight, or of token order."""
@@ -88,6 +96,7 @@ class OffsetLosses(NamedTuple):
     computed: tuple[int, ...] = ()  # offsets that were computed
     off_text: Tensor | None = None  # (N,) targets whose position is drawn and has a draft before that is not the token
     is_outside: Tensor | None = None  # (N, B, T) targets outside the draft vocabulary; None without one
+    router_loss: Tensor | None = None  # 0-dimensional, of a trunk with experts
 
     def of_rows(self, chosen: Tensor) -> "OffsetLosses":
         """Keep the results per position of some rows, chosen by a (B,) mask; sums of losses become zero."""
@@ -213,14 +222,20 @@ class LossTerms:
         for offset, distillation in self.distillations.items():
             assert divergences is not None
             divergences[offset - 1] = distillation.measured_sum
-        computed = tuple(sorted(self.cross_entropies))
         off_text = None
         if self.rollout is not None:
             off_text = torch.full_like(like, torch.nan)
             for offset, number in self.rollout.num_off_text.items():
                 off_text[offset - 1] = number
-        outside = self._outside()
-        return OffsetLosses(sums, predictions, divergences, computed=computed, off_text=off_text, is_outside=outside)
+        return OffsetLosses(
+            sums,
+            predictions,
+            divergences,
+            computed=tuple(sorted(self.cross_entropies)),
+            off_text=off_text,
+            is_outside=self._outside(),
+            router_loss=None if self.model.router_loss is None else self.model.router_loss.value,
+        )
 
     def _outside(self) -> Tensor | None:
         drafts, targets = self.model.unembedding.drafts, self.batch.targets

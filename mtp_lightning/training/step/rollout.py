@@ -139,6 +139,7 @@ class Rollout:
     def _geometry(self, context: HeadContext) -> AttentionInputs:
         """Positions and attention of both streams."""
         if self.geometry is None:
+            assert isinstance(context.geometry, AttentionInputs)  # as a rule of recipes says
             cos, sin, mask, _ = context.geometry
             if mask is None:
                 shape = (self.num_positions, self.num_positions)
