@@ -17,7 +17,7 @@ PACKED = ("cpu", torch.bfloat16)
 
 @final
 class PackedLinear(nn.Linear):
-    """A linear map that can only be applied: its weight has shape and type, but no values."""
+    """A linear map that is only applied: its weight has shape and type, but no values."""
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta", dtype=plain.weight.dtype)
@@ -40,5 +40,8 @@ def pack_linear_maps(model: MtpModel) -> MtpModel:
         for owner in [*model.modules()]:
             for name, child in owner.named_children():
                 if type(child) is nn.Linear and (child.weight.device.type, child.weight.dtype) == PACKED:
-                    setattr(owner, name, PackedLinear(child))
+                    packed = PackedLinear(child)
+                    if owner is model.unembedding.lm_heads and model.unembedding.drafts is not None:
+                        packed.weight = child.weight  # rows of it score the drafts
+                    setattr(owner, name, packed)
     return model

@@ -10,7 +10,9 @@ from torch.testing import assert_close
 from mtp_lightning.decode import Settings, generate
 from mtp_lightning.decode.packed_linear import PackedLinear, pack_linear_maps
 from mtp_lightning.decode.state import DecodeState, prefill
+from mtp_lightning.recipe.draft_vocabulary import with_draft_ids
 from tests.decode.oracles import PROMPTS
+from tests.support.architectures import architecture_recipe
 from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe
 
 pytestmark = pytest.mark.skipif(
@@ -37,18 +39,35 @@ def test_the_map_is_the_plain_one_and_no_position_looks_at_another(shape, bias):
     assert torch.equal(packed(hidden), alone)
 
 
+def check_scores(recipe):
+    plain, packed, exact = (tiny_model(recipe, torch.bfloat16).requires_grad_(requires_grad=False) for _ in range(3))
+    pack_linear_maps(packed)
+    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) > 0
+    scores, wanted, precise = (
+        prefill(DecodeState(model, PROMPTS, max_drafts=0, remaining=1, seed=0)).double()
+        for model in (packed, plain, exact.float())
+    )
+    rounding = (wanted - precise).abs().max()
+    assert (scores - precise).abs().max() <= 1.5 * rounding
+    assert generate(packed, PROMPTS, Settings(max_new_tokens=9)).statistics.num_draft_tokens > 0
+
+
 @pytest.mark.parametrize("kind", sorted(HEAD_KINDS))
 def test_a_model_decodes_with_the_scores_that_it_had(kind):
-    plain = wide_model(kind)
-    packed = pack_linear_maps(copy.deepcopy(plain))
-    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) > 20
-    scores, wanted, exact = (
-        prefill(DecodeState(model, PROMPTS, max_drafts=0, remaining=1, seed=0)).double()
-        for model in (packed, plain, copy.deepcopy(plain).double())
-    )
-    rounding = (wanted - exact).abs().max()
-    assert (scores - exact).abs().max() <= 1.5 * rounding
-    assert generate(packed, PROMPTS, Settings(max_new_tokens=9)).statistics.num_draft_tokens > 0
+    check_scores(tiny_recipe(model=WIDE, heads=HEAD_KINDS[kind]))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "falcon", "deepseek_v3", "mixtral", "cohere"])
+def test_so_does_a_decoder_of_transformers(name):
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'mtp_lightning[transformers]'")
+    recipe = architecture_recipe(name, heads={"kind": "sequential", "num_offsets": 3})
+    check_scores(recipe)
+
+
+def test_drafts_are_scored_by_rows_of_the_matrix():
+    ids = list(range(0, 200, 3))
+    recipe = tiny_recipe(model=WIDE, heads=HEAD_KINDS["sequential"] | {"draft_vocabulary": len(ids)})
+    check_scores(with_draft_ids(recipe, ids))
 
 
 def test_updates_and_embeddings_stay_as_they_are():
