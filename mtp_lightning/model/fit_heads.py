@@ -37,7 +37,8 @@ def fit_heads(model: MtpModel, tokens: Tensor, documents: Tensor, *, rows_at_onc
         rows_at_once: rows that go through the model together.
 
     Returns:
-        The fitted matrices by their names; none for kinds without such maps.
+        The fitted matrices by their names; none for kinds without such maps. NaN where there is no solution: of states
+        that are not finite, or all zero.
     """
     maps = {offset: found for offset in model.heads.offsets if (found := model.heads.first_map(offset)) is not None}
     if not maps:
@@ -103,5 +104,5 @@ def _solve(
     finally:
         hook.remove()
     squares.diagonal().add_(RIDGE * squares.diagonal().mean())
-    solution: Tensor = torch.linalg.solve(squares, products)
-    return solution.T
+    solution, fault = torch.linalg.solve_ex(squares, products)
+    return torch.where(fault == 0, solution, torch.nan).T

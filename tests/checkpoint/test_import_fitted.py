@@ -1,9 +1,11 @@
 """`mtp import --init fitted`: heads that predict before they are trained, on a model that stays what it was."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
@@ -89,6 +91,13 @@ def test_what_cannot_be_fitted_is_refused_where_it_was_asked_for(folder, tmp_pat
     assert refused(kind="parallel", init="fitted").hint == "Choose --init copy"
     assert refused(kind="sequential", init="copy", fit_on=("x",)).hint == "Leave --fit-on out"
     assert "nowhere" in refused(DataError, kind="sequential", fit_on=(str(tmp_path / "nowhere"),)).found
+    tensors = {name: 0 * value for name, value in load_file(folder / "model.safetensors").items()}
+    zeros = write_folder(tmp_path / "zeros", tensors, vocab_size=ROWS)
+    shutil.copy(folder / "tokenizer.json", zeros)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(SENTENCES))
+    with pytest.raises(CheckpointError, match="not all zero"):
+        import_folder(zeros, tmp_path / "ours", Wanted(num_offsets=2, kind="sequential", fit_on=(str(text),)))
     monkeypatch.setattr(fitted_heads, "host_bytes", lambda: 1000)
     assert refused(kind="linear", init="fitted").expected == "a model whose heads are fitted must fit into memory"
     (folder / "tokenizer.json").unlink()

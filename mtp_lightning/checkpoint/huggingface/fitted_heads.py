@@ -31,7 +31,7 @@ TOKENS_PER_WIDTH = 32
 
 
 class CannotFitError(CheckpointError):
-    """There is no text for the model, or no memory."""
+    """There is no text for the model, no memory, or no solution."""
 
 
 def fitted_heads(weights: IncomingWeights, tokenizer: Path | None, sources: Sequence[str]) -> IncomingWeights:
@@ -46,12 +46,13 @@ def fitted_heads(weights: IncomingWeights, tokenizer: Path | None, sources: Sequ
             empty.
 
     Raises:
-        CannotFitError: the model does not fit into memory, or there is neither a tokenizer nor shards.
+        CannotFitError: the model does not fit into memory, there is neither a tokenizer nor shards, or the model's
+            states are not finite numbers.
         DataError: a source cannot be read.
-        CheckpointError: the model's states are not finite numbers.
     """
     recipe = weights.recipe
-    needed = 1.25 * sum(math.prod(weights.shape(name)) for name in weights.names) * weights.dtype.itemsize
+    num_kept = (recipe.heads.num_offsets + 3) * TOKENS_PER_WIDTH * recipe.model.hidden_size**2
+    needed = (sum(math.prod(weights.shape(name)) for name in weights.names) + num_kept) * weights.dtype.itemsize
     if needed > host_bytes():
         raise CannotFitError(
             "a model whose heads are fitted must fit into memory",
@@ -65,11 +66,11 @@ def fitted_heads(weights: IncomingWeights, tokenizer: Path | None, sources: Sequ
     model.tie_word_embeddings()
     fill(model, weights, lambda _: None)
     made = fit_heads(model.eval(), *rows)
-    if odd := [name for name, matrix in made.items() if not torch.isfinite(matrix).all()]:
-        raise CheckpointError(
-            "the states of a model whose heads are fitted must be finite numbers",
-            f"NaN or infinite ones on the way to {odd[0]}",
-            "Choose --init copy; if the model's own text is no text either, its weights are damaged",
+    if not all(bool(torch.isfinite(matrix).all()) for matrix in made.values()):
+        raise CannotFitError(
+            "the states of a model whose heads are fitted must be finite numbers, and not all zero",
+            f"no solution on {rows[0].numel():,} tokens",
+            "Choose --init copy, or longer text; if the model writes no text either, its weights are damaged",
         )
     say(f"  fitted to {rows[0].numel():,} tokens of {', '.join(sources or DEFAULT_TEXT)}")
     origins = weights.plan.origins | {name: Origin("fitted", None) for name in made}
