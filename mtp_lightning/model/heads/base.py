@@ -86,6 +86,10 @@ class Heads(nn.Module, ABC):
         """Name the offset whose final norm the state passes before this one reads it; None for none."""
         return norm_before(self.section, offset)
 
+    def first_map(self, offset: int) -> tuple[nn.Linear, int] | None:
+        """Name the linear map that an offset begins with and how many layers follow it, or None: see `fit_heads`."""
+        return None
+
     def norm_index(self, offset: int) -> int | None:
         """Number of the final norm that this offset's state passes before the unembedding; None for no norm."""
         return 0

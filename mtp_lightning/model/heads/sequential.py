@@ -1,6 +1,7 @@
 """Sequential modules: state of the offset before plus the token in between [DeepSeek-V3, section 2.2]."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,10 @@ class SequentialHeads(Heads):
     def modules_of(self, offset: int) -> Sequence[nn.Module]:
         """The offset's module; none for the main head."""
         return [self.blocks[offset - 2]] if offset > 1 else []
+
+    def first_map(self, offset: int) -> tuple[nn.Linear, int] | None:
+        """The module's projection, before its layers."""
+        return (cast(MtpModule, self.blocks[offset - 2]).eh_proj, self.section.layers_per_head) if offset > 1 else None
 
     def norm_index(self, offset: int) -> int:
         """The trunk has the model's final norm, every module its own."""
