@@ -7,7 +7,7 @@ for the last two positions of its context.
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, cast, final
+from typing import Any, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -69,7 +69,7 @@ def check_states(model: MtpModel, path: Collection[int]) -> None:
     if not is_recurrent(model):
         return
     owners = [model.trunk, *(module for offset in path for module in model.heads.modules_of(offset))]
-    indices = [cast(int, layer.like_layer) for owner in owners for layer in layers_of(owner)]
+    indices = [int(layer.like_layer) for owner in owners for layer in layers_of(owner)]  # type: ignore[arg-type]
     stateful = [index for index in indices if spans_of(model)[index] is None]
     if len(set(stateful)) < len(stateful):
         raise DecodingError(

@@ -182,7 +182,7 @@ def test_layers_with_a_state_take_no_drafts(name):
         generate(model, PROMPTS)
     last_has_a_state = {"layer_types": ["full_attention", *["linear_attention"] * 3]}
     with pytest.raises(DecodingError, match="layers like number 3"):
-        generate(model_of(name, "anticausal", **last_has_a_state), PROMPTS[:1])
+        generate(model_of(name, "anticausal", **last_has_a_state), PROMPTS[:1], max_new_tokens=LENGTH)
 
 
 @pytest.mark.parametrize(
