@@ -10,7 +10,7 @@ import functools
 import inspect
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -26,7 +26,7 @@ from mtp_lightning.recipe.schema.model import ModelSection
 COMPARED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "tie_word_embeddings")
 SMALL_VOCABULARY = 16
 TOLERANCE = 1e-5
-RANDOM_ZEROS = ("dropout", "_pdrop", "layerdrop", "jitter_noise", "layer_drop")
+RANDOM_ZEROS = ("dropout", "_pdrop", "layerdrop", "layer_drop")
 """Ends of the settings that draw random numbers in training: 0 here, as the three backward orders must agree."""
 NOT_SETTINGS = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "quantization_config")
 TOKEN_SETTINGS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -255,8 +255,9 @@ def _checked(config: Any, names: Names, *, attention: str | None = None) -> tupl
     """Compare our way of computing scores with transformers' own, on a copy without layers."""
     config = copy.deepcopy(config)
     config.vocab_size = min(config.vocab_size, SMALL_VOCABULARY)
-    for name in TOKEN_SETTINGS:
-        setattr(config, name, None)
+    for name in TOKEN_SETTINGS:  # beyond the small vocabulary
+        with suppress(Exception):  # which a class may raise of any kind, where a token must be there
+            setattr(config, name, None)
     config.output_router_logits = False
     model = _on_meta(config, attention)
     name = type(model).__name__
@@ -282,10 +283,13 @@ def _checked(config: Any, names: Names, *, attention: str | None = None) -> tupl
         except Exception as error:  # a layer's output of the wrong kind, or whatever else this model cannot do
             failures.append(f"{type(error).__name__}: {error}")
             continue
+        if wanted.shape != scores.shape:
+            failures.append(f"scores of the shape {list(wanted.shape)} where ours are {list(scores.shape)}")
+            continue
         cap = getattr(config, "final_logit_softcapping", None)
         logit_map = LogitMap(_scale(wanted, scores, cap, config), cap)
         difference = (logit_map(scores) - wanted).abs().max() / wanted.abs().max()
-        if wanted.shape == scores.shape and difference <= TOLERANCE:
+        if difference <= TOLERANCE:
             return output, logit_map, trial
         failures.append(f"scores that differ from transformers' own by {float(difference):.1e} of the largest")
     raise refused(name, failures[-1] if "differ" in failures[-1] else failures[0])
@@ -294,15 +298,19 @@ def _checked(config: Any, names: Names, *, attention: str | None = None) -> tupl
 def _ours(decoder: nn.Module, names: Names, embedded: Tensor, positions: Tensor, output: int) -> tuple[Tensor, Trial]:
     """Compute the last state of trial layers our way."""
     layers = cast(nn.ModuleList, decoder.get_submodule(names.layers))
+    as_given, norm = embedded.clone(), None if names.norm is None else decoder.get_submodule(names.norm)
+    if norm is not None:
+        decoder._modules[names.norm] = nn.Identity()  # as in a trunk: some norm embedded tokens with it, too
     first, calls = probe(decoder, {names.layers: layers}, embedded, positions, output=output)
-    hidden = first
+    decoder._modules.update({} if norm is None else {names.norm: norm})
+    hidden, reads_embedding = first, first is embedded and torch.equal(first, as_given)
     for layer, call in zip(layers, calls, strict=True):
         hidden = cast(TrialLayer, layer).change(hidden, call)
     _, packed = probe(decoder, {names.layers: layers}, embedded, positions % 2, output=output)
     masks = [call.get("attention_mask") for call in packed]
     seen = [mask for mask in masks if isinstance(mask, Tensor) and mask.dim() == 4]
     hides = bool(seen) and seen[0].dtype == torch.bool and bool(seen[0][0, 0, 0, -1])
-    return hidden, Trial(len(seen) == len(masks), first is embedded, hides)
+    return hidden, Trial(len(seen) == len(masks), reads_embedding, hides)
 
 
 def _scale(wanted: Tensor, scores: Tensor, cap: float | None, config: Any) -> float:

@@ -170,7 +170,9 @@ class TransformersTrunk(ForeignModules):
             documents: (B, T) number of the document of each, to attend to no other; None attends to all of the past.
             further: more for the decoder's own forward, such as `attention_mask`.
         """
-        _, calls = self._probe(embedded.detach(), positions, **further)
+        _, calls = self._probe(
+            torch.zeros_like(embedded), positions, **further
+        )  # some scale what they are given in place
         if documents is not None:
             self._keep_inside(calls, documents)
         return LayerInputs(positions, calls, self.architecture.output)
@@ -179,7 +181,7 @@ class TransformersTrunk(ForeignModules):
         """Run the layers on embedded tokens: (B, T, D) -> the last state, then those of `sums`, (B, T, D) each."""
         hidden = embedded
         if not self.architecture.reads_embedding:  # scaled, or with positions added
-            hidden, _ = self._probe(embedded, inputs.positions)
+            hidden, _ = self._probe(embedded.clone(), inputs.positions)
         with nullcontext() if self.router_loss is None else self.router_loss.gathering():
             for number, output in enumerate(walk(self.layers, hidden, inputs, recompute=self.recompute)):
                 hidden = output

@@ -110,6 +110,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "bloom": GPT | {"hidden_size": 32, "n_layer": 3, "n_head": 4, "tie_word_embeddings": True},
     "mpt": GPT | {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64, "tie_word_embeddings": True},
+    "ctrl": GPT | {"n_embd": 32, "dff": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "tie_word_embeddings": True},
+    "phimoe": EXPERTS | ROUTED | SLIDING | {"attention_bias": True, "lm_head_bias": True},
     "stablelm": {"partial_rotary_factor": 0.5, "use_parallel_residual": True, "qk_layernorm": True},
     "nemotron": {"partial_rotary_factor": 0.5, "head_dim": 8},
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -119,7 +121,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.5},
 }
 """Settings by model type, beside those that are common."""
-WHOLE = ("gpt2", "gptj", "opt", "bloom", "mpt")
+WHOLE = ("gpt2", "gptj", "opt", "bloom", "mpt", "ctrl")
 """Those whose settings have names of their own."""
 
 
