@@ -173,7 +173,7 @@ WRAPPERS = {
         "image_token_index": 60,
     },
 }
-OWN = {"Mistral3": "mistral", "Llava": "llama"}
+OWN = {"Mistral3": "mistral", "Llava": "llama", "Qwen2_5_VL": "qwen2", "Qwen3VL": "qwen3"}
 
 
 @pytest.mark.parametrize("name", every_second(WRAPPERS))
