@@ -42,6 +42,7 @@ FIGURES = {
     "acceptance_rate_<k>": "Share of positions at which offsets 2 … k all agree: drafts that are kept greedily.",
     "mean_acceptance_length": "1 + the sum of cumulative acceptances: tokens per forward of greedy self-speculation.",
     "divergence_<k>": "Mean divergence of offset k from its teacher, the main head (`objective.distill`).",
+    "router_loss": "Mean load-balancing loss of a trunk with experts, without its coefficient.",
     "overlap_<k>": "Mean of the sum of min(p, q) over the vocabulary, p the main head's distribution and q offset k's.",
     "sampled_acceptance_rate_<k>": "Mean product of the overlaps of offsets 2 … k: drafts kept by lossless sampling.",
     "sampled_acceptance_length": "1 + the sum of sampled acceptances: tokens per forward under sampling.",

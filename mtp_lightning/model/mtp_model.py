@@ -16,6 +16,7 @@ from mtp_lightning.model.positions import document_geometry, positions_in_docume
 from mtp_lightning.model.roles import LAYER_MIX, LORA, role_of
 from mtp_lightning.model.scalar_mix import ScalarMix, Sums
 from mtp_lightning.model.transformers_init import initial_values
+from mtp_lightning.model.transformers_routers import RouterLoss
 from mtp_lightning.model.transformers_trunk import ForeignModules, TransformersTrunk, check_masks
 from mtp_lightning.model.unembedding import Unembedding
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
@@ -53,6 +54,11 @@ class MtpModel(nn.Module):
         """Make embedding and unembedding one parameter where the recipe says so."""
         if self.section.tie_word_embeddings:
             self.unembedding.lm_heads[0].weight = self.trunk.embed_tokens.weight
+
+    @property
+    def router_loss(self) -> RouterLoss | None:
+        """The load-balancing loss of a trunk with experts that has one."""
+        return self.trunk.router_loss if isinstance(self.trunk, TransformersTrunk) else None
 
     @property
     def untrained(self) -> set[str]:

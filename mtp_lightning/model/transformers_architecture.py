@@ -9,8 +9,8 @@ import copy
 import functools
 import inspect
 import json
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.losses.logit_map import LogitMap
 from mtp_lightning.model.transformers_library import library
+from mtp_lightning.model.transformers_probe import TrialLayer, probe
 from mtp_lightning.recipe.schema.model import ModelSection
 
 COMPARED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "tie_word_embeddings")
 SMALL_VOCABULARY = 16
 TOLERANCE = 1e-5
-RANDOM_ZEROS = ("dropout", "_pdrop", "layerdrop", "jitter_noise", "layer_drop")
+RANDOM_ZEROS = ("dropout", "_pdrop", "layerdrop", "layer_drop")
 """Ends of the settings that draw random numbers in training: 0 here, as the three backward orders must agree."""
 NOT_SETTINGS = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "quantization_config")
 TOKEN_SETTINGS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -129,7 +130,8 @@ class Architecture:
     def build_norm(self) -> nn.Module:
         """Build one more norm like the final one."""
         norm = nn.Identity() if self.norm is None else copy.deepcopy(self.norm)
-        return norm.to_empty(device=torch.empty(0).device)
+        like = torch.empty(0)  # as whatever is built around it: on the meta device, or of ZeRO-3's type
+        return norm.to_empty(device=like.device).to(like.dtype)
 
     @contextmanager
     def quietly(self) -> Iterator[None]:
@@ -241,97 +243,6 @@ def _names_of(model: Any, config: Any) -> Names:
     return Names(owner, layers, norms[-1] if norms else None, path.removeprefix(f"{owner}."), modules[id(head)])
 
 
-class Probe(nn.Module):
-    """Stands in the place of a layer and keeps what it is called with; `map` says what it returns of its input."""
-
-    def __init__(self, layer: nn.Module, number: int, output: int, calls: list[dict[str, Any]]) -> None:
-        super().__init__()
-        layer = getattr(layer, "_stands_for", layer)
-        object.__setattr__(self, "_stands_for", layer)  # no child: nothing here owns its weights
-        self.number, self.output, self.calls = number, output, calls
-
-    def __getattr__(self, name: str) -> Any:
-        """Have what the layer has: some decoders ask a layer for its kind."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_stands_for"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Keep the call; return the state as it is."""
-        names = parameter_names(type(object.__getattribute__(self, "_stands_for")).forward)
-        call = {**dict(zip(names, args, strict=False)), **kwargs}
-        hidden = call.pop(names[0])
-        self.calls.append(call | {"": hidden})
-        changed = self.change(hidden, call)
-        return changed if self.output == 0 else (changed, *[None] * (self.output - 1))
-
-    def change(self, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
-        """Return the state that goes on to the next layer."""
-        return hidden
-
-
-class TrialLayer(Probe):
-    """A layer without weights that depends on its number and on everything that it is given."""
-
-    def change(self, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
-        """Return the state that goes on to the next layer."""
-        given = sum(
-            (torch.nan_to_num(value).clamp(-1, 1).mean() for value in _floats(call.values())), start=torch.zeros(())
-        )
-        return hidden + 0.1 * (self.number + 1) * torch.tanh(hidden) + 0.01 * given
-
-
-def _floats(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _floats(value)
-
-
-@functools.cache
-def parameter_names(forward: Hashable) -> tuple[str, ...]:
-    """Names of what a layer's forward takes, in order, the state first."""
-    return tuple(inspect.signature(cast(Callable[..., Any], forward)).parameters)[1:]
-
-
-def probe(
-    decoder: nn.Module,
-    layers: Mapping[str, nn.ModuleList],
-    embedded: Tensor,
-    positions: Tensor,
-    *,
-    output: int,
-    **further: Any,
-) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Run a decoder's own forward without its layers.
-
-    Args:
-        decoder: the decoder; it is left as it is.
-        layers: its list of layers, all of the architecture's, by its name in the decoder; they are only asked for
-            their kinds.
-        embedded: (B, T, D) embedded tokens.
-        positions: (B, T) places of the tokens in their documents.
-        output: how a layer returns its state; see `Architecture`.
-        further: more for its forward, such as a mask of one's own.
-
-    Returns:
-        What the first layer reads, (B, T, D), and what each layer is called with beside its state, by the names of its
-        forward's parameters.
-    """
-    calls: list[dict[str, Any]] = []
-    view = copy.copy(decoder)
-    (name, real), *_ = layers.items()
-    stand_ins = nn.ModuleList(Probe(layer, number, output, calls) for number, layer in enumerate(real))
-    view._modules = {**decoder._modules, name: stand_ins}
-    names = inspect.signature(type(decoder).forward).parameters
-    options = {"position_ids": positions, "use_cache": False, "return_dict": True, **further}
-    view.forward(inputs_embeds=embedded, **{key: value for key, value in options.items() if key in names})
-    states = [call.pop("") for call in calls]
-    return states[0], calls
-
-
 class Trial(NamedTuple):
     """What the decoder's own forward hands to its layers."""
 
@@ -344,8 +255,9 @@ def _checked(config: Any, names: Names, *, attention: str | None = None) -> tupl
     """Compare our way of computing scores with transformers' own, on a copy without layers."""
     config = copy.deepcopy(config)
     config.vocab_size = min(config.vocab_size, SMALL_VOCABULARY)
-    for name in TOKEN_SETTINGS:
-        setattr(config, name, None)
+    for name in TOKEN_SETTINGS:  # beyond the small vocabulary
+        with suppress(Exception):  # which a class may raise of any kind, where a token must be there
+            setattr(config, name, None)
     config.output_router_logits = False
     model = _on_meta(config, attention)
     name = type(model).__name__
@@ -371,10 +283,13 @@ def _checked(config: Any, names: Names, *, attention: str | None = None) -> tupl
         except Exception as error:  # a layer's output of the wrong kind, or whatever else this model cannot do
             failures.append(f"{type(error).__name__}: {error}")
             continue
+        if wanted.shape != scores.shape:
+            failures.append(f"scores of the shape {list(wanted.shape)} where ours are {list(scores.shape)}")
+            continue
         cap = getattr(config, "final_logit_softcapping", None)
         logit_map = LogitMap(_scale(wanted, scores, cap, config), cap)
         difference = (logit_map(scores) - wanted).abs().max() / wanted.abs().max()
-        if wanted.shape == scores.shape and difference <= TOLERANCE:
+        if difference <= TOLERANCE:
             return output, logit_map, trial
         failures.append(f"scores that differ from transformers' own by {float(difference):.1e} of the largest")
     raise refused(name, failures[-1] if "differ" in failures[-1] else failures[0])
@@ -383,15 +298,19 @@ def _checked(config: Any, names: Names, *, attention: str | None = None) -> tupl
 def _ours(decoder: nn.Module, names: Names, embedded: Tensor, positions: Tensor, output: int) -> tuple[Tensor, Trial]:
     """Compute the last state of trial layers our way."""
     layers = cast(nn.ModuleList, decoder.get_submodule(names.layers))
+    as_given, norm = embedded.clone(), None if names.norm is None else decoder.get_submodule(names.norm)
+    if norm is not None:
+        decoder._modules[names.norm] = nn.Identity()  # as in a trunk: some norm embedded tokens with it, too
     first, calls = probe(decoder, {names.layers: layers}, embedded, positions, output=output)
-    hidden = first
+    decoder._modules.update({} if norm is None else {names.norm: norm})
+    hidden, reads_embedding = first, first is embedded and torch.equal(first, as_given)
     for layer, call in zip(layers, calls, strict=True):
         hidden = cast(TrialLayer, layer).change(hidden, call)
     _, packed = probe(decoder, {names.layers: layers}, embedded, positions % 2, output=output)
     masks = [call.get("attention_mask") for call in packed]
     seen = [mask for mask in masks if isinstance(mask, Tensor) and mask.dim() == 4]
     hides = bool(seen) and seen[0].dtype == torch.bool and bool(seen[0][0, 0, 0, -1])
-    return hidden, Trial(len(seen) == len(masks), first is embedded, hides)
+    return hidden, Trial(len(seen) == len(masks), reads_embedding, hides)
 
 
 def _scale(wanted: Tensor, scores: Tensor, cap: float | None, config: Any) -> float:

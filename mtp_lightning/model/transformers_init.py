@@ -66,7 +66,7 @@ def _drawn(architecture: Architecture, path: str, seed: str) -> Mapping[str, Ten
     """Draw all tensors of a module; NaN where there is no rule."""
     number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(number)
+        torch.manual_seed(number)
         module = copy.deepcopy(architecture.model.get_submodule(path)).to_empty(device="cpu")
         for tensor in _tensors(module).values():
             if tensor.is_floating_point():

@@ -6,6 +6,7 @@ keep what they are given (`probe`); layers of trunk and heads are then called wi
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
@@ -15,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.scalar_mix import Sums
-from mtp_lightning.model.transformers_architecture import Architecture, architecture_of, probe, restore_constants
+from mtp_lightning.model.transformers_architecture import Architecture, architecture_of, restore_constants
+from mtp_lightning.model.transformers_probe import probe
+from mtp_lightning.model.transformers_routers import router_loss_of
 from mtp_lightning.recipe.schema.model import ModelSection
 
 PAST = ("past_key_values", "layer_past", "past_key_value", "cache_params")
@@ -76,7 +79,8 @@ class ForeignModules(nn.Module):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if (full := f"{module_name}.{name}") in saved:
                     delattr(module, name)
-                    module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+                    kept = buffer.to(torch.empty(0).dtype) if buffer.is_floating_point() else buffer
+                    module.register_parameter(name, nn.Parameter(kept, requires_grad=False))
                     self.untrained.add(full)
                 elif buffer.is_meta:
                     module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
@@ -88,8 +92,8 @@ class ForeignModules(nn.Module):
     def _has_meta_parameters(self) -> bool:
         return any(parameter.is_meta for parameter in self.parameters())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    def _apply(self, fn: Callable[[Tensor], Tensor], *options: Any) -> Self:
+        super()._apply(fn, *options)  # type: ignore[no-untyped-call]
         for full, value in self._constants.items():
             owner, _, name = full.rpartition(".")
             module = self.get_submodule(owner)
@@ -142,6 +146,7 @@ class TransformersTrunk(ForeignModules):
         for number, layer in enumerate(self.layers):
             layer.like_layer = number  # type: ignore[assignment]
         self.keep_constants(self.architecture)
+        self.router_loss = router_loss_of(self.architecture, self.layers)
 
     @property
     def embed_tokens(self) -> nn.Embedding:
@@ -165,7 +170,9 @@ class TransformersTrunk(ForeignModules):
             documents: (B, T) number of the document of each, to attend to no other; None attends to all of the past.
             further: more for the decoder's own forward, such as `attention_mask`.
         """
-        _, calls = self._probe(embedded.detach(), positions, **further)
+        _, calls = self._probe(
+            torch.zeros_like(embedded), positions, **further
+        )  # some scale what they are given in place
         if documents is not None:
             self._keep_inside(calls, documents)
         return LayerInputs(positions, calls, self.architecture.output)
@@ -174,11 +181,14 @@ class TransformersTrunk(ForeignModules):
         """Run the layers on embedded tokens: (B, T, D) -> the last state, then those of `sums`, (B, T, D) each."""
         hidden = embedded
         if not self.architecture.reads_embedding:  # scaled, or with positions added
-            hidden, _ = self._probe(embedded, inputs.positions)
-        for number, output in enumerate(walk(self.layers, hidden, inputs, recompute=self.recompute)):
-            hidden = output
-            if sums is not None:
-                sums.add(number, hidden)
+            hidden, _ = self._probe(embedded.clone(), inputs.positions)
+        with nullcontext() if self.router_loss is None else self.router_loss.gathering():
+            for number, output in enumerate(walk(self.layers, hidden, inputs, recompute=self.recompute)):
+                hidden = output
+                if sums is not None:
+                    sums.add(number, hidden)
+        if self.router_loss is not None:
+            hidden = self.router_loss.added_to(hidden)
         return (hidden, *(sums.states.values() if sums is not None else ()))
 
     def _probe(self, embedded: Tensor, positions: Tensor, **further: Any) -> tuple[Tensor, list[dict[str, Any]]]:

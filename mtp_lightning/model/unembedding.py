@@ -77,8 +77,8 @@ class Unembedding(nn.Module):
         ]
         modules = self._modules_by_number
         numbers = {term.matrix for term in terms}
-        used = {number: modules[number].weight for number in sorted(numbers)}
-        biases = {number: bias for number in used if (bias := modules[number].bias) is not None}
+        used: dict[int, Tensor] = {number: modules[number].weight for number in sorted(numbers)}
+        biases: dict[int, Tensor] = {number: bias for number in used if (bias := modules[number].bias) is not None}
         if teacher is not None:
             with torch.set_grad_enabled(teacher_learns and torch.is_grad_enabled()):
                 teacher = self.normalize(1, teacher).flatten(0, 1)  # (P, D)

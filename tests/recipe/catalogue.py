@@ -16,6 +16,8 @@ class Case:
     files: dict[str, str] = field(default_factory=dict)
 
 
+FOREIGN = ("model.family=transformers", "heads.layers_from_trunk=false")
+GPT2 = "model.hf_config={model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 4, vocab_size: 300}"
 STREAM = ("data.kind=webdataset_stream", "data.stream={train: [a.tar], validation: [b.tar]}")
 
 
@@ -255,6 +257,36 @@ RULES = (
     _broken("mixture_of_one_layer", "adapt.layer_mix={}", "model.num_hidden_layers=5"),
     _broken("mixture_of_a_frozen_head", "adapt.layer_mix={}", "freeze=[offsets_below_2]"),
     _broken("mixtures_of_an_isolated_trunk", "adapt.layer_mix={}", "heads.detach_trunk=true"),
+    _broken(
+        "settings_without_their_family",
+        GPT2,
+    ),
+    _broken("family_transformers_without_settings", *FOREIGN),
+    _broken(
+        "settings_without_a_size",
+        "model.family=transformers",
+        "heads.layers_from_trunk=false",
+        "model.hf_config={model_type: gpt2, n_embd: 32}",
+    ),
+    _broken(
+        "settings_that_a_field_contradicts",
+        "model.family=transformers",
+        "heads.layers_from_trunk=false",
+        GPT2,
+        "model.hidden_size=64",
+    ),
+    _broken(
+        "settings_beside_a_field_of_own_trunks",
+        "model.family=transformers",
+        "heads.layers_from_trunk=false",
+        GPT2,
+        "model.rope_theta=5e5",
+    ),
+    _broken(
+        "settings_and_layers_from_the_trunk",
+        "model.family=transformers",
+        GPT2,
+    ),
     _broken("fp16_without_zero", "run.precision=fp16"),
     _broken("fp16_on_the_cpu", "run.precision=fp16", "strategy.kind=zero1", "run.device=cpu"),
 )

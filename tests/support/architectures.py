@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import torch
+
+from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe.schema.root import Recipe
 
 COMMON: dict[str, Any] = {
@@ -107,6 +110,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "bloom": GPT | {"hidden_size": 32, "n_layer": 3, "n_head": 4, "tie_word_embeddings": True},
     "mpt": GPT | {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64, "tie_word_embeddings": True},
+    "ctrl": GPT | {"n_embd": 32, "dff": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "tie_word_embeddings": True},
+    "phimoe": EXPERTS | ROUTED | SLIDING | {"attention_bias": True, "lm_head_bias": True},
     "stablelm": {"partial_rotary_factor": 0.5, "use_parallel_residual": True, "qk_layernorm": True},
     "nemotron": {"partial_rotary_factor": 0.5, "head_dim": 8},
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -116,7 +121,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.5},
 }
 """Settings by model type, beside those that are common."""
-WHOLE = ("gpt2", "gptj", "opt", "bloom", "mpt")
+WHOLE = ("gpt2", "gptj", "opt", "bloom", "mpt", "ctrl")
 """Those whose settings have names of their own."""
 
 
@@ -138,3 +143,22 @@ def architecture_recipe(name: str, **sections: Any) -> Recipe:
     for section, values in sections.items():
         defaults[section] = defaults.get(section, {}) | values if isinstance(values, dict) else values
     return Recipe.model_validate(defaults)
+
+
+def judge_of(model: MtpModel) -> torch.nn.Module:
+    """The same weights in transformers' own class."""
+    import transformers
+
+    architecture = model.trunk.architecture
+    config = transformers.AutoConfig.for_model(**model.section.hf_config)
+    attention = architecture.config._attn_implementation
+    judge = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    state = {
+        theirs: parameter.detach()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if (theirs := architecture.names.theirs(name))
+    }
+    absent, unexpected = judge.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert not absent
+    return judge

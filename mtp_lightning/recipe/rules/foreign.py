@@ -59,7 +59,7 @@ FOREIGN_RULES: tuple[Rule, ...] = (
     Rule(
         fields=("heads.layers_from_trunk", "model.family"),
         holds=lambda recipe: not (recipe.model.is_foreign and recipe.heads.layers_from_trunk),
-        expected="must be false for family transformers: model.hf_config says how many layers predict the next token",
+        expected="must be false for family transformers: model.hf_config says how many layers the model has",
         hint="Set heads.layers_from_trunk=false; extra heads then have layers of their own.",
     ),
 )

@@ -62,6 +62,8 @@ def accumulate_gradients(model: MtpModel, batch: MicroBatch, objective: Objectiv
         objective: the step's loss.
         backward: runs the backward pass of a scalar; called several times by the sequential order.
     """
+    if model.router_loss is not None:
+        model.router_loss.weight = objective.share_of(batch)
     return BACKWARD_ORDERS[objective.section.backward_order](model, batch, objective, backward)
 
 

@@ -61,6 +61,8 @@ class OffsetMetrics(Metric):
     overlap_sum: Tensor
     num_sampled: Tensor
     sampled_sum: Tensor
+    router_sum: Tensor
+    num_routed: Tensor
 
     def __init__(self, num_offsets: int) -> None:
         super().__init__()
@@ -72,7 +74,7 @@ class OffsetMetrics(Metric):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
         for name in ("divergence_sum", "num_distilled", "overlap_sum", "sampled_sum"):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
-        for name in ("num_drafted", "num_sampled"):
+        for name in ("num_drafted", "num_sampled", "router_sum", "num_routed"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, targets: Tensor, losses: OffsetLosses) -> None:
@@ -85,6 +87,9 @@ class OffsetMetrics(Metric):
             is_distilled = ~losses.divergence_sums.isnan()
             self.divergence_sum += losses.divergence_sums.nan_to_num().to(torch.float64)
             self.num_distilled += teacher_positions(targets).sum((1, 2)) * is_distilled
+        if losses.router_loss is not None:
+            self.router_sum += losses.router_loss.to(torch.float64)
+            self.num_routed += 1
         if losses.predictions is None:
             return
         self.num_predicted += is_valid.sum((1, 2))
@@ -117,6 +122,8 @@ class OffsetMetrics(Metric):
         figures["mean_acceptance_length"] = cumulative.sum()
         if self.num_distilled.any():
             figures |= _by_offset("divergence", self.divergence_sum / self.num_distilled)
+        if self.num_routed:
+            figures["router_loss"] = self.router_sum / self.num_routed
         if self.num_sampled:
             sampled = self.sampled_sum / self.num_sampled
             figures |= _by_offset("overlap", self.overlap_sum / self.num_comparable)

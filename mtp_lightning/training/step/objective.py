@@ -62,6 +62,14 @@ class Objective:
         assert num_ordered is not None
         return self.num_ranks * section.weight / num_ordered.to(self.coefficients.dtype).clamp(min=1)
 
+    def share_of(self, batch: MicroBatch) -> Tensor:
+        """Share of a micro-batch in the targets of the whole global batch, times ranks and loss scale, 0-dimensional.
+
+        It weighs what is a mean over the micro-batch (the loss of routers), whose gradients backward passes add up.
+        """
+        targets = (batch.targets[0] != IGNORE).sum().to(self.coefficients.dtype)
+        return targets / self.counts[0].clamp(min=1) * (self.num_ranks * self.loss_scale)
+
     @property
     def has_targets(self) -> bool:
         """Whether this global batch has a gradient at all: any target of an offset with a weight, or of token order."""
@@ -82,6 +90,7 @@ class OffsetLosses(NamedTuple):
     divergence_sums: Tensor | None = None  # (N,) sum of divergences from the teacher
     overlaps: Tensor | None = None  # (N, B, T) sum of min(p, q) with the main head for the same token
     computed: tuple[int, ...] = ()  # offsets that were computed
+    router_loss: Tensor | None = None  # 0-dimensional, of a trunk with experts
 
     def of_rows(self, chosen: Tensor) -> "OffsetLosses":
         """Keep the results per position of some rows, chosen by a (B,) mask; sums of losses become zero."""
@@ -184,4 +193,6 @@ class LossTerms:
         for offset, distillation in self.distillations.items():
             assert divergences is not None
             divergences[offset - 1] = distillation.loss_sum
-        return OffsetLosses(sums, predictions, divergences, computed=tuple(sorted(self.cross_entropies)))
+        router_loss = None if self.model.router_loss is None else self.model.router_loss.value
+        computed = tuple(sorted(self.cross_entropies))
+        return OffsetLosses(sums, predictions, divergences, computed=computed, router_loss=router_loss)
