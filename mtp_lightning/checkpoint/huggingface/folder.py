@@ -248,7 +248,7 @@ def _of_transformers(path: Path, config: Config, variant: str | None, *, is_forc
                 made[name] = Made(conversion, stored, stored_files)
     return HFCheckpoint(
         path=path,
-        what=section.family if section.family != "transformers" else decoder.architecture.name,
+        what=decoder.architecture.name if section.is_foreign else str(section.family),
         section=section,
         native=None,
         entries=entries,

@@ -206,5 +206,5 @@ def _understood(config: Config) -> Iterator[None]:
         raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        found = f"{named(' '.join(lines)[:200])} ({type(error).__name__} of transformers)"
+        found = f"{' '.join(lines)[:200]} ({type(error).__name__} of transformers)"
         raise config.impossible(found) from None
