@@ -298,11 +298,12 @@ def _checked(config: Any, names: Names, *, attention: str | None = None) -> tupl
 def _ours(decoder: nn.Module, names: Names, embedded: Tensor, positions: Tensor, output: int) -> tuple[Tensor, Trial]:
     """Compute the last state of trial layers our way."""
     layers = cast(nn.ModuleList, decoder.get_submodule(names.layers))
-    as_given, norm = embedded.clone(), None if names.norm is None else decoder.get_submodule(names.norm)
-    if norm is not None:
+    as_given, norms = embedded.clone(), {}
+    if names.norm is not None:
+        norms = {names.norm: decoder.get_submodule(names.norm)}
         decoder._modules[names.norm] = nn.Identity()  # as in a trunk: some norm embedded tokens with it, too
     first, calls = probe(decoder, {names.layers: layers}, embedded, positions, output=output)
-    decoder._modules.update({} if norm is None else {names.norm: norm})
+    decoder._modules.update(norms)
     hidden, reads_embedding = first, first is embedded and torch.equal(first, as_given)
     for layer, call in zip(layers, calls, strict=True):
         hidden = cast(TrialLayer, layer).change(hidden, call)
