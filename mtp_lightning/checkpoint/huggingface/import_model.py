@@ -106,6 +106,7 @@ class Wanted:
         variant: which of several sets of weights, as in `model.VARIANT.safetensors`.
         fit_on: texts, or one folder of shards, that heads are fitted to; Python's standard library if empty.
         vocabulary: rows that the embedding is to have; `auto` means one for every id of the tokenizer, rounded up.
+        family: `transformers` takes that library's own classes even where there is a trunk here.
     """
 
     num_offsets: int | None = None
@@ -117,6 +118,7 @@ class Wanted:
     variant: str | None = None
     vocabulary: int | Literal["auto"] | None = None
     fit_on: tuple[str, ...] = ()
+    family: Literal["transformers"] | None = None
 
 
 def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
@@ -165,13 +167,13 @@ def _opened(path: Path, wanted: Wanted) -> HFCheckpoint:
     """Open a folder or an adapter, with as many rows for tokens as are wanted."""
     path = find_snapshot(path, (CONFIG_NAME, ADAPTER_SETTINGS))
     if is_adapter(path):
-        hf_checkpoint = open_adapter(path, base=wanted.base, variant=wanted.variant)
+        hf_checkpoint = open_adapter(path, base=wanted.base, variant=wanted.variant, family=wanted.family)
     elif wanted.base is not None:
         raise CheckpointError(
             "--base belongs to an adapter, a folder with adapter_config.json", f"none in {path}", "Leave --base out"
         )
     else:
-        hf_checkpoint = open_folder(path, variant=wanted.variant)
+        hf_checkpoint = open_folder(path, variant=wanted.variant, family=wanted.family)
     if wanted.vocabulary is None:
         return hf_checkpoint
     found = find_tokenizer(hf_checkpoint.tokenizer_folder or hf_checkpoint.path)
@@ -249,7 +251,7 @@ def _recipe_of(hf_checkpoint: HFCheckpoint, wanted: Wanted, init: Init, out: Pat
     window = min(default.data.seq_len, hf_checkpoint.section.max_position_embeddings)
     values = {
         "name": out.absolute().name,
-        "model": hf_checkpoint.section.model_dump(),
+        "model": hf_checkpoint.section.model_dump(exclude_defaults=hf_checkpoint.section.is_foreign),
         "heads": heads,
         "data": {**_tokenizer_fields(hf_checkpoint, wanted, out), "seq_len": window},
         "optimizer": {"lr": PEAK_LR},
