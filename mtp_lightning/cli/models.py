@@ -143,6 +143,14 @@ FitOn = Annotated[
         "(default: Python's standard library).",
     ),
 ]
+ImportedAs = Annotated[
+    ImportedFamily | None,
+    typer.Option(
+        help="transformers: take that library's own classes even for a model that has a trunk here (default: only for "
+        "the others).",
+        show_default=False,
+    ),
+]
 Rows = Annotated[
     int | None,
     typer.Option(
@@ -201,14 +209,7 @@ def import_model(
     base: Base = None,
     variant: Variant = None,
     resize_vocabulary: Rows = None,
-    family: Annotated[
-        ImportedFamily | None,
-        typer.Option(
-            help="transformers: take that library's own classes even for a model that has a trunk here (default: only "
-            "for the others).",
-            show_default=False,
-        ),
-    ] = None,
+    family: ImportedAs = None,
 ) -> None:
     """Put heads on a pretrained model: a folder and a recipe that `mtp train` starts from; needs no GPU."""
     from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
