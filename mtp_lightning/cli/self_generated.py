@@ -3,11 +3,11 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from mtp_lightning.cli.generate import DeviceName, device_of
+from mtp_lightning.cli.generate import ChatOption, DeviceName, SpecialTokensOption, SystemOption, device_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from mtp_lightning.decode.self_generated import OwnText
     from mtp_lightning.recipe import Recipe
 
+PromptsOption = Annotated[
+    Path,
+    typer.Option(
+        metavar="FILE|FOLDER",
+        help="Prompts, one per line or *.jsonl with `prompt`; or shards, whose documents' first tokens are taken.",
+        show_default=False,
+    ),
+]
+
 
 def generate(
     context: typer.Context,
@@ -33,14 +42,10 @@ def generate(
         ),
     ],
     *,
-    prompts: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE|FOLDER",
-            help="Prompts, one per line or *.jsonl with `prompt`; or shards, whose documents' first tokens are taken.",
-            show_default=False,
-        ),
-    ],
+    prompts: PromptsOption,
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    special_tokens: SpecialTokensOption = False,
     out: Annotated[Path, typer.Option(help="Folder for the shards; must not exist yet.", show_default=False)],
     num_documents: Annotated[int, typer.Option(metavar="N", min=1, help="How many, no two equal.")] = 1000,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 256,
@@ -65,7 +70,8 @@ def generate(
 
     folder = open_checkpoint(model, verify=False)  # in full before it is loaded: all may be there already
     tokenizer = recipe_tokenizer(folder.recipe)
-    tokens = _prompts_of(prompts, folder.recipe, tokenizer, prompt_tokens)
+    reading = _Reading(chat=chat, system=system, special_tokens=special_tokens, num_tokens=prompt_tokens)
+    tokens = _prompts_of(prompts, folder.recipe, tokenizer, reading)
     wanted = OwnText(
         num_documents=num_documents,
         settings=Settings(
@@ -128,7 +134,7 @@ def share_of(given: float | None) -> float:
 def _request(model: str, prompts: list[list[int]], options: dict[str, Any]) -> "dict[str, Setting]":
     """List all that decides what is written, under the names of the options."""
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    left_out = ("model", "prompts", "out", "validation_fraction")
+    left_out = ("model", "prompts", "chat", "system", "special_tokens", "out", "validation_fraction")
     named = {f"--{name.replace('_', '-')}": value for name, value in options.items() if name not in left_out}
     return {"MODEL": model, "--prompts": f"{len(prompts):,} of sha256 {digest[:16]}", **named}
 
@@ -149,11 +155,27 @@ def _documents(
     say(f"{writer.num_duplicates:,} duplicates left out")
 
 
-def _prompts_of(path: Path, recipe: "Recipe", tokenizer: "Tokenizer", num_tokens: int) -> list[list[int]]:
+class _Reading(NamedTuple):
+    """How prompts become tokens; `num_tokens` of those in shards."""
+
+    chat: bool
+    system: str | None
+    special_tokens: bool
+    num_tokens: int
+
+
+def _prompts_of(path: Path, recipe: "Recipe", tokenizer: "Tokenizer", reading: _Reading) -> list[list[int]]:
     """Read the prompts as tokens."""
-    from mtp_lightning.cli.prompts import encode_prompts, read_prompts
+    from mtp_lightning.cli.prompts import encode_prompts, read_chats, read_prompts
     from mtp_lightning.data.generated.shards import beginnings
 
+    if reading.system is not None and not reading.chat:
+        raise typer.BadParameter("needs --chat", param_hint="--system")
     if path.is_dir():
-        return list(beginnings(path, num_tokens))
-    return [prompt.tokens for prompt in encode_prompts(recipe, tokenizer, read_prompts(path))]
+        if reading.chat or reading.special_tokens:
+            option = "--chat" if reading.chat else "--special-tokens"
+            raise typer.BadParameter("needs --prompts FILE: those of shards are tokens already", param_hint=option)
+        return list(beginnings(path, reading.num_tokens))
+    texts = read_chats(path, reading.system) if reading.chat else read_prompts(path)
+    encoded = encode_prompts(recipe, tokenizer, texts, parse_special_tokens=reading.special_tokens)
+    return [prompt.tokens for prompt in encoded]

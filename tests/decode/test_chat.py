@@ -17,6 +17,7 @@ from mtp_lightning.cli.prompts import encode_prompts, read_chats
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.decode import generate
 from tests.data.text_tokenizers import write_tokenizer_json
+from tests.decode.test_own_text import all_documents
 
 transformers = pytest.importorskip(
     "transformers", minversion="5.23", reason="needs transformers: pip install 'mtp_lightning[judge]'"
@@ -49,6 +50,14 @@ def folder(tmp_path_factory):
     settings = {"eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+@pytest.fixture(scope="module")
+def ours(folder, tmp_path_factory):
+    """The same model, with heads."""
+    imported = tmp_path_factory.mktemp("chat") / "ours"
+    import_folder(folder, imported, Wanted(num_offsets=2, kind="parallel", init="copy"))
+    return imported
 
 
 def mtp(*arguments):
@@ -180,3 +189,40 @@ def test_a_real_model_answers_as_by_transformers(tmp_path):
     models = [transformers.AutoModelForCausalLM.from_pretrained(path) for path in (real, tmp_path / "back")]
     states = [model.state_dict() for model in models]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_own_text_answers_chats_and_its_prompts_are_those_of_the_template(tmp_path, folder, ours):
+    asked = ["Why?", "What is it?", "Who said so?"]
+    (tmp_path / "asked.txt").write_text("\n".join(asked))
+    options = [
+        "--chat",
+        "--system",
+        "Be brief.",
+        "--max-new-tokens",
+        "9",
+        "--validation-fraction",
+        "0.4",
+        "--rows",
+        "2",
+    ]
+    command = ["data", "generate", ours, "--prompts", tmp_path / "asked.txt", "--out", tmp_path / "own", *options]
+    done = CliRunner().invoke(app, [*map(str, command), "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    judge = transformers.AutoTokenizer.from_pretrained(folder)
+    chats = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}] for text in asked]
+    wanted = {tuple(judge.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)) for chat in chats}
+    found = {
+        tuple(token for token, is_learnt in zip(*document, strict=True) if not is_learnt)[: len(prompt)]
+        for document in all_documents(tmp_path / "own")
+        for prompt in wanted
+        if tuple(document[0][: len(prompt)]) == prompt
+    }
+    assert found == wanted
+
+
+@pytest.mark.parametrize("options", [["--system", "Be brief."], ["--chat"], ["--special-tokens"]])
+def test_own_text_from_shards_is_told_nothing_of_chats(tmp_path, ours, options):
+    command = ["data", "generate", ours, "--prompts", tmp_path, "--out", tmp_path / "own", *options]
+    done = CliRunner().invoke(app, list(map(str, command)))
+    assert done.exit_code == 2
+    assert not (tmp_path / "own").exists()
