@@ -60,6 +60,7 @@ class HFCheckpoint:
     updates: Mapping[str, Update] = field(default_factory=dict)
     new_rows: Mapping[str, int] = field(default_factory=dict)  # of these tensors' shapes, how many are not in the file
     tokenizer_folder: Path | None = None  # None means `path`
+    made: Path | None = None  # folder of files that were made of it, where `path` is none
 
     def base_source(self, place: str) -> TensorSource | None:
         """Find a place of the base model."""
@@ -165,7 +166,7 @@ def open_folder(path: Path, *, variant: str | None = None) -> HFCheckpoint:
         native=native,
         entries=entries,
         files=files,
-        end_of_document=_first_end(config, section.vocab_size),
+        end_of_document=first_end(config, section.vocab_size),
         settings_path=config.path,
         notes=(*_dropouts(config), *_beside(weights.beside)),
     )
@@ -200,7 +201,7 @@ def _beside(names: list[str]) -> list[str]:
     return [f"Not read, as transformers does not read it either: {', '.join(names[:MOST_NAMES])}"] if names else []
 
 
-def _first_end(config: Config, vocab_size: int) -> int | None:
+def first_end(config: Config, vocab_size: int) -> int | None:
     """Return the id that ends a document: of several, the first."""
     told = config.get("eos_token_id")
     ends = told if isinstance(told, list) else [] if told is None else [told]
@@ -224,7 +225,7 @@ def _read_settings(path: Path) -> Config:
         raise CheckpointError(
             f"a folder to import must have a {CONFIG} (or Meta's {SETTINGS})",
             f"neither in {path}" if is_folder else f"{'a file' if path.is_file() else 'no folder'} {path}",
-            hint,
+            f"Give the file: {found_gguf}" if (found_gguf := _gguf_in(path)) else hint,
         )
     values = read_json(found)
     if named(values.get("format")).startswith("mtp_lightning"):
@@ -234,6 +235,11 @@ def _read_settings(path: Path) -> Config:
             f"Train from it as it is: init.path={path}",
         )
     return Config(found, values)
+
+
+def _gguf_in(path: Path) -> Path | None:
+    """Find a file of llama.cpp in a folder without settings."""
+    return min(path.glob("*.gguf"), default=None)
 
 
 def read_entries(
