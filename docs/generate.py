@@ -41,7 +41,10 @@ FIGURES = {
     "conditional_acceptance_rate_<k>": "Share at which offset k agrees among positions at which offsets 2 … k-1 agree.",
     "acceptance_rate_<k>": "Share of positions at which offsets 2 … k all agree: drafts that are kept greedily.",
     "mean_acceptance_length": "1 + the sum of cumulative acceptances: tokens per forward of greedy self-speculation.",
+    "off_text_<k>": "Share of targets of offset k > 2 whose position is drawn by `objective.rollout` and has a draft "
+    "before that is not the given token: these read another token, or are left out.",
     "divergence_<k>": "Mean divergence of offset k from its teacher, the main head (`objective.distill`).",
+    "router_loss": "Mean load-balancing loss of a trunk with experts, without its coefficient.",
     "overlap_<k>": "Mean of the sum of min(p, q) over the vocabulary, p the main head's distribution and q offset k's.",
     "sampled_acceptance_rate_<k>": "Mean product of the overlaps of offsets 2 … k: drafts kept by lossless sampling.",
     "sampled_acceptance_length": "1 + the sum of sampled acceptances: tokens per forward under sampling.",

@@ -21,6 +21,7 @@ from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.data.tokenizers.base import Tokenizer
 from mtp_lightning.decode import Settings, Statistics
 from mtp_lightning.decode import generate as generate_tokens
+from mtp_lightning.decode.packed_linear import pack_linear_maps
 from mtp_lightning.decode.text_stream import detokenizer, text_stream
 from mtp_lightning.errors import CheckpointError, DecodingError
 from mtp_lightning.files.atomic_folder import atomic_folder
@@ -76,7 +77,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", dtype: t
         DataError: The tokenizer that the recipe names is not there.
     """
     recipe, model = loading.load_model(path, device=device, dtype=dtype)
-    return TextModel(recipe, model, recipe_tokenizer(recipe), Path(path))
+    return TextModel(recipe, pack_linear_maps(model), recipe_tokenizer(recipe), Path(path))
 
 
 @overload

@@ -67,7 +67,10 @@ def _table(measured: "Acceptance") -> "Table":
         "acceptance_rate": ("accepted\ncumulative", ".1%"),
         "overlap": ("overlap\nwith main", ".1%"),
         "sampled_acceptance_rate": ("accepted\nsampling", ".1%"),
+        "outside_draft_vocabulary": ("target not\nin drafts", ".1%"),
     }
+    if "outside_draft_vocabulary_2" not in measured.figures:
+        del kinds["outside_draft_vocabulary"]
     table = table_of(["\noffset", *(head for head, _ in kinds.values())])
     for k in range(1, measured.num_offsets + 1):
         found = ((measured.figures.get(f"{kind}_{k}"), form) for kind, (_, form) in kinds.items())

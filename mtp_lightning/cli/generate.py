@@ -129,10 +129,12 @@ def generate(
     from mtp_lightning.checkpoint.format.carried_files import all_end_ids
     from mtp_lightning.data.loading.corpus import recipe_tokenizer
     from mtp_lightning.decode import Settings
+    from mtp_lightning.decode.packed_linear import pack_linear_maps
     from mtp_lightning.decode.tree import read_tree
 
     known_tree = None if tree is None else read_tree(tree)
     recipe, model = load_model(path, device=device_of(device), dtype=dtype_of(dtype))
+    pack_linear_maps(model)
     tokenizer = recipe_tokenizer(recipe)
     way: Decoder = "tree" if tree is not None and decoder == DecoderName.auto else decoder.value
     settings = Settings(

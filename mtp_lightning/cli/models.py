@@ -101,6 +101,7 @@ class Init(StrEnum):
     """What heads beyond the main one start as."""
 
     native = "native"
+    fitted = "fitted"
     copy = "copy"
     random = "random"
 
@@ -126,6 +127,14 @@ Variant = Annotated[
     str | None,
     typer.Option(
         metavar="NAME", help="Which weights, where there are several: model.NAME.safetensors.", show_default=False
+    ),
+]
+FitOn = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="For --init fitted: texts as `mtp data build` takes them, or a folder of shards; may be repeated "
+        "(default: Python's standard library).",
     ),
 ]
 Rows = Annotated[
@@ -167,8 +176,8 @@ def import_model(
     init: Annotated[
         Init | None,
         typer.Option(
-            help="Heads beyond the main one: the folder's own, copies of the last layer, or random "
-            "(default: native where there are any, else copy).",
+            help="Heads beyond the main one: the folder's own, fitted to a little text, copies of the last layer, or "
+            "random (default: native where there are any, else fitted, else copy).",
             show_default=False,
         ),
     ] = None,
@@ -182,6 +191,7 @@ def import_model(
     end_of_document: Annotated[
         int | None, typer.Option(metavar="ID", min=0, help="Id of the token that ends a document.", show_default=False)
     ] = None,
+    fit_on: FitOn = None,
     base: Base = None,
     variant: Variant = None,
     resize_vocabulary: Rows = None,
@@ -198,5 +208,6 @@ def import_model(
         base=base,
         variant=variant,
         vocabulary=resize_vocabulary,
+        fit_on=tuple(fit_on or ()),
     )
     import_folder(path, out, wanted)

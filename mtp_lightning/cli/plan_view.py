@@ -62,12 +62,23 @@ def _title(plan: Plan) -> Text:
     return Text.assemble((plan.recipe.name, "bold"), "  on  ", (where, "bold cyan"))
 
 
+def _drafts(plan: Plan) -> str:
+    """Say how much of the vocabulary offsets beyond the first score; nothing where it is all of it."""
+    heads, vocab_size, size = plan.recipe.heads, plan.shape.vocab_size, plan.shape.draft_vocab_size
+    if size is None:
+        return ""
+    if isinstance(heads.draft_vocabulary, str) and heads.draft_token_ids is None:
+        return f"of the ids in {heads.draft_vocabulary}, planned as all {vocab_size:,}"
+    return f"of {size:,} of {vocab_size:,} ids ({size / vocab_size:.1%}), scored by offsets 2 to {heads.num_offsets}"
+
+
 def _run_lines(plan: Plan) -> Text:
     """Say what the run is: model, step, cost."""
     chosen = plan.chosen
     lines = {
         "parameters": _parameters(plan),
         "trained": _trained(plan),
+        "drafts": _drafts(plan),
         "step": _step(plan),
         "run": f"{plan.recipe.run.steps:,} steps, {short(plan.total_tokens)} tokens, {plan.total_flops:.2e} FLOPs",
         "speed": f"{seconds(chosen.time.total_s)} s per step, {chosen.tokens_per_s:,.0f} tokens/s per GPU, "

@@ -12,6 +12,7 @@ from mtp_lightning.files.paths import leads_to
 from mtp_lightning.recipe.diff import diff_recipes
 from mtp_lightning.recipe.loading.dump import yaml_lines
 from mtp_lightning.recipe.loading.load import LoadedRecipe
+from mtp_lightning.recipe.schema.describe import shortened
 from mtp_lightning.recipe.schema.field_types import place_at
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.yaml import one_line_yaml
@@ -109,5 +110,5 @@ def print_differences(a: str, b: str) -> None:
         console.print("no field differs")
     width = max((len(difference.path) for difference in differences), default=0)
     for difference in differences:
-        old, new = (one_line_yaml(value) for value in (difference.a, difference.b))
+        old, new = (shortened(one_line_yaml(value)) for value in (difference.a, difference.b))
         console.print(Text.assemble(f"{difference.path:<{width}}  ", (old, "red"), " -> ", (new, "green")))

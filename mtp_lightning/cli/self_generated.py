@@ -57,7 +57,6 @@ def generate(
     ] = None,
 ) -> None:
     """Let a model write documents, and make shards of them; after a kill, the same command goes on."""
-    share = share_of(validation_fraction)
     from mtp_lightning.checkpoint.format.folder import open_checkpoint
     from mtp_lightning.data.generated.shards import TokenShards
     from mtp_lightning.data.loading.corpus import recipe_tokenizer
@@ -76,11 +75,12 @@ def generate(
             top_p=top_p if temperature else None,
             seed=seed,
             stop_tokens=_end_ids_of(folder, tokenizer),
+            draft_length="adaptive" if folder.recipe.heads.num_offsets > 1 else None,  # heads may know nothing yet
         ),
         end_of_document=tokenizer.end_of_document,
         batch_rows=rows,
         train_on_prompt=learn_prompts,
-        validation_fraction=share,
+        validation_fraction=share_of(validation_fraction),
     )
     decisive = {
         **context.params,
@@ -90,7 +90,7 @@ def generate(
         "device": device_of(device).type,
     }
     request = _request(folder.model_name, tokens, decisive)
-    made = TokenShards(tokenizer=tokenizer, request=request, validation_fraction=share)
+    made = TokenShards(tokenizer=tokenizer, request=request, validation_fraction=wanted.validation_fraction)
     _build(out, made, wanted, lambda log: _documents(folder, tokens, wanted, log, device_of(device)))
 
 
@@ -139,10 +139,11 @@ def _documents(
     """Load the model and let it write."""
     from mtp_lightning.checkpoint.convert.load_model import build_trained
     from mtp_lightning.console.progress import counted, say
+    from mtp_lightning.decode.packed_linear import pack_linear_maps
     from mtp_lightning.decode.self_generated import Writer
 
     folder.verify()
-    writer = Writer(build_trained(folder, device=device), prompts, wanted)
+    writer = Writer(pack_linear_maps(build_trained(folder, device=device)), prompts, wanted)
     with counted("writing", total=wanted.num_documents, unit="documents") as advance:
         yield from writer.documents(log, advance)
     say(f"{writer.num_duplicates:,} duplicates left out")

@@ -70,11 +70,12 @@ def step_costs(model: MtpModel, longest: int) -> list[float]:
     path = main_path(model)
     matrix = _num_weights(model.unembedding.lm_heads[0])
     plain = _num_weights(model.trunk.layers) + sum(_num_weights_of(model, offset) for offset in path) + matrix
+    drafts = matrix * model.unembedding.num_drafted // model.section.vocab_size
     costs = [float(plain)]
     for num_drafts in range(1, longest + 1):
         offset = num_drafts + 1
         is_read_again = num_drafts == 1 or model.unembedding.is_replicated or model.heads.reads_tokens
-        drafting = matrix * (1.0 if is_read_again else share)
+        drafting = drafts * (1.0 if is_read_again else share)
         if offset not in path:
             drafting += _num_weights_of(model, offset)
         costs.append(costs[-1] + share * plain + drafting)

@@ -16,7 +16,10 @@ from mtp_lightning.decode.state import DecodeState
 from mtp_lightning.model.heads import HeadContext
 
 Choose = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""Turns scores (..., V) into tokens (...) and, if they are drawn, the probabilities (..., V) they were drawn by."""
+"""Turns scores (..., V) into tokens (...) and, if they are drawn, the probabilities (..., V) they were drawn by.
+
+With a draft vocabulary both are of its V' entries: `_spoken` makes them ids of V, the others with probability 0.
+"""
 
 
 class Draft(NamedTuple):
@@ -36,12 +39,11 @@ class _RecomputeSpan(NamedTuple):
 
 def draft_blockwise(session: DecodeState, num_drafts: int, choose: Choose) -> Draft:
     """Draft with heads that read no tokens: all at once, from states that the verifying forward left [Stern 2018]."""
-    tokens, drawn_from = choose(head_scores(session, num_drafts))
-    return Draft(tokens, drawn_from)
+    return Draft(*_spoken(session, *choose(head_scores(session, num_drafts))))
 
 
 def head_scores(session: DecodeState, num_drafts: int) -> Tensor:
-    """Score the next tokens by offsets 2, 3, ... at the last committed position: (B, K, V)."""
+    """Score the next tokens by offsets 2, 3, ... at the last committed position: (B, K, V or V')."""
     model, offsets = session.model, range(2, 2 + num_drafts)
     stretch = _stretch(session, offsets)
     states, reached = stretch.states, session.lengths.clone()
@@ -54,10 +56,20 @@ def head_scores(session: DecodeState, num_drafts: int) -> Tensor:
         session.valid[offset] = reached
     last = [states[offset][session.rows, stretch.last] for offset in offsets]  # (B, D) each
     if model.unembedding.is_replicated:
-        return torch.stack([model.unembedding.logits(k, state) for k, state in zip(offsets, last, strict=True)], 1)
-    normed = [model.unembedding.normalize(k, state) for k, state in zip(offsets, last, strict=True)]
-    scores: Tensor = model.unembedding.lm_heads[0](torch.stack(normed, 1))  # the matrix is read once for all
+        return torch.stack([session.draft_scores(k, state) for k, state in zip(offsets, last, strict=True)], 1)
+    normed = torch.stack([model.unembedding.normalize(k, state) for k, state in zip(offsets, last, strict=True)], 1)
+    if session.vocabulary is not None:
+        return model.unembedding.draft_logits(0, normed, session.draft_rows[0])
+    scores: Tensor = model.unembedding.lm_heads[0](normed)  # the matrix is read once for all
     return scores
+
+
+def _spoken(session: DecodeState, tokens: Tensor, drawn_from: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Turn what was chosen among the scores into ids of the whole vocabulary."""
+    vocabulary = session.vocabulary
+    if vocabulary is None:
+        return tokens, drawn_from
+    return vocabulary.spoken(tokens), None if drawn_from is None else vocabulary.spread(drawn_from, 0.0)
 
 
 def draft_chain(session: DecodeState, num_drafts: int, choose: Choose) -> Draft:
@@ -77,7 +89,8 @@ def draft_chain(session: DecodeState, num_drafts: int, choose: Choose) -> Draft:
             context = HeadContext(session.cache.geometry(stretch.window, offset), embedded)
             states[offset] = model.heads(offset, source, context)
             session.valid[offset] = (session.lengths - (offset - 2)).clamp_(min=0)
-        token, probs = choose(model.unembedding.logits(offset, states[offset][session.rows, last]))
+        scores = session.draft_scores(offset, states[offset][session.rows, last])
+        token, probs = _spoken(session, *choose(scores))
         embedded[session.rows, last + offset] = model.trunk.embed_tokens(token)
         tokens.append(token)
         laws += [] if probs is None else [probs]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decode.adaptive import AdaptiveLength, step_costs
-from mtp_lightning.decode.sampling import Sampling, draw
+from mtp_lightning.decode.sampling import Sampling
 from mtp_lightning.decode.settings import (
     ADAPTIVE,
     Decoder,
@@ -134,7 +134,7 @@ def _first_tokens(scores: Tensor, sampling: Sampling, generator: torch.Generator
     """Choose the token after every prompt: (B, V) -> (B, 1)."""
     if sampling.is_greedy:
         return scores.argmax(-1, keepdim=True)
-    return draw(sampling.probabilities(scores), generator)[:, None]
+    return sampling.draw(scores, generator)[:, None]
 
 
 def _end_step(session: DecodeState, stopping: Stopping, drafts: Tensor, accepted: Tensor, block: Tensor) -> Step:

@@ -50,17 +50,38 @@ class Sampling:
 
         Temperature first, then top-k, then top-p on what is left. For drafts and for what verifies them alike.
         """
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        if self.top_k is not None and self.top_k < scores.shape[-1]:
-            least = scores.topk(self.top_k, dim=-1).values[..., -1:]
-            scores = scores.masked_fill(scores < least, -torch.inf)
-        probabilities = scores.softmax(-1)
-        if self.top_p is None or self.top_p >= 1:
-            return probabilities
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        is_surplus = ordered.cumsum(-1) - ordered >= self.top_p  # what comes before holds enough already
-        kept = probabilities.masked_fill(torch.zeros_like(is_surplus).scatter(-1, order, is_surplus), 0)
-        return kept / kept.sum(-1, keepdim=True)
+        if not self._leaves_out(logits):
+            return self._softmax(logits)
+        likeliest, tokens = self._likeliest(logits)
+        return likeliest.new_zeros(logits.shape).scatter(-1, tokens, likeliest)
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw one token of the law of `probabilities`: (..., V) -> (...)."""
+        if not self._leaves_out(logits):
+            return draw(self._softmax(logits), generator)
+        likeliest, tokens = self._likeliest(logits)  # k of V
+        return tokens.gather(-1, draw(likeliest, generator)[..., None])[..., 0]
+
+    def _leaves_out(self, logits: Tensor) -> bool:
+        return self._num_kept(logits) < logits.shape[-1] or (self.top_p or 1.0) < 1
+
+    def _num_kept(self, logits: Tensor) -> int:
+        return min(self.top_k or logits.shape[-1], logits.shape[-1])
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature).softmax(-1)
+
+    def _likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the tokens that top-k keeps, and what each is drawn with after top-p: (..., V) -> two (..., k)."""
+        scores, tokens = logits.topk(self._num_kept(logits), dim=-1)
+        probabilities = self._softmax(scores)
+        if self.top_p is not None:
+            is_surplus = (
+                probabilities.cumsum(-1) - probabilities >= self.top_p
+            )  # what comes before holds enough already
+            probabilities = probabilities.masked_fill(is_surplus, 0)
+            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        return probabilities, tokens
 
 
 def draw(weights: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Literal, final
 
 from mtp_lightning.decode.sampling import Sampling
+from mtp_lightning.decode.transformers_windows import is_recurrent, knows_slots, rotary_switch
 from mtp_lightning.decode.tree import Tree, check_tree
 from mtp_lightning.errors import DecodingError
 from mtp_lightning.model.heads import TRUNK, Heads
@@ -48,16 +49,17 @@ def applicable_decoders(model: MtpModel) -> list[Decoder]:
     """List the decoders that fit the model's heads, the one that `auto` takes first among those that draft.
 
     Heads that read no tokens draft all at once (blockwise) and below every branch of a tree alike; modules that read
-    tokens draft one after the other (chain), which heads that read each other's states may do, too.
+    tokens draft one after the other (chain), which heads that read each other's states may do, too. Drafts need a past
+    that can be rolled back.
     """
     heads = model.heads
-    if heads.num_offsets == 1:
+    if heads.num_offsets == 1 or is_recurrent(model):
         return ["greedy"]
     if heads.reads_tokens:
         return ["greedy", "chain"]
-    if _is_chained(heads):
-        return ["greedy", "blockwise", "chain", "tree"]
-    return ["greedy", "blockwise", "tree"]
+    chain: list[Decoder] = ["chain"] if _is_chained(heads) else []
+    tree: list[Decoder] = [] if knows_slots(model) else ["tree"]
+    return ["greedy", "blockwise", *chain, *tree]
 
 
 def _is_chained(heads: Heads) -> bool:
@@ -78,6 +80,10 @@ def resolve_decoder(model: MtpModel, decoder: Decoder) -> Decoder:
     if decoder not in applicable:
         n = model.num_offsets
         why = "one offset, which drafts nothing" if n == 1 else f"{type(model.heads).__name__} with n = {n}"
+        if is_recurrent(model):
+            why = "layers that carry a state of all the past, which rejected drafts cannot be taken back from"
+        elif decoder == "tree" and knows_slots(model):
+            why = "attention by distance (ALiBi), which counts the nodes of a tree one after the other"
         raise DecodingError(
             f"decoder {decoder} must fit the model's heads", why, f"Choose: auto, {', '.join(applicable)}"
         )
@@ -173,7 +179,20 @@ def check_settings(model: MtpModel, decoder: Decoder, settings: Settings) -> Non
         if not is_kept:
             raise DecodingError(expected, str(found), hint)
     if decoder == "tree" and settings.tree is not None:
-        check_tree(settings.tree, model.num_offsets, model.section.vocab_size)
+        check_tree(settings.tree, model.num_offsets, model.unembedding.num_drafted)
+
+
+def _check_crossing(model: MtpModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Refuse texts whose keys would be turned by two sets of angles."""
+    switch = rotary_switch(model)
+    longest, drafts = max(map(len, prompts)) + max_new_tokens, model.num_offsets
+    if switch is not None and min(map(len, prompts)) <= switch < longest + drafts:
+        raise DecodingError(
+            f"texts of one batch must all end {drafts} tokens before, or all begin behind, the length where rotary "
+            f"angles change (longrope), {switch:,}",
+            f"prompts from {min(map(len, prompts)):,} tokens, and texts up to {longest:,}",
+            "Ask for fewer new tokens, or give long and short prompts apart",
+        )
 
 
 def check_prompts(model: MtpModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -183,6 +202,14 @@ def check_prompts(model: MtpModel, prompts: Sequence[Sequence[int]], max_new_tok
         DecodingError: There are none, one is empty, too long for the context, or holds an unknown token.
     """
     vocab_size, context = model.section.vocab_size, model.section.max_position_embeddings
+    if prompts:
+        _check_crossing(model, prompts, max_new_tokens)
+    if is_recurrent(model) and len({len(prompt) for prompt in prompts}) > 1:
+        raise DecodingError(
+            "prompts of one batch must be of one length for a model whose layers carry a state of all the past",
+            f"lengths from {min(map(len, prompts))} to {max(map(len, prompts))} tokens",
+            "Give prompts one at a time",
+        )
     if not prompts:
         raise DecodingError("there must be a prompt", "none", "Give one or more, as lists of token ids")
     for number, prompt in enumerate(prompts, 1):

@@ -9,7 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_lightning.decode.kv_cache import Cache, Window, attentions
+from mtp_lightning.decode.kv_cache import Cache, Window, has_layers
+from mtp_lightning.decode.transformers_windows import check_states
 from mtp_lightning.model.heads import TRUNK, HeadContext
 from mtp_lightning.model.mtp_model import MtpModel
 
@@ -34,9 +35,10 @@ class DecodeState:
         self.device = model.trunk.embed_tokens.weight.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.path = main_path(model)
+        check_states(model, self.path)
         drafting = range(2, 2 + max_drafts)
         self.drafting = [offset for offset in drafting if offset not in self.path]
-        self.cache = Cache(model, {*self.path, *self.drafting}, len(prompts), max(map(len, prompts)) + remaining + 1)
+        self.cache = Cache(model, len(prompts), max(map(len, prompts)) + remaining + 1)
         self.rows = torch.arange(len(prompts), device=self.device)
         self.tokens = torch.zeros(len(prompts), self.cache.capacity, dtype=torch.long, device=self.device)  # (B, C)
         self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
@@ -44,8 +46,12 @@ class DecodeState:
         self.tokens[:, : padded.shape[1]] = padded
         self.is_finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         self.shortest, self.longest, self.all_finished = 0, 0, False  # what the host knows
-        self.catches_up = any(attentions(model, offset) for offset in self.drafting)
+        self.catches_up = any(has_layers(model, offset) for offset in self.drafting)
         self.valid = {offset: torch.zeros_like(self.cache.lengths) for offset in self.drafting}
+        unembedding = model.unembedding
+        self.vocabulary = unembedding.drafts  # of drafts; None for all V
+        scored = {unembedding.matrix_index(offset) for offset in drafting} if self.vocabulary is not None else set()
+        self.draft_rows = {index: unembedding.draft_rows(index) for index in scored}
         read = {model.parent_of(offset) for offset in self.drafting} - {*self.drafting}
         self.draft_states = self._allocate_anchors(read | ({*drafting} & {*self.path}))
 
@@ -70,6 +76,14 @@ class DecodeState:
             context = HeadContext(self.cache.geometry(window, offset), embedded)
             states[offset] = model.heads(offset, model.read(offset, states[source]), context)
         return states
+
+    def draft_scores(self, offset: int, state: Tensor) -> Tensor:
+        """Score what an offset may draft: (..., D) -> (..., V), or (..., V') of a draft vocabulary."""
+        unembedding = self.model.unembedding
+        if self.vocabulary is None:
+            return unembedding.logits(offset, state)
+        index = unembedding.matrix_index(offset)
+        return unembedding.draft_logits(index, unembedding.normalize(offset, state), self.draft_rows[index])
 
     def keep_anchors(self, states: dict[int, Tensor], slots: Tensor) -> None:
         """Keep the states that drafting begins from: (B, T, D) at (B, T) slots."""

@@ -84,6 +84,7 @@ class TreeDecoding:
         """Take one step; see `Decoding`. The tree says how many drafts there are."""
         session, tables = self.session, self.tables
         drafts = tables.fill(head_scores(session, tables.deepest))
+        drafts = drafts if session.vocabulary is None else session.vocabulary.spoken(drafts)
         nodes = torch.cat((session.tokens.gather(1, session.lengths[:, None]), drafts), dim=1)  # (B, T)
         scores, states = verify_tree(session, nodes, tables.depths, tables.ancestry)
         if self.sampling.is_greedy:

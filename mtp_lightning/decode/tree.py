@@ -88,7 +88,7 @@ def _candidates(
 
 
 def check_tree(tree: Tree, num_offsets: int, vocab_size: int) -> None:
-    """Refuse a tree that the model's heads cannot fill.
+    """Refuse a tree that the model's heads, which score `vocab_size` ids, cannot fill.
 
     Raises:
         DecodingError: It is empty, too large, deeper than there are heads, or wider than the vocabulary.
@@ -255,7 +255,7 @@ def choice_shares(model: MtpModel, tokens: Tensor, documents: Tensor, num_choice
         documents: (R, T+n) documents that the tokens belong to.
         num_choices: How many choices to look at.
     """
-    num_choices = min(num_choices, model.section.vocab_size)
+    num_choices = min(num_choices, model.unembedding.num_drafted)
     hits = torch.zeros(model.num_offsets - 1, num_choices, dtype=torch.float64)
     totals = torch.zeros(model.num_offsets - 1, 1, dtype=torch.float64)
     for row, of_row in zip(tokens, documents, strict=True):

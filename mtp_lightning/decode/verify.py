@@ -31,14 +31,17 @@ def accept_point_mass(logits: Tensor, drafts: Tensor, sampling: Sampling, genera
     The text has the law of plain sampling: x comes out with probability p(x), any other y with
     (1 - p(x)) p(y) / (1 - p(x)). Holds for any drafts that were not drawn at random.
     """
+    if not drafts.shape[1]:
+        return AcceptResult(
+            torch.zeros(len(drafts), dtype=torch.long, device=drafts.device), sampling.draw(logits, generator)
+        )
     probs = sampling.probabilities(logits)  # (B, K+1, V)
     chance = probs[:, :-1].gather(2, drafts[:, :, None])[:, :, 0]  # (B, K)
     accepted = _leading(_uniform(chance, generator) < chance)
     rest = _at(probs, accepted)  # (B, V)
-    if drafts.shape[1]:
-        failed = drafts.gather(1, accepted.clamp(max=drafts.shape[1] - 1)[:, None])  # (B, 1)
-        is_failed = (accepted < drafts.shape[1])[:, None]
-        rest = rest.scatter(1, failed, torch.where(is_failed, 0, rest.gather(1, failed)))
+    failed = drafts.gather(1, accepted.clamp(max=drafts.shape[1] - 1)[:, None])  # (B, 1)
+    is_failed = (accepted < drafts.shape[1])[:, None]
+    rest = rest.scatter(1, failed, torch.where(is_failed, 0, rest.gather(1, failed)))
     return _accept_result(accepted, drafts, draw(rest, generator))
 
 

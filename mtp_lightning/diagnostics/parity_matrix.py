@@ -1,5 +1,6 @@
 """The cells of `mtp doctor --strategies`: ways of training to compare with plain torch, and a tiny recipe of each."""
 
+import json
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -43,6 +44,7 @@ class Cell:
     clips: bool
     optimizer: str = "sgd"
     adaptation: str = "none"
+    settings: str = ""  # of a model of transformers in the place of one of ours, as JSON
 
     def __str__(self) -> str:
         clips = "clipped" if self.clips else "unclipped"
@@ -56,7 +58,9 @@ class Cell:
         """A recipe of a few thousand parameters."""
         return Recipe.model_validate(
             {
-                "model": {
+                "model": {"family": "transformers", "hf_config": json.loads(self.settings)}
+                if self.settings
+                else {
                     "hidden_size": 16,
                     "num_hidden_layers": 4,
                     "num_attention_heads": 4,
@@ -70,7 +74,8 @@ class Cell:
                     **HEADS[self.heads],
                     "num_offsets": 3,
                     "unembedding": "replicated" if self.unembedding == "replicated" else "shared",
-                    "layers_from_trunk": self.adaptation == "none",  # else the trunk keeps layers to choose from
+                    "layers_from_trunk": self.adaptation == "none"
+                    and not self.settings,  # else the trunk keeps layers to choose from
                 },
                 **ADAPTATIONS[self.adaptation],
                 "objective": {

@@ -46,12 +46,7 @@ def _plain_step(model: MtpModel, optimizer: torch.optim.Optimizer, recipe: Recip
     batch = random_batch(recipe, step)
     targets = shifted_targets(batch["tokens"], batch["documents"], recipe.heads.num_offsets, batch["loss_mask"])
     hiddens = model.hidden_states(batch["tokens"], batch["documents"])
-    losses = [
-        F.cross_entropy(
-            model.unembedding.logits(offset, hidden).flatten(0, 1), targets[offset - 1].flatten(), ignore_index=IGNORE
-        )
-        for offset, hidden in hiddens.items()
-    ]
+    losses = [_plain_loss(model, offset, hidden, targets[offset - 1]) for offset, hidden in hiddens.items()]
     optimizer.zero_grad()
     torch.autograd.backward(torch.stack(losses).sum())
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -60,6 +55,14 @@ def _plain_step(model: MtpModel, optimizer: torch.optim.Optimizer, recipe: Recip
     optimizer.step()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return PlainStep([float(loss.detach()) for loss in losses], gradients, weights)
+
+
+def _plain_loss(model: MtpModel, offset: int, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the targets that the offset scores."""
+    logits, vocabulary = model.unembedding.logits(offset, hidden), model.unembedding.vocabulary(offset)
+    if vocabulary is not None:
+        logits, targets = vocabulary.columns_of(logits), vocabulary.places_of(targets)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
 
 def build_named_optimizer(model: MtpModel, section: OptimizerSection, name: str) -> torch.optim.Optimizer:

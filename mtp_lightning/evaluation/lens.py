@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.checkpoint.format.folder import open_checkpoint
@@ -20,7 +20,7 @@ from mtp_lightning.console.plots import save_picture
 from mtp_lightning.decode.state import main_path
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.evaluation.marginal import held_out_texts
-from mtp_lightning.model.layers import Layer
+from mtp_lightning.model.layers import layers_of
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe.trainable import mixing_offsets
 
@@ -143,8 +143,12 @@ def _recorded(model: MtpModel) -> Iterator[list[Tensor]]:
     """Collect what the layers of trunk and main head put out while the body runs."""
     states: list[Tensor] = []
     owners = [model.trunk, *(module for offset in main_path(model) for module in model.heads.modules_of(offset))]
-    layers = [module for owner in owners for module in owner.modules() if isinstance(module, Layer)]
-    hooks = [layer.register_forward_hook(lambda _layer, _inputs, output: states.append(output)) for layer in layers]
+    layers = [layer for owner in owners for layer in layers_of(owner)]
+
+    def keep(_layer: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        states.append(output if isinstance(output, Tensor) else output[0])  # some return more than their state
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
         yield states
     finally:

@@ -18,6 +18,7 @@ from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.console.progress import counted
 from mtp_lightning.data.loading.factory import open_rows, prepare_data
 from mtp_lightning.decode.state import DecodeState, prefill, verify, verify_tree
+from mtp_lightning.decode.transformers_windows import is_recurrent, knows_slots
 from mtp_lightning.errors import DataError, DecodingError
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe import Recipe
@@ -137,6 +138,12 @@ def measure_marginal(
     """
     check_settings(num_offsets, last_tokens, top, nucleus, most_paths)
     recipe, model = load_model(path, device=device)
+    if is_recurrent(model) or knows_slots(model):
+        raise DecodingError(
+            "layers must keep keys and values that know no distance by slots, for branches to be summed over",
+            f"{recipe.name}, whose layers {'carry a state' if is_recurrent(model) else 'attend by distance (ALiBi)'}",
+            "Measure its heads with `mtp eval acceptance`",
+        )
     texts = held_out_texts(recipe, num_samples, LEAST_PREFIX_TOKENS + last_tokens)
     hits = np.zeros((num_offsets, 4))  # marginal top-1 and top-K, head top-1 and top-K
     sums = np.zeros((num_offsets, 2))  # paths, mass

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.losses.distillation import Distillation, LogitGrad
+from mtp_lightning.losses.logit_map import LogitMap
 from mtp_lightning.losses.row_losses import RowLoss
 
 Grad = Tensor | None  # buffer of a gradient, where one is wanted
@@ -51,6 +52,8 @@ def chunked_loss(
     balance_to: Tensor | None = None,
     teacher: Tensor | None = None,
     teacher_learns: bool = False,
+    biases: Mapping[int, Tensor] | None = None,
+    logit_maps: Mapping[int, LogitMap] | None = None,
 ) -> Tensor:
     """Compute sum over terms of coefficient x loss sum, as one autograd node.
 
@@ -63,29 +66,50 @@ def chunked_loss(
         balance_to: RMS that balanced terms are scaled to; None means the first term's own.
         teacher: (P, D) normed hidden states of the main head, which terms with a distillation are compared with.
         teacher_learns: Give them and the teacher's matrix, so far as they want one, a gradient from the comparison.
+        biases: (V,) what is added to the scores by a matrix, of those that have one, by the same numbers.
+        logit_maps: What is done to the scores by a matrix, of those where anything is.
 
     Returns:
         The weighted total, 0-dimensional. Gradients reach the given tensors only; the scale of the
         incoming gradient is honoured. The node can be walked backward once.
     """
-    numbers = list(matrices)
+    biases = biases or {}
     teachers = [] if teacher is None else [teacher]
-    plan = _Plan(terms, numbers, chunk_bytes, balance_to, torch.is_grad_enabled(), teacher_learns)
-    inputs = (*matrices.values(), *hiddens, *teachers)
+    wants_gradients = torch.is_grad_enabled()
+    plan = _Plan(
+        terms, [*matrices], [*biases], logit_maps or {}, chunk_bytes, balance_to, wants_gradients, teacher_learns
+    )
+    inputs = (*matrices.values(), *biases.values(), *hiddens, *teachers)
     total: Tensor = _ChunkedLoss.apply(plan, *inputs)  # type: ignore[no-untyped-call]
     return total
 
 
+def chunked_argmax(hidden: Tensor, matrix: Tensor, chunk_bytes: int, bias: Tensor | None = None) -> Tensor:
+    """Find the best-scored entry of every row, in chunks: (P, D), (V, D), (V,) -> (P,). Nothing learns from it."""
+    dtype = _compute_dtype(matrix)
+    matrix, hidden = matrix.to(dtype), hidden.to(dtype)
+    added = 0.0 if bias is None else bias.to(dtype)
+    step = chunk_rows(len(hidden), len(matrix), dtype, chunk_bytes)
+    with torch.autocast(matrix.device.type, enabled=False):
+        return torch.cat([(rows @ matrix.T + added).argmax(1) for rows in torch.split(hidden, step)])
+
+
 def chunk_rows(
-    num_rows: int, vocab_size: int, dtype: torch.dtype, chunk_bytes: int, distillation: Distillation | None = None
+    num_rows: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    chunk_bytes: int,
+    distillation: Distillation | None = None,
+    *,
+    is_capped: bool = False,
 ) -> int:
-    """Rows per chunk within a byte budget, as even as possible; low precision keeps two extra copies.
+    """Rows per chunk within a byte budget, as even as possible; low precision keeps two extra copies, a cap one.
 
     Distillation has the teacher's logits beside the student's, and some ten tensors of the entries it compares.
     """
     exact = torch.promote_types(dtype, torch.float32)
     entry_bytes = exact.itemsize + (2 * dtype.itemsize if dtype != exact else 0)
-    row_bytes = vocab_size * entry_bytes
+    row_bytes = vocab_size * (entry_bytes + (exact.itemsize if is_capped else 0))
     if distillation is not None:
         row_bytes = 2 * row_bytes + DISTILLED_COPIES * distillation.kept(vocab_size) * exact.itemsize
     most = max(1, chunk_bytes // row_bytes)
@@ -97,6 +121,8 @@ def chunk_rows(
 class _Plan:
     terms: Sequence[Term]
     numbers: list[int]  # of the matrices
+    biased: list[int]  # of those with a bias
+    logit_maps: Mapping[int, LogitMap]
     chunk_bytes: int
     balance_to: Tensor | None
     wants_gradients: bool  # inside the node grad mode is off, and inputs claim to need gradients even under no_grad
@@ -105,24 +131,46 @@ class _Plan:
 
 @dataclass
 class _LinearOperand:
-    """Both operands of hidden @ matrix.T in the type they are multiplied in, with buffers for their gradients."""
+    """Both operands of hidden @ matrix.T in the type they are multiplied in, with buffers for their gradients.
+
+    A bias is added to the product, and what comes out is mapped, where the model does so.
+    """
 
     hidden: Tensor  # (P, D)
     matrix: Tensor  # (V, D)
     grad: Grad  # (P, D)
     matrix_grad: Grad  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    bias_grad: Grad = None  # (V,)
+    logit_map: LogitMap | None = None
+    slope: Tensor | float = 1.0  # of the map, for the rows that were scored last
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether the slope of the map is a tensor of its own."""
+        return self.logit_map is not None and self.logit_map.cap is not None
 
     @property
     def learns(self) -> bool:
         """Whether anything here wants a gradient."""
-        return self.grad is not None or self.matrix_grad is not None
+        return any(grad is not None for grad in (self.grad, self.matrix_grad, self.bias_grad))
 
     def logits(self, rows: slice) -> Tensor:
         """Score some rows in full precision: (C, V)."""
-        return (self.hidden[rows] @ self.matrix.T).to(torch.promote_types(self.matrix.dtype, torch.float32))
+        scores = (self.hidden[rows] @ self.matrix.T).to(torch.promote_types(self.matrix.dtype, torch.float32))
+        if self.bias is not None:
+            scores += self.bias
+        if self.logit_map is not None:
+            scores = self.logit_map(scores)
+            self.slope = self.logit_map.slope_at(scores)
+        return scores
 
     def add(self, logits_gradient: Tensor, rows: slice, factor: Tensor) -> None:
-        """Hand on a gradient of some rows' logits, (C, V), multiplied by a factor for each row or all, (C or 1, 1)."""
+        """Hand on a gradient of the rows scored last, (C, V), multiplied by a factor for each or all, (C or 1, 1)."""
+        if self.logit_map is not None:
+            logits_gradient.mul_(self.slope)
+        if self.bias_grad is not None:
+            self.bias_grad += (logits_gradient * factor).sum(0)
         grad = logits_gradient.to(self.matrix.dtype)
         if self.grad is not None:
             self.grad[rows] += (grad @ self.matrix) * factor  # (C, D)
@@ -134,7 +182,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> Tensor:
         num_matrices, num_terms = len(plan.numbers), len(plan.terms)
-        matrices, hiddens = tensors[:num_matrices], tensors[num_matrices:]
+        num_weights = num_matrices + len(plan.biased)
+        matrices, biases, hiddens = tensors[:num_matrices], tensors[num_matrices:num_weights], tensors[num_weights:]
         needs = [need and plan.wants_gradients for need in ctx.needs_input_grad[1:]]
         dtype = _compute_dtype(matrices[0])
         exact = torch.promote_types(dtype, torch.float32)
@@ -143,12 +192,18 @@ class _ChunkedLoss(torch.autograd.Function):
             number: torch.zeros_like(matrix, dtype=exact) if need else None
             for number, matrix, need in zip(plan.numbers, matrices, needs[:num_matrices], strict=True)
         }
+        bias_of = dict(zip(plan.biased, biases, strict=True))
+        bias_grads = {
+            number: torch.zeros_like(bias, dtype=exact) if need else None
+            for (number, bias), need in zip(bias_of.items(), needs[num_matrices:num_weights], strict=True)
+        }
         hidden_grads: list[Grad] = [None] * len(hiddens)
 
         def operand(index: int, number: int) -> _LinearOperand:
-            hidden, need = hiddens[index], needs[num_matrices + index]
+            hidden, need = hiddens[index], needs[num_weights + index]
             hidden_grads[index] = torch.zeros_like(hidden, dtype=_kept(hidden.dtype)) if need else None
-            return _LinearOperand(hidden.to(dtype), cast[number], hidden_grads[index], matrix_grads[number])
+            extras = (bias_of.get(number), bias_grads.get(number), plan.logit_maps.get(number))
+            return _LinearOperand(hidden.to(dtype), cast[number], hidden_grads[index], matrix_grads[number], *extras)
 
         total = torch.zeros((), dtype=exact, device=matrices[0].device)
         with torch.autocast(matrices[0].device.type, enabled=False):
@@ -156,7 +211,8 @@ class _ChunkedLoss(torch.autograd.Function):
             for index, term in enumerate(plan.terms):
                 total += _run_term(plan, term, operand(index, term.matrix), teacher)
         ctx.dtypes = [tensor.dtype for tensor in tensors]
-        kept = [g if g is None else g.to(_kept(m.dtype)) for g, m in zip(matrix_grads.values(), matrices, strict=True)]
+        pairs = zip((*matrix_grads.values(), *bias_grads.values()), (*matrices, *biases), strict=True)
+        kept = [grad if grad is None else grad.to(_kept(weight.dtype)) for grad, weight in pairs]
         ctx.save_for_backward(*kept, *hidden_grads)
         return total
 
@@ -171,7 +227,7 @@ def _teacher_operand(plan: _Plan, operand: Callable[[int, int], _LinearOperand])
     """The main head as a teacher: it gets no gradient unless it is to learn as well."""
     number = next(term.distillation.matrix for term in plan.terms if term.distillation is not None)
     teacher = operand(len(plan.terms), number)
-    return teacher if plan.teacher_learns else replace(teacher, grad=None, matrix_grad=None)
+    return teacher if plan.teacher_learns else replace(teacher, grad=None, matrix_grad=None, bias_grad=None)
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:
@@ -190,17 +246,19 @@ def _run_term(plan: _Plan, term: Term, operand: _LinearOperand, teacher: _Linear
         _run_chunks(plan, term, operand, teacher, term.coefficient)
         return term.coefficient * term.total()
     # Balanced: the factor is known only after the last chunk, so the matrix gradient waits in a buffer of its own.
-    into = operand.matrix_grad
-    own = None if into is None else torch.zeros_like(into)
-    _run_chunks(plan, term, replace(operand, matrix_grad=own), None, torch.ones_like(term.coefficient))
+    into = [operand.matrix_grad, operand.bias_grad]
+    own = [None if grad is None else torch.zeros_like(grad) for grad in into]
+    waiting = replace(operand, matrix_grad=own[0], bias_grad=own[1])
+    _run_chunks(plan, term, waiting, None, torch.ones_like(term.coefficient))
     if plan.balance_to is None:
         plan.balance_to = term.rms()
     own_rms = term.rms()  # 0 without a target here, as where a mask leaves little to learn
     factor = (term.coefficient * plan.balance_to / own_rms).where(own_rms > 0, 0.0)
     if operand.grad is not None:
         operand.grad.mul_(factor)
-    if into is not None and own is not None:
-        into.add_(own.mul_(factor))
+    for whole, part in zip(into, own, strict=True):
+        if whole is not None and part is not None:
+            whole.add_(part.mul_(factor))
     return factor * term.loss_sum
 
 
@@ -208,8 +266,10 @@ def _run_chunks(
     plan: _Plan, term: Term, operand: _LinearOperand, teacher: _LinearOperand | None, coefficient: Tensor
 ) -> None:
     """Score one term chunk by chunk, gradients multiplied by the given coefficient."""
-    num_rows, (vocab_size, _) = len(operand.hidden), operand.matrix.shape
-    step = chunk_rows(num_rows, vocab_size, operand.matrix.dtype, plan.chunk_bytes, term.distillation)
+    num_rows = len(operand.hidden)
+    vocab_size = max(len(one.matrix) for one in (operand, teacher) if one is not None)
+    kind, is_capped = operand.matrix.dtype, operand.is_capped
+    step = chunk_rows(num_rows, vocab_size, kind, plan.chunk_bytes, term.distillation, is_capped=is_capped)
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
         logits = operand.logits(rows)  # (C, V)

@@ -28,6 +28,13 @@ class LogitGrad(NamedTuple):
 
 
 @dataclass
+class Drafted:
+    """Rows whose teacher's own choice is in the draft vocabulary; found out once for all offsets of a micro-batch."""
+
+    rows: Tensor | None = None  # (P,)
+
+
+@dataclass
 class Distillation:
     """The part of a term that compares an offset with its teacher, the main head some rows further on."""
 
@@ -38,6 +45,10 @@ class Distillation:
     matrix: int = 0  # number of the teacher's V x D matrix
     loss_sum: Tensor | float = 0.0
     row_losses: Tensor | None = None  # (P,) filled in where given
+    learns: Tensor | None = None  # (P,) rows that have a loss and a gradient, None for all; others are measured alone
+    measured_sum: Tensor | float = 0.0  # of all rows with a teacher
+    drafted: Drafted | None = None  # rows of the teacher that count, where both sides score a draft vocabulary
+    columns: Tensor | None = None  # (V',) ids that the student scores, where the teacher scores all V
 
     def teacher_rows(self, rows: slice) -> slice:
         """Rows of the main head that teach a chunk; fewer at the end."""
@@ -53,10 +64,14 @@ class Distillation:
     ) -> tuple[LogitGrad, LogitGrad | None]:
         """Compare a chunk's logits: teacher (m, V) with the first m rows of student (C, V), neither changed.
 
+        A student of V' entries beside a teacher of V gives the others no probability.
+
         Returns:
             Gradients with respect to the student's logits and, if `both`, the teacher's.
         """
         section, student = self.section, student[: len(teacher)]
+        if self.columns is not None:
+            student = torch.full_like(teacher, -torch.inf).index_copy_(1, self.columns, student)
         index = None
         kept, vocab_size = self.kept(teacher.shape[1]), teacher.shape[1]
         if kept < vocab_size:
@@ -64,12 +79,20 @@ class Distillation:
             student = student.gather(1, index)
         log_p, log_q = (_tempered(logits, section.temperature).log_softmax(1) for logits in (teacher, student))
         counts = self.has_teacher[rows][: len(teacher)]
+        if self.drafted is not None and self.drafted.rows is not None:
+            counts = counts & self.drafted.rows[self.teacher_rows(rows)]
         if section.where == "confident":
             counts = counts & (log_p.amax(1) >= math.log(section.confidence))
         divergence, mirrored = divergence_pair(section.divergence, section.lk_rate)
         losses, grad = divergence(log_p, log_q)
-        self._record(torch.where(counts, losses, 0), rows)
+        losses = torch.where(counts, losses, 0)
+        self.measured_sum = self.measured_sum + losses.sum()
+        if self.learns is not None:
+            counts = counts & self.learns[rows][: len(teacher)]
+            losses = torch.where(counts, losses, 0)
+        self._record(losses, rows)
         back = _counted(mirrored(log_q, log_p)[1], counts, section) if both else None
+        grad = grad if self.columns is None else grad[:, self.columns]
         own = LogitGrad(index, _counted(grad, counts, section))
         return own, None if back is None else LogitGrad(index, back)
 

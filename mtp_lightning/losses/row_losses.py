@@ -31,8 +31,11 @@ class RowLoss(ABC):
 class CrossEntropy(RowLoss):
     """Cross-entropy with optional label smoothing and z-loss; keeps the plain negative log-likelihood too."""
 
-    def __init__(self, targets: Tensor, *, smoothing: float, z_loss: float, predicts: bool) -> None:
+    def __init__(
+        self, targets: Tensor, *, smoothing: float, z_loss: float, predicts: bool, learns: Tensor | None = None
+    ) -> None:
         self.targets = targets  # (P,)
+        self.learns = learns  # (P,) rows that have a loss and a gradient, None for all; others are measured alone
         self.smoothing = smoothing
         self.z_loss = z_loss
         self.nll_sum: Tensor | float = 0.0
@@ -50,6 +53,8 @@ class CrossEntropy(RowLoss):
         log_mass = peak + mass.log()
         nll = log_mass - picked
         self.nll_sum = self.nll_sum + torch.where(is_valid, nll, 0).sum()
+        if self.learns is not None:
+            is_valid = is_valid & self.learns[rows]
         losses = nll
         if self.z_loss:
             losses = losses + self.z_loss * log_mass.square()

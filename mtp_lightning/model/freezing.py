@@ -46,10 +46,11 @@ def names_trained(model: MtpModel, recipe: Recipe) -> set[str]:
         for parameter in parameters_of(model, offset):
             users.setdefault(id(parameter), set()).add(offset)
     parts = TrainableParts(recipe)
+    fixed = model.untrained
     return {
         name
         for name, parameter in model.named_parameters()
-        if parts.is_trained(role_of(name), users.get(id(parameter), ()))
+        if name not in fixed and parts.is_trained(role_of(name), users.get(id(parameter), ()))
     }
 
 

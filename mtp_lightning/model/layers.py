@@ -1,4 +1,7 @@
-"""The trunk and its layers, of the Llama or GPT-NeoX type; names are HF's for Llama, so that export is a renaming."""
+"""The trunk and its layers, of the Llama or GPT-NeoX type; names are HF's for Llama, so that export is a renaming.
+
+With `model.family: transformers` all are that library's own instead; the functions at the end choose.
+"""
 
 from collections.abc import Iterator
 
@@ -9,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.model.positions import AttentionInputs, rotate
 from mtp_lightning.model.scalar_mix import Sums
+from mtp_lightning.model.transformers_architecture import architecture_of
+from mtp_lightning.model.transformers_trunk import ForeignStack, LayerInputs, TransformersTrunk
 from mtp_lightning.recipe.schema.model import ModelSection
 
 
@@ -36,6 +41,8 @@ class Trunk(nn.Module):
 
 def build_norm(section: ModelSection) -> nn.Module:
     """Build a norm of width D."""
+    if section.is_foreign:
+        return architecture_of(section).build_norm()
     kind = nn.LayerNorm if section.norm == "layer" else nn.RMSNorm
     return kind(section.hidden_size, section.norm_eps)
 
@@ -139,3 +146,23 @@ class LayerStack(nn.ModuleList):
             else:
                 hidden = layer(hidden, geometry)
             yield hidden
+
+
+def build_trunk(section: ModelSection, num_layers: int, *, recompute: bool) -> Trunk | TransformersTrunk:
+    """Build the trunk."""
+    kind = TransformersTrunk if section.is_foreign else Trunk
+    return kind(section, num_layers, recompute=recompute)
+
+
+def build_stack(section: ModelSection, num_layers: int, *, recompute: bool) -> LayerStack | ForeignStack:
+    """Build a stack of layers of the trunk's type, for a head."""
+    kind = ForeignStack if section.is_foreign else LayerStack
+    return kind(section, num_layers, recompute=recompute)
+
+
+def layers_of(part: nn.Module) -> list[nn.Module]:
+    """List the transformer layers in a part of the model."""
+    return [module for module in part.modules() if isinstance(module, Layer) or hasattr(module, "like_layer")]
+
+
+Geometry = AttentionInputs | LayerInputs

@@ -1,13 +1,16 @@
 """Low-rank updates of linear maps, W + alpha / rank x B A, beside frozen weights [Hu 2021, arXiv 2106.09685]."""
 
+import functools
 import math
-from typing import final
+from collections.abc import Hashable
+from typing import cast, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.model.layers import Layer
+from mtp_lightning.errors import CheckpointError
+from mtp_lightning.model.layers import Layer, layers_of
 from mtp_lightning.model.roles import LORA
 from mtp_lightning.recipe.schema.model import LoraSection, Target
 
@@ -21,6 +24,19 @@ PROJECTIONS: dict[Target, str] = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+
+
+FOREIGN_NAMES: dict[Target, tuple[str, ...]] = {
+    "q": ("q_proj", "q_a_proj", "q_b_proj", "qkv_proj", "query_key_value", "Wqkv", "in_proj_qkvz"),
+    "k": ("k_proj", "kv_a_proj_with_mqa", "kv_b_proj", "qkv_proj", "query_key_value", "Wqkv", "in_proj_qkvz"),
+    "v": ("v_proj", "kv_a_proj_with_mqa", "kv_b_proj", "qkv_proj", "query_key_value", "Wqkv", "in_proj_qkvz"),
+    "o": ("o_proj", "out_proj", "self_attn.dense", "attention.dense", "self_attention.dense"),
+    "gate": ("gate_proj", "gate_up_proj"),
+    "up": ("up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h"),
+    "down": ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h"),
+}
+"""What the targets are called in layers of transformers, at the end of their paths; a fused matrix is several at once,
+and is updated whole."""
 
 
 @final
@@ -56,12 +72,50 @@ class LoraLinear(nn.Linear):
 
 
 def add_updates(part: nn.Module, section: LoraSection) -> None:
-    """Replace the targets in every transformer layer of a part of the model, in place; weights are yet to be set."""
-    for layer in [module for module in part.modules() if isinstance(module, Layer)]:
+    """Replace the targets in every transformer layer of a part of the model, in place; weights are yet to be set.
+
+    Raises:
+        CheckpointError: The layers are transformers' own, and some target is in none of them a linear map.
+    """
+    missing = set(section.targets)
+    layers = layers_of(part)
+    for layer in layers:
         for target in section.targets:
-            owner_name, _, name = PROJECTIONS[target].partition(".")
-            owner = layer.get_submodule(owner_name)
-            setattr(owner, name, LoraLinear(owner.get_submodule(name), section))  # type: ignore[arg-type]
+            for path, plain in _maps_of(layer, target):
+                missing.discard(target)
+                if not isinstance(plain, LoraLinear):  # updated already, as another target of a fused matrix
+                    owner, _, name = path.rpartition(".")
+                    setattr(layer.get_submodule(owner), name, LoraLinear(plain, section))
+    if layers and missing:
+        linear = {path for layer in layers for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        raise CheckpointError(
+            "every one of adapt.lora.targets must be a linear map in some layer",
+            f"{', '.join(sorted(missing))}; linear are {', '.join(sorted(linear)) or 'none'}",
+            "Choose targets among these; experts that are kept in one tensor cannot be updated",
+        )
+
+
+def _maps_of(layer: nn.Module, target: Target) -> list[tuple[str, nn.Linear]]:
+    """List the linear maps of a layer that a target means."""
+    if isinstance(layer, Layer):
+        path = PROJECTIONS[target]
+        return [(path, cast(nn.Linear, layer.get_submodule(path)))]
+    ends = tuple(f".{name}" for name in FOREIGN_NAMES[target])
+    return [
+        (path, module)
+        for path, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and f".{path}".endswith(ends) and _is_plain(cast(Hashable, type(module)))
+    ]
+
+
+@functools.cache
+def _is_plain(kind: Hashable) -> bool:
+    """Tell whether a class of linear maps computes what its base class does."""
+    if kind in (nn.Linear, LoraLinear):
+        return True
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        trial, hidden = cast(type[nn.Linear], kind)(3, 2), torch.randn(4, 3)
+        return torch.allclose(trial(hidden), F.linear(hidden, trial.weight, trial.bias))
 
 
 @torch.no_grad()

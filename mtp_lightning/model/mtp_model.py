@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.model.heads import TRUNK, HeadContext, head_class
-from mtp_lightning.model.layers import Layer, Trunk
+from mtp_lightning.model.layers import Geometry, build_trunk, layers_of
 from mtp_lightning.model.lora import add_updates, initialise_update
-from mtp_lightning.model.positions import AttentionInputs, document_geometry, window_geometry
+from mtp_lightning.model.positions import document_geometry, positions_in_document, window_geometry
 from mtp_lightning.model.roles import LAYER_MIX, LORA, role_of
 from mtp_lightning.model.scalar_mix import ScalarMix, Sums
+from mtp_lightning.model.transformers_init import initial_values
+from mtp_lightning.model.transformers_routers import RouterLoss
+from mtp_lightning.model.transformers_trunk import ForeignModules, TransformersTrunk, check_masks
 from mtp_lightning.model.unembedding import Unembedding
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
 from mtp_lightning.recipe.schema.root import Recipe
@@ -29,7 +32,9 @@ class MtpModel(nn.Module):
         self.section = recipe.model
         self.num_offsets = recipe.heads.num_offsets
         self.attends_in_document = recipe.data.document_mask
-        self.trunk = Trunk(recipe.model, num_trunk_layers(recipe), recompute=recipe.memory.recompute_trunk)
+        if recipe.model.is_foreign and recipe.data.document_mask:
+            check_masks(recipe.model)
+        self.trunk = build_trunk(recipe.model, num_trunk_layers(recipe), recompute=recipe.memory.recompute_trunk)
         recompute = recipe.memory.recompute_heads
         if recompute is None:
             recompute = recipe.heads.kind == "recursive"
@@ -50,6 +55,17 @@ class MtpModel(nn.Module):
         if self.section.tie_word_embeddings:
             self.unembedding.lm_heads[0].weight = self.trunk.embed_tokens.weight
 
+    @property
+    def router_loss(self) -> RouterLoss | None:
+        """The load-balancing loss of a trunk with experts that has one."""
+        return self.trunk.router_loss if isinstance(self.trunk, TransformersTrunk) else None
+
+    @property
+    def untrained(self) -> set[str]:
+        """Names of parameters that no gradient reaches by design: what transformers saves as buffers."""
+        modules = [(path, module) for path, module in self.named_modules() if isinstance(module, ForeignModules)]
+        return {f"{path}.{name}" for path, module in modules for name in module.untrained}
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed a batch of rows, or as much of them as is read: (B, T+n) -> (B, T+n, D) or (B, T, D)."""
         if not self.heads.reads_tokens:
@@ -57,18 +73,28 @@ class MtpModel(nn.Module):
         embedded: Tensor = self.trunk.embed_tokens(tokens)
         return embedded
 
-    def geometry(self, documents: Tensor, *, like: Tensor) -> AttentionInputs:
+    def geometry(self, documents: Tensor, *, like: Tensor) -> Geometry:
         """Positions and attention mask of a batch of rows, from the documents of its (B, T+n) tokens."""
         num_positions = documents.shape[1] - self.num_offsets
+        if isinstance(self.trunk, TransformersTrunk):
+            own = documents[:, :num_positions]
+            inside = own if self.attends_in_document else None
+            positions = positions_in_document(torch.zeros_like(own) if inside is None else own)
+            return self.trunk.inputs(like[:, :num_positions], positions, inside)
         if self.attends_in_document:
             return document_geometry(documents[:, :num_positions], self.section, like=like)
         return window_geometry(num_positions, self.section, like=like)
 
-    def context(self, embedded: Tensor, geometry: AttentionInputs) -> HeadContext:
+    def context(self, embedded: Tensor, geometry: Geometry) -> HeadContext:
         """What heads may look at; without a gradient path to the embedding where the trunk is isolated."""
         if self.heads.detaches_trunk:
             embedded = embedded.detach()
         return HeadContext(geometry, embedded)
+
+    def embed_drafts(self, drafts: Tensor) -> Tensor:
+        """Embed what heads read in place of given tokens, as `context` would: (B, T) -> (B, T, D)."""
+        embedded: Tensor = self.trunk.embed_tokens(drafts)
+        return embedded.detach() if self.heads.detaches_trunk else embedded
 
     def parent_of(self, offset: int) -> int:
         """Name what an offset reads: another offset, `TRUNK`, or by its own number, negative, its mixture of layers."""
@@ -78,7 +104,7 @@ class MtpModel(nn.Module):
         """Offsets that read a state; the inverse of `parent_of`."""
         return [offset for offset in self.heads.offsets if self.parent_of(offset) == state]
 
-    def trunk_states(self, embedded: Tensor, geometry: AttentionInputs) -> dict[int, Tensor]:
+    def trunk_states(self, embedded: Tensor, geometry: Geometry) -> dict[int, Tensor]:
         """Run the trunk: (B, T, D) -> one (B, T, D) for each of its states that `parent_of` names, and `TRUNK`."""
         if not self.layer_mix:
             return {TRUNK: self.trunk(embedded, geometry)[0]}
@@ -94,11 +120,16 @@ class MtpModel(nn.Module):
         return state if norm is None else self.unembedding.normalize(norm, state)
 
     def hidden_states(
-        self, tokens: Tensor, documents: Tensor, offsets: Collection[int] | None = None
+        self,
+        tokens: Tensor,
+        documents: Tensor,
+        offsets: Collection[int] | None = None,
+        run: Callable[[int, Tensor, HeadContext], Tensor] | None = None,
     ) -> dict[int, Tensor]:
         """Hidden states in one ordinary graph, main head first: two (B, T+n) -> one (B, T, D) per offset.
 
-        `offsets` names those that are wanted (with all that they read); None means every one.
+        `offsets` names those that are wanted (with all that they read); None means every one. `run` computes an offset
+        in place of the heads.
         """
         embedded = self.embed(tokens)
         geometry = self.geometry(documents, like=embedded)
@@ -108,14 +139,13 @@ class MtpModel(nn.Module):
         for offset in self.heads.order:
             if offsets is None or offset in offsets:
                 source = self.read(offset, states[self.parent_of(offset)])
-                states[offset] = self.heads(offset, source, context)
+                states[offset] = (run or self.heads)(offset, source, context)
         return {offset: states[offset] for offset in self.heads.offsets if offset in states}
 
     def compile_layers(self) -> None:
         """Compile every transformer layer of trunk and heads, in place, with torch.compile."""
-        for module in self.modules():
-            if isinstance(module, Layer):
-                module.compile()
+        for layer in layers_of(self):
+            layer.compile()
 
 
 def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> MtpModel:
@@ -141,7 +171,8 @@ def initialise(model: MtpModel, recipe: Recipe, *, whole: Whole = _as_they_are) 
 
     Matrices are normal; those that write into the residual stream are scaled down by sqrt(2 x layers). Norms
     start at one, biases at zero, linear heads at the identity, Medusa's maps at zero. Replicated unembeddings
-    start as copies of the first, low-rank updates as none. `whole` makes parameters that are sharded over ranks whole
+    start as copies of the first, low-rank updates as none. Modules of transformers start by that library's own rules
+    (`transformers_init.py`). `whole` makes parameters that are sharded over ranks whole
     for a while.
     """
     for name, parameter in model.named_parameters():
@@ -157,7 +188,9 @@ def initialise(model: MtpModel, recipe: Recipe, *, whole: Whole = _as_they_are) 
 @torch.no_grad()
 def initialise_parameter(name: str, parameter: Tensor, recipe: Recipe) -> None:
     """Set one parameter of the recipe's model, in place, as `initialise` says; replicated matrices apart."""
-    if parameter.dim() == 1 and role_of(name) == LAYER_MIX:
+    if recipe.model.is_foreign and (values := initial_values(name, recipe)) is not None:
+        parameter.copy_(values)
+    elif parameter.dim() == 1 and role_of(name) == LAYER_MIX:
         assert recipe.adapt.layer_mix is not None
         parameter.fill_(recipe.adapt.layer_mix.init)
     elif parameter.dim() == 1:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from mtp_lightning.recipe.schema.model import ModelSection
 
 
 class KVCache(ABC):
-    """Keys and values of earlier positions, which attention goes on from."""
+    """Keys and values of earlier positions, which attention goes on from; the T new ones are the last of all S."""
+
+    num_positions: int  # T
+    reach: int  # S
 
     @abstractmethod
     def extend(self, layer: object, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,6 +31,15 @@ class AttentionInputs(NamedTuple):
     sin: Tensor  # (B or 1, 1, T, R)
     mask: Tensor | None  # (B, 1, T, S), true where attention is allowed; S = T without a past
     past: KVCache | None = None
+
+    @property
+    def num_positions(self) -> int:
+        """Length T of the windows."""
+        return self.cos.shape[-2]
+
+    def with_past(self, past: KVCache) -> Self:
+        """Let layers go on from keys and values of earlier positions."""
+        return self._replace(past=past)
 
 
 def window_geometry(num_positions: int, section: ModelSection, *, like: Tensor) -> AttentionInputs:

@@ -9,9 +9,10 @@ Forward and backward together, a position of a model that is trained as a whole 
   MFU is compared with;
 - nothing for the look-up of the embedding, for norms, activations, softmax and loss, and for the optimizer.
 
-What is computed again is not counted either: layers under activation checkpointing, and the main head's scores, which
-distillation makes anew for every offset that it compares with them. That is work, but not progress; the prediction of a
-step's time (`throughput.py`) does count it.
+What is computed again is not counted either: layers under activation checkpointing, the main head's scores, which
+distillation makes anew for every offset that it compares with them, and scores of drafts ahead of the losses. That is
+work, but not progress; the prediction of a step's time (`throughput.py`) does count it. The second stream of far
+offsets under `objective.rollout` is counted here: the gradients need it.
 
 Where parts are frozen, only what the gradients of the trained parts need is counted (`passes.py`): a frozen matrix
 costs 4 where gradients pass through it and 2 where none does, attention there 4 instead of 12, and an offset that

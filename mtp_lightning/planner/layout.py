@@ -14,13 +14,15 @@ from mtp_lightning.recipe.schema.root import Recipe
 def with_offsets(recipe: Recipe, num_offsets: int) -> Recipe:
     """Change the number of offsets; every offset gets weight 1, because one of weight 0 would not be computed.
 
-    With one offset there is nothing to distil. With `heads.layers_from_trunk` the number of layers stays what it is.
+    With one offset there is nothing to distil, and with two no offset reads a draft. With `heads.layers_from_trunk` the
+    number of layers stays what it is.
 
     >>> with_offsets(Recipe(), 8).heads.num_offsets
     8
     """
     distill = recipe.objective.distill if num_offsets > 1 else None
-    objective = {"weights": ConstantWeights(), "distill": distill}
+    rollout = recipe.objective.rollout if num_offsets > 2 else None
+    objective = {"weights": ConstantWeights(), "distill": distill, "rollout": rollout}
     return recipe.model_copy(
         update={
             "heads": recipe.heads.model_copy(update={"num_offsets": num_offsets}),

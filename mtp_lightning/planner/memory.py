@@ -117,6 +117,8 @@ def _activations(shape: Shape, layout: Layout) -> dict[str, float]:
         trunk = passes.trunk.work.layers_back * trunk_layer
     trunk += max(0.0, at_work - (held + logits) / positions)
     mask = 4 * layout.micro_batch_size * shape.seq_len**2 if shape.attends_in_document else 0
+    if passes.reads_drafts:  # a mask over two streams
+        mask += 4 * (layout.micro_batch_size if shape.attends_in_document else 1) * (2 * shape.seq_len) ** 2
     trunk += passes.num_mixed_states * residual
     return {"trunk_activations": positions * trunk + mask, "head_activations": held, "logits": logits}
 
@@ -141,13 +143,14 @@ def _stack(num_layers: int, layer: float, residual: float, *, recomputes: bool) 
 def _logits(shape: Shape, layout: Layout) -> float:
     """Count the logits: one chunk of fp32 with its low-precision copies; in the joint order those of all offsets.
 
-    Joint keeps the fp32 log-probabilities of every offset, and has three more such tensors of one offset in hand.
+    Joint keeps the fp32 log-probabilities of every offset, and has three more such tensors of one offset in hand, of
+    all V entries: it selects those of a draft vocabulary afterwards.
     """
     low = 0 if layout.compute_bytes == FP32 else layout.compute_bytes
-    entries = layout.micro_batch_size * shape.seq_len * shape.vocab_size
+    positions, passes = layout.micro_batch_size * shape.seq_len, shape.passes
     if layout.backward_order == "joint":
-        return float(entries * ((shape.passes.num_losses + 3) * FP32 + low))
-    return min(layout.chunk_bytes, float(entries * (FP32 + 2 * low)))
+        return float(positions * ((passes.num_scored + 3 * shape.vocab_size) * FP32 + low * shape.vocab_size))
+    return min(layout.chunk_bytes, float(positions * passes.most_scored * (FP32 + 2 * low)))
 
 
 def _buffers(shape: Shape, layout: Layout) -> dict[str, float]:
@@ -158,8 +161,11 @@ def _buffers(shape: Shape, layout: Layout) -> dict[str, float]:
     is_sharded = layout.stage == 3 and (layout.num_gpus > 1 or layout.offload_parameters != "none")
     live = min(total, max(layout.live_entries, 2 * shape.layer.matrices + shape.matrix))
     buckets = 2 * min(total, layout.bucket_entries) if layout.stage else 0
+    gradient = shape.matrix * (together * (FP32 + beside_sum) if together else cast)
+    drafts = shape.draft_matrix * (layout.weight_bytes + (FP32 + beside_sum if together else cast))  # and rows copied
+    both = gradient + drafts if _all_heads_alive(shape, layout) or not together else max(gradient, drafts)
     return {
-        "unembedding_gradient": shape.matrix * (together * (FP32 + beside_sum) if together else cast),
+        "unembedding_gradient": both,
         "gathered_weights": layout.weight_bytes * live if is_sharded else cast * shape.num_walked,
         "reduction_buckets": layout.weight_bytes * buckets,
     }

@@ -12,6 +12,7 @@ autograd does, so that torch counts the same products in a real step.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mtp_lightning.recipe.draft_vocabulary import draft_vocab_size
 from mtp_lightning.recipe.head_kinds import registered
 from mtp_lightning.recipe.head_tree import TRUNK, detaches_input, norm_before, parent_offset
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
@@ -63,10 +64,15 @@ class BackwardFlow:
     heads: Part
     unembedding: MatmulCost
     num_losses: int  # tensors of logits that a loss is computed from
+    num_scored: int  # entries of the vocabulary in them, per position, in all
+    most_scored: int  # and in the largest
     num_matrix_gradients: int  # V x D gradients that are summed up
     num_mixed_states: int = 0  # that only mixtures keep, in a trunk without autograd
     teacher: MatmulCost = MatmulCost()  # scores of the main head, made again for every offset that is compared with it
+    drafts: MatmulCost = MatmulCost()  # scores that a rollout makes ahead of the losses, but in the sequential order
+    reads_drafts: bool = False  # far offsets run over two streams
     num_compared: int = 0  # such offsets
+    num_teacher_scores: int = 0  # entries of these scores, per position, in all
     num_compared_entries: int = 0  # of their distributions, per position, in all
 
     @property
@@ -106,11 +112,16 @@ def backward_flow_of(recipe: Recipe) -> BackwardFlow:
             keeps=ALL_PROJECTIONS if trained.any_head else updated if updates_heads else frozenset(),
         ),
         unembedding=walk.unembedding,
-        num_losses=walk.num_losses,
+        num_losses=len(walk.scored),
+        num_scored=sum(walk.scored),
+        most_scored=max(walk.scored, default=0),
         num_matrix_gradients=len(walk.matrices),
         num_mixed_states=num_trunk_layers(recipe) if has_mixtures and not walk.trunk.layers_back else 0,
         teacher=walk.teacher,
+        drafts=walk.drafts,
+        reads_drafts=walk.reads_drafts,
         num_compared=walk.num_compared,
+        num_teacher_scores=walk.num_teacher_scores,
         num_compared_entries=walk.num_compared_entries,
     )
 
@@ -120,8 +131,11 @@ class _Walk:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.trained = recipe, TrainableParts(recipe)
-        self.trunk = self.heads = self.unembedding = self.teacher = MatmulCost()
-        self.num_losses = self.num_compared = self.num_compared_entries = 0
+        self.trunk = self.heads = self.unembedding = self.teacher = self.drafts = MatmulCost()
+        rollout = recipe.objective.rollout
+        self.reads_drafts = rollout is not None and rollout.where == "all"
+        self.scored: list[int] = []  # entries of the vocabulary that each loss is computed from
+        self.num_compared = self.num_teacher_scores = self.num_compared_entries = 0
         self.matrices: set[int] = set()  # numbers of those that get a gradient
         self.has_path: dict[int, bool] = {}  # by offset
 
@@ -133,29 +147,36 @@ class _Walk:
         offsets = planned_offsets(self.recipe)
         for offset in offsets:
             self._run_head(offset)
+        if self.recipe.objective.rollout is not None:
+            size = draft_vocab_size(self.recipe) * self.recipe.model.hidden_size
+            scored = product(size, reads=False, is_trained=False)
+            for _ in set(offsets) & set(range(2, self.recipe.heads.num_offsets)):
+                self.drafts += scored
         for offset in offsets:  # the main head, which others are compared with, may have come last
             self._compare(offset)
 
     def _run_head(self, offset: int) -> None:
         recipe, trained = self.recipe, self.trained
-        heads, model, is_trained = recipe.heads, recipe.model, trained.head(offset)
+        heads, model, is_trained, own_work = recipe.heads, recipe.model, trained.head(offset), MatmulCost()
         has_path = self._reads_path(offset)
         num_layers = heads.layers_per_head if heads.kind in ("parallel", "chained") else 0
         if (own := registered(heads.kind)) is not None:
             num_layers, (entries, _) = own.num_layers(heads, offset), own.weights_beside_layers(model, heads, offset)
-            self.heads += product(entries, reads=has_path, is_trained=is_trained)
+            own_work += product(entries, reads=has_path, is_trained=is_trained)
             has_path = has_path or (is_trained and entries > 0)
         if heads.kind in ("sequential", "recursive") and offset > 1:
             reads = has_path or is_trained or (trained.trunk and not heads.detach_trunk)  # the norms before it, too
-            self.heads += product(2 * model.hidden_size**2, reads=reads, is_trained=is_trained)
+            own_work += product(2 * model.hidden_size**2, reads=reads, is_trained=is_trained)
             has_path, num_layers = reads, heads.layers_per_head
         for _ in range({"linear": 1, "medusa": heads.layers_per_head}.get(heads.kind, 0) if offset > 1 else 0):
-            self.heads += product(model.hidden_size**2, reads=has_path, is_trained=is_trained)
+            own_work += product(model.hidden_size**2, reads=has_path, is_trained=is_trained)
             has_path = has_path or is_trained
         lora = recipe.adapt.lora
         stack = _Stack(recipe, is_trained=is_trained, is_updated=lora is not None and lora.in_heads)
         work, self.has_path[offset] = stack.run(num_layers, has_path=has_path)
-        self.heads += work
+        own_work += work
+        for _ in range(2 if self.reads_drafts and offset > 2 else 1):
+            self.heads += own_work
 
     def _reads_path(self, offset: int) -> bool:
         """Whether what an offset reads has a gradient path: its parent, through a norm or without, or a mixture."""
@@ -174,15 +195,21 @@ class _Walk:
             return
         if offset == 1 and self.recipe.objective.token_order is not None:
             scored[-1] = trained.token_order
-        distill, entries = self.recipe.objective.distill, self.recipe.model.vocab_size * self.recipe.model.hidden_size
+        distill, width = self.recipe.objective.distill, self.recipe.model.hidden_size
+        size = draft_vocab_size(self.recipe) if offset > 1 else self.recipe.model.vocab_size
         if offset > 1 and distill is not None and distill.beta_of(offset):
             reads_main, learns = self.has_path[1] or trained.shared_norm(1), not distill.detach_teacher
-            self.teacher += product(entries, reads=learns and reads_main, is_trained=learns and trained.matrix(1))
+            if self.recipe.heads.draft_vocabulary is not None and not self.num_teacher_scores:
+                whole = self.recipe.model.vocab_size  # once: is the main head's choice one that can be drafted?
+                self.teacher += product(whole * width, reads=False, is_trained=False)
+                self.num_teacher_scores += whole
+            self.teacher += product(size * width, reads=learns and reads_main, is_trained=learns and trained.matrix(1))
             self.num_compared += 1
-            self.num_compared_entries += distill.resolved_top_k(self.recipe.model.vocab_size)
+            self.num_teacher_scores += size
+            self.num_compared_entries += distill.resolved_top_k(size)
         for number, is_trained in scored.items():
-            self.unembedding += product(entries, reads=reads, is_trained=is_trained)
-            self.num_losses += 1
+            self.unembedding += product(size * width, reads=reads, is_trained=is_trained)
+            self.scored.append(size)
             self.matrices |= {number} if is_trained else set()
 
 

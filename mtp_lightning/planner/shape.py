@@ -9,6 +9,7 @@ from mtp_lightning.planner.counts import (
     trainable_parameters,
 )
 from mtp_lightning.planner.passes import ALL_PROJECTIONS, BackwardFlow, backward_flow_of
+from mtp_lightning.recipe.draft_vocabulary import draft_vocab_size
 from mtp_lightning.recipe.head_kinds import registered
 from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
 from mtp_lightning.recipe.schema.root import Recipe
@@ -64,6 +65,7 @@ class Shape:
     num_trunk_layers: int
     heads: Heads = Heads()
     vocab_size: int
+    draft_vocab_size: int | None = None  # V' of a draft vocabulary
     seq_len: int
     attends_in_document: bool = False  # by a mask, with which no part of the products is skipped
 
@@ -71,6 +73,11 @@ class Shape:
     def matrix(self) -> int:
         """Entries of one V x D matrix."""
         return self.vocab_size * self.layer.width
+
+    @property
+    def draft_matrix(self) -> int:
+        """Entries of the rows that score a draft vocabulary; 0 without one."""
+        return (self.draft_vocab_size or 0) * self.layer.width
 
     @property
     def num_walked(self) -> int:
@@ -107,6 +114,7 @@ def shape_of(recipe: Recipe) -> Shape:
             is_chain=_is_chain(recipe),
         ),
         vocab_size=recipe.model.vocab_size,
+        draft_vocab_size=None if recipe.heads.draft_vocabulary is None else draft_vocab_size(recipe),
         seq_len=recipe.data.seq_len,
         attends_in_document=recipe.data.document_mask,
     )

@@ -99,7 +99,8 @@ def _recomputed(shape: Shape, layout: Layout) -> tuple[int, int]:
 def _products_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     _, again = _recomputed(shape, layout)
     teacher = 0 if layout.backward_order == "joint" else shape.passes.teacher.entries
-    operations = _positions(shape, layout) * 2 * (shape.passes.all.entries + again + teacher)
+    drafts = 0 if layout.backward_order == "sequential" else shape.passes.drafts.entries
+    operations = _positions(shape, layout) * 2 * (shape.passes.all.entries + again + teacher + drafts)
     return operations / (hardware.peak(layout.precision) * hardware.product_efficiency)
 
 
@@ -116,10 +117,10 @@ def _memory_bound_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     again, _ = _recomputed(shape, layout)
     work = shape.passes.all
     passes = FORWARD_PASSES * work.layers + BACKWARD_PASSES * work.layers_back + RECOMPUTE_PASSES * again
-    logits = LOGIT_BYTES * shape.passes.num_losses * shape.vocab_size
+    logits = LOGIT_BYTES * shape.passes.num_scored
     compared = COMPARED_BYTES * shape.passes.num_compared_entries
     if layout.backward_order != "joint":
-        compared += TEACHER_BYTES * shape.passes.num_compared * shape.vocab_size
+        compared += TEACHER_BYTES * shape.passes.num_teacher_scores
     moved = _positions(shape, layout) * (passes * layer_bytes(shape.layer, layout) + logits + compared)
     return moved / (hardware.memory_bytes_per_s * MEMORY_EFFICIENCY)
 

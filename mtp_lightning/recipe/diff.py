@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mtp_lightning.recipe.schema.base import Section
+from mtp_lightning.recipe.schema.describe import shortened
 from mtp_lightning.recipe.schema.root import (
     CheckpointSection,
     DriftSection,
@@ -105,7 +106,8 @@ class FieldChange:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {one_line_yaml(self.old)} -> {one_line_yaml(self.new)} ({self.reason})"
+        old, new = (shortened(one_line_yaml(value)) for value in (self.old, self.new))
+        return f"{self.path}: {old} -> {new} ({self.reason})"
 
 
 def leaves(section: Section, prefix: tuple[str, ...] = ()) -> dict[str, Any]:

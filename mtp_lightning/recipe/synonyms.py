@@ -81,6 +81,8 @@ SPELLINGS: Mapping[str, str] = {
     "heads.num_offsets": "num_nextn_predict_layers num_mtp_layers mtp_num_layers num_mtp_modules medusa_num_heads "
     "n_future_tokens num_future_tokens",
     "heads.layers_per_head": "medusa_num_layers",
+    "heads.draft_vocabulary": "draft_vocab_size draft_vocab d2t t2d vocab_mapping_path token_freq_path "
+    "speculative_token_map",
     "adapt.lora": "adapter peft_config",
     "adapt.lora.rank": "lora_r lora.r lora_rank",
     "adapt.lora.alpha": "lora_alpha",
@@ -88,6 +90,8 @@ SPELLINGS: Mapping[str, str] = {
     "adapt.lora.targets": "lora_target_modules target_modules lora_target_linear",
     "freeze": "unfrozen_parameters modules_to_freeze freeze_backbone freeze_base_model",
     "objective.weights": "mtp_loss_scaling_factor mtp_loss_weight mtp_loss_weights mtp_loss_lambda",
+    "objective.rollout": "ttt_length ttt_steps training_time_test use_ttt use_off_policy_tokens on_policy "
+    "on_policy_rollout mtp_rollout scheduled_sampling",
     "objective.z_loss": "softmax_auxiliary_loss z_loss_multiplier auxiliary_loss_multiplier",
     "objective.label_smoothing": "label_smoothing_factor",
     "memory.recompute_trunk": "gradient_checkpointing activation_checkpoint.mode activation_checkpointing "
@@ -157,6 +161,7 @@ SPELLINGS: Mapping[str, str] = {
 
 ACCUMULATION = "global_batch_size = micro_batch_size x ranks x steps of accumulation"
 COUNTS_NEXT_TOKEN = "num_offsets counts the next token too: one more than the extra layers"
+HOW_FAR = "how far it goes is heads.num_offsets; every offset reads the state before it in any case"
 TOKENS = "divide the tokens by batch.global_batch_size x data.seq_len"
 NOTES: Mapping[str, str] = {
     "gradient_accumulation_steps": ACCUMULATION,
@@ -171,6 +176,9 @@ NOTES: Mapping[str, str] = {
     "num_mtp_modules": COUNTS_NEXT_TOKEN,
     "medusa_num_heads": COUNTS_NEXT_TOKEN,
     "mtp_loss_scaling_factor": "as {kind: lambda, start: X, end: X}: each extra offset has X / (num_offsets - 1)",
+    "ttt_length": HOW_FAR,
+    "ttt_steps": HOW_FAR,
+    "use_off_policy_tokens": "the other way round: true means the given tokens, which is null here",
     "ffn_dim_multiplier": "write the width itself",
     "mlp_ratio": "it is the ratio times hidden_size",
     "make_vocab_size_divisible_by": "write the padded size itself",

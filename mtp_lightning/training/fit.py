@@ -55,6 +55,7 @@ def train(loaded: LoadedRecipe, stop: StopRequest | None = None) -> int:
 def _train_run(recipe: Recipe, logged: LoggedRun, stop: StopRequest) -> int:
     """Train a recipe without phases, or one phase."""
     with opened_run_folder(recipe, Ranks()) as opened:
+        recipe = opened.recipe
         if opened.checkpoint is not None and is_over(recipe, opened.checkpoint):
             _say_finished(opened, recipe)
             return 0

@@ -8,6 +8,7 @@ reduction that all ranks begin with), `step/objective.py` (the loss), `step/back
 import math
 import resource
 import time
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
@@ -20,6 +21,7 @@ from mtp_lightning.model.freezing import check_trained, freeze
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.loading.load import RecipeLike, as_recipe
+from mtp_lightning.training.draft_vocabulary import with_draft_vocabulary
 from mtp_lightning.training.step.backward_order import accumulate_gradients, evaluate
 from mtp_lightning.training.step.batch import Batch, MicroBatch, PreparedBatch, prepare_batch
 from mtp_lightning.training.step.gradient_checks import GradientChecksum, NonzeroGradientCheck
@@ -32,6 +34,7 @@ from mtp_lightning.training.step.optimizer import (
     rates_by_role,
     set_learning_rate,
 )
+from mtp_lightning.training.step.rollout import RolloutDraw
 from mtp_lightning.training.step.skipped_steps import SkippedSteps
 from mtp_lightning.training.step.vote import AgreedCounts, StepVote, agree_on_step
 from mtp_lightning.training.strategies.base import RunStrategy
@@ -76,6 +79,7 @@ class MtpLightningModule(L.LightningModule):
     def configure_model(self) -> None:
         """Build the model once, as the strategy wants it."""
         if not hasattr(self, "model"):
+            self.recipe = with_draft_vocabulary(self.recipe)  # under a Trainer of the user's own it has not been chosen
             self.model = self.strategy.build_model(self.recipe)
             freeze(self.model, self.recipe)
             if self.recipe.memory.compile:
@@ -110,7 +114,10 @@ class MtpLightningModule(L.LightningModule):
         self._check_targets(batch, prepared)
         counts = agree_on_step(prepared.counts, self.step_vote, self.strategy.ranks)
         weights_with_targets = self.target_check.look(counts.targets, prepared.weights)
-        objective = self._objective(prepared.weights, counts, weights_with_targets, predicts=self._is_logged(step + 1))
+        objective = replace(
+            self._objective(prepared.weights, counts, weights_with_targets, predicts=self._is_logged(step + 1)),
+            rollout=RolloutDraw.at(self.recipe, step),
+        )
         losses: list[OffsetLosses] = []
         with self.strategy.accumulating():
             for micro_batch in prepared.micro_batches:

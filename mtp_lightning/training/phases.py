@@ -14,6 +14,7 @@ from mtp_lightning.files.untrusted import OddFileError, read_object, reason_of
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.recipe.loading.phases import Phase, phases_of
+from mtp_lightning.training.draft_vocabulary import with_draft_vocabulary
 from mtp_lightning.training.health.early_stop import is_over
 from mtp_lightning.training.logging.loggers import LoggedRun
 from mtp_lightning.training.run_folder import check_changes, opened_run_folder
@@ -54,7 +55,7 @@ def _is_finished(phase: Phase) -> bool:
     newest = newest_complete(folder / "checkpoints")
     if newest is None or not is_over(phase.recipe, newest):
         return False
-    check_changes(folder, phase.recipe)
+    check_changes(folder, with_draft_vocabulary(phase.recipe, folder / "recipe.yaml"))
     return True
 
 

@@ -29,6 +29,7 @@ from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, changed_fields, load_recipe, recipe_to_yaml
 from mtp_lightning.recipe.loading.phases import phases_of
 from mtp_lightning.recipe.schema.phases import FOLDER as PHASES
+from mtp_lightning.training.draft_vocabulary import with_draft_vocabulary
 from mtp_lightning.training.step.skipped_steps import RECORDS, read_rollbacks
 
 FILES = (
@@ -49,6 +50,7 @@ class Opened:
     path: Path
     attempt: Path  # logs of this start
     checkpoint: CheckpointFolder | None  # where to go on; None for a run that has no checkpoint yet
+    recipe: Recipe  # with the ids of its draft vocabulary
 
 
 @contextlib.contextmanager
@@ -93,6 +95,8 @@ def _begin(folder: Path, recipe: Recipe, until_the_end: contextlib.ExitStack) ->
     until_the_end.enter_context(_locked(folder))
     _check_phases(folder, recipe)
     checkpoint = newest_complete(folder / "checkpoints")
+    if not recipe.phases:  # each of which is a run of its own
+        recipe = with_draft_vocabulary(recipe, folder / "recipe.yaml" if checkpoint is not None else None)
     if checkpoint is not None:
         check_changes(folder, recipe)
     else:
@@ -101,7 +105,7 @@ def _begin(folder: Path, recipe: Recipe, until_the_end: contextlib.ExitStack) ->
     for path in (folder / "recipe.yaml", attempt / "recipe.yaml"):
         replace_durably(path, recipe_to_yaml(recipe).encode())
     replace_durably(attempt / "environment.json", json.dumps(_environment(), indent=2).encode() + b"\n")
-    return Opened(folder, attempt, checkpoint)
+    return Opened(folder, attempt, checkpoint, recipe)
 
 
 def _check_writable(folder: Path) -> None:

@@ -66,7 +66,7 @@ def test_files_go_through_import_run_merge_extension_and_export(with_tokenizer, 
     names = [*CONTENTS, "tokenizer.json"]
     expected = files_of(hf, names)
     assert len(expected) == (len(names) if with_tokenizer else 1)
-    import_folder(hf, tmp_path / "ours", Wanted(num_offsets=2, kind="recursive"))
+    import_folder(hf, tmp_path / "ours", Wanted(num_offsets=2, kind="recursive", init="copy"))
     recipe = load_model(tmp_path / "ours")[0]
     trained = Recipe.model_validate(recipe.model_dump() | {"adapt": {"lora": {"rank": 2}}})
     save_run(tmp_path / "run", trained, 1)

@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mtp_lightning.losses.targets import shifted_targets
 from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.model.roles import ROLES, role_of
 from mtp_lightning.planner.counts import parameter_counts, trainable_parameters
 from mtp_lightning.planner.passes import backward_flow_of
 from mtp_lightning.recipe.loading.load import load_recipe
+from mtp_lightning.training.step.batch import MicroBatch
+from mtp_lightning.training.step.rollout import Rollout, RolloutDraw
 from tests.support.covering import every_pair
 from tests.support.tiny import HEAD_KINDS, NEOX, tiny_recipe
 
@@ -125,3 +128,23 @@ def test_products_forward_are_those_of_the_model(model, kind, is_adapted):
     by_kind = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     products = sum(flops for op, flops in by_kind.items() if "mm" in op)
     assert products == 2 * backward_flow_of(recipe).all.forward * 2 * recipe.data.seq_len
+
+
+@pytest.mark.parametrize("kind", ["sequential", "recursive"])
+@pytest.mark.parametrize("where", ["all", "reached"])
+def test_products_of_a_rollout_are_those_of_a_step(kind, where):
+    """Far offsets run twice, and what offsets 2 and 3 draft is scored once more."""
+    recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective={"rollout": {"where": where}})
+    model, num_positions = build_model(recipe), recipe.data.seq_len
+    tokens = torch.zeros(2, num_positions + 4, dtype=torch.long)
+    batch = MicroBatch(tokens, tokens, shifted_targets(tokens, tokens, 4))
+    rollout = Rollout(model, batch, RolloutDraw.at(recipe, 0))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for offset, hidden in model.hidden_states(tokens, tokens, run=rollout.run_and_draft).items():
+            model.unembedding.logits(offset, rollout.scored(hidden))
+    flow = backward_flow_of(recipe)
+    products = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    assert products == 2 * (flow.all.forward + flow.drafts.forward) * 2 * num_positions
+    given = backward_flow_of(tiny_recipe(heads=HEAD_KINDS[kind])).heads.work
+    far = 2 / 3 if where == "all" else 0  # of the three modules
+    assert flow.heads.work.entries == pytest.approx((1 + far) * given.entries)

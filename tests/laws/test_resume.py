@@ -1,10 +1,12 @@
 """Law 9: killed with SIGKILL at random moments and started again = never killed; losses and weights to the bit."""
 
+import json
 import random
 from hashlib import sha256
 
 import pytest
 
+from tests.support.architectures import settings_of
 from tests.support.runs import ROOT, figures, last_step, mtp, mtp_killed
 
 STEPS = 60
@@ -71,3 +73,29 @@ def test_killed_runs_saved_by_the_clock_go_on_exactly(uninterrupted):
     kill_and_resume(uninterrupted, "by_clock", 3, 9, *by_clock)
     names = [path.name for path in (uninterrupted / "by_clock/checkpoints").glob("step-*")]
     assert any(int(name[5:]) % 7 for name in names), names
+
+
+@pytest.mark.slow
+def test_killed_runs_on_a_decoder_of_transformers_go_on_exactly(tmp_path):
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'mtp_lightning[transformers]'")
+    settings = settings_of("mixtral", vocab_size=257)
+    sections = {
+        "model": {"family": "transformers", "hf_config": settings},
+        "heads": {"kind": "sequential", "num_offsets": 3, "layers_from_trunk": False},
+        "data": {"corpus": ["stdlib:json"], "seq_len": 32, "validation_fraction": 0.2},
+        "batch": {"global_batch_size": 4, "micro_batch_size": 2},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(sections))
+
+    def run(name):
+        return ("train", str(recipe), *RUN, f"run.dir={name}", "run.cache=cache", "run.device=cpu")
+
+    done = mtp(*run("whole"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = tmp_path / "killed/metrics.csv"
+    assert mtp_killed(*run("killed"), cwd=tmp_path, metrics=metrics, after_step=20, seed=1) == -9
+    done = mtp(*run("killed"), cwd=tmp_path)
+    assert "Continuing killed after step" in done.stdout
+    assert final_weights(tmp_path, "killed") == final_weights(tmp_path, "whole")
+    assert figures(metrics) == figures(tmp_path / "whole/metrics.csv")

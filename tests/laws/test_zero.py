@@ -8,8 +8,9 @@ from itertools import product
 import pytest
 
 from mtp_lightning.diagnostics.parity import LOSS_TOLERANCE, TOLERANCE, compare_strategies
-from mtp_lightning.diagnostics.parity_matrix import ADAPTATIONS, BACKWARD_ORDERS, RANKS, STAGES, sample
+from mtp_lightning.diagnostics.parity_matrix import ADAPTATIONS, BACKWARD_ORDERS, RANKS, STAGES, Cell, sample
 from tests.support import warm
+from tests.support.architectures import settings_of
 from tests.support.parity_matrix import plain_cells, sample_of_triples, values_of, whole_matrix
 from tests.support.ranked import on_ranks
 from tests.support.runs import ROOT, mtp
@@ -136,3 +137,26 @@ def test_frozen_parameters_that_are_kept_whole_are_seen():
     """The test above can fail."""
     found = json.loads(on_ranks("tests.support.frozen_gathered", 2, "joint", "1000000").splitlines()[-1])
     assert len(found["joint"]["frozen whole"]) == found["joint"]["frozen"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma2", "mixtral", "deepseek_v3", "gpt2"])
+def test_decoders_of_transformers_train_alike_under_every_stage(name):
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'mtp_lightning[transformers]'")
+    settings = json.dumps(settings_of(name, output_router_logits=False))
+    cells = [
+        Cell(
+            stage=stage,
+            ranks=2,
+            backward_order=order,
+            accumulation=2,
+            heads=heads,
+            unembedding="shared",
+            clips=True,
+            settings=settings,
+        )
+        for stage, order, heads in zip(STAGES, BACKWARD_ORDERS, ("sequential", "parallel", "chained"), strict=True)
+    ]
+    outcomes = compare_strategies(cells)
+    assert [outcome.cell for outcome in outcomes] == cells
+    assert [outcome for outcome in outcomes if not outcome.is_good or not outcome.error] == []

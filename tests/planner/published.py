@@ -77,6 +77,8 @@ def mpt(width: int, num_layers: int, seq_len: int, num_parameters: int) -> Shape
             heads=Part(work=MatmulCost()),
             unembedding=trained(VOCABULARY * width),
             num_losses=1,
+            num_scored=VOCABULARY,
+            most_scored=VOCABULARY,
             num_matrix_gradients=1,
         ),
         layer=Layer(

@@ -188,3 +188,14 @@ def test_a_frozen_main_head_is_run_where_others_are_compared_with_it() -> None:
     positions = compared.batch.global_batch_size * compared.data.seq_len
     assert between == positions * attention_flops_per_position(compared)
     assert attention_flops_per_position(compared) > attention_flops_per_position(alone)
+
+
+@pytest.mark.parametrize("backward_order", ["sequential", "bridged"])
+@pytest.mark.parametrize(("kind", "adaptation"), [("parallel", "nothing frozen"), ("medusa", "trunk and unembedding")])
+def test_a_draft_vocabulary_is_planned_as_torch_counts_it(kind: str, adaptation: str, backward_order: str) -> None:
+    whole = recipe_of(kind, adaptation)
+    heads = whole.heads.model_copy(update={"draft_vocabulary": 5})
+    recipe = whole.model_copy(update={"heads": heads})
+    assert_counts(recipe, backward_order)
+    assert flops_per_position(recipe) < flops_per_position(whole)
+    assert backward_flow_of(recipe).num_scored == backward_flow_of(whole).num_scored - 3 * (13 - 5)

@@ -16,6 +16,8 @@ class Case:
     files: dict[str, str] = field(default_factory=dict)
 
 
+FOREIGN = ("model.family=transformers", "heads.layers_from_trunk=false")
+GPT2 = "model.hf_config={model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 4, vocab_size: 300}"
 STREAM = ("data.kind=webdataset_stream", "data.stream={train: [a.tar], validation: [b.tar]}")
 
 
@@ -76,6 +78,8 @@ OVERRIDES = (
     _broken("override_outside_its_section", "steps=5"),
     _broken("override_of_extends", "extends=base.yaml"),
     _broken("override_of_unknown_field", "run.setps=5"),
+    _broken("draft_vocabulary_of_one", "heads.draft_vocabulary=1"),
+    _broken("draft_vocabulary_that_is_a_list", "heads.draft_vocabulary=[1, 2]"),
     _broken("override_of_a_top_level_field_within_a_section", "heads.freeze=[trunk]"),
     _broken("override_below_a_number", "run.steps.max=5"),
     _broken("override_of_a_list_item", "data.corpus.0=src"),
@@ -180,6 +184,13 @@ RULES = (
     _broken("nothing_left_to_train", "freeze=[offsets_below_5]"),
     _broken("frozen_part_of_a_recursive_module", "freeze=[offsets_below_3]", "heads.kind=recursive"),
     _broken("frozen_main_head_with_token_order", "freeze=[offsets_below_2]", "objective.token_order={}"),
+    _broken("draft_vocabulary_larger_than_the_vocabulary", "heads.draft_vocabulary=258"),
+    _broken("draft_vocabulary_of_one_offset", "heads.draft_vocabulary=40", "heads.num_offsets=1"),
+    _broken("draft_vocabulary_of_a_stream", "heads.draft_vocabulary=40", *STREAM),
+    _broken("draft_ids_that_are_none", "heads.draft_vocabulary=2", "heads.draft_token_ids=x"),
+    _broken("draft_ids_of_another_number", "heads.draft_vocabulary=3", "heads.draft_token_ids=BQ=="),
+    _broken("draft_ids_without_a_draft_vocabulary", "heads.draft_token_ids=BQ=="),
+    _broken("top_k_above_the_draft_vocabulary", "heads.draft_vocabulary=40", "objective.distill={top_k: 41}"),
     _broken("replicated_and_tied", "heads.unembedding=replicated", "model.tie_word_embeddings=true"),
     _broken("replicated_modules", "heads.unembedding=replicated", "heads.kind=recursive"),
     _broken("too_few_weights", "objective.weights={kind: constant, values: [1, 1]}"),
@@ -189,6 +200,9 @@ RULES = (
     _broken("distillation_with_too_many_weights", "objective.distill={alpha: [1, 1], beta: [1, 1, 1, 1]}"),
     _broken("distillation_that_teaches_nothing", "objective.distill={alpha: [1, 0, 1], beta: [0]}"),
     _broken("distillation_of_more_than_the_vocabulary", "objective.distill={top_k: 300}"),
+    _broken("rollout_of_a_kind_without_tokens", "objective.rollout={}"),
+    _broken("rollout_without_a_far_offset", "objective.rollout={}", "heads.kind=recursive", "heads.num_offsets=2"),
+    _broken("rollout_that_starts_and_does_not_change", "objective.rollout={start: 0.5}", "heads.kind=sequential"),
     _broken("distillation_and_balance", "objective.distill={}", "objective.balance=rms"),
     _broken("unknown_tokenizer", "data.tokenizer=bytes"),
     _broken("end_of_document_of_bytes", "data.end_of_document=3"),
@@ -255,6 +269,37 @@ RULES = (
     _broken("mixture_of_one_layer", "adapt.layer_mix={}", "model.num_hidden_layers=5"),
     _broken("mixture_of_a_frozen_head", "adapt.layer_mix={}", "freeze=[offsets_below_2]"),
     _broken("mixtures_of_an_isolated_trunk", "adapt.layer_mix={}", "heads.detach_trunk=true"),
+    _broken(
+        "settings_without_their_family",
+        GPT2,
+    ),
+    _broken("family_transformers_without_settings", *FOREIGN),
+    _broken(
+        "settings_without_a_size",
+        "model.family=transformers",
+        "heads.layers_from_trunk=false",
+        "model.hf_config={model_type: gpt2, n_embd: 32}",
+    ),
+    _broken(
+        "settings_that_a_field_contradicts",
+        "model.family=transformers",
+        "heads.layers_from_trunk=false",
+        GPT2,
+        "model.hidden_size=64",
+    ),
+    _broken(
+        "settings_beside_a_field_of_own_trunks",
+        "model.family=transformers",
+        "heads.layers_from_trunk=false",
+        GPT2,
+        "model.rope_theta=5e5",
+    ),
+    _broken("rollout_of_two_streams_beside_settings", *FOREIGN, GPT2, "heads.kind=sequential", "objective.rollout={}"),
+    _broken(
+        "settings_and_layers_from_the_trunk",
+        "model.family=transformers",
+        GPT2,
+    ),
     _broken("fp16_without_zero", "run.precision=fp16"),
     _broken("fp16_on_the_cpu", "run.precision=fp16", "strategy.kind=zero1", "run.device=cpu"),
 )

@@ -14,7 +14,7 @@ from mtp_lightning.recipe.schema.paths import texts_of
 from tests.support.runs import ROOT, mtp
 
 LOCAL = {
-    *("run.dir", "run.cache", "init.path", "strategy.nvme_path"),
+    *("run.dir", "run.cache", "init.path", "strategy.nvme_path", "heads.draft_vocabulary"),
     *("data.corpus", "data.tokenizer"),
 }
 ANYWHERE = {

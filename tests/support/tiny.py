@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.losses.distillation import teacher_positions
-from mtp_lightning.losses.targets import IGNORE, shifted_targets
+from mtp_lightning.losses.targets import shifted_targets
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.step.backward_order import accumulate_gradients
-from mtp_lightning.training.step.batch import MicroBatch
+from mtp_lightning.training.step.batch import MicroBatch, count_scored
 from mtp_lightning.training.step.objective import Objective, OffsetLosses
+from mtp_lightning.training.step.rollout import RolloutDraw
 
 HEAD_KINDS: dict[str, dict[str, object]] = {
     "parallel": {"kind": "parallel"},
@@ -90,6 +91,7 @@ def gradients_of(
     recipe: Recipe,
     rows: tuple[Tensor, Tensor, Tensor | None],
     weights: list[float] | None = None,
+    step: int = 0,
 ) -> tuple[list[OffsetLosses], dict[str, Tensor]]:
     """Losses and gradients of one optimizer step over the given rows, cut into the recipe's micro-batches."""
     tokens, documents, mask = rows
@@ -97,10 +99,11 @@ def gradients_of(
     objective = Objective(
         recipe.objective,
         weights or [1.0] * recipe.heads.num_offsets,
-        (targets != IGNORE).sum((1, 2)).to(torch.float64),
+        count_scored(targets, recipe).to(torch.float64),
         num_ordered=(documents[:, 1] == documents[:, 0]).sum() + 5,
         predicts=True,
         teacher_counts=teacher_positions(targets).sum((1, 2)).to(torch.float64),
+        rollout=RolloutDraw.at(recipe, step),
     )
     model.zero_grad()
     losses = []

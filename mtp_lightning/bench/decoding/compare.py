@@ -31,6 +31,7 @@ from mtp_lightning.bench.machine import describe_machine
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.console.tables import console, write_json
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
+from mtp_lightning.decode.packed_linear import pack_linear_maps
 from mtp_lightning.recipe.schema.root import Recipe
 
 TREE_DRAFTS = 16
@@ -61,7 +62,9 @@ def bench_decode(
     machine = describe_machine(device)
     encoded = _encoded(recipe, prompts, plan)
     tree = held_out_tree(recipe, model, TREE_DRAFTS) if prompts is None else None
-    timings = time_variants(model, encoded, tree, plan.batches, new_tokens=plan.new_tokens, rounds=plan.rounds)
+    timings = time_variants(
+        pack_linear_maps(model), encoded, tree, plan.batches, new_tokens=plan.new_tokens, rounds=plan.rounds
+    )
     figures = [decode_figure(variant, batch, timings) for batch, variant in timings]
     screen = console()
     screen.print(f"Decoding: {recipe.name}", style="bold")

@@ -13,12 +13,14 @@ from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import build_model
 from mtp_lightning.planner.layout import with_backward_order
 from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe.draft_vocabulary import with_first_ids
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.trainable import first_offset_with_loss
 from mtp_lightning.training.step.backward_order import accumulate_gradients
 from mtp_lightning.training.step.batch import MicroBatch
 from mtp_lightning.training.step.objective import Objective
 from mtp_lightning.training.step.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from mtp_lightning.training.step.rollout import RolloutDraw
 from mtp_lightning.training.strategies.param_shards import gradient_norms, whole_shards
 
 
@@ -30,6 +32,7 @@ class TrainingStep:
     """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        recipe = with_first_ids(recipe)
         self.recipe, self.device = recipe, device
         self.model = build_model(recipe, device)
         freeze(self.model, recipe)
@@ -48,7 +51,10 @@ class TrainingStep:
         teacher_counts = teacher_positions(self.targets).sum((1, 2))
         num_frozen = first_offset_with_loss(self.recipe) - 1
         weights = [0.0] * num_frozen + [1.0] * (len(counts) - num_frozen)
-        objective = Objective(section, weights, counts, counts[0], predicts, teacher_counts=teacher_counts)
+        rollout = RolloutDraw.at(self.recipe, self.recipe.run.steps)
+        objective = Objective(
+            section, weights, counts, counts[0], predicts, teacher_counts=teacher_counts, rollout=rollout
+        )
         for micro_batch in self._micro_batches():
             with self._autocast(enabled=self.recipe.run.precision == "bf16"):
                 accumulate_gradients(self.model, micro_batch, objective, self._backward)

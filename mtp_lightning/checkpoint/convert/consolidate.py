@@ -1,8 +1,7 @@
 """A checkpoint of any number of ranks as one ordinary folder: model.safetensors, config.json, recipe.yaml."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from mtp_lightning.checkpoint.format.carried_files import CARRIED, TEMPLATES, co
 from mtp_lightning.checkpoint.format.folder import CheckpointFolder, open_checkpoint
 from mtp_lightning.checkpoint.format.manifest import CONFIG_NAME, RECIPE_NAME, DtypeName, Provenance, write_config
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
+from mtp_lightning.checkpoint.format.reader_view import WeightSource
 from mtp_lightning.checkpoint.format.tensors import build_header, memory_of
 from mtp_lightning.console.progress import say, watched
 from mtp_lightning.errors import CheckpointError
@@ -29,20 +29,6 @@ Advance = Callable[[int], None]
 def name_of(dtype: torch.dtype) -> DtypeName:
     """Name a type of weights as on the command line."""
     return next(name for name, kept in DTYPES.items() if kept == dtype)
-
-
-class WeightSource(Protocol):
-    """Named weights that can be read block by block."""
-
-    @property
-    def names(self) -> Iterable[str]:
-        """Every parameter."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a parameter."""
-
-    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Yield a parameter's values in consecutive blocks, each with the number of its first value."""
 
 
 def consolidate(path: Path, out: Path, *, dtype: DtypeName = "fp32") -> None:

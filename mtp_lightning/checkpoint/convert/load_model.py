@@ -9,6 +9,7 @@ import torch
 from mtp_lightning.checkpoint.format.carried_files import with_own_tokenizer
 from mtp_lightning.checkpoint.format.folder import CheckpointFolder, open_checkpoint
 from mtp_lightning.checkpoint.format.read_shards import MOST_NAMES, ShardReader
+from mtp_lightning.checkpoint.format.reader_view import WeightSource
 from mtp_lightning.console.progress import watched
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.mtp_model import MtpModel
@@ -45,7 +46,7 @@ def build_trained(
     """
     with watched(f"Loading {folder.path.name}", total_bytes=folder.model_bytes, show=True) as advance:
         model = _empty_model(folder, device=device, dtype=dtype)
-        _fill(model, folder.reader, advance)
+        fill(model, folder.reader, advance)
     return model.eval().requires_grad_(requires_grad=False)
 
 
@@ -96,10 +97,11 @@ def stored_dtype(reader: ShardReader) -> torch.dtype:
 
 
 @torch.no_grad()
-def _fill(model: MtpModel, reader: ShardReader, advance: Callable[[int], None]) -> None:
+def fill(model: MtpModel, weights: WeightSource, advance: Callable[[int], None]) -> None:
+    """Copy weights into a model block by block; `advance` is told of bytes read."""
     for name, parameter in model.named_parameters():
         flat = parameter.view(-1)
-        for start, values in reader.blocks(name):
+        for start, values in weights.blocks(name):
             flat[start : start + values.numel()].copy_(values)
             advance(values.nbytes)
 

@@ -1,12 +1,26 @@
 """A checkpoint seen otherwise: under other names, with parameters that it lacks, or without its optimizer."""
 
-from collections.abc import Iterator, Mapping
-from typing import final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol, final
 
 from torch import Tensor
 
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from mtp_lightning.checkpoint.format.write_shards import WEIGHT
+
+
+class WeightSource(Protocol):
+    """Named weights that can be read block by block."""
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Every parameter."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Yield a parameter's values in consecutive blocks, each with the number of its first value."""
 
 
 @final

@@ -95,6 +95,8 @@ def export_hf(path: Path, out: Path, *, dtype: DtypeName = "fp32", with_modules:
     say(f"Exported {checkpoint.path} to {out} as {family}: {size_bytes / 1e6:,.1f} MB of {dtype} weights, checked")
     if left := {parameters[name].owner for name in parameters} - {parameters[name].owner for name in sources}:
         say(f"Left out, because the format has no place for it: {', '.join(sorted(left))}")
+    if layout and recipe.heads.draft_vocabulary is not None:
+        say("The format has no place for a draft vocabulary: its readers let the modules score every id")
     say(READERS[layout.name if layout else None].format(architecture=FAMILIES[family].architecture))
 
 

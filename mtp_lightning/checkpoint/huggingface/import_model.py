@@ -24,6 +24,7 @@ from mtp_lightning.checkpoint.format.manifest import CONFIG_NAME, RECIPE_NAME, P
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
 from mtp_lightning.checkpoint.huggingface.adapter import SETTINGS as ADAPTER_SETTINGS
 from mtp_lightning.checkpoint.huggingface.adapter import is_adapter, open_adapter
+from mtp_lightning.checkpoint.huggingface.fitted_heads import FITTED_KINDS, CannotFitError, fitted_heads
 from mtp_lightning.checkpoint.huggingface.folder import CONFIG, HFCheckpoint, open_folder
 from mtp_lightning.checkpoint.huggingface.gguf_model import is_gguf, open_gguf
 from mtp_lightning.checkpoint.huggingface.tensor_plan import Init, Plan, plan_import
@@ -99,11 +100,13 @@ class Wanted:
     Attributes:
         num_offsets: number n of predicted tokens; None means those that the folder has heads for.
         kind: head kind.
-        init: what heads beyond the main one start as: the folder's own (`native`), copies of the last layer, or random.
+        init: what heads beyond the main one start as: the folder's own (`native`), `fitted` to a little text, copies of
+            the last layer (`copy`), or `random`.
         allow: patterns of stored tensors that may be missing (their parameters start anew) or left out.
         end_of_document: id of the token that ends a document.
         base: folder of the model that an adapter belongs to; None means the one that it names.
         variant: which of several sets of weights, as in `model.VARIANT.safetensors`.
+        fit_on: texts, or one folder of shards, that heads are fitted to; Python's standard library if empty.
         vocabulary: rows that the embedding is to have; `auto` means one for every id of the tokenizer, rounded up.
     """
 
@@ -115,6 +118,7 @@ class Wanted:
     base: Path | None = None
     variant: str | None = None
     vocabulary: int | Literal["auto"] | None = None
+    fit_on: tuple[str, ...] = ()
 
 
 def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
@@ -145,9 +149,19 @@ def _import(path: Path, out: Path, wanted: Wanted, made: Path) -> None:
     init = _init_of(hf_checkpoint, wanted)
     recipe = _recipe_of(hf_checkpoint, wanted, init, out)
     weights = IncomingWeights(hf_checkpoint, plan_import(hf_checkpoint, recipe, init, wanted.allow), recipe)
+    tokenizer = find_tokenizer(hf_checkpoint.tokenizer_folder or hf_checkpoint.path)
+    notes = list(hf_checkpoint.notes)
+    if init == "fitted":
+        try:
+            weights = fitted_heads(weights, tokenizer, wanted.fit_on)
+        except (CannotFitError, DataError) as error:
+            if wanted.init or wanted.fit_on:
+                raise
+            init, reason = _unfitted(recipe.heads.kind), f"{error.expected}; found: {error.found}"
+            notes.append(f"The heads are not fitted, for {reason}. {error.hint}")
     size_bytes = _write(weights, out, carried, header=_header(hf_checkpoint, recipe, init, out))
     say(visible(f"Imported {hf_checkpoint.what} from {path} to {out}: {size_bytes / 1e6:,.1f} MB, checked"))
-    for line in (*weights.plan.report(), *hf_checkpoint.notes):
+    for line in (*weights.plan.report(), *notes):
         say(visible(line))
     if recipe.data.tokenizer == Recipe().data.tokenizer:
         say(visible(f"No tokenizer in {path}: give data.tokenizer, or shards whose ids are this model's"))
@@ -204,7 +218,8 @@ def _write(weights: IncomingWeights, out: Path, carried: Files, *, header: str) 
 def _init_of(hf_checkpoint: HFCheckpoint, wanted: Wanted) -> Init:
     """Choose what heads start as, and check that it can be done."""
     kind = wanted.kind or "parallel"
-    init = wanted.init or ("native" if hf_checkpoint.native else "copy" if kind in COPYING_KINDS else "random")
+    best = "fitted" if kind in FITTED_KINDS and (wanted.num_offsets or 1) > 1 else _unfitted(kind)
+    init = wanted.init or ("native" if hf_checkpoint.native else best)
     if init == "native" and hf_checkpoint.native is None:
         found = f"neither modules nor extra heads in {hf_checkpoint.path}"
         raise CheckpointError("--init native needs a folder with heads", found, "Choose --init copy or --init random")
@@ -214,7 +229,16 @@ def _init_of(hf_checkpoint: HFCheckpoint, wanted: Wanted) -> Init:
             f"--kind {kind}",
             "Choose --init random: these heads start as the identity",
         )
+    if init == "fitted" and kind not in FITTED_KINDS:
+        expected = f"--init fitted needs heads that begin with a linear map: {', '.join(FITTED_KINDS)}"
+        raise CheckpointError(expected, f"--kind {kind}", f"Choose --init {_unfitted(kind)}")
+    if wanted.fit_on and init != "fitted":
+        raise CheckpointError("--fit-on belongs to --init fitted", f"--init {init}", "Leave --fit-on out")
     return init
+
+
+def _unfitted(kind: str) -> Init:
+    return "copy" if kind in COPYING_KINDS else "random"
 
 
 def _recipe_of(hf_checkpoint: HFCheckpoint, wanted: Wanted, init: Init, out: Path) -> Recipe:

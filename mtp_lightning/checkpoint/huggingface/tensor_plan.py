@@ -15,14 +15,14 @@ from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint
 from mtp_lightning.errors import CheckpointError, visible
 from mtp_lightning.recipe.schema.root import Recipe
 
-Init = Literal["random", "copy", "native"]
+Init = Literal["random", "copy", "fitted", "native"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Origin(NamedTuple):
     """What a parameter starts as."""
 
-    how: Literal["loaded", "copied", "fresh"]
+    how: Literal["loaded", "copied", "fitted", "fresh"]
     source: TensorSource | None  # None for fresh ones
 
 
@@ -93,7 +93,7 @@ def _origin(hf_checkpoint: HFCheckpoint, parameter: Parameter, recipe: Recipe, i
         return Origin("loaded", source)
     copied = (
         copied_place(place, hf_checkpoint.section.num_hidden_layers, recipe.heads.layers_per_head)
-        if init == "copy"
+        if init in ("copy", "fitted")
         else None
     )
     source = hf_checkpoint.base_source(copied) if copied else None

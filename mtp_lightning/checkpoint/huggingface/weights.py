@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
 import torch
@@ -26,6 +26,7 @@ class IncomingWeights:
     hf_checkpoint: HFCheckpoint
     plan: Plan
     recipe: Recipe
+    made: Mapping[str, Tensor] = field(default_factory=dict)  # parameters that were computed from the others
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,7 +57,9 @@ class IncomingWeights:
 
     def _blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         source = self.plan.origins[name].source
-        if source is None:
+        if name in self.made:
+            yield 0, self.made[name].flatten()
+        elif source is None:
             made = torch.empty(self.shape(name))
             initialise_parameter(name, made, self.recipe)
             yield 0, made.flatten()

@@ -128,12 +128,13 @@ def _open_source(recipe: Recipe, name: str, split: Split) -> SequenceSource:
     if recipe.data.packing == "best_fit":
         rows = PackedRows(folder, split, _cache(recipe), **_shape(recipe))
     else:
-        rows = WindowDataset(folder, split, cache=_shard_cache(recipe, name), **_shape(recipe))
+        rows = WindowDataset(folder, split, cache=shard_cache_of(recipe, name), **_shape(recipe))
     check_manifest(recipe, rows.manifests[0], folder)
     return rows
 
 
-def _shard_cache(recipe: Recipe, name: str) -> ShardCache | None:
+def shard_cache_of(recipe: Recipe, name: str) -> ShardCache | None:
+    """Return where the shards of a URL are kept; None for a folder."""
     limit_bytes = int(recipe.data.cache_gib * GIB)
     return ShardCache(name, _cache(recipe) / "remote/shards", limit_bytes=limit_bytes) if is_url(name) else None
 

@@ -7,8 +7,7 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.model.layers import Layer
-from mtp_lightning.model.positions import AttentionInputs
+from mtp_lightning.model.layers import Geometry, layers_of
 from mtp_lightning.recipe.head_tree import TRUNK, detaches_input, norm_before, parent_offset
 from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 
@@ -16,12 +15,15 @@ from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 class HeadContext(NamedTuple):
     """What a head may look at besides the state that it reads."""
 
-    geometry: AttentionInputs
+    geometry: Geometry
     embedded: Tensor  # (B, T+n, D) embedded tokens
+    drafted: Tensor | None = None  # (B, T, D) embedded tokens of which drafts take the place
 
     def tokens_between(self, offset: int) -> Tensor:
         """Embedding of the token just before the one this offset predicts, t+k-1 at slot t: (B, T, D)."""
-        num_positions = self.geometry.cos.shape[-2]
+        if self.drafted is not None:
+            return self.drafted
+        num_positions = self.geometry.num_positions
         return self.embedded[:, offset - 1 : offset - 1 + num_positions]
 
 
@@ -59,7 +61,7 @@ class Heads(nn.Module, ABC):
         with torch.device("meta"):
             built = cast(Callable[..., Heads], cls)(model, heads, recompute=False)
         before = [module for other in range(1, offset) for module in built.modules_of(other)]
-        layers = [module for module in built.modules() if isinstance(module, Layer)]
+        layers = layers_of(built)
         counted = {id(p) for module in (*before, *layers) for p in module.parameters()}
         own = {id(p): p for module in built.modules_of(offset) for p in module.parameters()}
         sizes = [(p.dim(), p.numel()) for key, p in own.items() if key not in counted]
@@ -83,6 +85,10 @@ class Heads(nn.Module, ABC):
     def reads_norm_of(self, offset: int) -> int | None:
         """Name the offset whose final norm the state passes before this one reads it; None for none."""
         return norm_before(self.section, offset)
+
+    def first_map(self, offset: int) -> tuple[nn.Linear, int] | None:
+        """Name the linear map that an offset begins with and how many layers follow it, or None: see `fit_heads`."""
+        return None
 
     def norm_index(self, offset: int) -> int | None:
         """Number of the final norm that this offset's state passes before the unembedding; None for no norm."""

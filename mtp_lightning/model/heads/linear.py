@@ -1,6 +1,7 @@
 """Linear heads: one D x D map per extra offset [Gloeckle 2024, appendix B]."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -24,6 +25,10 @@ class LinearHeads(Heads):
     def modules_of(self, offset: int) -> Sequence[nn.Module]:
         """The offset's map; none for the main head."""
         return [self.blocks[offset - 2]] if offset > 1 else []
+
+    def first_map(self, offset: int) -> tuple[nn.Linear, int] | None:
+        """The offset's map, with nothing behind it."""
+        return (cast(nn.Linear, self.blocks[offset - 2]), 0) if offset > 1 else None
 
     def forward(self, offset: int, state: Tensor, context: HeadContext) -> Tensor:
         """Map the trunk's output: (B, T, D) -> (B, T, D)."""

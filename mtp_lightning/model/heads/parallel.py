@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from mtp_lightning.model.heads.base import HeadContext, Heads
-from mtp_lightning.model.layers import LayerStack
+from mtp_lightning.model.layers import build_stack
 from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 
 
@@ -14,7 +14,9 @@ class ParallelHeads(Heads):
 
     def __init__(self, model: ModelSection, heads: HeadsSection, *, recompute: bool) -> None:
         super().__init__(heads)
-        self.blocks = nn.ModuleList(LayerStack(model, heads.layers_per_head, recompute=recompute) for _ in self.offsets)
+        self.blocks = nn.ModuleList(
+            build_stack(model, heads.layers_per_head, recompute=recompute) for _ in self.offsets
+        )
 
     def modules_of(self, offset: int) -> Sequence[nn.Module]:
         """The offset's own layers."""

@@ -22,6 +22,10 @@ class RecursiveHeads(Heads):
         """The one module; none for the main head."""
         return [] if offset == 1 or self.block is None else [self.block]
 
+    def first_map(self, offset: int) -> tuple[nn.Linear, int] | None:
+        """The module's projection, before its layers."""
+        return None if offset == 1 or self.block is None else (self.block.eh_proj, self.section.layers_per_head)
+
     def norm_index(self, offset: int) -> int:
         """The trunk has the model's final norm, the module its own."""
         return min(offset - 1, 1)

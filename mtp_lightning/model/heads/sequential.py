@@ -1,13 +1,13 @@
 """Sequential modules: state of the offset before plus the token in between [DeepSeek-V3, section 2.2]."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from mtp_lightning.model.heads.base import HeadContext, Heads
-from mtp_lightning.model.layers import LayerStack, build_norm
-from mtp_lightning.model.positions import AttentionInputs
+from mtp_lightning.model.layers import Geometry, build_norm, build_stack
 from mtp_lightning.recipe.schema.model import HeadsSection, ModelSection
 
 
@@ -20,9 +20,9 @@ class MtpModule(nn.Module):
         self.enorm = build_norm(model)
         self.hnorm = build_norm(model)
         self.eh_proj = nn.Linear(2 * model.hidden_size, model.hidden_size, bias=False)
-        self.layers = LayerStack(model, heads.layers_per_head, recompute=recompute)
+        self.layers = build_stack(model, heads.layers_per_head, recompute=recompute)
 
-    def forward(self, state: Tensor, embedded: Tensor, geometry: AttentionInputs) -> Tensor:
+    def forward(self, state: Tensor, embedded: Tensor, geometry: Geometry) -> Tensor:
         """Compute the next offset's state: two (B, T, D) -> (B, T, D)."""
         hidden, token = self.hnorm(state), self.enorm(embedded)
         pair = (token, hidden) if self.embedding_first else (hidden, token)
@@ -44,6 +44,10 @@ class SequentialHeads(Heads):
     def modules_of(self, offset: int) -> Sequence[nn.Module]:
         """The offset's module; none for the main head."""
         return [self.blocks[offset - 2]] if offset > 1 else []
+
+    def first_map(self, offset: int) -> tuple[nn.Linear, int] | None:
+        """The module's projection, before its layers."""
+        return (cast(MtpModule, self.blocks[offset - 2]).eh_proj, self.section.layers_per_head) if offset > 1 else None
 
     def norm_index(self, offset: int) -> int:
         """The trunk has the model's final norm, every module its own."""

@@ -15,8 +15,8 @@ MICRO_BATCHES = 2
 def shrinking(recipe: Recipe) -> Node:
     """Return the fields that make a recipe small: size of the model and of a step, tokens at hand, a short run.
 
-    Heads, backward order, recomputation, precision and strategy stay. The shrunk recipe is whole in itself:
-    it no longer says that it has to be shrunk.
+    Heads, backward order, recomputation, precision and strategy stay, and so does the size of a model of transformers.
+    The shrunk recipe is whole in itself: it no longer says that it has to be shrunk.
     """
     num_ranks = recipe.strategy.num_ranks
     num_offsets = max(recipe.heads.num_offsets, *(phase.extend_to or 1 for phase in recipe.phases.values()), 1)
@@ -44,8 +44,10 @@ def shrinking(recipe: Recipe) -> Node:
         "validate_every_steps": 10,
         "validation_samples": 2 * num_ranks,
     }
+    drafts = {"draft_vocabulary": 128, "draft_token_ids": None}
     fields: dict[str, dict[str, Any]] = {
-        "model": model,
+        "model": {} if recipe.model.is_foreign else model,
+        "heads": {} if recipe.heads.draft_vocabulary is None else drafts,
         "data": data,
         "batch": {
             "global_batch_size": MICRO_BATCHES * MICRO_ROWS * num_ranks,

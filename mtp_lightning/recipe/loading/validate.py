@@ -230,7 +230,7 @@ def suggest_fix(place: Place, value: Any, text: str = "") -> str:
         return "Give the whole list, e.g. [a, b]."
     if list in types and not isinstance(value, list | dict) and value is not None:
         return f"Write a list: [{one_line_yaml(value)}]."
-    if str in types and not isinstance(value, list | dict) and value is not None:
+    if str in types and int not in types and not isinstance(value, list | dict) and value is not None:
         return f'Put it in quotes: "{text or one_line_yaml(value)}".'
     if any(option.section for option in place.options):
         return "Indent its fields beneath it, or remove it." if value is None else GIVE_FIELDS

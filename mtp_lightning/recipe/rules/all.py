@@ -12,7 +12,10 @@ from mtp_lightning.recipe.rules.adapt import ADAPT_RULES
 from mtp_lightning.recipe.rules.base import Rule, divisors, value_at
 from mtp_lightning.recipe.rules.data import DATA_RULES, MODEL_RULES
 from mtp_lightning.recipe.rules.deepspeed import check_deepspeed
+from mtp_lightning.recipe.rules.draft_vocabulary import DRAFT_RULES
+from mtp_lightning.recipe.rules.foreign import FOREIGN_RULES
 from mtp_lightning.recipe.rules.paths import PATH_RULES
+from mtp_lightning.recipe.rules.rollout import ROLLOUT_RULES
 from mtp_lightning.recipe.rules.strategy import STRATEGY_RULES
 from mtp_lightning.recipe.schema.base import Section
 from mtp_lightning.recipe.schema.data import MIXTURE_BLOCK_ROWS
@@ -70,7 +73,8 @@ def _numbers_of_heads(width: int) -> str:
 
 
 def _has_whole_head_width(recipe: Recipe) -> bool:
-    return recipe.model.head_dim is not None or recipe.model.hidden_size % recipe.model.num_attention_heads == 0
+    model = recipe.model
+    return model.is_foreign or model.head_dim is not None or model.hidden_size % model.num_attention_heads == 0
 
 
 def _weights_fit(recipe: Recipe) -> bool:
@@ -181,13 +185,17 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         fields=("model.num_attention_heads", "model.num_key_value_heads"),
-        holds=lambda recipe: recipe.model.num_attention_heads % recipe.model.resolved_key_value_heads == 0,
+        holds=lambda recipe: (
+            recipe.model.is_foreign or recipe.model.num_attention_heads % recipe.model.resolved_key_value_heads == 0
+        ),
         expected="must be divisible by model.num_key_value_heads",
         hint=lambda recipe: f"Set model.num_key_value_heads to {divisors(recipe.model.num_attention_heads)}.",
     ),
     Rule(
         fields=("model.head_dim", "model.hidden_size", "model.num_attention_heads"),
-        holds=lambda recipe: not _has_whole_head_width(recipe) or recipe.model.resolved_head_dim % 2 == 0,
+        holds=lambda recipe: (
+            recipe.model.is_foreign or not _has_whole_head_width(recipe) or recipe.model.resolved_head_dim % 2 == 0
+        ),
         expected="must be even: rotary positions turn pairs of channels",
         hint=lambda recipe: (
             f"One head is {recipe.model.resolved_head_dim} wide: give an even model.head_dim, "
@@ -383,8 +391,11 @@ RULES: tuple[Rule, ...] = (
         hint="Give init.path, or set health.drift=null.",
     ),
     *(_needs_start(field) for field in ("init.optimizer", "init.data_position", "heads.extend")),
+    *ROLLOUT_RULES,
     *MODEL_RULES,
+    *FOREIGN_RULES,
     *ADAPT_RULES,
+    *DRAFT_RULES,
     *DATA_RULES,
     *STRATEGY_RULES,
     *PATH_RULES,

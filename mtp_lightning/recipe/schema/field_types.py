@@ -127,6 +127,8 @@ def follow(location: Sequence[str | int]) -> tuple[Names, Place | None, Place | 
 def _is_branch(place: Place, step: str) -> bool:
     """Tell whether a step of pydantic's is none of ours: it names one type out of several, tried in turn."""
     sections = [option.section.__name__ for option in place.options if option.section]
+    if not any(option.section or option.entry or option.type is Any for option in place.options):
+        return True  # nothing can stand below a number or a text
     return len(place.options) > 1 and (step in sections or step.startswith("literal["))
 
 

@@ -1,12 +1,22 @@
 """Sections of the model: the trunk, the heads, and what an adaptation adds or freezes."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from mtp_lightning.recipe.head_kinds import BUILT_IN, head_kinds
-from mtp_lightning.recipe.schema.base import LARGEST, Choices, Layers, Offsets, PositiveFloat, PositiveInt, Section
+from mtp_lightning.recipe.schema.base import (
+    LARGEST,
+    AtLeastTwo,
+    Choices,
+    Layers,
+    Offsets,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from mtp_lightning.recipe.schema.paths import LocalPath
 
 BELOW = "offsets_below_"
 FrozenPart = Annotated[str, Field(pattern=rf"^(trunk|heads|unembedding|lora|layer_mix|{BELOW}\d+)$")]
@@ -52,7 +62,7 @@ class AdaptSection(Section):
     """Mixtures of the trunk's layers for the heads to read, or null."""
 
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "mimo", "gpt_neox"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "mimo", "gpt_neox", "transformers"]
 
 
 class RopeScalingSection(Section):
@@ -70,8 +80,38 @@ class RopeScalingSection(Section):
     """For `llama3`: window that the model was first trained on."""
 
 
+SETTLED: dict[str, tuple[type, tuple[str, ...]]] = {
+    "hidden_size": (int, ("hidden_size", "n_embd", "d_model")),
+    "num_hidden_layers": (int, ("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
+    "num_attention_heads": (int, ("num_attention_heads", "n_head", "n_heads", "num_heads")),
+    "num_key_value_heads": (int, ("num_key_value_heads",)),
+    "head_dim": (int, ("head_dim",)),
+    "intermediate_size": (int, ("intermediate_size", "n_inner", "ffn_dim")),
+    "vocab_size": (int, ("vocab_size",)),
+    "max_position_embeddings": (int, ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")),
+    "tie_word_embeddings": (bool, ("tie_word_embeddings",)),
+    "initializer_range": (float, ("initializer_range", "init_std")),
+}
+"""Fields of a model that settings of transformers settle: their type, and their names there."""
+
+
+def settled_by(settings: Any) -> dict[str, Any]:
+    """Return the fields that settings of transformers settle.
+
+    >>> settled_by({"n_embd": 32, "n_layer": 2, "tie_word_embeddings": True, "n_inner": None})
+    {'hidden_size': 32, 'num_hidden_layers': 2, 'tie_word_embeddings': True}
+    """
+    if not isinstance(settings, dict):
+        return {}
+    found: dict[str, Any] = {}
+    for field, (kind, names) in SETTLED.items():
+        values = [settings[name] for name in names if type(settings.get(name)) is kind]
+        found |= {field: values[0]} if values else {}
+    return found
+
+
 class ModelSection(Section):
-    """Shape of the trunk: a decoder of the Llama or the GPT-NeoX type."""
+    """Shape of the trunk: a decoder of the Llama or the GPT-NeoX type, or one of transformers."""
 
     hidden_size: PositiveInt = 256
     """Width D of the hidden states."""
@@ -117,7 +157,23 @@ class ModelSection(Section):
     """Standard deviation of the initial weights; output projections are scaled down by sqrt(2 x layers)."""
     family: Family | None = None
     """Architecture that the model was imported as and is exported as (`mtp export --format hf`); null means the first
-    that it fits."""
+    that it fits. `transformers` builds the model of that library's own classes, by `hf_config`."""
+    hf_config: dict[str, Any] | None = None
+    """For family `transformers`: what the model's config.json says, whole; null for every other family. The fields of
+    this section that it settles need not be given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_from_config(cls, given: Any) -> Any:
+        """Fill in what `hf_config` settles."""
+        if not isinstance(given, dict) or given.get("family") != "transformers":
+            return given
+        return settled_by(given.get("hf_config")) | given
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the model is built of transformers' classes."""
+        return self.family == "transformers"
 
     @property
     def resolved_head_dim(self) -> int:
@@ -163,6 +219,11 @@ class HeadsSection(Section):
     """Take the extra heads' layers from the trunk, so that the layer count does not depend on n."""
     unembedding: Literal["shared", "replicated"] = "shared"
     """One V x D matrix for all offsets, or one per offset (byte vocabularies, original Medusa)."""
+    draft_vocabulary: AtLeastTwo | LocalPath | None = None
+    """Ids V' that offsets beyond the first score, of all V: how many, the most frequent of the training data, or a
+    file of ids (a JSON list, or a text of numbers); the end of a document is always one. null: all V [FastMTP]."""
+    draft_token_ids: str | None = None
+    """The ids that a run chose, as a set of bits in base64: written when it starts, and kept ever after."""
     hidden: Literal["post_norm", "pre_norm"] = "post_norm"
     """Hidden state that sequential and recursive modules read: after or before the final norm."""
     concatenation: Literal["embedding_first", "hidden_first"] = "embedding_first"

@@ -8,6 +8,7 @@ from mtp_lightning.recipe.schema.base import (
     SMALLEST,
     Fraction,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
@@ -114,6 +115,35 @@ class DistillSection(Section):
         return self.beta[(offset - 2) % len(self.beta)]
 
 
+class RolloutSection(Section):
+    """On-policy training of sequential and recursive heads: far offsets read the heads' own drafts, as in drafting.
+
+    At a position that is drawn, offset k > 2 reads the drafts that offsets 2 ... k-1 make there in place of the given
+    tokens; targets and teachers stay those of the given tokens. Positions before it are seen with their given tokens.
+    """
+
+    probability: Fraction = 1.0
+    """Share of positions that are drawn, each on its own."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps in which that share changes linearly from `start` to `probability`."""
+    start: Fraction = 0.0
+    """Share at the first step."""
+    where: Literal["all", "reached"] = "all"
+    """Far offsets learn at every position; or, of those drawn, only where all drafts before are the given tokens:
+    nothing is kept behind a wrong draft. Then nothing is replaced, and no work is added."""
+
+    def probability_at(self, step: int) -> float:
+        """Share of positions that are drawn at a 0-based step.
+
+        >>> section = RolloutSection(probability=0.8, warmup_steps=4)
+        >>> [section.probability_at(step) for step in (0, 1, 2, 4, 100)]
+        [0.0, 0.2, 0.4, 0.8, 0.8]
+        """
+        if step >= self.warmup_steps:
+            return self.probability
+        return self.start + (self.probability - self.start) * step / self.warmup_steps
+
+
 class ObjectiveSection(Section):
     """Losses and the order in which they are computed."""
 
@@ -131,6 +161,8 @@ class ObjectiveSection(Section):
     """Token-order prediction, or null."""
     distill: DistillSection | None = None
     """Distillation of the main head into the others, or null."""
+    rollout: RolloutSection | None = None
+    """Far offsets that read the heads' own drafts, or null: every offset reads the given tokens."""
     chunk_mib: Annotated[float, Field(gt=0.0, ge=SMALLEST, le=1e9)] = 64.0
     """Memory that one chunk of logits may take, in MiB; sets how many positions are scored at once."""
 

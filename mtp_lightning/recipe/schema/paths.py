@@ -34,10 +34,10 @@ def with_expanded_texts(value: Any) -> Any:
 
 
 def texts_of(value: Any) -> Iterator[str]:
-    """Yield the paths in a field: a text, the items of a list, or the keys of a mapping."""
+    """Yield the paths in a field: a text, the items of a list, or the keys of a mapping; a number is none."""
     if isinstance(value, str):
         yield value
-    elif value is not None:
+    elif isinstance(value, list | dict):
         yield from value
 
 

@@ -3,31 +3,39 @@
 from collections.abc import Iterable
 
 from mtp_lightning.model import roles as model_roles
+from mtp_lightning.model.draft_vocabulary import OUTSIDE
 
 DRIFT_FIGURES = ("nll_change", "nll_change_low", "nll_change_high", "kl", "flips")
 ROLES = (*model_roles.ROLES, "all")
 
 
-def metric_columns(num_offsets: int, sources: Iterable[str] = ()) -> list[str]:
-    """Columns of metrics.csv for n offsets, and for the sources of a mixture.
+def metric_columns(num_offsets: int, sources: Iterable[str] = (), *, has_draft_vocabulary: bool = False) -> list[str]:
+    """Columns of metrics.csv for n offsets, for the sources of a mixture, and for a draft vocabulary.
 
     >>> metric_columns(1)[:5]
     ['step', 'tokens', 'lr', 'train/loss_1', 'train/label_accuracy_1']
     """
+    outside = [f"{OUTSIDE}_{k}" for k in range(2, num_offsets + 1)] if has_draft_vocabulary else []
     return [
         "step",
         "tokens",
         "lr",
         *_figures("train", num_offsets),
         *(f"train/divergence_{k}" for k in range(2, num_offsets + 1)),
+        *(f"train/off_text_{k}" for k in range(3, num_offsets + 1)),
+        *(f"train/{name}" for name in outside),
+        "train/router_loss",
         *(f"grad_norm/{role}" for role in ROLES),
         "tokens_per_s",
         "memory_gib",
         "skipped_steps",
         "rollbacks",
         *_figures("val", num_offsets),
+        "val/router_loss",
         *_sampled(num_offsets),
+        *(f"val/{name}" for name in outside),
         *(f"{name}@{source}" for source in sources for name in _of_source(num_offsets)),
+        *(f"val/{name}@{source}" for source in sources for name in outside),
         *(f"drift/{name}" for name in DRIFT_FIGURES),
     ]
 

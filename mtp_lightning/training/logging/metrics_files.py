@@ -110,7 +110,8 @@ class MetricsFiles(Callback):
     """
 
     def __init__(self, recipe: Recipe, run_folder: Path) -> None:
-        columns = metric_columns(recipe.heads.num_offsets, recipe.data.mixture)
+        drafts = recipe.heads.draft_vocabulary is not None
+        columns = metric_columns(recipe.heads.num_offsets, recipe.data.mixture, has_draft_vocabulary=drafts)
         self.table = MetricsTable(run_folder / "metrics.csv", columns)
         self._recipe = recipe
         self._row: dict[str, Any] = {}

@@ -25,8 +25,9 @@ from mtp_lightning.training.step.objective import LossTerms, Objective, OffsetLo
 
 @torch.no_grad()
 def evaluate(model: MtpModel, batch: MicroBatch, objective: Objective) -> OffsetLosses:
-    """Losses, predictions and overlaps of every offset, one after the other, without gradients."""
-    plain = replace(objective, section=objective.section.model_copy(update={"distill": None, "balance": "none"}))
+    """Losses, predictions and overlaps of every offset on the given tokens, one after the other, without gradients."""
+    section = objective.section.model_copy(update={"distill": None, "balance": "none"})
+    plain = replace(objective, section=section, rollout=None)
     terms = LossTerms(model, batch, plain)
     overlaps = torch.ones_like(batch.targets, dtype=plain.coefficients.dtype)
     hiddens = model.hidden_states(batch.tokens, batch.documents)
@@ -46,8 +47,10 @@ def _distance(terms: LossTerms, offset: int, distances: Tensor) -> Distillation:
     """Compare all of an offset's distribution with the main head's by total variation, kept for each row."""
     section = DistillSection(divergence="tv", top_k=terms.model.section.vocab_size)
     has_teacher, weight = terms.has_teacher[offset - 1].flatten(), torch.zeros_like(terms.objective.coefficients[0])
-    matrix = terms.model.unembedding.matrix_index(1)
-    return Distillation(section, offset - 1, has_teacher, weight, matrix, row_losses=distances)
+    unembedding = terms.model.unembedding
+    matrix, drafts = unembedding.matrix_index(1), unembedding.drafts
+    columns = None if drafts is None else drafts.on(has_teacher.device).ids
+    return Distillation(section, offset - 1, has_teacher, weight, matrix, row_losses=distances, columns=columns)
 
 
 Backward = Callable[[Tensor], None]
@@ -62,6 +65,8 @@ def accumulate_gradients(model: MtpModel, batch: MicroBatch, objective: Objectiv
         objective: the step's loss.
         backward: runs the backward pass of a scalar; called several times by the sequential order.
     """
+    if model.router_loss is not None:
+        model.router_loss.weight = objective.share_of(batch)
     return BACKWARD_ORDERS[objective.section.backward_order](model, batch, objective, backward)
 
 
@@ -148,19 +153,42 @@ class SequentialBackward:
         dependents = [reader for reader in self.model.dependents(offset) if reader in self.needed]
         if offset == 1 and dependents and self.terms.objective.is_balanced:
             self._measure_main(leaf)
+        drafts_first = bool(dependents) and self.terms.wants_draft(offset)
+        if drafts_first:
+            self._draft(offset, leaf)
         for reader in dependents:
-            hidden = self.model.heads(reader, self.model.read(reader, leaf), self.context)
+            hidden = self._head(reader, self.model.read(reader, leaf))
             gradient = self.run_offset(reader, hidden)
             if hidden is leaf:  # a main head that is the trunk's output itself, and comes before all other readers
                 assert leaf.grad is None
                 leaf.grad = gradient.grad
             elif hidden.requires_grad:
                 self.backward(self.surrogate_loss(hidden, gradient))
-        if offset > TRUNK and self.terms.needs_loss(offset, leaf):
-            loss = self._loss(offset, leaf)
-            if loss.requires_grad:
-                self.backward(loss)
+        if offset > TRUNK and not drafts_first and self.terms.needs_loss(offset, leaf):
+            self._backward_loss(offset, leaf)
         return leaf
+
+    def _head(self, offset: int, source: Tensor) -> Tensor:
+        run = self.model.heads if self.terms.rollout is None else self.terms.rollout.run
+        hidden: Tensor = run(offset, source, self.context)
+        return hidden
+
+    def _draft(self, offset: int, leaf: Tensor) -> None:
+        """Make an offset's drafts before the next one reads them: its loss, if it has one, comes first, and chooses."""
+        rollout = self.terms.rollout
+        assert rollout is not None
+        if not self.terms.needs_loss(offset, leaf):
+            rollout.draft(offset, leaf)
+            return
+        self._backward_loss(offset, leaf)
+        choices = self.terms.cross_entropies[offset].predictions
+        assert choices is not None
+        rollout.take(offset, choices)
+
+    def _backward_loss(self, offset: int, leaf: Tensor) -> None:
+        loss = self._loss(offset, leaf)
+        if loss.requires_grad:
+            self.backward(loss)
 
     def backward_teacher(self, leaves: dict[int, Tensor]) -> None:
         """Run the backward of the distillation loss through the main head (only with `detach_teacher: false`).
@@ -192,7 +220,7 @@ class SequentialBackward:
             self.teacher = leaf.detach().requires_grad_(self.terms.teacher_of(leaf).requires_grad)
 
     def _loss(self, offset: int, leaf: Tensor) -> Tensor:
-        terms = self.terms.for_offset(offset)
+        terms, leaf = self.terms.for_offset(offset), self.terms.scored(leaf)
         is_compared = any(term.distillation is not None for term in terms)
         loss: Tensor = self.model.unembedding(
             [offset] * len(terms),
@@ -212,15 +240,22 @@ class SequentialBackward:
         self._loss(1, leaf)
 
 
+def _all_hidden_states(terms: LossTerms) -> dict[int, Tensor]:
+    """Hidden states of the offsets that a step needs, in one graph."""
+    model, batch = terms.model, terms.batch
+    run = None if terms.rollout is None else terms.rollout.run_and_draft
+    return model.hidden_states(batch.tokens, batch.documents, needed_offsets(model, terms.objective), run)
+
+
 def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
     """Keep all heads' hidden states, compute every chunked loss in one node, go backward once."""
     terms = LossTerms(model, batch, objective)
-    hiddens = model.hidden_states(batch.tokens, batch.documents, needed_offsets(model, objective))
+    hiddens = _all_hidden_states(terms)
     offsets, states, parts = [], [], []
     for offset, hidden in hiddens.items():
         for term in terms.for_offset(offset) if terms.needs_loss(offset, hidden) else []:
             offsets.append(offset)
-            states.append(hidden)
+            states.append(terms.scored(hidden))
             parts.append(term)
     teacher = terms.teacher_of(hiddens[1]) if terms.distillations else None
     if parts:  # else, at this step, only frozen offsets have a weight
@@ -235,14 +270,16 @@ def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Ba
     section, terms = objective.section, LossTerms(model, batch, objective)
     total: Tensor | float = 0.0
     main_rms: Tensor | float = 1.0
-    hiddens = model.hidden_states(batch.tokens, batch.documents, needed_offsets(model, objective))
+    hiddens = _all_hidden_states(terms)
     main: Tensor | None = None
     for offset, hidden in hiddens.items():
-        logits = _full_logits(model, offset, hidden)
+        logits = _scored(terms, offset, _full_logits(model, offset, terms.scored(hidden)))
         main = logits if offset == 1 and section.distill is not None else main
         if not terms.needs_loss(offset, hidden):
             continue
-        targets = batch.targets[offset - 1].flatten()
+        targets = terms.targets(offset)
+        if (learns := terms.learns_at(offset)) is not None:
+            targets = torch.where(learns, targets, IGNORE)
         losses = reference.cross_entropy(logits, targets, section.label_smoothing, section.z_loss)
         factor = objective.coefficients[offset - 1]
         if objective.is_balanced:
@@ -263,8 +300,14 @@ def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Ba
 
 def _full_logits(model: MtpModel, offset: int, hidden: Tensor) -> Tensor:
     """All logits of an offset, (P, V)."""
-    logits = model.unembedding.logits(offset, hidden).flatten(0, 1)
+    logits = model.unembedding.all_logits(offset, hidden).flatten(0, 1)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _scored(terms: LossTerms, offset: int, logits: Tensor) -> Tensor:
+    """Keep of all logits, (P, V), those that the offset scores, (P, V or V')."""
+    vocabulary = terms.model.unembedding.vocabulary(offset)
+    return logits if vocabulary is None else vocabulary.columns_of(logits)
 
 
 def _joint_distillation(terms: LossTerms, offset: int, main: Tensor, logits: Tensor) -> Tensor | float:
@@ -272,8 +315,12 @@ def _joint_distillation(terms: LossTerms, offset: int, main: Tensor, logits: Ten
     if distillation is None:
         return 0.0
     teacher = terms.teacher_of(main.roll(1 - offset, 0))  # wrong where rows wrap around: no teacher there
-    losses = reference.distillation(teacher, logits, distillation.section)
-    total = (losses * distillation.has_teacher).sum()
+    counts, drafts = distillation.has_teacher, terms.model.unembedding.drafts
+    if drafts is not None:
+        counts = counts & ~drafts.lacks(teacher.argmax(1))
+    losses = reference.distillation(_scored(terms, offset, teacher), logits, distillation.section) * counts
+    distillation.measured_sum = losses.detach().sum()
+    total = losses.sum() if distillation.learns is None else (losses * distillation.learns).sum()
     distillation.loss_sum = total.detach()
     return distillation.weight * total
 

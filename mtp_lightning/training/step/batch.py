@@ -9,6 +9,7 @@ from torch import Tensor
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import count_targets, shifted_targets
 from mtp_lightning.losses.weights import offset_weights
+from mtp_lightning.model.draft_vocabulary import draft_vocabulary_of
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.trainable import first_offset_with_loss
 
@@ -27,7 +28,7 @@ class MicroBatch(NamedTuple):
 class BatchCounts(NamedTuple):
     """Denominators of the losses, as integers on the device: those of one rank's sequences, or of all ranks'."""
 
-    targets: Tensor  # (N,) valid targets of each offset
+    targets: Tensor  # (N,) valid targets of each offset that it scores
     teachers: Tensor  # (N,) positions of each offset that have a teacher
     ordered: Tensor  # 0-dimensional: positions that have a token-order target
 
@@ -54,9 +55,17 @@ def prepare_batch(batch: Batch, recipe: Recipe, step: int | None) -> PreparedBat
     targets = shifted_targets(tokens, documents, num_offsets, batch.get("loss_mask"))
     num_positions = targets.shape[2]
     is_ordered = documents[:, :num_positions] == documents[:, 1 : num_positions + 1]
-    counts = BatchCounts(count_targets(targets), teacher_positions(targets).sum((1, 2)), is_ordered.sum())
+    counts = BatchCounts(count_scored(targets, recipe), teacher_positions(targets).sum((1, 2)), is_ordered.sum())
     weights = [1.0] * num_offsets if step is None else weights_at(recipe, step)
     return PreparedBatch(targets, weights, counts, list(_micro_batches(batch, targets, recipe.batch.micro_batch_size)))
+
+
+def count_scored(targets: Tensor, recipe: Recipe) -> Tensor:
+    """Count the targets of every offset, (N, B, T) -> (N,): beyond the first, those in the draft vocabulary."""
+    counts, drafts = count_targets(targets), draft_vocabulary_of(recipe)
+    if drafts is not None:
+        counts[1:] -= drafts.lacks(targets[1:]).sum((1, 2))
+    return counts
 
 
 def weights_at(recipe: Recipe, step: int) -> list[float]:

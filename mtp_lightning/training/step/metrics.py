@@ -8,6 +8,9 @@ acceptances, is the number of tokens that one step of greedy self-speculation is
 Under sampling a draft is accepted with probability sum of min(p, q), the overlap of the main head's distribution p
 and the offset's q, which is one minus their total variation. Sampled acceptance at k is the mean product of the
 overlaps of offsets 2 ... k, and the sampled length is 1 + the sum of sampled acceptances. Validation measures these.
+
+With a draft vocabulary a loss is the mean over the targets in it; the share of the others is a figure of its own. All
+else is over all targets: a token that cannot be drafted is not accepted.
 """
 
 import time
@@ -19,6 +22,7 @@ from torchmetrics import Metric
 
 from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import IGNORE
+from mtp_lightning.model.draft_vocabulary import OUTSIDE
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.step.objective import OffsetLosses
@@ -61,6 +65,11 @@ class OffsetMetrics(Metric):
     overlap_sum: Tensor
     num_sampled: Tensor
     sampled_sum: Tensor
+    num_off_text: Tensor
+    num_rolled_out: Tensor
+    num_outside: Tensor
+    router_sum: Tensor
+    num_routed: Tensor
 
     def __init__(self, num_offsets: int) -> None:
         super().__init__()
@@ -70,9 +79,12 @@ class OffsetMetrics(Metric):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
         for name in ("num_agreeing", "num_comparable", "num_accepted"):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
-        for name in ("divergence_sum", "num_distilled", "overlap_sum", "sampled_sum"):
+        self.has_draft_vocabulary = False
+        for name in ("divergence_sum", "num_distilled", "overlap_sum", "sampled_sum", "num_outside"):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
-        for name in ("num_drafted", "num_sampled"):
+        for name in ("num_off_text", "num_rolled_out"):
+            self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
+        for name in ("num_drafted", "num_sampled", "router_sum", "num_routed"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, targets: Tensor, losses: OffsetLosses) -> None:
@@ -81,10 +93,19 @@ class OffsetMetrics(Metric):
         is_valid = (targets != IGNORE) & is_computed[:, None, None]  # (N, B, T)
         self.nll_sum += losses.nll_sums.nan_to_num().to(torch.float64)
         self.num_targets += is_valid.sum((1, 2))
+        if losses.is_outside is not None:
+            self.has_draft_vocabulary = True
+            self.num_outside += (losses.is_outside & is_valid).sum((1, 2))
         if losses.divergence_sums is not None:
             is_distilled = ~losses.divergence_sums.isnan()
             self.divergence_sum += losses.divergence_sums.nan_to_num().to(torch.float64)
             self.num_distilled += teacher_positions(targets).sum((1, 2)) * is_distilled
+        if losses.off_text is not None:
+            self.num_off_text += losses.off_text.nan_to_num().to(torch.float64)
+            self.num_rolled_out += is_valid.sum((1, 2)) * ~losses.off_text.isnan()
+        if losses.router_loss is not None:
+            self.router_sum += losses.router_loss.to(torch.float64)
+            self.num_routed += 1
         if losses.predictions is None:
             return
         self.num_predicted += is_valid.sum((1, 2))
@@ -102,7 +123,7 @@ class OffsetMetrics(Metric):
 
     def compute(self) -> dict[str, float]:
         """Return all figures by name, e.g. `loss_2`, `mean_acceptance_length`; NaN where nothing was counted."""
-        loss = self.nll_sum / self.num_targets
+        loss = self.nll_sum / (self.num_targets - self.num_outside)
         accuracy = self.num_correct / self.num_predicted
         agreement = self.num_agreeing / self.num_comparable
         cumulative = self.num_accepted / self.num_drafted
@@ -115,8 +136,15 @@ class OffsetMetrics(Metric):
             figures[f"conditional_acceptance_rate_{k}"] = cumulative[k - 1] / cumulative[k - 2]
             figures[f"acceptance_rate_{k}"] = cumulative[k - 1]
         figures["mean_acceptance_length"] = cumulative.sum()
+        if self.has_draft_vocabulary:
+            figures |= _by_offset(OUTSIDE, self.num_outside / self.num_targets)
         if self.num_distilled.any():
             figures |= _by_offset("divergence", self.divergence_sum / self.num_distilled)
+        if self.num_rolled_out.any():
+            off_text = self.num_off_text / self.num_rolled_out
+            figures |= {f"off_text_{k}": off_text[k - 1] for k in range(3, self.num_offsets + 1)}
+        if self.num_routed:
+            figures["router_loss"] = self.router_sum / self.num_routed
         if self.num_sampled:
             sampled = self.sampled_sum / self.num_sampled
             figures |= _by_offset("overlap", self.overlap_sum / self.num_comparable)

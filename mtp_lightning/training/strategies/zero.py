@@ -28,6 +28,7 @@ from mtp_lightning.checkpoint.format.reader_view import Reader
 from mtp_lightning.checkpoint.format.write_shards import WEIGHT
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.model.mtp_model import MtpModel, build_model, initialise
+from mtp_lightning.model.transformers_architecture import architecture_of
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.strategies.base import RunStrategy
 from mtp_lightning.training.strategies.param_shards import ParamShard, check_names, moments_of, provide_moments
@@ -50,6 +51,8 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         self._device = torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed wants a number
         self.stage = STAGES[recipe.strategy.kind]
         self._compute_type = COMPUTE_TYPES[recipe.run.precision]
+        if recipe.model.is_foreign:
+            architecture_of(recipe.model)  # looked at before modules are sharded as soon as they are made
 
     def setup_environment(self) -> None:
         """Set the process group up on any device: Lightning 2.6 lets DeepSpeed run on CUDA only."""

@@ -1,0 +1,342 @@
+"""What is known of a decoder of transformers before any of its weights is there: its parts, their names and classes.
+
+Nothing here knows an architecture by its name. The whole causal model is built on the meta device, its parts are found
+by what they are, and a copy without layers and with a small vocabulary is then computed both ways, by transformers' own
+forward and by ours. What does not agree is refused.
+"""
+
+import copy
+import functools
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from mtp_lightning.errors import CheckpointError
+from mtp_lightning.losses.logit_map import LogitMap
+from mtp_lightning.model.transformers_library import library
+from mtp_lightning.model.transformers_probe import TrialLayer, probe
+from mtp_lightning.recipe.schema.model import ModelSection
+
+COMPARED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "tie_word_embeddings")
+SMALL_VOCABULARY = 16
+TOLERANCE = 1e-5
+RANDOM_ZEROS = ("dropout", "_pdrop", "layerdrop", "layer_drop")
+"""Ends of the settings that draw random numbers in training: 0 here, as the three backward orders must agree."""
+NOT_SETTINGS = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "quantization_config")
+TOKEN_SETTINGS = ("pad_token_id", "bos_token_id", "eos_token_id")
+HINT = "Choose another model, or report it; `family: llama` and its kin have trunks of their own"
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where the parts of a causal model lie in it, by the names of transformers."""
+
+    decoder: str  # "model"
+    layers: str  # "layers", inside of the decoder
+    norm: str | None  # "norm", inside of the decoder
+    embedding: str  # "embed_tokens", inside of the decoder
+    lm_head: str  # "lm_head"
+
+    def theirs(self, name: str) -> str | None:
+        """Name in the causal model of a parameter of ours; None for what it does not have (heads).
+
+        >>> Names("model", "layers", "norm", "embed_tokens", "lm_head").theirs("unembedding.norms.0.weight")
+        'model.norm.weight'
+        """
+        norm = "" if self.norm is None else f"{self.decoder}.{self.norm}."
+        for ours, theirs in (
+            ("trunk.decoder.", f"{self.decoder}."),
+            ("unembedding.norms.0.", norm),
+            ("unembedding.lm_heads.0.", f"{self.lm_head}."),
+        ):
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return None
+
+
+class Architecture:
+    """A causal decoder of transformers: settings, classes and names of its parts.
+
+    Attributes:
+        config: settings, as an object of transformers.
+        model: the whole causal model, on the meta device.
+        names: where its parts lie.
+        logit_map: what it does to the scores of its unembedding.
+        output: how one of its layers returns its state: alone, or first of so many values.
+        masks_documents: whether what each layer attends to can be kept inside a document.
+        hides_by_true: whether a mask of truth values says what is hidden, not what is seen.
+        lacks_masks: whether that is so although layers are not told of them, as all of them mix positions by a softmax.
+        reads_embedding: whether the first layer reads embedded tokens as they are.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.config = _config_of(settings)
+        self.model = _on_meta(self.config)
+        self.names = _names_of(self.model, self.config)
+        with torch.device("cpu"):
+            self.output, self.logit_map, trial = _checked(self.config, self.names)
+            eager = trial if trial.has_masks else _checked(self.config, self.names, attention="eager")[2]
+        self.reads_embedding, self.hides_by_true = trial.reads_embedding, trial.hides_by_true
+        self.masks_documents, self.lacks_masks = eager.has_masks, not trial.has_masks
+
+    @property
+    def name(self) -> str:
+        """Class of the causal model."""
+        return type(self.model).__name__
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The decoder, on the meta device."""
+        return cast(nn.Module, self.model.get_submodule(self.names.decoder))
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Its layers, on the meta device."""
+        return cast(nn.ModuleList, self.decoder.get_submodule(self.names.layers))
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """Its final norm, on the meta device."""
+        return None if self.names.norm is None else self.decoder.get_submodule(self.names.norm)
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        """Its unembedding, on the meta device."""
+        return cast(nn.Linear, self.model.get_submodule(self.names.lm_head))
+
+    def build_decoder(self, num_layers: int) -> nn.Module:
+        """Build the decoder with the first layers and without the final norm; nothing is initialised."""
+        with self.quietly():
+            decoder = type(self.decoder)(self.config)
+        layers = decoder.get_submodule(self.names.layers)
+        setattr(decoder, self.names.layers, nn.ModuleList(list(layers)[:num_layers]))  # type: ignore[call-overload]
+        if self.names.norm is not None:
+            setattr(decoder, self.names.norm, nn.Identity())
+        return decoder
+
+    def build_layer(self, index: int) -> nn.Module:
+        """Build one more layer like the one of an index."""
+        kind = type(self.layers[index])
+        further = [name for name in inspect.signature(kind.__init__).parameters if name not in ("self", "config")]
+        with self.quietly():
+            return kind(self.config, *([index] if further else []))
+
+    def build_norm(self) -> nn.Module:
+        """Build one more norm like the final one."""
+        norm = nn.Identity() if self.norm is None else copy.deepcopy(self.norm)
+        like = torch.empty(0)  # as whatever is built around it: on the meta device, or of ZeRO-3's type
+        return norm.to_empty(device=like.device).to(like.dtype)
+
+    @contextmanager
+    def quietly(self) -> Iterator[None]:
+        """Leave weights as they are, while modules are built."""
+        with _quietly():
+            yield
+
+
+def architecture_of(section: ModelSection) -> Architecture:
+    """Return the architecture of a recipe's model, the same for equal settings.
+
+    Raises:
+        CheckpointError: transformers is not there, or the settings are of no decoder that can be a trunk.
+    """
+    architecture = _architecture(json.dumps(section.hf_config, sort_keys=True))
+    for field in COMPARED:
+        given, read = getattr(section, field), getattr(architecture.config, field)
+        if given != read:
+            raise CheckpointError(
+                f"model.{field} must be what transformers reads out of model.hf_config",
+                f"{given} beside {read} as {type(architecture.config).__name__} reads it",
+                f"Set model.{field} to {read}, or write it into model.hf_config",
+            )
+    return architecture
+
+
+@functools.lru_cache(maxsize=8)
+def _architecture(settings: str) -> Architecture:
+    return Architecture(json.loads(settings))
+
+
+def refused(name: str, found: str) -> CheckpointError:
+    """Build the error for a model that cannot be a trunk."""
+    return CheckpointError(
+        f"model.hf_config must be of a decoder whose parts can be told apart and whose scores can be computed; {name} "
+        "is none",
+        found,
+        HINT,
+    )
+
+
+def _config_of(settings: Mapping[str, Any]) -> Any:
+    kind = settings.get("model_type")
+    known = library().CONFIG_MAPPING
+    if not isinstance(kind, str) or kind not in known:
+        raise CheckpointError(
+            "model.hf_config must have a model_type that the installed transformers knows",
+            f"model_type = {kind!r}, transformers {library().__version__}",
+            "Write the model's config.json there whole, or install a newer transformers",
+        )
+    kept = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
+    try:
+        config = known[kind](**kept)
+    except Exception as error:  # whatever a class of transformers makes of a setting that it cannot use
+        raise CheckpointError(
+            f"model.hf_config must be settings that transformers' {known[kind].__name__} takes",
+            f"{type(error).__name__}: {error}",
+            "Write the model's config.json there as it is",
+        ) from error
+    for name, value in vars(config).items():
+        if name.endswith(RANDOM_ZEROS) and isinstance(value, int | float):
+            setattr(config, name, 0.0)
+    config.use_cache = False
+    return config
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    with library().initialization.no_init_weights():
+        yield
+
+
+def _on_meta(config: Any, attention: str | None = None) -> Any:
+    """Build the causal model on the meta device, with `attention` as None means: sdpa where the model can."""
+    automatic = library().AutoModelForCausalLM
+    kind = automatic._model_mapping.get(type(config), None)
+    if kind is None:
+        raise refused(type(config).__name__, "transformers has no class that predicts the next token with it")
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    attention = attention or ("sdpa" if kind._supports_sdpa else "eager")
+    try:
+        with torch.device("meta"), _quietly():
+            return automatic.from_config(config, attn_implementation=attention)
+    except Exception as error:
+        raise refused(kind.__name__, f"{type(error).__name__}: {error}") from error
+
+
+def _names_of(model: Any, config: Any) -> Names:
+    """Find the parts of a causal model: layers by their number, the final norm as the last norm beside them."""
+    name = type(model).__name__
+    modules = {id(module): path for path, module in model.named_modules()}
+    lists = [
+        (path.rpartition("."), module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == getattr(config, "num_hidden_layers", -1)
+    ]
+    owners = [owner for (owner, _, _), _ in lists]
+    if getattr(config, "is_encoder_decoder", False) or not lists or len(set(owners)) != len(owners):
+        raise refused(name, "no single list of layers that a text passes one after the other")
+    (owner, _, layers), _ = min(lists, key=lambda entry: entry[0][0].count("."))
+    decoder = model.get_submodule(owner)
+    norms = [child for child, module in decoder.named_children() if "norm" in type(module).__name__.lower()]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    path = modules.get(id(embedding), "")
+    if not owner or not path.startswith(f"{owner}.") or not isinstance(head, nn.Linear):
+        raise refused(name, "no decoder with an embedding, or no linear unembedding after it")
+    if (embedding.weight.shape[1], head.in_features) != (config.hidden_size, config.hidden_size):
+        raise refused(name, f"an embedding or unembedding that is not as wide as the states, {config.hidden_size}")
+    return Names(owner, layers, norms[-1] if norms else None, path.removeprefix(f"{owner}."), modules[id(head)])
+
+
+class Trial(NamedTuple):
+    """What the decoder's own forward hands to its layers."""
+
+    has_masks: bool  # for each layer a mask of (B, 1, T, T)
+    reads_embedding: bool
+    hides_by_true: bool
+
+
+def _checked(config: Any, names: Names, *, attention: str | None = None) -> tuple[int, LogitMap, Trial]:
+    """Compare our way of computing scores with transformers' own, on a copy without layers."""
+    config = copy.deepcopy(config)
+    config.vocab_size = min(config.vocab_size, SMALL_VOCABULARY)
+    for name in TOKEN_SETTINGS:  # beyond the small vocabulary
+        with suppress(Exception):  # which a class may raise of any kind, where a token must be there
+            setattr(config, name, None)
+    config.output_router_logits = False
+    model = _on_meta(config, attention)
+    name = type(model).__name__
+    decoder = model.get_submodule(names.decoder)
+    meta_layers = list(decoder.get_submodule(names.layers))
+    decoder._modules[names.layers] = nn.ModuleList()
+    fill_trial(model)
+    tokens = torch.arange(12).view(3, 4) % config.vocab_size
+    embedding = model.get_submodule(f"{names.decoder}.{names.embedding}")
+    positions = torch.arange(4).expand(3, 4)
+    failures = []
+    for output in (0, 1, 2):
+        calls: list[dict[str, Any]] = []
+        layers = [TrialLayer(layer, number, output, calls) for number, layer in enumerate(meta_layers)]
+        decoder._modules[names.layers] = nn.ModuleList(layers)
+        try:
+            with torch.no_grad():
+                wanted = model(input_ids=tokens, use_cache=False).logits
+                ours, trial = _ours(decoder, names, embedding(tokens), positions, output)
+                scores = model.get_submodule(names.lm_head)(
+                    ours if names.norm is None else decoder.get_submodule(names.norm)(ours)
+                )
+        except Exception as error:  # a layer's output of the wrong kind, or whatever else this model cannot do
+            failures.append(f"{type(error).__name__}: {error}")
+            continue
+        if wanted.shape != scores.shape:
+            failures.append(f"scores of the shape {list(wanted.shape)} where ours are {list(scores.shape)}")
+            continue
+        cap = getattr(config, "final_logit_softcapping", None)
+        logit_map = LogitMap(_scale(wanted, scores, cap, config), cap)
+        difference = (logit_map(scores) - wanted).abs().max() / wanted.abs().max()
+        if difference <= TOLERANCE:
+            return output, logit_map, trial
+        failures.append(f"scores that differ from transformers' own by {float(difference):.1e} of the largest")
+    raise refused(name, failures[-1] if "differ" in failures[-1] else failures[0])
+
+
+def _ours(decoder: nn.Module, names: Names, embedded: Tensor, positions: Tensor, output: int) -> tuple[Tensor, Trial]:
+    """Compute the last state of trial layers our way."""
+    layers = cast(nn.ModuleList, decoder.get_submodule(names.layers))
+    as_given, norms = embedded.clone(), {}
+    if names.norm is not None:
+        norms = {names.norm: decoder.get_submodule(names.norm)}
+        decoder._modules[names.norm] = nn.Identity()  # as in a trunk: some norm embedded tokens with it, too
+    first, calls = probe(decoder, {names.layers: layers}, embedded, positions, output=output)
+    decoder._modules.update(norms)
+    hidden, reads_embedding = first, first is embedded and torch.equal(first, as_given)
+    for layer, call in zip(layers, calls, strict=True):
+        hidden = cast(TrialLayer, layer).change(hidden, call)
+    _, packed = probe(decoder, {names.layers: layers}, embedded, positions % 2, output=output)
+    masks = [call.get("attention_mask") for call in packed]
+    seen = [mask for mask in masks if isinstance(mask, Tensor) and mask.dim() == 4]
+    hides = bool(seen) and seen[0].dtype == torch.bool and bool(seen[0][0, 0, 0, -1])
+    return hidden, Trial(len(seen) == len(masks), reads_embedding, hides)
+
+
+def _scale(wanted: Tensor, scores: Tensor, cap: float | None, config: Any) -> float:
+    """Measure what scores are multiplied by; a setting of that size, or one over it, is what is meant."""
+    if cap is not None:
+        wanted = cap * torch.atanh(wanted / cap)
+    measured = float((wanted * scores).sum() / scores.square().sum())
+    settings = [float(value) for value in vars(config).values() if isinstance(value, int | float) and value > 0]
+    meant = [1.0, *settings, *(1 / value for value in settings)]
+    return next((value for value in meant if abs(measured / value - 1) < TOLERANCE), measured)
+
+
+@torch.no_grad()
+def fill_trial(model: Any) -> None:
+    """Give the parts of a model on the meta device memory and values, as in a fresh one, weights at random."""
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    restore_constants(model, model)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    model.get_output_embeddings().weight.mul_(0.5 / model.config.hidden_size**0.5)  # far from where a cap is flat
+
+
+def restore_constants(model: Any, part: nn.Module) -> None:
+    """Compute the buffers of a part anew by transformers' own rules; their module's weights are drawn again, too."""
+    for module in part.modules():
+        if next(module.buffers(recurse=False), None) is not None:
+            model._init_weights(module)

@@ -1,0 +1,95 @@
+"""A decoder of transformers as the trunk: scores as its own forward computes them, for every architecture."""
+
+import pytest
+import torch
+
+from mtp_lightning.errors import CheckpointError
+from mtp_lightning.model.mtp_model import MtpModel, build_model
+from mtp_lightning.model.transformers_architecture import Architecture
+from mtp_lightning.recipe.schema.root import Recipe
+from tests.support.architectures import COMMON, SETTINGS, architecture_recipe, judge_of, settings_of
+
+pytest.importorskip(
+    "transformers", minversion="5.23", reason="needs transformers: pip install 'mtp_lightning[transformers]'"
+)
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def perturbed(recipe: Recipe) -> MtpModel:
+    """The recipe's model with noise on every parameter, so that nothing is zero or one by construction."""
+    model = build_model(recipe).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def tokens_of(model: MtpModel, num_positions: int = 11) -> torch.Tensor:
+    return torch.randint(model.section.vocab_size, (3, num_positions), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_main_head_scores_as_in_transformers(name: str) -> None:
+    recipe = architecture_recipe(name, data={"document_mask": False})
+    model = perturbed(recipe)
+    tokens = tokens_of(model)
+    with torch.no_grad():
+        hidden = model.hidden_states(tokens, torch.zeros_like(tokens), [1])[1]
+        ours = model.unembedding.logits(1, hidden)
+        theirs = judge_of(model)(input_ids=tokens[:, : hidden.shape[1]]).logits
+    torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "qwen3_next"])
+def test_documents_do_not_see_each_other(name: str) -> None:
+    model = perturbed(architecture_recipe(name, data={"document_mask": True}))
+    tokens = tokens_of(model)
+    documents = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3]).expand(3, -1)
+    with torch.no_grad():
+        hidden = model.hidden_states(tokens, documents, [1])[1]
+        packed = model.unembedding.logits(1, hidden)
+        judge = judge_of(model)
+        alone = torch.cat([judge(input_ids=part).logits for part in tokens.split([3, 1, 4, 3], 1)], 1)
+    torch.testing.assert_close(packed, alone[:, : packed.shape[1]], **TOLERANCE)
+
+
+REFUSED = {
+    "norms tokens with the final norm, too": ("nanochat", {}, "NanoChatForCausalLM is none"),
+    "no stack of layers": ("bert", {}, "BertLMHeadModel is none"),
+    "an encoder and a decoder": ("bart", {}, "BartForCausalLM is none"),
+    "no decoder that predicts": ("t5", {}, "T5Config is none"),
+    "narrower tokens": ("opt", {"word_embed_proj_dim": 16}, "not as wide as the states, 32"),
+    "unknown": ("lama", {}, "model_type = 'lama'"),
+    "a setting of the wrong kind": ("llama", {"hidden_size": "wide"}, "LlamaConfig takes"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_a_trunk_is_refused_by_name(case: str) -> None:
+    name, changed, words = REFUSED[case]
+    settings = {"model_type": name, **COMMON, **SETTINGS.get(name, {}), **changed}
+    with pytest.raises(CheckpointError, match=words):
+        Architecture(settings)
+
+
+def test_states_that_are_carried_on_cannot_be_kept_inside_a_document() -> None:
+    with pytest.raises(CheckpointError, match=r"data\.document_mask must be false"), torch.device("meta"):
+        MtpModel(architecture_recipe("qwen3_next", data={"document_mask": True}))
+
+
+def test_a_field_that_transformers_reads_otherwise_is_refused() -> None:
+    """A setting that is absent means what the class makes of it: tied, for Gemma."""
+    settings = settings_of("gemma")
+    del settings["tie_word_embeddings"]
+    recipe = Recipe.model_validate({"model": {"family": "transformers", "hf_config": settings}})
+    with pytest.raises(CheckpointError, match=r"model\.tie_word_embeddings must be"), torch.device("meta"):
+        MtpModel(recipe)
+
+
+def test_constants_survive_casts_and_have_memory_of_their_own() -> None:
+    model = build_model(architecture_recipe("gemma3_text")).to(torch.bfloat16)
+    buffers = dict(model.trunk.named_buffers())
+    assert any(name.endswith("inv_freq") for name in buffers)
+    assert {buffer.dtype for name, buffer in buffers.items() if name.endswith("inv_freq")} == {torch.float32}
+    assert all(buffer.isfinite().all() and buffer.abs().sum() > 0 for buffer in buffers.values())
