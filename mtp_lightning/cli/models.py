@@ -106,6 +106,12 @@ class Init(StrEnum):
     random = "random"
 
 
+class ImportedFamily(StrEnum):
+    """How a model is taken in."""
+
+    transformers = "transformers"
+
+
 def _rows(text: str) -> int | Literal["auto"]:
     """Read a number of rows, or `auto`."""
     if text == "auto":
@@ -135,6 +141,14 @@ FitOn = Annotated[
         metavar="SOURCE",
         help="For --init fitted: texts as `mtp data build` takes them, or a folder of shards; may be repeated "
         "(default: Python's standard library).",
+    ),
+]
+ImportedAs = Annotated[
+    ImportedFamily | None,
+    typer.Option(
+        help="transformers: take that library's own classes even for a model that has a trunk here (default: only for "
+        "the others).",
+        show_default=False,
     ),
 ]
 Rows = Annotated[
@@ -195,6 +209,7 @@ def import_model(
     base: Base = None,
     variant: Variant = None,
     resize_vocabulary: Rows = None,
+    family: ImportedAs = None,
 ) -> None:
     """Put heads on a pretrained model: a folder and a recipe that `mtp train` starts from; needs no GPU."""
     from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
@@ -209,5 +224,6 @@ def import_model(
         variant=variant,
         vocabulary=resize_vocabulary,
         fit_on=tuple(fit_on or ()),
+        family="transformers" if family else None,
     )
     import_folder(path, out, wanted)

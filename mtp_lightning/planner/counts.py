@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
 
 from mtp_lightning.recipe.head_kinds import registered
 from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
@@ -78,6 +80,8 @@ def parameter_counts(recipe: Recipe) -> ParameterCounts:
     >>> parameter_counts(Recipe())
     ParameterCounts(trunk=3279104, heads=3213312, unembedding=66048, lora=0, layer_mix=0)
     """
+    if recipe.model.is_foreign:
+        return ParameterCounts(**{"heads": 0, "unembedding": 0, **foreign_counts().parameters_by_role(recipe)})
     embedding = recipe.model.vocab_size * recipe.model.hidden_size
     return ParameterCounts(
         trunk=embedding + (num_trunk_layers(recipe) * layer_weights(recipe.model)).total,
@@ -86,6 +90,11 @@ def parameter_counts(recipe: Recipe) -> ParameterCounts:
         lora=update_weights(recipe).total,
         layer_mix=len(mixing_offsets(recipe)) * num_trunk_layers(recipe),
     )
+
+
+def foreign_counts() -> Any:
+    """Return the room above that can build a model of transformers' classes; loaded only where there is one."""
+    return import_module("mtp_lightning.model.foreign_counts")
 
 
 def trainable_parameters(recipe: Recipe) -> int:
@@ -120,9 +129,14 @@ def bucket_entries(recipe: Recipe) -> int:
 def layer_weights(model: ModelSection) -> Weights:
     """Count one transformer layer: four projections of attention, three of a SwiGLU or two of a GELU, two norms.
 
+    Of a model of transformers' classes, the mean of its layers' matrices, of experts those that a position is sent to.
+
     >>> layer_weights(ModelSection(hidden_size=8, num_attention_heads=2, intermediate_size=16))
     Weights(matrices=640, vectors=16)
     """
+    if model.is_foreign:
+        entries = foreign_counts().layer_entries(model)
+        return Weights(matrices=sum(entries) // len(entries))
     queries = model.num_attention_heads * model.resolved_head_dim
     keys = model.resolved_key_value_heads * model.resolved_head_dim
     inner, width, num_inner = model.resolved_intermediate_size, model.hidden_size, 2 if model.mlp == "swiglu" else 1

@@ -12,6 +12,7 @@ autograd does, so that torch counts the same products in a real step.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mtp_lightning.planner.counts import layer_weights
 from mtp_lightning.recipe.draft_vocabulary import draft_vocab_size
 from mtp_lightning.recipe.head_kinds import registered
 from mtp_lightning.recipe.head_tree import TRUNK, detaches_input, norm_before, parent_offset
@@ -274,6 +275,8 @@ def projection_widths(model: ModelSection) -> dict[str, tuple[int, int]]:
     >>> projection_widths(model)
     {'q': (8, 8), 'k': (8, 4), 'v': (8, 4), 'o': (8, 8), 'up': (8, 16), 'down': (16, 8)}
     """
+    if model.is_foreign:  # all of a layer together, in place of the projection that is run first
+        return {"q": (1, layer_weights(model).matrices)}
     width, inner = model.hidden_size, model.resolved_intermediate_size
     queries = model.num_attention_heads * model.resolved_head_dim
     keys = model.resolved_key_value_heads * model.resolved_head_dim

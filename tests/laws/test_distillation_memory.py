@@ -20,6 +20,15 @@ def test_peak_and_largest_tensor_at_a_vocabulary_of_32000():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("where", ["all", "reached"])
+def test_a_rollout_makes_no_tensor_of_all_logits(where):
+    recipe = full_recipe(KINDS["sequential"], {"rollout": {"where": where}})
+    live, _ = count_schedule(recipe)
+    mask = (2 * recipe.data.seq_len) ** 2  # of two streams
+    assert live.largest_numel <= max(mask, recipe.data.seq_len * recipe.model.vocab_size / 4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"detach_teacher": False}, {"top_k": 32_000}, {"divergence": "lk_lambda"}])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind(kind, fields):

@@ -1,9 +1,11 @@
 """Laws 6, 7 and 8 over tiny decoders of transformers, with that library's own generation as the judge."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from mtp_lightning.decode import Settings, applicable_decoders, generate
+from mtp_lightning.decode import Settings, applicable_decoders, generate, transformers_windows
 from mtp_lightning.decode.sampling import Sampling
 from mtp_lightning.decode.state import DecodeState, keep_path, prefill, verify, verify_tree
 from mtp_lightning.decode.transformers_windows import spans_of
@@ -114,6 +116,16 @@ def test_texts_of_the_table_say_something():
     for name, kind in QUICK:
         texts = [plain_text(model_of(name, kind), tuple(prompt), LENGTH + 4) for prompt in PROMPTS]
         assert max(len({*text}) for text in texts) > 5, name
+
+
+def test_windows_of_the_wrong_width_are_noticed(monkeypatch):
+    """The law fails where layers look back too far, or not far enough."""
+    model = model_of("gemma2")
+    expected = [plain_text(model, tuple(prompt), LENGTH) for prompt in PROMPTS]
+    for width in (None, 4, 6):
+        wrong = [replace(span, window=width if span.window else None) for span in spans_of(model)]
+        monkeypatch.setitem(transformers_windows._SPANS, model.trunk, wrong)
+        assert generate(model, PROMPTS, max_new_tokens=LENGTH).tokens != expected, width
 
 
 @over_all

@@ -1,6 +1,7 @@
 """Count the tensors that a computation holds, without holding them: shapes of the real size at no cost."""
 
 import weakref
+from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,6 +14,7 @@ from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.training.step.backward_order import accumulate_gradients
 from mtp_lightning.training.step.batch import MicroBatch
 from mtp_lightning.training.step.objective import Objective
+from mtp_lightning.training.step.rollout import RolloutDraw
 
 
 class LiveTensors(TorchDispatchMode):
@@ -67,6 +69,7 @@ def count_schedule(recipe):
         teachers = teacher_positions(targets).sum((1, 2))
         weights = [1.0] * num_offsets
         objective = Objective(recipe.objective, weights, counts, counts[0], predicts=True, teacher_counts=teachers)
+        objective = replace(objective, rollout=RolloutDraw.at(recipe, 0))
         is_low = recipe.run.precision == "bf16"
         with LiveTensors(known=model.parameters()) as live, torch.autocast("cpu", torch.bfloat16, enabled=is_low):
             accumulate_gradients(model, MicroBatch(tokens, documents, targets), objective, lambda loss: loss.backward())

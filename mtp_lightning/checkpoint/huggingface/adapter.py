@@ -16,6 +16,7 @@ from mtp_lightning.checkpoint.huggingface.families import FAMILIES
 from mtp_lightning.checkpoint.huggingface.folder import (
     HFCheckpoint,
     Update,
+    changed,
     open_folder,
     read_entries,
     tied_as_stored,
@@ -24,6 +25,8 @@ from mtp_lightning.checkpoint.huggingface.tensor_plan import DTYPES
 from mtp_lightning.checkpoint.huggingface.weight_files import in_pickles, read_json
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.untrusted import described
+from mtp_lightning.model.transformers_architecture import architecture_of
+from mtp_lightning.recipe.schema.model import Family
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -74,13 +77,16 @@ def is_adapter(path: Path) -> bool:
         return False  # what is wrong is told when the folder is read
 
 
-def open_adapter(path: Path, *, base: Path | None = None, variant: str | None = None) -> HFCheckpoint:
+def open_adapter(
+    path: Path, *, base: Path | None = None, variant: str | None = None, family: Family | None = None
+) -> HFCheckpoint:
     """Open an adapter and its base as one model.
 
     Args:
         path: folder of the adapter.
         base: folder of the model that it belongs to; None means the one that the adapter names.
         variant: which of several sets of weights of the base.
+        family: how the base is opened; see `open_folder`.
 
     Raises:
         CheckpointError: it is not LoRA, uses a variant of it that is not known here, or does not fit its base; or the
@@ -88,7 +94,7 @@ def open_adapter(path: Path, *, base: Path | None = None, variant: str | None = 
     """
     config = Config(path / SETTINGS, read_json(path / SETTINGS))
     _check_kind(config)
-    hf_checkpoint = open_folder(_base_folder(config, base), variant=variant)
+    hf_checkpoint = open_folder(_base_folder(config, base), variant=variant, family=family)
     if not (path / WEIGHTS).is_file():
         if (path / "adapter_model.bin").is_file():
             raise in_pickles(path, ["adapter_model.bin"], WEIGHTS)
@@ -140,7 +146,7 @@ def _sort(
 ) -> tuple[dict[str, _Pair], dict[str, Entry]]:
     """Divide an adapter's tensors into pairs of factors and whole tensors, by the stored name that each belongs to."""
     family = hf_checkpoint.section.family
-    complete = FAMILIES[family].stored_name if family else str
+    complete = FAMILIES[family].stored_name if family in FAMILIES else str
     factors: dict[str, dict[str, Entry]] = {}
     replaced: dict[str, Entry] = {}
     embeddings, odd = set(), []
@@ -178,7 +184,7 @@ def _with_tensors(hf_checkpoint: HFCheckpoint, file: Path, replaced: Mapping[str
     files |= dict.fromkeys(replaced, file)
     section = hf_checkpoint.section
     if embedding in replaced and replaced[embedding].shape:
-        section = section.model_copy(update={"vocab_size": replaced[embedding].shape[0]})
+        section = changed(section, vocab_size=replaced[embedding].shape[0])
     has_tokenizer = any((file.parent / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     adapted = replace(
         hf_checkpoint,
@@ -196,9 +202,8 @@ def _update(hf_checkpoint: HFCheckpoint, config: Config, name: str, pair: _Pair,
     module = name.removesuffix(".weight")
     rank = _of_module(config, "rank_pattern", module, config.get("r", default=8))
     alpha = config.number("lora_alpha", _of_module(config, "alpha_pattern", module, config.get("lora_alpha", 8)))
-    wanted = ((rank, shape[-1]), (shape[0], rank))
-    if pair.is_embedding:
-        wanted = ((rank, shape[0]), (shape[-1], rank))
+    is_turned = pair.is_embedding or _is_turned(hf_checkpoint, module)
+    wanted = ((rank, shape[0]), (shape[-1], rank)) if is_turned else ((rank, shape[-1]), (shape[0], rank))
     found = (pair.down.shape, pair.up.shape)
     if type(rank) is not int or not 0 < rank <= MOST_RANK or found != wanted:
         raise CheckpointError(
@@ -216,9 +221,17 @@ def _update(hf_checkpoint: HFCheckpoint, config: Config, name: str, pair: _Pair,
         if num_odd:
             found = f"{num_odd:,} NaN or infinite in the update of {name}, in {file}"
             raise CheckpointError("every weight must be a finite number", found, "Take another checkpoint of it")
-        return (up.T, down.T) if pair.is_embedding else (down, up)
+        return (up.T, down.T) if is_turned else (down, up)
 
     return Update(factors, alpha / (math.sqrt(rank) if config.get("use_rslora", default=False) else rank))
+
+
+def _is_turned(hf_checkpoint: HFCheckpoint, module: str) -> bool:
+    """Tell whether a matrix is stored as (channels in, channels out), as GPT-2's are."""
+    if not hf_checkpoint.section.is_foreign:
+        return False
+    kind = architecture_of(hf_checkpoint.section).model.get_submodule(module)
+    return type(kind).__name__ == "Conv1D"
 
 
 def _of_module(config: Config, name: str, module: str, default: Any) -> Any:

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.model.mtp_model import MtpModel
+from mtp_lightning.model.transformers_architecture import architecture_of
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
 from mtp_lightning.recipe.schema.model import ModelSection
 from mtp_lightning.recipe.schema.root import Recipe
 
-BASE = ("embed_tokens.", "layers.", "norm.", "lm_head.")
+THEIRS = "transformers:"
+"""Beginning of a place in a model of family `transformers`; its name in the causal model follows."""
+BASE = ("embed_tokens.", "layers.", "norm.", "lm_head.", THEIRS)
 """Beginnings of places in the model that predicts the next token."""
 INSIDE = (
     r"(?:self_attn\.[qkvo]_proj|self_attn\.[qk]_norm|mlp\.(?:gate|up|down)_proj|input_layernorm|post_attention_layernorm)"
@@ -20,6 +23,7 @@ INSIDE = (
 )
 LAYER = re.compile(rf"layers\.(\d+)\.({INSIDE})")
 MODULE = re.compile(r"modules\.(\d+)\.(.+)")
+ANY_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 EXTRA = re.compile(r"extra\.(\d+)\.(\d+)\.(.+)")
 
 
@@ -59,15 +63,26 @@ def parameters_of(recipe: Recipe) -> dict[str, Parameter]:
     }
 
 
-def num_base_layers(parameters: Mapping[str, Parameter]) -> int:
+def layers_prefix(model: ModelSection) -> str:
+    """Beginning of every place in a layer of the base model; the number of the layer follows."""
+    if not model.is_foreign:
+        return "layers."
+    names = architecture_of(model).names
+    return f"{THEIRS}{names.decoder}.{names.layers}."
+
+
+def num_base_layers(parameters: Mapping[str, Parameter], model: ModelSection) -> int:
     """Count the layers that a token passes on its way to the next-token scores."""
-    places = (parameter.place for parameter in parameters.values())
-    return len({match[1] for place in places if place and (match := LAYER.fullmatch(place))})
+    beginning = layers_prefix(model)
+    places = (parameter.place or "" for parameter in parameters.values())
+    return len({place.removeprefix(beginning).partition(".")[0] for place in places if place.startswith(beginning)})
 
 
 def _place_of(name: str, path: list[int], recipe: Recipe) -> str | None:
     """Find the place of a parameter; `path` lists the offsets whose heads are on the way to offset 1."""
     role, _, rest = name.partition(".")
+    if recipe.model.is_foreign and (theirs := architecture_of(recipe.model).names.theirs(name)):
+        return THEIRS + theirs
     if role == "layer_mix":
         return None
     if role == "trunk":
@@ -91,24 +106,30 @@ def _place_in_heads(rest: str, path: list[int], recipe: Recipe) -> str | None:
     _, block, layer, inner = rest.split(".", 3)
     offset = int(block) + 1
     if offset in path:
-        return f"layers.{num_trunk_layers(recipe) + path.index(offset) * depth + int(layer)}.{inner}"
+        number = num_trunk_layers(recipe) + path.index(offset) * depth + int(layer)
+        return f"{layers_prefix(recipe.model)}{number}.{inner}"
     return f"extra.{offset - 2}.{layer}.{inner}"
 
 
-def copied_place(place: str, num_layers: int, layers_per_head: int) -> str | None:
+def copied_place(place: str, model: ModelSection, layers_per_head: int) -> str | None:
     """Name the place that a head's layers or norm can start as a copy of: the model's own last ones.
 
-    >>> copied_place("extra.1.0.mlp.up_proj.weight", 12, 1)
+    >>> copied_place("extra.1.0.mlp.up_proj.weight", ModelSection(num_hidden_layers=12), 1)
     'layers.11.mlp.up_proj.weight'
-    >>> copied_place("modules.0.eh_proj.weight", 12, 1)
+    >>> copied_place("modules.0.eh_proj.weight", ModelSection(num_hidden_layers=12), 1)
     """
-    first = num_layers - layers_per_head
+    first, beginning = model.num_hidden_layers - layers_per_head, layers_prefix(model)
     if extra := EXTRA.fullmatch(place):
-        return f"layers.{first + int(extra[2])}.{extra[3]}"
+        return f"{beginning}{first + int(extra[2])}.{extra[3]}"
     module = MODULE.fullmatch(place)
-    if module and (layer := LAYER.fullmatch(module[2])):
-        return f"layers.{first + int(layer[1])}.{layer[2]}"
-    return module[2] if module and module[2].startswith("norm.") else None
+    if module and (layer := (ANY_LAYER if model.is_foreign else LAYER).fullmatch(module[2])):
+        return f"{beginning}{first + int(layer[1])}.{layer[2]}"
+    if not module or not module[2].startswith("norm."):
+        return None
+    if model.is_foreign:
+        names = architecture_of(model).names
+        return f"{THEIRS}{names.decoder}.{names.norm}.{module[2].removeprefix('norm.')}"
+    return module[2]
 
 
 class TensorLayout(NamedTuple):

@@ -28,7 +28,17 @@ SIZES = (
     "vocab_size",
     *("dim", "n_layers", "n_heads", "n_kv_heads"),  # of Meta's
 )
+PLAIN_AGAIN = {
+    "bitsandbytes": "model = from_pretrained(FOLDER).dequantize()",
+    "fp8": "model = from_pretrained(FOLDER, quantization_config=FineGrainedFP8Config(dequantize=True))",
+    "mxfp4": "model = from_pretrained(FOLDER, quantization_config=Mxfp4Config(dequantize=True))",
+}
+"""How transformers makes plain numbers of quantized weights, by method."""
 POSITIONS = ("max_position_embeddings", "sliding_window", "max_seq_len")
+
+
+class UncoveredError(CheckpointError):
+    """Possible settings, of a model that the trunks here do not cover."""
 
 
 @final
@@ -59,6 +69,10 @@ class Config:
         """Build the error about a field."""
         return CheckpointError(expected, f"{found}, in {self.path}", hint)
 
+    def uncovered(self, expected: str, found: str, hint: str) -> CheckpointError:
+        """Build the error about a field that the trunks here cannot do, but another program might."""
+        return UncoveredError(expected, f"{found}, in {self.path}", hint)
+
     def check_is(self, name: str, wanted: Any, default: Any = None) -> None:
         """Check that a field has the one value that the model here can have.
 
@@ -67,7 +81,7 @@ class Config:
         """
         if (value := self.get(name, default)) != wanted:
             hint = "Models with another value are not supported: choose another model"
-            raise self.refused(f"{name} must be {wanted!r}", described(value), hint)
+            raise self.uncovered(f"{name} must be {wanted!r}", described(value), hint)
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "Config":
         """Let fields that are absent (not null) be read as the defaults of a class of transformers."""
@@ -170,7 +184,7 @@ def check_attends_to_all(config: Config) -> None:
     positions = config.need("max_position_embeddings")
     window = config.get("sliding_window") if config.get("use_sliding_window", default=True) else None
     if window is not None and window < positions and _has_sliding_layers(config):
-        raise config.refused(
+        raise config.uncovered(
             "every layer must attend to all positions",
             f"a sliding_window of {window} for {positions} positions",
             "Set sliding_window to null in config.json if no longer text than the window is to be read, "
@@ -180,7 +194,7 @@ def check_attends_to_all(config: Config) -> None:
     kinds = sorted({named(kind) for kind in told} - {"full_attention", "sliding_attention"})
     if kinds:
         hint = "Choose a model whose layers are ordinary attention"
-        raise config.refused("every layer must be of type full_attention", listed(kinds), hint)
+        raise config.uncovered("every layer must be of type full_attention", listed(kinds), hint)
 
 
 def _has_sliding_layers(config: Config) -> bool:
@@ -225,7 +239,7 @@ def _scaling(config: Config, told: dict[str, Any]) -> dict[str, Any] | None:
         name = "original_max_position_embeddings"
         positions = config.get(name) or told.get(name) or config.need("max_position_embeddings")
         return {"kind": kind, **numbers, "original_positions": positions}
-    raise config.refused(
+    raise config.uncovered(
         "rotary positions must be plain, or scaled by linear or llama3",
         "another scaling for each type of layer" if kind == "default" else named(kind),
         "Choose a model with one of these; a model that was scaled afterwards (yarn, dynamic) is the plain one without "
@@ -257,6 +271,24 @@ def check_numbers(config: Config) -> None:
     for names, most in ((SIZES, MOST), (POSITIONS, MOST_POSITIONS)):
         for name in names:
             config.whole(name, None, least=-most, most=most)  # the model section knows what is too small
+
+
+def check_plain_numbers(config: Config) -> None:
+    """Check that weights are not quantized.
+
+    Raises:
+        CheckpointError: They are.
+    """
+    quantization = config.get("quantization_config", config.get("quantization"))
+    if quantization is None:
+        return
+    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+    raise config.refused(
+        "weights must be plain fp32, bf16 or fp16 numbers",
+        f"weights quantized by the method {named(method)}",
+        "Take the model's release without quantization"
+        + (f", or write one: {PLAIN_AGAIN[method]}; model.save_pretrained(OUT)" if str(method) in PLAIN_AGAIN else ""),
+    )
 
 
 def check_held(config: Config, section: ModelSection, num_extra: int, entries: Mapping[str, Entry]) -> None:

@@ -34,10 +34,16 @@ from mtp_lightning.checkpoint.huggingface.canonical_names import (
     parameters_of,
 )
 from mtp_lightning.checkpoint.huggingface.configs import Config, listed
-from mtp_lightning.checkpoint.huggingface.families import FAMILIES, section_of, settings_of
-from mtp_lightning.checkpoint.huggingface.folder import DECLARED
+from mtp_lightning.checkpoint.huggingface.families import (
+    FAMILIES,
+    architecture_name,
+    base_source,
+    section_of,
+    settings_of,
+)
+from mtp_lightning.checkpoint.huggingface.folder import DECLARED, changed
 from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, MIMO, ModuleLayout, fits
-from mtp_lightning.checkpoint.huggingface.weights import OutgoingWeights
+from mtp_lightning.checkpoint.huggingface.weights import ConvertedWeights, OutgoingWeights, outgoing_weights
 from mtp_lightning.console.progress import say, watched
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.errors import CheckpointError, DataError
@@ -81,7 +87,7 @@ def export_hf(path: Path, out: Path, *, dtype: DtypeName = "fp32", with_modules:
     recipe = plain_recipe(checkpoint.recipe)
     _check_main_head(recipe)
     parameters = parameters_of(recipe)
-    section = recipe.model.model_copy(update={"num_hidden_layers": num_base_layers(parameters)})
+    section = changed(recipe.model, num_hidden_layers=num_base_layers(parameters, recipe.model))
     family, settings = settings_of(section)
     layout = _layout_of(recipe, family) if with_modules else None
     sources = sources_of(recipe, parameters, family, layout)
@@ -89,7 +95,7 @@ def export_hf(path: Path, out: Path, *, dtype: DtypeName = "fp32", with_modules:
     settings = _with_source(settings, section, family, files)
     settings |= _frame(recipe, family, layout, dtype) | _ends(recipe, files)
     check_tensors(checkpoint)
-    weights = OutgoingWeights(MergedReader(checkpoint.reader, checkpoint.recipe), sources, section)
+    weights = outgoing_weights(MergedReader(checkpoint.reader, checkpoint.recipe), sources, section)
     with watched(f"Exporting {checkpoint.path.name}", total_bytes=2 * checkpoint.model_bytes, show=True) as advance:
         size_bytes = _write(weights, out, dtype, advance, files=files, settings=settings)
     say(f"Exported {checkpoint.path} to {out} as {family}: {size_bytes / 1e6:,.1f} MB of {dtype} weights, checked")
@@ -97,11 +103,11 @@ def export_hf(path: Path, out: Path, *, dtype: DtypeName = "fp32", with_modules:
         say(f"Left out, because the format has no place for it: {', '.join(sorted(left))}")
     if layout and recipe.heads.draft_vocabulary is not None:
         say("The format has no place for a draft vocabulary: its readers let the modules score every id")
-    say(READERS[layout.name if layout else None].format(architecture=FAMILIES[family].architecture))
+    say(READERS[layout.name if layout else None].format(architecture=architecture_name(section, family)))
 
 
 def _write(
-    weights: OutgoingWeights,
+    weights: OutgoingWeights | ConvertedWeights,
     out: Path,
     dtype: DtypeName,
     advance: Advance,
@@ -130,9 +136,8 @@ def _check_main_head(recipe: Recipe) -> None:
 
 def _layout_of(recipe: Recipe, family: Family) -> ModuleLayout:
     layout = MIMO if family == "mimo" else DEEPSEEK
-    if not fits(layout, recipe.heads) or FAMILIES[family].source("norm.weight") != FAMILIES["llama"].source(
-        "norm.weight"
-    ):
+    norm = FAMILIES["llama"].source("norm.weight")
+    if recipe.model.is_foreign or not fits(layout, recipe.heads) or FAMILIES[family].source("norm.weight") != norm:
         heads = recipe.heads
         raise CheckpointError(
             f"modules in {layout.name}'s layout must be sequential, of one layer, behind a trunk with Llama's names, "
@@ -151,9 +156,9 @@ def sources_of(
     Raises:
         CheckpointError: one that the scores depend on goes nowhere.
     """
-    sources, num_layers = {}, num_base_layers(parameters)
+    sources, num_layers = {}, num_base_layers(parameters, recipe.model)
     for name, parameter in parameters.items():
-        source = FAMILIES[family].source(parameter.place) if parameter.place else None
+        source = base_source(parameter.place, family) if parameter.place else None
         if source is None and parameter.place and layout:
             source = layout.source(parameter.place, num_layers, concatenation=recipe.heads.concatenation)
         if source is not None:
@@ -179,8 +184,11 @@ def _is_wanted(parameter: Parameter, wanted: tuple[str, ...]) -> bool:
 def _with_source(settings: dict[str, Any], section: ModelSection, family: Family, files: Files) -> dict[str, Any]:
     """Add what an imported model said of itself: all of it, where it still says the same model."""
     source = {name: value for name, value in read_settings(files, SOURCE_CONFIG).items() if name not in REPLACED}
-    if not source or source.get("model_type", family) != family:
+    if not source or source.get("model_type", family) != settings.get("model_type", family):
         return settings
+    if section.hf_config is not None:
+        is_same = all(settings.get(key, value) == value for key, value in source.items()) and "model_type" in source
+        return source if is_same else settings
     told = section_of(Config(files[SOURCE_CONFIG], source), family)
     if told.model_dump() == (section.model_dump() | {"family": family}):
         return {name: settings[name] for name in OF_OLD_READERS if "rope_theta" in settings} | source
@@ -208,8 +216,8 @@ def _ends(recipe: Recipe, files: Files) -> dict[str, Any]:
 def _frame(recipe: Recipe, family: Family, layout: ModuleLayout | None, dtype: DtypeName) -> dict[str, Any]:
     """What config.json says beside the settings of the family."""
     told: dict[str, Any] = {
-        "architectures": [FAMILIES[family].architecture],
-        "model_type": family,
+        "architectures": [architecture_name(recipe.model, family)],
+        "model_type": (recipe.model.hf_config or {}).get("model_type", family),
         "torch_dtype": TORCH_NAMES[dtype],
     }
     if layout is not None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.checkpoint.huggingface.canonical_names import FUSED, LAYER, PLAIN, TensorSource
+from mtp_lightning.checkpoint.huggingface.canonical_names import FUSED, LAYER, PLAIN, THEIRS, TensorSource
 from mtp_lightning.checkpoint.huggingface.configs import (
     Config,
+    check_plain_numbers,
     named,
     possible_settings,
     rotary_fields,
@@ -17,7 +18,7 @@ from mtp_lightning.checkpoint.huggingface.configs import (
     written_shared,
 )
 from mtp_lightning.errors import CheckpointError
-from mtp_lightning.files.untrusted import described
+from mtp_lightning.model.transformers_architecture import architecture_of
 from mtp_lightning.recipe.schema.model import Family, ModelSection
 
 WITHOUT_PREFIX = ("embed_tokens.", "layers.", "norm.", "mtp_layers.", "embed_in.", "final_layer_norm.")
@@ -193,28 +194,18 @@ FAMILIES: dict[Family, FamilyRow] = {
 """By `model_type`."""
 
 
-def family_of(config: Config) -> Family:
-    """Name the family of a folder.
+def family_of(config: Config) -> Family | None:
+    """Name the family of a folder; None where it is none of those that have a trunk here.
 
     Raises:
-        CheckpointError: It is none of those known here, or its weights are quantized.
+        CheckpointError: Its weights are quantized.
     """
     told, listed = config.get("model_type"), config.get("architectures", default=[])
     names = [named(name) for name in (listed if isinstance(listed, list) else [listed])]
     found = [name for name, row in FAMILIES.items() if name == told or (told is None and row.architecture in names)]
     if not found:
-        raise config.refused(
-            f"the architecture must be one of {', '.join(FAMILIES)}",
-            f"model_type {described(told)} ({named(', '.join(names)) or 'no architectures'})",
-            "Choose a model of these, or add a row to checkpoint/huggingface/families.py",
-        )
-    if (quantization := config.get("quantization_config", config.get("quantization"))) is not None:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise config.refused(
-            "weights must be plain fp32, bf16 or fp16 numbers",
-            f"weights quantized by the method {named(method)}",
-            "Take the model's release without quantization",
-        )
+        return None
+    check_plain_numbers(config)
     return found[0]
 
 
@@ -235,6 +226,8 @@ def settings_of(section: ModelSection) -> tuple[Family, dict[str, Any]]:
     Raises:
         CheckpointError: No family can.
     """
+    if section.hf_config is not None:
+        return "transformers", dict(section.hf_config)
     lost: dict[str, list[str]] = {}
     for family in [section.family] if section.family else FAMILIES:
         settings = FAMILIES[family].write(section)
@@ -252,6 +245,18 @@ def settings_of(section: ModelSection) -> tuple[Family, dict[str, Any]]:
         f"{', '.join(lost[nearest])}, which {nearest} cannot have",
         "Set model.family=null for the first that fits, or export with --format consolidated",
     )
+
+
+def base_source(place: str, family: Family) -> TensorSource | None:
+    """Find where a place of the base model lies in the files of a family."""
+    if family == "transformers":
+        return TensorSource(place.removeprefix(THEIRS), PLAIN) if place.startswith(THEIRS) else None
+    return FAMILIES[family].source(place)
+
+
+def architecture_name(section: ModelSection, family: Family) -> str:
+    """Name the class of transformers that a model is."""
+    return architecture_of(section).name if section.is_foreign else FAMILIES[family].architecture
 
 
 def _meaning(section: ModelSection, name: str) -> Any:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mtp_lightning.checkpoint.convert.merge_lora import updated_blocks
 from mtp_lightning.checkpoint.format.read_shards import MOST_NAMES
-from mtp_lightning.checkpoint.format.tensors import BLOCK_BYTES, Entry, read_header, read_into
+from mtp_lightning.checkpoint.format.tensors import BLOCK_BYTES, Entry, read_header, read_into, read_tensor
 from mtp_lightning.checkpoint.huggingface.canonical_names import TensorSource
-from mtp_lightning.checkpoint.huggingface.configs import Config, check_held, check_numbers, named
-from mtp_lightning.checkpoint.huggingface.families import FAMILIES, family_of, section_of
+from mtp_lightning.checkpoint.huggingface.configs import Config, UncoveredError, check_held, check_numbers, named
+from mtp_lightning.checkpoint.huggingface.conversions import Conversion
+from mtp_lightning.checkpoint.huggingface.families import FAMILIES, base_source, family_of, section_of
 from mtp_lightning.checkpoint.huggingface.meta_mtp import (
     SETTINGS,
     meta_section,
@@ -23,10 +24,12 @@ from mtp_lightning.checkpoint.huggingface.meta_mtp import (
     num_extra_heads,
 )
 from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, MIMO, Native, native_modules
+from mtp_lightning.checkpoint.huggingface.text_decoder import TextDecoder, open_text_decoder
 from mtp_lightning.checkpoint.huggingface.weight_files import find_snapshot, find_weights, read_json
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.untrusted import described, reason_of
-from mtp_lightning.recipe.schema.model import ModelSection
+from mtp_lightning.model.transformers_architecture import architecture_of
+from mtp_lightning.recipe.schema.model import Family, ModelSection
 
 CONFIG = "config.json"
 MOST_MODULES = 1024
@@ -39,6 +42,18 @@ class Update(NamedTuple):
 
     factors: Callable[[], tuple[Tensor, Tensor]]  # reads A (R, D) and B (E, R)
     scale: float
+
+
+class Made(NamedTuple):
+    """A tensor that no file holds as it is: made of others, or one of several that are made of one."""
+
+    conversion: Conversion
+    entries: Mapping[str, Entry]
+    files: Mapping[str, Path]
+
+    def read(self, name: str) -> Tensor:
+        """Read what it is made of, and make it."""
+        return self.conversion.make(lambda source: read_tensor(self.files[source], self.entries[source]))[name]
 
 
 @dataclass(frozen=True)
@@ -60,18 +75,22 @@ class HFCheckpoint:
     updates: Mapping[str, Update] = field(default_factory=dict)
     new_rows: Mapping[str, int] = field(default_factory=dict)  # of these tensors' shapes, how many are not in the file
     tokenizer_folder: Path | None = None  # None means `path`
-    made: Path | None = None  # folder of files that were made of it, where `path` is none
+    made_files: Path | None = None  # folder of settings and tokenizer that were made of it, where `path` is none
+    made: Mapping[str, Made] = field(default_factory=dict)  # of tensors that no file holds as they are
 
     def base_source(self, place: str) -> TensorSource | None:
         """Find a place of the base model."""
         if self.settings_path.name == SETTINGS:
             return meta_source(place)
         assert self.section.family is not None
-        return FAMILIES[self.section.family].source(place)
+        return base_source(place, self.section.family)
 
     @property
     def vocabulary(self) -> tuple[str, str]:
         """Names of the stored embedding and of the stored unembedding."""
+        if self.section.is_foreign:
+            names = architecture_of(self.section).names
+            return f"{names.decoder}.{names.embedding}.weight", f"{names.lm_head}.weight"
         embedding, matrix = self.base_source("embed_tokens.weight"), self.base_source("lm_head.weight")
         assert embedding is not None
         assert matrix is not None
@@ -104,7 +123,11 @@ class HFCheckpoint:
         entry = self.entries[name]
         length = BLOCK_BYTES // entry.dtype.itemsize
         numel = math.prod(entry.shape) - math.prod((self.new_rows.get(name, 0), *entry.shape[1:]))
+        whole = self.made[name].read(name).flatten() if name in self.made else None
         for start in range(0, numel, length):
+            if whole is not None:
+                yield start, whole[start : start + length]
+                continue
             values = torch.empty(min(length, numel - start), dtype=entry.dtype)
             with self.files[name].open("rb") as file:
                 read_into(values, file, entry.begin + start * entry.dtype.itemsize)
@@ -131,12 +154,15 @@ class HFCheckpoint:
             yield row * width, mean
 
 
-def open_folder(path: Path, *, variant: str | None = None) -> HFCheckpoint:
+def open_folder(path: Path, *, variant: str | None = None, family: Family | None = None) -> HFCheckpoint:
     """Open a folder as transformers (or Meta) writes it.
+
+    A model that has no trunk here, or settings that this one does not cover, is opened by transformers' own classes.
 
     Args:
         path: the folder, or an entry of the hub's cache.
         variant: which of several sets of weights, as in `model.VARIANT.safetensors`.
+        family: `transformers` opens any folder by that library's classes; None prefers the trunks here.
 
     Raises:
         CheckpointError: It has no settings, they are of an architecture or a kind that is not known here, its weights
@@ -145,32 +171,104 @@ def open_folder(path: Path, *, variant: str | None = None) -> HFCheckpoint:
     path = find_snapshot(path, (CONFIG, SETTINGS))
     config = _read_settings(path)
     check_numbers(config)
-    family = None if config.path.name == SETTINGS else family_of(config)
-    weights = find_weights(path, "model*.safetensors" if family else "*.safetensors", variant=variant)
-    entries, files = read_entries(weights.read, FAMILIES[family].stored_name if family else str)
-    if family:
-        section = section_of(config, family)
-        num_extra = max(config.whole(name, 0, least=0, most=MOST_MODULES) or 0 for name in DECLARED)
-    else:
-        section, num_extra = meta_section(config, entries), num_extra_heads(config)
+    if config.path.name == SETTINGS:
+        return tied_as_stored(_of_meta(path, config, variant))
+    own = family_of(config)
+    if own is None or family == "transformers":
+        return tied_as_stored(_of_transformers(path, config, variant, is_forced=family is not None))
+    try:
+        return tied_as_stored(_of_family(path, config, own, variant))
+    except UncoveredError as error:
+        refusal = error
+    try:
+        hf_checkpoint = _of_transformers(path, config, variant, is_forced=True)
+    except CheckpointError as error:
+        hint = f"{refusal.hint}. Nor can it be taken as family transformers: {error}"
+        raise CheckpointError(refusal.expected, refusal.found, hint) from None
+    note = f"Taken as family transformers, because here {refusal.expected}: found {refusal.found}"
+    return tied_as_stored(replace(hf_checkpoint, notes=(note, *hf_checkpoint.notes)))
+
+
+def _of_family(path: Path, config: Config, family: Family, variant: str | None) -> HFCheckpoint:
+    """Open a folder of a family that has a trunk here."""
+    weights = find_weights(path, "model*.safetensors", variant=variant)
+    entries, files = read_entries(weights.read, FAMILIES[family].stored_name)
+    section = section_of(config, family)
+    num_extra = max(config.whole(name, 0, least=0, most=MOST_MODULES) or 0 for name in DECLARED)
     check_held(config, section, num_extra, entries)
-    if family:
-        default = MIMO if family == "mimo" else DEEPSEEK
-        native = native_modules(entries, section.num_hidden_layers, num_extra, default=default)
-    else:
-        native = native_heads(config)
-    hf_checkpoint = HFCheckpoint(
+    default = MIMO if family == "mimo" else DEEPSEEK
+    return HFCheckpoint(
         path=path,
-        what=family or "Meta's Llama",
+        what=family,
         section=section,
-        native=native,
+        native=native_modules(entries, section.num_hidden_layers, num_extra, default=default),
         entries=entries,
         files=files,
         end_of_document=first_end(config, section.vocab_size),
         settings_path=config.path,
         notes=(*_dropouts(config), *_beside(weights.beside)),
     )
-    return tied_as_stored(hf_checkpoint)
+
+
+def _of_meta(path: Path, config: Config, variant: str | None) -> HFCheckpoint:
+    """Open a folder in Meta's own layout."""
+    weights = find_weights(path, "*.safetensors", variant=variant)
+    entries, files = read_entries(weights.read)
+    section = meta_section(config, entries)
+    check_held(config, section, num_extra_heads(config), entries)
+    return HFCheckpoint(
+        path=path,
+        what="Meta's Llama",
+        section=section,
+        native=native_heads(config),
+        entries=entries,
+        files=files,
+        end_of_document=first_end(config, section.vocab_size),
+        settings_path=config.path,
+        notes=(*_dropouts(config), *_beside(weights.beside)),
+    )
+
+
+def _of_transformers(path: Path, config: Config, variant: str | None, *, is_forced: bool) -> HFCheckpoint:
+    """Open a folder by the classes of transformers; the text part of a model with others may have a trunk here."""
+    weights = find_weights(path, "model*.safetensors", variant=variant)
+    stored, stored_files = read_entries(weights.read)
+    decoder = open_text_decoder(config, stored)
+    section = _own_section(config, decoder) if not is_forced else None
+    section = section or decoder.section
+    check_held(config, section, 0, stored)
+    entries = {name: stored[name] for name in decoder.left}
+    files = {name: stored_files[name] for name in decoder.left}
+    made: dict[str, Made] = {}
+    for conversion in decoder.conversions:
+        for name, (dtype, shape) in conversion.forms.items():
+            first = conversion.sources[0]
+            entries[name], files[name] = stored[first], stored_files[first]
+            if conversion.convert is not None:
+                entries[name] = Entry(dtype, shape, 0, 0)
+                made[name] = Made(conversion, stored, stored_files)
+    return HFCheckpoint(
+        path=path,
+        what=decoder.architecture.name if section.is_foreign else str(section.family),
+        section=section,
+        native=None,
+        entries=entries,
+        files=files,
+        end_of_document=first_end(config, section.vocab_size, default=_default_end(decoder.section)),
+        settings_path=config.path,
+        notes=(*decoder.notes, *_beside(weights.beside)),
+        made=made,
+    )
+
+
+def _own_section(config: Config, decoder: TextDecoder) -> ModelSection | None:
+    """Read the settings of a text decoder as one that has a trunk here, if it has."""
+    own = Config(config.path, decoder.section.hf_config or {})
+    try:
+        family = family_of(own)
+        return section_of(own, family) if family else None
+    except UncoveredError:
+        return None
 
 
 def tied_as_stored(hf_checkpoint: HFCheckpoint) -> HFCheckpoint:
@@ -188,8 +286,15 @@ def tied_as_stored(hf_checkpoint: HFCheckpoint) -> HFCheckpoint:
         f"tie_word_embeddings is true, but {matrix} is stored and differs from {embedding}: both are kept, as "
         "transformers 5 does (before, it used the embedding alone: remove the tensor to get that)"
     )
-    section = hf_checkpoint.section.model_copy(update={"tie_word_embeddings": False})
+    section = changed(hf_checkpoint.section, tie_word_embeddings=False)
     return replace(hf_checkpoint, section=section, notes=(*hf_checkpoint.notes, note))
+
+
+def changed(section: ModelSection, **fields: int) -> ModelSection:
+    """Change fields of a model section, and the settings of transformers that must agree with them."""
+    if section.hf_config is None:
+        return section.model_copy(update=fields)
+    return section.model_copy(update={**fields, "hf_config": section.hf_config | fields})
 
 
 def _dropouts(config: Config) -> list[str]:
@@ -201,14 +306,21 @@ def _beside(names: list[str]) -> list[str]:
     return [f"Not read, as transformers does not read it either: {', '.join(names[:MOST_NAMES])}"] if names else []
 
 
-def first_end(config: Config, vocab_size: int) -> int | None:
-    """Return the id that ends a document: of several, the first."""
+def first_end(config: Config, vocab_size: int, *, default: int | None = None) -> int | None:
+    """Return the id that ends a document: of several, the first; `default` where the settings do not say it."""
     told = config.get("eos_token_id")
     ends = told if isinstance(told, list) else [] if told is None else [told]
     for end in ends:
         if not (type(end) is int and 0 <= end < vocab_size):
             raise config.impossible(f"eos_token_id: {described(end)} (ids are below {vocab_size:,})")
-    return ends[0] if ends else None
+    return ends[0] if ends else default
+
+
+def _default_end(section: ModelSection) -> int | None:
+    """Return the id that ends a document where only the text part or its class says it."""
+    told = (section.hf_config or {}).get("eos_token_id")
+    ends = told if isinstance(told, list) else [told]
+    return next((end for end in ends if type(end) is int and 0 <= end < section.vocab_size), None)
 
 
 def _read_settings(path: Path) -> Config:

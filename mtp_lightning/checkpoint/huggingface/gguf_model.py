@@ -77,12 +77,12 @@ def is_gguf(path: Path) -> bool:
         return False  # what is wrong is told when it is read as a folder
 
 
-def open_gguf(path: Path, made: Path) -> GGUFCheckpoint:
+def open_gguf(path: Path, made_files: Path) -> GGUFCheckpoint:
     """Open a GGUF file; its tokenizer and settings are written into a folder, as transformers would write them.
 
     Args:
         path: the file; of a model in several, any of them.
-        made: folder to write into.
+        made_files: folder to write into.
 
     Raises:
         CheckpointError: it is not GGUF, is damaged, of an architecture or type that is not known here, or holds a
@@ -99,8 +99,8 @@ def open_gguf(path: Path, made: Path) -> GGUFCheckpoint:
     section = section_of(config, architecture.family)
     check_held(config, section, 0, entries)
     end = first_end(config, section.vocab_size)
-    notes = write_tokenizer(first, section.vocab_size, made)
-    (made / CONFIG).write_text(json.dumps(config.values, indent=2, sort_keys=True) + "\n")
+    notes = write_tokenizer(first, section.vocab_size, made_files)
+    (made_files / CONFIG).write_text(json.dumps(config.values, indent=2, sort_keys=True) + "\n")
     return GGUFCheckpoint(
         path=path,
         what=architecture.family,
@@ -111,8 +111,8 @@ def open_gguf(path: Path, made: Path) -> GGUFCheckpoint:
         end_of_document=end,
         settings_path=first.path,
         notes=(*_told(kinds, quantised), *notes),
-        tokenizer_folder=made,
-        made=made,
+        tokenizer_folder=made_files,
+        made_files=made_files,
         architecture=architecture,
         quantised=quantised,
     )

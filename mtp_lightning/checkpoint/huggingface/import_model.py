@@ -108,6 +108,7 @@ class Wanted:
         variant: which of several sets of weights, as in `model.VARIANT.safetensors`.
         fit_on: texts, or one folder of shards, that heads are fitted to; Python's standard library if empty.
         vocabulary: rows that the embedding is to have; `auto` means one for every id of the tokenizer, rounded up.
+        family: `transformers` takes that library's own classes even where there is a trunk here.
     """
 
     num_offsets: int | None = None
@@ -119,6 +120,7 @@ class Wanted:
     variant: str | None = None
     vocabulary: int | Literal["auto"] | None = None
     fit_on: tuple[str, ...] = ()
+    family: Literal["transformers"] | None = None
 
 
 def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
@@ -145,7 +147,7 @@ def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
 
 def _import(path: Path, out: Path, wanted: Wanted, made: Path) -> None:
     hf_checkpoint = _opened(path, wanted, made)
-    carried = carried_from(hf_checkpoint.made or hf_checkpoint.path, hf_checkpoint.tokenizer_folder)
+    carried = carried_from(hf_checkpoint.made_files or hf_checkpoint.path, hf_checkpoint.tokenizer_folder)
     init = _init_of(hf_checkpoint, wanted)
     recipe = _recipe_of(hf_checkpoint, wanted, init, out)
     weights = IncomingWeights(hf_checkpoint, plan_import(hf_checkpoint, recipe, init, wanted.allow), recipe)
@@ -174,13 +176,13 @@ def _opened(path: Path, wanted: Wanted, made: Path) -> HFCheckpoint:
     if is_gguf(path):
         hf_checkpoint: HFCheckpoint = _opened_gguf(path, wanted, made)
     elif is_adapter(path):
-        hf_checkpoint = open_adapter(path, base=wanted.base, variant=wanted.variant)
+        hf_checkpoint = open_adapter(path, base=wanted.base, variant=wanted.variant, family=wanted.family)
     elif wanted.base is not None:
         raise CheckpointError(
             "--base belongs to an adapter, a folder with adapter_config.json", f"none in {path}", "Leave --base out"
         )
     else:
-        hf_checkpoint = open_folder(path, variant=wanted.variant)
+        hf_checkpoint = open_folder(path, variant=wanted.variant, family=wanted.family)
     if wanted.vocabulary is None:
         return hf_checkpoint
     found = find_tokenizer(hf_checkpoint.tokenizer_folder or hf_checkpoint.path)
@@ -190,7 +192,7 @@ def _opened(path: Path, wanted: Wanted, made: Path) -> HFCheckpoint:
 
 
 def _opened_gguf(path: Path, wanted: Wanted, made: Path) -> HFCheckpoint:
-    for name, value in (("--base", wanted.base), ("--variant", wanted.variant)):
+    for name, value in (("--base", wanted.base), ("--variant", wanted.variant), ("--family", wanted.family)):
         if value is not None:
             raise CheckpointError(f"{name} must belong to a folder", f"the file {path}", f"Leave {name} out")
     return open_gguf(path, made)
@@ -265,7 +267,7 @@ def _recipe_of(hf_checkpoint: HFCheckpoint, wanted: Wanted, init: Init, out: Pat
     window = min(default.data.seq_len, hf_checkpoint.section.max_position_embeddings)
     values = {
         "name": out.absolute().name,
-        "model": hf_checkpoint.section.model_dump(),
+        "model": hf_checkpoint.section.model_dump(exclude_defaults=hf_checkpoint.section.is_foreign),
         "heads": heads,
         "data": {**_tokenizer_fields(hf_checkpoint, wanted, out), "seq_len": window},
         "optimizer": {"lr": PEAK_LR},

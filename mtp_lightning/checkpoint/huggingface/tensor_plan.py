@@ -8,7 +8,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from mtp_lightning.checkpoint.huggingface.canonical_names import Parameter, TensorSource, copied_place, parameters_of
+from mtp_lightning.checkpoint.huggingface.canonical_names import (
+    PLAIN,
+    Parameter,
+    TensorSource,
+    copied_place,
+    parameters_of,
+)
 from mtp_lightning.checkpoint.huggingface.configs import listed
 from mtp_lightning.checkpoint.huggingface.families import BUFFERS
 from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint
@@ -85,17 +91,15 @@ def _origin(hf_checkpoint: HFCheckpoint, parameter: Parameter, recipe: Recipe, i
     place = parameter.place
     if place is None:
         copies_matrix = parameter.owner == "unembedding"
-        return Origin("copied", hf_checkpoint.base_source("lm_head.weight")) if copies_matrix else Origin("fresh", None)
+        matrix = TensorSource(hf_checkpoint.vocabulary[1], PLAIN)
+        return Origin("copied", matrix) if copies_matrix else Origin("fresh", None)
     source = hf_checkpoint.base_source(place)
     if source is None and init == "native" and hf_checkpoint.native:
         source = hf_checkpoint.native.source(place)
     if source is not None:
         return Origin("loaded", source)
-    copied = (
-        copied_place(place, hf_checkpoint.section.num_hidden_layers, recipe.heads.layers_per_head)
-        if init in ("copy", "fitted")
-        else None
-    )
+    is_copied = init in ("copy", "fitted")
+    copied = copied_place(place, hf_checkpoint.section, recipe.heads.layers_per_head) if is_copied else None
     source = hf_checkpoint.base_source(copied) if copied else None
     return Origin("copied", source) if source else Origin("fresh", None)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Literal
 
 from mtp_lightning.checkpoint.huggingface.configs import MOST
-from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint
+from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint, changed
 from mtp_lightning.errors import CheckpointError
 
 MULTIPLE = 64
@@ -42,7 +42,7 @@ def with_rows(hf_checkpoint: HFCheckpoint, wanted: int | Literal["auto"], num_id
     note = f"{rows:,} rows for tokens in place of {stored:,}; the new ones are the mean of the others"
     return replace(
         hf_checkpoint,
-        section=hf_checkpoint.section.model_copy(update={"vocab_size": rows}),
+        section=changed(hf_checkpoint.section, vocab_size=rows),
         entries=entries,
         new_rows=new_rows,
         notes=(*hf_checkpoint.notes, *([note] if new_rows else [])),

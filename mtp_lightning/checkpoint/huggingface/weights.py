@@ -10,10 +10,13 @@ from torch import Tensor
 
 from mtp_lightning.checkpoint.convert.merge_lora import MergedReader
 from mtp_lightning.checkpoint.huggingface.canonical_names import PLAIN, TensorLayout, TensorSource
+from mtp_lightning.checkpoint.huggingface.conversions import Conversion, outgoing
 from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint
 from mtp_lightning.checkpoint.huggingface.tensor_plan import Plan
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.mtp_model import initialise_parameter
+from mtp_lightning.model.transformers_architecture import architecture_of
+from mtp_lightning.model.transformers_library import library
 from mtp_lightning.recipe.schema.model import ModelSection
 from mtp_lightning.recipe.schema.root import Recipe
 
@@ -112,3 +115,56 @@ class OutgoingWeights:
         else:
             whole = [self.reader.read(parts[n]).view(self.reader.shape(parts[n])) for n in range(layout.num_parts)]
             yield 0, layout.join(whole, self._section).flatten().contiguous()
+
+
+def outgoing_weights(
+    reader: MergedReader, sources: Mapping[str, TensorSource], section: ModelSection
+) -> "OutgoingWeights | ConvertedWeights":
+    """Tensors of others, in the form that the family of a model stores them."""
+    weights = OutgoingWeights(reader, sources, section)
+    return ConvertedWeights(weights, section) if section.is_foreign else weights
+
+
+@final
+class ConvertedWeights:
+    """Tensors as transformers saves them, made of the parameters of its classes; the last groups are kept at hand.
+
+    They are two because tensors are written by their names, in which those of the two matrices of a layer's experts
+    alternate.
+    """
+
+    NUM_AT_HAND = 2
+
+    def __init__(self, weights: OutgoingWeights, section: ModelSection) -> None:
+        self._weights = weights
+        forms = {name: (torch.float32, weights.shape(name)) for name in weights.names}
+        groups = outgoing(library(), architecture_of(section).model, forms)
+        self._group_of = {name: group for group in groups for name in group.forms}
+        self._at_hand: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor of the other side, those that are made together one after the other."""
+        return tuple(self._group_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._group_of[name].forms[name][1]
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Read or make a tensor's values in consecutive blocks."""
+        group = self._group_of[name]
+        if group.convert is None:
+            yield from self._weights.blocks(group.sources[0])
+            return
+        yield 0, self._made(group)[name].flatten().contiguous()
+
+    def _made(self, group: Conversion) -> dict[str, Tensor]:
+        if id(group) not in self._at_hand:
+            if len(self._at_hand) == self.NUM_AT_HAND:
+                del self._at_hand[next(iter(self._at_hand))]
+            self._at_hand[id(group)] = group.make(self._read)
+        return self._at_hand[id(group)]
+
+    def _read(self, name: str) -> Tensor:
+        return torch.cat([values for _, values in self._weights.blocks(name)]).view(self._weights.shape(name))

@@ -3,7 +3,7 @@
 from typing import get_args
 
 from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
-from mtp_lightning.recipe.rules.base import Rule
+from mtp_lightning.recipe.rules.base import Rule, value_at
 from mtp_lightning.recipe.schema.describe import one_of
 from mtp_lightning.recipe.schema.model import Target
 from mtp_lightning.recipe.schema.objective import CurriculumWeights, LambdaWeights
@@ -51,6 +51,16 @@ def _learns_throughout(recipe: Recipe) -> bool:
     matrix = parts.matrix(1) or parts.shared_norm(1)
     is_trained = parts.trunk or parts.updates or has_layers or is_mixed or matrix
     return recipe.first_trained_offset is not None or is_trained or not is_alone
+
+
+def _needs_start(field: str) -> Rule:
+    """Build the rule that a field is left alone by a run that starts from nothing."""
+    return Rule(
+        fields=(field, "init.path"),
+        holds=lambda recipe: not value_at(recipe, field) or recipe.init.path is not None,
+        expected="must be left out without init.path: there is nothing to take it from",
+        hint=f"Give init.path, or remove {field}.",
+    )
 
 
 ADAPT_RULES: tuple[Rule, ...] = (
@@ -126,4 +136,13 @@ ADAPT_RULES: tuple[Rule, ...] = (
         expected="must be left out with heads.detach_trunk, which lets no gradient reach the mixtures",
         hint="Freeze the trunk (freeze=[trunk]), or set heads.detach_trunk=false.",
     ),
+    Rule(
+        fields=("health.drift.samples", "init.path"),
+        holds=lambda recipe: (
+            recipe.health.drift in ("auto", None) or recipe.init.path is not None or recipe.phases != {}
+        ),
+        expected="must be left out without init.path: there is no model to compare the main head with",
+        hint="Give init.path, or set health.drift=null.",
+    ),
+    *(_needs_start(field) for field in ("init.optimizer", "init.data_position", "heads.extend")),
 )

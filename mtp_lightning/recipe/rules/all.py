@@ -163,16 +163,6 @@ def _needs_kind(field: str, default: Any, *kinds: str) -> Rule:
     )
 
 
-def _needs_start(field: str) -> Rule:
-    """Build the rule that a field is left alone by a run that starts from nothing."""
-    return Rule(
-        fields=(field, "init.path"),
-        holds=lambda recipe: not value_at(recipe, field) or recipe.init.path is not None,
-        expected="must be left out without init.path: there is nothing to take it from",
-        hint=f"Give init.path, or remove {field}.",
-    )
-
-
 RULES: tuple[Rule, ...] = (
     Rule(
         fields=("model.hidden_size", "model.num_attention_heads"),
@@ -382,15 +372,6 @@ RULES: tuple[Rule, ...] = (
         expected="must each be >= 0 and < 1",
         hint="Choose decay rates such as [0.9, 0.95].",
     ),
-    Rule(
-        fields=("health.drift.samples", "init.path"),
-        holds=lambda recipe: (
-            recipe.health.drift in ("auto", None) or recipe.init.path is not None or recipe.phases != {}
-        ),
-        expected="must be left out without init.path: there is no model to compare the main head with",
-        hint="Give init.path, or set health.drift=null.",
-    ),
-    *(_needs_start(field) for field in ("init.optimizer", "init.data_position", "heads.extend")),
     *ROLLOUT_RULES,
     *MODEL_RULES,
     *FOREIGN_RULES,
