@@ -182,5 +182,7 @@ FUSED = TensorLayout(3, _split_heads, _join_heads)
 """Query, key and value of one head after the other, in one matrix or bias [GPT-NeoX]."""
 PAIRED = TensorLayout(1, _to_halves, _to_pairs)
 """Queries or keys whose rotary positions turn neighbouring channels, not those half a head apart [Meta]."""
+STACKED = TensorLayout(3, lambda stored, section: stored.chunk(3), lambda parts, section: torch.cat([*parts]))
+"""Query, key and value of all heads one after the other [llama.cpp]."""
 SWAPPED = TensorLayout(1, lambda stored, section: [_swapped(stored)], lambda parts, section: _swapped(parts[0]))
 """A projection from 2D to D with its two inputs in the other order."""

@@ -75,6 +75,7 @@ class HFCheckpoint:
     updates: Mapping[str, Update] = field(default_factory=dict)
     new_rows: Mapping[str, int] = field(default_factory=dict)  # of these tensors' shapes, how many are not in the file
     tokenizer_folder: Path | None = None  # None means `path`
+    made_files: Path | None = None  # folder of settings and tokenizer that were made of it, where `path` is none
     made: Mapping[str, Made] = field(default_factory=dict)  # of tensors that no file holds as they are
 
     def base_source(self, place: str) -> TensorSource | None:
@@ -203,7 +204,7 @@ def _of_family(path: Path, config: Config, family: Family, variant: str | None) 
         native=native_modules(entries, section.num_hidden_layers, num_extra, default=default),
         entries=entries,
         files=files,
-        end_of_document=_first_end(config, section.vocab_size),
+        end_of_document=first_end(config, section.vocab_size),
         settings_path=config.path,
         notes=(*_dropouts(config), *_beside(weights.beside)),
     )
@@ -222,7 +223,7 @@ def _of_meta(path: Path, config: Config, variant: str | None) -> HFCheckpoint:
         native=native_heads(config),
         entries=entries,
         files=files,
-        end_of_document=_first_end(config, section.vocab_size),
+        end_of_document=first_end(config, section.vocab_size),
         settings_path=config.path,
         notes=(*_dropouts(config), *_beside(weights.beside)),
     )
@@ -253,7 +254,7 @@ def _of_transformers(path: Path, config: Config, variant: str | None, *, is_forc
         native=None,
         entries=entries,
         files=files,
-        end_of_document=_first_end(config, section.vocab_size, default=_default_end(decoder.section)),
+        end_of_document=first_end(config, section.vocab_size, default=_default_end(decoder.section)),
         settings_path=config.path,
         notes=(*decoder.notes, *_beside(weights.beside)),
         made=made,
@@ -305,7 +306,7 @@ def _beside(names: list[str]) -> list[str]:
     return [f"Not read, as transformers does not read it either: {', '.join(names[:MOST_NAMES])}"] if names else []
 
 
-def _first_end(config: Config, vocab_size: int, *, default: int | None = None) -> int | None:
+def first_end(config: Config, vocab_size: int, *, default: int | None = None) -> int | None:
     """Return the id that ends a document: of several, the first; `default` where the settings do not say it."""
     told = config.get("eos_token_id")
     ends = told if isinstance(told, list) else [] if told is None else [told]
@@ -336,7 +337,7 @@ def _read_settings(path: Path) -> Config:
         raise CheckpointError(
             f"a folder to import must have a {CONFIG} (or Meta's {SETTINGS})",
             f"neither in {path}" if is_folder else f"{'a file' if path.is_file() else 'no folder'} {path}",
-            hint,
+            f"Give the file: {found_gguf}" if (found_gguf := _gguf_in(path)) else hint,
         )
     values = read_json(found)
     if named(values.get("format")).startswith("mtp_lightning"):
@@ -346,6 +347,11 @@ def _read_settings(path: Path) -> Config:
             f"Train from it as it is: init.path={path}",
         )
     return Config(found, values)
+
+
+def _gguf_in(path: Path) -> Path | None:
+    """Find a file of llama.cpp in a folder without settings."""
+    return min(path.glob("*.gguf"), default=None)
 
 
 def read_entries(

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -25,6 +26,7 @@ from mtp_lightning.checkpoint.huggingface.adapter import SETTINGS as ADAPTER_SET
 from mtp_lightning.checkpoint.huggingface.adapter import is_adapter, open_adapter
 from mtp_lightning.checkpoint.huggingface.fitted_heads import FITTED_KINDS, CannotFitError, fitted_heads
 from mtp_lightning.checkpoint.huggingface.folder import CONFIG, HFCheckpoint, open_folder
+from mtp_lightning.checkpoint.huggingface.gguf_model import is_gguf, open_gguf
 from mtp_lightning.checkpoint.huggingface.tensor_plan import Init, Plan, plan_import
 from mtp_lightning.checkpoint.huggingface.vocabulary import with_rows
 from mtp_lightning.checkpoint.huggingface.weight_files import find_snapshot
@@ -129,7 +131,7 @@ def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
     blocks. The folder's recipe is ready to be trained.
 
     Args:
-        path: folder as transformers (or Meta) writes it, or a LoRA adapter as PEFT does.
+        path: folder as transformers (or Meta) writes it, a LoRA adapter as PEFT does, or a GGUF file of llama.cpp.
         out: folder to write; new or empty. It appears by one rename when it is complete.
         wanted: the heads, and what the folder may lack.
 
@@ -139,8 +141,13 @@ def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
         RecipeError: the heads do not fit the model.
     """
     check_target(out)
-    hf_checkpoint = _opened(path, wanted)
-    carried = carried_from(hf_checkpoint.path, hf_checkpoint.tokenizer_folder)
+    with TemporaryDirectory(prefix="mtp_import_") as made:
+        _import(path, out, wanted, Path(made))
+
+
+def _import(path: Path, out: Path, wanted: Wanted, made: Path) -> None:
+    hf_checkpoint = _opened(path, wanted, made)
+    carried = carried_from(hf_checkpoint.made_files or hf_checkpoint.path, hf_checkpoint.tokenizer_folder)
     init = _init_of(hf_checkpoint, wanted)
     recipe = _recipe_of(hf_checkpoint, wanted, init, out)
     weights = IncomingWeights(hf_checkpoint, plan_import(hf_checkpoint, recipe, init, wanted.allow), recipe)
@@ -163,10 +170,12 @@ def import_folder(path: Path, out: Path, wanted: Wanted) -> None:
     say(f"Train it: mtp train {out / RECIPE_NAME}")
 
 
-def _opened(path: Path, wanted: Wanted) -> HFCheckpoint:
-    """Open a folder or an adapter, with as many rows for tokens as are wanted."""
+def _opened(path: Path, wanted: Wanted, made: Path) -> HFCheckpoint:
+    """Open a folder, a file of llama.cpp or an adapter, with as many rows for tokens as are wanted."""
     path = find_snapshot(path, (CONFIG_NAME, ADAPTER_SETTINGS))
-    if is_adapter(path):
+    if is_gguf(path):
+        hf_checkpoint: HFCheckpoint = _opened_gguf(path, wanted, made)
+    elif is_adapter(path):
         hf_checkpoint = open_adapter(path, base=wanted.base, variant=wanted.variant, family=wanted.family)
     elif wanted.base is not None:
         raise CheckpointError(
@@ -180,6 +189,13 @@ def _opened(path: Path, wanted: Wanted) -> HFCheckpoint:
     given = hf_checkpoint.end_of_document if wanted.end_of_document is None else wanted.end_of_document
     num_ids = open_tokenizer(str(found), end_of_document=given).vocab_size if found else 0
     return with_rows(hf_checkpoint, wanted.vocabulary, num_ids)
+
+
+def _opened_gguf(path: Path, wanted: Wanted, made: Path) -> HFCheckpoint:
+    for name, value in (("--base", wanted.base), ("--variant", wanted.variant), ("--family", wanted.family)):
+        if value is not None:
+            raise CheckpointError(f"{name} must belong to a folder", f"the file {path}", f"Leave {name} out")
+    return open_gguf(path, made)
 
 
 def _write(weights: IncomingWeights, out: Path, carried: Files, *, header: str) -> int:
@@ -196,7 +212,7 @@ def _write(weights: IncomingWeights, out: Path, carried: Files, *, header: str) 
         write_durably(partial / REPORT_NAME, _report_of(hf_checkpoint, weights.plan))
         text = header + recipe_to_yaml(weights.recipe)
         files = {WHOLE_MODEL: record, RECIPE_NAME: write_durably(partial / RECIPE_NAME, text.encode())}
-        provenance = Provenance.of_file(hf_checkpoint.settings_path)
+        provenance = Provenance.of_file(carried.get(SOURCE_CONFIG, hf_checkpoint.settings_path))
         write_config(partial, weights.recipe, provenance, files, dtype=name_of(weights.dtype))
     return record.size_bytes
 

@@ -19,7 +19,7 @@ _HARMLESS = re.compile(r"[A-Za-z0-9._-]+")
 _VARIANT = re.compile(r"model\.([^.-]+)(-\d+-of-\d+)?\.safetensors")
 _NO_CHOICE = "Take a release with *.safetensors"
 FOREIGN = {
-    "*.gguf": ("GGUF, for llama.cpp", _NO_CHOICE + ", or let transformers convert the file (gguf_file=) and save it"),
+    "*.gguf": ("GGUF, for llama.cpp", _NO_CHOICE + ", or give the file itself in place of the folder"),
     "consolidated*.safetensors": (
         "Mistral's own names",
         "Take model*.safetensors of the release, or put the file and params.json into a folder without config.json",
