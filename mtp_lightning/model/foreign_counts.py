@@ -9,6 +9,7 @@ import torch
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.model.roles import role_of
 from mtp_lightning.model.transformers_architecture import architecture_of
+from mtp_lightning.recipe.draft_vocabulary import with_first_ids
 from mtp_lightning.recipe.schema.model import ModelSection
 from mtp_lightning.recipe.schema.root import Recipe
 
@@ -25,7 +26,7 @@ def parameters_by_role(recipe: Recipe) -> Counter[str]:
 def _parameters_by_role(recipe: str) -> str:
     counts: Counter[str] = Counter()
     with torch.device("meta"):
-        model = MtpModel(Recipe.model_validate(json.loads(recipe)))
+        model = MtpModel(with_first_ids(Recipe.model_validate(json.loads(recipe))))
     for name, parameter in model.named_parameters():
         counts[role_of(name)] += parameter.numel()
     return json.dumps(counts)

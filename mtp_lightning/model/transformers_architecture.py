@@ -121,11 +121,22 @@ class Architecture:
         return decoder
 
     def build_layer(self, index: int) -> nn.Module:
-        """Build one more layer like the one of an index."""
+        """Build one more layer like the one of an index.
+
+        Raises:
+            CheckpointError: Layers of this class need more than settings and a number.
+        """
         kind = type(self.layers[index])
         further = [name for name in inspect.signature(kind.__init__).parameters if name not in ("self", "config")]
-        with self.quietly():
-            return kind(self.config, *([index] if further else []))
+        try:
+            with self.quietly():
+                return kind(self.config, *([index] if further else []))
+        except Exception as error:
+            raise CheckpointError(
+                "heads.kind must be one without layers for a model whose layers are not built of settings and a number",
+                f"{kind.__name__} of {self.name}: {type(error).__name__}: {error}",
+                "Choose heads.kind=medusa, or linear (mtp import --kind medusa)",
+            ) from error
 
     def build_norm(self) -> nn.Module:
         """Build one more norm like the final one."""

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import import_module
-from typing import Any
 
 from mtp_lightning.recipe.head_kinds import registered
 from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
@@ -81,7 +79,9 @@ def parameter_counts(recipe: Recipe) -> ParameterCounts:
     ParameterCounts(trunk=3279104, heads=3213312, unembedding=66048, lora=0, layer_mix=0)
     """
     if recipe.model.is_foreign:
-        return ParameterCounts(**{"heads": 0, "unembedding": 0, **foreign_counts().parameters_by_role(recipe)})
+        from mtp_lightning.model.foreign_counts import parameters_by_role
+
+        return ParameterCounts(**{"heads": 0, "unembedding": 0, **parameters_by_role(recipe)})
     embedding = recipe.model.vocab_size * recipe.model.hidden_size
     return ParameterCounts(
         trunk=embedding + (num_trunk_layers(recipe) * layer_weights(recipe.model)).total,
@@ -90,11 +90,6 @@ def parameter_counts(recipe: Recipe) -> ParameterCounts:
         lora=update_weights(recipe).total,
         layer_mix=len(mixing_offsets(recipe)) * num_trunk_layers(recipe),
     )
-
-
-def foreign_counts() -> Any:
-    """Return the room above that can build a model of transformers' classes; loaded only where there is one."""
-    return import_module("mtp_lightning.model.foreign_counts")
 
 
 def trainable_parameters(recipe: Recipe) -> int:
@@ -135,7 +130,9 @@ def layer_weights(model: ModelSection) -> Weights:
     Weights(matrices=640, vectors=16)
     """
     if model.is_foreign:
-        entries = foreign_counts().layer_entries(model)
+        from mtp_lightning.model.foreign_counts import layer_entries
+
+        entries = layer_entries(model)
         return Weights(matrices=sum(entries) // len(entries))
     queries = model.num_attention_heads * model.resolved_head_dim
     keys = model.resolved_key_value_heads * model.resolved_head_dim

@@ -114,6 +114,20 @@ def test_a_trunk_here_comes_first_and_transformers_takes_what_it_does_not_cover(
         torch.testing.assert_close(scores(tmp_path / "window-ours"), model(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "family"), [("gpt2", None), ("llama", None), ("llama", "transformers")])
+def test_code_in_a_folder_of_a_known_type_is_not_run_and_it_is_said(name, family, tmp_path):
+    saved(tmp_path / "hf", settings_of(name))
+    told = json.loads((tmp_path / "hf/config.json").read_text())
+    told["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (tmp_path / "hf/config.json").write_text(json.dumps(told))
+    (tmp_path / "hf/own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(family=family))
+    notes = json.loads((tmp_path / "ours/import.json").read_text())["notes"]
+    assert f"(auto_map) is not run: what is known here of model_type {name} is what counts" in notes[0]
+    assert not (tmp_path / "run").exists()
+    assert "auto_map" not in (tmp_path / "ours/recipe.yaml").read_text()
+
+
 SMALL = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -54,7 +54,7 @@ def recipe_of(heads, objective, *, ids=IDS, freeze=(), model=None):
     return with_draft_ids(recipe, ids) if ids else recipe
 
 
-def plain_step(model, recipe, rows):
+def plain_step(model, recipe, rows, mapped=lambda scores: scores):
     """Loss sums and gradients by full logits; every divergence written out from its definition."""
     tokens, documents, mask = rows
     section, n = recipe.objective, recipe.heads.num_offsets
@@ -64,8 +64,8 @@ def plain_step(model, recipe, rows):
     hiddens = model.hidden_states(tokens, documents)
     full = {}
     for k, hidden in hiddens.items():
-        weight = model.unembedding.lm_heads[model.unembedding.matrix_index(k)].weight
-        full[k] = (model.unembedding.normalize(k, hidden) @ weight.T).flatten(0, 1)
+        matrix = model.unembedding.lm_heads[model.unembedding.matrix_index(k)]
+        full[k] = mapped(F.linear(model.unembedding.normalize(k, hidden), matrix.weight, matrix.bias).flatten(0, 1))
     total, sums, main_rms = torch.zeros((), dtype=torch.float64), [], None
     for k in range(1, n + 1):
         logits, wanted = full[k], targets[k - 1].flatten()

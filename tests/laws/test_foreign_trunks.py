@@ -6,9 +6,11 @@ import torch
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.model.transformers_architecture import architecture_of
+from mtp_lightning.recipe.draft_vocabulary import with_draft_ids
 from mtp_lightning.recipe.schema.root import Recipe
+from tests.laws.test_draft_vocabulary import IDS, plain_step
 from tests.support.architectures import SETTINGS, architecture_recipe, judge_of
-from tests.support.tiny import HEAD_KINDS, gradients_of, tiny_rows
+from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_rows
 
 pytest.importorskip(
     "transformers", minversion="5.23", reason="needs transformers: pip install 'mtp_lightning[transformers]'"
@@ -96,6 +98,39 @@ def test_the_loss_of_routers_is_that_of_transformers(name: str) -> None:
 def test_backward_orders_agree_with_low_rank_updates(name: str) -> None:
     lora = {"lora": {"rank": 2, "targets": ["q", "v", "o"], "in_heads": True}}
     assert_orders_agree(name, "sequential", {"adapt": lora}, documents=True, masked=True)
+
+
+WHAT_SCORES_BECOME = {
+    "phi": lambda scores: scores,  # its unembedding has a bias
+    "gemma2": lambda scores: 3.0 * torch.tanh(scores / 3.0),
+    "granite": lambda scores: scores / 3.0,
+}
+"""By the settings of `SETTINGS`."""
+
+
+@pytest.mark.parametrize("divergence", [None, "lk_lambda"])
+@pytest.mark.parametrize("name", WHAT_SCORES_BECOME)
+def test_a_draft_vocabulary_restricts_scores_with_a_bias_a_cap_or_a_scale(name: str, divergence: str | None) -> None:
+    """Gradients in the three orders are those of full scores that are then restricted."""
+    for order in ORDERS:
+        distill = {"divergence": divergence, "detach_teacher": False} if divergence else None
+        recipe = architecture_recipe(
+            name,
+            heads={"num_offsets": 3, "kind": "sequential", "draft_vocabulary": len(IDS)},
+            data={"document_mask": False},
+            objective={"backward_order": order, "chunk_mib": 0.002, "distill": distill},
+        )
+        recipe = with_draft_ids(recipe, IDS)
+        tokens, documents, mask = tiny_rows(recipe, 2)
+        model = exact_model(recipe)
+        rows = (tokens % 13, documents, mask)  # so that about half of them can be drafted
+        sums, expected = plain_step(model, recipe, rows, WHAT_SCORES_BECOME[name])
+        losses, gradients = gradients_of(model, recipe, rows)
+        torch.testing.assert_close(losses[0].nll_sums, torch.stack(sums), rtol=TOLERANCE, atol=0)
+        assert gradients.keys() == expected.keys()
+        assert gradients["unembedding.lm_heads.0.bias"].any() if name == "phi" else True
+        errors = {key: relative_error(gradients[key], expected[key]) for key in expected if expected[key].norm() > 1e-9}
+        assert max(errors.values()) <= TOLERANCE, (order, max(errors, key=errors.__getitem__), max(errors.values()))
 
 
 def test_a_target_without_a_linear_map_is_refused() -> None:

@@ -73,6 +73,23 @@ def test_what_cannot_be_a_trunk_is_refused_by_name(case: str) -> None:
         Architecture(settings)
 
 
+def test_layers_that_are_not_built_of_settings_and_a_number_leave_heads_without_layers() -> None:
+    settings = {
+        "model_type": "openai-gpt",
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "vocab_size": 61,
+    }
+    model = {"family": "transformers", "hf_config": settings | {"tie_word_embeddings": False}}
+    heads = {"num_offsets": 3, "layers_from_trunk": False}
+    with torch.device("meta"):
+        MtpModel(Recipe.model_validate({"model": model, "heads": heads | {"kind": "medusa"}}))
+        with pytest.raises(CheckpointError, match=r"heads\.kind must be one without layers"):
+            MtpModel(Recipe.model_validate({"model": model, "heads": heads | {"kind": "sequential"}}))
+
+
 def test_states_that_are_carried_on_cannot_be_kept_inside_a_document() -> None:
     with pytest.raises(CheckpointError, match=r"data\.document_mask must be false"), torch.device("meta"):
         MtpModel(architecture_recipe("qwen3_next", data={"document_mask": True}))

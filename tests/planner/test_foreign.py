@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtp_lightning.planner.counts import foreign_counts, parameter_counts
+from mtp_lightning.model.foreign_counts import layer_entries
+from mtp_lightning.planner.counts import parameter_counts
 from mtp_lightning.planner.flops import flops_per_position
 
 transformers = pytest.importorskip(
@@ -35,7 +36,7 @@ def test_products_with_matrices_are_those_that_torch_counts(name):
         model(input_ids=torch.arange(3, 11)[None])
     counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "bmm" not in str(op))
     matrix = config.vocab_size * config.hidden_size
-    expected = 2 * 8 * (sum(foreign_counts().layer_entries(recipe.model)) + matrix)
+    expected = 2 * 8 * (sum(layer_entries(recipe.model)) + matrix)
     assert counted == pytest.approx(expected, rel=0.02)  # rotary tables are products, too
 
 
@@ -46,3 +47,10 @@ def test_experts_that_a_position_is_not_sent_to_cost_nothing():
     routers = 6 * 32 * 4 * 5  # of three layers and two modules, four more rows of width 32, forward and backward
     assert parameter_counts(many).total > parameter_counts(few).total
     assert flops_per_position(many) - flops_per_position(few) == pytest.approx(routers, abs=6 * 5)
+
+
+def test_a_draft_vocabulary_that_no_run_has_chosen_yet_can_be_planned():
+    recipe = architecture_recipe("gemma2", heads={"num_offsets": 3, "kind": "sequential", "draft_vocabulary": 16})
+    whole = architecture_recipe("gemma2", heads={"num_offsets": 3, "kind": "sequential"})
+    assert parameter_counts(recipe) == parameter_counts(whole)
+    assert flops_per_position(recipe) < flops_per_position(whole)

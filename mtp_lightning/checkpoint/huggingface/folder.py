@@ -206,7 +206,7 @@ def _of_family(path: Path, config: Config, family: Family, variant: str | None) 
         files=files,
         end_of_document=first_end(config, section.vocab_size),
         settings_path=config.path,
-        notes=(*_dropouts(config), *_beside(weights.beside)),
+        notes=(*_code(config), *_dropouts(config), *_beside(weights.beside)),
     )
 
 
@@ -256,7 +256,7 @@ def _of_transformers(path: Path, config: Config, variant: str | None, *, is_forc
         files=files,
         end_of_document=first_end(config, section.vocab_size, default=_default_end(decoder.section)),
         settings_path=config.path,
-        notes=(*decoder.notes, *_beside(weights.beside)),
+        notes=(*_code(config), *decoder.notes, *_beside(weights.beside)),
         made=made,
     )
 
@@ -300,6 +300,12 @@ def changed(section: ModelSection, **fields: int) -> ModelSection:
 def _dropouts(config: Config) -> list[str]:
     told = {name: config.get(name) for name in DROPOUTS}
     return [f"{name} is {described(rate)}; the trunk here has no dropout" for name, rate in told.items() if rate]
+
+
+def _code(config: Config) -> list[str]:
+    told = named(config.get("model_type", "no model_type"))
+    note = f"The folder's own code (auto_map) is not run: what is known here of model_type {told} is what counts"
+    return [note] if config.get("auto_map") else []
 
 
 def _beside(names: list[str]) -> list[str]:
