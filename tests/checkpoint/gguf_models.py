@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 TYPES = [
     kind.name
     for kind in gguf.GGMLQuantizationType
-    if kind.name in "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 MXFP4".split()
+    if kind.name in ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"]
 ]
 """What the package gguf can write in blocks of 32 or fewer values."""
 
