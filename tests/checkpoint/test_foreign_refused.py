@@ -27,7 +27,7 @@ DECODER = "must be a causal decoder"
             "parts can be told apart",
             "no num_attention_heads",
         ),
-        ({"model_type": "xlnet", "max_position_embeddings": None}, "parts can be told apart", ""),
+        ({"model_type": "xlnet"}, "possible ones", "xlnet"),
         ({"model_type": "cwm", "bos_token_id": "none"}, "possible ones", "bos_token_id"),
         ({"model_type": "nowhere"}, f"transformers ({transformers.__version__}) must know", "'nowhere'"),
         ({"model_type": "nowhere", "auto_map": {"AutoModel": "x.Y"}}, "transformers' own, not a program", "auto_map"),
