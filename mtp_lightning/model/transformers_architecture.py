@@ -78,6 +78,10 @@ class Architecture:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.config = _config_of(settings)
         self.model = _on_meta(self.config)
+        if absent := [field for field in COMPARED if not hasattr(self.config, field)]:
+            raise refused(
+                self.name, f"no {absent[0]}: layers without attention carry a state instead of keys and values"
+            )
         self.names = _names_of(self.model, self.config)
         with torch.device("cpu"):
             self.output, self.logit_map, trial = _checked(self.config, self.names)
@@ -193,7 +197,8 @@ def _config_of(settings: Mapping[str, Any]) -> Any:
             f"model_type = {kind!r}, transformers {library().__version__}",
             "Write the model's config.json there whole, or install a newer transformers",
         )
-    kept = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
+    plain = library().PreTrainedConfig._decode_special_floats(dict(settings))  # infinities, written as objects
+    kept = {name: value for name, value in plain.items() if name not in NOT_SETTINGS}
     try:
         config = known[kind](**kept)
     except Exception as error:  # whatever a class of transformers makes of a setting that it cannot use

@@ -98,7 +98,8 @@ class MtpLightningModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Begin the checks anew after every start, resumed or not."""
         check_trained(self.model, self.recipe)
-        self.gradient_check = NonzeroGradientCheck(self.model, self.strategy.ranks)
+        goes_on = self.global_step > 0 or self.recipe.init.optimizer
+        self.gradient_check = NonzeroGradientCheck(self.model, self.strategy.ranks, has_moments=goes_on)
         self.gradient_checksum = GradientChecksum(self.model, self.strategy.ranks)
         self.target_check = TargetCountCheck()
         self.num_checked_steps = 0

@@ -114,6 +114,16 @@ def test_a_trunk_here_comes_first_and_transformers_takes_what_it_does_not_cover(
         torch.testing.assert_close(scores(tmp_path / "window-ours"), model(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_infinite_settings_come_in_and_go_out_as_transformers_writes_them(tmp_path):
+    settings = settings_of("phi3", final_limit=float("inf"))
+    expected = saved(tmp_path / "hf", settings)(TOKENS).logits
+    assert '"__float__": "Infinity"' in (tmp_path / "hf/config.json").read_text()
+    import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(num_offsets=2))
+    torch.testing.assert_close(scores(tmp_path / "ours"), expected.detach(), rtol=1e-5, atol=1e-5)
+    export_hf(tmp_path / "ours", tmp_path / "back")
+    assert library().AutoConfig.from_pretrained(tmp_path / "back").final_limit == float("inf")
+
+
 @pytest.mark.parametrize(("name", "family"), [("gpt2", None), ("llama", None), ("llama", "transformers")])
 def test_code_in_a_folder_of_a_known_type_is_not_run_and_it_is_said(name, family, tmp_path):
     saved(tmp_path / "hf", settings_of(name))

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
-from mtp_lightning.checkpoint.format.tensors import NAME_OF_DTYPE, read_tensors, write_tensors
+from mtp_lightning.checkpoint.format.tensors import NAME_OF_DTYPE, read_header, read_tensor, read_tensors, write_tensors
 from tests.checkpoint.savers import forkserver
 
 
@@ -33,6 +33,22 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype
         assert torch.equal(read[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+def test_tensors_far_into_a_large_file_are_read(tmp_path: Path) -> None:
+    """A file of 3 TB, nearly all of it a hole."""
+    far = 3_000_000_000_000
+    header = {
+        "first": {"dtype": "U8", "shape": [far // 1000, 1000], "data_offsets": [0, far]},
+        "last": {"dtype": "I32", "shape": [2], "data_offsets": [far, far + 8]},
+    }
+    text = json.dumps(header).encode()
+    with (tmp_path / "x").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(far, os.SEEK_CUR)
+        file.write(memoryview(torch.tensor([5, 7], dtype=torch.int32).numpy()).cast("B"))
+    entries = read_header(tmp_path / "x").entries
+    assert read_tensor(tmp_path / "x", entries["last"]).tolist() == [5, 7]
 
 
 def test_what_the_library_writes_is_read(tmp_path: Path) -> None:

@@ -138,6 +138,34 @@ def test_a_tiny_rate_hides_no_parameter_that_the_optimizer_does_not_hold():
         step(arrival(model), model, recipe, rows, rate=1e-6, optimizer=optimizer)
 
 
+def test_moments_of_earlier_steps_may_hold_weights_still_for_a_step():
+    """A run goes on, and its new gradients happen to cancel what the optimizer remembers."""
+    recipe = tiny_recipe(heads=HEAD_KINDS["parallel"])
+    model, rows = tiny_model(recipe).float(), tiny_rows(recipe, 2)
+    optimizer = build_optimizer(model, OptimizerSection(betas=[0.5, 0.95], weight_decay=0.0))
+    step(arrival(model), model, recipe, rows, optimizer=optimizer)
+    gradients_of(model, recipe, rows)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["exp_avg"].copy_(-parameter.grad)
+    watch = NonzeroGradientCheck(model, Ranks(), has_moments=True)
+    step(watch, model, recipe, rows, optimizer=optimizer)
+    assert len(watch.still) > len(list(model.parameters())) / 2
+    step(watch, model, recipe, rows, optimizer=optimizer)
+    assert not watch.pending
+
+
+def test_moments_hide_no_parameter_that_the_optimizer_does_not_hold():
+    recipe = tiny_recipe(heads=HEAD_KINDS["parallel"])
+    model, rows = tiny_model(recipe), tiny_rows(recipe, 2)
+    optimizer = build_optimizer(model, OptimizerSection())
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["role"] != "heads"]
+    watch = NonzeroGradientCheck(model, Ranks(), has_moments=True)
+    for _ in range(2**5 - 1):
+        step(watch, model, recipe, rows, optimizer=optimizer)
+    with pytest.raises(TrainingError, match=r"no change of heads.blocks.0"):
+        step(watch, model, recipe, rows, optimizer=optimizer)
+
+
 def test_what_lies_behind_matrices_of_zeros_is_given_time():
     recipe = tiny_recipe(heads=HEAD_KINDS["parallel"])
     model, rows = tiny_model(recipe), tiny_rows(recipe, 2)

@@ -182,7 +182,7 @@ def _parse_entry(name: str, entry: Any, data: tuple[int, int]) -> Entry:
     dtype = _DTYPE_OF_NAME.get(kind) if isinstance(kind, str) else None
     if dtype is None:
         raise OddFileError(f"{described(name)} of the dtype {described(kind)}")
-    if not (_are_counts(shape, MOST_AXES) and _are_counts(offsets, 2) and len(offsets) == 2):
+    if not (_are_counts(shape, MOST_AXES) and _is_countable(shape) and _are_counts(offsets, 2) and len(offsets) == 2):
         raise OddFileError(f"{described(name)} without a shape and two offsets in whole numbers")
     begin, end = (data[0] + offset for offset in offsets)
     num_bytes = math.prod(shape) * dtype.itemsize
@@ -192,13 +192,17 @@ def _parse_entry(name: str, entry: Any, data: tuple[int, int]) -> Entry:
 
 
 def _are_counts(numbers: Any, most: int) -> bool:
-    """Tell whether a value is a list of whole numbers that torch can count to, also as the axes of one tensor."""
+    """Tell whether a value is a list of whole numbers."""
     return (
         isinstance(numbers, list)
         and len(numbers) <= most
         and all(type(number) is int and number >= 0 for number in numbers)
-        and math.prod(max(number, 1) for number in numbers) < 2**59  # of the widest values, fewer than 2**63 bytes
     )
+
+
+def _is_countable(shape: list[int]) -> bool:
+    """Tell whether torch can count a tensor's values and bytes."""
+    return math.prod(max(number, 1) for number in shape) < 2**59  # of the widest values, fewer than 2**63 bytes
 
 
 def _unreadable(path: Path, found: str) -> DamagedCheckpointError:

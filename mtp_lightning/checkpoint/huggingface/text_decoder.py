@@ -121,7 +121,8 @@ def _config_of(config: Config) -> Any:
     if not isinstance(told, str) or told not in known:
         raise _unknown(config, told)
     with _understood(config):
-        return known[told].from_dict({name: one for name, one in config.values.items() if name not in NOT_OF_THE_MODEL})
+        values = library().PreTrainedConfig._decode_special_floats(config.values)  # infinities, written as objects
+        return known[told].from_dict({name: one for name, one in values.items() if name not in NOT_OF_THE_MODEL})
 
 
 def _unknown(config: Config, told: Any) -> CheckpointError:
@@ -153,7 +154,7 @@ def _check_class(config: Config, settings: dict[str, Any]) -> None:
 
 def _settings_of(text: Any) -> dict[str, Any]:
     """Write settings out, those that the folder leaves to their defaults included."""
-    told: dict[str, Any] = json.loads(json.dumps(text.to_dict(), default=str))
+    told: dict[str, Any] = json.loads(json.dumps(text._encode_special_floats(text.to_dict()), default=str))
     return {name: value for name, value in told.items() if name not in (*NOT_OF_THE_MODEL, *GENERIC)}
 
 

@@ -25,6 +25,7 @@ _MISSING = -1.0
 _STILL, _UNSEEN, _MOVED = 0.0, 1.0, 2.0  # what has become of a weight in a step
 _FAULTS = {_MISSING: "no gradient", math.inf: "gradient not finite", 0.0: "gradient zero"}
 FEW_TARGETS = 32  # all of them may lie where attention has a single key, which queries have no gradient from
+STILL_LOOKS = 6  # at a weight that does not move, over 2^5 steps, where moments of earlier steps may be the reason
 ZERO_LOOKS = 6  # at a gradient of zero, over 2^6 steps, where a matrix of zeros may be the reason
 SEEN_GRADIENT = 1e-6  # far above the eps that Adam adds to a gradient's size
 SHOWN_ULPS = 4  # a rate of so many units in the last place shows in any step of Adam whose gradients agree
@@ -43,11 +44,17 @@ class NonzeroGradientCheck:
     all zeros (blocks put into a pretrained model, say: no gradient passes before that matrix has changed), or while the
     global batch has few targets, or of what an adaptation adds (a mixture of layers that
     hardly differ yet, half of an update whose other half is next to zero). And a weight that stays
-    as it is where the learning rate is too small to show in its last digit.
+    as it is where the learning rate is too small to show in its last digit, or where gradients of earlier steps, that
+    the optimizer remembers, may cancel the new one.
+
+    Args:
+        model: the model that is trained.
+        ranks: that train it.
+        has_moments: whether the optimizer goes on from earlier steps.
     """
 
-    def __init__(self, model: MtpModel, ranks: Ranks) -> None:
-        self.model, self.ranks = model, ranks
+    def __init__(self, model: MtpModel, ranks: Ranks, *, has_moments: bool = False) -> None:
+        self.model, self.ranks, self.has_moments = model, ranks, has_moments
         self.pending = [name for name, p in model.named_parameters() if p.requires_grad]
         self.watched: list[str] = []
         self.probes: dict[str, _Probe] = {}
@@ -55,6 +62,7 @@ class NonzeroGradientCheck:
         self.due: dict[str, int] = {}  # when an undecided parameter is looked at again
         self.zeros: Counter[str] = Counter()  # looks that found a gradient of zero
         self.unseen: Counter[str] = Counter()  # looks at which the rate was too small to show
+        self.still: Counter[str] = Counter()  # looks at which a weight had not moved
 
     def before_step(
         self, weights: list[float], shards: Iterable[ParamShard], *, scale: float = 1.0, num_targets: int | None = None
@@ -136,11 +144,16 @@ class NonzeroGradientCheck:
                 moved[shard.name] = max(moved[shard.name], moves)
         found = self.ranks.max(torch.tensor(list(moved.values()))).tolist()
         outcome = dict(zip(self.watched, found, strict=True))
-        still = [name for name, moves in outcome.items() if moves == _STILL]
+        still = {name for name, moves in outcome.items() if moves == _STILL}
+        if self.has_moments:
+            self.still.update(still)
+            waiting = {name for name in still if self.still[name] < STILL_LOOKS}
+            self._look_again(waiting, self.still)
+            still -= waiting
         if still:
             raise TrainingError(
                 "every parameter with a gradient must move in an optimizer step",
-                f"no change of {listed(still)}",
+                f"no change of {listed([name for name in outcome if name in still])}",
                 "Check that the optimizer holds these parameters and that their learning rate is not zero "
                 "(optimizer.lr, optimizer.lr_scale).",
             )
@@ -158,6 +171,7 @@ class NonzeroGradientCheck:
         self._look_again(undecided, self.unseen)
         self.pending = [name for name in self.pending if outcome.get(name) != _MOVED]
         self.probes.clear()
+        self.has_moments = True
 
     @torch.no_grad()
     def _probe(self, shard: ParamShard) -> float:
