@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 TYPES = [
     kind.name
     for kind in gguf.GGMLQuantizationType
-    if kind.name in "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 MXFP4".split()
+    if kind.name in ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"]
 ]
 """What the package gguf can write in blocks of 32 or fewer values."""
 
@@ -46,7 +46,7 @@ def model_of(transformers: Any, case: str, **changes: Any) -> Any:
     """Build a model with noise on every parameter."""
     _, name, options = CASES[case]
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**options, **changes))
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**options | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape)
@@ -71,7 +71,7 @@ def save_gguf(
     writer = gguf.GGUFWriter(path, architecture, **writing)
     settings = _settings(model.config, architecture) | (keys or {})
     for key, value in settings.items():
-        full = key if key.startswith(("general.", "tokenizer.")) else f"{architecture}.{key}"
+        full = key if key.startswith(("general.", "tokenizer.", "split.")) else f"{architecture}.{key}"
         if isinstance(value, list):
             writer.add_array(full, value)
         elif value is not None:
