@@ -167,9 +167,10 @@ def import_model(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="HF_FOLDER",
+            metavar="HF_FOLDER|FILE.gguf",
             help="Folder of a pretrained model, with config.json and *.safetensors (or Meta's params.json); an "
-            "entry of the hub's cache; or a LoRA adapter of PEFT, which is merged.",
+            "entry of the hub's cache; a LoRA adapter of PEFT, which is merged; or a GGUF file of llama.cpp, which is "
+            "dequantised.",
             show_default=False,
         ),
     ],

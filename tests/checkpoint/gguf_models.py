@@ -46,7 +46,7 @@ def model_of(transformers: Any, case: str, **changes: Any) -> Any:
     """Build a model with noise on every parameter."""
     _, name, options = CASES[case]
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**options, **changes))
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**options | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape)
@@ -71,7 +71,7 @@ def save_gguf(
     writer = gguf.GGUFWriter(path, architecture, **writing)
     settings = _settings(model.config, architecture) | (keys or {})
     for key, value in settings.items():
-        full = key if key.startswith(("general.", "tokenizer.")) else f"{architecture}.{key}"
+        full = key if key.startswith(("general.", "tokenizer.", "split.")) else f"{architecture}.{key}"
         if isinstance(value, list):
             writer.add_array(full, value)
         elif value is not None:

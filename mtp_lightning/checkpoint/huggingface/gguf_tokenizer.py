@@ -32,13 +32,6 @@ _CASES = (
 )
 _TEKKEN = _CASES.replace("ENDING", "").replace("DIGITS", "")
 _GPT4O = _CASES.replace("ENDING", f"{_SHORT}?").replace("DIGITS", "{1,3}")
-_DEEPSEEK3 = (
-    r"\p{N}{1,3}",
-    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
-)
-_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}")
 _BEGINNING = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "tekken")
 """Whose texts begin with a begin of sequence unless the file says otherwise, and whose words may be tokens unmerged."""
 PATTERNS: Mapping[str, Sequence[str]] = {
@@ -50,8 +43,6 @@ PATTERNS: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"), (_QWEN2,)),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), (_GPT4O,)),
     "tekken": (_TEKKEN,),
-    "deepseek-v3": _DEEPSEEK3,
-    "deepseek-coder": _CODER,
 }
 """Patterns that cut a text, one after the other, by the name of a pre-tokenizer."""
 NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -199,8 +190,8 @@ def _sentencepiece(values: _Values, tokens: Sequence[str]) -> Any:
         unk_token=None if unknown is None else tokens[unknown],
     )
     has_prefix = values.get("add_space_prefix", True)
-    scheme = "first" if has_prefix else "never"
-    tokenizer.pre_tokenizer = library.pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    spaces = [library.normalizers.Prepend("▁")] if has_prefix else []
+    tokenizer.normalizer = library.normalizers.Sequence([*spaces, library.normalizers.Replace(" ", "▁")])
     steps = [library.decoders.Replace("▁", " "), library.decoders.ByteFallback(), library.decoders.Fuse()]
     steps += [library.decoders.Strip(content=" ", left=1)] if has_prefix else []
     tokenizer.decoder = library.decoders.Sequence(steps)
