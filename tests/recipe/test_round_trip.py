@@ -66,3 +66,16 @@ def assert_reads_back(recipe: Recipe) -> None:
     assert leaves(again) == leaves(recipe)
     assert again == recipe
     assert text.count("\n") == len(text.split("\n")) - 1
+
+
+def test_what_a_model_of_transformers_does_not_read_is_not_written(tmp_path: Path) -> None:
+    """Its default would say what is not so: `rope_theta: 10000.0` beside settings that say otherwise."""
+    settings = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings |= {"vocab_size": 16, "rope_theta": 100000.0}
+    model = {"family": "transformers", "hf_config": settings}
+    recipe = Recipe.model_validate({"model": model, "heads": {"layers_from_trunk": False}})
+    text = recipe_to_yaml(recipe)
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    assert text.count("rope_theta") == 1
+    assert "norm: rms" not in text
+    assert load_recipe(tmp_path / "recipe.yaml").recipe == recipe

@@ -2,12 +2,15 @@
 
 from mtp_lightning.recipe.diff import is_named_sections
 from mtp_lightning.recipe.schema.base import Section
+from mtp_lightning.recipe.schema.model import OWN_ONLY, ModelSection
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.yaml import one_line_yaml
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """Write the resolved recipe: itself a valid recipe, which loads as an equal one.
+
+    Fields that a model of transformers does not read are left out: there their defaults would say what is not so.
 
     >>> print(recipe_to_yaml(Recipe()).partition("  num_")[0])
     name: default
@@ -22,7 +25,8 @@ def yaml_lines(section: Section, prefix: tuple[str, ...] = ()) -> list[tuple[str
     """Return the lines of YAML, each with the dotted path of its field."""
     indent = "  " * len(prefix)
     lines: list[tuple[str, str]] = []
-    for name in type(section).model_fields:
+    unread = OWN_ONLY if isinstance(section, ModelSection) and section.is_foreign else ()
+    for name in (name for name in type(section).model_fields if name not in unread):
         value = getattr(section, name)
         path = (*prefix, name)
         if isinstance(value, Section):

@@ -1,15 +1,10 @@
 """Rules of a model that is built of transformers' classes: one place says what it is, `model.hf_config`."""
 
 from mtp_lightning.recipe.rules.base import Rule, value_at
-from mtp_lightning.recipe.schema.model import SETTLED, ModelSection, settled_by
+from mtp_lightning.recipe.schema.model import OWN_ONLY, SETTLED, ModelSection, settled_by
 from mtp_lightning.recipe.schema.root import Recipe
 
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-OWN_ONLY = (
-    *("rope_theta", "rope_scaling", "partial_rotary_factor", "norm", "norm_eps", "mlp", "parallel_residual"),
-    *("qkv_bias", "output_bias", "mlp_bias", "qk_norm"),
-)
-"""Fields that only trunks of one's own read."""
 
 
 def _is_settled(recipe: Recipe) -> bool:

@@ -93,6 +93,11 @@ SETTLED: dict[str, tuple[type, tuple[str, ...]]] = {
     "initializer_range": (float, ("initializer_range", "init_std")),
 }
 """Fields of a model that settings of transformers settle: their type, and their names there."""
+OWN_ONLY = (
+    *("rope_theta", "rope_scaling", "partial_rotary_factor", "norm", "norm_eps", "mlp", "parallel_residual"),
+    *("qkv_bias", "output_bias", "mlp_bias", "qk_norm"),
+)
+"""Fields that only the trunks here read."""
 
 
 def settled_by(settings: Any) -> dict[str, Any]:
