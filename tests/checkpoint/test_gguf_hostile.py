@@ -92,12 +92,12 @@ def _flipped(whole, tmp_path, seeds, most):
 
 
 def test_flipped_bytes(whole, tmp_path):
-    _flipped(whole, tmp_path, range(300), 2600)
+    _flipped(whole, tmp_path, range(100), 2600)
 
 
 @pytest.mark.slow
 def test_many_flipped_bytes(whole, tmp_path):
-    _flipped(whole, tmp_path, range(1000, 6000), 3000)
+    _flipped(whole, tmp_path, range(1000, 2000), 3000)
 
 
 def test_flipped_bytes_of_whole_imports(whole, tmp_path):
