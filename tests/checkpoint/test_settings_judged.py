@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"num_key_value_heads": GONE}, "k_proj.weight [8, 16] instead of [16, 16]"),
     ("llama", {"num_key_value_heads": 3}, "3 key and value heads for 4 query heads"),
     ("llama", {"vocab_size": 16}, "[13, 16] instead of [16, 16]"),
-    ("llama", {"model_type": "mixtral"}, "model_type 'mixtral'"),
-    ("llama", {"model_type": GONE, "architectures": GONE}, "model_type null"),
+    ("llama", {"model_type": "mixtral"}, "pip install 'mtp_lightning[transformers]'"),
+    ("llama", {"model_type": GONE, "architectures": GONE}, "pip install 'mtp_lightning[transformers]'"),
     ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "by the method gptq"),
     ("llama", {"quantization_config": {"quant_method": "fp8"}}, "by the method fp8"),
     ("llama", {"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
@@ -147,13 +148,26 @@ def test_settings_mean_what_they_mean_in_transformers(
 
 @pytest.mark.parametrize(("family", "changes", "found"), REFUSED, ids=named)
 def test_settings_of_another_model_are_refused_by_name(
-    family: str, changes: dict[str, Any], found: str, saved: Path, tmp_path: Path
+    family: str, changes: dict[str, Any], found: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # which could open some of them
     folder = changed(saved, family, changes, tmp_path / "hf")
     with pytest.raises(MtpError) as failure:
         imported_logits(folder)
     assert found in str(failure.value)
     assert all((failure.value.expected, failure.value.found, failure.value.hint))
+
+
+@pytest.mark.parametrize(("family", "changes", "found"), every_second(REFUSED), ids=named)
+def test_or_they_are_taken_as_transformers_takes_them(
+    family: str, changes: dict[str, Any], found: str, saved: Path, tmp_path: Path
+) -> None:
+    folder = changed(saved, family, changes, tmp_path / "hf")
+    try:
+        logits = imported_logits(folder)
+    except MtpError:
+        return  # settings of no model at all
+    torch.testing.assert_close(logits, judged_logits(transformers, folder), rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_that_is_not_applied_is_told(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

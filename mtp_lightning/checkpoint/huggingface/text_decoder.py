@@ -120,9 +120,12 @@ def _config_of(config: Config) -> Any:
     known, told = library().CONFIG_MAPPING, config.get("model_type")
     if not isinstance(told, str) or told not in known:
         raise _unknown(config, told)
+    if told == "mistral" and "layer_types" in config.values:
+        told = "ministral"  # as AutoConfig takes it: MistralForCausalLM has one type of layer
     with _understood(config):
         values = library().PreTrainedConfig._decode_special_floats(config.values)  # infinities, written as objects
-        return known[told].from_dict({name: one for name, one in values.items() if name not in NOT_OF_THE_MODEL})
+        kept = {name: one for name, one in values.items() if name not in NOT_OF_THE_MODEL}
+        return known[told].from_dict(kept | {"model_type": told})
 
 
 def _unknown(config: Config, told: Any) -> CheckpointError:

@@ -10,7 +10,7 @@ from mtp_lightning.recipe.yaml import one_line_yaml
 def recipe_to_yaml(recipe: Recipe) -> str:
     """Write the resolved recipe: itself a valid recipe, which loads as an equal one.
 
-    Fields that a model of transformers does not read are left out: there their defaults would say what is not so.
+    Defaults of fields that a model of transformers does not read are left out: they would say what is not so.
 
     >>> print(recipe_to_yaml(Recipe()).partition("  num_")[0])
     name: default
@@ -26,8 +26,10 @@ def yaml_lines(section: Section, prefix: tuple[str, ...] = ()) -> list[tuple[str
     indent = "  " * len(prefix)
     lines: list[tuple[str, str]] = []
     unread = OWN_ONLY if isinstance(section, ModelSection) and section.is_foreign else ()
-    for name in (name for name in type(section).model_fields if name not in unread):
+    for name, field in type(section).model_fields.items():
         value = getattr(section, name)
+        if name in unread and value == field.default:
+            continue
         path = (*prefix, name)
         if isinstance(value, Section):
             lines += [(f"{indent}{name}:", ".".join(path)), *yaml_lines(value, path)]
