@@ -135,6 +135,7 @@ class Unembedding(nn.Module):
         ]
         numbers = {term.matrix for term in terms}
         used = {number: self._matrix(number) for number in sorted(numbers)}
+        is_mapped = self.logit_map != LogitMap()
         biases = {number: bias for number in used if (bias := self._bias(number)) is not None}
         if teacher is not None:
             with torch.set_grad_enabled(teacher_learns and torch.is_grad_enabled()):
@@ -156,7 +157,7 @@ class Unembedding(nn.Module):
             teacher=teacher,
             teacher_learns=teacher_learns,
             biases=biases,
-            logit_maps={} if self.logit_map == LogitMap() else dict.fromkeys(self._numbers_of_heads, self.logit_map),
+            logit_maps={number: self.logit_map for number in used if number < len(self.lm_heads)} if is_mapped else {},
         )
 
     def _matrix(self, number: int) -> Tensor:
@@ -164,16 +165,9 @@ class Unembedding(nn.Module):
 
     def _bias(self, number: int) -> Tensor | None:
         bias = self._modules_by_number[number if number >= 0 else -1 - number].bias
-        return bias if number >= 0 or bias is None else self._drafted_entries(bias)
-
-    def _drafted_entries(self, bias: Tensor) -> Tensor:
-        assert self.drafts is not None
+        if number >= 0 or bias is None or self.drafts is None:
+            return bias
         return self.drafts.columns_of(bias)
-
-    @property
-    def _numbers_of_heads(self) -> list[int]:
-        """What terms name matrices of offsets by: whole, and the rows of a draft vocabulary."""
-        return [*range(len(self.lm_heads)), *(range(-1, -1 - len(self.lm_heads), -1))]
 
     @torch.no_grad()
     def _judge_teacher(self, teacher: Tensor, compared: Sequence[Distillation]) -> None:
