@@ -16,10 +16,16 @@ def show(
     *,
     origin: Annotated[bool, typer.Option("--origin", help="Say of each value where it comes from.")] = False,
     docs: Annotated[bool, typer.Option("--docs", help="Say of each field what it means.")] = False,
+    plot_lr: Annotated[
+        bool, typer.Option("--plot-lr", help="Draw the learning rate over the steps, of each phase, in its place.")
+    ] = False,
 ) -> None:
     """Print the resolved recipe: every field, as YAML that is itself a valid recipe."""
-    from mtp_lightning.cli.recipe_view import print_recipe
+    from mtp_lightning.cli.recipe_view import plot_learning_rate, print_recipe
 
+    if plot_lr:
+        plot_learning_rate(recipe, overrides)
+        return
     print_recipe(recipe, overrides, with_origins=origin, with_docs=docs)
 
 

@@ -10,8 +10,10 @@ from mtp_lightning.console.errors import screen
 from mtp_lightning.errors import Fault, RecipeError
 from mtp_lightning.files.paths import leads_to
 from mtp_lightning.recipe.diff import diff_recipes
+from mtp_lightning.recipe.learning_rate import learning_rate
 from mtp_lightning.recipe.loading.dump import yaml_lines
 from mtp_lightning.recipe.loading.load import LoadedRecipe
+from mtp_lightning.recipe.loading.phases import phases_of
 from mtp_lightning.recipe.schema.describe import shortened
 from mtp_lightning.recipe.schema.field_types import place_at
 from mtp_lightning.recipe.schema.root import Recipe
@@ -36,6 +38,23 @@ def print_recipe(recipe: str, overrides: list[str] | None, *, with_origins: bool
         for comment in _doc_comments(path, line, console.width) if with_docs else ():
             console.print(comment)
         console.print(_with_origin(line, loaded, path) if with_origins else _coloured(line))
+
+
+def plot_learning_rate(recipe: str, overrides: list[str] | None) -> None:
+    """Draw the learning rate of every step of a recipe, or of each of its phases."""
+    from mtp_lightning.console.plots import SAMPLES, text_plot
+
+    whole, console = open_recipe(recipe, overrides).recipe, screen()
+    for title, each in [(phase.title, phase.recipe) for phase in phases_of(whole)] or [(whole.name, whole)]:
+        section, steps = each.optimizer, each.run.steps
+        shown = sorted({round(place * (steps - 1) / (SAMPLES - 1)) for place in range(SAMPLES)})
+        rates = [learning_rate(section, step, steps) for step in shown]
+        console.print(Text(f"{title}: {section.schedule}, peak {section.lr:g}, last {rates[-1]:.4g}"))
+        for line in text_plot(rates, "step 1", f"{steps:,}"):
+            console.print(Text(line), soft_wrap=True)
+        scales = ", ".join(f"{role} x {factor:g}" for role, factor in section.lr_scale.items())
+        if scales:
+            console.print(Text(f"optimizer.lr_scale: {scales}"))
 
 
 def _coloured(line: str) -> Text:

@@ -1,5 +1,7 @@
-"""Pictures on the disk."""
+"""Pictures on the disk, and lines drawn with characters."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +9,26 @@ from mtp_lightning.errors import RunFolderError, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+SAMPLES, HEIGHT = 61, 10  # columns and rows of a line drawn with characters
+EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+def text_plot(values: Sequence[float], first: str, last: str) -> list[str]:
+    """Draw values >= 0 as one bar of characters each, at most SAMPLES of them, with names of the first and the last.
+
+    >>> [line.strip() for line in text_plot([1.0, 2.0, 1.5], "1", "3")][-3:]
+    ['│███', '0 ┼───', '1 3']
+    """
+    top = max(values) or 1.0
+    levels = [math.ceil(8 * HEIGHT * value / top - 1e-9) for value in values]
+    rows = []
+    for row in reversed(range(HEIGHT)):
+        label = f"{top * (row + 1) / HEIGHT:.3g}" if (row + 1) % (HEIGHT // 2) == 0 else ""
+        rows.append(f"{label:>10} │{''.join(EIGHTHS[max(0, min(8, level - 8 * row))] for level in levels)}".rstrip())
+    gap = max(1, len(values) - len(first) - len(last))
+    return [*rows, f"{0:>10} ┼{'─' * len(values)}", f"{'':>11} {first}{' ' * gap}{last}"]
 
 
 def label_of(name: str) -> str:

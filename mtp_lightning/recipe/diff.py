@@ -16,6 +16,7 @@ from mtp_lightning.recipe.schema.root import (
     Recipe,
     StrategySection,
 )
+from mtp_lightning.recipe.tree import Node
 from mtp_lightning.recipe.yaml import one_line_yaml
 
 Verdict = Literal["warn", "refuse"]
@@ -62,6 +63,7 @@ NOTED: dict[str, str] = {
     "data.mixture": "the shards may have moved; their fingerprints and shares are compared instead",
     "data.tokenizer": "the file may have moved; its hash is compared with that of the shards instead",
     "data.chat_template": "the file may have moved; its hash is compared with that of the shards instead",
+    "optimizer.rewarm_at": "the learning rate is that of another schedule from here on",
     "run.validation_samples": "validation figures from here on are of other rows",
     **dict.fromkeys(
         ("init.path", "init.optimizer", "init.data_position", "heads.extend"),
@@ -130,6 +132,15 @@ def _leaves_of(value: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {".".join(names): value}
 
 
+def origins_of(recipe: Recipe, tree: Node) -> dict[str, str]:
+    """Say for every field where its value was written; `default` where nowhere."""
+    origins = {}
+    for name in leaves(recipe):
+        node = tree.at(tuple(name.split(".")))
+        origins[name] = ", ".join(dict.fromkeys(node.origins_below())) if node else "default"
+    return origins
+
+
 def is_named_sections(value: Any) -> bool:
     """Tell whether a value is a mapping of sections by names that the user gives."""
     return isinstance(value, dict) and any(isinstance(entry, Section) for entry in value.values())
@@ -188,7 +199,7 @@ def _judge(diff: FieldDiff) -> FieldChange:
     if reason:
         verdict = "warn"
     elif diff.path == "run.steps" and diff.b > diff.a:
-        verdict, reason = "warn", "the schedules stretch over the longer run: the learning rate jumps here"
+        verdict, reason = "warn", "schedules stretch over the longer run: the learning rate may jump here"
     elif diff.path == "run.steps":
         reason = "a shorter run would have had another learning-rate schedule from the start"
     return FieldChange(diff.path, diff.a, diff.b, verdict, reason or REASONS[diff.path.partition(".")[0]])

@@ -122,6 +122,20 @@ SPELLINGS: Mapping[str, str] = {
     "optimizer.warmup_steps": "warmup_ratio lr_warmup_steps lr_warmup_iters warmup_iters warmup_num_steps t_warmup "
     "lr_warmup_fraction lr_warmup_samples",
     "optimizer.min_lr_ratio": "min_lr min_lr_factor min_lr_rate alpha_f eta_min cos_min_ratio",
+    "optimizer.schedule": "lr_scheduler_type lr_scheduler lr_decay_style scheduler.type scheduler.name "
+    "lr_scheduler.name scheduler_type",
+    "optimizer.decay_fraction": "lr_scheduler.decay_ratio num_decay_steps lr_wsd_decay_iters wsd_decay_iters "
+    "cooldown_fraction",
+    "optimizer.decay_shape": "lr_scheduler.decay_type decay_type lr_wsd_decay_style wsd_decay_style",
+    "optimizer.warmup_from": "lr_warmup_init warmup_min_lr warmup_init_lr lr_warmup_start warmup_min_ratio",
+    "optimizer.kind": "optim optimizer.type optimizer.name optimizer_name optimizer_type use_muon",
+    "optimizer.muon.momentum": "muon_momentum muon_beta",
+    "optimizer.muon.nesterov": "muon_use_nesterov muon_nesterov",
+    "optimizer.muon.ns_steps": "muon_num_ns_steps newton_schulz_steps",
+    "optimizer.muon.adjust_lr": "adjust_lr_fn muon_scale_mode",
+    "optimizer.ema.decay": "ema_decay ema_beta ema_momentum ema.beta use_ema",
+    "optimizer.ema.every_steps": "ema_update_every ema_update_interval update_ema_every",
+    "optimizer.ema.from_step": "ema_start_step ema_start step_start_ema",
     "optimizer.max_grad_norm": "clip_grad gradient_clipping grad_clip max_norm gradient_clip_val",
     "run.dir": "output_dir out_dir save_folder dump_folder checkpoint.folder default_root_dir save",
     "run.steps": "max_steps train_iters max_iters max_duration total_num_steps num_train_steps "
@@ -190,6 +204,10 @@ NOTES: Mapping[str, str] = {
     "lr_warmup_fraction": "it is the fraction times run.steps",
     "lr_warmup_samples": "divide the samples by batch.global_batch_size",
     "min_lr": "it is min_lr / lr",
+    **dict.fromkeys(("lr_warmup_init", "warmup_min_lr", "warmup_init_lr", "lr_warmup_start"), "it is that rate / lr"),
+    **dict.fromkeys(("num_decay_steps", "lr_wsd_decay_iters", "wsd_decay_iters"), "it is the steps / run.steps"),
+    "lr_scheduler.decay_ratio": "of optimizer.schedule=wsd",
+    "use_ema": "optimizer.ema={} for the defaults",
     "eta_min": "it is eta_min / lr",
     "max_tokens": TOKENS,
     "max_duration": f"for a length in tokens, {TOKENS}",
@@ -246,7 +264,32 @@ def _loss_factor(factor: Any) -> Any:
     return {"kind": "lambda", "start": factor, "end": factor} if isinstance(factor, int | float) else None
 
 
+def _optimizer_kind(name: Any) -> Any:
+    return next((kind for kind in ("muon", "adamw") if kind in str(name).lower()), None)
+
+
+SCHEDULES = {
+    **dict.fromkeys(("cosine", "cosine_with_min_lr", "cosine_with_warmup", "warmupcosinelr"), "cosine"),
+    **dict.fromkeys(("linear", "linear_with_warmup", "warmupdecaylr"), "linear"),
+    **dict.fromkeys(("constant", "constant_with_warmup", "warmuplr"), "constant"),
+    **dict.fromkeys(("inverse_sqrt", "inverse_sqrt_with_warmup", "inverse-square-root"), "inverse_sqrt"),
+    **dict.fromkeys(("wsd", "wsds", "warmup_stable_decay"), "wsd"),
+}
+DECAY_SHAPES = {"sqrt": "1-sqrt", "1-sqrt": "1-sqrt", "minus_sqrt": "1-sqrt", "linear": "linear", "cosine": "cosine"}
+
+
+def _schedule(name: Any) -> Any:
+    return SCHEDULES.get(str(name).lower())
+
+
 VALUES: Mapping[str, Translation] = {
+    **dict.fromkeys(
+        ("lr_scheduler_type", "lr_scheduler", "lr_decay_style", "scheduler.type", "scheduler.name"), _schedule
+    ),
+    **dict.fromkeys(("lr_scheduler.name", "scheduler_type"), _schedule),
+    **dict.fromkeys(("optim", "optimizer.type", "optimizer.name", "optimizer_name", "optimizer_type"), _optimizer_kind),
+    "use_muon": {True: "muon", False: "adamw"},
+    **dict.fromkeys(("lr_scheduler.decay_type", "decay_type", "lr_wsd_decay_style", "wsd_decay_style"), DECAY_SHAPES),
     "attention": {"document": True, "window": False},
     "trainable_from": _frozen_below,
     "frozen": _frozen_parts,
@@ -279,8 +322,8 @@ class Synonym:
     value: Any = None  # the value translated; None where it is the same, or needs arithmetic
 
 
-OURS_ELSEWHERE = ("order",)
-"""Last names of ours from before that another section still has (`heads.order`)."""
+OURS_ELSEWHERE = ("order", "schedule")
+"""Last names of ours from before that another section has now (`heads.order`)."""
 
 FIELD_OF: Mapping[str, str] = {
     **{last: new for old, new in RENAMED.items() if (last := old.rpartition(".")[2]) not in OURS_ELSEWHERE},

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+COMMAND_LINE = "command line"  # as an origin
 Names = tuple[str, ...]
 
 

@@ -20,6 +20,7 @@ from mtp_lightning.losses.target_checks import ORACLE_STEPS, TargetCountCheck, c
 from mtp_lightning.model.freezing import check_trained, freeze
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.planner.flops import tokens_after
+from mtp_lightning.recipe.learning_rate import learning_rate
 from mtp_lightning.recipe.loading.load import RecipeLike, as_recipe
 from mtp_lightning.training.draft_vocabulary import with_draft_vocabulary
 from mtp_lightning.training.step.backward_order import accumulate_gradients, evaluate
@@ -30,7 +31,6 @@ from mtp_lightning.training.step.objective import Objective, OffsetLosses
 from mtp_lightning.training.step.optimizer import (
     build_optimizer,
     clip_gradients,
-    learning_rate,
     rates_by_role,
     set_learning_rate,
 )

@@ -234,6 +234,15 @@ RULES = (
     _broken("window_beyond_positions", "data.seq_len=5000"),
     _broken("micro_rows_do_not_divide", "batch.global_batch_size=12", "batch.micro_batch_size=8"),
     _broken("betas_out_of_range", "optimizer.betas=[0.9, 1.0]"),
+    _broken("muon_settings_without_muon", "optimizer.muon={momentum: 0.9}"),
+    _broken("decay_without_wsd", "optimizer.decay_fraction=0.1", "optimizer.decay_shape=linear"),
+    _broken("second_warm_up_after_the_run", "optimizer.rewarm_at=1000"),
+    _broken("second_warm_up_within_the_first", "optimizer.rewarm_at=99"),
+    _broken("average_after_the_run", "optimizer.ema={from_step: 1000}"),
+    _broken(
+        "average_and_muon_with_offloading",
+        *("strategy.kind=zero2", "strategy.offload_optimizer=cpu", "optimizer.ema={}", "optimizer.kind=muon"),
+    ),
     _broken("guard_without_a_start", "health.drift={}"),
     _broken("optimizer_kept_without_a_start", "init.optimizer=true", "init.data_position=true", "heads.extend=3"),
     _broken("trains_nothing", "freeze=[offsets_below_3]", "objective.weights={kind: constant, values: [1, 1, 0, 0]}"),
@@ -343,4 +352,10 @@ TOGETHER = (
     ),
 )
 
-CASES = (*FILES, *OVERRIDES, *NAMES, *VALUES, *RULES, *PHASES, *TOGETHER)
+SCHEDULES = (
+    _broken("warm_up_longer_than_the_run", "optimizer.warmup_steps=1001"),
+    _broken("warm_up_and_decay_longer_than_the_run", "optimizer.schedule=wsd", "optimizer.decay_fraction=0.95"),
+    Case("warm_up_longer_than_its_phase", "phases:\n  a:\n    run: {steps: 20}\n    optimizer: {warmup_steps: 50}\n"),
+)
+
+CASES = (*FILES, *OVERRIDES, *NAMES, *VALUES, *RULES, *PHASES, *SCHEDULES, *TOGETHER)

@@ -14,12 +14,13 @@ from mtp_lightning.model.mtp_model import build_model
 from mtp_lightning.planner.layout import with_backward_order
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.draft_vocabulary import with_first_ids
+from mtp_lightning.recipe.learning_rate import learning_rate
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.trainable import first_offset_with_loss
 from mtp_lightning.training.step.backward_order import accumulate_gradients
 from mtp_lightning.training.step.batch import MicroBatch
 from mtp_lightning.training.step.objective import Objective
-from mtp_lightning.training.step.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from mtp_lightning.training.step.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from mtp_lightning.training.step.rollout import RolloutDraw
 from mtp_lightning.training.strategies.param_shards import gradient_norms, whole_shards
 

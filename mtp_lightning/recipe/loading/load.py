@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mtp_lightning.errors import Fault, RecipeError
 from mtp_lightning.files.paths import expanded, leads_to, remedy_for
-from mtp_lightning.recipe.diff import leaves
+from mtp_lightning.recipe.diff import origins_of
 from mtp_lightning.recipe.loading.parse import read_overrides, read_yaml
 from mtp_lightning.recipe.loading.phases import check_phases, unknown_names_in_phases
 from mtp_lightning.recipe.loading.tiny import SHRUNK, shrinking
@@ -189,15 +189,6 @@ def _checked(files: Node, overrides: Node) -> tuple[Node, Checked]:
         tree = merge(merge(small, overrides, replaces=changes_kind), SHRUNK)
         checked = check_fields(tree)
     return tree, checked
-
-
-def origins_of(recipe: Recipe, tree: Node) -> dict[str, str]:
-    """Say for every field where its value was written; `default` where nowhere."""
-    origins = {}
-    for name in leaves(recipe):
-        node = tree.at(tuple(name.split(".")))
-        origins[name] = ", ".join(dict.fromkeys(node.origins_below())) if node else "default"
-    return origins
 
 
 def _line(fault: Fault) -> tuple[bool, str, int]:

@@ -10,10 +10,9 @@ from ruamel.yaml.nodes import Node as YamlNode
 from ruamel.yaml.reader import ReaderError
 
 from mtp_lightning.errors import Fault
-from mtp_lightning.recipe.tree import Names, Node, merge
+from mtp_lightning.recipe.tree import COMMAND_LINE, Names, Node, merge
 from mtp_lightning.recipe.yaml import MOST_DEPTH, TAG_PREFIX, compose, scalar_value
 
-COMMAND_LINE = "command line"
 SHELL_REMEDY = "Close brackets and quotes, and put the whole argument in quotes for the shell."
 EXAMPLE = "run.steps=200"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from mtp_lightning.errors import CheckpointError, Fault, RecipeError
 from mtp_lightning.recipe.add_heads import extended_recipe
+from mtp_lightning.recipe.diff import origins_of
 from mtp_lightning.recipe.loading.validate import check_fields, unknown_names_below
 from mtp_lightning.recipe.rules.adapt import added_by
 from mtp_lightning.recipe.rules.all import check_rules
@@ -119,7 +120,7 @@ def _walk(recipe: Recipe, tree: Node) -> Iterator[_Step]:
         ramp = {"batch": {"ramp": None}} if former else {}  # it is over: it counts the rows of the whole run
         placed = node_of({"name": f"{recipe.name}/{name}", **place, **ramp}, "default")
         checked = check_fields(merge(values, placed))
-        broken = [] if checked.faults else check_rules(checked.recipe)
+        broken = [] if checked.faults else check_rules(checked.recipe, origins=origins_of(checked.recipe, values))
         faults += [_placed(fault, name, written) for fault in (*checked.faults, *broken)]
         phase = Phase(number, name, checked.recipe)
         faults += [*_optimizer_faults(former, phase, section, written), *_adapt_faults(former, phase, written)]

@@ -9,7 +9,6 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from mtp_lightning.errors import Fault
-from mtp_lightning.recipe.loading.parse import COMMAND_LINE
 from mtp_lightning.recipe.schema.describe import (
     allowed,
     found,
@@ -22,7 +21,7 @@ from mtp_lightning.recipe.schema.describe import (
 from mtp_lightning.recipe.schema.field_types import ROOT, Place, follow, place_at
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.synonyms import RENAMED, Synonym, synonym_of
-from mtp_lightning.recipe.tree import Names, Node
+from mtp_lightning.recipe.tree import COMMAND_LINE, Names, Node
 from mtp_lightning.recipe.yaml import is_number, one_line_yaml
 
 MAX_ROUNDS = 1000

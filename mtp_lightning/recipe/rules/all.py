@@ -14,6 +14,7 @@ from mtp_lightning.recipe.rules.data import DATA_RULES, MODEL_RULES
 from mtp_lightning.recipe.rules.deepspeed import check_deepspeed
 from mtp_lightning.recipe.rules.draft_vocabulary import DRAFT_RULES
 from mtp_lightning.recipe.rules.foreign import FOREIGN_RULES
+from mtp_lightning.recipe.rules.optimizer import OPTIMIZER_RULES, check_schedule
 from mtp_lightning.recipe.rules.paths import PATH_RULES
 from mtp_lightning.recipe.rules.rollout import ROLLOUT_RULES
 from mtp_lightning.recipe.rules.strategy import STRATEGY_RULES
@@ -42,16 +43,20 @@ def check_rules(
         for rule in RULES
         if not any(_touches(field, suspect) for field in rule.fields for suspect in suspects) and not rule.holds(recipe)
     ]
-    return [*broken, *check_deepspeed(recipe, origins or {})]
+    return [*broken, *check_schedule(recipe, origins or {}), *check_deepspeed(recipe, origins or {})]
 
 
 def _touches(field: str, suspect: str) -> bool:
-    return f"{field}.".startswith(f"{suspect}.") or f"{suspect}.".startswith(f"{field}.")
+    return _is_in(field, suspect) or _is_in(suspect, field)
+
+
+def _is_in(field: str, section: str) -> bool:
+    return f"{field}.".startswith(f"{section}.")
 
 
 def _fault_from(rule: Rule, recipe: Recipe, origins: Mapping[str, str]) -> Fault:
     values = {field: _plain(value_at(recipe, field)) for field in rule.fields}
-    written = dict.fromkeys(origins.get(field, "default") for field in rule.fields)
+    written = dict.fromkeys(origins[path] for field in rule.fields for path in origins if _is_in(path, field))
     several = ", ".join(f"{field} = {one_line_yaml(value)}" for field, value in values.items())
     return Fault(
         path=rule.fields[0],
@@ -366,12 +371,7 @@ RULES: tuple[Rule, ...] = (
         expected="must divide batch.global_batch_size",
         hint=lambda recipe: f"Set batch.micro_batch_size to {divisors(recipe.batch.global_batch_size)}.",
     ),
-    Rule(
-        fields=("optimizer.betas",),
-        holds=lambda recipe: all(0 <= beta < 1 for beta in recipe.optimizer.betas),
-        expected="must each be >= 0 and < 1",
-        hint="Choose decay rates such as [0.9, 0.95].",
-    ),
+    *OPTIMIZER_RULES,
     *ROLLOUT_RULES,
     *MODEL_RULES,
     *FOREIGN_RULES,

@@ -21,9 +21,37 @@ from mtp_lightning.recipe.schema.paths import LocalPath, PathOrUrl
 from mtp_lightning.recipe.schema.phases import PhaseSection
 
 
-class OptimizerSection(Section):
-    """AdamW with warm-up and cosine decay."""
+class MuonSection(Section):
+    """Muon (torch.optim.Muon): momentum whose matrices are made nearly orthogonal before each step."""
 
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay rate of the momentum."""
+    nesterov: bool = True
+    """Look one step ahead along the momentum."""
+    ns_steps: Annotated[int, Field(ge=1, le=99)] = 5
+    """Newton-Schulz iterations that make a matrix orthogonal."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Factor on the learning rate of a matrix by its shape: 0.2 sqrt(max(rows, columns)), whose steps are as long as
+    those of AdamW, so that its learning rate and weight decay can stay; or sqrt(max(1, rows / columns))."""
+
+
+class EmaSection(Section):
+    """An exponential moving average of the weights, kept beside them in fp32; `--weights ema` takes it."""
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+    """Share of the average that stays at an update."""
+    every_steps: PositiveInt = 1
+    """Steps between updates."""
+    from_step: NonNegativeInt = 0
+    """Steps of the run before the first update, which takes the weights as they are."""
+
+
+class OptimizerSection(Section):
+    """What changes the weights, and by how much in each step."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw: AdamW for all parameters. muon: Muon for the matrices of layers in trunk and heads, AdamW for embeddings,
+    unembedding, norms, biases, low-rank updates and experts that are stacked in one tensor."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
     lr_scale: dict[Literal["trunk", "heads", "unembedding", "lora", "layer_mix"], PositiveFloat] = Field(
@@ -34,12 +62,31 @@ class OptimizerSection(Section):
     """Decay rates of AdamW's two moments."""
     eps: PositiveFloat = 1e-8
     """Epsilon of AdamW."""
+    muon: MuonSection = MuonSection()
+    """Settings of Muon."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay; norms and biases are exempt."""
+    decay_scale: dict[Literal["trunk", "heads", "unembedding", "lora", "layer_mix"], NonNegativeFloat] = Field(
+        default_factory=dict
+    )
+    """Factors on the weight decay by role, e.g. {unembedding: 0}."""
+    ema: EmaSection | None = None
+    """Average of the weights over the steps, or null: none."""
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
+    """How the learning rate goes on after warm-up: down to its least by a cosine or a straight line, not down at all,
+    down in the last steps only (wsd: warm-up, stable, decay), or as one over the root of the step."""
     warmup_steps: NonNegativeInt = 100
-    """Steps of linear warm-up; a shorter run ends within it."""
+    """Steps of linear warm-up; a run that the command line has made shorter ends within it."""
+    warmup_from: Fraction = 0.0
+    """Share of the peak that warm-up starts from, e.g. where the run before has ended."""
+    rewarm_at: PositiveInt | None = None
+    """Step at which the learning rate warms up once more, for a run that is continued after its decay; null: never."""
     min_lr_ratio: Fraction = 0.1
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate at the last step, as a share of the peak; for inverse_sqrt the least there is."""
+    decay_fraction: PositiveFraction = 0.2
+    """Share of the run's steps in which wsd decays, at its end."""
+    decay_shape: Literal["1-sqrt", "linear", "cosine"] = "1-sqrt"
+    """How wsd decays: as one minus the root of the share that is done, by a straight line or by a cosine."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Largest norm of the whole gradient; null means no clipping."""
 
@@ -244,7 +291,7 @@ class Recipe(Section):
     batch: BatchSection = BatchSection()
     """Sequences per step."""
     optimizer: OptimizerSection = OptimizerSection()
-    """AdamW and its schedule."""
+    """Optimizer, learning rate and average of the weights."""
     run: RunSection = RunSection()
     """Folder, length, device."""
     init: InitSection = InitSection()

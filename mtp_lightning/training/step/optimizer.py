@@ -1,6 +1,5 @@
-"""AdamW in groups by role, learning rate as a pure function of the step, clipping."""
+"""AdamW in groups by role, clipping."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,20 +41,6 @@ def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.
             f"Remove {', '.join(f'optimizer.lr_scale.{role}' for role in unused)}.",
         )
     return torch.optim.AdamW(groups, lr=section.lr, betas=(beta1, beta2), eps=section.eps, fused=True)
-
-
-def learning_rate(section: OptimizerSection, step: int, num_steps: int) -> float:
-    """Learning rate of a 0-based step: linear warm-up to the peak, then cosine to min_lr_ratio x peak at the last.
-
-    >>> section = OptimizerSection(lr=1.0, warmup_steps=2, min_lr_ratio=0.1)
-    >>> [round(learning_rate(section, step, 5), 3) for step in range(5)]
-    [0.5, 1.0, 0.775, 0.325, 0.1]
-    """
-    if step < section.warmup_steps:
-        return section.lr * (step + 1) / section.warmup_steps
-    done = (step + 1 - section.warmup_steps) / max(1, num_steps - section.warmup_steps)
-    cosine = (1 + math.cos(math.pi * min(1.0, done))) / 2
-    return section.lr * (section.min_lr_ratio + (1 - section.min_lr_ratio) * cosine)
 
 
 def rates_by_role(section: OptimizerSection, lr: float) -> dict[str, float]:

@@ -1,0 +1,109 @@
+"""Rules between the parts of a learning-rate schedule, the optimizer and what it is spread over."""
+
+from collections.abc import Mapping
+
+from mtp_lightning.errors import Fault
+from mtp_lightning.recipe.learning_rate import decay_steps
+from mtp_lightning.recipe.rules.base import Rule, value_at
+from mtp_lightning.recipe.schema.root import OptimizerSection, Recipe
+from mtp_lightning.recipe.tree import COMMAND_LINE
+
+DEFAULT = "default"
+DEFAULTS = OptimizerSection()
+
+
+def _of_wsd(field: str) -> Rule:
+    """Build the rule that a field which only wsd reads keeps its default elsewhere."""
+    default = getattr(DEFAULTS, field)
+    return Rule(
+        fields=(f"optimizer.{field}", "optimizer.schedule"),
+        holds=lambda recipe: recipe.optimizer.schedule == "wsd" or getattr(recipe.optimizer, field) == default,
+        expected=f"must stay {default}: only the schedule wsd reads it",
+        hint=f"Set optimizer.schedule=wsd, or remove optimizer.{field}.",
+    )
+
+
+def _rewarms_in_time(recipe: Recipe) -> bool:
+    section = recipe.optimizer
+    return section.rewarm_at is None or 0 < section.warmup_steps <= section.rewarm_at < recipe.run.steps
+
+
+OPTIMIZER_RULES: tuple[Rule, ...] = (
+    Rule(
+        fields=("optimizer.betas",),
+        holds=lambda recipe: all(0 <= beta < 1 for beta in recipe.optimizer.betas),
+        expected="must each be >= 0 and < 1",
+        hint="Choose decay rates such as [0.9, 0.95].",
+    ),
+    Rule(
+        fields=("optimizer.muon", "optimizer.kind"),
+        holds=lambda recipe: recipe.optimizer.kind == "muon" or recipe.optimizer.muon == DEFAULTS.muon,
+        expected="must keep its defaults: only optimizer.kind muon reads it",
+        hint="Set optimizer.kind=muon, or remove optimizer.muon.",
+    ),
+    *map(_of_wsd, ("decay_fraction", "decay_shape")),
+    Rule(
+        fields=("optimizer.ema.from_step", "run.steps"),
+        holds=lambda recipe: recipe.optimizer.ema is None or recipe.optimizer.ema.from_step < recipe.run.steps,
+        expected="must be before the end of the run: there would be no average",
+        hint="Lower optimizer.ema.from_step, or set optimizer.ema=null.",
+    ),
+    Rule(
+        fields=("optimizer.ema", "strategy.offload_optimizer", "strategy.offload_parameters"),
+        holds=lambda recipe: (
+            recipe.optimizer.ema is None
+            or (recipe.strategy.offload_optimizer, recipe.strategy.offload_parameters) == ("none", "none")
+        ),
+        expected="must be null with offloading: the average lies beside the weights, on the GPU",
+        hint="Set optimizer.ema=null, or offload nothing and shard more (strategy.kind=zero3).",
+    ),
+    Rule(
+        fields=("optimizer.kind", "strategy.offload_optimizer", "strategy.offload_parameters"),
+        holds=lambda recipe: (
+            recipe.optimizer.kind != "muon"
+            or (recipe.strategy.offload_optimizer, recipe.strategy.offload_parameters) == ("none", "none")
+        ),
+        expected="must be adamw with offloading: Muon needs whole matrices on the GPU",
+        hint="Set optimizer.kind=adamw, or offload nothing and shard more (strategy.kind=zero3).",
+    ),
+    Rule(
+        fields=("optimizer.rewarm_at", "optimizer.warmup_steps", "run.steps"),
+        holds=_rewarms_in_time,
+        expected="must be null, or a step after the first warm-up (of at least one step) and before the end of the run",
+        hint="Give the step that the run has been continued at, and raise run.steps beyond it.",
+    ),
+)
+
+
+def check_schedule(recipe: Recipe, origins: Mapping[str, str]) -> list[Fault]:
+    """Return a fault if warm-up and decay are longer than the run, unless nobody has written them for this length.
+
+    A run that the command line has made shorter, to try a recipe out, ends within its warm-up; so does a resolved
+    recipe, in which nothing tells any more what was written by whom.
+
+    >>> recipe = Recipe.model_validate({"optimizer": {"warmup_steps": 50}, "run": {"steps": 20}})
+    >>> [fault.found for fault in check_schedule(recipe, {"optimizer.warmup_steps": COMMAND_LINE})]
+    ['optimizer.warmup_steps = 50, run.steps = 20']
+    """
+    section, steps = recipe.optimizer, recipe.run.steps
+    is_wsd = section.schedule == "wsd"
+    parts = ["optimizer.warmup_steps", *(["optimizer.schedule", "optimizer.decay_fraction"] if is_wsd else [])]
+    if section.warmup_steps + (decay_steps(section, steps) if is_wsd else 0) <= steps:
+        return []
+    written = {field: origins.get(field, DEFAULT) for field in (*parts, "run.steps")}
+    of_parts = [origin for field, origin in written.items() if field != "run.steps" and origin != DEFAULT]
+    is_shortened = written["run.steps"] == COMMAND_LINE and COMMAND_LINE not in of_parts
+    is_resolved = COMMAND_LINE not in of_parts and list(origins.values()).count(DEFAULT) < len(origins) / 2
+    if not of_parts or is_shortened or is_resolved:
+        return []
+    return [
+        Fault(
+            path=parts[0],
+            expected="must leave room in the run for the decay of wsd" if is_wsd else "must not exceed run.steps",
+            found=", ".join(f"{field} = {value_at(recipe, field)}" for field in written),
+            origin=", ".join(dict.fromkeys(origin for origin in written.values() if origin != DEFAULT)),
+            hint="Lower optimizer.warmup_steps"
+            + (", lower optimizer.decay_fraction" if is_wsd else "")
+            + ", or raise run.steps.",
+        )
+    ]
