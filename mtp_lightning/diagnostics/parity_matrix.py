@@ -7,7 +7,7 @@ from typing import Any
 
 from mtp_lightning.recipe.schema.root import Recipe
 
-STEPS = {"sgd": 3, "adamw": 20}
+STEPS = {"sgd": 3, "adamw": 20, "muon": 3}
 ROWS = 12  # of a global batch: divisible by all numbers of ranks times micro-batches
 CLIP_NORM = 0.5  # below every norm that occurs
 RANKS = (1, 2)
@@ -85,6 +85,7 @@ class Cell:
                 "data": {"seq_len": 10},
                 "batch": {"global_batch_size": ROWS, "micro_batch_size": ROWS // (self.ranks * self.accumulation)},
                 "optimizer": {
+                    "kind": "muon" if self.optimizer == "muon" else "adamw",
                     "lr": 0.1 if self.optimizer == "sgd" else 3e-3,
                     "warmup_steps": 0,
                     "min_lr_ratio": 1.0,

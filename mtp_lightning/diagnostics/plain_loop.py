@@ -11,6 +11,7 @@ from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.recipe.schema.root import OptimizerSection, Recipe
 from mtp_lightning.training.step.optimizer import build_optimizer, parameter_groups
+from mtp_lightning.training.strategies.param_shards import RunsOf
 
 MOMENTUM = 0.9
 
@@ -35,7 +36,7 @@ def random_batch(recipe: Recipe, step: int) -> dict[str, Tensor]:
 
 
 def reference_loop(recipe: Recipe, optimizer_name: str) -> list[PlainStep]:
-    """Train a recipe's model on random batches for `run.steps` steps with `sgd` or `adamw`, at a constant rate."""
+    """Train a recipe's model on random batches for `run.steps` steps by one of the named optimizers, at its rate."""
     model = build_model(recipe)
     freeze(model, recipe)
     optimizer = build_named_optimizer(model, recipe.optimizer, optimizer_name)
@@ -65,8 +66,10 @@ def _plain_loss(model: MtpModel, offset: int, hidden: Tensor, targets: Tensor) -
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
 
-def build_named_optimizer(model: MtpModel, section: OptimizerSection, name: str) -> torch.optim.Optimizer:
-    """Build `sgd` (with momentum) or `adamw` over groups by role."""
-    if name == "adamw":
-        return build_optimizer(model, section)
+def build_named_optimizer(
+    model: MtpModel, section: OptimizerSection, name: str, runs_of: RunsOf | None = None
+) -> torch.optim.Optimizer:
+    """Build `sgd` (with momentum), `adamw` or `muon` over groups by role."""
+    if name != "sgd":
+        return build_optimizer(model, section, runs_of)
     return torch.optim.SGD(parameter_groups(model, section), lr=section.lr, momentum=MOMENTUM)

@@ -92,8 +92,8 @@ class MtpLightningModule(L.LightningModule):
         return strategy if isinstance(strategy, RunStrategy) else OwnTrainerStrategy(cast(Any, strategy))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW in groups by role."""
-        return build_optimizer(self.model, self.recipe.optimizer)
+        """AdamW, or Muon and AdamW, in groups by role."""
+        return build_optimizer(self.model, self.recipe.optimizer, self.strategy.runs_of)
 
     def on_train_start(self) -> None:
         """Begin the checks anew after every start, resumed or not."""

@@ -1,6 +1,7 @@
-"""AdamW in groups by role, clipping."""
+"""AdamW, or Muon and AdamW, in groups by role; clipping."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -9,37 +10,66 @@ from torch import Tensor, nn
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.model.roles import ROLES, role_of
 from mtp_lightning.recipe.schema.root import OptimizerSection
-from mtp_lightning.training.strategies.param_shards import whole_shape
+from mtp_lightning.training.step.muon import MuonWithAdamW, hidden_matrices
+from mtp_lightning.training.strategies.param_shards import RunsOf, whole_shape
 
 
-def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
-    """Group trainable parameters by role and by whether they decay; groups without parameters are left out."""
-    groups: dict[tuple[str, bool], list[Tensor]] = {(role, decays): [] for role in ROLES for decays in (True, False)}
+def parameter_groups(model: nn.Module, section: OptimizerSection, muon: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Group trainable parameters by role, by whether they decay and by optimizer; groups without are left out.
+
+    Args:
+        model: its trainable parameters are grouped.
+        section: of the recipe.
+        muon: names of the parameters that Muon steps.
+    """
+    kinds = itertools.product(ROLES, (True, False), (False, True))
+    groups: dict[tuple[str, bool, bool], list[Tensor]] = {kind: [] for kind in kinds}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[role_of(name), len(whole_shape(parameter)) > 1].append(parameter)
+            groups[role_of(name), len(whole_shape(parameter)) > 1, name in muon].append(parameter)
     return [
-        {"params": params, "role": role, "weight_decay": section.weight_decay if decays else 0.0}
-        for (role, decays), params in groups.items()
+        {"params": params, "role": role, "weight_decay": _weight_decay(section, role) if decays else 0.0}
+        | ({"is_muon": is_muon} if muon else {})
+        for (role, decays, is_muon), params in groups.items()
         if params
     ]
 
 
-def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
-    """Build AdamW over the model's trainable parameters; learning rates are set before every step.
+def _weight_decay(section: OptimizerSection, role: str) -> float:
+    return section.weight_decay * next((own for name, own in section.decay_scale.items() if name == role), 1.0)
+
+
+def build_optimizer(
+    model: nn.Module, section: OptimizerSection, runs_of: RunsOf | None = None
+) -> torch.optim.AdamW | MuonWithAdamW:
+    """Build the optimizer of the model's trainable parameters; learning rates are set before every step.
+
+    Args:
+        model: the whole model, or this rank's part of it.
+        section: of the recipe.
+        runs_of: what ZeRO shards matrices into; None where they are whole.
 
     Raises:
-        TrainingError: `lr_scale` names a role without parameters to train.
+        TrainingError: `lr_scale` or `decay_scale` names a role without parameters to train, or Muon has no matrix.
     """
-    beta1, beta2 = section.betas
-    groups = parameter_groups(model, section)
-    unused = sorted(section.lr_scale.keys() - {group["role"] for group in groups})
-    if unused:
+    muon = hidden_matrices(model) if section.kind == "muon" else set()
+    if section.kind == "muon" and not muon:
         raise TrainingError(
-            "optimizer.lr_scale may name roles that have parameters to train",
-            f"none in {', '.join(unused)}",
-            f"Remove {', '.join(f'optimizer.lr_scale.{role}' for role in unused)}.",
+            "optimizer.kind=muon needs matrices of layers to train, in the trunk or in heads",
+            "none: they are frozen, or the heads have no layers",
+            "Set optimizer.kind=adamw, or freeze less.",
         )
+    groups = parameter_groups(model, section, muon)
+    for field, scales in (("lr_scale", section.lr_scale), ("decay_scale", section.decay_scale)):
+        if unused := sorted({*scales} - {group["role"] for group in groups}):
+            raise TrainingError(
+                f"optimizer.{field} may name roles that have parameters to train",
+                f"none in {', '.join(unused)}",
+                f"Remove {', '.join(f'optimizer.{field}.{role}' for role in unused)}.",
+            )
+    if muon:
+        return MuonWithAdamW(groups, section, runs_of)
+    beta1, beta2 = section.betas
     return torch.optim.AdamW(groups, lr=section.lr, betas=(beta1, beta2), eps=section.eps, fused=True)
 
 

@@ -14,7 +14,7 @@ from mtp_lightning.checkpoint.format.state_tree import read_state
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
-from mtp_lightning.training.strategies.param_shards import ParamShard, names_of
+from mtp_lightning.training.strategies.param_shards import ParamShard, RunsOf, names_of
 
 
 class RunStrategy(ABC):
@@ -38,6 +38,7 @@ class RunStrategy(ABC):
         """Factor that a backward pass multiplies gradients by."""
         return 1.0
 
+    runs_of: RunsOf | None = None  # what a flat tensor of the optimizer is a shard of; None: parameters are whole
     clips_here: bool  # False: the strategy's own optimizer step clips gradients
 
     @abstractmethod

@@ -1,6 +1,6 @@
 """A rank's shard of every parameter: the one view that checks, norms and checkpoints take of a strategy."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,18 @@ class ParamShard(NamedTuple):
             weight, moments = weight.to("cpu", copy=True), {k: m.to("cpu", copy=True) for k, m in moments.items()}
         step = None if self.step is None else float(self.step)
         return Piece(self.name, tuple(self.shape), self.start, weight, moments, step)
+
+
+class MatrixRun(NamedTuple):
+    """The entries of a matrix that lie in a flat tensor of this rank; there may be none."""
+
+    shape: tuple[int, ...]  # of the whole matrix
+    start: int  # the first entry's place in the flattened matrix
+    place: slice  # in the flat tensor
+
+
+RunsOf = Callable[[Tensor], list[MatrixRun]]
+"""Lists the matrices that a flat tensor is a shard of, the same ones in the same order on all ranks."""
 
 
 def names_of(module: nn.Module) -> Iterator[tuple[str, Any]]:

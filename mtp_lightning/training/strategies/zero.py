@@ -31,7 +31,14 @@ from mtp_lightning.model.mtp_model import MtpModel, build_model, initialise
 from mtp_lightning.model.transformers_architecture import architecture_of
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.strategies.base import RunStrategy
-from mtp_lightning.training.strategies.param_shards import ParamShard, check_names, moments_of, provide_moments
+from mtp_lightning.training.strategies.param_shards import (
+    MatrixRun,
+    ParamShard,
+    check_names,
+    moments_of,
+    provide_moments,
+    whole_shape,
+)
 from mtp_lightning.training.strategies.single import SingleStrategy
 from mtp_lightning.training.strategies.zero_config import STAGES, zero_config
 
@@ -242,6 +249,23 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
                 sharded = None if sums is None else _run_of(sums[place], slice(0, numel))
                 gradient = _run_of(flat.grad, run) if zero.offload_optimizer else sharded
                 yield _FlatSlice(name, p.ds_shape, start, flat, run, gradient)
+
+    def runs_of(self, flat: Tensor) -> list[MatrixRun]:
+        """List the matrices of one of DeepSpeed's flat tensors with this rank's run of each, in the same order."""
+        zero, held = self._zero, {part.name: part for part in self._parts() if part.flat is flat}
+        if self.stage == 3:
+            flats, groups = zero.fp32_partitioned_groups_flat, zero.fp16_groups
+        elif hasattr(zero, "single_partition_of_fp32_groups"):
+            flats, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
+        else:
+            flats, groups = zero.fp32_groups_flat_partition, zero.bf16_groups
+        members = {id(p) for own, group in zip(flats, groups, strict=True) if own is flat for p in group}
+        runs = []
+        for name, p in self.named_parameters():
+            if id(p) in members:
+                own = held.get(name)
+                runs.append(MatrixRun(whole_shape(p), own.start if own else 0, own.run if own else slice(0, 0)))
+        return runs
 
     @torch.no_grad()
     def fill(self, reader: Reader) -> None:
