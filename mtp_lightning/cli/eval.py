@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mtp_lightning.cli.generate import DeviceName, DeviceOption, DtypeName, DtypeOption, ModelArgument
+from mtp_lightning.cli.generate import (
+    DeviceName,
+    DeviceOption,
+    DtypeName,
+    DtypeOption,
+    ModelArgument,
+    WeightsName,
+    WeightsOption,
+)
 from mtp_lightning.cli.targets import JsonOption, check_picture
 
 if TYPE_CHECKING:
@@ -32,6 +40,7 @@ def acceptance(
     ] = None,
     device: DeviceOption = DeviceName.auto,
     dtype: DtypeOption = DtypeName.stored,
+    weights: WeightsOption = WeightsName.trained,
     json_path: JsonOption = None,
 ) -> None:
     """Measure on held-out rows how often each offset's drafts are accepted, greedily and under sampling."""

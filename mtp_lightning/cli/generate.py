@@ -47,6 +47,28 @@ class DtypeName(StrEnum):
     bf16 = "bf16"
 
 
+class WeightsName(StrEnum):
+    """Which of a run's weights to take."""
+
+    trained = "trained"
+    ema = "ema"
+
+
+def _choose_weights(context: typer.Context, weights: WeightsName) -> WeightsName:
+    """Let what this command opens show the weights that are asked for, until it ends."""
+    if weights is WeightsName.ema:
+        from mtp_lightning.checkpoint.format.folder import reading_averages
+
+        context.with_resource(reading_averages())
+    return weights
+
+
+WeightsOption = Annotated[
+    WeightsName,
+    typer.Option(
+        "--weights", callback=_choose_weights, help="The weights as trained, or their average (optimizer.ema)."
+    ),
+]
 ModelArgument = Annotated[
     Path,
     typer.Argument(
@@ -113,6 +135,7 @@ def generate(
     compare: CompareOption = False,
     device: DeviceOption = DeviceName.auto,
     dtype: DtypeOption = DtypeName.stored,
+    weights: WeightsOption = WeightsName.trained,
 ) -> None:
     """Continue prompts with a trained model, its heads drafting; the text is the model's own."""
     if bool(prompt) == (prompts is not None):

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from mtp_lightning.cli.generate import WeightsName, WeightsOption
+
 
 def extend(
     path: Annotated[
@@ -71,6 +73,7 @@ def export(
         ),
     ] = Format.consolidated,
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = Dtype.fp32,
+    weights: WeightsOption = WeightsName.trained,
 ) -> None:
     """Write a checkpoint, however many ranks made it, as one folder that other tools can read; needs no GPU."""
     if format is Format.consolidated:

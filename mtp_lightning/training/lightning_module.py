@@ -23,6 +23,7 @@ from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.learning_rate import learning_rate
 from mtp_lightning.recipe.loading.load import RecipeLike, as_recipe
 from mtp_lightning.training.draft_vocabulary import with_draft_vocabulary
+from mtp_lightning.training.step.average import updated_averages
 from mtp_lightning.training.step.backward_order import accumulate_gradients, evaluate
 from mtp_lightning.training.step.batch import Batch, MicroBatch, PreparedBatch, prepare_batch
 from mtp_lightning.training.step.gradient_checks import GradientChecksum, NonzeroGradientCheck
@@ -255,6 +256,8 @@ class MtpLightningModule(L.LightningModule):
         optimizer.step()  # counts the step, skipped or not
         if has_effect and rate > 0:  # the last step of a decay to zero moves nothing
             self.gradient_check.after_step(strategy.param_shards(), rates_by_role(section, rate))
+        if section.ema is not None:
+            strategy.averages = updated_averages(strategy.averages, strategy.param_shards(), section.ema, step)
         optimizer.zero_grad(set_to_none=True)
 
     def _skip(self, norms: dict[str, Tensor], objective: Objective, step: int) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mtp_lightning.checkpoint.format.read_shards import ShardReader
+from mtp_lightning.checkpoint.format.write_shards import AVERAGE
 from tests.support.runs import ROOT, figures, last_step, mtp, mtp_killed
 
 pytestmark = pytest.mark.xdist_group("resumed under ZeRO")  # they share their uninterrupted runs
@@ -202,6 +204,34 @@ def test_other_ranks_and_stages_go_on_closely(whole, tmp_path, legs):
 def test_stages_and_one_process_train_alike(whole):
     for kind, ranks in (("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero2", 4)):
         assert_near(whole(kind, ranks), whole("single", 1), ELASTIC_TOLERANCE)
+
+
+MUON = ("optimizer.kind=muon", "optimizer.schedule=wsd", "optimizer.ema={decay: 0.9, every_steps: 2}")
+"""Muon rounds to bf16: where a gradient's last bit differs, a part in 250 of a step does."""
+
+
+@pytest.fixture(scope="module")
+def single_muon(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("muon") / "single"
+    to_the_end(folder, "single", 1, *MUON)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
+def test_muon_and_averages_go_on_exactly_and_as_on_one_process(single_muon, tmp_path, kind):
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    to_the_end(whole, kind, 2, *MUON)
+    killed(folder, kind, 2, *MUON)
+    assert "Continuing" in to_the_end(folder, kind, 2, *MUON).stdout
+    assert_same_run(folder, whole)
+    assert_near(whole, single_muon, 10 * ELASTIC_TOLERANCE)
+    averages, expected = (ShardReader(run / f"checkpoints/step-{STEPS:08d}") for run in (whole, single_muon))
+    for name in expected.names:
+        found, wanted = averages.read(name, AVERAGE), expected.read(name, AVERAGE)
+        assert (found - wanted).norm() <= 1e-3 * wanted.norm(), name
+        assert (found - expected.read(name)).norm() > 0
 
 
 @pytest.mark.slow

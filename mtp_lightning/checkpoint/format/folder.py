@@ -9,7 +9,8 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
@@ -36,6 +37,19 @@ BLOCK_BYTES = 2**20
 _NAME = re.compile(r"step-(\d{8,})")
 
 
+_READS_AVERAGES = ContextVar("reads averages", default=False)
+
+
+@contextlib.contextmanager
+def reading_averages(*, averaged: bool = True) -> Iterator[None]:
+    """Let checkpoints that are opened in the body show the moving averages of their weights in the weights' place."""
+    token = _READS_AVERAGES.set(averaged)
+    try:
+        yield
+    finally:
+        _READS_AVERAGES.reset(token)
+
+
 @final
 @dataclass(frozen=True)
 class CheckpointFolder:
@@ -46,6 +60,7 @@ class CheckpointFolder:
 
     path: Path
     manifest: Manifest | ExportConfig
+    is_averaged: bool = field(default_factory=_READS_AVERAGES.get)  # shows averages of the weights as the weights
 
     @property
     def is_export(self) -> bool:
@@ -71,8 +86,8 @@ class CheckpointFolder:
     @property
     def model_files(self) -> dict[str, FileRecord]:
         """Files that the model consists of, its recipe among them."""
-        files = self.manifest.files.items()
-        return {name: record for name, record in files if name.startswith("model") or name == RECIPE_NAME}
+        files, parts = self.manifest.files.items(), ("model", *(["optimizer"] if self.is_averaged else []))
+        return {name: record for name, record in files if name.startswith(parts) or name == RECIPE_NAME}
 
     @property
     def model_bytes(self) -> int:
@@ -93,7 +108,7 @@ class CheckpointFolder:
     @cached_property
     def reader(self) -> ShardReader:
         """Weights and moments; opening it reads the headers of all shards."""
-        return ShardReader(self.path)
+        return ShardReader(self.path, averaged=self.is_averaged)
 
     @property
     def has_state(self) -> bool:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
 from mtp_lightning.checkpoint.format.tensors import BLOCK_BYTES, Entry, Header, read_header, read_into
-from mtp_lightning.checkpoint.format.write_shards import NOTES, PARAMETERS_KEY, WEIGHT, ParameterNote, shard_name
+from mtp_lightning.checkpoint.format.write_shards import (
+    AVERAGE,
+    NOTES,
+    PARAMETERS_KEY,
+    WEIGHT,
+    ParameterNote,
+    shard_name,
+)
 from mtp_lightning.errors import CheckpointError
 
 MOST_NAMES = 8
@@ -36,10 +43,15 @@ class ShardReader:
         names: every parameter, in the order of the files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, averaged: bool = False) -> None:
         """Read the headers of a folder's shards.
 
+        Args:
+            folder: where the shards lie.
+            averaged: show the moving average of every trained parameter as its weight.
+
         Raises:
+            CheckpointError: there is no average.
             DamagedCheckpointError: a shard is missing, shards contradict each other, or they do not hold every value
                 of every parameter exactly once; names the parameter, the values and the files.
         """
@@ -52,6 +64,18 @@ class ShardReader:
         for name, note in self._notes.items():
             for kind in (WEIGHT, *note.kinds):
                 self._check_cover(name, kind)
+        if averaged:
+            self._show_averages()
+
+    def _show_averages(self) -> None:
+        averages = {name: extents for (name, kind), extents in self._extents.items() if kind == AVERAGE}
+        if not averages:
+            raise CheckpointError(
+                "--weights ema needs a checkpoint of a run with optimizer.ema, after its optimizer.ema.from_step",
+                f"no average of the weights in {self.folder}",
+                "Leave --weights out, or name the run itself: an exported folder holds one kind of weights",
+            )
+        self._extents |= {(name, WEIGHT): extents for name, extents in averages.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the whole parameter."""

@@ -22,6 +22,9 @@ WEIGHT = "weight"
 PARAMETERS_KEY = "parameters"  # in a file's metadata
 
 
+AVERAGE = "average"  # kind of the moving average of a weight, kept among its moments
+
+
 class Piece(NamedTuple):
     """An interval of a flattened parameter, with the optimizer's state of the same interval."""
 

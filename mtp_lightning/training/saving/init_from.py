@@ -88,6 +88,8 @@ class InitFrom(Callback):
                 added = f"; not in there, and fresh: {listed(fresh)}" if fresh else ""
                 say(f"Starting from the weights of {folder.path}{added}")
         strategy.fill(reader)
+        if self._recipe.optimizer.ema is not None:
+            strategy.fill_averages(reader)
 
     def _view_of(self, folder: CheckpointFolder, strategy: RunStrategy) -> tuple[RenamingReader, list[str]]:
         """Check what is stored, and see it as this run's model; return this and the names that an adaptation adds."""
@@ -114,6 +116,8 @@ class InitFrom(Callback):
                 + ("; `mtp export` merges low-rank updates into the model" if "lora" in found else ""),
             )
         trained = (name for name, parameter in strategy.named_parameters() if parameter.requires_grad)
+        if own.init.optimizer and theirs.optimizer.kind != own.optimizer.kind:
+            raise _lacks("init.optimizer", f"state of {own.optimizer.kind} (of {theirs.optimizer.kind})", folder.path)
         bare = [name for name in trained if own.init.optimizer and len(view.kinds(name)) <= 1]
         if bare:
             raise _lacks("init.optimizer", f"optimizer's state of {listed(bare)}", folder.path)

@@ -50,7 +50,7 @@ class Snapshot:
             copied: take copies in host memory, so that training may go on before they are written.
         """
         self._rank, self._num_ranks = strategy.ranks.rank, strategy.ranks.size
-        self._pieces = [shard.piece(copied=copied) for shard in strategy.param_shards()]
+        self._pieces = [shard.piece(copied=copied) for shard in strategy.saved_shards()]
         self._state = copy.deepcopy(strategy.captured) if copied else strategy.captured
 
     def write(self, folder: Path) -> dict[str, FileRecord]:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from mtp_lightning.checkpoint.format.reader_view import Reader
 from mtp_lightning.checkpoint.format.state_tree import read_state
+from mtp_lightning.checkpoint.format.write_shards import AVERAGE
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
@@ -20,6 +22,7 @@ from mtp_lightning.training.strategies.param_shards import ParamShard, RunsOf, n
 class RunStrategy(ABC):
     """What training asks of a strategy besides what Lightning does, and checkpoints that any strategy can resume."""
 
+    averages: Mapping[str, Tensor] = {}  # of this rank's shards, by their names; see `step/average.py`
     captured: dict[str, Any]  # Lightning's own state, from the last `save_checkpoint`
 
     @property
@@ -61,6 +64,21 @@ class RunStrategy(ABC):
     def fill(self, reader: Reader) -> None:
         """Take weights and moments from a checkpoint."""
 
+    def fill_averages(self, reader: Reader) -> None:
+        """Take the moving averages of weights that a checkpoint holds."""
+        self.averages = {
+            shard.name: reader.read(shard.name, AVERAGE, shard.start, shard.stop).to(shard.weight.device)
+            for shard in self.param_shards()
+            if AVERAGE in reader.kinds(shard.name)
+        }
+
+    def saved_shards(self) -> Iterator[ParamShard]:
+        """Yield what a checkpoint keeps of this rank: the shards, with averages among the moments."""
+        for shard in self.param_shards():
+            average = self.averages.get(shard.name)
+            added = {} if average is None else {AVERAGE: average}
+            yield shard._replace(moments=shard.moments | added)
+
     def named_parameters(self) -> Iterator[tuple[str, Any]]:
         """Yield the model's parameters under the names that checkpoints know them by."""
         return names_of(self.lightning_module)  # type: ignore[attr-defined]
@@ -92,6 +110,7 @@ class RunStrategy(ABC):
         folder = Path(checkpoint_path)
         reader = ShardReader(folder)
         self.fill(reader)
+        self.fill_averages(reader)
         return read_state(folder) | {"state_dict": {}, "optimizer_states": []}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: Any = True) -> None:

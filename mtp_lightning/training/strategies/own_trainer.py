@@ -211,6 +211,12 @@ def _recipe_checks(trainer: L.Trainer, recipe: Recipe) -> Iterator[_Check]:
         f"phases {', '.join(recipe.phases)}",
         "Train the phases with `mtp train`, or give each a recipe and a Trainer.",
     )
+    yield _Check(
+        recipe.optimizer.ema is None,
+        "under a Trainer of your own no average of the weights is kept",
+        "optimizer.ema",
+        "Set optimizer.ema=null and give the Trainer Lightning's callback EMAWeightAveraging, or run `mtp train`.",
+    )
     provided = {getattr(callback, "recipe_field", None) for callback in getattr(trainer, "callbacks", [])}
     wanted = {
         "init.path": recipe.init.path is not None,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.checkpoint.format.reader_view import Reader
-from mtp_lightning.checkpoint.format.write_shards import WEIGHT, Piece
+from mtp_lightning.checkpoint.format.write_shards import AVERAGE, WEIGHT, Piece
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.roles import ROLES, role_of
 from mtp_lightning.ranks import Ranks
@@ -30,13 +30,17 @@ class ParamShard(NamedTuple):
     step: Tensor | None  # optimizer steps of this parameter, 0-dimensional
     is_trainable: bool
 
+    @property
+    def stop(self) -> int:
+        """Where the interval ends."""
+        return self.start + self.weight.numel()
+
     @torch.no_grad()
     def read_from(self, reader: Reader) -> None:
         """Take weight and moments from a checkpoint, whoever wrote which part of them."""
-        stop = self.start + self.weight.numel()
         for kind, values in {WEIGHT: self.weight, **self.moments}.items():
             if kind in reader.kinds(self.name):
-                values.copy_(reader.read(self.name, kind, self.start, stop))
+                values.copy_(reader.read(self.name, kind, self.start, self.stop))
         if self.step is not None:
             self.step.fill_(max(float(self.step), reader.step(self.name) or 0.0))
 
@@ -119,7 +123,7 @@ def provide_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, reader:
     """Give an optimizer that has not stepped yet the moments that a checkpoint has of a parameter, as zeros."""
     state = optimizer.state[parameter]
     for kind in reader.kinds(name):
-        if kind != WEIGHT and kind not in state:
+        if kind not in (WEIGHT, AVERAGE) and kind not in state:
             state[kind] = torch.zeros_like(parameter.detach())
     if reader.step(name) is not None and "step" not in state:
         is_on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
