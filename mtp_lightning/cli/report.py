@@ -1,11 +1,13 @@
 """`mtp report`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from mtp_lightning.cli.targets import JsonOption, check_picture
+from mtp_lightning.cli.generate import DeviceName, DeviceOption
+from mtp_lightning.cli.targets import JsonOption, check_page, check_picture
 from mtp_lightning.errors import visible
 
 if TYPE_CHECKING:
@@ -14,12 +16,62 @@ if TYPE_CHECKING:
     from mtp_lightning.evaluation.comparison import Group, Spread
     from mtp_lightning.evaluation.marginal import MarginalReport
 
-app = typer.Typer(no_args_is_help=True, help="Put finished runs side by side.")
+
+class ReportGroup(TyperGroup):
+    """Verbs about runs, of which `page` need not be named: `mtp report RUN... --html FILE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read arguments that begin with no verb as those of `page`."""
+        is_page = bool(args) and args[0] not in self.commands and args[0] not in ctx.help_option_names
+        return super().parse_args(ctx, ["page", *args] if is_page else args)
+
+
+app = typer.Typer(cls=ReportGroup, no_args_is_help=True, help="Put runs side by side.")
 
 
 @app.callback()
 def describe() -> None:
-    """Put finished runs side by side."""
+    """Put runs side by side: `mtp report RUN... --html report.html` writes them onto a page."""
+
+
+@app.command()
+def page(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of them.", show_default=False)
+    ],
+    *,
+    html: Annotated[
+        Path, typer.Option("--html", metavar="FILE", callback=check_page, help="Where to write the page.")
+    ] = Path("report.html"),
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Show the drafts in what each run's last checkpoint makes of this."),
+    ] = None,
+    sample_text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Show the drafts along this text.", exists=True, dir_okay=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="With --prompt: longest continuation.")] = 96,
+    device: DeviceOption = DeviceName.auto,
+) -> None:
+    """Write runs, running or ended, onto one HTML page: curves, acceptance, drafts, results, recipes, restarts.
+
+    The page holds all that it needs and asks nothing of the network. `mtp report RUN...` is the same.
+    """
+    from mtp_lightning.console.errors import screen
+    from mtp_lightning.evaluation.run_page.runs import find_runs, read_runs
+    from mtp_lightning.evaluation.run_page.write import write_page
+
+    if prompt is not None and sample_text is not None:
+        raise typer.BadParameter("give either --prompt or --sample-text", param_hint="--prompt")
+    found, given = read_runs(find_runs(runs)), sample_text if prompt is None else prompt
+    drafts = []
+    if given is not None:
+        from mtp_lightning.cli.generate import device_of
+        from mtp_lightning.evaluation.run_page.drafts import drafts_of
+
+        drafts = drafts_of(found, given, max_new_tokens=max_new_tokens, device=device_of(device))
+    write_page(found, html, drafts=drafts)
+    screen().print(f"written: {html}, {len(found)} run{'s' if len(found) > 1 else ''}", soft_wrap=True)
 
 
 @app.command()

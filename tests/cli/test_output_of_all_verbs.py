@@ -57,6 +57,7 @@ WORDS = {
     "eval acceptance": "RUN --rows 4 --json NEW",
     "eval marginal": "RUN --samples 2 --last 4 --json NEW",
     "eval lens": "RUN --samples 2 --json NEW --plot NEW.png",
+    "report page": "RUN --html NEW.html --prompt a --max-new-tokens 4",
     "report compare": "RUN --json NEW --plot NEW.png",
     "report mixture": "MIXED --plot NEW.png",
 }
