@@ -138,13 +138,14 @@
     cancelAnimationFrame(waiting);
     waiting = requestAnimationFrame(() => figures.forEach(draw));
   };
-  document.querySelectorAll("[data-run]").forEach((place) => {
-    const run = Number(place.dataset.run);
-    place.querySelector(".swatch").replaceChildren(swatch(styleOf(run)));
-    place.querySelector("input").addEventListener("change", (event) => {
-      hidden[event.target.checked ? "delete" : "add"](run);
-      drawAll();
-    });
+  const boxes = [...document.querySelectorAll("[data-run] input")];
+  document.querySelectorAll("[data-run] .swatch").forEach((place, run) => place.replaceChildren(swatch(styleOf(run))));
+  document.querySelector("#all").addEventListener("change", (event) => {
+    boxes.forEach((box) => { box.checked = event.target.checked; });
+  });
+  document.querySelector("#runs").addEventListener("change", () => {
+    boxes.forEach((box, run) => hidden[box.checked ? "delete" : "add"](run));
+    drawAll();
   });
   figures.forEach(draw);
   let width = document.documentElement.clientWidth;

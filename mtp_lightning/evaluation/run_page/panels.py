@@ -29,11 +29,11 @@ def sections_of(runs: list[Run]) -> list[Section]:
     kept = {f"offset {k}": (f"train/acceptance_rate_{k}", f"val/acceptance_rate_{k}") for k in offsets if k > 1}
     lengths = ("train/mean_acceptance_length", "val/mean_acceptance_length")
     by_source = {source: ("", f"val/mean_acceptance_length@{source}") for source in sources}
-    drift = {"Loss": "nats", "KL divergence": "nats", "First choices that changed": "share"}
+    drift = {"Change of the loss": "nats", "KL divergence": "nats", "First choices that changed": "share"}
     columns = ("drift/nll_change", "drift/kl", "drift/flips")
     course = {"Tokens per second": "tokens_per_s", "Gradient norm": "grad_norm/all", "Learning rate": "lr"}
     return [
-        Section("Loss by offset", LOSS_NOTE, _of_each(runs, "Loss", "nats per target", losses), "no losses yet"),
+        Section("Loss by offset", LOSS_NOTE, _of_each(runs, "Loss", "nats per target", losses), "No losses yet"),
         Section(
             "Acceptance",
             ACCEPTANCE_NOTE,
@@ -42,13 +42,13 @@ def sections_of(runs: list[Run]) -> list[Section]:
                 *_panel(runs, "Acceptance length under sampling", "tokens per forward", ("", SAMPLED)),
                 *_of_each(runs, "Accepted", "share of positions", kept, top=1),
             ],
-            "nothing is drafted: one offset, or no figures yet",
+            "Nothing is drafted: one offset, or no figures yet",
         ),
         Section(
             "Acceptance by source",
             "Acceptance length in validation, tokens per forward.",
-            _of_each(runs, "Acceptance length", "tokens per forward", by_source),
-            "not recorded: only runs that train on a mixture (data.mixture) and validate have it",
+            _of_each(runs, "Acceptance length by source", "tokens per forward", by_source),
+            "Not recorded: only runs that train on a mixture (data.mixture) and validate have it",
         ),
         Section(
             "Drift of the main head",
@@ -58,13 +58,13 @@ def sections_of(runs: list[Run]) -> list[Section]:
                 for (title, unit), column in zip(drift.items(), columns, strict=True)
                 for panel in _panel(runs, title, unit, ("", column))
             ],
-            "not recorded: no run has the guard against drift on (health.drift)",
+            "Not recorded: no run has the guard against drift on (health.drift)",
         ),
         Section(
             "Course of training",
             "",
             [panel for title, column in course.items() for panel in _panel(runs, title, "", (column, ""))],
-            "no figures yet",
+            "No figures yet",
         ),
     ]
 

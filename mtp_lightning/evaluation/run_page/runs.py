@@ -79,6 +79,7 @@ def _read(status: RunStatus, most_points: int) -> Run:
         if value is not None and not _is_decoding(value)
     }
     rows = [row for bench in benches for row in bench["figures"] if isinstance(row, dict)]
+    rows = [{**row, "decoder": "ceiling"} if row.get("is_ceiling") else row for row in rows]
     return Run(
         status=status,
         recipe=dict(_leaves(recipe)) if isinstance(recipe, dict) else {},
@@ -154,13 +155,18 @@ def _leaves(value: Any) -> Iterator[tuple[str, str]]:
             open_ones += [(f"{path}[{place}]", each) for place, each in reversed([*enumerate(inner, 1)])]
         else:
             count += 1
-            yield path, _as_text(inner)
+            yield path, as_text(inner)
     if open_ones:
         yield "…", f"the rest is left out, {len(open_ones):,} or more values"
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Write a plain value, cut where it is long.
+
+    >>> as_text(1234.5678), as_text(0.123456789), as_text([1, None])
+    ('1,234.57', '0.123457', '[1, null]')
+    """
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:,.2f}" if 1000 <= abs(value) < 1e15 else f"{value:.6g}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text):,} characters)"

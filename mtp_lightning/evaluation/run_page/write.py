@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-import json
+import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -15,7 +15,7 @@ from markupsafe import Markup
 from mtp_lightning import __version__
 from mtp_lightning.errors import RunFolderError, visible
 from mtp_lightning.evaluation.run_page.panels import data_of, sections_of
-from mtp_lightning.evaluation.run_page.runs import Run
+from mtp_lightning.evaluation.run_page.runs import Run, as_text
 from mtp_lightning.files.durable import replace_durably
 
 SCRIPTS = ("d3.min.js", "plot.umd.min.js", "page.js")
@@ -37,7 +37,8 @@ ATTEMPT_COLUMNS = {
     "Python": "python",
     "revision": "git_revision",
 }
-NO_DRAFTS = "not asked for: mtp report RUN... --prompt TEXT, or --sample-text FILE, shows those of each last checkpoint"
+_NUMBER = re.compile(r"(\d+)")
+NO_DRAFTS = "Not asked for: mtp report RUN... --prompt TEXT, or --sample-text FILE, shows those of each last checkpoint"
 
 
 def write_page(runs: list[Run], path: Path, *, drafts: Sequence[dict[str, Any]] = ()) -> None:
@@ -83,7 +84,7 @@ def page_of(runs: list[Run], *, drafts: Sequence[dict[str, Any]] = ()) -> str:
         runs=runs,
         remarks=list(_remarks(runs)),
         sections=sections,
-        last_figures=_matrix([{name: f"{value:.5g}" for name, value in sorted(r.curves.last.items())} for r in runs]),
+        last_figures=_last_figures(runs),
         drafts=drafts,
         no_drafts=NO_DRAFTS,
         decode_columns=DECODE_COLUMNS,
@@ -120,15 +121,24 @@ def _count(value: int | None) -> str:
 
 
 def _figure(value: Any) -> str:
-    if isinstance(value, float):
+    if isinstance(value, float) and abs(value) < 1000:
         return f"{value:.4g}"
-    return "-" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return "-" if value is None else as_text(value)
 
 
 def _matrix(columns: Sequence[dict[str, str]]) -> dict[str, list[str | None]]:
     """Put mappings side by side: a row for every key of any."""
     names = dict.fromkeys(name for column in columns for name in column)
     return {name: [column.get(name) for column in columns] for name in names}
+
+
+def _last_figures(runs: list[Run]) -> dict[str, list[str | None]]:
+    table = _matrix([{name: f"{value:.5g}" for name, value in run.curves.last.items()} for run in runs])
+    return {name: table[name] for name in sorted(table, key=_in_order)}
+
+
+def _in_order(name: str) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in _NUMBER.split(name)]
 
 
 def _results(runs: list[Run]) -> dict[str, dict[str, list[str | None]]]:
@@ -141,6 +151,7 @@ def _remarks(runs: list[Run]) -> Iterable[str]:
         if not run.curves.num_rows:
             yield f"Run {number}: no figures yet."
         for name, steps in run.curves.holes.items():
-            yield f"Run {number}: {name} is not a finite number in {len(steps):,} rows, the first at step {steps[0]:,}."
+            rows = f"{len(steps):,} rows, the first at step {steps[0]:,}"
+            yield f"Run {number}: {name} is not a number that can be drawn in {rows}."
         for fault in run.faults:
             yield f"Run {number}: {fault}"
