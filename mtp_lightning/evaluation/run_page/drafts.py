@@ -121,7 +121,8 @@ def places_of(model: MtpModel, tokens: list[int], begin: int) -> list[Place]:
     likeliest: dict[int, tuple[list[float], list[int]]] = {}
     own: list[float] = []  # probabilities of the text's tokens by the main head
     for offset, state in states.items():
-        laws = model.unembedding.logits(offset, state[:, begin - 1 :])[0].float().softmax(-1)  # (T', V)
+        scores = model.unembedding.logits(offset, state[:, begin - 1 :])[0]
+        laws = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # (T', V)
         best = laws.max(-1)
         likeliest[offset] = best.values.tolist(), best.indices.tolist()
         if offset == 1:
