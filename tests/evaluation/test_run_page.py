@@ -194,7 +194,7 @@ ATTRIBUTES = {
 def write_hostile(folder: Path, text: str) -> None:
     """Put a text wherever a run may hold one: name, tag, field, source, folder, results, machine, decoder, bad file."""
     name = "".join(one for one in text if one.isprintable()).replace("/", "_")[:60]
-    run = write_run(folder / name, sources=(text,))
+    run = write_run(folder / name, sources=(text,), steps=40)
     recipe = {"name": text, "logging": {"tags": [text]}, text: 1}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=False))
     (run / "logs/attempt_1/environment.json").write_text(json.dumps({"host": text, "packages": {"torch": text}}))

@@ -31,12 +31,15 @@ def kept_by_step(places):
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_drafts_are_kept_as_by_a_decoder(kind: str) -> None:
     model = tiny_model(tiny_recipe(heads=HEAD_KINDS[kind], model=FEW_TOKENS))
-    made = generate(model, [PROMPT], max_new_tokens=80)
-    places = places_of(model, PROMPT + made.tokens[0], len(PROMPT))
-    assert [place.token for place in places if place.role != "rejected"] == made.tokens[0]
-    accepted = made.statistics.accepted_by_row[0]
-    assert kept_by_step(places)[: len(accepted) - 1] == accepted[:-1]  # the text may end amid the last
-    assert {place.role for place in places} == {"own", "kept", "rejected"}
+    roles = set()
+    for prompt in (PROMPT, [0], [3, 3], [2, 0, 1]):
+        made = generate(model, [prompt], max_new_tokens=40)
+        places = places_of(model, prompt + made.tokens[0], len(prompt))
+        assert [place.token for place in places if place.role != "rejected"] == made.tokens[0]
+        accepted = made.statistics.accepted_by_row[0]
+        assert kept_by_step(places)[: len(accepted) - 1] == accepted[:-1]  # the text may end amid the last
+        roles |= {place.role for place in places}
+    assert roles == {"own", "kept", "rejected"}
 
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)
@@ -100,5 +103,6 @@ def test_a_text_is_walked_along_and_cut_where_it_is_long(run: Path, tmp_path: Pa
     told = drafts(run, given=tmp_path / "text.txt")[0][0]
     shown = [token.text for token in told["tokens"] if token.role != "rejected"]
     assert "".join(shown).replace("·", "").replace("↵", "").startswith("uro \n€uro \n")
+    assert told["given"] == "€"
     assert 100 < len(shown) < 600
     assert told["tokens"][0].tip.startswith("main head, probability 0.")

@@ -50,6 +50,7 @@ class Browser:
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def call(self, method: str, **arguments: Any) -> dict[str, Any]:
         """Ask for something, and take note of events until the answer is there."""

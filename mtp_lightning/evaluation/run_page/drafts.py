@@ -15,7 +15,7 @@ from mtp_lightning.checkpoint.format.carried_files import all_end_ids
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.data.tokenizers.base import Tokenizer
 from mtp_lightning.decode import generate
-from mtp_lightning.decode.text_stream import detokenizer, text_stream
+from mtp_lightning.decode.text_stream import UNFINISHED, detokenizer, text_stream
 from mtp_lightning.errors import DataError, DecodingError, MtpError
 from mtp_lightning.evaluation.run_page.runs import Run
 from mtp_lightning.files.untrusted import OddFileError, read_bounded, reason_of
@@ -92,7 +92,9 @@ def _drafts(path: Path, content: bytes, most_new: int, device: torch.device) -> 
     tokenizer, room = recipe_tokenizer(recipe), recipe.model.max_position_embeddings
     tokens = _encoded(tokenizer, content)
     if not most_new:
-        return _told(tokenizer, places_of(model, tokens[: min(room, MOST_TOKENS)], 1), tokens[:1])
+        tokens = tokens[: min(room, MOST_TOKENS)]
+        begin = _first_character(tokenizer, tokens)
+        return _told(tokenizer, places_of(model, tokens, begin), tokens[:begin])
     if not 0 < len(tokens) < room:
         raise DecodingError(
             f"the prompt must hold a token, and leave room in the context of {room:,}", f"{len(tokens):,}", "Change it"
@@ -107,6 +109,14 @@ def _encoded(tokenizer: Tokenizer, content: bytes) -> list[int]:
         return [*tokenizer.opening, *tokenizer.encode(content).tolist()]
     except UnicodeDecodeError:
         raise DataError("this tokenizer's text must be UTF-8", "other bytes", "Convert it to UTF-8") from None
+
+
+def _first_character(tokenizer: Tokenizer, tokens: list[int]) -> int:
+    """Count the tokens of the first character, which is given; one where they make none."""
+    whole = (
+        n for n in range(1, 5) if UNFINISHED not in detokenizer(tokenizer)(tokens[:n]).decode(errors="replace").encode()
+    )
+    return next(whole, 1)
 
 
 @torch.inference_mode()
