@@ -11,8 +11,6 @@ from mtp_lightning.cli.targets import JsonOption, check_page, check_picture
 from mtp_lightning.errors import visible
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from mtp_lightning.evaluation.comparison import Group, Spread
     from mtp_lightning.evaluation.marginal import MarginalReport
 
@@ -85,23 +83,36 @@ def compare(
         Path | None, typer.Option(metavar="PNG", callback=check_picture, help="Draw acceptance and loss, too.")
     ] = None,
     json_path: JsonOption = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", callback=check_page, help="Write the page of mtp report, too."),
+    ] = None,
 ) -> None:
     """Compare recipes by the last validation of their runs: loss of the main head, acceptance length, acceptance."""
     from mtp_lightning.cli.recipe_argument import open_runs
-    from mtp_lightning.console.errors import screen
+    from mtp_lightning.console.errors import screen, table_of
     from mtp_lightning.console.tables import write_json
     from mtp_lightning.evaluation.comparison import as_json, draw, read_run
     from mtp_lightning.evaluation.comparison import compare as compare_runs
 
-    groups = compare_runs(read_run(run) for run in open_runs(runs))
-    screen().print(_table(groups))
-    if measured := next((group.marginal for group in groups if group.marginal), None):
-        screen().print("", _marginal_table(groups, measured), sep="\n")
-    for remark in _table_notes(groups):
+    folders = open_runs(runs)
+    groups = compare_runs(read_run(run) for run in folders)
+    tables, notes = _tables(groups), _table_notes(groups)
+    for place, (columns, rows) in enumerate(tables):
+        table = table_of(columns, left=0)
+        for row in rows:
+            table.add_row(*row)
+        screen().print(*([""] if place else []), table, sep="\n")
+    for remark in notes:
         screen().print(remark)
     write_json(json_path, as_json(groups))
     if plot is not None:
         draw(groups, plot)
+    if html is not None:
+        from mtp_lightning.evaluation.run_page.runs import find_runs, read_runs
+        from mtp_lightning.evaluation.run_page.write import write_page
+
+        write_page(read_runs(find_runs(folders)), html, comparison={"tables": tables, "notes": notes})
 
 
 @app.command()
@@ -133,39 +144,43 @@ def mixture(
         screen().print(f"drawn: {picture}")
 
 
-def _table(groups: "list[Group]") -> "Table":
-    from mtp_lightning.console.errors import table_of
+def _tables(groups: "list[Group]") -> list[tuple[list[str], list[list[str]]]]:
+    """Return columns and rows of the figures at the end, and of what `mtp eval marginal` has measured, if anything."""
+    measured = next((group.marginal for group in groups if group.marginal), None)
+    return [_table(groups), *([_marginal_table(groups, measured)] if measured else [])]
 
+
+def _table(groups: "list[Group]") -> tuple[list[str], list[list[str]]]:
     offsets = range(2, max(group.num_offsets for group in groups) + 1)
     columns = ["recipe", "seeds", "main loss", "change", "length", "sampled", *(f"to {k}" for k in offsets)]
-    table = table_of(columns, left=0)
+    rows = []
     for group in groups:
         figures = group.figures
         accepted = [_text(figures.get(f"acceptance_rate_{k}"), ".3f") for k in offsets]
-        table.add_row(
-            visible(group.recipe, kept=""),
-            str(len(group.seeds)),
-            _text(figures["loss_1"], ".4f"),
-            _text(group.loss_change if group is not groups[0] else None, "+.4f"),
-            _text(figures.get("mean_acceptance_length"), ".3f"),
-            _text(figures.get("sampled_acceptance_length"), ".3f"),
-            *accepted,
+        rows.append(
+            [
+                visible(group.recipe, kept=""),
+                str(len(group.seeds)),
+                _text(figures["loss_1"], ".4f"),
+                _text(group.loss_change if group is not groups[0] else None, "+.4f"),
+                _text(figures.get("mean_acceptance_length"), ".3f"),
+                _text(figures.get("sampled_acceptance_length"), ".3f"),
+                *accepted,
+            ]
         )
-    return table
+    return columns, rows
 
 
-def _marginal_table(groups: "list[Group]", measured: "MarginalReport") -> "Table":
+def _marginal_table(groups: "list[Group]", measured: "MarginalReport") -> tuple[list[str], list[list[str]]]:
     """Lay out top accuracies: of the next token, then of every further one by its head, and without it."""
-    from mtp_lightning.console.errors import table_of
-
     offsets = range(2, len(measured.offsets) + 1)
     kinds = [(k, kind) for k in offsets for kind in ("head", "marginal")]
     heads = [f"{k} {kind}" for k, kind in kinds]
-    table = table_of([f"top-{measured.top}, at offset", "1", *heads], left=0)
+    rows = []
     for group in groups:
         figures = (group.figures.get(f"{kind}_top_{k}") for k, kind in [(1, "marginal"), *kinds])
-        table.add_row(visible(group.recipe, kept=""), *(_text(figure, ".3f") for figure in figures))
-    return table
+        rows.append([visible(group.recipe, kept=""), *(_text(figure, ".3f") for figure in figures)])
+    return [f"top-{measured.top}, at offset", "1", *heads], rows
 
 
 def _text(figure: "Spread | None", form: str) -> str:

@@ -212,18 +212,20 @@ def drafts_with(text: str) -> list[dict]:
     ]
 
 
+def comparison_with(text: str) -> dict:
+    return {"tables": [(["recipe", text], [[text, "1"]])], "notes": [text]}
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_texts_of_runs_stay_texts(text: str, tmp_path: Path) -> None:
     write_hostile(tmp_path / "x", text)
     write_hostile(tmp_path / "plain", "plain")
-    made = (
-        page_of(read_runs(find_runs([tmp_path / n])), drafts=drafts_with(t))
-        for n, t in (("x", text), ("plain", "plain"))
-    )
-    page, plain = map(Page, made)
+    parts = {t: {"drafts": drafts_with(t), "comparison": comparison_with(t)} for t in (text, "plain")}
+    page = Page(page_of(read_runs(find_runs([tmp_path / "x"])), **parts[text]))
+    plain = Page(page_of(read_runs(find_runs([tmp_path / "plain"])), **parts["plain"]))
     shown = visible(text)
     assert page.tags == plain.tags
-    assert page.text().count(shown) >= 17
+    assert page.text().count(shown) >= 20
     assert {name for name, _ in page.attributes} == ATTRIBUTES
     assert ("data-tip", shown) in page.attributes
     assert page.data["runs"][0]["name"] == visible(text, kept="")
@@ -245,6 +247,21 @@ def test_the_verb_needs_no_name(folder: Path, tmp_path: Path) -> None:
     pages = [Page((tmp_path / name).read_text()) for name in ("x.html", "status.html", "new/0.html")]
     assert pages[0].data == pages[1].data == pages[2].data
     assert "Compare recipes" in invoke("report", "compare", "--help")[1]
+
+
+def test_a_comparison_over_seeds_is_on_the_page_too(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run = write_run(tmp_path / f"seed{seed}", name="both", steps=40, overrides=(f"run.seed={seed}",))
+        (run / "summary.json").write_text(json.dumps({"recipe": "both", "seed": seed, "num_offsets": 4}))
+    runs = [tmp_path / "seed0", tmp_path / "seed1"]
+    code, said = invoke("report", "compare", *runs, "--html", tmp_path / "page.html")
+    assert code == 0
+    text = Page((tmp_path / "page.html").read_text()).text()
+    figures = next(line for line in said.splitlines() if line.startswith("both")).split()
+    assert len(figures) > 8
+    assert all(figure in text for figure in figures)
+    assert "half a 95 % interval over seeds" in text
+    assert "Loss, offset 4" in text
 
 
 REFUSALS = {

@@ -41,18 +41,18 @@ _NUMBER = re.compile(r"(\d+)")
 NO_DRAFTS = "Not asked for: mtp report RUN... --prompt TEXT, or --sample-text FILE, shows those of each last checkpoint"
 
 
-def write_page(runs: list[Run], path: Path, *, drafts: Sequence[dict[str, Any]] = ()) -> None:
+def write_page(runs: list[Run], path: Path, **parts: Any) -> None:
     """Write runs onto one page; an old file is replaced at once, and stays where the new one cannot be written.
 
     Args:
         runs: what `read_runs` has read.
         path: where to write it.
-        drafts: what `drafts_of` has found of some of the runs.
+        parts: as of `page_of`.
 
     Raises:
         RunFolderError: It cannot be written there.
     """
-    content = page_of(runs, drafts=drafts).encode()
+    content = page_of(runs, **parts).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         target = path.resolve()  # what a link points to is replaced, not the link
@@ -66,8 +66,14 @@ def write_page(runs: list[Run], path: Path, *, drafts: Sequence[dict[str, Any]] 
         ) from error
 
 
-def page_of(runs: list[Run], *, drafts: Sequence[dict[str, Any]] = ()) -> str:
-    """Return the page as HTML; all texts of runs are escaped."""
+def page_of(runs: list[Run], *, drafts: Sequence[dict[str, Any]] = (), comparison: dict[str, Any] | None = None) -> str:
+    """Return the page as HTML; all texts of runs are escaped.
+
+    Args:
+        runs: what `read_runs` has read.
+        drafts: what `drafts_of` has found of some of them.
+        comparison: `tables` (columns and rows of text) and `notes` of recipes over their seeds.
+    """
     sections = sections_of(runs)
     for number, panel in enumerate(panel for section in sections for panel in section.panels):
         panel["number"] = number
@@ -86,6 +92,7 @@ def page_of(runs: list[Run], *, drafts: Sequence[dict[str, Any]] = ()) -> str:
         sections=sections,
         last_figures=_last_figures(runs),
         drafts=drafts,
+        comparison=comparison,
         no_drafts=NO_DRAFTS,
         decode_columns=DECODE_COLUMNS,
         attempt_columns=ATTEMPT_COLUMNS,
