@@ -1,25 +1,75 @@
 """`mtp report`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from mtp_lightning.cli.targets import JsonOption, check_picture
+from mtp_lightning.cli.generate import DeviceName, DeviceOption
+from mtp_lightning.cli.targets import JsonOption, check_page, check_picture
 from mtp_lightning.errors import visible
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from mtp_lightning.evaluation.comparison import Group, Spread
     from mtp_lightning.evaluation.marginal import MarginalReport
 
-app = typer.Typer(no_args_is_help=True, help="Put finished runs side by side.")
+
+class ReportGroup(TyperGroup):
+    """Verbs about runs, of which `page` need not be named: `mtp report RUN... --html FILE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read arguments that begin with no verb as those of `page`."""
+        is_page = bool(args) and args[0] not in self.commands and args[0] not in ctx.help_option_names
+        return super().parse_args(ctx, ["page", *args] if is_page else args)
+
+
+app = typer.Typer(cls=ReportGroup, no_args_is_help=True, help="Put runs side by side.")
 
 
 @app.callback()
 def describe() -> None:
-    """Put finished runs side by side."""
+    """Put runs side by side: `mtp report RUN... --html report.html` writes them onto a page."""
+
+
+@app.command()
+def page(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of them.", show_default=False)
+    ],
+    *,
+    html: Annotated[
+        Path, typer.Option("--html", metavar="FILE", callback=check_page, help="Where to write the page.")
+    ] = Path("report.html"),
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Show the drafts in what each run's last checkpoint makes of this."),
+    ] = None,
+    sample_text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Show the drafts along this text.", exists=True, dir_okay=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="With --prompt: longest continuation.")] = 96,
+    device: DeviceOption = DeviceName.auto,
+) -> None:
+    """Write runs, running or ended, onto one HTML page: curves, acceptance, drafts, results, recipes, restarts.
+
+    The page holds all that it needs and asks nothing of the network. `mtp report RUN...` is the same.
+    """
+    from mtp_lightning.console.errors import screen
+    from mtp_lightning.evaluation.run_page.runs import find_runs, read_runs
+    from mtp_lightning.evaluation.run_page.write import write_page
+
+    if prompt is not None and sample_text is not None:
+        raise typer.BadParameter("give either --prompt or --sample-text", param_hint="--prompt")
+    found, given = read_runs(find_runs(runs)), sample_text if prompt is None else prompt
+    drafts = []
+    if given is not None:
+        from mtp_lightning.cli.generate import device_of
+        from mtp_lightning.evaluation.run_page.drafts import drafts_of
+
+        drafts = drafts_of(found, given, max_new_tokens=max_new_tokens, device=device_of(device))
+    write_page(found, html, drafts=drafts)
+    screen().print(f"written: {html}, {len(found)} run{'s' if len(found) > 1 else ''}", soft_wrap=True)
 
 
 @app.command()
@@ -33,23 +83,36 @@ def compare(
         Path | None, typer.Option(metavar="PNG", callback=check_picture, help="Draw acceptance and loss, too.")
     ] = None,
     json_path: JsonOption = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", callback=check_page, help="Write the page of mtp report, too."),
+    ] = None,
 ) -> None:
     """Compare recipes by the last validation of their runs: loss of the main head, acceptance length, acceptance."""
     from mtp_lightning.cli.recipe_argument import open_runs
-    from mtp_lightning.console.errors import screen
+    from mtp_lightning.console.errors import screen, table_of
     from mtp_lightning.console.tables import write_json
     from mtp_lightning.evaluation.comparison import as_json, draw, read_run
     from mtp_lightning.evaluation.comparison import compare as compare_runs
 
-    groups = compare_runs(read_run(run) for run in open_runs(runs))
-    screen().print(_table(groups))
-    if measured := next((group.marginal for group in groups if group.marginal), None):
-        screen().print("", _marginal_table(groups, measured), sep="\n")
-    for remark in _table_notes(groups):
+    folders = open_runs(runs)
+    groups = compare_runs(read_run(run) for run in folders)
+    tables, notes = _tables(groups), _table_notes(groups)
+    for place, (columns, rows) in enumerate(tables):
+        table = table_of(columns, left=0)
+        for row in rows:
+            table.add_row(*row)
+        screen().print(*([""] if place else []), table, sep="\n")
+    for remark in notes:
         screen().print(remark)
     write_json(json_path, as_json(groups))
     if plot is not None:
         draw(groups, plot)
+    if html is not None:
+        from mtp_lightning.evaluation.run_page.runs import find_runs, read_runs
+        from mtp_lightning.evaluation.run_page.write import write_page
+
+        write_page(read_runs(find_runs(folders)), html, comparison={"tables": tables, "notes": notes})
 
 
 @app.command()
@@ -81,39 +144,43 @@ def mixture(
         screen().print(f"drawn: {picture}")
 
 
-def _table(groups: "list[Group]") -> "Table":
-    from mtp_lightning.console.errors import table_of
+def _tables(groups: "list[Group]") -> list[tuple[list[str], list[list[str]]]]:
+    """Return columns and rows of the figures at the end, and of what `mtp eval marginal` has measured, if anything."""
+    measured = next((group.marginal for group in groups if group.marginal), None)
+    return [_table(groups), *([_marginal_table(groups, measured)] if measured else [])]
 
+
+def _table(groups: "list[Group]") -> tuple[list[str], list[list[str]]]:
     offsets = range(2, max(group.num_offsets for group in groups) + 1)
     columns = ["recipe", "seeds", "main loss", "change", "length", "sampled", *(f"to {k}" for k in offsets)]
-    table = table_of(columns, left=0)
+    rows = []
     for group in groups:
         figures = group.figures
         accepted = [_text(figures.get(f"acceptance_rate_{k}"), ".3f") for k in offsets]
-        table.add_row(
-            visible(group.recipe, kept=""),
-            str(len(group.seeds)),
-            _text(figures["loss_1"], ".4f"),
-            _text(group.loss_change if group is not groups[0] else None, "+.4f"),
-            _text(figures.get("mean_acceptance_length"), ".3f"),
-            _text(figures.get("sampled_acceptance_length"), ".3f"),
-            *accepted,
+        rows.append(
+            [
+                visible(group.recipe, kept=""),
+                str(len(group.seeds)),
+                _text(figures["loss_1"], ".4f"),
+                _text(group.loss_change if group is not groups[0] else None, "+.4f"),
+                _text(figures.get("mean_acceptance_length"), ".3f"),
+                _text(figures.get("sampled_acceptance_length"), ".3f"),
+                *accepted,
+            ]
         )
-    return table
+    return columns, rows
 
 
-def _marginal_table(groups: "list[Group]", measured: "MarginalReport") -> "Table":
+def _marginal_table(groups: "list[Group]", measured: "MarginalReport") -> tuple[list[str], list[list[str]]]:
     """Lay out top accuracies: of the next token, then of every further one by its head, and without it."""
-    from mtp_lightning.console.errors import table_of
-
     offsets = range(2, len(measured.offsets) + 1)
     kinds = [(k, kind) for k in offsets for kind in ("head", "marginal")]
     heads = [f"{k} {kind}" for k, kind in kinds]
-    table = table_of([f"top-{measured.top}, at offset", "1", *heads], left=0)
+    rows = []
     for group in groups:
         figures = (group.figures.get(f"{kind}_top_{k}") for k, kind in [(1, "marginal"), *kinds])
-        table.add_row(visible(group.recipe, kept=""), *(_text(figure, ".3f") for figure in figures))
-    return table
+        rows.append([visible(group.recipe, kept=""), *(_text(figure, ".3f") for figure in figures)])
+    return [f"top-{measured.top}, at offset", "1", *heads], rows
 
 
 def _text(figure: "Spread | None", form: str) -> str:

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from mtp_lightning.cli.targets import check_page
 from mtp_lightning.console.errors import screen
 from mtp_lightning.errors import visible
 
@@ -28,6 +29,10 @@ def status(
     *,
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until Ctrl-C.")] = False,
     every: Annotated[float, typer.Option(min=0.2, metavar="SECONDS", help="Pause between looks.")] = 5.0,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", callback=check_page, help="Write the page of mtp report, too."),
+    ] = None,
 ) -> None:
     """Show runs: state of the job, step, speed, loss, acceptance length, checkpoint, restarts, time to the end."""
     from mtp_lightning.errors import RunFolderError
@@ -42,13 +47,24 @@ def status(
             "Start one with mtp train or mtp submit, or give its folder: mtp status DIR",
         )
     console = screen()
+    if html is not None:
+        _write_page(runs, html)
     if not watch:
         console.print(status_page(runs))
         return
     with Live(status_page(runs), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(every)
-            live.update(status_page(statuses(places)), refresh=True)
+            live.update(status_page(runs := statuses(places)), refresh=True)
+            if html is not None and runs:
+                _write_page(runs, html)
+
+
+def _write_page(runs: "list[RunStatus]", html: Path) -> None:
+    from mtp_lightning.evaluation.run_page.runs import read_runs
+    from mtp_lightning.evaluation.run_page.write import write_page
+
+    write_page(read_runs(runs), html)
 
 
 def status_page(runs: "list[RunStatus]") -> Group:

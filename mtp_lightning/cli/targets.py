@@ -10,6 +10,7 @@ from mtp_lightning.console.tables import STDOUT
 from mtp_lightning.errors import RunFolderError
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".eps", ".ps", ".tif", ".tiff")
+PAGES = (".html", ".htm")
 
 
 def check_file(option: typer.CallbackParam, path: Path | None) -> Path | None:
@@ -41,11 +42,24 @@ def check_picture(option: typer.CallbackParam, path: Path | None) -> Path | None
     Raises:
         RunFolderError: says why it cannot be written.
     """
+    return _with_ending(PICTURES, option, path)
+
+
+def check_page(option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Refuse a page that cannot be written, or whose name is that of something else: a run's own file, perhaps.
+
+    Raises:
+        RunFolderError: says why it cannot be written.
+    """
+    return _with_ending(PAGES, option, path)
+
+
+def _with_ending(endings: tuple[str, ...], option: typer.CallbackParam, path: Path | None) -> Path | None:
     checked = check_file(option, path)
-    if checked is not None and checked.suffix.lower() not in PICTURES:
+    if checked is not None and checked.suffix.lower() not in endings:
         name = option.opts[-1]
-        expected = f"the file for {name} must end in {', '.join(PICTURES)}"
-        raise RunFolderError(expected, str(path), f"Write e.g. {name} {checked.stem}{PICTURES[0]}")
+        expected = f"the file for {name} must end in {', '.join(endings)}"
+        raise RunFolderError(expected, str(path), f"Write e.g. {name} {checked.stem}{endings[0]}")
     return checked
 
 

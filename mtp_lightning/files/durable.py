@@ -66,8 +66,12 @@ def write_durably(path: Path, content: bytes) -> FileRecord:
 def replace_durably(path: Path, content: bytes) -> None:
     """Give a file new content at once: readers see the old or the new, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    write_durably(temporary, content)
-    temporary.replace(path)
+    try:
+        write_durably(temporary, content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

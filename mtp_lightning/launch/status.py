@@ -1,5 +1,6 @@
 """What a run folder says about its run, read without torch and without disturbing the run."""
 
+import csv
 import math
 import os
 import re
@@ -257,7 +258,7 @@ def _last_figures(path: Path) -> dict[str, float]:
         header = file.readline(TAIL_BYTES)
         file.seek(max(len(header), os.fstat(file.fileno()).st_size - TAIL_BYTES))
         tail = file.read(TAIL_BYTES)
-    names = header.decode(errors="replace").rstrip("\r\n").split(",")
+    names = next(csv.reader([header.decode(errors="replace")]), [])  # those of sources may hold commas
     figures: dict[str, float] = {}
     for line in tail.decode(errors="replace").splitlines(keepends=True):
         cells = line.rstrip("\n").split(",")

@@ -35,7 +35,7 @@ WORDS = {
     "preflight": f"{RECIPE} {SINGLE}",
     "submit": f"{RECIPE} --site local --dry-run {SINGLE}",
     "sweep": f"{RECIPE} --out NEW --seeds 0,1 --site local --dry-run run.cache=CACHE",
-    "status": "RUN",
+    "status": "RUN --html NEW.html",
     "import": "HF --out NEW",
     "export": "RUN --out NEW --format hf",
     "extend": "LONG --to 5 --out NEW",
@@ -57,7 +57,8 @@ WORDS = {
     "eval acceptance": "RUN --rows 4 --json NEW",
     "eval marginal": "RUN --samples 2 --last 4 --json NEW",
     "eval lens": "RUN --samples 2 --json NEW --plot NEW.png",
-    "report compare": "RUN --json NEW --plot NEW.png",
+    "report page": "RUN --html NEW.html --prompt a --max-new-tokens 4",
+    "report compare": "RUN --json NEW --plot NEW.png --html NEW.html",
     "report mixture": "MIXED --plot NEW.png",
 }
 """A command line of every verb that prints and ends well; NEW is a path that does not exist yet."""
