@@ -50,7 +50,7 @@ def status(
     if html is not None:
         _write_page(runs, html)
     if not watch:
-        console.print(status_page(runs))
+        console.print(status_page(runs), *([] if html is None else [f"written: {html}"]), sep="\n")
         return
     with Live(status_page(runs), console=console, auto_refresh=False) as live:
         while True:

@@ -49,6 +49,11 @@ except SystemExit:
     assert loaded_by(code) == "loaded:"
 
 
+def test_the_page_of_runs_loads_nothing_heavy() -> None:
+    """As `mtp status --html` is for login nodes, too."""
+    assert loaded_by("import mtp_lightning.evaluation.run_page.write") == "loaded:"
+
+
 def test_the_probe_sees_what_is_loaded() -> None:
     assert loaded_by("import numpy") == "loaded: numpy"
 

@@ -17,7 +17,7 @@ from mtp_lightning.recipe.schema.phases import FOLDER
 MOST_POINTS = 180_000  # of all curves of a page
 FEWEST, MOST = 40, 600  # of a curve
 COLUMNS = 60  # that a run of four offsets draws, about
-RESULTS = ("*.json", "eval*/*.json", "eval*/*/*.json", "bench*/*.json")
+RESULTS = ("*.json", "*/results.json", "eval*/*.json", "eval*/*/*.json", "bench*/*.json")
 MOST_FILES, MOST_BYTES, MOST_LEAVES = 50, 2**20, 200
 LONGEST = 300  # of a value
 NO_RESULT = ("summary.json",)
@@ -110,7 +110,7 @@ def _glob(folder: Path, pattern: str, faults: list[str]) -> list[Path]:
 
 
 def _result_files(folder: Path, faults: list[str]) -> list[Path]:
-    found = [path for pattern in RESULTS for path in _glob(folder, pattern, faults)]
+    found = dict.fromkeys(path for pattern in RESULTS for path in _glob(folder, pattern, faults))
     return [path for path in found if path.name not in NO_RESULT and not path.name.startswith(".")][:MOST_FILES]
 
 
