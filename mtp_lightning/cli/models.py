@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from mtp_lightning.checkpoint.export.names import FormatName, format_named
+
 
 def extend(
     path: Annotated[
@@ -35,12 +37,12 @@ def extend(
     extend_checkpoint(path, out, to, group=group, train_free=train_free)
 
 
-class Format(StrEnum):
-    """What can be written."""
-
-    consolidated = "consolidated"
-    hf = "hf"
-    hf_mtp = "hf_mtp"
+def _format(told: str) -> FormatName:
+    """Find a format by its name, and say what other words for it are called here."""
+    try:
+        return format_named(told)
+    except ValueError as fault:
+        raise typer.BadParameter(str(fault)) from None
 
 
 class Dtype(StrEnum):
@@ -56,31 +58,28 @@ def export(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="Folder of a run (its newest complete checkpoint is taken), or one of its checkpoints; for hf also an "
-            "exported or imported folder.",
+            help="Folder of a run (its newest complete checkpoint is taken), or one of its checkpoints; but for "
+            "consolidated also an exported or imported folder.",
             show_default=False,
         ),
     ],
     *,
     out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.", show_default=False)],
     format: Annotated[
-        Format,
+        FormatName,
         typer.Option(
-            help="consolidated: all heads, with recipe.yaml. hf: the next-token model as transformers reads it. "
-            "hf_mtp: with sequential modules beside it, under DeepSeek's names."
+            metavar="|".join(name.value for name in FormatName),
+            parser=_format,
+            help="consolidated: all heads, with recipe.yaml. trunk: the next-token model as transformers reads it. "
+            "The others put heads beside it: docs/howto/serve.md has a table of engines and heads.",
         ),
-    ] = Format.consolidated,
+    ] = FormatName.consolidated,
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = Dtype.fp32,
 ) -> None:
     """Write a checkpoint, however many ranks made it, as one folder that other tools can read; needs no GPU."""
-    if format is Format.consolidated:
-        from mtp_lightning.checkpoint.convert.consolidate import consolidate
+    from mtp_lightning.checkpoint.export.write import export_model
 
-        consolidate(path, out, dtype=dtype.value)
-    else:
-        from mtp_lightning.checkpoint.huggingface.export_model import export_hf
-
-        export_hf(path, out, dtype=dtype.value, with_modules=format is Format.hf_mtp)
+    export_model(path, out, format, dtype=dtype.value)
 
 
 LONGEST_NUMBER = 12  # digits
