@@ -87,10 +87,12 @@ def export(
     """Write a checkpoint, however many ranks made it, as one folder that other tools can read; needs no GPU."""
     from mtp_lightning.checkpoint.export.write import export_model
 
-    check = None
     if verify:
-        from mtp_lightning.evaluation.export_parity import check_parity as check
-    export_model(path, out, format, dtype=dtype.value, check=check)
+        from mtp_lightning.evaluation.export_parity import check_parity
+
+        export_model(path, out, format, dtype=dtype.value, check=check_parity)
+    else:
+        export_model(path, out, format, dtype=dtype.value)
 
 
 LONGEST_NUMBER = 12  # digits

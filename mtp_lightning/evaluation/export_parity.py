@@ -96,12 +96,12 @@ def predicted_accepts(logits: dict[int, Tensor], prompt_length: int, text: Seque
 
 
 def _prompt(source: Source) -> list[int]:
+    most = source.recipe.model.vocab_size
     try:
-        ids = recipe_tokenizer(source.recipe).encode(PROMPT)
+        ids = [int(one) for one in recipe_tokenizer(source.recipe).encode(PROMPT)]
     except DataError:  # its file is gone
         ids = []
-    most = source.recipe.model.vocab_size
-    return [int(one) for one in ids if int(one) < most][:16] or [number % most for number in range(1, 9)]
+    return [one for one in ids if one < most][:16] or [number % most for number in range(1, 9)]
 
 
 def _judged(heard: Heard | str, ours: _Ours) -> dict[str, Any]:

@@ -115,7 +115,8 @@ def _report(row: Format, source: Source, folders: Mapping[str, Contents]) -> dic
         CheckpointError: a parameter is neither written nor left out for a reason, or a tensor comes from nowhere.
     """
     written: dict[str, list[str]] = {}
-    made, left_out = {}, {}
+    made: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     for inside, one in folders.items():
         prefix = f"{inside}/" if inside else ""
         for name, tensor in one.written.items():
