@@ -11,6 +11,7 @@ from mtp_lightning.checkpoint.convert.consolidate import DTYPES
 from mtp_lightning.checkpoint.export.contents import Source
 from mtp_lightning.checkpoint.export.formats import Format
 from mtp_lightning.checkpoint.export.judges import Heard, Probe, model_of
+from mtp_lightning.checkpoint.export.names import FormatName
 from mtp_lightning.console.progress import say
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.decode import generate
@@ -38,7 +39,7 @@ def check_parity(folder: Path, row: Format, source: Source) -> dict[str, Any]:
     ours = _Ours(source)
     heard = [_judged(judge(folder, ours.probe), ours) for judge in (one.judge for one in row.engines) if judge]
     if row.reread is not None:
-        heard.append(_reread(row.reread(folder, source.recipe), ours))
+        heard.append(_reread(row.reread(folder, source.recipe), ours, may_be_alone=row.name is FormatName.trunk))
     if not any("judge" in one for one in heard):
         reasons = "; ".join(one["not_judged"] for one in heard) or "none for this format"
         raise CheckpointError("--verify must have a judge", reasons, "Install the engine, or leave --verify out")
@@ -58,7 +59,9 @@ class _Ours:
     def __init__(self, source: Source) -> None:
         recipe = source.recipe
         heads = recipe.heads.model_copy(update={"draft_vocabulary": None})  # no reader of others knows of one
-        model = model_of(recipe.model_copy(update={"heads": heads}), source.reader, dtype=DTYPES[source.dtype])
+        model = model_of(
+            recipe.model_copy(update={"heads": heads}), source.given or source.reader, dtype=DTYPES[source.dtype]
+        )
         prompt = _prompt(source)
         room = recipe.model.max_position_embeddings - len(prompt) - model.num_offsets
         num_tokens = max(1, min(NUM_TOKENS, room))
@@ -119,9 +122,11 @@ def _judged(heard: Heard | str, ours: _Ours) -> dict[str, Any]:
     return told
 
 
-def _reread(model: MtpModel, ours: _Ours) -> dict[str, Any]:
-    """Compare the scores of all heads, where the folder holds more than the main one."""
+def _reread(model: MtpModel, ours: _Ours, *, may_be_alone: bool) -> dict[str, Any]:
+    """Compare the scores of all heads; the main one may be alone where a format has no others."""
     judge, found = "mtp import", scores(model, ours.probe.text)
+    if not (may_be_alone and len(found) == 1):
+        _check(judge, "the offsets of the model", ours.logits, found)
     deviations = {offset: _deviation(judge, offset, ours.logits[offset], one) for offset, one in found.items()}
     said = generate(model, [ours.probe.prompt], max_new_tokens=len(ours.text))
     _check(judge, "the same text", ours.text, said.tokens[0])
