@@ -37,7 +37,7 @@ class _Beginning:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._origin = _origin_of(source)
+        self._origin = origin_of(source)
         self._how = _how(self._origin.path) if self._origin else {}
 
     def is_same(self, name: str) -> bool:
@@ -61,7 +61,7 @@ class _Beginning:
             yield drawn.view(-1)[start : start + values.numel()].to(values.dtype)
 
 
-def _origin_of(source: Source) -> CheckpointFolder | None:
+def origin_of(source: Source) -> CheckpointFolder | None:
     """Open what the weights came from: an imported folder, or the one that the run started from, if it is there."""
     if source.checkpoint.is_export and (source.checkpoint.path / REPORT_NAME).is_file():
         return source.checkpoint

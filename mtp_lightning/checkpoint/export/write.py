@@ -10,6 +10,7 @@ from typing import Any
 
 from mtp_lightning.checkpoint.convert.consolidate import DTYPES, Advance, check_whole, consolidate, write_whole
 from mtp_lightning.checkpoint.convert.load_model import check_tensors
+from mtp_lightning.checkpoint.export.card import CARD, model_card
 from mtp_lightning.checkpoint.export.contents import Contents, Source
 from mtp_lightning.checkpoint.export.formats import FORMATS, Format, check_holds
 from mtp_lightning.checkpoint.export.names import FormatName
@@ -68,17 +69,19 @@ def export_model(
     folders = row.write(source)
     report = _report(row, source, folders)
     check_tensors(source.checkpoint)
-    size_bytes = _write(source, folders, out, report, check and (lambda folder: check(folder, row, source)))
+    size_bytes = _write(row, source, folders, out, report=report, check=check)
     say(f"Exported {source.checkpoint.path} to {out} as {row.name}: {size_bytes / 1e6:,.1f} MB of {dtype}, checked")
     _tell(row, source, folders, out)
 
 
 def _write(
+    row: Format,
     source: Source,
     folders: Mapping[str, Contents],
     out: Path,
+    *,
     report: Mapping[str, Any],
-    check: Callable[[Path], Mapping[str, Any]] | None,
+    check: Check | None,
 ) -> int:
     """Write all folders; return the bytes of their weights."""
     dtype = DTYPES[source.dtype]
@@ -90,8 +93,10 @@ def _write(
     ):
         written = sum(_write_folder(one, staging / inside, source, advance) for inside, one in folders.items())
         write_durably(staging / REPORT, json_bytes(report))
-        if check is not None:
-            write_durably(staging / PARITY, json_bytes(check(staging)))
+        parity = check(staging, row, source) if check else None
+        if parity is not None:
+            write_durably(staging / PARITY, json_bytes(parity))
+        write_durably(staging / CARD, model_card(row, source, report, parity).encode())
     return written
 
 
