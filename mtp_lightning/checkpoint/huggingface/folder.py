@@ -16,6 +16,7 @@ from mtp_lightning.checkpoint.huggingface.canonical_names import TensorSource
 from mtp_lightning.checkpoint.huggingface.configs import Config, UncoveredError, check_held, check_numbers, named
 from mtp_lightning.checkpoint.huggingface.conversions import Conversion
 from mtp_lightning.checkpoint.huggingface.families import FAMILIES, base_source, family_of, section_of
+from mtp_lightning.checkpoint.huggingface.heads_layout import told_heads
 from mtp_lightning.checkpoint.huggingface.meta_mtp import (
     SETTINGS,
     meta_section,
@@ -201,7 +202,8 @@ def _of_family(path: Path, config: Config, family: Family, variant: str | None) 
         path=path,
         what=family,
         section=section,
-        native=native_modules(entries, section.num_hidden_layers, num_extra, default=default),
+        native=native_modules(entries, section.num_hidden_layers, num_extra, default=default)
+        or told_heads(config, section, family),
         entries=entries,
         files=files,
         end_of_document=first_end(config, section.vocab_size),
