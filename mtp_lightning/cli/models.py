@@ -75,11 +75,24 @@ def export(
         ),
     ] = FormatName.consolidated,
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = Dtype.fp32,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Load the folder as its engine does, compare scores, a text and kept drafts with the model's, and "
+            "write parity.json into it; nothing is exported where they differ.",
+        ),
+    ] = False,
 ) -> None:
     """Write a checkpoint, however many ranks made it, as one folder that other tools can read; needs no GPU."""
     from mtp_lightning.checkpoint.export.write import export_model
 
-    export_model(path, out, format, dtype=dtype.value)
+    if verify:
+        from mtp_lightning.evaluation.export_parity import check_parity
+
+        export_model(path, out, format, dtype=dtype.value, check=check_parity)
+    else:
+        export_model(path, out, format, dtype=dtype.value)
 
 
 LONGEST_NUMBER = 12  # digits

@@ -116,7 +116,7 @@ def test_a_model_trained_here_has_the_end_of_its_tokenizer(tmp_path):
         settings = json.loads((tmp_path / f"back {name}/config.json").read_text())
         assert (settings["eos_token_id"], settings["bos_token_id"]) == (end, end)
         written = {path.name for path in (tmp_path / f"back {name}").iterdir()}
-        assert written == {"config.json", "model.safetensors", "tokenizer.json"} | carried
+        assert written == {"config.json", "export.json", "model.safetensors", "tokenizer.json"} | carried
         assert (tmp_path / f"back {name}/tokenizer.json").read_bytes() == (files / name).read_bytes()
         assert all_end_ids(recipe, end) == [end]
 

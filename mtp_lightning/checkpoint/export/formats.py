@@ -10,7 +10,8 @@ To add a format:
    that holds no parameter stands in `made`. `trunk.trunk_contents(source)` is the next-token model, for formats that
    put heads beside it.
 3. Its row in FORMATS. `refuses(recipe)` says what a model must be, and what this one is, or None; the formats that can
-   hold the model are named by the table. `judge` loads the folder as its engine does, for `--verify`; see `judges`.
+   hold the model are named by the table. For `--verify`, `judge` of an engine loads the folder as that engine does
+   (scores, text, kept drafts), and `reread` builds our own model of the folder, to compare every head; see `judges`.
 4. A line per head kind in `tests/laws/test_export.py` (law 18). `docs/howto/serve.md` is checked against this table:
    `python docs/generate.py` writes its tables.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 from mtp_lightning.checkpoint.export.contents import Contents, Refusal, Source
 from mtp_lightning.checkpoint.export.hf_mtp import hf_mtp_contents, refuses_hf_mtp
+from mtp_lightning.checkpoint.export.judges import Judge, Reread, heard_by_transformers, reread_by_import
 from mtp_lightning.checkpoint.export.names import FormatName
 from mtp_lightning.checkpoint.export.trunk import modules_contents, trunk_contents
 from mtp_lightning.checkpoint.huggingface.modules import MIMO, ModuleLayout, fits
@@ -39,6 +41,7 @@ class Engine:
     versions: str
     heads: str  # what it does with the heads
     serve: str  # command; {folder} is the exported folder
+    judge: Judge | None = None  # for --verify, where the engine is installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,7 @@ class Format:
     refuses: Refuses
     write: Writer | None  # None: by `consolidate`, in the package's own form
     engines: tuple[Engine, ...]
+    reread: Reread | None = None  # for --verify: our own model of a written folder, heads included
 
 
 def _holds_all(recipe: Recipe) -> Refusal | None:
@@ -105,8 +109,9 @@ FORMATS: Mapping[FormatName, Format] = {
             lost="all heads beyond the main one",
             refuses=_refuses_trunk,
             write=lambda source: {"": trunk_contents(source)},
+            reread=reread_by_import,
             engines=(
-                Engine(name="transformers", versions="5.x", heads="none", serve=_LOADED),
+                Engine(name="transformers", versions="5.x", heads="none", serve=_LOADED, judge=heard_by_transformers),
                 Engine(name="vLLM", versions="0.32", heads="none", serve=_VLLM),
             ),
         ),
@@ -116,12 +121,14 @@ FORMATS: Mapping[FormatName, Format] = {
             lost="nothing",
             refuses=refuses_hf_mtp,
             write=lambda source: {"": hf_mtp_contents(source)},
+            reread=reread_by_import,
             engines=(
                 Engine(
                     name="transformers",
                     versions="5.23",
                     heads="draft with generate(use_mtp=True), once loaded with trust_remote_code=True",
                     serve=_LOADED,
+                    judge=heard_by_transformers,
                 ),
             ),
         ),
@@ -131,6 +138,7 @@ FORMATS: Mapping[FormatName, Format] = {
             lost="a draft vocabulary: readers let modules score every id",
             refuses=_refuses_modules(MIMO, families=("mimo",)),
             write=lambda source: {"": modules_contents(source, MIMO)},
+            reread=reread_by_import,
             engines=(Engine(name="vLLM", versions="0.32", heads="the first drafts", serve=_VLLM),),
         ),
         *(

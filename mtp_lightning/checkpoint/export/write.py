@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,19 @@ from mtp_lightning.files.atomic_folder import atomic_folder, check_new_folder, c
 from mtp_lightning.files.durable import write_durably
 
 REPORT = "export.json"
+PARITY = "parity.json"
+Check = Callable[[Path, Format, Source], Mapping[str, Any]]
 OWN_FILES = ("*.safetensors", "*.json", "*.py", "*.md", "drafter", TEMPLATES, *CARRIED)
 """What the staging folder of an export may hold."""
 
 
 def export_model(
-    path: Path, out: Path, name: FormatName | str = FormatName.trunk, *, dtype: DtypeName = "fp32"
+    path: Path,
+    out: Path,
+    name: FormatName | str = FormatName.trunk,
+    *,
+    dtype: DtypeName = "fp32",
+    check: Check | None = None,
 ) -> None:
     """Write a trained model in a format that others read, checked value by value.
 
@@ -40,6 +47,8 @@ def export_model(
         out: folder to write; new or empty.
         name: one of `names.FormatName`.
         dtype: type of the written weights.
+        check: compares the written folder, before it has its name, with the model; what it returns is kept in
+            parity.json.
 
     Raises:
         CheckpointError: there is nothing to export, it is damaged, the format cannot hold it, or `out` cannot be
@@ -57,12 +66,18 @@ def export_model(
     folders = row.write(source)
     report = _report(row, source, folders)
     check_tensors(source.checkpoint)
-    size_bytes = _write(source, folders, out, report)
+    size_bytes = _write(source, folders, out, report, check and (lambda folder: check(folder, row, source)))
     say(f"Exported {source.checkpoint.path} to {out} as {row.name}: {size_bytes / 1e6:,.1f} MB of {dtype}, checked")
     _tell(row, source, folders, out)
 
 
-def _write(source: Source, folders: Mapping[str, Contents], out: Path, report: Mapping[str, Any]) -> int:
+def _write(
+    source: Source,
+    folders: Mapping[str, Contents],
+    out: Path,
+    report: Mapping[str, Any],
+    check: Callable[[Path], Mapping[str, Any]] | None,
+) -> int:
     """Write all folders; return the bytes of their weights."""
     dtype = DTYPES[source.dtype]
     sizes = [sum(math.prod(one.weights.shape(name)) for name in one.weights.names) for one in folders.values()]
@@ -73,6 +88,8 @@ def _write(source: Source, folders: Mapping[str, Contents], out: Path, report: M
     ):
         written = sum(_write_folder(one, staging / inside, source, advance) for inside, one in folders.items())
         write_durably(staging / REPORT, _json(report))
+        if check is not None:
+            write_durably(staging / PARITY, _json(check(staging)))
     return written
 
 
@@ -98,7 +115,8 @@ def _report(row: Format, source: Source, folders: Mapping[str, Contents]) -> dic
         CheckpointError: a parameter is neither written nor left out for a reason, or a tensor comes from nowhere.
     """
     written: dict[str, list[str]] = {}
-    made, left_out = {}, {}
+    made: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     for inside, one in folders.items():
         prefix = f"{inside}/" if inside else ""
         for name, tensor in one.written.items():
@@ -136,6 +154,5 @@ def _tell(row: Format, source: Source, folders: Mapping[str, Contents], out: Pat
     for note in (note for one in folders.values() for note in one.notes):
         say(note)
     for engine in row.engines:
-        say(
-            f"Read by {engine.name} {engine.versions} (heads: {engine.heads}): {engine.serve.format(folder=shlex.quote(str(out)))}"
-        )
+        command = engine.serve.format(folder=shlex.quote(str(out)))
+        say(f"Read by {engine.name} {engine.versions} (heads: {engine.heads}): {command}")
