@@ -26,7 +26,9 @@ def refuses_hf_mtp(recipe: Recipe) -> Refusal | None:
     """Say what a model must be, and what this one is; None where the format can hold it."""
     heads, section = recipe.heads, recipe.model
     if section.family == "mimo":
-        return Refusal("transformers must have a class for the trunk", "family mimo (model.family=null: one that it has)")
+        return Refusal(
+            "transformers must have a class for the trunk", "family mimo (model.family=null: one that it has)"
+        )
     if heads.num_offsets == 1 or heads.kind not in KINDS:
         found = "one offset, the main head" if heads.num_offsets == 1 else f"heads of the registered kind {heads.kind}"
         return Refusal(f"there must be heads beside the main one, {', '.join(KINDS)}", found)

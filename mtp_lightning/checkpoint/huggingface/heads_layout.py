@@ -27,6 +27,8 @@ from mtp_lightning.recipe.schema.model import Family, HeadsSection, ModelSection
 
 SETTINGS = "mtp_config"
 """Field of config.json that describes the heads."""
+OF_HEADS = ("extra_heads.", EXTRA_MATRICES)
+"""Beginnings of their tensors' names."""
 KINDS = ("parallel", "linear", "chained", "sequential", "recursive", "medusa")
 MOST = 1024  # heads, and layers of one
 CHOICES: dict[str, tuple[str, ...]] = {
