@@ -20,11 +20,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mtp_lightning.checkpoint.export.contents import Contents, Refusal, Source
+from mtp_lightning.checkpoint.export.hf_mtp import hf_mtp_contents, refuses_hf_mtp
 from mtp_lightning.checkpoint.export.judges import Judge, Reread, heard_by_transformers, reread_by_import
 from mtp_lightning.checkpoint.export.names import FormatName
 from mtp_lightning.checkpoint.export.trunk import modules_contents, trunk_contents
-from mtp_lightning.checkpoint.huggingface.families import FAMILIES
-from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, MIMO, ModuleLayout, fits
+from mtp_lightning.checkpoint.huggingface.modules import MIMO, ModuleLayout, fits
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.recipe.trainable import mixing_offsets
@@ -88,9 +88,6 @@ def _not_yet(recipe: Recipe) -> Refusal | None:
     return Refusal("this format must have a writer", "none in this version")
 
 
-_LLAMA_NAMED = tuple(
-    name for name, row in FAMILIES.items() if row.source("norm.weight") == FAMILIES["llama"].source("norm.weight")
-)
 _GENERATE = "mtp generate {folder} 'Once upon'"
 _VLLM = "vllm serve {folder}"
 _LOADED = "transformers serve {folder}"
@@ -120,16 +117,16 @@ FORMATS: Mapping[FormatName, Format] = {
         ),
         Format(
             name=FormatName.hf_mtp,
-            holds="sequential modules of one layer that read the normed state",
-            lost="a draft vocabulary: readers let modules score every id",
-            refuses=_refuses_modules(DEEPSEEK, families=(None, *(one for one in _LLAMA_NAMED if one != "mimo"))),
-            write=lambda source: {"": modules_contents(source, DEEPSEEK)},
+            holds="heads of every built-in kind, with the code that drafts with them",
+            lost="nothing",
+            refuses=refuses_hf_mtp,
+            write=lambda source: {"": hf_mtp_contents(source)},
             reread=reread_by_import,
             engines=(
                 Engine(
                     name="transformers",
-                    versions="5.23, by a subclass that lists the modules' layers",
-                    heads="draft with generate(use_mtp=True)",
+                    versions="5.23",
+                    heads="draft with generate(use_mtp=True), once loaded with trust_remote_code=True",
                     serve=_LOADED,
                     judge=heard_by_transformers,
                 ),

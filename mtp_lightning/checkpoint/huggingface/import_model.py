@@ -264,7 +264,7 @@ def _recipe_of(hf_checkpoint: HFCheckpoint, wanted: Wanted, init: Init, out: Pat
     if num_offsets > MOST_OFFSETS:
         expected = f"the model must predict at most {MOST_OFFSETS:,} tokens"
         raise CheckpointError(expected, f"{num_offsets:,}", "Give a smaller number with --offsets")
-    heads = {**implied, "kind": kind, "num_offsets": num_offsets, "layers_from_trunk": False}
+    heads = {"layers_from_trunk": False, **implied, "kind": kind, "num_offsets": num_offsets}
     window = min(default.data.seq_len, hf_checkpoint.section.max_position_embeddings)
     values = {
         "name": out.absolute().name,
