@@ -11,11 +11,12 @@ from mtp_lightning.checkpoint.convert.consolidate import DTYPES
 from mtp_lightning.checkpoint.export.contents import Source
 from mtp_lightning.checkpoint.export.formats import Format
 from mtp_lightning.checkpoint.export.judges import Heard, Probe, model_of
-from mtp_lightning.checkpoint.export.names import FormatName
+from mtp_lightning.checkpoint.export.write import REPORT
 from mtp_lightning.console.progress import say
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.decode import generate
 from mtp_lightning.errors import CheckpointError, DataError
+from mtp_lightning.files.untrusted import read_object
 from mtp_lightning.model.mtp_model import MtpModel
 
 NUM_TOKENS = 32
@@ -39,7 +40,7 @@ def check_parity(folder: Path, row: Format, source: Source) -> dict[str, Any]:
     ours = _Ours(source)
     heard = [_judged(judge(folder, ours.probe), ours) for judge in (one.judge for one in row.engines) if judge]
     if row.reread is not None:
-        heard.append(_reread(row.reread(folder, source.recipe), ours, may_be_alone=row.name is FormatName.trunk))
+        heard.append(_reread(row.reread(folder, source.recipe), ours, _written_offsets(folder, source)))
     if not any("judge" in one for one in heard):
         reasons = "; ".join(one["not_judged"] for one in heard) or "none for this format"
         raise CheckpointError("--verify must have a judge", reasons, "Install the engine, or leave --verify out")
@@ -122,16 +123,24 @@ def _judged(heard: Heard | str, ours: _Ours) -> dict[str, Any]:
     return told
 
 
-def _reread(model: MtpModel, ours: _Ours, *, may_be_alone: bool) -> dict[str, Any]:
-    """Compare the scores of all heads; the main one may be alone where a format has no others."""
+def _written_offsets(folder: Path, source: Source) -> list[int]:
+    """List the offsets of which the report of an export says that every tensor was written."""
+    written = read_object(folder / REPORT)["written"]
+    left = {one.owner for name, one in source.parameters.items() if name not in written}
+    heads = source.recipe.heads
+    own = {1: "offset 1"} | {k: "offset 2" if heads.kind == "recursive" else f"offset {k}" for k in heads.offsets}
+    return [offset for offset, owner in own.items() if owner not in left or offset == 1]
+
+
+def _reread(model: MtpModel, ours: _Ours, written: list[int]) -> dict[str, Any]:
+    """Compare the scores of all heads that were written."""
     judge, found = "mtp import", scores(model, ours.probe.text)
-    if not (may_be_alone and len(found) == 1):
-        _check(judge, "the offsets of the model", ours.logits, found)
+    _check(judge, "the offsets that were written", written, found)
     deviations = {offset: _deviation(judge, offset, ours.logits[offset], one) for offset, one in found.items()}
     said = generate(model, [ours.probe.prompt], max_new_tokens=len(ours.text))
     _check(judge, "the same text", ours.text, said.tokens[0])
     told: dict[str, Any] = {"judge": judge, "deviation": deviations, "text": "equal"}
-    if len(found) > 1:
+    if [*found] == [*ours.logits] and len(found) > 1:
         _check(judge, "the kept drafts that training predicts", ours.accepted, said.statistics.accepted_by_row[0])
         told["accepted"] = ours.accepted
     return told

@@ -67,7 +67,7 @@ def reread_by_import(folder: Path, recipe: Recipe) -> MtpModel:
     """
     hf_checkpoint = open_folder(folder)
     native = hf_checkpoint.native
-    heads = {**(native.heads if native else {}), "layers_from_trunk": False, "num_offsets": 1}
+    heads = {"layers_from_trunk": False, **(native.heads if native else {}), "num_offsets": 1}
     if native:
         is_unrolled = recipe.heads.kind == "recursive"
         heads["num_offsets"] = recipe.heads.num_offsets if is_unrolled else 1 + native.count
