@@ -24,7 +24,7 @@ pytest.importorskip(
 )
 
 CASES: dict[tuple[str, str], dict[str, object]] = {
-    ("hf_mtp", "sequential"): {},
+    **{("hf_mtp", kind): {} for kind in HEAD_KINDS},
     ("mimo", "sequential_pre_norm"): {"family": "mimo", "qkv_bias": True},
 }
 """By format and head kind: what the model section must say beside, for the format to hold it."""
@@ -46,7 +46,7 @@ def test_its_reader_says_what_the_model_says(name: str, kind: str, tmp_path: Pat
     heard = [one for one in told["judges"] if "judge" in one]
     assert heard
     if name not in WITHOUT_HEADS:
-        assert any("accepted" in one or "num_steps" in one for one in heard)
+        assert any("accepted" in one for one in heard)
         assert not model or 0 < sum(told["predicted_accepted"]) < 3 * len(told["predicted_accepted"])
     report = json.loads((tmp_path / "out" / REPORT).read_text())
     assert {*report["written"], *report["left_out"]} == dict(model_parameters(recipe)).keys()
