@@ -11,10 +11,12 @@ from mtp_lightning.checkpoint.convert.consolidate import DTYPES
 from mtp_lightning.checkpoint.export.contents import Source
 from mtp_lightning.checkpoint.export.formats import Format
 from mtp_lightning.checkpoint.export.judges import Heard, Probe, model_of
+from mtp_lightning.checkpoint.export.write import REPORT
 from mtp_lightning.console.progress import say
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.decode import generate
 from mtp_lightning.errors import CheckpointError, DataError
+from mtp_lightning.files.untrusted import read_object
 from mtp_lightning.model.mtp_model import MtpModel
 
 NUM_TOKENS = 32
@@ -38,7 +40,7 @@ def check_parity(folder: Path, row: Format, source: Source) -> dict[str, Any]:
     ours = _Ours(source)
     heard = [_judged(judge(folder, ours.probe), ours) for judge in (one.judge for one in row.engines) if judge]
     if row.reread is not None:
-        heard.append(_reread(row.reread(folder, source.recipe), ours))
+        heard.append(_reread(row.reread(folder, source.recipe), ours, _written_offsets(folder, source)))
     if not any("judge" in one for one in heard):
         reasons = "; ".join(one["not_judged"] for one in heard) or "none for this format"
         raise CheckpointError("--verify must have a judge", reasons, "Install the engine, or leave --verify out")
@@ -58,7 +60,9 @@ class _Ours:
     def __init__(self, source: Source) -> None:
         recipe = source.recipe
         heads = recipe.heads.model_copy(update={"draft_vocabulary": None})  # no reader of others knows of one
-        model = model_of(recipe.model_copy(update={"heads": heads}), source.reader, dtype=DTYPES[source.dtype])
+        model = model_of(
+            recipe.model_copy(update={"heads": heads}), source.given or source.reader, dtype=DTYPES[source.dtype]
+        )
         prompt = _prompt(source)
         room = recipe.model.max_position_embeddings - len(prompt) - model.num_offsets
         num_tokens = max(1, min(NUM_TOKENS, room))
@@ -96,12 +100,12 @@ def predicted_accepts(logits: dict[int, Tensor], prompt_length: int, text: Seque
 
 
 def _prompt(source: Source) -> list[int]:
+    most = source.recipe.model.vocab_size
     try:
-        ids = recipe_tokenizer(source.recipe).encode(PROMPT)
+        ids = [int(one) for one in recipe_tokenizer(source.recipe).encode(PROMPT)]
     except DataError:  # its file is gone
         ids = []
-    most = source.recipe.model.vocab_size
-    return [int(one) for one in ids if int(one) < most][:16] or [number % most for number in range(1, 9)]
+    return [one for one in ids if one < most][:16] or [number % most for number in range(1, 9)]
 
 
 def _judged(heard: Heard | str, ours: _Ours) -> dict[str, Any]:
@@ -119,14 +123,24 @@ def _judged(heard: Heard | str, ours: _Ours) -> dict[str, Any]:
     return told
 
 
-def _reread(model: MtpModel, ours: _Ours) -> dict[str, Any]:
-    """Compare the scores of all heads, where the folder holds more than the main one."""
+def _written_offsets(folder: Path, source: Source) -> list[int]:
+    """List the offsets of which the report of an export says that every tensor was written."""
+    written = read_object(folder / REPORT)["written"]
+    left = {one.owner for name, one in source.parameters.items() if name not in written}
+    heads = source.recipe.heads
+    own = {1: "offset 1"} | {k: "offset 2" if heads.kind == "recursive" else f"offset {k}" for k in heads.offsets}
+    return [offset for offset, owner in own.items() if owner not in left or offset == 1]
+
+
+def _reread(model: MtpModel, ours: _Ours, written: list[int]) -> dict[str, Any]:
+    """Compare the scores of all heads that were written."""
     judge, found = "mtp import", scores(model, ours.probe.text)
+    _check(judge, "the offsets that were written", written, found)
     deviations = {offset: _deviation(judge, offset, ours.logits[offset], one) for offset, one in found.items()}
     said = generate(model, [ours.probe.prompt], max_new_tokens=len(ours.text))
     _check(judge, "the same text", ours.text, said.tokens[0])
     told: dict[str, Any] = {"judge": judge, "deviation": deviations, "text": "equal"}
-    if len(found) > 1:
+    if [*found] == [*ours.logits] and len(found) > 1:
         _check(judge, "the kept drafts that training predicts", ours.accepted, said.statistics.accepted_by_row[0])
         told["accepted"] = ours.accepted
     return told

@@ -27,13 +27,12 @@ from mtp_lightning.checkpoint.export.drafters import (
     refuses_eagle,
     refuses_medusa,
 )
+from mtp_lightning.checkpoint.export.hf_mtp import hf_mtp_contents, refuses_hf_mtp
 from mtp_lightning.checkpoint.export.judges import Judge, Reread, heard_by_transformers, reread_by_import
 from mtp_lightning.checkpoint.export.mimo import mimo_contents, refuses_mimo
 from mtp_lightning.checkpoint.export.names import FormatName
 from mtp_lightning.checkpoint.export.qwen3_5 import qwen3_5_contents, refuses_qwen3_5
-from mtp_lightning.checkpoint.export.trunk import modules_contents, trunk_contents
-from mtp_lightning.checkpoint.huggingface.families import FAMILIES
-from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, ModuleLayout, fits
+from mtp_lightning.checkpoint.export.trunk import trunk_contents
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.recipe.trainable import mixing_offsets
@@ -79,23 +78,6 @@ def _refuses_trunk(recipe: Recipe) -> Refusal | None:
     )
 
 
-def _refuses_modules(layout: ModuleLayout, *, families: tuple[str | None, ...]) -> Refuses:
-    def refuses(recipe: Recipe) -> Refusal | None:
-        heads, family = recipe.heads, recipe.model.family
-        if family in families and fits(layout, heads):
-            return _refuses_trunk(recipe)
-        return Refusal(
-            f"modules in {layout.name}'s layout must be sequential, of one layer, behind a trunk of "
-            f"{', '.join(one for one in families if one)}, and read the hidden state {layout.heads['hidden']}",
-            f"{heads.kind} heads of {heads.layers_per_head} layers, {heads.hidden}, on {family or 'no family'}",
-        )
-
-    return refuses
-
-
-_LLAMA_NAMED = tuple(
-    name for name, row in FAMILIES.items() if row.source("norm.weight") == FAMILIES["llama"].source("norm.weight")
-)
 _GENERATE = "mtp generate {folder} 'Once upon'"
 _VLLM = "vllm serve {folder}"
 _SGLANG = "python -m sglang.launch_server --model-path {folder} --speculative-algorithm NEXTN"
@@ -135,16 +117,16 @@ FORMATS: Mapping[FormatName, Format] = {
         ),
         Format(
             name=FormatName.hf_mtp,
-            holds="sequential modules of one layer that read the normed state",
-            lost="a draft vocabulary: readers let modules score every id",
-            refuses=_refuses_modules(DEEPSEEK, families=(None, *(one for one in _LLAMA_NAMED if one != "mimo"))),
-            write=lambda source: {"": modules_contents(source, DEEPSEEK)},
+            holds="heads of every built-in kind, with the code that drafts with them",
+            lost="nothing",
+            refuses=refuses_hf_mtp,
+            write=lambda source: {"": hf_mtp_contents(source)},
             reread=reread_by_import,
             engines=(
                 Engine(
                     name="transformers",
-                    versions="5.23, by a subclass that lists the modules' layers",
-                    heads="draft with generate(use_mtp=True)",
+                    versions="5.23",
+                    heads="draft with generate(use_mtp=True), once loaded with trust_remote_code=True",
                     serve=_LOADED,
                     judge=heard_by_transformers,
                 ),

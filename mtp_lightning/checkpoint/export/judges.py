@@ -67,9 +67,11 @@ def reread_by_import(folder: Path, recipe: Recipe) -> MtpModel:
     """
     hf_checkpoint = open_folder(folder)
     native = hf_checkpoint.native
-    heads = {**(native.heads if native else {}), "layers_from_trunk": False, "num_offsets": 1}
+    heads = {"layers_from_trunk": False, **(native.heads if native else {}), "num_offsets": 1}
     if native:
-        heads |= {"num_offsets": recipe.heads.num_offsets, "kind": recipe.heads.kind}
+        is_unrolled = recipe.heads.kind == "recursive"
+        heads["num_offsets"] = recipe.heads.num_offsets if is_unrolled else 1 + native.count
+        heads["kind"] = recipe.heads.kind
     section = hf_checkpoint.section.model_dump(exclude_defaults=hf_checkpoint.section.is_foreign)
     read = Recipe.model_validate({"model": section, "heads": heads, "data": {"seq_len": recipe.data.seq_len}})
     return model_of(read, IncomingWeights(hf_checkpoint, plan_import(hf_checkpoint, read, "native", ()), read))
@@ -83,10 +85,17 @@ def heard_by_transformers(folder: Path, probe: Probe) -> Heard | str:
         return f"{missing.found}"
     if theirs.PreTrainedConfig.get_config_dict(folder)[0].get("model_type") not in theirs.CONFIG_MAPPING:
         return f"transformers {theirs.__version__} has no class for it"
-    with _quiet(theirs):
-        model, told = theirs.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
+    try:
+        with _quiet(theirs):
+            model, told = theirs.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+        hint = "Leave --verify out, or export with --format consolidated"
+        raise CheckpointError(
+            f"transformers {theirs.__version__} must be able to open the folder", found, hint
+        ) from error
     if lost := [*told["missing_keys"], *told["mismatched_keys"]]:
         expected, hint = "transformers must find every weight that it needs", "Export with --format consolidated"
         raise CheckpointError(expected, f"none for {lost}", hint)

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from mtp_lightning.checkpoint.huggingface.canonical_names import (
+    EXTRA_MATRICES,
     PLAIN,
     Parameter,
     TensorSource,
@@ -90,14 +91,14 @@ def plan_import(hf_checkpoint: HFCheckpoint, recipe: Recipe, init: Init, allow: 
 def _origin(hf_checkpoint: HFCheckpoint, parameter: Parameter, recipe: Recipe, init: Init) -> Origin:
     place = parameter.place
     if place is None:
-        copies_matrix = parameter.owner == "unembedding"
-        matrix = TensorSource(hf_checkpoint.vocabulary[1], PLAIN)
-        return Origin("copied", matrix) if copies_matrix else Origin("fresh", None)
+        return Origin("fresh", None)
     source = hf_checkpoint.base_source(place)
     if source is None and init == "native" and hf_checkpoint.native:
         source = hf_checkpoint.native.source(place)
     if source is not None:
         return Origin("loaded", source)
+    if place.startswith(EXTRA_MATRICES):
+        return Origin("copied", TensorSource(hf_checkpoint.vocabulary[1], PLAIN))
     is_copied = init in ("copy", "fitted")
     copied = copied_place(place, hf_checkpoint.section, recipe.heads.layers_per_head) if is_copied else None
     source = hf_checkpoint.base_source(copied) if copied else None

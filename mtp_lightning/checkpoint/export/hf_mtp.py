@@ -1,0 +1,91 @@
+"""A model with its heads for stock transformers: the next-token model, the heads, and the code that drafts with them.
+
+transformers runs that code where it is told to (`trust_remote_code=True`); nothing here runs any. Without it the
+folder is the next-token model.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from mtp_lightning.checkpoint.export import folder_code
+from mtp_lightning.checkpoint.export.contents import Contents, Refusal, Source
+from mtp_lightning.checkpoint.export.trunk import modules_contents, sources_of, trunk_contents
+from mtp_lightning.checkpoint.huggingface.families import FAMILIES, architecture_name, settings_of
+from mtp_lightning.checkpoint.huggingface.heads_layout import KINDS, SETTINGS, head_source, heads_settings
+from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, fits
+from mtp_lightning.checkpoint.huggingface.weights import outgoing_weights
+from mtp_lightning.recipe import Recipe
+from mtp_lightning.recipe.schema.model import Family, HeadsSection
+from mtp_lightning.recipe.trainable import mixing_offsets
+
+CODE = "modeling_mtp.py"
+"""File in the folder that transformers runs."""
+
+
+def refuses_hf_mtp(recipe: Recipe) -> Refusal | None:
+    """Say what a model must be, and what this one is; None where the format can hold it."""
+    heads, section = recipe.heads, recipe.model
+    if section.family == "mimo":
+        return Refusal(
+            "transformers must have a class for the trunk", "family mimo (model.family=null: one that it has)"
+        )
+    if heads.num_offsets == 1 or heads.kind not in KINDS:
+        found = "one offset, the main head" if heads.num_offsets == 1 else f"heads of the registered kind {heads.kind}"
+        return Refusal(f"there must be heads beside the main one, {', '.join(KINDS)}", found)
+    if mixing_offsets(recipe):
+        return Refusal("heads must read the state of the last layer", "mixtures of layers (adapt.layer_mix)")
+    if section.is_foreign and heads.kind in ("sequential", "recursive"):
+        return Refusal(
+            "heads that read tokens must stand on a trunk of this package: " + ", ".join(FAMILIES),
+            f"{heads.kind} heads on a trunk of transformers' own classes",
+        )
+    return None
+
+
+def hf_mtp_contents(source: Source) -> Contents:
+    """The next-token model with its heads, and the code for them.
+
+    Modules that transformers has itself are written as it reads them, under DeepSeek's names; all others by the names
+    of `huggingface/heads_layout.py`.
+    """
+    family, _ = settings_of(source.section)
+    heads = source.recipe.heads
+    if is_known_to_transformers(heads, family):
+        base = modules_contents(source, DEEPSEEK)
+        heads = heads.model_copy(update={"concatenation": DEEPSEEK.heads["concatenation"]})
+        return _with_code(base, source, family, heads, "with_modules", "Modules")
+    base = trunk_contents(source)
+    own = {name: one.place for name, one in source.parameters.items() if one.place and name not in base.written}
+    found = {name: head_source(place, source.section, family) for name, place in own.items()}
+    added = {name: one for name, one in found.items() if one is not None}
+    sources = sources_of(source.recipe, source.parameters, family, None) | added
+    base = replace(
+        base,
+        weights=outgoing_weights(source.reader, sources, source.section),
+        written={name: one.stored for name, one in sources.items()},
+        left_out={name: why for name, why in base.left_out.items() if name not in sources},
+    )
+    return _with_code(base, source, family, heads, "with_heads", "Heads")
+
+
+def is_known_to_transformers(heads: HeadsSection, family: Family) -> bool:
+    """Tell whether transformers has a class for heads, with everything that belongs to them."""
+    plain = heads.draft_vocabulary is None and heads.unembedding == "shared"
+    llama, own = FAMILIES["llama"].source("norm.weight"), FAMILIES.get(family)
+    return plain and fits(DEEPSEEK, heads) and own is not None and own.source("norm.weight") == llama
+
+
+def _with_code(
+    base: Contents, source: Source, family: Family, heads: HeadsSection, template: str, what: str
+) -> Contents:
+    """Add the code, made for the class of the trunk, and the settings that it builds itself by."""
+    trunk = architecture_name(source.section, family)
+    name = f"{trunk.removesuffix('ForCausalLM')}With{what}"
+    text = (Path(folder_code.__file__).parent / f"{template}.py").read_text()
+    text = text.replace(f"LlamaWith{what}", name).replace("LlamaForCausalLM", trunk)
+    settings = {
+        **base.settings,
+        "auto_map": {"AutoModelForCausalLM": f"{Path(CODE).stem}.{name}"},
+        SETTINGS: heads_settings(heads, source.section, family),
+    }
+    return replace(base, settings=settings, texts={**base.texts, CODE: text})
