@@ -125,11 +125,10 @@ def test_eagle_drafts_with_the_second_offset(heads, model, tmp_path):
         ("medusa_replicated", QWEN2),
         ("linear", {}),
         ("linear", QWEN3 | TIED),
-        ("linear_replicated", {}),
     ],
 )
 def test_medusa_drafts_with_all_heads(kind, model, tmp_path):
-    heads = {"kind": "linear", "unembedding": "replicated"} if kind == "linear_replicated" else HEAD_KINDS[kind]
+    heads = HEAD_KINDS[kind]
     folder, _, scores = exported(tmp_path, "medusa", heads | {"num_offsets": 4}, model)
     served, told = engine.Served(transformers, folder), settings_in(folder / "drafter")
     assert_trunk(served, scores)
@@ -187,6 +186,8 @@ def test_what_no_layout_holds_is_named():
         refusal = FORMATS["mimo"].refuses(tiny_recipe(**({"heads": PRE_NORM} | sections)))
         assert what in refusal.found, what
     mixed = tiny_recipe(heads={"kind": "linear"}, adapt={"layer_mix": {"main_head": False}})
+    replicated = tiny_recipe(heads={"kind": "linear", "unembedding": "replicated"})
+    assert "a matrix for each offset" in FORMATS["medusa"].refuses(replicated).found
     assert "mixtures" in FORMATS["medusa"].refuses(mixed).found
 
 

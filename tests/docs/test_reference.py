@@ -21,7 +21,9 @@ def test_a_page_is_what_would_be_written_now(name):
 
 
 def test_the_tables_of_formats_are_those_of_the_program():
-    assert SERVE.read_text(encoding="utf-8") == serve_page(), "docs/howto/serve.md is stale: run python docs/generate.py"
+    assert SERVE.read_text(encoding="utf-8") == serve_page(), (
+        "docs/howto/serve.md is stale: run python docs/generate.py"
+    )
     assert "| medusa |" in serve_page()
 
 

@@ -58,4 +58,4 @@ def test_text_and_counts_are_those_that_are_predicted(served, name):
 def test_texts_say_something(served):
     """Without this, texts could agree that repeat one token."""
     for expected, _ in served.values():
-        assert min(len({*text}) for text in expected["texts"]) > 5
+        assert min(len({*text}) for text in expected["texts"]) > 3

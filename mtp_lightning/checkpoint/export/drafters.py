@@ -32,7 +32,7 @@ from mtp_lightning.recipe import Recipe, num_trunk_layers
 DRAFTER = "drafter"
 NARROW = 64
 """Inner width of a feed-forward that writes zeros."""
-NORM, MATRICES = "unembedding.norms.0.weight", "unembedding.lm_heads."
+NORM, MATRICES, EMBEDDING = "unembedding.norms.0.weight", "unembedding.lm_heads.", "trunk.embed_tokens.weight"
 BLOCKS = "heads.blocks."
 WIDENED = tuple(f"midlayer.self_attn.{one}_proj.weight" for one in "qkv")
 
@@ -57,7 +57,11 @@ def refuses_medusa(recipe: Recipe) -> Refusal | None:
     heads = recipe.heads
     return refusal(
         "Medusa or linear heads on a trunk of Llama's kind",
-        {f"{heads.kind} heads": heads.kind not in ("medusa", "linear")} | not_dense(recipe),
+        {
+            f"{heads.kind} heads": heads.kind not in ("medusa", "linear"),
+            "linear maps before a matrix for each offset": heads.kind == "linear" and heads.unembedding == "replicated",
+        }
+        | not_dense(recipe),
     )
 
 
@@ -211,7 +215,7 @@ def _matrix(source: Source, offset: int) -> str:
     """Name the parameter that scores an offset."""
     number = offset - 1 if source.recipe.heads.unembedding == "replicated" else 0
     name = f"{MATRICES}{number}.weight"
-    return name if name in source.parameters else "trunk.embed_tokens.weight"
+    return name if name in source.parameters else EMBEDDING
 
 
 def _through(source: Source, matrix: str, block: str) -> Callable[[], Tensor]:

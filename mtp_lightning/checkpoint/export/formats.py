@@ -32,6 +32,7 @@ from mtp_lightning.checkpoint.export.judges import Judge, Reread, heard_by_trans
 from mtp_lightning.checkpoint.export.mimo import mimo_contents, refuses_mimo
 from mtp_lightning.checkpoint.export.names import FormatName
 from mtp_lightning.checkpoint.export.qwen3_5 import qwen3_5_contents, refuses_qwen3_5
+from mtp_lightning.checkpoint.export.reread import reread_drafter, reread_qwen3_5
 from mtp_lightning.checkpoint.export.trunk import trunk_contents
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.recipe import Recipe
@@ -92,6 +93,8 @@ def _vllm(method: str, *, tokens: int | str = 1, drafter: str = "") -> str:
 
 _LOADED = "transformers serve {folder}"
 
+_TRUNK_ALONE = Engine(name="transformers", versions="5.x", heads="none", serve=_LOADED, judge=heard_by_transformers)
+
 FORMATS: Mapping[FormatName, Format] = {
     row.name: row
     for row in (
@@ -111,7 +114,7 @@ FORMATS: Mapping[FormatName, Format] = {
             write=lambda source: {"": trunk_contents(source)},
             reread=reread_by_import,
             engines=(
-                Engine(name="transformers", versions="5.x", heads="none", serve=_LOADED, judge=heard_by_transformers),
+                _TRUNK_ALONE,
                 Engine(name="vLLM", versions="0.32", heads="none", serve=_VLLM),
             ),
         ),
@@ -141,6 +144,7 @@ FORMATS: Mapping[FormatName, Format] = {
             write=mimo_contents,
             reread=reread_by_import,
             engines=(
+                _TRUNK_ALONE,
                 Engine(name="vLLM", versions="0.32", heads="one draft", serve=_vllm("mtp")),
                 Engine(
                     name="SGLang",
@@ -157,7 +161,9 @@ FORMATS: Mapping[FormatName, Format] = {
             lost="modules beyond the first; a draft vocabulary: readers let modules score every id",
             refuses=refuses_qwen3_5,
             write=qwen3_5_contents,
+            reread=reread_qwen3_5,
             engines=(
+                _TRUNK_ALONE,
                 Engine(
                     name="vLLM",
                     versions="0.32",
@@ -173,7 +179,9 @@ FORMATS: Mapping[FormatName, Format] = {
             lost="heads beyond the second offset; a draft vocabulary: readers let the head score every id",
             refuses=refuses_eagle,
             write=eagle_contents,
+            reread=reread_drafter,
             engines=(
+                _TRUNK_ALONE,
                 Engine(
                     name="vLLM",
                     versions="0.32",
@@ -196,7 +204,9 @@ FORMATS: Mapping[FormatName, Format] = {
             lost="a draft vocabulary: readers let the heads score every id",
             refuses=refuses_medusa,
             write=medusa_contents,
+            reread=reread_drafter,
             engines=(
+                _TRUNK_ALONE,
                 Engine(
                     name="vLLM",
                     versions="up to 0.32 (0.33 has no Medusa)",
@@ -211,7 +221,9 @@ FORMATS: Mapping[FormatName, Format] = {
             lost="as in qwen3_5",
             refuses=refuses_qwen3_5,
             write=lambda source: qwen3_5_contents(source, has_sections=True),
+            reread=reread_qwen3_5,
             engines=(
+                _TRUNK_ALONE,
                 Engine(
                     name="llama.cpp",
                     versions="b11434",
