@@ -14,6 +14,7 @@ from mtp_lightning.checkpoint.huggingface.families import FAMILIES, architecture
 from mtp_lightning.checkpoint.huggingface.heads_layout import KINDS, SETTINGS, head_source, heads_settings
 from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, fits
 from mtp_lightning.checkpoint.huggingface.weights import outgoing_weights
+from mtp_lightning.model.transformers_architecture import architecture_of
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.recipe.schema.model import Family, HeadsSection
 from mtp_lightning.recipe.trainable import mixing_offsets
@@ -34,11 +35,31 @@ def refuses_hf_mtp(recipe: Recipe) -> Refusal | None:
         return Refusal(f"there must be heads beside the main one, {', '.join(KINDS)}", found)
     if mixing_offsets(recipe):
         return Refusal("heads must read the state of the last layer", "mixtures of layers (adapt.layer_mix)")
-    if section.is_foreign and heads.kind in ("sequential", "recursive"):
+    return _refuses_foreign(recipe) if section.is_foreign else None
+
+
+def _refuses_foreign(recipe: Recipe) -> Refusal | None:
+    """The same, of a trunk of transformers' own classes."""
+    heads, architecture = recipe.heads, architecture_of(recipe.model)
+    trunk, config = f"a trunk of transformers' own classes, {architecture.name},", architecture.config
+    has_windows = bool(getattr(config, "sliding_window", None)) or {*(getattr(config, "layer_types", None) or ())} - {
+        "full_attention"
+    }
+    has_rotary = hasattr(architecture.decoder, "rotary_emb") and not getattr(config, "alibi", False)
+    if heads.kind in ("sequential", "recursive") and (has_windows or not has_rotary):
         return Refusal(
-            "heads that read tokens must stand on a trunk of this package: " + ", ".join(FAMILIES),
-            f"{heads.kind} heads on a trunk of transformers' own classes",
+            f"under heads that read tokens, {trunk} must have rotary positions, and attend to all of the past",
+            "layers with windows, or of several types" if has_windows else "other positions",
         )
+    if architecture.model._is_stateful or architecture.norm is None:
+        found = "none" if architecture.norm is None else "layers that carry a state"
+        return Refusal(f"{trunk} must have layers that can be taken back, and a final norm", found)
+    has_layers = heads.kind in ("parallel", "chained")
+    if has_layers and (heads.layers_from_trunk or (heads.order == "anticausal" and heads.kind == "chained")):
+        found = "layers of the trunk (heads.layers_from_trunk), or anticausal heads, which are its last ones"
+        return Refusal(f"heads on {trunk} must have layers of their own", found)
+    if has_layers and any(parameter.dim() > 2 for parameter in architecture.layers.parameters()):
+        return Refusal(f"layers of heads on {trunk} must be dense", "layers with experts")
     return None
 
 

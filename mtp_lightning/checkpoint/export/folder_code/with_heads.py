@@ -53,8 +53,7 @@ class LlamaWithHeads(LlamaForCausalLM):
     def _assisted_decoding(self, *inputs, generation_config, **model_kwargs):
         if not generation_config.use_mtp:
             return super()._assisted_decoding(*inputs, generation_config=generation_config, **model_kwargs)
-        past = model_kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length():
+        if (past := model_kwargs.get("past_key_values")) is not None and past.get_seq_length():
             raise ValueError("use_mtp must begin with an empty cache: past_key_values knows nothing of the extra heads")
         if generation_config.assistant_ensemble_weight is not None:
             raise ValueError("assistant_ensemble_weight must not be set with use_mtp, which changes no text")
@@ -88,6 +87,11 @@ for known in (LlamaForCausalLM.__name__, LlamaForCausalLM.config_class.model_typ
         break
 
 
+def forget(past, num_positions):
+    """Take the last positions out of the past of a head, of which only few layers are ever run."""
+    [layer.crop(-num_positions) for layer in past.layers if layer.is_initialized]
+
+
 class Drafts(CandidateGenerator):
     """What both ways of drafting have in common."""
 
@@ -114,12 +118,6 @@ class Drafts(CandidateGenerator):
         num_new = input_ids.shape[1] - 1 - self.length  # the newest token has been given to no layer
         self.length += num_new
         return num_new
-
-    def forget(self, past, num_positions):
-        """Take the last positions out of the past of a head, of which only few layers are ever run."""
-        for layer in past.layers:
-            if layer.is_initialized:
-                layer.crop(-num_positions)
 
     def choose(self, number, state):
         """Choose the token that a head drafts: (1, D) -> (1, 1)."""
@@ -160,7 +158,7 @@ class StateDrafts(Drafts):
             else:  # chained from the last offset to the first: the trunk's last layers are the heads
                 state = self.calls[self.last - (number + 1) * self.depth][0]
             drafts.append(self.choose(number, state[:, kept] if kind == "medusa" else norm(state[:, kept])))
-            self.forget(past, state.shape[1] - kept - 1)
+            forget(past, state.shape[1] - kept - 1)
         return torch.cat([input_ids, *drafts], dim=1), None
 
 
@@ -184,7 +182,7 @@ class TokenDrafts(Drafts):
         rotary = model.get_decoder().rotary_emb(state, position_ids=positions)
         options = {"position_ids": positions, "position_embeddings": rotary}
         for number, past in enumerate(self.caches):
-            self.forget(past, before - start)
+            forget(past, before - start)
             options["attention_mask"] = create_causal_mask(
                 config=model.config,
                 inputs_embeds=state,
