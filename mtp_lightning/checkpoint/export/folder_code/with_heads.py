@@ -87,11 +87,6 @@ for known in (LlamaForCausalLM.__name__, LlamaForCausalLM.config_class.model_typ
         break
 
 
-def forget(past, num_positions):
-    """Take the last positions out of the past of a head, of which only few layers are ever run."""
-    [layer.crop(-num_positions) for layer in past.layers if layer.is_initialized]
-
-
 class Drafts(CandidateGenerator):
     """What both ways of drafting have in common."""
 
@@ -108,9 +103,8 @@ class Drafts(CandidateGenerator):
         packed = base64.b64decode(self.told["draft_token_ids"] or "")  # a set of bits; empty: all ids
         bits = [byte >> bit & 1 for byte in packed for bit in range(8)]
         self.ids = torch.tensor(bits, device=model.device).nonzero()[:, 0] if bits else slice(None)
-        matrices = [*model.extra_lm_heads] or [model.get_output_embeddings()]
-        biases = [None if one.bias is None else one.bias[self.ids] for one in matrices]
-        self.matrices = [(one.weight[self.ids], bias) for one, bias in zip(matrices, biases, strict=True)]
+        matrices = [(one.weight, one.bias) for one in model.extra_lm_heads or [model.get_output_embeddings()]]
+        self.matrices = [(weight[self.ids], None if bias is None else bias[self.ids]) for weight, bias in matrices]
 
     def count_new(self, input_ids):
         """Take what the trunk was last called with, and count the positions of it that are kept."""
@@ -118,6 +112,10 @@ class Drafts(CandidateGenerator):
         num_new = input_ids.shape[1] - 1 - self.length  # the newest token has been given to no layer
         self.length += num_new
         return num_new
+
+    def forget(self, past, num_positions):
+        """Take the last positions out of the past of a head, of which only few layers are ever run."""
+        [layer.crop(-num_positions) for layer in past.layers if layer.is_initialized]
 
     def choose(self, number, state):
         """Choose the token that a head drafts: (1, D) -> (1, 1)."""
@@ -129,8 +127,9 @@ class Drafts(CandidateGenerator):
         past = self.caches[number]
         for place, layer in enumerate(layers, self.last - len(layers)):
             _, inputs, options = self.calls[place]
+            inputs = [past if isinstance(one, Cache) else one for one in inputs]
             options = {name: past if isinstance(one, Cache) else one for name, one in (options | changed).items()}
-            output = layer(state, *(past if isinstance(one, Cache) else one for one in inputs), **options)
+            output = layer(state, *inputs, **options)
             state = output[0] if isinstance(output, tuple) else output
         return state
 
@@ -158,7 +157,7 @@ class StateDrafts(Drafts):
             else:  # chained from the last offset to the first: the trunk's last layers are the heads
                 state = self.calls[self.last - (number + 1) * self.depth][0]
             drafts.append(self.choose(number, state[:, kept] if kind == "medusa" else norm(state[:, kept])))
-            forget(past, state.shape[1] - kept - 1)
+            self.forget(past, state.shape[1] - kept - 1)
         return torch.cat([input_ids, *drafts], dim=1), None
 
 
@@ -182,7 +181,7 @@ class TokenDrafts(Drafts):
         rotary = model.get_decoder().rotary_emb(state, position_ids=positions)
         options = {"position_ids": positions, "position_embeddings": rotary}
         for number, past in enumerate(self.caches):
-            forget(past, before - start)
+            self.forget(past, before - start)
             options["attention_mask"] = create_causal_mask(
                 config=model.config,
                 inputs_embeds=state,
