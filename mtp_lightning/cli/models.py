@@ -2,11 +2,14 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from mtp_lightning.checkpoint.export.names import FormatName, format_named
+
+if TYPE_CHECKING:
+    from mtp_lightning.checkpoint.export.write import Check
 
 
 def extend(
@@ -83,16 +86,34 @@ def export(
             "write parity.json into it; nothing is exported where they differ.",
         ),
     ] = False,
+    merge_into: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="HF_FOLDER",
+            help="Instead of a format: put the trained heads into a copy of the folder that was imported with them; "
+            "all else in it stays bit for bit.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a checkpoint, however many ranks made it, as one folder that other tools can read; needs no GPU."""
-    from mtp_lightning.checkpoint.export.write import export_model
-
+    if merge_into and (format, dtype) != (FormatName.consolidated, Dtype.fp32):
+        raise typer.BadParameter(
+            "--merge-into keeps the format and the type of its folder: leave --format, --dtype out"
+        )
+    check: Check | None = None
     if verify:
         from mtp_lightning.evaluation.export_parity import check_parity
 
-        export_model(path, out, format, dtype=dtype.value, check=check_parity)
-    else:
-        export_model(path, out, format, dtype=dtype.value)
+        check = check_parity
+    if merge_into:
+        from mtp_lightning.checkpoint.export.merge_into import merge_into as merge
+
+        merge(path, merge_into, out, check=check)
+        return
+    from mtp_lightning.checkpoint.export.write import export_model
+
+    export_model(path, out, format, dtype=dtype.value, check=check)
 
 
 LONGEST_NUMBER = 12  # digits

@@ -81,7 +81,7 @@ def test_files_go_through_import_run_merge_extension_and_export(with_tokenizer, 
         assert {name: settings.get(name) for name in CONFIG} == CONFIG
         of_source = load_model(tmp_path / source)[0]
         assert all_end_ids(of_source, 0, tmp_path / source) == [0, 2, 3, 7], source
-        assert {"README.md", "tokenization_x.py", SOURCE_CONFIG} & {
+        assert {"tokenization_x.py", SOURCE_CONFIG} & {
             path.name for path in (tmp_path / f"back{number}").iterdir()
         } == set()
 
@@ -116,7 +116,7 @@ def test_a_model_trained_here_has_the_end_of_its_tokenizer(tmp_path):
         settings = json.loads((tmp_path / f"back {name}/config.json").read_text())
         assert (settings["eos_token_id"], settings["bos_token_id"]) == (end, end)
         written = {path.name for path in (tmp_path / f"back {name}").iterdir()}
-        assert written == {"config.json", "export.json", "model.safetensors", "tokenizer.json"} | carried
+        assert written == {"README.md", "config.json", "export.json", "model.safetensors", "tokenizer.json"} | carried
         assert (tmp_path / f"back {name}/tokenizer.json").read_bytes() == (files / name).read_bytes()
         assert all_end_ids(recipe, end) == [end]
 

@@ -30,6 +30,7 @@ class Source:
 
     checkpoint: CheckpointFolder
     dtype: DtypeName
+    given: WeightSource | None = None  # weights under the model's names, where a folder rounds each to its own type
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -51,6 +52,12 @@ class Source:
     def reader(self) -> MergedReader:
         """The weights, block by block."""
         return MergedReader(self.checkpoint.reader, self.checkpoint.recipe)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What reports say of it."""
+        checkpoint = self.checkpoint
+        return {"folder": checkpoint.path.name, "step": checkpoint.step, "sha256": checkpoint.sha256}
 
     @cached_property
     def files(self) -> Files:

@@ -20,11 +20,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mtp_lightning.checkpoint.export.contents import Contents, Refusal, Source
+from mtp_lightning.checkpoint.export.drafters import (
+    DRAFTER,
+    eagle_contents,
+    medusa_contents,
+    refuses_eagle,
+    refuses_medusa,
+)
 from mtp_lightning.checkpoint.export.hf_mtp import hf_mtp_contents, refuses_hf_mtp
 from mtp_lightning.checkpoint.export.judges import Judge, Reread, heard_by_transformers, reread_by_import
+from mtp_lightning.checkpoint.export.mimo import mimo_contents, refuses_mimo
 from mtp_lightning.checkpoint.export.names import FormatName
-from mtp_lightning.checkpoint.export.trunk import modules_contents, trunk_contents
-from mtp_lightning.checkpoint.huggingface.modules import MIMO, ModuleLayout, fits
+from mtp_lightning.checkpoint.export.qwen3_5 import qwen3_5_contents, refuses_qwen3_5
+from mtp_lightning.checkpoint.export.reread import reread_drafter, reread_qwen3_5
+from mtp_lightning.checkpoint.export.trunk import trunk_contents
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.recipe.trainable import mixing_offsets
@@ -70,27 +79,21 @@ def _refuses_trunk(recipe: Recipe) -> Refusal | None:
     )
 
 
-def _refuses_modules(layout: ModuleLayout, *, families: tuple[str | None, ...]) -> Refuses:
-    def refuses(recipe: Recipe) -> Refusal | None:
-        heads, family = recipe.heads, recipe.model.family
-        if family in families and fits(layout, heads):
-            return _refuses_trunk(recipe)
-        return Refusal(
-            f"modules in {layout.name}'s layout must be sequential, of one layer, behind a trunk of "
-            f"{', '.join(one for one in families if one)}, and read the hidden state {layout.heads['hidden']}",
-            f"{heads.kind} heads of {heads.layers_per_head} layers, {heads.hidden}, on {family or 'no family'}",
-        )
-
-    return refuses
-
-
-def _not_yet(recipe: Recipe) -> Refusal | None:
-    return Refusal("this format must have a writer", "none in this version")
-
-
 _GENERATE = "mtp generate {folder} 'Once upon'"
 _VLLM = "vllm serve {folder}"
+_SGLANG = "python -m sglang.launch_server --model-path {folder} --speculative-algorithm NEXTN"
+
+
+def _vllm(method: str, *, tokens: int | str = 1, drafter: str = "") -> str:
+    """Write the command with drafts."""
+    config = "--speculative-config"
+    model = f" {config}.model {{folder}}/{drafter}" if drafter else ""
+    return f"{_VLLM} {config}.method {method}{model} {config}.num_speculative_tokens {tokens}"
+
+
 _LOADED = "transformers serve {folder}"
+
+_TRUNK_ALONE = Engine(name="transformers", versions="5.x", heads="none", serve=_LOADED, judge=heard_by_transformers)
 
 FORMATS: Mapping[FormatName, Format] = {
     row.name: row
@@ -111,7 +114,7 @@ FORMATS: Mapping[FormatName, Format] = {
             write=lambda source: {"": trunk_contents(source)},
             reread=reread_by_import,
             engines=(
-                Engine(name="transformers", versions="5.x", heads="none", serve=_LOADED, judge=heard_by_transformers),
+                _TRUNK_ALONE,
                 Engine(name="vLLM", versions="0.32", heads="none", serve=_VLLM),
             ),
         ),
@@ -134,16 +137,100 @@ FORMATS: Mapping[FormatName, Format] = {
         ),
         Format(
             name=FormatName.mimo,
-            holds="sequential modules of one layer that read the state before the final norm",
-            lost="a draft vocabulary: readers let modules score every id",
-            refuses=_refuses_modules(MIMO, families=("mimo",)),
-            write=lambda source: {"": modules_contents(source, MIMO)},
+            holds="sequential or recursive modules of one layer that read the state before the final norm "
+            "(heads.hidden: pre_norm), on trunks of Llama's, Mistral's and Qwen2's kind; sequential: the first module",
+            lost="modules beyond the first; a draft vocabulary: readers let modules score every id",
+            refuses=refuses_mimo,
+            write=mimo_contents,
             reread=reread_by_import,
-            engines=(Engine(name="vLLM", versions="0.32", heads="the first drafts", serve=_VLLM),),
+            engines=(
+                _TRUNK_ALONE,
+                Engine(name="vLLM", versions="0.32", heads="one draft", serve=_vllm("mtp")),
+                Engine(
+                    name="SGLang",
+                    versions="0.5 (by its source), which reads the state behind the final norm: fewer drafts are kept",
+                    heads="one draft",
+                    serve=_SGLANG,
+                ),
+            ),
         ),
-        *(
-            Format(name=name, holds="nothing yet", lost="", refuses=_not_yet, write=None, engines=())
-            for name in (FormatName.qwen3_5, FormatName.eagle, FormatName.medusa, FormatName.gguf_ready)
+        Format(
+            name=FormatName.qwen3_5,
+            holds="sequential or recursive modules of one layer, on trunks of Qwen3's kind; sequential: the first "
+            "module; recursive before the final norm: of two offsets",
+            lost="modules beyond the first; a draft vocabulary: readers let modules score every id",
+            refuses=refuses_qwen3_5,
+            write=qwen3_5_contents,
+            reread=reread_qwen3_5,
+            engines=(
+                _TRUNK_ALONE,
+                Engine(
+                    name="vLLM",
+                    versions="0.32",
+                    heads="any number of drafts by the one module",
+                    serve=_vllm("mtp"),
+                ),
+                Engine(name="SGLang", versions="0.5 (by its source)", heads="the same", serve=_SGLANG),
+            ),
+        ),
+        Format(
+            name=FormatName.eagle,
+            holds="the head for the token after next, of parallel, chained and linear heads",
+            lost="heads beyond the second offset; a draft vocabulary: readers let the head score every id",
+            refuses=refuses_eagle,
+            write=eagle_contents,
+            reread=reread_drafter,
+            engines=(
+                _TRUNK_ALONE,
+                Engine(
+                    name="vLLM",
+                    versions="0.32",
+                    heads="one draft",
+                    serve=_vllm("eagle3", drafter=DRAFTER),
+                ),
+                Engine(
+                    name="SGLang",
+                    versions="0.5 (by its source): parallel and anticausal heads without biases",
+                    heads="one draft",
+                    serve="python -m sglang.launch_server --model-path {folder} --speculative-algorithm EAGLE3 "
+                    "--speculative-draft-model-path {folder}/drafter --speculative-num-steps 1 "
+                    "--speculative-eagle-topk 1 --speculative-num-draft-tokens 2",
+                ),
+            ),
+        ),
+        Format(
+            name=FormatName.medusa,
+            holds="Medusa and linear heads, all of them",
+            lost="a draft vocabulary: readers let the heads score every id",
+            refuses=refuses_medusa,
+            write=medusa_contents,
+            reread=reread_drafter,
+            engines=(
+                _TRUNK_ALONE,
+                Engine(
+                    name="vLLM",
+                    versions="up to 0.32 (0.33 has no Medusa)",
+                    heads="all draft, first choices only",
+                    serve=_vllm("medusa", tokens="HEADS", drafter=DRAFTER),
+                ),
+            ),
+        ),
+        Format(
+            name=FormatName.gguf_ready,
+            holds="what qwen3_5 holds",
+            lost="as in qwen3_5",
+            refuses=refuses_qwen3_5,
+            write=lambda source: qwen3_5_contents(source, has_sections=True),
+            reread=reread_qwen3_5,
+            engines=(
+                _TRUNK_ALONE,
+                Engine(
+                    name="llama.cpp",
+                    versions="b11434",
+                    heads="draft (arch qwen35)",
+                    serve="python convert_hf_to_gguf.py {folder} && llama-server -m FILE.gguf --spec-type draft-mtp",
+                ),
+            ),
         ),
     )
 }

@@ -10,9 +10,11 @@ from typing import Any
 
 from mtp_lightning.checkpoint.convert.consolidate import DTYPES, Advance, check_whole, consolidate, write_whole
 from mtp_lightning.checkpoint.convert.load_model import check_tensors
+from mtp_lightning.checkpoint.export.card import CARD, model_card
 from mtp_lightning.checkpoint.export.contents import Contents, Source
 from mtp_lightning.checkpoint.export.formats import FORMATS, Format, check_holds
 from mtp_lightning.checkpoint.export.names import FormatName
+from mtp_lightning.checkpoint.export.untrained import untrained_heads
 from mtp_lightning.checkpoint.format.carried_files import CARRIED, TEMPLATES, copy_files
 from mtp_lightning.checkpoint.format.folder import open_checkpoint
 from mtp_lightning.checkpoint.format.manifest import CONFIG_NAME, DtypeName
@@ -57,6 +59,7 @@ def export_model(
     row = FORMATS[FormatName(name)]
     if row.name is FormatName.consolidated:
         consolidate(path, out, dtype=dtype)
+        warn_of_untrained(Source(open_checkpoint(path, verify=False), dtype))
         return
     check_new_folder(out, CheckpointError)
     check_staging(staging_path(out), OWN_FILES, CheckpointError)
@@ -66,17 +69,19 @@ def export_model(
     folders = row.write(source)
     report = _report(row, source, folders)
     check_tensors(source.checkpoint)
-    size_bytes = _write(source, folders, out, report, check and (lambda folder: check(folder, row, source)))
+    size_bytes = _write(row, source, folders, out, report=report, check=check)
     say(f"Exported {source.checkpoint.path} to {out} as {row.name}: {size_bytes / 1e6:,.1f} MB of {dtype}, checked")
     _tell(row, source, folders, out)
 
 
 def _write(
+    row: Format,
     source: Source,
     folders: Mapping[str, Contents],
     out: Path,
+    *,
     report: Mapping[str, Any],
-    check: Callable[[Path], Mapping[str, Any]] | None,
+    check: Check | None,
 ) -> int:
     """Write all folders; return the bytes of their weights."""
     dtype = DTYPES[source.dtype]
@@ -87,9 +92,11 @@ def _write(
         atomic_folder(out, CheckpointError, size_bytes=sum(sizes) * dtype.itemsize) as staging,
     ):
         written = sum(_write_folder(one, staging / inside, source, advance) for inside, one in folders.items())
-        write_durably(staging / REPORT, _json(report))
-        if check is not None:
-            write_durably(staging / PARITY, _json(check(staging)))
+        write_durably(staging / REPORT, json_bytes(report))
+        parity = check(staging, row, source) if check else None
+        if parity is not None:
+            write_durably(staging / PARITY, json_bytes(parity))
+        write_durably(staging / CARD, model_card(row, source, report, parity).encode())
     return written
 
 
@@ -97,14 +104,15 @@ def _write_folder(contents: Contents, folder: Path, source: Source, advance: Adv
     folder.mkdir(exist_ok=True)
     record = write_whole(contents.weights, folder / contents.weights_file, DTYPES[source.dtype], advance)
     check_whole(contents.weights, ShardReader(folder), advance)
-    write_durably(folder / CONFIG_NAME, _json(contents.settings))
+    write_durably(folder / CONFIG_NAME, json_bytes(contents.settings))
     for name, text in contents.texts.items():
         write_durably(folder / name, text.encode())
     copy_files(contents.files, folder)
     return record.size_bytes
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """Write a file of settings."""
     return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
 
 
@@ -133,15 +141,21 @@ def _report(row: Format, source: Source, folders: Mapping[str, Contents]) -> dic
             f"no word of {listed(lost or unknown)}",
             "Export with --format consolidated",
         )
-    checkpoint = source.checkpoint
     return {
         "format": row.name.value,
-        "source": {"folder": checkpoint.path.name, "step": checkpoint.step, "sha256": checkpoint.sha256},
+        "source": source.told,
         "dtype": source.dtype,
         "written": written,
         "made": made,
         "left_out": left_out,
     }
+
+
+def warn_of_untrained(source: Source) -> None:
+    """Say which heads nobody has trained."""
+    if heads := untrained_heads(source):
+        how = "as they began" if source.checkpoint.step else "of step 0"
+        say(f"Warning: never trained, {how}: {', '.join(heads)}. Drafts of theirs will rarely be kept", stderr=True)
 
 
 def _tell(row: Format, source: Source, folders: Mapping[str, Contents], out: Path) -> None:
@@ -151,6 +165,7 @@ def _tell(row: Format, source: Source, folders: Mapping[str, Contents], out: Pat
     if owners:
         told = ", ".join(f"{owner} ({count} tensors)" for owner, count in sorted(owners.items()))
         say(f"Left out, because the format has no place for it: {told}; each by name in {REPORT}")
+    warn_of_untrained(source)
     for note in (note for one in folders.values() for note in one.notes):
         say(note)
     for engine in row.engines:

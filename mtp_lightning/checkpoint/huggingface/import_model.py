@@ -19,6 +19,7 @@ from mtp_lightning.checkpoint.format.carried_files import (
     copy_files,
     end_ids,
     files_in,
+    license_of,
 )
 from mtp_lightning.checkpoint.format.manifest import CONFIG_NAME, RECIPE_NAME, Provenance, write_config
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
@@ -313,6 +314,7 @@ def _report_of(hf_checkpoint: HFCheckpoint, plan: Plan) -> bytes:
     report = {
         "source": str(hf_checkpoint.path.absolute()),
         "what": hf_checkpoint.what,
+        "license": license_of(hf_checkpoint.path),
         "parameters": parameters,
         "missing": plan.missing,
         "unexpected": plan.unexpected,

@@ -1,0 +1,143 @@
+"""Qwen3.5's layout, which vLLM, SGLang and llama.cpp's converter read, for trunks with norms of queries and keys.
+
+Qwen3.5 computes the same as Qwen3 where every norm's weight is stored less one, where the gate of attention is
+sigmoid(0) = 1/2 because its rows of the query projection are zero, and where the output projection is doubled.
+A module that was trained on the state before the final norm reads that state here too: with w the norm's weight, the
+unembedding's columns are multiplied by w, the final norm becomes one, and the module's own final norm is divided by w.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.checkpoint.export.contents import Contents, Refusal, Source
+from mtp_lightning.checkpoint.export.rewritten import (
+    Made,
+    RewrittenWeights,
+    first_module,
+    left_out,
+    not_dense,
+    not_modules,
+    notes_on,
+    read_whole,
+    refusal,
+    settings_as,
+)
+from mtp_lightning.checkpoint.export.trunk import trunk_contents
+from mtp_lightning.checkpoint.format.reader_view import WeightSource
+from mtp_lightning.checkpoint.huggingface.modules import QWEN
+from mtp_lightning.checkpoint.huggingface.weights import OutgoingWeights
+from mtp_lightning.errors import CheckpointError
+from mtp_lightning.recipe import Recipe
+
+NORM, MODULE_NORM = "model.norm.weight", "mtp.norm.weight"
+EMBEDDING, MATRIX = "model.embed_tokens.weight", "lm_head.weight"
+LINEAR_LAYERS = {
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 1,
+}
+"""Sizes of layers that the model does not have, but its readers ask for."""
+
+
+def refuses_qwen3_5(recipe: Recipe) -> Refusal | None:
+    """Refuse what is not one module on a trunk that Qwen3 can be."""
+    heads, model = recipe.heads, recipe.model
+    is_unrolled = heads.kind == "recursive" and heads.num_offsets > 2
+    return refusal(
+        "sequential or recursive modules of one layer that share the main matrix, on a trunk of Qwen3's kind, with "
+        "norms of queries and keys",
+        not_modules(heads)
+        | {"a module on the state before the norm, unrolled": is_unrolled and heads.hidden == "pre_norm"}
+        | not_dense(recipe)
+        | {
+            "no norms of queries and keys (model.qk_norm)": not model.qk_norm,
+            "biases in attention": model.qkv_bias or model.output_bias,
+        },
+    )
+
+
+def qwen3_5_contents(source: Source, *, has_sections: bool = False) -> dict[str, Contents]:
+    """Trunk and first module; `has_sections` adds what llama.cpp's converter needs to know of positions.
+
+    Raises:
+        CheckpointError: A weight of the final norm is zero, and the module reads the state before it.
+    """
+    trunk, sources = trunk_contents(source), first_module(source, QWEN)
+    weights = OutgoingWeights(source.reader, sources, source.section)
+    rewritten = {name: made for name in weights.names if (made := _rewritten(weights, name))}
+    settings = settings_as(source, trunk, "qwen3", qk_norm=True)
+    is_folded = source.recipe.heads.hidden == "pre_norm"
+    if is_folded:
+        rewritten |= _folded(weights, MATRIX if MATRIX in weights.names else EMBEDDING)
+        settings["tie_word_embeddings"] = False
+    new = {name: "the embedding times the final norm" for name in rewritten if name not in weights.names}
+    return {
+        "": Contents(
+            weights=RewrittenWeights(weights, rewritten),
+            settings=_settings(source, settings, has_sections=has_sections),
+            written={name: one.stored for name, one in sources.items()},
+            made=new,
+            left_out=left_out(source, sources, QWEN.name),
+            files=trunk.files,
+            notes=notes_on(source.recipe),
+        )
+    }
+
+
+def _rewritten(weights: WeightSource, name: str) -> Made | None:
+    shape = weights.shape(name)
+    if len(shape) == 1:
+        return Made(shape, lambda: read_whole(weights, name) - 1)
+    if name.endswith("q_proj.weight"):
+        width = weights.shape(name.replace("q_proj", "q_norm"))[0]
+        return Made((2 * shape[0], shape[1]), lambda: _gated(read_whole(weights, name), width))
+    if name.endswith("o_proj.weight"):
+        return Made(shape, lambda: 2 * read_whole(weights, name))
+    return None
+
+
+def _gated(queries: Tensor, head_dim: int) -> Tensor:
+    """Put as many rows of zero behind the rows of each head: (H d, D) -> (2 H d, D)."""
+    by_head = queries.view(-1, head_dim, queries.shape[1])
+    return torch.cat((by_head, torch.zeros_like(by_head)), dim=1).flatten(0, 1)
+
+
+def _folded(weights: WeightSource, matrix: str) -> dict[str, Made]:
+    """Move the final norm's weight into the unembedding, and out of the module's norm."""
+    norm = read_whole(weights, NORM)
+    if not bool(norm.all()):
+        raise CheckpointError(
+            "a module on the state before the final norm can be exported to qwen3_5 where no weight of that norm is 0",
+            f"{int((norm == 0).sum())} of {norm.numel()} are",
+            "Train with heads.hidden=post_norm, or export with --format consolidated",
+        )
+    return {
+        NORM: Made(tuple(norm.shape), lambda: torch.zeros_like(norm)),
+        MODULE_NORM: Made(tuple(norm.shape), lambda: read_whole(weights, MODULE_NORM) / norm - 1),
+        MATRIX: Made(weights.shape(matrix), lambda: read_whole(weights, matrix) * norm),
+    }
+
+
+def _settings(source: Source, settings: Mapping[str, Any], *, has_sections: bool) -> dict[str, Any]:
+    theta, scaling = settings["rope_theta"], settings["rope_scaling"] or {"rope_type": "default"}
+    positions: dict[str, Any] = {**scaling, "rope_theta": theta, "partial_rotary_factor": 1.0}
+    if has_sections:
+        half = source.section.resolved_head_dim // 2
+        positions |= {"mrope_section": [-(-half // 3), (half + 1) // 3, half // 3], "mrope_interleaved": True}
+    unsaid = ("rope_theta", "rope_scaling", "attention_bias", "use_sliding_window", "sliding_window")
+    return {name: value for name, value in settings.items() if name not in unsaid} | {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "rope_parameters": positions,
+        "partial_rotary_factor": 1.0,
+        "layer_types": ["full_attention"] * source.section.num_hidden_layers,
+        "full_attention_interval": 1,
+        "attn_output_gate": True,
+        "mtp_num_hidden_layers": 1,
+        **LINEAR_LAYERS,
+    }
