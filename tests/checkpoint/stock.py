@@ -1,7 +1,7 @@
 """Exported folders in the hands of stock transformers: loaded with the code in them, and asked for texts."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,16 +43,32 @@ class Said(NamedTuple):
 
 
 def tiny(family: str, heads: dict[str, Any], **model: Any) -> tuple[Recipe, MtpModel]:
-    """A random model whose heads are right at times."""
+    """A random model whose heads are right at times, and wrong at times: of the first seed that gives one."""
     section = {"family": family, "initializer_range": 0.15, **FAMILIES[family], **model}
-    recipe = tiny_recipe(heads=heads, model=section)
-    built = tiny_model(recipe, torch.float32).requires_grad_(requires_grad=False)
-    lean_on_tokens(built, recipe)
-    main, *others = built.unembedding.lm_heads.parameters()
-    for matrix in others:  # start from the main head's, as in training
-        matrix *= 0.1
-        matrix += main
-    return recipe, built
+    return first_right(lambda seed: tiny_recipe(heads=heads, model=section, run={"seed": seed}), tiny_model)
+
+
+def first_right(
+    recipe_of: Callable[[int], Recipe], build: Callable[[Recipe, torch.dtype], MtpModel], prompts: Any = None
+) -> tuple[Recipe, MtpModel]:
+    """Build models of one seed after another, until some drafts of one are kept, but not all."""
+    for seed in range(50):
+        recipe = recipe_of(seed)
+        model = build(recipe, torch.float32).requires_grad_(requires_grad=False)
+        lean_on_tokens(model, recipe)
+        main, *others = model.unembedding.lm_heads.parameters()
+        for matrix in others:  # start from the main head's, as in training
+            matrix *= 0.1
+            matrix += main
+        if 0 < kept_share(model, prompts or PROMPTS) < 1:
+            return recipe, model
+    raise AssertionError("no seed gives drafts that are right at times")
+
+
+def kept_share(model: MtpModel, prompts: list[list[int]]) -> float:
+    """Share of the drafts that are kept."""
+    told = [generate(model, [prompt], max_new_tokens=NEW_TOKENS).statistics for prompt in prompts]
+    return sum(one.num_accepted_tokens for one in told) / sum(one.num_draft_tokens for one in told)
 
 
 def lean_on_tokens(model: MtpModel, recipe: Recipe) -> None:
@@ -119,15 +135,12 @@ def said_by(model: Any, prompts: list[list[int]] = PROMPTS, **options: Any) -> S
     return Said(texts, steps)
 
 
-def assert_drafts_as_ours(
-    theirs: Any, model: MtpModel, prompts: list[list[int]] = PROMPTS, *, some_right: bool = True
-) -> None:
+def assert_drafts_as_ours(theirs: Any, model: MtpModel, prompts: list[list[int]] = PROMPTS) -> None:
     """Check that texts are those of plain greedy, theirs and ours, in as many steps as ours take."""
     made = [generate(model, [prompt], max_new_tokens=NEW_TOKENS) for prompt in prompts]
     plain, drafted = said_by(theirs, prompts), said_by(theirs, prompts, use_mtp=True)
     assert plain.steps == [NEW_TOKENS - 1] * len(prompts)
     assert drafted.texts == plain.texts == [one.tokens[0] for one in made]
     assert drafted.steps == [one.statistics.num_drafts for one in made]
-    kept = sum(one.statistics.num_accepted_tokens for one in made)
-    assert kept < sum(one.statistics.num_draft_tokens for one in made)
-    assert kept or not some_right
+    assert any(steps < NEW_TOKENS - 1 for steps in drafted.steps)
+    assert any((one.statistics.num_accepted_tokens < one.statistics.num_draft_tokens) for one in made)
