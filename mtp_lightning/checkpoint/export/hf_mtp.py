@@ -10,10 +10,12 @@ from pathlib import Path
 from mtp_lightning.checkpoint.export import folder_code
 from mtp_lightning.checkpoint.export.contents import Contents, Refusal, Source
 from mtp_lightning.checkpoint.export.trunk import modules_contents, sources_of, trunk_contents
+from mtp_lightning.checkpoint.huggingface.configs import listed
 from mtp_lightning.checkpoint.huggingface.families import FAMILIES, architecture_name, settings_of
 from mtp_lightning.checkpoint.huggingface.heads_layout import KINDS, SETTINGS, head_source, heads_settings
 from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, fits
 from mtp_lightning.checkpoint.huggingface.weights import outgoing_weights
+from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.transformers_architecture import architecture_of
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.recipe.schema.model import Family, HeadsSection
@@ -74,7 +76,7 @@ def hf_mtp_contents(source: Source) -> Contents:
     if is_known_to_transformers(heads, family):
         base = modules_contents(source, DEEPSEEK)
         heads = heads.model_copy(update={"concatenation": DEEPSEEK.heads["concatenation"]})
-        return _with_code(base, source, family, heads, "with_modules", "Modules")
+        return _with_code(base, source, heads, "Modules")
     base = trunk_contents(source)
     own = {name: one.place for name, one in source.parameters.items() if one.place and name not in base.written}
     found = {name: head_source(place, source.section, family) for name, place in own.items()}
@@ -86,7 +88,7 @@ def hf_mtp_contents(source: Source) -> Contents:
         written={name: one.stored for name, one in sources.items()},
         left_out={name: why for name, why in base.left_out.items() if name not in sources},
     )
-    return _with_code(base, source, family, heads, "with_heads", "Heads")
+    return _with_code(base, source, heads, "Heads")
 
 
 def is_known_to_transformers(heads: HeadsSection, family: Family) -> bool:
@@ -96,13 +98,19 @@ def is_known_to_transformers(heads: HeadsSection, family: Family) -> bool:
     return plain and fits(DEEPSEEK, heads) and own is not None and own.source("norm.weight") == llama
 
 
-def _with_code(
-    base: Contents, source: Source, family: Family, heads: HeadsSection, template: str, what: str
-) -> Contents:
-    """Add the code, made for the class of the trunk, and the settings that it builds itself by."""
+def _with_code(base: Contents, source: Source, heads: HeadsSection, what: str) -> Contents:
+    """Add the code, made for the class of the trunk, and the settings that it builds itself by.
+
+    Raises:
+        CheckpointError: A weight that the scores of a head depend on is not in the folder.
+    """
+    if lost := [name for name in base.left_out if not name.startswith("unembedding.token_order")]:
+        expected, hint = "every weight of a head must have a place in the folder", "Export with --format consolidated"
+        raise CheckpointError(expected, f"none for {listed(lost)}", hint)
+    family, _ = settings_of(source.section)
     trunk = architecture_name(source.section, family)
     name = f"{trunk.removesuffix('ForCausalLM')}With{what}"
-    text = (Path(folder_code.__file__).parent / f"{template}.py").read_text()
+    text = (Path(folder_code.__file__).parent / f"with_{what.lower()}.py").read_text()
     text = text.replace(f"LlamaWith{what}", name).replace("LlamaForCausalLM", trunk)
     settings = {
         **base.settings,
