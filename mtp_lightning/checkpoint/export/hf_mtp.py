@@ -7,16 +7,20 @@ folder is the next-token model.
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from mtp_lightning.checkpoint.export import folder_code
 from mtp_lightning.checkpoint.export.contents import Contents, Refusal, Source
 from mtp_lightning.checkpoint.export.trunk import modules_contents, sources_of, trunk_contents
 from mtp_lightning.checkpoint.huggingface.configs import listed
+from mtp_lightning.checkpoint.huggingface.conversions import outgoing
 from mtp_lightning.checkpoint.huggingface.families import FAMILIES, architecture_name, settings_of
 from mtp_lightning.checkpoint.huggingface.heads_layout import KINDS, SETTINGS, head_source, heads_settings
 from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, fits
-from mtp_lightning.checkpoint.huggingface.weights import outgoing_weights
+from mtp_lightning.checkpoint.huggingface.weights import account_of, outgoing_weights
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.transformers_architecture import architecture_of
+from mtp_lightning.model.transformers_library import library
 from mtp_lightning.recipe import Recipe
 from mtp_lightning.recipe.schema.model import Family, HeadsSection
 from mtp_lightning.recipe.trainable import mixing_offsets
@@ -60,8 +64,11 @@ def _refuses_foreign(recipe: Recipe) -> Refusal | None:
     if has_layers and (heads.layers_from_trunk or (heads.order == "anticausal" and heads.kind == "chained")):
         found = "layers of the trunk (heads.layers_from_trunk), or anticausal heads, which are its last ones"
         return Refusal(f"heads on {trunk} must have layers of their own", found)
-    if has_layers and any(parameter.dim() > 2 for parameter in architecture.layers.parameters()):
-        return Refusal(f"layers of heads on {trunk} must be dense", "layers with experts")
+    layer = architecture.layers[-1].named_parameters()
+    forms = {f"extra_heads.0.layers.0.{name}": (torch.float32, tuple(one.shape)) for name, one in layer}
+    if has_layers and any(one.convert for one in outgoing(library(), architecture.model, forms)):
+        found = "layers with experts, each saved apart"
+        return Refusal(f"layers of heads on {trunk} must be saved as they are computed with", found)
     return None
 
 
@@ -82,10 +89,13 @@ def hf_mtp_contents(source: Source) -> Contents:
     found = {name: head_source(place, source.section, family) for name, place in own.items()}
     added = {name: one for name, one in found.items() if one is not None}
     sources = sources_of(source.recipe, source.parameters, family, None) | added
+    weights = outgoing_weights(source.reader, sources, source.section)
+    written, made = account_of(weights, sources)
     base = replace(
         base,
-        weights=outgoing_weights(source.reader, sources, source.section),
-        written={name: one.stored for name, one in sources.items()},
+        weights=weights,
+        written=written,
+        made=made,
         left_out={name: why for name, why in base.left_out.items() if name not in sources},
     )
     return _with_code(base, source, heads, "Heads")
