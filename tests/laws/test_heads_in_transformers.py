@@ -310,6 +310,7 @@ def test_heads_that_foreign_trunks_cannot_have_are_refused(name, kind, order, fo
 
 ODD_SETTINGS = [
     ("head_type", "mamba", "must be one of"),
+    ("head_type", None, "must be one of"),
     ("head_type", "medusa", "num_modules|hidden_source"),
     ("num_drafts", 10**9, "num_drafts"),
     ("num_drafts", "3", "num_drafts"),
@@ -340,12 +341,12 @@ def test_settings_of_heads_that_no_export_wrote_are_refused(name, value, told, f
         import_folder(folder, tmp_path / "ours", Wanted())
 
 
-@pytest.mark.parametrize("odd", [[], "parallel", 3, True])
-def test_settings_that_are_no_object_are_refused(odd, folder_of_parallel, tmp_path):
+@pytest.mark.parametrize("odd", [[], {"head": "parallel"}])
+def test_heads_without_a_word_of_them_are_refused(odd, folder_of_parallel, tmp_path):
     folder = shutil.copytree(folder_of_parallel, tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text()) | {"mtp_config": odd}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="mtp_config"):
+    with pytest.raises(CheckpointError, match="unexpected: extra_heads"):
         import_folder(folder, tmp_path / "ours", Wanted())
 
 
