@@ -26,7 +26,7 @@ from mtp_lightning.checkpoint.huggingface.families import (
 )
 from mtp_lightning.checkpoint.huggingface.folder import DECLARED
 from mtp_lightning.checkpoint.huggingface.modules import ModuleLayout
-from mtp_lightning.checkpoint.huggingface.weights import outgoing_weights
+from mtp_lightning.checkpoint.huggingface.weights import account_of, outgoing_weights
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.errors import CheckpointError, DataError
 from mtp_lightning.recipe import Recipe
@@ -68,10 +68,13 @@ def _contents(source: Source, layout: ModuleLayout | None) -> Contents:
     why = f"the layout of {layout.name if layout else family} has no place for it"
     has_drafts = layout and recipe.heads.draft_vocabulary is not None
     note = "The format has no place for a draft vocabulary: its readers let the modules score every id"
+    weights = outgoing_weights(source.reader, sources, section)
+    written, made = account_of(weights, sources)
     return Contents(
-        weights=outgoing_weights(source.reader, sources, section),
+        weights=weights,
         settings=settings,
-        written={name: one.stored for name, one in sources.items()},
+        written=written,
+        made=made,
         left_out={name: why for name in source.parameters if name not in sources},
         files={name: path for name, path in source.files.items() if name != SOURCE_CONFIG},
         notes=(note,) if has_drafts else (),

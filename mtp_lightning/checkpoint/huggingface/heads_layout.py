@@ -104,10 +104,8 @@ def told_heads(config: Config, section: ModelSection, family: Family) -> Native 
         CheckpointError: It is not what an export writes.
     """
     told = config.get(SETTINGS)
-    if told is None:
-        return None
-    if not isinstance(told, dict):
-        raise config.impossible(f"{SETTINGS}: {described(told)} (an object is meant)")
+    if not isinstance(told, dict) or "head_type" not in told:
+        return None  # of somebody else
     for name, choices in CHOICES.items():
         if told.get(name) not in choices:
             raise config.refused(

@@ -2,9 +2,8 @@
 # http://www.apache.org/licenses/LICENSE-2.0. Provided as it is, without warranties or conditions of any kind.
 """A causal model with the extra heads that it was trained with, which draft for `generate(..., use_mtp=True)`.
 
-The trunk is transformers' own class, and transformers verifies the drafts: greedy text is that of plain greedy, and
-sampled text has the law of plain sampling. Only drafting is told here. What the heads are is told by `mtp_config` in
-config.json. A text has one row, as in all of transformers' assisted generation.
+The trunk is transformers' own class, and transformers verifies the drafts, of one text at a time: greedy text is that
+of plain greedy, sampled text has the law of plain sampling. `mtp_config` in config.json says what the heads are.
 """
 
 import base64
@@ -53,8 +52,7 @@ class LlamaWithHeads(LlamaForCausalLM):
     def _assisted_decoding(self, *inputs, generation_config, **model_kwargs):
         if not generation_config.use_mtp:
             return super()._assisted_decoding(*inputs, generation_config=generation_config, **model_kwargs)
-        past = model_kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length():
+        if (past := model_kwargs.get("past_key_values")) is not None and past.get_seq_length():
             raise ValueError("use_mtp must begin with an empty cache: past_key_values knows nothing of the extra heads")
         if generation_config.assistant_ensemble_weight is not None:
             raise ValueError("assistant_ensemble_weight must not be set with use_mtp, which changes no text")
@@ -104,9 +102,8 @@ class Drafts(CandidateGenerator):
         packed = base64.b64decode(self.told["draft_token_ids"] or "")  # a set of bits; empty: all ids
         bits = [byte >> bit & 1 for byte in packed for bit in range(8)]
         self.ids = torch.tensor(bits, device=model.device).nonzero()[:, 0] if bits else slice(None)
-        matrices = [*model.extra_lm_heads] or [model.get_output_embeddings()]
-        biases = [None if one.bias is None else one.bias[self.ids] for one in matrices]
-        self.matrices = [(one.weight[self.ids], bias) for one, bias in zip(matrices, biases, strict=True)]
+        matrices = [(one.weight, one.bias) for one in model.extra_lm_heads or [model.get_output_embeddings()]]
+        self.matrices = [(weight[self.ids], None if bias is None else bias[self.ids]) for weight, bias in matrices]
 
     def count_new(self, input_ids):
         """Take what the trunk was last called with, and count the positions of it that are kept."""
@@ -117,22 +114,20 @@ class Drafts(CandidateGenerator):
 
     def forget(self, past, num_positions):
         """Take the last positions out of the past of a head, of which only few layers are ever run."""
-        for layer in past.layers:
-            if layer.is_initialized:
-                layer.crop(-num_positions)
+        [layer.crop(-num_positions) for layer in past.layers if layer.is_initialized]
 
     def choose(self, number, state):
-        """Choose the token that a head drafts: (1, D) -> (1, 1)."""
+        """Choose the token that a head drafts, or that each of several does: (K, D) -> (K, 1)."""
         best = functional.linear(state, *self.matrices[number % len(self.matrices)]).argmax(-1, keepdim=True)
         return best if isinstance(self.ids, slice) else self.ids[best]
 
-    def run(self, number, layers, state, **changed):
+    def run(self, past, layers, state, **changed):
         """Run layers as the trunk's last ones were called, on the past of a head: (1, T, D) -> (1, T, D)."""
-        past = self.caches[number]
         for place, layer in enumerate(layers, self.last - len(layers)):
             _, inputs, options = self.calls[place]
+            inputs = [past if isinstance(one, Cache) else one for one in inputs]
             options = {name: past if isinstance(one, Cache) else one for name, one in (options | changed).items()}
-            output = layer(state, *(past if isinstance(one, Cache) else one for one in inputs), **options)
+            output = layer(state, *inputs, **options)
             state = output[0] if isinstance(output, tuple) else output
         return state
 
@@ -144,7 +139,7 @@ class StateDrafts(Drafts):
         """Draft a token with every head, from the state of the last position that is kept."""
         if is_first_iteration:
             return input_ids, None  # the trunk reads the prompt first
-        kept, kind, norm, drafts = self.count_new(input_ids) - 1, self.told["head_type"], self.model.final_norm, []
+        kept, kind, norm, states = self.count_new(input_ids) - 1, self.told["head_type"], self.model.final_norm, []
         trunk = chained = self.calls[self.last][0]  # (1, T, D)
         for number, past in enumerate(self.caches):
             if kind == "linear":
@@ -154,14 +149,16 @@ class StateDrafts(Drafts):
                 for block in self.heads[number].blocks:
                     state = state + functional.silu(block["linear"](state))
             elif kind == "parallel":
-                state = self.run(number, self.heads[number].layers, self.calls[self.last - self.depth][0])
+                state = self.run(past, self.heads[number].layers, self.calls[self.last - self.depth][0])
             elif self.told["order"] == "causal":
-                state = chained = self.run(number, self.heads[number].layers, chained)
+                state = chained = self.run(past, self.heads[number].layers, chained)
             else:  # chained from the last offset to the first: the trunk's last layers are the heads
                 state = self.calls[self.last - (number + 1) * self.depth][0]
-            drafts.append(self.choose(number, state[:, kept] if kind == "medusa" else norm(state[:, kept])))
+            states.append(state[:, kept] if kind == "medusa" else norm(state[:, kept]))
             self.forget(past, state.shape[1] - kept - 1)
-        return torch.cat([input_ids, *drafts], dim=1), None
+        if len(self.matrices) == 1:  # it is read once for all
+            return torch.cat([input_ids, self.choose(0, torch.cat(states)).T], dim=1), None
+        return torch.cat([input_ids, *(self.choose(number, state) for number, state in enumerate(states))], dim=1), None
 
 
 class TokenDrafts(Drafts):
@@ -196,7 +193,7 @@ class TokenDrafts(Drafts):
             head = self.heads[number % len(self.heads)]
             pair = [head.enorm(model.get_input_embeddings()(tokens)), head.hnorm(state)]
             pair = pair if self.told["concatenation"] == "embedding_first" else pair[::-1]
-            state = self.run(number, head.layers, head.eh_proj(torch.cat(pair, dim=-1)), **options)
+            state = self.run(past, head.layers, head.eh_proj(torch.cat(pair, dim=-1)), **options)
             state, normed = (head.norm(state),) * 2 if is_normed else (state, head.norm(state))
             drafts.append(self.choose(number, normed[:, -1]))
             tokens = torch.cat([tokens[:, 1:], drafts[-1]], dim=1)
