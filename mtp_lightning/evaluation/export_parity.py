@@ -128,7 +128,9 @@ def _written_offsets(folder: Path, source: Source) -> list[int]:
     written = read_object(folder / REPORT)["written"]
     left = {one.owner for name, one in source.parameters.items() if name not in written}
     heads = source.recipe.heads
-    own = {1: "offset 1"} | {k: "offset 2" if heads.kind == "recursive" else f"offset {k}" for k in heads.offsets}
+    own = {1: "offset 1"} | {
+        k: "offset 2" if heads.kind == "recursive" else f"offset {k}" for k in range(1, heads.num_offsets + 1)
+    }
     return [offset for offset, owner in own.items() if owner not in left or offset == 1]
 
 

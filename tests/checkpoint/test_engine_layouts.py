@@ -89,6 +89,7 @@ def test_qwen3_5_computes_what_qwen3_does(layout, heads, model, tmp_path):
     assert_close(engine.qwen3_5_scores(served, TOKENS)[0], scores[2][:-1])
     told = settings_in(folder)
     assert (told["mtp_num_hidden_layers"], told["full_attention_interval"]) == (1, 1)
+    assert (told["layer_types"][-1] == "linear_attention") == (layout == "gguf-ready")
     assert ("mrope_section" in told["rope_parameters"]) == (layout == "gguf-ready")
     assert sum(told["rope_parameters"].get("mrope_section", [3])) == 3
 

@@ -44,7 +44,7 @@ def _plain(stored: ShardReader, name: str, shape: tuple[int, ...]) -> Callable[[
             return whole + 1
         if name.endswith("q_proj.weight"):
             num_heads = whole.shape[0] // stored.shape(name.replace("q_proj", "q_norm"))[0] // 2
-            return whole.unflatten(0, (num_heads, 2, -1))[:, 0].flatten(0, 1)
+            return whole.view(num_heads, 2, -1, whole.shape[1])[:, 0].flatten(0, 1)
         return whole / 2 if name.endswith("o_proj.weight") else whole
 
     return make
