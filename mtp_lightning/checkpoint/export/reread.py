@@ -54,8 +54,7 @@ def reread_drafter(folder: Path, recipe: Recipe) -> MtpModel:
     """Import the trunk, and take the heads from the drafter beside it."""
     hf_checkpoint, drafter = open_folder(folder), ShardReader(folder / DRAFTER)
     is_eagle = "fc.weight" in drafter.names
-    is_in_trunk = recipe.heads.order == "anticausal" and recipe.heads.kind == "chained"
-    read = _with_first(recipe) if is_eagle and not is_in_trunk else _with(recipe, recipe.heads.num_offsets)
+    read = _with_first(recipe) if is_eagle and not _is_on_the_way(recipe) else _with(recipe, recipe.heads.num_offsets)
     read = read.model_copy(update={"model": hf_checkpoint.section})
     trunk = IncomingWeights(hf_checkpoint, plan_import(hf_checkpoint, read, "random", ()), read)
     made = {}
@@ -101,10 +100,15 @@ def _map_in(product: Tensor, trunk: IncomingWeights) -> Tensor:
     return solution
 
 
+def _is_on_the_way(recipe: Recipe) -> bool:
+    """Tell whether the layers of all heads are the next-token model's own."""
+    return recipe.heads.kind == "chained" and recipe.heads.order == "anticausal"
+
+
 def _with(recipe: Recipe, num_offsets: int, **heads: str) -> Recipe:
     """Describe the model with some of its offsets, its layers counted as the next-token model's."""
     num_layers = num_base_layers(parameters_of(recipe), recipe.model)
-    told = {"num_offsets": num_offsets, "layers_from_trunk": False, "draft_vocabulary": None, **heads}
+    told = {"num_offsets": num_offsets, "layers_from_trunk": _is_on_the_way(recipe), "draft_vocabulary": None, **heads}
     sections = {
         "model": changed(recipe.model, num_hidden_layers=num_layers),
         "heads": recipe.heads.model_copy(update=told),
