@@ -85,7 +85,7 @@ def of_the_trunk(name: str, values: Tensor) -> Tensor:
         (zeroed, "offset 4, by mtp import"),
         (drawn_anew, "offset 3, by mtp import"),
         (nudged, "offset 2, by mtp import"),
-        (of_the_trunk, "by transformers"),
+        (of_the_trunk, "by mtp import"),
     ],
 )
 def test_weights_that_are_not_the_models(change, found, run, tmp_path, monkeypatch):
@@ -97,8 +97,19 @@ def test_weights_that_are_not_the_models(change, found, run, tmp_path, monkeypat
     export_model(run, tmp_path / "out", "hf_mtp")  # without --verify nobody looks
 
 
+@pytest.mark.parametrize(("change", "what"), [(zeroed, "drafts"), (drawn_anew, "drafts"), (of_the_trunk, "scores")])
+def test_transformers_alone_sees_it_too(change, what, run, tmp_path, monkeypatch):
+    row = formats.FORMATS[FormatName.hf_mtp]
+    monkeypatch.setattr(formats, "FORMATS", {row.name: replace(row, reread=None)})
+    export_model(run, tmp_path / "right", "hf_mtp", check=check_parity)
+    tampering(monkeypatch, lambda one: replace(one, weights=Tampered(one.weights, change)))
+    with pytest.raises(CheckpointError, match=f"must give the .*{what}.*by transformers"):
+        export_model(run, tmp_path / "out", "hf_mtp", check=check_parity)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["right", "run"]
+
+
 def test_settings_that_make_another_model(run, tmp_path, monkeypatch):
-    for wrong in ({"rope_theta": 100.0}, {"rms_norm_eps": 0.1}, {"num_nextn_predict_layers": 4, "num_mtp_layers": 4}):
+    for wrong in ({"rope_theta": 100.0}, {"rms_norm_eps": 0.1}, {"num_nextn_predict_layers": 2, "num_mtp_layers": 2}):
         with monkeypatch.context() as patch:
             tampering(patch, lambda one, wrong=wrong: replace(one, settings={**one.settings, **wrong}))
             with pytest.raises(CheckpointError):

@@ -24,7 +24,7 @@ pytest.importorskip(
 )
 
 CASES: dict[tuple[str, str], dict[str, object]] = {
-    ("hf_mtp", "sequential"): {},
+    **{("hf_mtp", kind): {} for kind in HEAD_KINDS},
     ("mimo", "sequential_pre_norm"): {},
     ("qwen3_5", "sequential"): {"family": "qwen3", "qk_norm": True, "head_dim": 4},
     ("qwen3_5", "recursive"): {"family": "qwen3", "qk_norm": True, "head_dim": 4},
@@ -63,8 +63,8 @@ def test_its_reader_says_what_the_model_says(name: str, kind: str, tmp_path: Pat
     report = json.loads((tmp_path / "out" / REPORT).read_text())
     lost = [one for one in report["left_out"] if one.startswith("heads.")]
     assert name in WITHOUT_HEADS or bool(lost) == ((name, kind) in SECOND_ALONE)
-    if name not in WITHOUT_HEADS and not lost:
-        assert any("accepted" in one or "num_steps" in one for one in heard)
+    if name not in WITHOUT_HEADS:
+        assert any("accepted" in one for one in heard)
         assert not model or 0 < sum(told["predicted_accepted"]) < 3 * len(told["predicted_accepted"])
     assert {*report["written"], *report["left_out"]} == dict(model_parameters(recipe)).keys()
 

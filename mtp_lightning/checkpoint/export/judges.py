@@ -6,6 +6,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,7 @@ class Heard:
     judge: str  # name and version
     logits: Tensor  # (T, V) of `Probe.text`, fp32, of the next token
     text: list[int]  # new tokens
-    accepted: list[int] | None = None  # drafts kept in every verifying step
-    num_steps: int | None = None  # verifying steps
+    accepted: list[int] | None = None  # drafts kept in every verifying step but the last, which may be cut
 
 
 Judge = Callable[[Path, Probe], Heard | str]
@@ -78,33 +78,65 @@ def reread_by_import(folder: Path, recipe: Recipe) -> MtpModel:
 
 
 def heard_by_transformers(folder: Path, probe: Probe) -> Heard | str:
-    """Open a folder as `AutoModelForCausalLM` does, and let it speak; its heads, if any, lie idle."""
+    """Open a folder as `AutoModelForCausalLM` does, and let it speak.
+
+    Code that an export has put into the folder is run; where it, or transformers itself, drafts with the heads, the
+    drafts that every step keeps are counted.
+    """
     try:
         theirs = library()
     except CheckpointError as missing:
-        return f"{missing.found}"
-    if theirs.PreTrainedConfig.get_config_dict(folder)[0].get("model_type") not in theirs.CONFIG_MAPPING:
+        return missing.found
+    told = theirs.PreTrainedConfig.get_config_dict(folder)[0]
+    if told.get("model_type") not in theirs.CONFIG_MAPPING:
         return f"transformers {theirs.__version__} has no class for it"
+    has_code = "auto_map" in told
+    model = _loaded(theirs, folder, has_code=has_code)
+    with _quiet(theirs), torch.no_grad():
+        logits = model(torch.tensor([probe.text])).logits[0].float()
+        text, accepted = _said(model, probe, use_mtp=has_code)
+    name = f"transformers {theirs.__version__} ({type(model).__name__})"
+    return Heard(judge=name, logits=logits, text=text, accepted=accepted if has_code else None)
+
+
+def _loaded(theirs: Any, folder: Path, *, has_code: bool) -> Any:
+    version = f"transformers {theirs.__version__}"
     try:
         with _quiet(theirs):
             model, told = theirs.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=has_code,
             )
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
         hint = "Leave --verify out, or export with --format consolidated"
-        raise CheckpointError(
-            f"transformers {theirs.__version__} must be able to open the folder", found, hint
-        ) from error
+        raise CheckpointError(f"{version} must be able to open the folder", found, hint) from error
     if lost := [*told["missing_keys"], *told["mismatched_keys"]]:
-        expected, hint = "transformers must find every weight that it needs", "Export with --format consolidated"
-        raise CheckpointError(expected, f"none for {lost}", hint)
+        hint = "Export with --format consolidated"
+        raise CheckpointError(f"{version} must find every weight that it needs", f"none for {lost}", hint)
     model.eval().generation_config.eos_token_id = None
-    with torch.no_grad():
-        logits = model(torch.tensor([probe.text])).logits[0].float()
-        said = model.generate(torch.tensor([probe.prompt]), max_new_tokens=probe.num_tokens, do_sample=False)
-    name = f"transformers {theirs.__version__} ({type(model).__name__})"
-    return Heard(judge=name, logits=logits, text=said[0, len(probe.prompt) :].tolist())
+    return model
+
+
+def _said(model: Any, probe: Probe, *, use_mtp: bool) -> tuple[list[int], list[int]]:
+    """Let a model go on from the prompt; return its text, and the drafts kept by every step but the last."""
+    lengths: list[int] = []
+
+    def note(_: Any, inputs: Any, options: dict[str, Any]) -> None:
+        past = options.get("past_key_values")
+        lengths.append(past.get_seq_length() if past is not None else 0)
+
+    hook = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    options = {"use_mtp": True} if use_mtp else {}
+    try:
+        said = model.generate(torch.tensor([probe.prompt]), max_new_tokens=probe.num_tokens, do_sample=False, **options)
+    finally:
+        hook.remove()
+    steps = lengths[1:]  # the first forward reads the prompt
+    return said[0, len(probe.prompt) :].tolist(), [after - before - 1 for before, after in pairwise(steps)]
 
 
 @contextmanager
