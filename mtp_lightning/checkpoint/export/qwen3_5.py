@@ -18,6 +18,7 @@ from mtp_lightning.checkpoint.export.contents import Contents, Refusal, Source
 from mtp_lightning.checkpoint.export.rewritten import (
     Made,
     RewrittenWeights,
+    computed,
     filled,
     first_module,
     left_out,
@@ -26,6 +27,7 @@ from mtp_lightning.checkpoint.export.rewritten import (
     notes_on,
     read_whole,
     refusal,
+    row_by_row,
     settings_as,
 )
 from mtp_lightning.checkpoint.export.trunk import trunk_contents
@@ -97,12 +99,12 @@ def qwen3_5_contents(source: Source, *, for_llama_cpp: bool = False) -> dict[str
 def _rewritten(weights: WeightSource, name: str) -> Made | None:
     shape = weights.shape(name)
     if len(shape) == 1:
-        return Made(shape, lambda: read_whole(weights, name) - 1)
+        return computed(shape, lambda: read_whole(weights, name) - 1)
     if name.endswith("q_proj.weight"):
         width = weights.shape(name.replace("q_proj", "q_norm"))[0]
-        return Made((2 * shape[0], shape[1]), lambda: _gated(read_whole(weights, name), width))
+        return computed((2 * shape[0], shape[1]), lambda: _gated(read_whole(weights, name), width))
     if name.endswith("o_proj.weight"):
-        return Made(shape, lambda: 2 * read_whole(weights, name))
+        return computed(shape, lambda: 2 * read_whole(weights, name))
     return None
 
 
@@ -122,9 +124,9 @@ def _folded(weights: WeightSource, matrix: str) -> dict[str, Made]:
             "Train with heads.hidden=post_norm, or export with --format consolidated",
         )
     return {
-        NORM: Made(tuple(norm.shape), lambda: torch.zeros_like(norm)),
-        MODULE_NORM: Made(tuple(norm.shape), lambda: read_whole(weights, MODULE_NORM) / norm - 1),
-        MATRIX: Made(weights.shape(matrix), lambda: read_whole(weights, matrix) * norm),
+        NORM: computed(tuple(norm.shape), lambda: torch.zeros_like(norm)),
+        MODULE_NORM: computed(tuple(norm.shape), lambda: read_whole(weights, MODULE_NORM) / norm - 1),
+        MATRIX: row_by_row(weights, matrix, lambda rows: rows * norm),
     }
 
 

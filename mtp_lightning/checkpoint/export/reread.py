@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtp_lightning.checkpoint.export.drafters import BLOCKS, DRAFTER, EMBEDDING, MATRICES, NORM, WIDENED
 from mtp_lightning.checkpoint.export.judges import model_of
-from mtp_lightning.checkpoint.export.rewritten import Made, RewrittenWeights, read_whole
+from mtp_lightning.checkpoint.export.rewritten import RewrittenWeights, computed, read_whole
 from mtp_lightning.checkpoint.export.trunk import sources_of
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from mtp_lightning.checkpoint.huggingface.canonical_names import EXTRA, num_base_layers, parameters_of
@@ -28,14 +28,11 @@ def reread_qwen3_5(folder: Path, recipe: Recipe) -> MtpModel:
         read = read.model_copy(update={"model": read.model.model_copy(update={"tie_word_embeddings": False})})
     parameters = parameters_of(read)
     sources = sources_of(read, parameters, "llama", QWEN)
-    made = {
-        name: Made(parameters[name].shape, _plain(stored, one.stored, parameters[name].shape))
-        for name, one in sources.items()
-    }
+    made = {name: computed(parameters[name].shape, _plain(stored, one.stored)) for name, one in sources.items()}
     return model_of(read, RewrittenWeights(stored, made))
 
 
-def _plain(stored: ShardReader, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+def _plain(stored: ShardReader, name: str) -> Callable[[], Tensor]:
     """Undo what `qwen3_5` does to a tensor."""
 
     def make() -> Tensor:
@@ -61,7 +58,7 @@ def reread_drafter(folder: Path, recipe: Recipe) -> MtpModel:
     for name, (place, shape, _) in parameters_of(read).items():
         found = _in_eagle(name, place, drafter) if is_eagle else _in_medusa(name, read, drafter, trunk)
         if found is not None:
-            made[name] = Made(shape, found)
+            made[name] = computed(shape, found)
     return model_of(read, RewrittenWeights(trunk, made))
 
 
