@@ -23,6 +23,8 @@ def main(model: str, job: dict[str, Any], result: Path) -> None:
     params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
     params.speculative.draft.n_max, params.speculative.draft.n_min = job["num_drafts"], 0
     params.speculative.draft.p_min = 0.0
+    for cached in (params, params.speculative.draft):  # not rounded to fp16, as it is by default
+        cached.cache_type_k = cached.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)
     asked = {"n_predict": job["num_tokens"], "temperature": 0.0, "top_k": 1, "ignore_eos": True, "cache_prompt": False}
     said = [server.handle_completions({"prompt": prompt, **asked}) for prompt in job["prompts"]]
