@@ -28,6 +28,7 @@ from mtp_lightning.recipe.schema.field_types import Option, Place, options_of  #
 from mtp_lightning.recipe.yaml import one_line_yaml  # noqa: E402
 
 FOLDER = ROOT / "docs/reference"
+SERVE = ROOT / "docs/howto/serve.md"
 FAULTS = ROOT / "tests/golden/recipe_faults"
 NOTE = "<!-- Written by docs/generate.py: change the docstrings, then run it. -->"
 
@@ -251,6 +252,49 @@ def errors_page() -> str:
     return "\n".join([*lines, *table(("what must hold", "found, for example", "what to do"), fault_rows)]) + "\n"
 
 
+def serve_page() -> str:
+    """Fill in the tables of docs/howto/serve.md: formats and their readers, and head kinds in each."""
+    from mtp_lightning.checkpoint.export.formats import FORMATS
+
+    rows = [(f"`{row.name}`", row.holds, row.lost) for row in FORMATS.values()]
+    engines = [
+        (f"`{row.name}`", f"{one.name} {one.versions}", one.heads, f"`{one.serve.format(folder='out')}`")
+        for row in FORMATS.values()
+        for one in row.engines
+    ]
+    lines = [*table(("format", "holds", "what is lost"), rows), "", *table(_ENGINES, engines), "", *_matrix(), ""]
+    before, _, rest = SERVE.read_text(encoding="utf-8").partition(" -->\n")
+    return f"{before} -->\n\n" + "\n".join(lines) + "\n<!-- end -->" + rest.partition("<!-- end -->")[2]
+
+
+_ENGINES = ("format", "engine", "heads", "started by")
+
+
+def _matrix() -> list[str]:
+    """Tell for every head kind which engines draft with it in which format; settings may say otherwise."""
+    from mtp_lightning.checkpoint.export.formats import FORMATS
+    from mtp_lightning.recipe import Recipe
+    from mtp_lightning.recipe.head_kinds import BUILT_IN
+
+    formats = [row for row in FORMATS.values() if row.lost != "all heads beyond the main one"]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 24}
+    trunks = [{**sizes, "qk_norm": has_norms} for has_norms in (False, True)]
+    rows = []
+    for kind in BUILT_IN:
+        variants = [
+            Recipe.model_validate({"model": trunk, "heads": {"kind": kind, "num_offsets": 3, "hidden": hidden}})
+            for trunk in trunks
+            for hidden in ("post_norm", "pre_norm")
+        ]
+        cells = []
+        for row in formats:
+            held = [row.refuses(recipe) is None for recipe in variants]
+            names = ", ".join(one.name for one in row.engines if one.heads != "none")
+            cells.append(names + ("" if all(held) else " (some)") if any(held) else "refused")
+        rows.append((kind, *cells))
+    return table(("heads", *(f"`{row.name}`" for row in formats)), rows)
+
+
 class _Fault(NamedTuple):
     message: str
     found: str
@@ -304,6 +348,8 @@ def slug(title: str) -> str:
 
 
 if __name__ == "__main__":
+    SERVE.write_text(serve_page(), encoding="utf-8")
+    print(SERVE)
     for page, text in pages().items():
         FOLDER.mkdir(parents=True, exist_ok=True)
         (FOLDER / page).write_text(text, encoding="utf-8")

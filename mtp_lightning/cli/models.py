@@ -2,11 +2,15 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mtp_lightning.checkpoint.export.names import FormatName, format_named
 from mtp_lightning.cli.generate import WeightsName, WeightsOption
+
+if TYPE_CHECKING:
+    from mtp_lightning.checkpoint.export.write import Check
 
 
 def extend(
@@ -37,12 +41,12 @@ def extend(
     extend_checkpoint(path, out, to, group=group, train_free=train_free)
 
 
-class Format(StrEnum):
-    """What can be written."""
-
-    consolidated = "consolidated"
-    hf = "hf"
-    hf_mtp = "hf_mtp"
+def _format(told: str) -> FormatName:
+    """Find a format by its name, and say what other words for it are called here."""
+    try:
+        return format_named(told)
+    except ValueError as fault:
+        raise typer.BadParameter(str(fault)) from None
 
 
 class Dtype(StrEnum):
@@ -58,32 +62,60 @@ def export(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="Folder of a run (its newest complete checkpoint is taken), or one of its checkpoints; for hf also an "
-            "exported or imported folder.",
+            help="Folder of a run (its newest complete checkpoint is taken), or one of its checkpoints; but for "
+            "consolidated also an exported or imported folder.",
             show_default=False,
         ),
     ],
     *,
     out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.", show_default=False)],
     format: Annotated[
-        Format,
+        FormatName,
         typer.Option(
-            help="consolidated: all heads, with recipe.yaml. hf: the next-token model as transformers reads it. "
-            "hf_mtp: with sequential modules beside it, under DeepSeek's names."
+            metavar="|".join(name.value for name in FormatName),
+            parser=_format,
+            help="consolidated: all heads, with recipe.yaml. trunk: the next-token model as transformers reads it. "
+            "The others put heads beside it: docs/howto/serve.md has a table of engines and heads.",
         ),
-    ] = Format.consolidated,
+    ] = FormatName.consolidated,
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = Dtype.fp32,
     weights: WeightsOption = WeightsName.trained,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Load the folder as its engine does, compare scores, a text and kept drafts with the model's, and "
+            "write parity.json into it; nothing is exported where they differ.",
+        ),
+    ] = False,
+    merge_into: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="HF_FOLDER",
+            help="Instead of a format: put the trained heads into a copy of the folder that was imported with them; "
+            "all else in it stays bit for bit.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a checkpoint, however many ranks made it, as one folder that other tools can read; needs no GPU."""
-    if format is Format.consolidated:
-        from mtp_lightning.checkpoint.convert.consolidate import consolidate
+    if merge_into and (format, dtype) != (FormatName.consolidated, Dtype.fp32):
+        raise typer.BadParameter(
+            "--merge-into keeps the format and the type of its folder: leave --format, --dtype out"
+        )
+    check: Check | None = None
+    if verify:
+        from mtp_lightning.evaluation.export_parity import check_parity
 
-        consolidate(path, out, dtype=dtype.value)
-    else:
-        from mtp_lightning.checkpoint.huggingface.export_model import export_hf
+        check = check_parity
+    if merge_into:
+        from mtp_lightning.checkpoint.export.merge_into import merge_into as merge
 
-        export_hf(path, out, dtype=dtype.value, with_modules=format is Format.hf_mtp)
+        merge(path, merge_into, out, check=check)
+        return
+    from mtp_lightning.checkpoint.export.write import export_model
+
+    export_model(path, out, format, dtype=dtype.value, check=check)
 
 
 LONGEST_NUMBER = 12  # digits

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 from mtp_lightning.checkpoint.convert.add_heads import extend_checkpoint
 from mtp_lightning.checkpoint.convert.consolidate import consolidate
 from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.format.carried_files import SOURCE_CONFIG, all_end_ids
-from mtp_lightning.checkpoint.huggingface.export_model import export_hf
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.cli.prompts import encode_prompts
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
@@ -74,14 +74,14 @@ def test_files_go_through_import_run_merge_extension_and_export(with_tokenizer, 
     extend_checkpoint(tmp_path / "merged", tmp_path / "extended", 3)
     save_run(tmp_path / "run2", load_model(tmp_path / "extended")[0], 1)
     for number, source in enumerate(("ours", "run", "merged", "extended", "run2")):
-        export_hf(tmp_path / source, tmp_path / f"back{number}")
+        export_model(tmp_path / source, tmp_path / f"back{number}")
         back = files_of(tmp_path / f"back{number}", names)
         assert back == expected, source
         settings = json.loads((tmp_path / f"back{number}/config.json").read_text())
         assert {name: settings.get(name) for name in CONFIG} == CONFIG
         of_source = load_model(tmp_path / source)[0]
         assert all_end_ids(of_source, 0, tmp_path / source) == [0, 2, 3, 7], source
-        assert {"README.md", "tokenization_x.py", SOURCE_CONFIG} & {
+        assert {"tokenization_x.py", SOURCE_CONFIG} & {
             path.name for path in (tmp_path / f"back{number}").iterdir()
         } == set()
 
@@ -112,11 +112,11 @@ def test_a_model_trained_here_has_the_end_of_its_tokenizer(tmp_path):
         (files / "generation_config.json").write_bytes(CONTENTS["generation_config.json"])  # of other weights
         recipe = tiny_recipe(model={"vocab_size": SIZE}, data={"tokenizer": str(files / name)})
         save_run(tmp_path / f"run {name}", recipe, 1)
-        export_hf(tmp_path / f"run {name}", tmp_path / f"back {name}")
+        export_model(tmp_path / f"run {name}", tmp_path / f"back {name}")
         settings = json.loads((tmp_path / f"back {name}/config.json").read_text())
         assert (settings["eos_token_id"], settings["bos_token_id"]) == (end, end)
         written = {path.name for path in (tmp_path / f"back {name}").iterdir()}
-        assert written == {"config.json", "model.safetensors", "tokenizer.json"} | carried
+        assert written == {"README.md", "config.json", "export.json", "model.safetensors", "tokenizer.json"} | carried
         assert (tmp_path / f"back {name}/tokenizer.json").read_bytes() == (files / name).read_bytes()
         assert all_end_ids(recipe, end) == [end]
 
@@ -127,13 +127,13 @@ def test_a_folder_that_was_moved_has_its_own_tokenizer(tmp_path):
     recipe = load_model(tmp_path / "moved")[0]
     assert recipe.data.tokenizer == str(tmp_path / "moved/tokenizer.json")
     assert all_end_ids(recipe, 0, tmp_path / "moved") == [0, 2, 3, 7]
-    export_hf(tmp_path / "moved", tmp_path / "back")
+    export_model(tmp_path / "moved", tmp_path / "back")
     assert files_of(tmp_path / "back", CONTENTS) == CONTENTS
 
 
 def test_a_model_of_bytes_ends_with_its_last_id(tmp_path):
     save_run(tmp_path / "run", tiny_recipe(model={"vocab_size": 257}), 1)
-    export_hf(tmp_path / "run", tmp_path / "back")
+    export_model(tmp_path / "run", tmp_path / "back")
     settings = json.loads((tmp_path / "back/config.json").read_text())
     assert (settings["eos_token_id"], settings["bos_token_id"]) == (256, 256)
 

@@ -212,12 +212,6 @@ def test_the_verb_exports(tmp_path: Path) -> None:
     assert next(load_model(tmp_path / "out")[1].parameters()).dtype == torch.bfloat16
 
 
-def test_another_format_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
-    result = mtp_export(tmp_path, "--out", tmp_path / "out", "--format", "gguf")
-    assert result.exit_code == 2
-    assert "'gguf' is not one of 'consolidated', 'hf', 'hf_mtp'" in " ".join(result.stderr.replace("│", " ").split())
-
-
 def test_help_loads_nothing_heavy() -> None:
     code = "import sys; from mtp_lightning.cli.app import main; sys.argv = ['mtp', 'export', '--help']\n"
     assert loaded_by(f"{code}\ntry:\n    main()\nexcept SystemExit:\n    pass\n") == "loaded:"

@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
-from mtp_lightning.checkpoint.huggingface.export_model import export_hf
+from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.model.transformers_library import library
 from tests.checkpoint.judge import every_second
@@ -73,7 +73,7 @@ def test_the_main_head_scores_as_in_transformers_and_goes_out_as_it_came(name, t
     import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(num_offsets=3, kind="sequential", family="transformers"))
     assert expected.std() > 0.3
     torch.testing.assert_close(scores(tmp_path / "ours"), expected, rtol=1e-5, atol=1e-5)
-    export_hf(tmp_path / "ours", tmp_path / "back")
+    export_model(tmp_path / "ours", tmp_path / "back")
     assert_same(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "hf"))
     assert_same_settings(tmp_path / "back", tmp_path / "hf")
 
@@ -83,7 +83,7 @@ def test_shards_and_half_precision_keep_their_bits(name, tmp_path):
     saved(tmp_path / "hf", settings_of(name), dtype=torch.bfloat16, max_shard_size="6KB")
     assert len([*(tmp_path / "hf").glob("*.safetensors")]) > 3
     import_folder(tmp_path / "hf", tmp_path / "ours", Wanted())
-    export_hf(tmp_path / "ours", tmp_path / "back", dtype="bf16")
+    export_model(tmp_path / "ours", tmp_path / "back", dtype="bf16")
     assert_same(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "hf"))
     assert_same_settings(tmp_path / "back", tmp_path / "hf")
 
@@ -120,7 +120,7 @@ def test_infinite_settings_come_in_and_go_out_as_transformers_writes_them(tmp_pa
     assert '"__float__": "Infinity"' in (tmp_path / "hf/config.json").read_text()
     import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(num_offsets=2))
     torch.testing.assert_close(scores(tmp_path / "ours"), expected.detach(), rtol=1e-5, atol=1e-5)
-    export_hf(tmp_path / "ours", tmp_path / "back")
+    export_model(tmp_path / "ours", tmp_path / "back")
     assert library().AutoConfig.from_pretrained(tmp_path / "back").final_limit == float("inf")
 
 
@@ -213,7 +213,7 @@ def test_of_a_model_that_sees_the_text_part_comes_in_by_name(name, tmp_path):
     torch.testing.assert_close(scores(tmp_path / "ours"), expected, rtol=1e-5, atol=1e-5)
     assert load_model(tmp_path / "ours")[0].model.family == OWN.get(name, "transformers")
     assert f"The text part of {kind}" in json.loads((tmp_path / "ours/import.json").read_text())["notes"][0]
-    export_hf(tmp_path / "ours", tmp_path / "back")
+    export_model(tmp_path / "ours", tmp_path / "back")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(TOKENS).logits, expected, rtol=1e-5, atol=1e-5)

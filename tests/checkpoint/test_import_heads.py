@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
-from mtp_lightning.checkpoint.huggingface.export_model import export_hf
+from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.model.mtp_model import build_model
 from mtp_lightning.recipe import load_recipe
@@ -140,7 +140,7 @@ def test_modules_are_exported_as_they_came(layout, tmp_path):
         blocks = [name.removesuffix("q_proj.weight") for name in tensors if name.endswith("q_proj.weight")]
         tensors |= {f"{block}{one}_proj.bias": torch.randn(size) for block in blocks for one, size in shapes.items()}
     imported(tmp_path, tensors, settings=settings)
-    export_hf(tmp_path / "ours", tmp_path / "back", with_modules=True)
+    export_model(tmp_path / "ours", tmp_path / "back", "mimo" if layout == "mimo" else "hf_mtp")
     found = safetensors.torch.load_file(tmp_path / "back/model.safetensors")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
@@ -154,7 +154,7 @@ def test_modules_are_exported_as_they_came(layout, tmp_path):
 def test_modules_that_take_their_inputs_in_the_other_order_are_exported_in_deepseeks(tmp_path):
     recipe = tiny_recipe(heads={"kind": "sequential", "concatenation": "hidden_first", "num_offsets": 3})
     save_run(tmp_path / "run", recipe, 1)
-    export_hf(tmp_path / "run", tmp_path / "hf", with_modules=True)
+    export_model(tmp_path / "run", tmp_path / "hf", "hf_mtp")
     import_folder(tmp_path / "hf", tmp_path / "ours", Wanted())
     again, model = load_model(tmp_path / "ours", dtype=torch.float64)
     assert (again.heads.concatenation, again.heads.num_offsets) == ("embedding_first", 3)

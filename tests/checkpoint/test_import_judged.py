@@ -7,8 +7,8 @@ import safetensors.torch
 import torch
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.format.carried_files import SOURCE_CONFIG
-from mtp_lightning.checkpoint.huggingface.export_model import export_hf
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.decode import generate
 from tests.checkpoint.families import CASES, save_model
@@ -59,7 +59,7 @@ def test_the_main_head_scores_as_in_transformers(case, num_offsets, tmp_path):
 def test_the_export_of_an_import_is_the_folder_again(case, tmp_path):
     save_model(transformers, case, tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(num_offsets=2))
-    export_hf(tmp_path / "ours", tmp_path / "back")
+    export_model(tmp_path / "ours", tmp_path / "back")
     assert_same_tensors(stored(tmp_path / "back"), stored(tmp_path / "hf"))
     before, after = (transformers.AutoConfig.from_pretrained(tmp_path / folder).to_dict() for folder in ("hf", "back"))
     assert after | {"_name_or_path": before["_name_or_path"]} == before
@@ -73,7 +73,7 @@ def test_settings_in_the_words_before_transformers_5_mean_the_same(case, tmp_pat
     save_model(transformers, case, tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "ours", Wanted())
     (tmp_path / "ours" / SOURCE_CONFIG).unlink()  # as if it had been trained here from the beginning
-    export_hf(tmp_path / "ours", tmp_path / "back")
+    export_model(tmp_path / "ours", tmp_path / "back")
     assert "rope_parameters" not in json.loads((tmp_path / "back/config.json").read_text())
     import_folder(tmp_path / "back", tmp_path / "again", Wanted())
     assert load_model(tmp_path / "again")[0].model == load_model(tmp_path / "ours")[0].model
@@ -96,7 +96,7 @@ def test_shards_and_half_precision_keep_their_bits(case, tmp_path):
     assert len([*(tmp_path / "hf").glob("*.safetensors")]) > 3
     import_folder(tmp_path / "hf", tmp_path / "ours", Wanted())
     assert {parameter.dtype for parameter in load_model(tmp_path / "ours")[1].parameters()} == {torch.bfloat16}
-    export_hf(tmp_path / "ours", tmp_path / "back", dtype="bf16")
+    export_model(tmp_path / "ours", tmp_path / "back", dtype="bf16")
     assert_same_tensors(stored(tmp_path / "back"), stored(tmp_path / "hf"))
 
 
@@ -108,7 +108,7 @@ def test_exported_modules_draft_as_often_in_transformers(tmp_path):
         if name.endswith("eh_proj.weight"):  # lean on the token in between, as the trunk does: some drafts are right
             value[:, :WIDTH] += torch.eye(WIDTH)
     import_folder(write_folder(tmp_path / "hf", llama_tensors() | modules), tmp_path / "ours", Wanted())
-    export_hf(tmp_path / "ours", tmp_path / "back", with_modules=True)
+    export_model(tmp_path / "ours", tmp_path / "back", "hf_mtp")
 
     class WithModules(transformers.LlamaForCausalLM):
         _keys_to_ignore_on_load_unexpected = [r"model\.layers\.3\..*", r"model\.layers\.4\..*"]  # noqa: RUF012

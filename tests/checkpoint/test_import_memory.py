@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from mtp_lightning.checkpoint.huggingface.export_model import export_hf
+from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from tests.checkpoint.foreign import llama_tensors, write_folder
 from tests.checkpoint.savers import forkserver
@@ -53,11 +53,11 @@ def write_neox(folder: Path) -> int:
 def _report_growth(pipe: Connection, folder: Path) -> None:
     torch.set_num_threads(1)
     import_folder(folder / "small", folder / "warm", Wanted())
-    export_hf(folder / "warm", folder / "warm_back")
+    export_model(folder / "warm", folder / "warm_back")
     growths, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     import_folder(folder / "hf", folder / "ours", Wanted())
     growths.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    export_hf(folder / "ours", folder / "back")
+    export_model(folder / "ours", folder / "back")
     growths.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     pipe.send([growth / 1024 for growth in growths])
 

@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.checkpoint.export.trunk import sources_of
+from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.huggingface.canonical_names import Parameter, parameters_of
-from mtp_lightning.checkpoint.huggingface.export_model import export_hf, sources_of
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK
 from mtp_lightning.cli.app import app
@@ -275,14 +276,14 @@ def test_the_tokenizer_is_carried_along(write, name, tmp_path):
     recipe = load_model(tmp_path / "ours")[0]
     assert recipe.data.tokenizer == str(tmp_path / "ours" / name)
     assert recipe.data.end_of_document == 2
-    export_hf(tmp_path / "ours", tmp_path / "back")
+    export_model(tmp_path / "ours", tmp_path / "back")
     for place in ("ours", "back"):
         assert (tmp_path / place / name).read_bytes() == (folder / name).read_bytes()
         assert (tmp_path / place / "tokenizer_config.json").read_text() == '{"bos_token": "x"}'
     assert json.loads((tmp_path / "back/config.json").read_text())["eos_token_id"] == [2, 3]
     import_folder(folder, tmp_path / "other", Wanted(end_of_document=5))
     assert load_model(tmp_path / "other")[0].data.end_of_document == 5
-    export_hf(tmp_path / "other", tmp_path / "other_back")
+    export_model(tmp_path / "other", tmp_path / "other_back")
     assert json.loads((tmp_path / "other_back/config.json").read_text())["eos_token_id"] == [2, 3, 5]
 
 
@@ -318,19 +319,19 @@ def test_an_interrupted_import_is_done_again(tmp_path):
 def test_what_no_family_can_say_is_not_exported(tmp_path):
     save_run(tmp_path / "run", tiny_recipe(model={"parallel_residual": True}), 1)
     with pytest.raises(CheckpointError) as failure:
-        export_hf(tmp_path / "run", tmp_path / "out")
+        export_model(tmp_path / "run", tmp_path / "out")
     assert failure.value.found == "parallel_residual = True, which llama cannot have"
     save_run(tmp_path / "other", tiny_recipe(model={"family": "qwen3"}), 1)
     with pytest.raises(CheckpointError, match="qk_norm = False, which qwen3 cannot have"):
-        export_hf(tmp_path / "other", tmp_path / "out")
+        export_model(tmp_path / "other", tmp_path / "out")
 
 
 @pytest.mark.parametrize("heads", [{"kind": "parallel"}, {"kind": "sequential", "hidden": "pre_norm"}])
 def test_heads_that_readers_of_modules_would_run_wrongly(heads, tmp_path):
     save_run(tmp_path / "run", tiny_recipe(heads=heads), 1)
     with pytest.raises(CheckpointError, match="must be sequential, of one layer"):
-        export_hf(tmp_path / "run", tmp_path / "out", with_modules=True)
-    export_hf(tmp_path / "run", tmp_path / "out")
+        export_model(tmp_path / "run", tmp_path / "out", "hf_mtp")
+    export_model(tmp_path / "run", tmp_path / "out")
 
 
 def test_the_verbs(tmp_path):
@@ -342,9 +343,9 @@ def test_the_verbs(tmp_path):
     assert f"Train it: mtp train {tmp_path / 'ours/recipe.yaml'}\n" in result.stdout
     heads = load_model(tmp_path / "ours")[0].heads
     assert (heads.kind, heads.num_offsets) == ("chained", 3)
-    result = run.invoke(app, ["export", str(tmp_path / "ours"), "--out", str(tmp_path / "back"), "--format", "hf"])
+    result = run.invoke(app, ["export", str(tmp_path / "ours"), "--out", str(tmp_path / "back"), "--format", "trunk"])
     assert result.exit_code == 0, result.output
-    assert "Left out, because the format has no place for it: offset 2, offset 3" in result.stdout
+    assert "Left out, because the format has no place for it: offset 2 (9 tensors), offset 3 (" in result.stdout
     found = safetensors.torch.load_file(tmp_path / "back/model.safetensors")
     assert all(torch.equal(found[name], value) for name, value in llama_tensors().items())
     result = run.invoke(app, ["import", str(tmp_path), "--out", str(tmp_path / "no")])
@@ -356,7 +357,7 @@ def test_a_trained_model_is_exported_with_its_own_settings(tmp_path):
     """The base model of a natively trained one: trunk and main head, however many layers the other heads took."""
     recipe = tiny_recipe(heads={"kind": "chained", "order": "anticausal"})
     save_run(tmp_path / "run", recipe, 1)
-    export_hf(tmp_path / "run", tmp_path / "back")
+    export_model(tmp_path / "run", tmp_path / "back")
     import_folder(tmp_path / "back", tmp_path / "plain", Wanted())
     tokens = torch.randint(13, (2, 13))
     ours, plain = model_of_step(recipe, 1), load_model(tmp_path / "plain")[1]

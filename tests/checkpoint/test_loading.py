@@ -7,10 +7,10 @@ import torch
 from mtp_lightning.checkpoint.convert.add_heads import extend_checkpoint
 from mtp_lightning.checkpoint.convert.consolidate import consolidate
 from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.format import folder as folder_module
 from mtp_lightning.checkpoint.format.folder import open_checkpoint
 from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
-from mtp_lightning.checkpoint.huggingface.export_model import export_hf
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.mtp_model import build_model
 from tests.checkpoint.runs import flip_a_byte, is_same_model, model_of_step, save_run
@@ -200,7 +200,7 @@ def test_every_file_of_a_model_is_verified_once(tmp_path: Path, monkeypatch: pyt
     for use in (
         lambda: load_model(tmp_path / "run"),
         lambda: consolidate(tmp_path / "run", tmp_path / "out"),
-        lambda: export_hf(tmp_path / "run", tmp_path / "hf"),
+        lambda: export_model(tmp_path / "run", tmp_path / "hf"),
     ):
         use()
         assert sorted(read) == sorted(model_files)
@@ -219,7 +219,7 @@ def test_damage_is_found_before_anything_is_built_from_it(tmp_path: Path, use: s
     with pytest.raises(DamagedCheckpointError, match=shards(1)[0]):
         {
             "export": lambda: consolidate(tmp_path / "run", tmp_path / "out"),
-            "export_hf": lambda: export_hf(tmp_path / "run", tmp_path / "out"),
+            "export_hf": lambda: export_model(tmp_path / "run", tmp_path / "out"),
             "extend": lambda: extend_checkpoint(tmp_path / "run", tmp_path / "out", 8),
         }[use]()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -7,8 +7,8 @@ import torch
 
 from mtp_lightning.checkpoint.convert.consolidate import consolidate
 from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
-from mtp_lightning.checkpoint.huggingface.export_model import export_hf
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.mtp_model import MtpModel
@@ -61,7 +61,7 @@ def test_blocks_that_end_inside_a_row_are_merged_right(tmp_path: Path, monkeypat
 def test_a_folder_of_transformers_is_merged_too(tmp_path: Path) -> None:
     recipe = adapted(layer_mix={"main_head": False})
     save(tmp_path / "run", recipe)
-    export_hf(tmp_path / "run", tmp_path / "hf")
+    export_model(tmp_path / "run", tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "back", Wanted(num_offsets=4, init="random"))
     own, expected = (logits_of(load_model(tmp_path / name)[1])[0] for name in ("back", "run"))
     torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -70,7 +70,7 @@ def test_a_folder_of_transformers_is_merged_too(tmp_path: Path) -> None:
 def test_a_main_head_that_reads_a_mixture_is_not_exported_for_transformers(tmp_path: Path) -> None:
     save(tmp_path / "run", adapted(layer_mix={}))
     with pytest.raises(CheckpointError) as caught:
-        export_hf(tmp_path / "run", tmp_path / "hf")
+        export_model(tmp_path / "run", tmp_path / "hf")
     assert "must read the last layer" in caught.value.expected
     consolidate(tmp_path / "run", tmp_path / "out")
     trained, plain = load_model(tmp_path / "run"), load_model(tmp_path / "out")

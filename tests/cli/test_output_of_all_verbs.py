@@ -37,7 +37,7 @@ WORDS = {
     "sweep": f"{RECIPE} --out NEW --seeds 0,1 --site local --dry-run run.cache=CACHE",
     "status": "RUN --html NEW.html",
     "import": "HF --out NEW",
-    "export": "RUN --out NEW --format hf",
+    "export": "RUN --out NEW --format trunk",
     "extend": "LONG --to 5 --out NEW",
     "generate": "RUN --prompt träume --max-new-tokens 8",
     "data generate": "RUN --out NEW --prompts PROMPTS --num-documents 20 --max-new-tokens 4 --validation-fraction 0.5",
@@ -128,7 +128,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         mixed,
         long,
         "data build TEXT --out SHARDS",
-        "export RUN --out HF --format hf",
+        "export RUN --out HF --format trunk",
     ):
         done = mtp(*filled(line, places), cwd=base)
         assert done.returncode == 0, done.stderr

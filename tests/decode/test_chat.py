@@ -9,8 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.format.carried_files import all_end_ids
-from mtp_lightning.checkpoint.huggingface.export_model import export_hf
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.cli.app import app
 from mtp_lightning.cli.prompts import encode_prompts, read_chats
@@ -180,7 +180,7 @@ def test_a_real_model_answers_as_by_transformers(tmp_path):
     import_folder(real, tmp_path / "ours", Wanted(num_offsets=2))
     for question in ("What is the capital of France?", "写一句关于猫的话。"):
         assert_answers_as_judged(real, tmp_path / "ours", question, NUM_TOKENS)
-    export_hf(tmp_path / "ours", tmp_path / "back", dtype="bf16")
+    export_model(tmp_path / "ours", tmp_path / "back", dtype="bf16")
     for path in real.iterdir():
         if path.name not in ("config.json", "model.safetensors"):
             assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()

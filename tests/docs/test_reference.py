@@ -5,7 +5,7 @@ import doctest
 import pytest
 
 from docs import generate
-from docs.generate import FOLDER, NOTE, cell, pages, slug
+from docs.generate import FOLDER, NOTE, SERVE, cell, pages, serve_page, slug
 from mtp_lightning.recipe.schema.field_types import fields
 from tests.docs import documents
 
@@ -18,6 +18,13 @@ def test_a_page_is_what_would_be_written_now(name):
     assert path.is_file(), f"{path} is missing: run python docs/generate.py"
     assert path.read_text(encoding="utf-8") == PAGES[name], f"{path} is stale: run python docs/generate.py"
     assert NOTE in PAGES[name]
+
+
+def test_the_tables_of_formats_are_those_of_the_program():
+    assert SERVE.read_text(encoding="utf-8") == serve_page(), (
+        "docs/howto/serve.md is stale: run python docs/generate.py"
+    )
+    assert "| medusa |" in serve_page()
 
 
 @pytest.mark.parametrize("module", [generate, documents], ids=lambda module: module.__name__)

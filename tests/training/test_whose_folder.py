@@ -216,7 +216,7 @@ def test_preflight_and_submit_touch_no_foreign_folder_either(trained, tmp_path, 
 
 OUT = {
     "export": ("export", "RUN", "--out", "OUT"),
-    "export in HF's layout": ("export", "RUN", "--format", "hf", "--out", "OUT"),
+    "export in HF's layout": ("export", "RUN", "--format", "trunk", "--out", "OUT"),
     "import": ("import", "HF", "--offsets", "2", "--out", "OUT"),
     "extend": ("extend", "RUN", "--to", "6", "--out", "OUT"),
     "data build": ("data", "build", "--out", "OUT", "notes.txt"),

@@ -4,6 +4,7 @@ They lie beside the weights in every folder that import, extend and export write
 tokenizer, or by the folder that it started from.
 """
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Final
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.durable import sync
 from mtp_lightning.files.paths import expanded
-from mtp_lightning.files.untrusted import OddFileError, described, read_object, reason_of
+from mtp_lightning.files.untrusted import OddFileError, described, read_bounded, read_object, reason_of
 from mtp_lightning.recipe import Recipe
 
 SOURCE_CONFIG: Final = "hf_config.json"
@@ -28,6 +29,8 @@ OF_TOKENIZER: Final = (
     *("tekken.json", "chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja"),
 )
 CARRIED: Final = (*OF_TOKENIZER, GENERATION_CONFIG, SOURCE_CONFIG)
+MOST_CARD_BYTES: Final = 2**20
+_LICENSE: Final = re.compile(r"^license:[ \t]*[\"']?([A-Za-z0-9][A-Za-z0-9.+_-]{0,60})[\"']?[ \t]*\r?$", re.MULTILINE)
 Files = Mapping[str, Path]
 """Where each file lies, by its name in the folder of a model."""
 
@@ -104,6 +107,23 @@ def read_settings(files: Files, name: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{name} must be a JSON object", f"{reason_of(error)}, in {files[name]}", "Download the file again"
         ) from None
+
+
+def license_of(folder: Path) -> str | None:
+    """Read the licence that the card of a model's folder names in its front matter, or its settings; None without."""
+    found = None
+    try:
+        text = read_bounded(folder / "README.md", MOST_CARD_BYTES).decode(errors="replace")
+        found = _LICENSE.search(text.split("\n---", 1)[0]) if text.startswith("---") else None
+    except (OSError, OddFileError):
+        pass
+    if found:
+        return found[1]
+    try:
+        told = read_object(folder / "config.json").get("license")
+    except (OSError, OddFileError):
+        return None
+    return told if isinstance(told, str) and _LICENSE.fullmatch(f"license: {told}") else None
 
 
 def end_ids(files: Files, name: str) -> list[int]:

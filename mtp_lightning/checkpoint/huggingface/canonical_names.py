@@ -25,6 +25,8 @@ LAYER = re.compile(rf"layers\.(\d+)\.({INSIDE})")
 MODULE = re.compile(r"modules\.(\d+)\.(.+)")
 ANY_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 EXTRA = re.compile(r"extra\.(\d+)\.(\d+)\.(.+)")
+EXTRA_MATRICES = "extra_lm_heads."
+"""Beginning of the places of replicated unembeddings."""
 
 
 class Parameter(NamedTuple):
@@ -40,8 +42,8 @@ def parameters_of(recipe: Recipe) -> dict[str, Parameter]:
 
     A place is one of `embed_tokens.weight`, `layers.I.NAME` (of the model that predicts the next token: trunk and main
     head), `norm.NAME`, `lm_head.weight`, `modules.D.NAME` (what predicts one more token from the state before and the
-    token in between), `extra.J.I.NAME` (layer I of a head beside the main head); None for what no format of others
-    has.
+    token in between), `extra.J.I.NAME` (layer I of a head beside the main head), `extra.J.map.weight`,
+    `extra.J.blocks.I.linear.NAME` (Medusa), `extra_lm_heads.J.NAME`; None for what no format of others has.
     """
     with torch.device("meta"):
         model = MtpModel(recipe)
@@ -92,7 +94,9 @@ def _place_of(name: str, path: list[int], recipe: Recipe) -> str | None:
     owner, number, inner = rest.split(".", 2) if rest.count(".") > 1 else (rest, "", "")
     if owner == "norms":
         return f"norm.{inner}" if number == "0" else f"modules.{int(number) - 1}.norm.{inner}"
-    return "lm_head.weight" if (owner, number) == ("lm_heads", "0") else None
+    if owner != "lm_heads":
+        return None
+    return f"lm_head.{inner}" if number == "0" else f"{EXTRA_MATRICES}{int(number) - 1}.{inner}"
 
 
 def _place_in_heads(rest: str, path: list[int], recipe: Recipe) -> str | None:
@@ -101,6 +105,10 @@ def _place_in_heads(rest: str, path: list[int], recipe: Recipe) -> str | None:
         return f"modules.0.{rest.removeprefix('block.')}"
     if kind == "sequential":
         return f"modules.{rest.removeprefix('blocks.')}"
+    if kind == "linear":
+        return f"extra.{rest.removeprefix('blocks.').replace('.', '.map.')}"
+    if kind == "medusa":
+        return f"extra.{rest.removeprefix('blocks.').replace('.', '.blocks.', 1)}"
     if kind not in ("parallel", "chained"):
         return None
     _, block, layer, inner = rest.split(".", 3)

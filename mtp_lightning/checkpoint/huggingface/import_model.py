@@ -19,6 +19,7 @@ from mtp_lightning.checkpoint.format.carried_files import (
     copy_files,
     end_ids,
     files_in,
+    license_of,
 )
 from mtp_lightning.checkpoint.format.manifest import CONFIG_NAME, RECIPE_NAME, Provenance, write_config
 from mtp_lightning.checkpoint.format.read_shards import WHOLE_MODEL, ShardReader
@@ -263,7 +264,7 @@ def _recipe_of(hf_checkpoint: HFCheckpoint, wanted: Wanted, init: Init, out: Pat
     if num_offsets > MOST_OFFSETS:
         expected = f"the model must predict at most {MOST_OFFSETS:,} tokens"
         raise CheckpointError(expected, f"{num_offsets:,}", "Give a smaller number with --offsets")
-    heads = {**implied, "kind": kind, "num_offsets": num_offsets, "layers_from_trunk": False}
+    heads = {"layers_from_trunk": False, **implied, "kind": kind, "num_offsets": num_offsets}
     window = min(default.data.seq_len, hf_checkpoint.section.max_position_embeddings)
     values = {
         "name": out.absolute().name,
@@ -313,6 +314,7 @@ def _report_of(hf_checkpoint: HFCheckpoint, plan: Plan) -> bytes:
     report = {
         "source": str(hf_checkpoint.path.absolute()),
         "what": hf_checkpoint.what,
+        "license": license_of(hf_checkpoint.path),
         "parameters": parameters,
         "missing": plan.missing,
         "unexpected": plan.unexpected,

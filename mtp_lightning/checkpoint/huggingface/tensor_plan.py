@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from mtp_lightning.checkpoint.huggingface.canonical_names import (
+    EXTRA_MATRICES,
     PLAIN,
     Parameter,
     TensorSource,
@@ -90,14 +91,14 @@ def plan_import(hf_checkpoint: HFCheckpoint, recipe: Recipe, init: Init, allow: 
 def _origin(hf_checkpoint: HFCheckpoint, parameter: Parameter, recipe: Recipe, init: Init) -> Origin:
     place = parameter.place
     if place is None:
-        copies_matrix = parameter.owner == "unembedding"
-        matrix = TensorSource(hf_checkpoint.vocabulary[1], PLAIN)
-        return Origin("copied", matrix) if copies_matrix else Origin("fresh", None)
+        return Origin("fresh", None)
     source = hf_checkpoint.base_source(place)
     if source is None and init == "native" and hf_checkpoint.native:
         source = hf_checkpoint.native.source(place)
     if source is not None:
         return Origin("loaded", source)
+    if place.startswith(EXTRA_MATRICES):
+        return Origin("copied", TensorSource(hf_checkpoint.vocabulary[1], PLAIN))
     is_copied = init in ("copy", "fitted")
     copied = copied_place(place, hf_checkpoint.section, recipe.heads.layers_per_head) if is_copied else None
     source = hf_checkpoint.base_source(copied) if copied else None
@@ -107,6 +108,7 @@ def _origin(hf_checkpoint: HFCheckpoint, parameter: Parameter, recipe: Recipe, i
 def _left_over(hf_checkpoint: HFCheckpoint, wanted: Collection[str], init: Init) -> list[str]:
     """List stored tensors that nobody reads; copies of others and buffers are none of these."""
     copies = dict(hf_checkpoint.native.copies) if hf_checkpoint.native and init == "native" else {}
+    ignored = hf_checkpoint.native.ignored if hf_checkpoint.native and init != "native" else ()
     embedding, matrix = hf_checkpoint.vocabulary
     if hf_checkpoint.section.tie_word_embeddings:
         copies[matrix] = "embed_tokens.weight"
@@ -116,6 +118,7 @@ def _left_over(hf_checkpoint: HFCheckpoint, wanted: Collection[str], init: Init)
         name
         for name in hf_checkpoint.entries
         if name not in wanted
+        and name not in ignored
         and not BUFFERS.fullmatch(name)
         and not (name in copies and hf_checkpoint.is_same(name, originals[copies[name]]))
     ]

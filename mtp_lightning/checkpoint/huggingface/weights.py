@@ -125,6 +125,16 @@ def outgoing_weights(
     return ConvertedWeights(weights, section) if section.is_foreign else weights
 
 
+def account_of(
+    weights: "OutgoingWeights | ConvertedWeights", sources: Mapping[str, TensorSource]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Say in which tensor each parameter is, and of what further tensors are made, where one is saved as several."""
+    saved = weights.saved_as if isinstance(weights, ConvertedWeights) else {}
+    tensors = {name: saved.get(one.stored, [one.stored]) for name, one in sources.items()}
+    made = {other: f"made of {name}" for name, several in tensors.items() for other in several[1:]}
+    return {name: several[0] for name, several in tensors.items()}, made
+
+
 @final
 class ConvertedWeights:
     """Tensors as transformers saves them, made of the parameters of its classes; the last groups are kept at hand.
@@ -146,6 +156,11 @@ class ConvertedWeights:
     def names(self) -> tuple[str, ...]:
         """Every tensor of the other side, those that are made together one after the other."""
         return tuple(self._group_of)
+
+    @property
+    def saved_as(self) -> dict[str, list[str]]:
+        """Tensors that each tensor of the classes is saved as."""
+        return {source: [*group.forms] for group in self._group_of.values() for source in group.sources}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""

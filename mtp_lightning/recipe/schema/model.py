@@ -161,8 +161,8 @@ class ModelSection(Section):
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections are scaled down by sqrt(2 x layers)."""
     family: Family | None = None
-    """Architecture that the model was imported as and is exported as (`mtp export --format hf`); null means the first
-    that it fits. `transformers` builds the model of that library's own classes, by `hf_config`."""
+    """Architecture that the model was imported as and is exported as (`mtp export --format trunk`); null means the
+    first that it fits. `transformers` builds the model of that library's own classes, by `hf_config`."""
     hf_config: dict[str, Any] | None = None
     """For family `transformers`: what the model's config.json says, whole; null for every other family. The fields of
     this section that it settles need not be given."""
