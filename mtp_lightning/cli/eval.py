@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mtp_lightning.cli.eval_harness import harness
 from mtp_lightning.cli.generate import DeviceName, DeviceOption, DtypeName, DtypeOption, ModelArgument
 from mtp_lightning.cli.targets import JsonOption, check_picture
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from mtp_lightning.evaluation.marginal import MarginalReport
 
 app = typer.Typer(no_args_is_help=True, help="Ask questions of a trained model.")
+
+
+app.command()(harness)
 
 
 @app.callback()

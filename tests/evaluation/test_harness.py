@@ -1,0 +1,134 @@
+"""Figures of tasks are those of lm-evaluation-harness's own class for transformers, on the folder that we export."""
+
+import json
+
+import pytest
+import torch
+
+from mtp_lightning.errors import DataError, DecodingError
+
+pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'mtp_lightning[eval]'")
+transformers = pytest.importorskip(
+    "transformers", minversion="5.23", reason="needs transformers: pip install 'mtp_lightning[judge]'"
+)
+pytest.importorskip("accelerate", reason="needs accelerate, which lm-evaluation-harness's own class imports")
+
+from lm_eval import simple_evaluate  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from mtp_lightning.evaluation import harness  # noqa: E402
+from mtp_lightning.evaluation.harness import HarnessModel  # noqa: E402
+from mtp_lightning.evaluation.harness_tasks import evaluate_tasks, load_tasks  # noqa: E402
+from tests.evaluation.harness_models import CONTEXT, TASKS, documents, write_model, write_tasks  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore:.*:UserWarning"
+)
+TOKENIZERS = (
+    "byte level, ChatML",
+    pytest.param("a begin of sequence, Llama 3", marks=pytest.mark.slow),
+    "metaspace",
+    pytest.param("unigram", marks=pytest.mark.slow),
+    pytest.param("tokens that strip", marks=pytest.mark.slow),
+)
+PAIRS = (
+    ("", "the"),
+    ("", " the quick brown fox"),
+    ("", "\n"),
+    ("the quick", " brown"),
+    ("the quick ", "brown"),
+    ("the quick   ", " brown fox"),
+    ("the quick\n", "brown"),
+    ("地图 🦊", " naïve café"),
+    ("the quick", " 🦊🦊"),
+    ("a", " b"),
+    ("a", " c"),
+    ("a", " b c"),
+    (" ".join(["quick fox"] * 90), " jumped over"),
+    ("said", " " + " ".join(["fox"] * 60)),
+    ("<s>the quick", " brown"),
+    ("</s>", " the"),
+    ("the<|im_end|>", " quick"),
+)
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def both(request, tmp_path_factory):
+    """Our model, and the judge on its export."""
+    folder = write_model(transformers, tmp_path_factory.mktemp("model"), request.param)
+    return HarnessModel(folder / "ours"), HFLM(pretrained=str(folder / "exported"), device="cpu", batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = write_model(transformers, tmp_path_factory.mktemp("model"), "byte level, ChatML")
+    return HarnessModel(folder / "ours")
+
+
+def asked(kind, *arguments):
+    return [Instance(kind, {}, args, number) for number, args in enumerate(arguments)]
+
+
+def test_continuations_score_as_in_transformers(both):
+    ours, judge = both
+    found = ours.loglikelihood(asked("loglikelihood", *PAIRS))
+    expected = judge.loglikelihood(asked("loglikelihood", *PAIRS), disable_tqdm=True)
+    for pair, own, other in zip(PAIRS, found, expected, strict=True):
+        assert own[0] == pytest.approx(other[0], abs=1e-4), pair
+        assert own[1] == other[1], pair
+    assert len({score for score, _ in found}) > 12
+
+
+def test_whole_texts_score_as_in_transformers(both, monkeypatch):
+    """Without the judge's cache, which takes scores of the wrong places for windows that differ in their split alone."""
+    ours, judge = both
+    monkeypatch.setattr(judge, "logits_cache", False)
+    texts = [("",), ("the",), (" the quick\n",), ("地图 🦊 " * 70,), ("the quick brown fox " * 55,), ("<s>fox",)]
+    found = ours.loglikelihood_rolling(asked("loglikelihood_rolling", *texts))
+    assert found == pytest.approx(judge.loglikelihood_rolling(asked("r", *texts), disable_tqdm=True), abs=1e-3, rel=1e-6)
+    assert found[0] == 0
+    assert found[3] < -500
+
+
+def test_generated_texts_are_those_of_transformers(both, monkeypatch):
+    """A row at a time: in a batch the judge goes on behind a stop that is a special token until all rows have ended."""
+    ours, judge = both
+    monkeypatch.setattr(judge, "batch_size_per_gpu", 1)
+    until = [["\n"], ["q", "e", "1"], [" the"], "fox", ["<|im_end|>", "</s>", "<s>"], []]
+    contexts = ["the quick", "the quick ", "地图", "<s>the", "the quick brown fox " * 50]
+    requests = [
+        (context, {"until": stops, "max_gen_toks": length})
+        for context in contexts
+        for stops in until
+        for length in (1, 24, CONTEXT - 5)
+    ]
+    ours.statistics.clear()
+    assert ours.generate_until(asked("generate_until", *requests)) == judge.generate_until(
+        asked("generate_until", *requests), disable_tqdm=True
+    )
+    assert ours.drafting() > 1
+
+
+@pytest.mark.parametrize("num_fewshot", [0, 2])
+def test_tasks_have_the_figures_of_transformers(both, num_fewshot, tmp_path):
+    ours, judge = both
+    docs = documents()
+    written = judge.generate_until(
+        asked("g", *((f"Q: {doc['question']}\nA:", TASKS["answers"]["generation_kwargs"]) for doc in docs[:6])),
+        disable_tqdm=True,
+    )
+    for doc, text in zip(docs, written, strict=False):
+        doc["answer"] = text  # so that some answers match
+    folder = write_tasks(tmp_path / "tasks", docs)
+    found = evaluate_tasks(ours, ["*"], include_path=folder, num_fewshot=num_fewshot, bootstrap_iters=0)
+    tasks = load_tasks(["*"], folder)
+    expected = simple_evaluate(model=judge, tasks=tasks, num_fewshot=num_fewshot, bootstrap_iters=0)
+    assert found["results"].keys() == TASKS.keys()
+    assert found["results"]["answers"]["rougeL,none"] > 0
+    if num_fewshot == 0:
+        assert found["results"]["answers"]["exact_match,none"] >= 0.5
+    for name, figures in expected["results"].items():
+        own = {key: value for key, value in figures.items() if not isinstance(value, str)}
+        assert {key: found["results"][name][key] for key in own} == pytest.approx(own, abs=1e-4, rel=1e-4), name
+    assert found["n-shot"] == expected["n-shot"]
