@@ -64,12 +64,13 @@ def evaluate_tasks(
         _ = model.text.template  # is there one?
     if out is not None:
         _make(out)
-    loaded = load_tasks(tasks, include_path)
+    manager, loaded = load_tasks(tasks, include_path)
     tracker = lm_eval.loggers.EvaluationTracker(output_path=str(out)) if out is not None else None
     results: dict[str, Any] = lm_eval.simple_evaluate(
         model=model,
         model_args={"pretrained": str(model.path)},
         tasks=loaded,
+        task_manager=manager,  # without one all of its own task files would be read
         batch_size=model.batch_size,
         device=str(model.device),
         apply_chat_template=chat,
@@ -86,8 +87,8 @@ def evaluate_tasks(
     return results
 
 
-def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[Any]:
-    """Load tasks with their data.
+def load_tasks(names: Sequence[str], include_path: Path | None = None) -> tuple[Any, list[Any]]:
+    """Load tasks with their data; return what finds tasks, and the tasks.
 
     Raises:
         DataError: As `evaluate_tasks`.
@@ -108,7 +109,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[A
             raise _not_loaded(spec, error) from error
     for task in tasks:
         _check_task(task)
-    return tasks
+    return manager, tasks
 
 
 def _matches(manager: Any, name: str) -> list[str]:

@@ -20,13 +20,13 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from mtp_lightning.evaluation import harness  # noqa: E402
 from mtp_lightning.evaluation.harness import HarnessModel  # noqa: E402
 from mtp_lightning.evaluation.harness_tasks import evaluate_tasks, load_tasks  # noqa: E402
-from tests.evaluation.harness_models import CONTEXT, TASKS, documents, write_model, write_tasks  # noqa: E402
+from tests.evaluation.harness_models import CONTEXT, TASKS, WORDS, documents, write_model, write_tasks  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore:.*:UserWarning"
 )
 TOKENIZERS = (
-    "byte level, ChatML",
+    pytest.param("byte level, ChatML", marks=pytest.mark.slow),
     pytest.param("a begin of sequence, Llama 3", marks=pytest.mark.slow),
     "metaspace",
     pytest.param("unigram", marks=pytest.mark.slow),
@@ -46,7 +46,7 @@ PAIRS = (
     ("a", " c"),
     ("a", " b c"),
     (" ".join(["quick fox"] * 90), " jumped over"),
-    ("said", " " + " ".join(["fox"] * 60)),
+    ("said", " " + " ".join(["fox"] * 20)),
     ("<s>the quick", " brown"),
     ("</s>", " the"),
     ("the<|im_end|>", " quick"),
@@ -87,7 +87,7 @@ def test_whole_texts_score_as_in_transformers(both, monkeypatch):
     texts = [("",), ("the",), (" the quick\n",), ("地图 🦊 " * 70,), ("the quick brown fox " * 55,), ("<s>fox",)]
     found = ours.loglikelihood_rolling(asked("loglikelihood_rolling", *texts))
     assert found == pytest.approx(judge.loglikelihood_rolling(asked("r", *texts), disable_tqdm=True), abs=1e-3, rel=1e-6)
-    assert found[0] == 0
+    assert ours.text.tokenizer.opening or found[0] == 0
     assert found[3] < -500
 
 
@@ -103,11 +103,14 @@ def test_generated_texts_are_those_of_transformers(both, monkeypatch):
         for stops in until
         for length in (1, 24, CONTEXT - 5)
     ]
-    ours.statistics.clear()
     assert ours.generate_until(asked("generate_until", *requests)) == judge.generate_until(
         asked("generate_until", *requests), disable_tqdm=True
     )
-    assert ours.drafting() > 1
+
+
+def test_texts_are_drafted(model):
+    model.generate_until(asked("generate_until", *((word, {"max_gen_toks": 60}) for word in WORDS)))
+    assert model.drafting() > 1
 
 
 @pytest.mark.parametrize("num_fewshot", [0, 2])
@@ -122,8 +125,8 @@ def test_tasks_have_the_figures_of_transformers(both, num_fewshot, tmp_path):
         doc["answer"] = text  # so that some answers match
     folder = write_tasks(tmp_path / "tasks", docs)
     found = evaluate_tasks(ours, ["*"], include_path=folder, num_fewshot=num_fewshot, bootstrap_iters=0)
-    tasks = load_tasks(["*"], folder)
-    expected = simple_evaluate(model=judge, tasks=tasks, num_fewshot=num_fewshot, bootstrap_iters=0)
+    manager, tasks = load_tasks(["*"], folder)
+    expected = simple_evaluate(model=judge, tasks=tasks, task_manager=manager, num_fewshot=num_fewshot, bootstrap_iters=0)
     assert found["results"].keys() == TASKS.keys()
     assert found["results"]["answers"]["rougeL,none"] > 0
     if num_fewshot == 0:
