@@ -86,7 +86,9 @@ def test_whole_texts_score_as_in_transformers(both, monkeypatch):
     monkeypatch.setattr(judge, "logits_cache", False)
     texts = [("",), ("the",), (" the quick\n",), ("地图 🦊 " * 70,), ("the quick brown fox " * 55,), ("<s>fox",)]
     found = ours.loglikelihood_rolling(asked("loglikelihood_rolling", *texts))
-    assert found == pytest.approx(judge.loglikelihood_rolling(asked("r", *texts), disable_tqdm=True), abs=1e-3, rel=1e-6)
+    assert found == pytest.approx(
+        judge.loglikelihood_rolling(asked("r", *texts), disable_tqdm=True), abs=1e-3, rel=1e-6
+    )
     assert ours.text.tokenizer.opening or found[0] == 0
     assert found[3] < -500
 
@@ -126,7 +128,9 @@ def test_tasks_have_the_figures_of_transformers(both, num_fewshot, tmp_path):
     folder = write_tasks(tmp_path / "tasks", docs)
     found = evaluate_tasks(ours, ["*"], include_path=folder, num_fewshot=num_fewshot, bootstrap_iters=0)
     manager, tasks = load_tasks(["*"], folder)
-    expected = simple_evaluate(model=judge, tasks=tasks, task_manager=manager, num_fewshot=num_fewshot, bootstrap_iters=0)
+    expected = simple_evaluate(
+        model=judge, tasks=tasks, task_manager=manager, num_fewshot=num_fewshot, bootstrap_iters=0
+    )
     assert found["results"].keys() == TASKS.keys()
     assert found["results"]["answers"]["rougeL,none"] > 0
     if num_fewshot == 0:
