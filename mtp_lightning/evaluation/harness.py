@@ -250,7 +250,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         given = dict(normalize_gen_kwargs(dict(told), NEW_TOKENS))
         stops = handle_stop_sequences(given.pop("until"), eos=self.text.end_text)
         length, sampled = given.pop("max_gen_toks"), given.pop("do_sample")
-        temperature = float(given.pop("temperature", 1.0)) if sampled else 0.0
+        told_temperature = float(given.pop("temperature", 1.0))
+        temperature = told_temperature if sampled else 0.0
         narrowing = {"top_k": given.pop("top_k", None) or None, "top_p": given.pop("top_p", None)}
         for name, value in given.items():
             if name not in NEUTRAL or value != NEUTRAL[name]:

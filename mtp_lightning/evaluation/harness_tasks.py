@@ -106,7 +106,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> tuple[
         try:
             tasks += manager.load([spec])["tasks"].values()
         except Exception as error:  # a task file may hold anything, code included
-            raise _not_loaded(spec, error) from error
+            raise _not_loaded(spec, _unknown_metric(manager, spec) or error) from error
     for task in tasks:
         _check_task(task)
     return manager, tasks
@@ -140,6 +140,14 @@ def _not_loaded(name: str, error: Exception) -> DataError:
         )
     found = f"{type(error).__name__}: {_first_line(error)}"
     return DataError(f"task {name} must be one that lm-evaluation-harness can load", found, TASKS_HINT)
+
+
+def _unknown_metric(manager: Any, spec: str) -> KeyError | None:
+    """Name a metric of a task that could not be loaded which lm-evaluation-harness does not have itself."""
+    listed = (getattr(manager.task_index.get(spec), "cfg", None) or {}).get("metric_list") or []
+    names = [one["metric"] for one in listed if isinstance(one, dict) and isinstance(one.get("metric"), str)]
+    missing = [name for name in names if name not in lm_eval.api.registry.metric_registry]
+    return KeyError(f"no metric {missing[0]} here, and none from a hub") if missing else None
 
 
 def _first_line(error: Exception) -> str:

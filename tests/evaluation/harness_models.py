@@ -1,4 +1,4 @@
-"""A small model of transformers with a tokenizer, ours with heads made of it, and the folder that ours is exported to."""
+"""A small model of transformers with a tokenizer, ours with heads made of it, and the folder that ours becomes."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_fol
 from tests.data.tokenizer_folders import write_folder
 
 CONTEXT = 96
-WORDS = "the quick brown fox said naïve café 地图 and 37 lazy dogs 🦊 jumped over it while nobody was looking".split()
+WORDS = ["the", "quick", "brown", "fox", "said", "naïve", "café", "地图", "and", "37", "lazy", "dogs", "🦊", "jumped"]
 TASKS = {
     "choices": {
         "output_type": "multiple_choice",

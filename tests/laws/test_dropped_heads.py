@@ -57,8 +57,8 @@ def test_what_is_left_is_bit_identical(kind, num_offsets, cache, tmp_path, capfd
 def test_a_head_that_the_main_one_reads_is_not_dropped(cache, tmp_path):
     run("chained_anticausal", tmp_path / "start", cache)
     layers = layers_for(load_model(tmp_path / "start")[0], 1)
+    more = (f"model.num_hidden_layers={layers}", "heads.num_offsets=1", f"init.path={tmp_path}/start")
     with pytest.raises(CheckpointError, match="anticausal"):
-        more = (f"model.num_hidden_layers={layers}", "heads.num_offsets=1", f"init.path={tmp_path}/start")
         run("chained_anticausal", tmp_path / "run", cache, *more)
 
 

@@ -49,9 +49,9 @@ SAME_ADDITIONS = ("adapt.lora.alpha", "adapt.layer_mix.temperature")
 class InitFrom(Callback):
     """Fill a new run with the weights of `init.path`; a run that has a checkpoint goes on from that instead.
 
-    Offsets beyond the recipe's are dropped, and named. With `heads.extend` offsets that are not there start as copies of
-    trained ones; with `init.optimizer` moments
-    come along, with `init.data_position` the data go on where that run stood.
+    Offsets beyond the recipe's are dropped, and named. With `heads.extend` offsets that are not there start as copies
+    of trained ones; with `init.optimizer` moments come along, with `init.data_position` the data go on where that run
+    stood.
     """
 
     recipe_field = "init.path"
