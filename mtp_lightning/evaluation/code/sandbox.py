@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,12 +107,14 @@ class Sandbox:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
+            began_at = time.monotonic()
             clock = threading.Timer(START_S + seconds * max(1, len(cases)), process.kill)
             clock.start()
             try:
                 said = self._talk(process, job, tests, nonce)
             except ClosedError:
-                said = {"outcome": "timeout", "why": "the sandbox has ended without a verdict"}
+                is_over = time.monotonic() - began_at > seconds
+                said = {"outcome": "timeout" if is_over else "failed", "why": "the sandbox has ended without a verdict"}
             finally:
                 clock.cancel()
                 process.terminate()  # kills what is left; nothing, if it has ended by itself
@@ -123,13 +126,13 @@ class Sandbox:
 
     def _facts(self) -> dict[str, Any]:
         """Tell what is the same for all samples."""
-        limits, is_root = self.limits, os.geteuid() == 0
+        limits = self.limits
         return {
             "namespaces": not self.is_weak,
             "home": HOME,
             "paths": _readable_paths(),
             "libraries": _libraries(),
-            "user": (NOBODY if self.is_weak else 1) if is_root else None,
+            "user": 1 if not self.is_weak else NOBODY if os.geteuid() == 0 else None,
             "limits": {
                 "AS": limits.memory_mib * MIB,
                 "FSIZE": limits.file_mib * MIB,
@@ -199,13 +202,13 @@ def _folder(*, is_needed: bool) -> Iterator[str | None]:
 
 
 def _map_ids(pid: int) -> None:
-    """Let a process be itself in its namespace; where it is root, give it a user without rights to become, as 1."""
+    """Say who a process is in its namespace: user 1, who is its own user, but of root's the user nobody."""
     folder = Path(f"/proc/{pid}")
     is_root = os.geteuid() == 0
     if not is_root:
         (folder / "setgroups").write_text("deny")
     for name, own in (("uid_map", os.geteuid()), ("gid_map", os.getegid())):
-        (folder / name).write_text(f"0 {own} 1\n" + (f"1 {NOBODY} 1\n" if is_root else ""))
+        (folder / name).write_text(f"0 {own} 1\n1 {NOBODY} 1" if is_root else f"1 {own} 1")
 
 
 def _libraries() -> list[str]:

@@ -44,35 +44,59 @@ def main() -> None:
         send(1, {"unshared": True})
         receive(0)  # the ids have been mapped from outside
     else:
-        walls.adopt_orphans()
+        walls.adopt_orphans()  # as the first process of a namespace does
     referee = os.fork()
     if referee:
         _guard(referee, job)
         return
     walls.die_with_parent(signal.SIGKILL)
+    if not job["namespaces"]:
+        walls.adopt_orphans()
     _referee(job)  # and what it forks
 
 
 def _guard(referee: int, job: Job) -> None:
     """Kill the referee when its time is over, and, with it or after it, all that it has started."""
+
+    def kill(*_: Any) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(referee, signal.SIGKILL)
+
     for number in (signal.SIGALRM, signal.SIGTERM):
-        signal.signal(number, lambda *_: os.kill(referee, signal.SIGKILL))
+        signal.signal(number, kill)
     signal.setitimer(signal.ITIMER_REAL, job["seconds"] * max(job["num_cases"], 1) + GRACE_S)
     os.close(0)
     os.waitpid(referee, 0)
-    while not job["namespaces"] and (orphans := _children()):  # namespaces end with their first process
-        for orphan in orphans:
-            os.kill(orphan, signal.SIGKILL)
-            os.waitpid(orphan, 0)
+    if not job["namespaces"]:  # which end with their first process
+        _end_descendants()
 
 
-def _children() -> list[int]:
-    """List this process's children; those of killed ones follow."""
-    found = []
+def _end_descendants() -> None:
+    """Kill all that this process has adopted; those that fork are stopped first, until there are no new ones."""
+    stopped: set[int] = set()
+    while new := _descendants() - stopped:
+        _signal_all(new, signal.SIGSTOP)
+        stopped |= new
+    _signal_all(stopped, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
+
+
+def _signal_all(processes: set[int], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def _descendants() -> set[int]:
+    parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            found += [int(folder.name)] if parent == os.getpid() else []
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    found: set[int] = set()
+    while more := {own for own, parent in parents.items() if parent in {os.getpid(), *found}} - found:
+        found |= more
     return found
 
 
@@ -83,7 +107,7 @@ def _referee(job: Job) -> None:
         send(1, {"refused": str(refused)})
         os._exit(1)
     signal.signal(signal.SIGALRM, _end_time)
-    outcome: Outcome | None = None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     nonce = None
     try:
         signal.setitimer(signal.ITIMER_REAL, job["seconds"])

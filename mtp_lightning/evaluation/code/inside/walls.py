@@ -134,8 +134,9 @@ def give_up_rights(user: int | None) -> None:
     """
     for capability in range(MOST_CAPABILITIES):
         LIBC.prctl(PR_CAPBSET_DROP, *map(ctypes.c_ulong, (capability, 0, 0, 0)))  # refused where there is none to drop
-    if user is not None:
+    if os.geteuid() == 0:
         os.setgroups([])
+    if user is not None:
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     call("capset", struct.pack("Ii", CAPABILITIES_VERSION, 0), bytes(24))
