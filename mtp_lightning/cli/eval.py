@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mtp_lightning.cli import eval_code
 from mtp_lightning.cli.generate import DeviceName, DeviceOption, DtypeName, DtypeOption, ModelArgument
 from mtp_lightning.cli.targets import JsonOption, check_picture
 
@@ -20,6 +21,9 @@ app = typer.Typer(no_args_is_help=True, help="Ask questions of a trained model."
 @app.callback()
 def describe() -> None:
     """Ask questions of a trained model."""
+
+
+app.command()(eval_code.code)
 
 
 @app.command()

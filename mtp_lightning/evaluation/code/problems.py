@@ -76,7 +76,9 @@ def read_problems(task: str, path: Path) -> list[Problem]:
     try:
         problems = kind.problems(list(rows.values()))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, SyntaxError) as error:
-        raise _wrong(task, path, f"{type(error).__name__}: {shown(error)}", "its problems must be as published") from None
+        raise _wrong(
+            task, path, f"{type(error).__name__}: {shown(error)}", "its problems must be as published"
+        ) from None
     if not problems:
         raise _wrong(task, path, "none", "there must be a problem to solve")
     return problems
@@ -101,7 +103,9 @@ def _row(line: bytes, number: int, path: Path) -> Row:
     if isinstance(row, dict):
         return row
     raise DataError(
-        "every line of a file of problems must be a JSON object", f"line {number} of {path}: {found}", "Correct the line"
+        "every line of a file of problems must be a JSON object",
+        f"line {number} of {path}: {found}",
+        "Correct the line",
     )
 
 
@@ -149,7 +153,9 @@ def _mbpp(rows: Sequence[Row]) -> list[Problem]:
     by_id = {row["task_id"]: row for row in rows}
     if missing := [shot for shot in MBPP_SHOTS if shot not in by_id]:
         raise ValueError(f"no task {missing[0]}, one of the three that prompts show; they are in mbpp.jsonl whole")
-    shots = "".join(f"{_mbpp_turn(by_id[shot])}[BEGIN]\n{_lines(by_id[shot]['code'])}\n[DONE]\n\n" for shot in MBPP_SHOTS)
+    shots = "".join(
+        f"{_mbpp_turn(by_id[shot])}[BEGIN]\n{_lines(by_id[shot]['code'])}\n[DONE]\n\n" for shot in MBPP_SHOTS
+    )
     return [
         Problem(
             name=str(row["task_id"]),
@@ -174,7 +180,9 @@ def _lines(text: str) -> str:
 
 def _asserts(row: Row) -> Calls:
     source = _lines("\n".join((row["test_setup_code"], *row["test_list"])))
-    defined = {node.name for node in ast.parse(_lines(row["code"])).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    defined = {
+        node.name for node in ast.parse(_lines(row["code"])).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
     names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
     stored = {name.id for name in names if not isinstance(name.ctx, ast.Load)}
     asked = dict.fromkeys(name.id for name in names if name.id not in stored)

@@ -1,7 +1,6 @@
 """Writes samples, in batches through the decoders of the package."""
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, final
@@ -145,9 +144,7 @@ def _compare(
     speed.is_same = made.tokens == plain.tokens if settings.sampling.is_greedy else None
 
 
-def _line(
-    place: Place, prompt: Sequence[int], tokens: Sequence[int], tokenizer: Tokenizer, settings: Settings
-) -> Line:
+def _line(place: Place, prompt: Sequence[int], tokens: Sequence[int], tokenizer: Tokenizer, settings: Settings) -> Line:
     stream = text_stream(tokenizer, prompt, stop_strings=settings.stop_strings, left_out=settings.stop_tokens)
     text = (stream.push(tokens) + stream.end()).decode(errors="replace")
     completion = cut(text, [stop.decode() for stop in settings.stop_strings])

@@ -20,13 +20,17 @@ from mtp_lightning.evaluation.code.inside.frames import ClosedError, receive, se
 from mtp_lightning.evaluation.code.inside.walls import NOBODY, SYSTEM
 
 HOME = str(Path(__file__).resolve().parents[3])
-START = "import sys; sys.path.insert(0, sys.argv[1]); from mtp_lightning.evaluation.code.inside.referee import main; main()"
+START = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from mtp_lightning.evaluation.code.inside.referee import main; main()"
+)
 FLAGS = ("-S", "-s", "-P", "-B", "-X", "utf8")
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """Sets have one order, and libraries start no threads; the code sees an empty one."""
 START_S = 30.0  # for a sandbox to be built on a machine that is busy
 MIB = 1 << 20
-TRIAL = "import heapq\ndef f():\n    return 1\n"  # fails where the user nobody, that root's code runs as, cannot read it
+TRIAL = (
+    "import heapq\ndef f():\n    return 1\n"  # fails where the user nobody, that root's code runs as, cannot read it
+)
 
 
 @final

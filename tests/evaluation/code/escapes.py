@@ -123,7 +123,8 @@ PROCESSES = {
     "starts threads for ever": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()",
     "fills memory": "x = []\nwhile True: x.append(bytearray(1 << 24))",
     "fills memory when called": "def f(x): return b'1' * (1 << 40)",
-    "fills memory by children": "import os\nfor _ in range(8): os.fork()\nx = [bytearray(1 << 24) for _ in range(99)]" + WRONG,
+    "fills memory by children": "import os\nfor _ in range(8): os.fork()\nx = [bytearray(1 << 24) for _ in range(99)]"
+    + WRONG,
     "prints for ever": "while True: print('x' * 1000)",
     "fills its folder": "n = 0\nwhile True:\n    open(f'/tmp/{n}', 'w').write('x' * 10**6)\n    n += 1",
     "makes files for ever": "n = 0\nwhile True:\n    open(f'/tmp/{n}', 'w').close()\n    n += 1",

@@ -1,6 +1,5 @@
 """What generated code may do, and what it may not."""
 
-import os
 import secrets
 import socket
 import time
@@ -47,7 +46,9 @@ def around(tmp_path):
             with pytest.raises(BlockingIOError):
                 one.accept()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["door", "secret"]
-    assert not [path for path in set(Path("/tmp").iterdir()) - before if "mtp" in path.name or names["mark"] in path.name]
+    assert not [
+        path for path in set(Path("/tmp").iterdir()) - before if "mtp" in path.name or names["mark"] in path.name
+    ]
     assert not Path(f"/usr/lib/{names['mark']}").exists()
     assert socket.gethostname() != names["mark"]
     deadline = time.monotonic() + 5

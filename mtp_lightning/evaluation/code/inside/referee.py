@@ -141,7 +141,9 @@ def _enclose(job: Job) -> None:
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
 
 
-def _become_candidate(job: Job, *, link: Sequence[int] = (), stdin: int | None = None, stdout: int | None = None) -> None:
+def _become_candidate(
+    job: Job, *, link: Sequence[int] = (), stdin: int | None = None, stdout: int | None = None
+) -> None:
     """Keep nothing of the referee's but the link to it, where there is one; it gets the numbers from 3 on."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
