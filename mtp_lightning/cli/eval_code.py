@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mtp_lightning.checkpoint.format.folder import CheckpointFolder
     from mtp_lightning.decode import Settings
     from mtp_lightning.evaluation.code.problems import Problem
-    from mtp_lightning.evaluation.code.sample import Speed, Wanted
+    from mtp_lightning.evaluation.code.sample import Wanted
     from mtp_lightning.evaluation.code.samples import LineLog
     from mtp_lightning.evaluation.code.sandbox import Sandbox
     from mtp_lightning.model.mtp_model import MtpModel
@@ -108,20 +108,14 @@ def code(
     }
     results = {}
     for (task, own), file in zip(problems.items(), data, strict=True):
-        request = {
-            **_decisive(context.params),
-            "PATH": model.folder.sha256,
-            "--data": hashlib.sha256(file.read_bytes()).hexdigest(),
-        }
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
         with own_folder(out / task):
-            take_up(out / task, request)
+            take_up(out / task, {**_decisive(context.params), "PATH": model.folder.sha256, "--data": digest})
             log = LineLog(out / task / SAMPLES)
-            speed = _write(model, wanted[task], log)
-            results[task] = {"problems": len(own), "samples": len(log.lines), **_told(speed)}
+            results[task] = {"problems": len(own), **_written(model, wanted[task], log), "samples": len(log.lines)}
             if sandbox is not None:
-                named = {problem.name: problem for problem in own}
                 verdicts = LineLog(out / task / VERDICTS)
-                _judge(task, named, log, verdicts, sandbox, is_chat=chat, workers=workers)
+                _judge(task, own, log, verdicts, sandbox, is_chat=chat, workers=workers)
                 results[task] |= _scored(task, verdicts, counts)
     if sandbox is None:
         say(f"samples are in {out}; nothing was run: the same command with --execute runs and counts them")
@@ -195,24 +189,18 @@ def _decisive(options: dict[str, Any]) -> dict[str, Any]:
     return {f"--{name.replace('_', '-')}": value for name, value in options.items() if name in DECISIVE}
 
 
-def _write(model: _Model, wanted: "Wanted", log: "LineLog") -> "Speed | None":
-    """Write what is not there; None if all is."""
+def _written(model: _Model, wanted: "Wanted", log: "LineLog") -> dict[str, Any]:
+    """Write what is not there; say how fast that was, and return it as figures."""
     from mtp_lightning.evaluation.code.sample import num_done, write_samples
 
     batches = wanted.batches()
     left = batches[num_done(log, batches) :]
     if not left:
-        return None
+        return {}
     if log.lines:
         say(f"{wanted.task}: going on after {len(log.lines):,} samples of an evaluation that was ended")
     with counted(f"{wanted.task}, writing", total=sum(map(len, left)), unit="samples") as advance:
-        return write_samples(model.built, model.tokenizer, wanted, log, advance)
-
-
-def _told(speed: "Speed | None") -> dict[str, Any]:
-    """Say how fast samples were written, and return it as figures."""
-    if speed is None:
-        return {}
+        speed = write_samples(model.built, model.tokenizer, wanted, log, advance)
     line = f"{speed.num_tokens:,} tokens in {speed.seconds:,.1f} s, {speed.num_tokens / speed.seconds:,.0f} tokens/s"
     if speed.gain is not None:
         line += f"; acceptance length {speed.mean_acceptance_length:.2f}"
@@ -225,7 +213,7 @@ def _told(speed: "Speed | None") -> dict[str, Any]:
 
 def _judge(
     task: str,
-    problems: "dict[str, Problem]",
+    problems: "Sequence[Problem]",
     log: "LineLog",
     verdicts: "LineLog",
     sandbox: "Sandbox",
@@ -238,7 +226,7 @@ def _judge(
     left = len(log.lines) - len(verdicts.lines)
     with counted(f"{task}, running", total=left, unit="programs") as advance:
         judge(
-            problems,
+            {problem.name: problem for problem in problems},
             log.lines,
             verdicts,
             sandbox,

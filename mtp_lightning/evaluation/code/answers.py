@@ -34,7 +34,7 @@ def code_in(answer: str, names: Sequence[str]) -> str:
     'def f():\\n    pass\\n'
     """
     answer = answer.rpartition(THOUGHT)[2]
-    blocks = BLOCK.findall(answer) or [answer]
+    blocks: list[str] = BLOCK.findall(answer) or [answer]
     return next((block for block in blocks if all(_defines(block, name) for name in names)), blocks[0])
 
 

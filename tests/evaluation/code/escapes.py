@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - programs, of which each line is one
 """Programs that cheat or try to break out. None solves its task, so none may pass, and none may leave anything behind.
 
 The task: `f(x)` is x + 1; or, of programs, to print one more than the number read. What is promised goes further than

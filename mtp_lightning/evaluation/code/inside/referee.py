@@ -207,9 +207,7 @@ def _judge_programs(job: Job) -> Decided | None:
     for number in range(1, job["num_cases"] + 1):
         signal.setitimer(signal.ITIMER_REAL, job["seconds"])
         stdin, stdout = os.memfd_create("stdin"), os.memfd_create("stdout")
-        with open(stdin, "wb", closefd=False) as file:
-            file.write(receive(0).encode())
-        os.lseek(stdin, 0, os.SEEK_SET)
+        _fill(stdin, receive(0).encode())
         candidate = os.fork()
         if not candidate:
             _become_candidate(job, stdin=stdin, stdout=stdout)
@@ -217,14 +215,21 @@ def _judge_programs(job: Job) -> Decided | None:
             return None
         expected = receive(0)  # the candidate was forked without it
         wrong = _last_words(candidate)
-        os.lseek(stdout, 0, os.SEEK_SET)
-        with open(stdout, "rb") as file:
-            if wrong is None and file.read().split() != expected.encode().split():
-                wrong = ("failed", "another output")
+        printed = os.pread(stdout, os.fstat(stdout).st_size, 0)
         os.close(stdin)
+        os.close(stdout)
+        if wrong is None and printed.split() != expected.encode().split():
+            wrong = ("failed", "another output")
         if wrong is not None:
             return (wrong[0], f"case {number}: {wrong[1]}"), None
     return ("passed", ""), receive(0)
+
+
+def _fill(descriptor: int, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
 
 
 def _last_words(candidate: int) -> Outcome | None:

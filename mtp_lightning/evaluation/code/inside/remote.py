@@ -18,9 +18,33 @@ from typing import Any
 from mtp_lightning.evaluation.code.inside.frames import ClosedError, receive, send
 
 MOST_BYTES = 1 << 24  # of one answer
-COLLECTIONS: dict[str, type] = {"l": list, "t": tuple, "s": set, "f": frozenset, "q": deque}
-BY_TEXT: dict[str, type] = {"D": decimal.Decimal, "F": fractions.Fraction}
-DATES: dict[str, Any] = {"dt": datetime.datetime, "d": datetime.date, "h": datetime.time}  # a datetime is a date, too
+COLLECTIONS: dict[str, Any] = {"l": list, "t": tuple, "s": set, "f": frozenset, "q": deque}
+EXACTLY: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__pos__, float: float.__pos__}
+WRITTEN: dict[type, Callable[[Any], Any]] = {
+    complex: lambda value: ["c", value.real, value.imag],
+    bytes: lambda value: ["b", bytes(value).decode("latin1")],
+    bytearray: lambda value: ["B", bytes(value).decode("latin1")],
+    range: lambda value: ["r", value.start, value.stop, value.step],
+    decimal.Decimal: lambda value: ["D", str(value)],
+    fractions.Fraction: lambda value: ["F", str(value)],
+    datetime.datetime: lambda value: ["dt", value.isoformat()],  # before a date, which it is, too
+    datetime.date: lambda value: ["d", value.isoformat()],
+    datetime.time: lambda value: ["h", value.isoformat()],
+    datetime.timedelta: lambda value: ["dd", value.days, value.seconds, value.microseconds],
+    numbers.Integral: int,
+}
+READ: dict[str, Callable[..., Any]] = {
+    "c": complex,
+    "b": lambda text: text.encode("latin1"),
+    "B": lambda text: bytearray(text.encode("latin1")),
+    "r": range,
+    "D": decimal.Decimal,
+    "F": fractions.Fraction,
+    "dt": datetime.datetime.fromisoformat,
+    "d": datetime.date.fromisoformat,
+    "h": datetime.time.fromisoformat,
+    "dd": datetime.timedelta,
+}
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "getattr": getattr,
     "setattr": setattr,
@@ -41,20 +65,22 @@ class Remote:
         object.__setattr__(self, "_peer", peer)
         object.__setattr__(self, "_number", number)
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._peer.ask(CALL, self, *arguments, **named)
-
     def __getattr__(self, name: str) -> Any:
         return self._peer.ask("getattr", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._peer.ask("setattr", self, name, value)
 
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Have the other side call it."""
+        return self._peer.ask(CALL, self, *arguments, **named)
+
     def __iter__(self) -> Iterator[Any]:
         iterator = self._peer.ask("iter", self)
         return iterator if isinstance(iterator, Remote) else iter(iterator)
 
     def __next__(self) -> Any:
+        """Have the other side give the next item."""
         return self._peer.ask("next", self)
 
     def __len__(self) -> int:
@@ -148,38 +174,24 @@ class Peer:
 
     def _encode(self, value: Any) -> Any:
         """Turn a value into JSON; what an object says of itself through its own methods is not asked."""
-        kind = type(value)
-        if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
+        if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
             value = value.item()
-        if value is None or kind is bool or kind is str:
+        if value is None or type(value) is bool:
             return value
-        for simple in (str, int, float):
-            if isinstance(value, simple):
-                return simple.__str__(value) if simple is str else simple.__pos__(value)
+        for kind, exactly in EXACTLY.items():
+            if isinstance(value, kind):
+                return exactly(value)
         for name, collection in COLLECTIONS.items():
             if isinstance(value, collection):
                 return [name, *map(self._encode, collection.__iter__(value))]
         if isinstance(value, dict):
             return ["m", *([self._encode(key), self._encode(own)] for key, own in dict.items(value))]
-        if isinstance(value, complex):
-            return ["c", value.real, value.imag]
-        if isinstance(value, bytes | bytearray):
-            return ["b" if isinstance(value, bytes) else "B", bytes(value).decode("latin1")]
-        if isinstance(value, range):
-            return ["r", value.start, value.stop, value.step]
-        return self._encode_other(value)
+        for other, written in WRITTEN.items():
+            if isinstance(value, other):
+                return written(value)
+        return self._by_number(value)
 
-    def _encode_other(self, value: Any) -> Any:
-        for name, kind in BY_TEXT.items():
-            if isinstance(value, kind):
-                return [name, str(value)]
-        for name, date in DATES.items():
-            if isinstance(value, date):
-                return [name, value.isoformat()]
-        if isinstance(value, datetime.timedelta):
-            return ["dd", value.days, value.seconds, value.microseconds]
-        if isinstance(value, numbers.Integral):
-            return int(value)
+    def _by_number(self, value: Any) -> Any:
         if isinstance(value, Remote):
             return ["yours", value._number]
         if not self._is_candidate and not callable(value):
@@ -194,19 +206,11 @@ class Peer:
         kind, *content = value
         if kind in COLLECTIONS:
             return COLLECTIONS[kind](map(self._decode, content))
-        makers: dict[str, Callable[..., Any]] = {
-            "m": lambda *pairs: {self._decode(key): self._decode(own) for key, own in pairs},
-            "c": complex,
-            "b": lambda text: text.encode("latin1"),
-            "B": lambda text: bytearray(text.encode("latin1")),
-            "r": range,
-            **BY_TEXT,
-            **{name: date.fromisoformat for name, date in DATES.items()},
-            "dd": datetime.timedelta,
-            "mine": lambda number: Remote(self, number),
-            "yours": lambda number: self._kept[number],
-        }
-        return makers[kind](*content)
+        if kind == "m":
+            return {self._decode(key): self._decode(own) for key, own in content}
+        if kind == "mine":
+            return Remote(self, content[0])
+        return self._kept[content[0]] if kind == "yours" else READ[kind](*content)
 
 
 def described(error: BaseException) -> tuple[str, str]:

@@ -22,8 +22,8 @@ MOST_CAPABILITIES = 64
 NOBODY = 65534
 
 ROOT = "/proc"
-"""Where the new root is put together, out of sight of all others: a folder that is always there, with no file that the
-code needs. The sandbox has no /proc, so that nothing in it can be read about other processes or changed in the kernel."""
+"""Where the new root is put together, unseen by others: a folder that is always there, with no file that code needs.
+The sandbox has no /proc of its own: nothing tells of other processes, or changes the kernel."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache")
 
