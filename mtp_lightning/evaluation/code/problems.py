@@ -4,6 +4,7 @@ import ast
 import builtins
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,9 +144,14 @@ def _without(name: str, source: str) -> str:
     >>> _without("f", "import math\\ndef f(x):\\n    '''Say x.'''\\n")
     'import math'
     """
-    module = ast.parse(source)
+    module = _tree(source)
     module.body = [node for node in module.body if getattr(node, "name", None) != name]
     return ast.unparse(module)
+
+
+def _tree(source: str) -> ast.Module:
+    with warnings.catch_warnings(action="ignore"):  # of odd escapes in what is published
+        return ast.parse(source)
 
 
 def _mbpp(rows: Sequence[Row]) -> list[Problem]:
@@ -181,9 +187,9 @@ def _lines(text: str) -> str:
 def _asserts(row: Row) -> Calls:
     source = _lines("\n".join((row["test_setup_code"], *row["test_list"])))
     defined = {
-        node.name for node in ast.parse(_lines(row["code"])).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        node.name for node in _tree(_lines(row["code"])).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }
-    names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    names = [node for node in ast.walk(_tree(source)) if isinstance(node, ast.Name)]
     stored = {name.id for name in names if not isinstance(name.ctx, ast.Load)}
     asked = dict.fromkeys(name.id for name in names if name.id not in stored)
     modules = [name for name in asked if name not in defined and name in sys.stdlib_module_names]

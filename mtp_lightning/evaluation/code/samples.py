@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, Self, final
 
 from mtp_lightning.errors import DataError
 from mtp_lightning.files.durable import force, replace_durably, sync
@@ -60,8 +60,10 @@ class LineLog:
         force(self._file.fileno())
         self.lines += lines
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
@@ -74,11 +76,11 @@ def _parsed(content: bytes) -> Line | None:
 
 
 @contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
-    """Make a folder, and keep all other evaluations out of it.
+def own_folder(folder: Path, request: Request) -> Iterator[None]:
+    """Begin a folder for a request, or go on there; keep all other evaluations out of it.
 
     Raises:
-        DataError: One is at work there.
+        DataError: One is at work there, or it was begun for another request: names all that differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -86,21 +88,17 @@ def own_folder(folder: Path) -> Iterator[None]:
         if not try_lock(descriptor):
             found = f"{folder}, in which {holder_of(descriptor)} is at work"
             raise DataError("one evaluation at a time must use a folder", found, "Wait for it, or give another --out")
+        _take_up(folder, request)
         yield
     finally:
         os.close(descriptor)
 
 
-def take_up(folder: Path, request: Request) -> None:
-    """Begin a folder for a request, or see that it was begun for the same one.
-
-    Raises:
-        DataError: It was not; names all that differs.
-    """
-    path = folder / REQUEST
-    begun = read_request(folder)
+def _take_up(folder: Path, request: Request) -> None:
+    request = json.loads(json.dumps(request))  # as it will be read
+    begun = _read_request(folder)
     if begun is None:
-        replace_durably(path, json.dumps(request, indent=2).encode() + b"\n")
+        replace_durably(folder / REQUEST, json.dumps(request, indent=2).encode() + b"\n")
         return
     names = [name for name in {**begun, **request} if begun.get(name) != request.get(name)]
     if names:
@@ -111,12 +109,7 @@ def take_up(folder: Path, request: Request) -> None:
         )
 
 
-def read_request(folder: Path) -> Request | None:
-    """Read what was asked for; None where nothing was.
-
-    Raises:
-        DataError: It cannot be read.
-    """
+def _read_request(folder: Path) -> Request | None:
     try:
         return read_object(folder / REQUEST)
     except FileNotFoundError:

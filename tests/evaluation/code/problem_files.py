@@ -16,13 +16,27 @@ needs_published = pytest.mark.skipif(
     reason="MTP_CODE_DATA must name a folder with HumanEval.jsonl.gz and mbpp.jsonl",
 )
 
+PROMPT = """import math
+
+
+def twice(x):
+    return 2 * x
+
+
+def add_{0}(x):
+    '''Add {0}.'''
+"""
+TEST = """def check(candidate):
+    assert candidate(twice(2)) == 4 + {0}
+    assert math.isclose(candidate(.5), .5 + {0})
+"""
 HUMANEVAL = [
     {
         "task_id": f"Own/{number}",
-        "prompt": f"import math\n\n\ndef twice(x):\n    return 2 * x\n\n\ndef add_{number}(x):\n    '''Add {number}.'''\n",
+        "prompt": PROMPT.format(number),
         "entry_point": f"add_{number}",
         "canonical_solution": f"    return x + {number}\n",
-        "test": f"def check(candidate):\n    assert candidate(twice(2)) == 4 + {number}\n    assert math.isclose(candidate(.5), .5 + {number})",
+        "test": TEST.format(number),
     }
     for number in range(6)
 ]
