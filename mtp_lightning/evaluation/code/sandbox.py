@@ -136,7 +136,7 @@ class Sandbox:
             "home": HOME,
             "paths": _readable_paths(),
             "libraries": _libraries(),
-            "user": 1 if not self.is_weak else NOBODY if os.geteuid() == 0 else None,
+            "user": _spare_user() if self.is_weak else 1,
             "limits": {
                 "AS": limits.memory_mib * MIB,
                 "FSIZE": limits.file_mib * MIB,
@@ -207,12 +207,18 @@ def _folder(*, is_needed: bool) -> Iterator[str | None]:
 
 def _map_ids(pid: int) -> None:
     """Say who a process is in its namespace: user 1, who is its own user, but of root's the user nobody."""
-    folder = Path(f"/proc/{pid}")
-    is_root = os.geteuid() == 0
-    if not is_root:
+    folder, spare = Path(f"/proc/{pid}"), _spare_user()
+    if spare is None:
         (folder / "setgroups").write_text("deny")
     for name, own in (("uid_map", os.geteuid()), ("gid_map", os.getegid())):
-        (folder / name).write_text(f"0 {own} 1\n1 {NOBODY} 1" if is_root else f"1 {own} 1")
+        (folder / name).write_text(f"1 {own} 1" if spare is None else f"0 {own} 1\n1 {spare} 1")
+
+
+def _spare_user() -> int | None:
+    """Find a user without rights whom root's code can run as; a container need not have one."""
+    ranges = [map(int, line.split()) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    is_known = any(first <= NOBODY < first + count for first, _, count in ranges)
+    return NOBODY if os.geteuid() == 0 and is_known else None
 
 
 def _libraries() -> list[str]:

@@ -135,7 +135,8 @@ def give_up_rights(user: int | None) -> None:
     for capability in range(MOST_CAPABILITIES):
         LIBC.prctl(PR_CAPBSET_DROP, *map(ctypes.c_ulong, (capability, 0, 0, 0)))  # refused where there is none to drop
     if os.geteuid() == 0:
-        os.setgroups([])
+        with contextlib.suppress(PermissionError):  # in a container whose users cannot leave their groups
+            os.setgroups([])
     if user is not None:
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
