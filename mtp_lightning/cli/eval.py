@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mtp_lightning.cli.eval_harness import harness
+from mtp_lightning.cli import eval_code, eval_harness
 from mtp_lightning.cli.generate import DeviceName, DeviceOption, DtypeName, DtypeOption, ModelArgument
 from mtp_lightning.cli.targets import JsonOption, check_picture
 
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Ask questions of a trained model.")
 
 
-app.command()(harness)
-
-
 @app.callback()
 def describe() -> None:
     """Ask questions of a trained model."""
+
+
+app.command()(eval_code.code)
+app.command()(eval_harness.harness)
 
 
 @app.command()
