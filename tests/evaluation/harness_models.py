@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mtp_lightning.checkpoint.huggingface.export_model import export_hf
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
@@ -63,6 +64,40 @@ def write_model(transformers: Any, folder: Path, tokenizer: str) -> Path:
     import_folder(folder / "hf", folder / "ours", Wanted(num_offsets=3))
     export_hf(folder / "ours", folder / "exported")
     return folder
+
+
+def write_byte_model(transformers: Any, folder: Path) -> Path:
+    """Write `hf` without a tokenizer, `ours` (bytes), and `exported` with one of bytes; return the folder."""
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=257,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+        bos_token_id=256,
+        eos_token_id=256,
+    )
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(folder / "hf")
+    import_folder(folder / "hf", folder / "ours", Wanted(num_offsets=2))
+    export_hf(folder / "ours", folder / "exported")
+    characters = {text: number for number, text in bytes_to_unicode().items()}
+    tokenizer: Any = Tokenizer(models.BPE(vocab=characters, merges=[]))
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>")
+    fast.save_pretrained(folder / "exported")
+    return folder
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """Return the characters that byte-level tokenizers write bytes as."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
 
 
 def documents() -> list[dict[str, Any]]:
