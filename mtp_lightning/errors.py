@@ -164,3 +164,9 @@ class DecodingError(MtpError):
     """Prompts or settings that a model cannot generate with."""
 
     exit_code = 7
+
+
+class SandboxError(MtpError):
+    """Generated code that cannot be run where it does no harm."""
+
+    exit_code = 12

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mtp_lightning.cli import eval_code, eval_harness
 from mtp_lightning.cli.generate import (
     DeviceName,
     DeviceOption,
@@ -28,6 +29,10 @@ app = typer.Typer(no_args_is_help=True, help="Ask questions of a trained model."
 @app.callback()
 def describe() -> None:
     """Ask questions of a trained model."""
+
+
+app.command()(eval_code.code)
+app.command()(eval_harness.harness)
 
 
 @app.command()

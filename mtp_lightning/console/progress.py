@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.progress import (
     BarColumn,
@@ -67,7 +68,13 @@ def counted(what: str, *, total: int, unit: str) -> Iterator[Advance]:
             task = progress.add_task(what, total=total)
             yield lambda num_done: progress.advance(task, num_done)
     else:
-        yield _now_and_then(lambda done: f"{what}: {done:,} of {total:,} {unit}")
+        began_at = time.monotonic()
+
+        def line(done: int) -> str:
+            left = timedelta(seconds=round((time.monotonic() - began_at) * (total - done) / max(done, 1)))
+            return f"{what}: {done:,} of {total:,} {unit}" + (f", {left} left" if done else "")
+
+        yield _now_and_then(line)
 
 
 def lines_now_and_then(what: str, total_bytes: int) -> Advance:

@@ -1,4 +1,4 @@
-"""Which trained parameter each parameter of an extended model starts as."""
+"""Which trained parameter each parameter of a model with more heads, or fewer, starts as."""
 
 import torch
 
@@ -21,3 +21,16 @@ def parameter_origins(recipe: Recipe, extended: Recipe, group: int) -> dict[str,
             origins.setdefault(new_names[id(mine)], old_names[id(theirs)])
     assert origins.keys() == set(new_names.values())
     return {name: origins[name] for name in new_names.values()}
+
+
+def kept_parameters(recipe: Recipe, num_offsets: int) -> list[str] | None:
+    """Name the parameters of a model that its first offsets are computed with; None where these read further ones."""
+    with torch.device("meta"):
+        model = MtpModel(recipe)
+    offsets = range(1, num_offsets + 1)
+    if any(max(model.heads.chain(offset)) > num_offsets for offset in offsets):
+        return None
+    needed = {id(parameter) for offset in offsets for parameter in parameters_of(model, offset)}
+    further = range(num_offsets + 1, recipe.heads.num_offsets + 1)
+    dropped = {id(parameter) for offset in further for parameter in parameters_of(model, offset)} - needed
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in dropped]

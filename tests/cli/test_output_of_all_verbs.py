@@ -1,5 +1,6 @@
 """Every verb, as the command line lists them: stdout full, gone or closed, no stderr, ASCII only; targets that fail."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -54,6 +55,8 @@ WORDS = {
     "bench decode": "RUN --batches 1 --prompt-tokens 4 --new-tokens 4 --rounds 1 --json NEW --png NEW.png",
     "bench tree": "RUN --out NEW --drafts 2",
     "bench data": "--text-mb 1 --repeats 1 --json NEW",
+    "eval code": "RUN --tasks humaneval --data PROBLEMS --out NEW --max-new-tokens 4 --json NEW.json",
+    "eval harness": "RUN --tasks last_words --include-path TASKS --out NEW --json NEW.json",
     "eval acceptance": "RUN --rows 4 --json NEW",
     "eval marginal": "RUN --samples 2 --last 4 --json NEW",
     "eval lens": "RUN --samples 2 --json NEW --plot NEW.png",
@@ -107,6 +110,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A run with layer mixes, its shards, an export and texts."""
     base = tmp_path_factory.mktemp("verbs")
     (base / "text").mkdir()
+    problem = {"task_id": "1", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f): pass"}
+    (base / "problems").write_text(json.dumps(problem))
+    (base / "tasks").mkdir()
+    (base / "tasks/data.jsonl").write_text(json.dumps({"text": "träume", "word": "süß"}) + "\n")
+    files = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(base / "tasks/data.jsonl")}}}
+    asked = {"output_type": "loglikelihood", "doc_to_text": "{{text}}", "doc_to_target": " {{word}}"}
+    (base / "tasks/last_words.yaml").write_text(
+        json.dumps({"task": "last_words", **files, "test_split": "test", **asked, "metric_list": [{"metric": "acc"}]})
+    )
     (base / "prompts").write_text("".join(f"prompt {number}\n" for number in range(20)))
     for number in range(40):
         (base / f"text/{number}.txt").write_text(f"träume {number} " * 40)
@@ -118,6 +130,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "HF": "hf",
         "TEXT": "text",
         "PROMPTS": "prompts",
+        "PROBLEMS": "problems",
+        "TASKS": "tasks",
         "LONG": "long",
     }
     places = {name: str(base / path) for name, path in found.items()}
@@ -154,7 +168,7 @@ def test_every_verb_at_work_without_an_output(output: str, places: dict[str, str
     assert not wrong
 
 
-READ = {("generate", "--prompts"), ("generate", "--tree"), ("bench decode", "--prompts")}
+READ = {("generate", "--prompts"), ("generate", "--tree"), ("bench decode", "--prompts"), ("eval code", "--data")}
 OPTIONS = [
     (verb, option.opts[-1])
     for verb, command in commands().items()

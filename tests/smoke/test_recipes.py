@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from mtp_lightning.recipe import load_recipe, recipe_to_yaml
+from mtp_lightning.recipe import load_recipe, num_trunk_layers, recipe_to_yaml
+from mtp_lightning.recipe.layer_counts import num_layers_from_trunk
 from mtp_lightning.recipe.schema.model import AdaptSection
 from mtp_lightning.recipe.schema.root import InitSection
 from mtp_lightning.training.fit import train
@@ -56,6 +57,10 @@ def start_overrides(path, overrides, folder):
         return []
     run = recipe.run.model_copy(update={"steps": 1, "dir": str(folder / "start")})
     bare = {"adapt": AdaptSection(), "freeze": [], "phases": {}, "init": InitSection(), "run": run}
+    if path.stem.endswith("4to1"):  # further heads are dropped
+        bare["heads"] = recipe.heads.model_copy(update={"num_offsets": 4})
+        layers = num_trunk_layers(recipe) + num_layers_from_trunk(recipe.model_copy(update=bare))
+        bare["model"] = recipe.model.model_copy(update={"num_hidden_layers": layers})
     bare["health"] = recipe.health.model_copy(update={"drift": None})
     (folder / "start.yaml").write_text(recipe_to_yaml(recipe.model_copy(update=bare)))
     if not (folder / "start").exists():

@@ -15,10 +15,11 @@ from mtp_lightning.checkpoint.format.reader_view import RenamingReader
 from mtp_lightning.console.progress import say
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.errors import CheckpointError, TrainingError
-from mtp_lightning.model.add_heads import parameter_origins
+from mtp_lightning.model.add_heads import kept_parameters, parameter_origins
 from mtp_lightning.model.roles import role_of
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, num_trunk_layers
+from mtp_lightning.recipe.layer_counts import num_layers_from_trunk
 from mtp_lightning.recipe.rules.base import value_at
 from mtp_lightning.recipe.trainable import ADDED
 from mtp_lightning.training.strategies.base import RunStrategy
@@ -48,8 +49,9 @@ SAME_ADDITIONS = ("adapt.lora.alpha", "adapt.layer_mix.temperature")
 class InitFrom(Callback):
     """Fill a new run with the weights of `init.path`; a run that has a checkpoint goes on from that instead.
 
-    With `heads.extend` offsets that are not there start as copies of trained ones; with `init.optimizer` moments
-    come along, with `init.data_position` the data go on where that run stood.
+    Offsets beyond the recipe's are dropped, and named. With `heads.extend` offsets that are not there start as copies
+    of trained ones; with `init.optimizer` moments come along, with `init.data_position` the data go on where that run
+    stood.
     """
 
     recipe_field = "init.path"
@@ -86,7 +88,7 @@ class InitFrom(Callback):
             reader, fresh = self._view_of(folder, strategy)
             if strategy.ranks.is_first:
                 added = f"; not in there, and fresh: {listed(fresh)}" if fresh else ""
-                say(f"Starting from the weights of {folder.path}{added}")
+                say(f"Starting from the weights of {folder.path}{added}{_dropped(folder.recipe, self._recipe)}")
         strategy.fill(reader)
         if self._recipe.optimizer.ema is not None:
             strategy.fill_averages(reader)
@@ -104,6 +106,9 @@ class InitFrom(Callback):
         if not found:
             if own.heads.extend and theirs.heads.num_offsets < own.heads.num_offsets:
                 view = RenamingReader(reader, self._origins(theirs, folder.path, fresh), fresh=fresh)
+            elif theirs.heads.num_offsets > own.heads.num_offsets:
+                kept = _kept(theirs, own, folder.path)
+                view = RenamingReader(reader, kept, has_moments=own.init.optimizer, fresh=fresh)
             try:
                 check_names(view, strategy.named_parameters())
             except CheckpointError as error:
@@ -113,7 +118,8 @@ class InitFrom(Callback):
                 "init.path must name a model with the parameters and the architecture of this recipe",
                 f"{found}, in {folder.path}",
                 f"Take sections model, heads and adapt from {folder.path / RECIPE_NAME}, or leave init.path out"
-                + ("; `mtp export` merges low-rank updates into the model" if "lora" in found else ""),
+                + ("; `mtp export` merges low-rank updates into the model" if "lora" in found else "")
+                + _hint_of_layers(theirs, own),
             )
         trained = (name for name, parameter in strategy.named_parameters() if parameter.requires_grad)
         if own.init.optimizer and theirs.optimizer.kind != own.optimizer.kind:
@@ -139,6 +145,32 @@ class InitFrom(Callback):
                 "Lower heads.extend, or start from a model with more heads",
             )
         return group
+
+
+def _kept(theirs: Recipe, own: Recipe, folder: Path) -> dict[str, str]:
+    """Name what a model with fewer offsets takes of the stored ones."""
+    kept = kept_parameters(theirs, own.heads.num_offsets)
+    if kept is None:
+        raise CheckpointError(
+            "offsets can be dropped from the last one on where no other reads it",
+            f"heads.order = {theirs.heads.order}, in which the next token's head reads the others, in {folder}",
+            f"Keep all: heads.num_offsets={theirs.heads.num_offsets}",
+        )
+    return {name: name for name in kept}
+
+
+def _dropped(theirs: Recipe, own: Recipe) -> str:
+    """Say which heads of the model that a run starts from it does without."""
+    offsets = range(own.heads.num_offsets + 1, theirs.heads.num_offsets + 1)
+    return f"; dropped: the heads of offset {', '.join(map(str, offsets))}" if offsets else ""
+
+
+def _hint_of_layers(theirs: Recipe, own: Recipe) -> str:
+    """Say how many layers a model with other offsets has in all, if its trunk is to be the same."""
+    wanted = num_trunk_layers(theirs) + num_layers_from_trunk(own)
+    if theirs.heads.num_offsets == own.heads.num_offsets or wanted == own.model.num_hidden_layers:
+        return ""
+    return f"; with heads.num_offsets={own.heads.num_offsets} that is model.num_hidden_layers={wanted}"
 
 
 def _compared(theirs: Recipe, own: Recipe) -> dict[str, tuple[Any, Any]]:
