@@ -93,7 +93,7 @@ def code(
 
     from mtp_lightning.checkpoint.format.folder import open_checkpoint
     from mtp_lightning.evaluation.code.problems import read_problems
-    from mtp_lightning.evaluation.code.samples import SAMPLES, VERDICTS, LineLog, own_folder
+    from mtp_lightning.evaluation.code.samples import SAMPLE, SAMPLES, VERDICT, VERDICTS, LineLog, own_folder
     from mtp_lightning.evaluation.code.sandbox import Limits, Sandbox
 
     sandbox = Sandbox(Limits(seconds=timeout), weak=weak_sandbox) if execute else None
@@ -110,10 +110,10 @@ def code(
     for (task, own), file in zip(problems.items(), data, strict=True):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         request = {**_decisive(context.params), "PATH": model.folder.sha256, "--data": digest}
-        with own_folder(out / task, request), LineLog(out / task / SAMPLES) as log:
+        with own_folder(out / task, request), LineLog(out / task / SAMPLES, SAMPLE) as log:
             results[task] = {"problems": len(own), **_written(model, wanted[task], log), "samples": len(log.lines)}
             if sandbox is not None:
-                with LineLog(out / task / VERDICTS) as verdicts:
+                with LineLog(out / task / VERDICTS, VERDICT) as verdicts:
                     _judge(task, own, log, verdicts, sandbox, is_chat=chat, workers=workers)
                     results[task] |= _scored(task, verdicts, counts)
     if sandbox is None:

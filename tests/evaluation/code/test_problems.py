@@ -12,6 +12,8 @@ from mtp_lightning.evaluation.code.problems import read_problems
 from mtp_lightning.evaluation.code.sandbox import Sandbox
 from tests.evaluation.code import problem_files as files
 
+pytestmark = pytest.mark.xdist_group("sandbox")
+
 
 @pytest.fixture(scope="module")
 def sandbox():
