@@ -1,6 +1,5 @@
 """`mtp eval code`: programs that a model writes, and how many of them pass their tests."""
 
-import hashlib
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from mtp_lightning.cli.targets import JsonOption
 from mtp_lightning.console.errors import screen, table_of
 from mtp_lightning.console.progress import counted, say
 from mtp_lightning.console.tables import write_json
-from mtp_lightning.files.durable import replace_durably
+from mtp_lightning.files.durable import describe_file, replace_durably
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,7 +107,7 @@ def code(
     }
     results = {}
     for (task, own), file in zip(problems.items(), data, strict=True):
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest = describe_file(file, is_synced=True).sha256
         request = {**_decisive(context.params), "PATH": model.folder.sha256, "--data": digest}
         with own_folder(out / task, request), LineLog(out / task / SAMPLES, SAMPLE) as log:
             results[task] = {"problems": len(own), **_written(model, wanted[task], log), "samples": len(log.lines)}
@@ -118,8 +117,8 @@ def code(
                     results[task] |= _scored(task, verdicts, counts)
     if sandbox is None:
         say(f"samples are in {out}; nothing was run: the same command with --execute runs and counts them")
-        return
-    replace_durably(out / RESULTS, json.dumps(results, indent=2).encode() + b"\n")
+    else:
+        replace_durably(out / RESULTS, json.dumps(results, indent=2).encode() + b"\n")
     write_json(json_path, results)
 
 

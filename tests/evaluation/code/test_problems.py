@@ -28,7 +28,12 @@ def test_all_forms_are_read_and_judged(sandbox, tmp_path):
     cases = [
         ("humaneval", "he.jsonl.gz", files.HUMANEVAL, [f"    return x + {number}" for number in range(6)]),
         ("mbpp", "mbpp.jsonl", files.MBPP, ["def add(x): return x + 11", "add = lambda x: x + 12"]),
-        ("apps", "apps.jsonl", files.APPS, [right, "class Solution:\n    def both(self, a, b): return a, b"]),
+        (
+            "apps",
+            "apps.jsonl",
+            files.APPS,
+            [right, "class Solution:\n    def both(self, a, b): return a, b", "same = int"],
+        ),
         ("codecontests", "cc.jsonl", files.CODE_CONTESTS, [right]),
     ]
     for task, name, rows, answers in cases:
@@ -36,8 +41,7 @@ def test_all_forms_are_read_and_judged(sandbox, tmp_path):
         assert len(problems) == len(answers)
         for problem, answer in zip(problems, answers, strict=True):
             assert sandbox.run(program_of(problem, answer, is_chat=False), problem.tests).outcome == "passed"
-            wrong = answer.replace("+", "-").replace("a, b\n", "b, a\n") if "both" not in answer else answer[:-4]
-            assert wrong != answer
+            wrong = answer.replace("+", "-") if "+" in answer else answer[:-3]
             assert sandbox.run(program_of(problem, wrong, is_chat=False), problem.tests).outcome == (
                 "passed" if problem.name == "Own/0" else "failed"
             )

@@ -78,9 +78,10 @@ def sandboxes() -> list[str]:
     return found
 
 
-def passed(sandbox, codes, tests):
+def passed(sandbox, codes, tests, seconds=None):
     with ThreadPoolExecutor(4) as threads:
-        verdicts = dict(zip(codes, threads.map(lambda code: sandbox.run(code, tests), codes.values()), strict=True))
+        found = threads.map(lambda code: sandbox.run(code, tests, seconds=seconds), codes.values())
+        verdicts = dict(zip(codes, found, strict=True))
     return {name: verdict for name, verdict in verdicts.items() if verdict.outcome == "passed"}
 
 
@@ -139,7 +140,7 @@ HEALTHY = {
 
 
 def test_healthy_code_passes(sandbox, around):
-    assert passed(sandbox, HEALTHY, TESTS).keys() == HEALTHY.keys()
+    assert passed(sandbox, HEALTHY, TESTS, seconds=30).keys() == HEALTHY.keys()
 
 
 VALUES = (
@@ -154,14 +155,14 @@ IMPORTS = (
 
 
 def test_values_cross_both_ways_as_they_are(sandbox):
-    code = f"import sys\nsys.set_int_max_str_digits(0)\n{IMPORTS}def given(): return [{VALUES}]\ndef same(x): return x"
-    tests = f"import sys\nsys.set_int_max_str_digits(0)\n{IMPORTS}own = [{VALUES}]\n" + (
+    code = f"{IMPORTS}def given(): return [{VALUES}]\ndef same(x): return x"
+    tests = f"{IMPORTS}own = [{VALUES}]\n" + (
         "assert given() == own == same(own)\n"
         "for a, b, c in zip(given(), own, same(own)):\n"
         "    kind = {Counter: dict, OrderedDict: dict}.get(type(b), type(b))\n"
         "    assert type(a) is type(c) is kind, (a, b, c)\n"
     )
-    assert sandbox.run(code, Calls(tests, ["given", "same"])) == ("passed", "")
+    assert sandbox.run(code, Calls(tests, ["given", "same"]), seconds=30) == ("passed", "")
 
 
 OBJECTS = {
@@ -196,4 +197,4 @@ OBJECTS = {
 
 def test_objects_are_used_where_they_are(sandbox):
     for name, (code, tests, names) in OBJECTS.items():
-        assert sandbox.run(code, Calls(tests, names)) == ("passed", ""), name
+        assert sandbox.run(code, Calls(tests, names), seconds=30) == ("passed", ""), name

@@ -195,6 +195,7 @@ def _judge_calls(job: Job) -> Decided | None:
 def _run_tests(tests: Job, peer: Peer) -> None:
     peer.wait_for("ready")
     random.seed(0)
+    sys.set_int_max_str_digits(0)
     names: dict[str, Any] = {"__name__": "tests"}
     exec(compile(tests["before"], "before.py", "exec"), names)
     code = peer.root
