@@ -135,10 +135,22 @@ def _enclose(job: Job) -> None:
         os.chdir(job["folder"])
     os.umask(0o077)
     walls.give_up_rights(job["user"])
-    walls.limit({**job["limits"], "CORE": 0})
+    walls.die_with_parent(signal.SIGKILL)  # which another user's process has forgotten
+    own = 0 if job["namespaces"] else _num_tasks()
+    walls.limit({**job["limits"], "NPROC": job["limits"]["NPROC"] + own, "CORE": 0})
     sys.path[:] = [path for path in sys.path if path != job["home"]] + job["libraries"]
     os.environ.clear()
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
+
+
+def _num_tasks() -> int:
+    """Count the threads of this user, all of which a limit is about outside of namespaces."""
+    found = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_own = folder.stat().st_uid == os.getuid()
+            found += len(list((folder / "task").iterdir())) if is_own else 0
+    return found
 
 
 def _become_candidate(
