@@ -242,7 +242,7 @@ def _scored(task: str, verdicts: "LineLog", counts: list[int]) -> dict[str, Any]
     passed = passes(verdicts.lines)
     found = figures(passed, counts)
     chosen = best(found)
-    table = table_of(["", "temperature", "samples", "", "95 % interval", ""], left=0)
+    table = table_of(["", "temperature", "samples", "passed", "95 % interval", ""], left=0)
     for figure in sorted(found, key=lambda one: (one.k, one.temperature)):
         num_samples = min(map(len, passed[figure.temperature]))
         mark = "best" if figure in chosen and len(passed) > 1 else ""

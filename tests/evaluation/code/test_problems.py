@@ -136,7 +136,7 @@ def test_published_solutions_pass(sandbox, every):
     assert (len(humaneval), len(mbpp)) == (164, 500)
     problems = [*humaneval, *mbpp][::every]
     jobs = [(solutions[problem.name], problem.tests) for problem in problems]
-    jobs += [(code.replace("return", "None;"), tests) for code, tests in jobs[: 2000 // every**2]]
+    jobs += [(code.replace("return", "None;"), tests) for code, tests in jobs[: 100 // every]]
     with ThreadPoolExecutor(2) as threads:
         verdicts = list(threads.map(lambda job: sandbox.run(*job, seconds=60), jobs))
     assert [p.name for p, v in zip(problems, verdicts, strict=False) if v.outcome != "passed"] == []
