@@ -1,6 +1,5 @@
 """`mtp eval code`: programs that a model writes, and how many of them pass their tests."""
 
-import hashlib
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from mtp_lightning.cli.targets import JsonOption
 from mtp_lightning.console.errors import screen, table_of
 from mtp_lightning.console.progress import counted, say
 from mtp_lightning.console.tables import write_json
-from mtp_lightning.files.durable import replace_durably
+from mtp_lightning.files.durable import describe_file, replace_durably
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,7 +92,7 @@ def code(
 
     from mtp_lightning.checkpoint.format.folder import open_checkpoint
     from mtp_lightning.evaluation.code.problems import read_problems
-    from mtp_lightning.evaluation.code.samples import SAMPLES, VERDICTS, LineLog, own_folder
+    from mtp_lightning.evaluation.code.samples import SAMPLE, SAMPLES, VERDICT, VERDICTS, LineLog, own_folder
     from mtp_lightning.evaluation.code.sandbox import Limits, Sandbox
 
     sandbox = Sandbox(Limits(seconds=timeout), weak=weak_sandbox) if execute else None
@@ -108,18 +107,18 @@ def code(
     }
     results = {}
     for (task, own), file in zip(problems.items(), data, strict=True):
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest = describe_file(file, is_synced=True).sha256
         request = {**_decisive(context.params), "PATH": model.folder.sha256, "--data": digest}
-        with own_folder(out / task, request), LineLog(out / task / SAMPLES) as log:
+        with own_folder(out / task, request), LineLog(out / task / SAMPLES, SAMPLE) as log:
             results[task] = {"problems": len(own), **_written(model, wanted[task], log), "samples": len(log.lines)}
             if sandbox is not None:
-                with LineLog(out / task / VERDICTS) as verdicts:
+                with LineLog(out / task / VERDICTS, VERDICT) as verdicts:
                     _judge(task, own, log, verdicts, sandbox, is_chat=chat, workers=workers)
                     results[task] |= _scored(task, verdicts, counts)
     if sandbox is None:
         say(f"samples are in {out}; nothing was run: the same command with --execute runs and counts them")
-        return
-    replace_durably(out / RESULTS, json.dumps(results, indent=2).encode() + b"\n")
+    else:
+        replace_durably(out / RESULTS, json.dumps(results, indent=2).encode() + b"\n")
     write_json(json_path, results)
 
 
@@ -243,7 +242,7 @@ def _scored(task: str, verdicts: "LineLog", counts: list[int]) -> dict[str, Any]
     passed = passes(verdicts.lines)
     found = figures(passed, counts)
     chosen = best(found)
-    table = table_of(["", "temperature", "samples", "", "95 % interval", ""], left=0)
+    table = table_of(["", "temperature", "samples", "passed", "95 % interval", ""], left=0)
     for figure in sorted(found, key=lambda one: (one.k, one.temperature)):
         num_samples = min(map(len, passed[figure.temperature]))
         mark = "best" if figure in chosen and len(passed) > 1 else ""

@@ -204,15 +204,17 @@ def _apps(rows: Sequence[Row]) -> list[Problem]:
 
 def _apps_problem(row: Row) -> Problem:
     given, starter = row["input_output"], row.get("starter_code") or ""
-    cases = json.loads(given) if isinstance(given, str) else given
+    text = given if isinstance(given, str) else json.dumps(given)
+    cases = json.loads(text, parse_int=str)  # some have more digits than Python reads
+    pairs = list(zip(cases["inputs"], cases["outputs"], strict=True))
     function = cases.get("fn_name")
     prompt = APPS_FORM.format(row["question"], starter, "Call-Based" if function else "Standard Input")
     tests = (
-        _apps_calls(function, cases, has_class="class Solution" in starter)
+        _apps_calls(function, text, has_class="class Solution" in starter)
         if function
-        else Programs([(_joined(i), _joined(o)) for i, o in zip(cases["inputs"], cases["outputs"], strict=True)])
+        else Programs([(_joined(given), _joined(expected)) for given, expected in pairs])
     )
-    if not cases["inputs"]:
+    if not pairs:
         raise ValueError(f"problem {row['problem_id']} has no tests")
     return Problem(
         name=str(row["problem_id"]),
@@ -228,11 +230,11 @@ def _joined(text: str | list[str]) -> str:
     return text if isinstance(text, str) else "\n".join(text)
 
 
-def _apps_calls(function: str, cases: Mapping[str, Any], *, has_class: bool) -> Calls:
+def _apps_calls(function: str, cases: str, *, has_class: bool) -> Calls:
     """Write tests in which a result may be a tuple for a list, or the first of a list of results."""
-    pairs = json.dumps([[given, result] for given, result in zip(cases["inputs"], cases["outputs"], strict=True)])
     source = (
-        f"import json\nfor given, expected in json.loads({pairs!r}):\n"
+        f"import json\ncases = json.loads({cases!r})\n"
+        "for given, expected in zip(cases['inputs'], cases['outputs']):\n"
         f"    result = {'Solution().' if has_class else ''}{function}(*given)\n"
         "    result = list(result) if isinstance(result, tuple) else result\n"
         "    assert result == expected or (isinstance(expected, list) and expected and result == expected[0])\n"

@@ -10,7 +10,7 @@ from mtp_lightning.decode import Settings, generate
 from mtp_lightning.decode.generation import Generation
 from mtp_lightning.decode.settings import resolve_decoder
 from mtp_lightning.decode.text_stream import detokenizer, text_stream
-from mtp_lightning.errors import DecodingError
+from mtp_lightning.errors import DataError, DecodingError
 from mtp_lightning.evaluation.code.answers import cut
 from mtp_lightning.evaluation.code.samples import Line, LineLog
 from mtp_lightning.model.mtp_model import MtpModel
@@ -94,7 +94,20 @@ class Speed:
 
 
 def num_done(log: LineLog, batches: Sequence[Sequence[Place]]) -> int:
-    """Count the batches that are there whole, and cut off what follows them."""
+    """Count the batches that are there whole, and cut off what follows them.
+
+    Raises:
+        DataError: Other samples than those that were asked for are there.
+    """
+    places = [place for batch in batches for place in batch]
+    for number, line in enumerate(log.lines, 1):
+        there = Place(line["task_id"], line["temperature"], line["sample"])
+        if number > len(places) or there != places[number - 1]:
+            raise DataError(
+                "samples must be there in the order in which they were asked for",
+                f"sample {there.sample} of {there.problem} at temperature {there.temperature:g} in line {number}",
+                "Put back what was there, or give another --out",
+            )
     num_lines, number = 0, 0
     while number < len(batches) and num_lines + len(batches[number]) <= len(log.lines):
         num_lines += len(batches[number])

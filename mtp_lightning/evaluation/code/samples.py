@@ -9,7 +9,7 @@ A killed evaluation goes on behind the last whole batch. A batch is a pure funct
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self, final
@@ -24,24 +24,43 @@ SAMPLES: Final = "samples.jsonl"
 VERDICTS: Final = "verdicts.jsonl"
 Request = dict[str, Any]
 Line = dict[str, Any]
+PLACE: Final[Mapping[str, Any]] = {"task_id": str, "temperature": (int, float), "sample": int}
+SAMPLE: Final = {**PLACE, "completion": str}
+VERDICT: Final = {**PLACE, "outcome": str}
+"""Fields of the lines."""
 
 
 @final
 class LineLog:
     """A file of JSON objects, one a line, that only grows; what a killed process left of a line is cut off."""
 
-    def __init__(self, path: Path) -> None:
-        """Take up what is there."""
+    def __init__(self, path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> None:
+        """Take up what is there.
+
+        Args:
+            path: The file; it need not be there.
+            fields: What each line has.
+
+        Raises:
+            DataError: A line that is not the last one is something else.
+        """
         self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
         sync(path.parent)
         self.lines: list[Line] = []
         self._ends = [0]
         for content in self._file:
-            line = _parsed(content)
+            line = _parsed(content, fields)
             if line is None:
                 break
             self.lines.append(line)
             self._ends.append(self._ends[-1] + len(content))
+        if self._file.read(1):
+            self._file.close()
+            raise DataError(
+                f"every line of {path} must be as it was written",
+                f"line {len(self.lines) + 1}: {shown(content.decode(errors='replace'))}",
+                f"Correct it, or remove it and those behind it, or all of {path.name}",
+            )
         self.cut(len(self.lines))
 
     def cut(self, num_lines: int) -> None:
@@ -67,12 +86,13 @@ class LineLog:
         self._file.close()
 
 
-def _parsed(content: bytes) -> Line | None:
+def _parsed(content: bytes, fields: Mapping[str, type | tuple[type, ...]]) -> Line | None:
     try:
         line = json.loads(content)
     except (ValueError, RecursionError):
         return None
-    return line if content.endswith(b"\n") and isinstance(line, dict) else None
+    is_whole = content.endswith(b"\n") and isinstance(line, dict)
+    return line if is_whole and all(isinstance(line.get(name), kind) for name, kind in fields.items()) else None
 
 
 @contextmanager

@@ -114,7 +114,7 @@ PROCESSES = {
     "leaves a child": "import os, time\nif os.fork() == 0:\n    time.sleep(1000)\ndef f(x): return x + 1",
     "leaves a daemon": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(1000)\n"
     "    os._exit(0)\ndef f(x): return x + 1",
-    "leaves a program": "import subprocess\nsubprocess.Popen(['sleep', '1000'], start_new_session=True)\ndef f(x): return x + 1",
+    "leaves a program": "import subprocess\nsubprocess.Popen(['sleep', '98765'], start_new_session=True)\ndef f(x): return x + 1",
     "leaves a child that ignores all": "import os, signal\nif os.fork() == 0:\n    for n in range(1, 65):\n"
     "        try: signal.signal(n, signal.SIG_IGN)\n        except (OSError, ValueError): pass\n    while 1: pass\n"
     "def f(x): return x + 1",

@@ -62,6 +62,11 @@ APPS = [
         "starter_code": "class Solution:\n    def both(self, a, b):\n",
         "input_output": {"fn_name": "both", "inputs": [[1, 2], [3, 4]], "outputs": [[1, 2], [[3, 4]]]},
     },
+    {
+        "problem_id": 9,
+        "question": "Return it.",
+        "input_output": f'{{"fn_name": "same", "inputs": [[{"7" * 5000}]], "outputs": [{"7" * 5000}]}}',
+    },
 ]
 CODE_CONTESTS = [
     {

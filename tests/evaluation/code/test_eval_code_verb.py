@@ -1,6 +1,7 @@
 """`mtp eval code` on a tiny model: whole, killed and taken up, scored later, refused."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -11,9 +12,11 @@ from mtp_lightning.errors import SandboxError
 from mtp_lightning.evaluation.code.sandbox import Sandbox
 from tests.checkpoint.runs import save_run
 from tests.evaluation.code import problem_files as files
+from tests.evaluation.code.test_sandbox import is_empty
 from tests.support import warm
 from tests.support.tiny import tiny_model, tiny_recipe
 
+pytestmark = pytest.mark.xdist_group("sandbox")
 SAMPLING = (
     "--samples",
     "2",
@@ -104,6 +107,7 @@ def test_a_killed_evaluation_that_is_taken_up_gives_the_same(here, tmp_path, nee
             time.sleep(0.002)
         process.kill()
         process.communicate()
+        assert is_empty()
         assert not (killed / "results.json").exists()
         with path.open("ab") as file:
             file.write(b'{"task_id": "Own/')  # half a line, as of a machine that died
@@ -127,6 +131,30 @@ REFUSED = {
     "weak, not run": (("--weak-sandbox",), "needs --execute"),
     "no template": (("--data", "x", "--tasks", "mbpp"), "must name one file"),
 }
+
+
+SPOILT = {
+    "no JSON": ("{", "samples.jsonl must be as it was written"),
+    "no sample": ("{}", "line 3: {}"),
+    "another": (
+        '{"task_id": "x", "temperature": 0, "sample": 0, "completion": ""}',
+        "sample 0 of x at temperature 0 in line 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_samples_that_somebody_has_spoilt_are_refused_and_kept(here, tmp_path, begun, name):
+    line, found = SPOILT[name]
+    out = shutil.copytree(begun, tmp_path / "out")
+    path = out / "humaneval/samples.jsonl"
+    texts = path.read_text().splitlines()
+    path.write_text("\n".join([*texts[:2], line, *texts[2:]]) + "\n")
+    before = path.read_bytes()
+    done = called(*words(here, out, "--max-new-tokens", "4"))
+    assert done.exit_code == 87
+    assert found in " ".join(done.output.split())
+    assert path.read_bytes() == before
 
 
 @pytest.fixture(scope="module")

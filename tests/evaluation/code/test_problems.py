@@ -12,6 +12,8 @@ from mtp_lightning.evaluation.code.problems import read_problems
 from mtp_lightning.evaluation.code.sandbox import Sandbox
 from tests.evaluation.code import problem_files as files
 
+pytestmark = pytest.mark.xdist_group("sandbox")
+
 
 @pytest.fixture(scope="module")
 def sandbox():
@@ -26,7 +28,12 @@ def test_all_forms_are_read_and_judged(sandbox, tmp_path):
     cases = [
         ("humaneval", "he.jsonl.gz", files.HUMANEVAL, [f"    return x + {number}" for number in range(6)]),
         ("mbpp", "mbpp.jsonl", files.MBPP, ["def add(x): return x + 11", "add = lambda x: x + 12"]),
-        ("apps", "apps.jsonl", files.APPS, [right, "class Solution:\n    def both(self, a, b): return a, b"]),
+        (
+            "apps",
+            "apps.jsonl",
+            files.APPS,
+            [right, "class Solution:\n    def both(self, a, b): return a, b", "same = int"],
+        ),
         ("codecontests", "cc.jsonl", files.CODE_CONTESTS, [right]),
     ]
     for task, name, rows, answers in cases:
@@ -34,8 +41,7 @@ def test_all_forms_are_read_and_judged(sandbox, tmp_path):
         assert len(problems) == len(answers)
         for problem, answer in zip(problems, answers, strict=True):
             assert sandbox.run(program_of(problem, answer, is_chat=False), problem.tests).outcome == "passed"
-            wrong = answer.replace("+", "-").replace("a, b\n", "b, a\n") if "both" not in answer else answer[:-4]
-            assert wrong != answer
+            wrong = answer.replace("+", "-") if "+" in answer else answer[:-3]
             assert sandbox.run(program_of(problem, wrong, is_chat=False), problem.tests).outcome == (
                 "passed" if problem.name == "Own/0" else "failed"
             )
@@ -130,7 +136,7 @@ def test_published_solutions_pass(sandbox, every):
     assert (len(humaneval), len(mbpp)) == (164, 500)
     problems = [*humaneval, *mbpp][::every]
     jobs = [(solutions[problem.name], problem.tests) for problem in problems]
-    jobs += [(code.replace("return", "None;"), tests) for code, tests in jobs[: 2000 // every**2]]
+    jobs += [(code.replace("return", "None;"), tests) for code, tests in jobs[: 100 // every]]
     with ThreadPoolExecutor(2) as threads:
         verdicts = list(threads.map(lambda job: sandbox.run(*job, seconds=60), jobs))
     assert [p.name for p, v in zip(problems, verdicts, strict=False) if v.outcome != "passed"] == []

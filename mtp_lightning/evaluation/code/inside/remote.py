@@ -19,7 +19,12 @@ from mtp_lightning.evaluation.code.inside.frames import ClosedError, receive, se
 
 MOST_BYTES = 1 << 24  # of one answer
 COLLECTIONS: dict[str, Any] = {"l": list, "t": tuple, "s": set, "f": frozenset, "q": deque}
-EXACTLY: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__pos__, float: float.__pos__}
+SHORT = 1 << 63
+EXACTLY: dict[type, Callable[[Any], Any]] = {
+    str: str.__str__,
+    int: lambda value: number if abs(number := int.__pos__(value)) < SHORT else ["i", hex(number)],
+    float: float.__pos__,
+}
 WRITTEN: dict[type, Callable[[Any], Any]] = {
     complex: lambda value: ["c", value.real, value.imag],
     bytes: lambda value: ["b", bytes(value).decode("latin1")],
@@ -34,6 +39,7 @@ WRITTEN: dict[type, Callable[[Any], Any]] = {
     numbers.Integral: int,
 }
 READ: dict[str, Callable[..., Any]] = {
+    "i": lambda digits: int(digits, 16),  # of any number of digits
     "c": complex,
     "b": lambda text: text.encode("latin1"),
     "B": lambda text: bytearray(text.encode("latin1")),
