@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from mtp_lightning.decode import Settings, generate
+from mtp_lightning.decode.adaptive import step_costs
 from mtp_lightning.decode.packed_linear import PackedLinear, pack_linear_maps
 from mtp_lightning.decode.state import DecodeState, prefill, verify
 from mtp_lightning.recipe.draft_vocabulary import with_draft_ids
@@ -109,3 +110,11 @@ def fed_scores(model, prompt, text, *, size):
         session.commit(torch.tensor([text[start + 1 : start + size + 1]]), torch.tensor([size - 1]))
         session.note_progress()
     return torch.cat(scores)
+
+
+def test_positions_that_packed_maps_verify_count_as_cheap():
+    """What another draft costs is its module and its scores, hardly the position that it takes."""
+    plain = wide_model("parallel")
+    costs = step_costs(plain, 3), step_costs(pack_linear_maps(copy.deepcopy(plain)), 3)
+    assert costs[1][0] == costs[0][0]
+    assert all(packed < other for packed, other in zip(costs[1][1:], costs[0][1:], strict=True))
