@@ -9,14 +9,16 @@ from typing import final
 
 import torch
 
+from mtp_lightning.decode.packed_linear import PackedLinear
 from mtp_lightning.decode.state import main_path
 from mtp_lightning.model.mtp_model import MtpModel
 
 MEMORY = 0.95  # weight that an observation keeps when another one follows
 BELIEF = 2.0  # observations that all drafts are kept, to begin with
 FIRST_WAIT, LONGEST_WAIT = 16, 256  # steps until longer drafts are tried again
-SHARE_OF_ONE_MORE = {"cpu": 0.2, "cuda": 0.02}
-"""What another token in a forward costs, in forwards of one token: on a GPU these wait for the weights to be read."""
+SHARE_OF_ONE_MORE = {"cpu": 0.2, "packed": 0.06, "cuda": 0.02}
+"""What another token in a forward costs, in forwards of one token: on a GPU these wait for the weights to be read, and so
+they do on a CPU by packed maps."""
 
 
 @final
@@ -65,7 +67,8 @@ class AdaptiveLength:
 
 def step_costs(model: MtpModel, longest: int) -> list[float]:
     """Estimate what a step with 0, 1, ..., `longest` drafts costs, in weights read."""
-    device = model.trunk.embed_tokens.weight.device.type
+    is_packed = isinstance(model.unembedding.lm_heads[0], PackedLinear)
+    device = "packed" if is_packed else model.trunk.embed_tokens.weight.device.type
     share = SHARE_OF_ONE_MORE.get(device, SHARE_OF_ONE_MORE["cuda"])
     path = main_path(model)
     matrix = _num_weights(model.unembedding.lm_heads[0])

@@ -59,7 +59,7 @@ def head_scores(session: DecodeState, num_drafts: int) -> Tensor:
         return torch.stack([session.draft_scores(k, state) for k, state in zip(offsets, last, strict=True)], 1)
     normed = torch.stack([model.unembedding.normalize(k, state) for k, state in zip(offsets, last, strict=True)], 1)
     if session.vocabulary is not None:
-        return model.unembedding.draft_logits(0, normed, session.draft_rows[0])
+        return session.draft_logits(0, normed)
     scores: Tensor = model.unembedding.lm_heads[0](normed)  # the matrix is read once for all
     return scores
 

@@ -11,6 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from mtp_lightning.decode.packed_linear import PACKED
 from mtp_lightning.decode.transformers_windows import TransformersWindows
 from mtp_lightning.model.heads import TRUNK
 from mtp_lightning.model.layers import Geometry, layers_of
@@ -18,6 +19,7 @@ from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.model.positions import AttentionInputs, KVCache, rotary_tables
 from mtp_lightning.recipe.schema.model import ModelSection
 
+MOST_ONE_BY_ONE = 16  # positions of a window; a wider one is masked
 Layers = dict[object, tuple[Tensor, Tensor]]
 
 
@@ -86,6 +88,7 @@ class Cache:
         self._starts: dict[int, Tensor] = {}  # by number of heads K: (B, K, 1)
         self._stacks: dict[int, Layers] = {}  # by offset
         self._slots = torch.arange(capacity, device=weight.device)  # (C,)
+        self._goes_one_by_one = not model.section.is_foreign and (weight.device.type, weight.dtype) == PACKED
         self._windows = (
             TransformersWindows(model)
             if model.section.is_foreign
@@ -105,6 +108,8 @@ class Cache:
         reach = min(reach, self.capacity)
         if aligned and (num_positions == 1 or num_positions == reach):
             mask = None
+        elif aligned and self._goes_one_by_one and num_positions <= MOST_ONE_BY_ONE:
+            mask = None  # a mask changes the order of sums; without it drafting changes not one bit of the scores
         else:
             mask = (self._slots[:reach] <= slots[:, :, None])[:, None]  # (B, 1, T, S)
         return Window(slots, self._windows(slots, mask, self._slots[None, :reach]), reach)

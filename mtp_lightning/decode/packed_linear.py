@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.model.mtp_model import MtpModel
+from mtp_lightning.model.unembedding import Unembedding
 
 PACKED = ("cpu", torch.bfloat16)
 
@@ -29,6 +30,15 @@ class PackedLinear(nn.Linear):
         """Apply the map: (..., D) -> (..., E)."""
         output: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._packed, self.bias, "none", [], "")
         return output
+
+
+def draft_map(unembedding: Unembedding, index: int) -> nn.Linear:
+    """Make the map that scores the draft vocabulary, D -> V', of a matrix: packed where the matrix is."""
+    rows, bias = unembedding.draft_rows(index).detach(), unembedding.draft_bias(index)
+    plain = nn.Linear(rows.shape[1], len(rows), bias=False, device="meta")
+    plain.weight = nn.Parameter(rows, requires_grad=False)
+    plain.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return PackedLinear(plain) if isinstance(unembedding.lm_heads[index], PackedLinear) else plain
 
 
 def pack_linear_maps(model: MtpModel) -> MtpModel:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decode.kv_cache import Cache, Window, has_layers
+from mtp_lightning.decode.packed_linear import draft_map
 from mtp_lightning.decode.transformers_windows import check_states
 from mtp_lightning.model.heads import TRUNK, HeadContext
 from mtp_lightning.model.mtp_model import MtpModel
@@ -51,7 +52,7 @@ class DecodeState:
         unembedding = model.unembedding
         self.vocabulary = unembedding.drafts  # of drafts; None for all V
         scored = {unembedding.matrix_index(offset) for offset in drafting} if self.vocabulary is not None else set()
-        self.draft_rows = {index: unembedding.draft_rows(index) for index in scored}
+        self.draft_maps = {index: draft_map(unembedding, index) for index in scored}
         read = {model.parent_of(offset) for offset in self.drafting} - {*self.drafting}
         self.draft_states = self._allocate_anchors(read | ({*drafting} & {*self.path}))
 
@@ -82,8 +83,11 @@ class DecodeState:
         unembedding = self.model.unembedding
         if self.vocabulary is None:
             return unembedding.logits(offset, state)
-        index = unembedding.matrix_index(offset)
-        return unembedding.draft_logits(index, unembedding.normalize(offset, state), self.draft_rows[index])
+        return self.draft_logits(unembedding.matrix_index(offset), unembedding.normalize(offset, state))
+
+    def draft_logits(self, index: int, normed: Tensor) -> Tensor:
+        """Score the draft vocabulary by rows of a matrix: normed (..., D) -> (..., V')."""
+        return self.model.unembedding.logit_map(self.draft_maps[index](normed))
 
     def keep_anchors(self, states: dict[int, Tensor], slots: Tensor) -> None:
         """Keep the states that drafting begins from: (B, T, D) at (B, T) slots."""

@@ -73,16 +73,25 @@ class Attention(nn.Module):
         query, key = rotate(query, geometry), rotate(key, geometry)
         if geometry.past is not None:
             key, value = geometry.past.extend(self, key, value)  # (B, K, S, W)
-        mixed = F.scaled_dot_product_attention(
+        mixed = self._attend(query, key, value, geometry.mask)
+        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return output
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend from T positions, the last of S: (B, H, T, W), two (B, K, S, W) -> (B, H, T, W)."""
+        num_positions, reach = query.shape[2], key.shape[2]
+        if mask is None and 1 < num_positions < reach:  # one by one, so that each is computed as if it came alone
+            ends = range(reach - num_positions + 1, reach + 1)
+            each = zip(query.split(1, 2), ends, strict=True)
+            return torch.cat([self._attend(one, key[:, :, :end], value[:, :, :end], None) for one, end in each], 2)
+        return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=geometry.mask,
-            is_causal=geometry.mask is None and key.shape[2] == query.shape[2],
+            attn_mask=mask,
+            is_causal=mask is None and reach == num_positions,
             enable_gqa=self.is_grouped,
         )
-        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
-        return output
 
     def _split(self, projected: Tensor) -> Tensor:
         return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)

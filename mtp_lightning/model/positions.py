@@ -24,7 +24,7 @@ class KVCache(ABC):
 class AttentionInputs(NamedTuple):
     """Rotary tables and attention mask of a batch of windows.
 
-    `mask` None means plain causal attention over the window, or, for a single new position, all of the past.
+    `mask` None means plain causal attention over the window, and to all of a past that comes before it.
     """
 
     cos: Tensor  # (B or 1, 1, T, R), R of a head's W channels are turned

@@ -91,10 +91,9 @@ class Unembedding(nn.Module):
         scores: Tensor = self.lm_heads[self.matrix_index(offset)](self.normalize(offset, hidden))
         return self.logit_map(scores)
 
-    def draft_logits(self, index: int, normed: Tensor, rows: Tensor) -> Tensor:
-        """Score the draft vocabulary by copied rows, (V', D), of a matrix: normed (..., D) -> (..., V')."""
-        bias = self._bias(-1 - index)
-        return self.logit_map(nn.functional.linear(normed, rows, bias))
+    def draft_bias(self, index: int) -> Tensor | None:
+        """What is added to the scores of the draft vocabulary by a matrix, (V',)."""
+        return self._bias(-1 - index)
 
     def draft_rows(self, index: int) -> Tensor:
         """Rows of a matrix that score the draft vocabulary, (V', D): a copy that is kept where the matrix is frozen."""

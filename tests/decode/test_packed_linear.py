@@ -8,8 +8,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from mtp_lightning.decode import Settings, generate
+from mtp_lightning.decode.adaptive import step_costs
 from mtp_lightning.decode.packed_linear import PackedLinear, pack_linear_maps
-from mtp_lightning.decode.state import DecodeState, prefill
+from mtp_lightning.decode.state import DecodeState, prefill, verify
 from mtp_lightning.recipe.draft_vocabulary import with_draft_ids
 from tests.decode.oracles import PROMPTS
 from tests.support.architectures import architecture_recipe
@@ -83,3 +84,37 @@ def test_updates_and_embeddings_stay_as_they_are():
 def test_other_types_are_left_alone(dtype):
     model = pack_linear_maps(wide_model("parallel").to(dtype))
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", sorted(HEAD_KINDS))
+def test_drafting_changes_not_one_bit(kind):
+    """Scores of a step with drafts are those of steps without, so that no tie is settled otherwise."""
+    model = pack_linear_maps(wide_model(kind, WIDE | {"num_attention_heads": 6, "num_key_value_heads": 2}))
+    prompt = torch.randint(200, (57,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = generate(model, [prompt], Settings(max_new_tokens=31, decoder="greedy")).tokens[0]
+    plain = fed_scores(model, prompt, text, size=1)
+    for size in (2, 3, 5):
+        assert torch.equal(fed_scores(model, prompt, text, size=size), plain)
+
+
+@torch.inference_mode()
+def fed_scores(model, prompt, text, *, size):
+    """The main head's scores of a text that is fed so many tokens at a time, (30, V)."""
+    session = DecodeState(model, [prompt], max_drafts=0, remaining=40, seed=0)
+    prefill(session)
+    session.tokens[0, len(prompt)] = text[0]
+    session.note_progress()
+    scores = []
+    for start in range(0, 30, size):
+        scores.append(verify(session, torch.tensor([text[start + 1 : start + size]], dtype=torch.long))[0])
+        session.commit(torch.tensor([text[start + 1 : start + size + 1]]), torch.tensor([size - 1]))
+        session.note_progress()
+    return torch.cat(scores)
+
+
+def test_positions_that_packed_maps_verify_count_as_cheap():
+    """What another draft costs is its module and its scores, hardly the position that it takes."""
+    plain = wide_model("parallel")
+    costs = step_costs(plain, 3), step_costs(pack_linear_maps(copy.deepcopy(plain)), 3)
+    assert costs[1][0] == costs[0][0]
+    assert all(packed < other for packed, other in zip(costs[1][1:], costs[0][1:], strict=True))
