@@ -53,6 +53,9 @@ class Books:
     products: dict[str, int] = field(default_factory=dict)  # matrix products of all steps, by type
     loss_scale: float = 1.0
     held: dict[str, int] = field(default_factory=dict)
+    launches: list[dict[str, int]] = field(default_factory=list)  # of each step, by line
+    moved: list[dict[str, int]] = field(default_factory=list)  # bytes
+    waits: list[dict[str, int]] = field(default_factory=list)
 
 
 def run_fit(
@@ -123,6 +126,8 @@ class _Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         self.books.peaks_bytes.append(self.ledger.peak)
+        for name in ("launches", "moved", "waits"):
+            getattr(self.books, name).append(dict(getattr(self.ledger, name)))
         self.books.loss_scale = trainer.strategy.gradient_scale
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
