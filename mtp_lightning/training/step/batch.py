@@ -1,9 +1,10 @@
 """Prepare one rank's share of a global batch: targets, weights of the offsets, counts, micro-batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mtp_lightning.losses.distillation import teacher_positions
@@ -77,6 +78,14 @@ def weights_at(recipe: Recipe, step: int) -> list[float]:
     weights = offset_weights(recipe.objective.weights, recipe.heads.num_offsets, step, recipe.run.steps)
     num_without = first_offset_with_loss(recipe) - 1
     return [0.0] * num_without + weights[num_without:]
+
+
+def filled(values: Sequence[float], like: Tensor) -> Tensor:
+    """Put numbers of the host where a tensor is, in its type, (N,): by kernels that are told them, not by a copy.
+
+    A copy from the host would wait for all that the device has still to do.
+    """
+    return torch.stack([like.new_full((), value) for value in values])
 
 
 def _micro_batches(batch: Batch, targets: Tensor, size: int) -> Iterator[MicroBatch]:

@@ -42,7 +42,7 @@ class Ledger(TorchDispatchMode):
         held: by line of the package, the bytes it took that are alive when `watch_bytes` are, if that is given.
         launches, moved: by line of the package, kernels that eager torch launches and bytes that they read and write,
             since `reset`. Views launch none.
-        waits: by what is asked for and the line, how often the host waits for the device, since `reset`.
+        waits: by what is asked for and the function, how often the host waits for the device, since `reset`.
     """
 
     def __init__(self, watch_bytes: float | None = None) -> None:
@@ -67,13 +67,17 @@ class Ledger(TorchDispatchMode):
         else:
             self.collectives.append(Collective(name, str(tensor.device), tuple(tensor.shape), str(tensor.dtype)))
 
+    def wait(self, what: str) -> None:
+        """Book that the host waits for the device."""
+        self.waits[f"{what} {_function()}"] += 1
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name
         if name.startswith("prim::"):
             return func(*args, **kwargs)
         given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
         if name in WAITING and given[0].is_cuda:
-            self.waits[f"{name.removeprefix('aten::')} {_where()}"] += 1
+            self.wait(name.removeprefix("aten::"))
         if func is aten._local_scalar_dense.default:
             return _value(args[0].dtype)
         if func in OF_UNKNOWN_LENGTH:
@@ -91,7 +95,7 @@ class Ledger(TorchDispatchMode):
             self._book(name, given, made)
         if name in ("aten::_to_copy", "aten::copy_") and not (kwargs.get("non_blocking") or args[2:3] == (True,)):
             if {given[-1].device.type, made[0].device.type} == {"cpu", "cuda"}:
-                self.waits[f"copy to {made[0].device.type} {_where()}"] += 1
+                self.wait(f"copy to {made[0].device.type}")
         if name in ("aten::mm", "aten::addmm", "aten::bmm") and made[0].device.type == "cuda":
             left = args[1 if name == "aten::addmm" else 0]
             self.products[str(left.dtype).removeprefix("torch.")] += 1
@@ -153,6 +157,15 @@ def _where() -> str:
         if PACKAGE in path and "site-packages" not in path:
             return f"{path.split(PACKAGE)[-1]}:{frame.f_lineno}"
     return "autograd, optimizer or library"
+
+
+def _function() -> str:
+    """Name the file and function of the package that something happens in."""
+    for frame in _frames(60):
+        path = frame.f_code.co_filename
+        if PACKAGE in path and "site-packages" not in path:
+            return f"{path.split(PACKAGE)[-1]} {frame.f_code.co_name}"
+    return "library"
 
 
 def _frames(most: int) -> Iterator[Any]:
