@@ -23,6 +23,7 @@ class MicroBatch(NamedTuple):
     tokens: Tensor  # (B, T+n)
     documents: Tensor  # (B, T+n)
     targets: Tensor  # (N, B, T)
+    starts: Tensor | None = None  # (B, M) where documents begin, to attend to them one by one
     sources: Tensor | None = None  # (B,) which source of a mixture a held-out sequence comes from
 
 
@@ -48,7 +49,8 @@ def prepare_batch(batch: Batch, recipe: Recipe, step: int | None) -> PreparedBat
     """Shift the targets, weigh the offsets, count, and cut into micro-batches; no communication, no host wait.
 
     Args:
-        batch: `tokens` and `documents`, both (B, T+n); `loss_mask`, (B, T+n), and `sources`, (B,), where there are.
+        batch: `tokens` and `documents`, both (B, T+n); `loss_mask`, (B, T+n), `starts`, (B, M), and `sources`, (B,),
+            where there are.
         recipe: says how many offsets, which weights, and how many sequences a micro-batch has.
         step: 0-based number of the optimizer step; None for held-out sequences, of which every offset weighs 1.
     """
@@ -91,5 +93,5 @@ def filled(values: Sequence[float], like: Tensor) -> Tensor:
 def _micro_batches(batch: Batch, targets: Tensor, size: int) -> Iterator[MicroBatch]:
     for start in range(0, len(batch["tokens"]), size):
         rows = slice(start, start + size)
-        sources = batch["sources"][rows] if "sources" in batch else None
-        yield MicroBatch(batch["tokens"][rows], batch["documents"][rows], targets[:, rows], sources)
+        starts, sources = (batch[name][rows] if name in batch else None for name in ("starts", "sources"))
+        yield MicroBatch(batch["tokens"][rows], batch["documents"][rows], targets[:, rows], starts, sources)

@@ -76,8 +76,8 @@ def gradient_norms(
 ) -> dict[str, float]:
     """L2 norm of the gradient of each role and of all together, by role name and `all`; the same on every rank.
 
-    One sum over the ranks, on their device wherever the gradients are, and one wait for it. Where this rank's loss is given, `all` is finite only if
-    the losses of all ranks are.
+    One sum over the ranks, on their device wherever the gradients are, and one wait for it. Where this rank's loss is
+    given, `all` is finite only if the losses of all ranks are.
     """
     gradients: dict[str, list[Tensor]] = {}
     for shard in shards:

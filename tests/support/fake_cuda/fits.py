@@ -249,7 +249,10 @@ def of_package(ledger: Ledger, recipe: Recipe, rank: int) -> Iterator[Any]:
         ledger.note("gather of metrics", result)
         return [result] * recipe.strategy.num_ranks
 
-    yield mock.patch.object(torch.cuda, "synchronize", lambda *args: ledger.wait("synchronize"))
+    def synchronize(*args: Any) -> None:
+        ledger.wait("synchronize")
+
+    yield mock.patch.object(torch.cuda, "synchronize", synchronize)
 
     def join(*args: Any, **kwargs: Any) -> None:
         ledger.note(f"join with GPU {torch.cuda.current_device()}")  # the one that NCCL takes

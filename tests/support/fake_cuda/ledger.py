@@ -20,6 +20,7 @@ PACKAGE = "/mtp_lightning/"
 LAUNCH_NOTHING = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::resize_"}
 PICKING = {"aten::gather", "aten::embedding", "aten::index", "aten::index_select", "aten::slice_backward"}
 """Operators that read of their largest operand only as much as they write."""
+COPIES, PRODUCTS = {"aten::_to_copy", "aten::copy_"}, {"aten::mm", "aten::addmm", "aten::bmm"}
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2"}
 
 
@@ -89,20 +90,26 @@ class Ledger(TorchDispatchMode):
         # a sum made inside the product has no kernel for tensors without memory
         result = kwargs["out"] if func is aten.addmm.dtype_out else func(*args, **kwargs)
         made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
-        if name.startswith("c10d::"):
-            self.note(name.removeprefix("c10d::"), given[0])
-        if any(leaf.is_cuda for leaf in (*given, *made)) and not func.is_view and name not in LAUNCH_NOTHING:
-            self._book(name, given, made)
-        if name in ("aten::_to_copy", "aten::copy_") and not (kwargs.get("non_blocking") or args[2:3] == (True,)):
-            if {given[-1].device.type, made[0].device.type} == {"cpu", "cuda"}:
-                self.wait(f"copy to {made[0].device.type}")
-        if name in ("aten::mm", "aten::addmm", "aten::bmm") and made[0].device.type == "cuda":
-            left = args[1 if name == "aten::addmm" else 0]
-            self.products[str(left.dtype).removeprefix("torch.")] += 1
+        self._note_work(func, name, args, kwargs, given, made)
         for leaf in made:
             if leaf.device.type == "cuda":
                 self._hold(leaf.untyped_storage())
         return result
+
+    def _note_work(
+        self, func: Any, name: str, args: Any, kwargs: Any, given: list[torch.Tensor], made: list[torch.Tensor]
+    ) -> None:
+        """Book a collective, a kernel, a copy that the host waits for, a product."""
+        if name.startswith("c10d::"):
+            self.note(name.removeprefix("c10d::"), given[0])
+        if any(leaf.is_cuda for leaf in (*given, *made)) and not func.is_view and name not in LAUNCH_NOTHING:
+            self._book(name, given, made)
+        blocks = name in COPIES and not (kwargs.get("non_blocking") or args[2:3] == (True,))
+        if blocks and {given[-1].device.type, made[0].device.type} == {"cpu", "cuda"}:
+            self.wait(f"copy to {made[0].device.type}")
+        if name in PRODUCTS and made[0].device.type == "cuda":
+            left = args[1 if name == "aten::addmm" else 0]
+            self.products[str(left.dtype).removeprefix("torch.")] += 1
 
     def _book(self, name: str, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
         sizes = sorted(leaf.nbytes for leaf in (*given, *made) if leaf.is_cuda)
