@@ -82,19 +82,6 @@ def positions_in_document(documents: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
-def document_starts(documents: Tensor) -> Tensor:
-    """Find where the documents of each row begin, (B, T) -> (B, M); rows of fewer than M end in empty ones at T.
-
-    On the host, before the rows go to a GPU: M is a shape, which a GPU would have to be waited for.
-    """
-    num_positions = documents.shape[1]
-    is_start = torch.ones_like(documents, dtype=torch.bool)
-    is_start[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    index = torch.arange(num_positions, device=documents.device)
-    most = int(is_start.sum(1).max())
-    return torch.where(is_start, index, num_positions).sort(1).values[:, :most]
-
-
 def rotary_tables(positions: Tensor, section: ModelSection, *, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles, two equal halves as in HF: (B, T) -> two (B, 1, T, R)."""
     exact = torch.promote_types(like.dtype, torch.float32)

@@ -19,9 +19,7 @@ from torch import Tensor
 from mtp_lightning.losses.target_checks import ORACLE_STEPS, TargetCountCheck, check_targets
 from mtp_lightning.model.freezing import check_trained, freeze
 from mtp_lightning.model.mtp_model import MtpModel
-from mtp_lightning.model.positions import document_starts
 from mtp_lightning.planner.flops import tokens_after
-from mtp_lightning.recipe.document_attention import attends_one_by_one
 from mtp_lightning.recipe.loading.load import RecipeLike, as_recipe
 from mtp_lightning.training.draft_vocabulary import with_draft_vocabulary
 from mtp_lightning.training.step.backward_order import accumulate_gradients, evaluate
@@ -106,12 +104,6 @@ class MtpLightningModule(L.LightningModule):
         self.target_check = TargetCountCheck()
         self.num_checked_steps = 0
         self.throughput = ThroughputClock(self.recipe, self.global_step)
-
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Find where documents begin, while the rows are on the host, if they are attended to one by one."""
-        if attends_one_by_one(self.recipe, self.device.type):
-            batch["starts"] = document_starts(batch["documents"][:, : -self.recipe.heads.num_offsets])
-        return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Run one optimizer step over this rank's sequences of the global batch.

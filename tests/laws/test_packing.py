@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from mtp_lightning.data.loading.datamodule import document_starts
 from mtp_lightning.model import layers
-from mtp_lightning.model.positions import document_starts, positions_in_document
+from mtp_lightning.model.positions import positions_in_document
 from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe
 
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from mtp_lightning.checkpoint.format.folder import complete_checkpoints
+from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.launch.rank_env import local_rank_info
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.ranks import Ranks
@@ -169,6 +170,7 @@ class _Rows(L.LightningDataModule):
     """Rows of zeros on the host, as loaders give them."""
 
     rows_consumed = 0
+    on_before_batch_transfer = MtpDataModule.on_before_batch_transfer
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
