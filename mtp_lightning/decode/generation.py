@@ -7,6 +7,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mtp_lightning.decode.adaptive import AdaptiveLength, step_costs
 from mtp_lightning.decode.sampling import Sampling
@@ -24,6 +25,10 @@ from mtp_lightning.decode.statistics import Statistics
 from mtp_lightning.decode.steps import ChainDecoding, Decoding, ForcedDrafts, TreeDecoding
 from mtp_lightning.decode.stopping import Stopping
 from mtp_lightning.model.mtp_model import MtpModel
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Attention of decoding on a GPU, without cuDNN: torch 2.11 to 2.13 prefer it on Hopper, where it plans anew for every
+length of the past (0.4 s, modelscope/FunASR#3704), and wrong with few key heads on Blackwell (pytorch#193893)."""
 
 
 @final
@@ -118,12 +123,15 @@ def _steps(
     stopping = Stopping(settings, prompts, session.device)
     is_adaptive = settings.draft_length == ADAPTIVE and longest > 0
     adaptive = AdaptiveLength(step_costs(session.model, longest)) if is_adaptive else None
-    first = _first_tokens(prefill(session), settings.sampling, session.generator)
+    with sdpa_kernel(KERNELS):
+        scores = prefill(session)
+    first = _first_tokens(scores, settings.sampling, session.generator)
     session.tokens.scatter_(1, session.lengths[:, None], first)
     yield _end_step(session, stopping, first[:, :0], torch.zeros_like(session.lengths), first)
     while not session.all_finished:
         num_drafts = adaptive.choose() if adaptive else longest
-        drafts, result = decoding.step(num_drafts)
+        with sdpa_kernel(KERNELS):
+            drafts, result = decoding.step(num_drafts)
         step = _end_step(session, stopping, drafts, result.accepted, result.block)
         if adaptive is not None:
             adaptive.observe(num_drafts, result.accepted[step.is_active].tolist())

@@ -157,7 +157,7 @@ class _LinearOperand:
 
     def logits(self, rows: slice) -> Tensor:
         """Score some rows in full precision: (C, V)."""
-        scores = (self.hidden[rows] @ self.matrix.T).to(torch.promote_types(self.matrix.dtype, torch.float32))
+        scores = _exact_product(self.hidden[rows], self.matrix.T)
         if self.bias is not None:
             scores += self.bias
         if self.logit_map is not None:
@@ -310,6 +310,16 @@ def _add_product(into: Tensor, grad: Tensor, hidden: Tensor, factor: Tensor) -> 
         into.addmm_(grad.T, hidden * factor)
     elif grad.dtype == torch.float16:
         largest = factor.abs().amax().clamp(min=torch.finfo(factor.dtype).tiny)
-        into.addcmul_((grad.T @ (hidden * (factor / largest)).to(grad.dtype)).to(into.dtype), largest)
+        into.addcmul_(_exact_product(grad.T, (hidden * (factor / largest)).to(grad.dtype)), largest)
+    elif into.is_cuda:
+        torch.addmm(into, grad.T, (hidden * factor).to(grad.dtype), out_dtype=into.dtype, out=into)
     else:
         into += grad.T @ (hidden * factor).to(grad.dtype)
+
+
+def _exact_product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply two matrices of low precision into at least fp32; on a GPU without rounding the product in between."""
+    exact = torch.promote_types(left.dtype, torch.float32)
+    if left.is_cuda and left.dtype != exact:
+        return torch.mm(left, right, out_dtype=exact)
+    return (left @ right).to(exact)

@@ -4,10 +4,12 @@ With `model.family: transformers` all are that library's own instead; the functi
 """
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.model.positions import AttentionInputs, rotate
@@ -73,7 +75,10 @@ class Attention(nn.Module):
         query, key = rotate(query, geometry), rotate(key, geometry)
         if geometry.past is not None:
             key, value = geometry.past.extend(self, key, value)  # (B, K, S, W)
-        mixed = self._attend(query, key, value, geometry.mask)
+        if geometry.bounds is not None:
+            mixed = self._inside_documents(query, key, value, geometry.bounds)
+        else:
+            mixed = self._attend(query, key, value, geometry.mask)
         output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return output
 
@@ -92,6 +97,14 @@ class Attention(nn.Module):
             is_causal=mask is None and reach == num_positions,
             enable_gqa=self.is_grouped,
         )
+
+    def _inside_documents(self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> Tensor:
+        """Attend causally inside documents that lie end to end: (B, H, T, W) -> (B, H, T, W)."""
+        num_rows, _, num_positions, _ = query.shape
+        further: dict[str, Any] = {"window_size": (-1, 0)} | ({"enable_gqa": True} if self.is_grouped else {})
+        q, k, v = (part.transpose(1, 2).flatten(0, 1).to(value.dtype) for part in (query, key, value))  # (B x T, H, W)
+        mixed = varlen_attn(q, k, v, bounds, bounds, num_positions, num_positions, **further)
+        return cast(Tensor, mixed).view(num_rows, num_positions, *q.shape[1:]).transpose(1, 2)
 
     def _split(self, projected: Tensor) -> Tensor:
         return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)

@@ -73,8 +73,11 @@ class MtpModel(nn.Module):
         embedded: Tensor = self.trunk.embed_tokens(tokens)
         return embedded
 
-    def geometry(self, documents: Tensor, *, like: Tensor) -> Geometry:
-        """Positions and attention mask of a batch of rows, from the documents of its (B, T+n) tokens."""
+    def geometry(self, documents: Tensor, *, like: Tensor, starts: Tensor | None = None) -> Geometry:
+        """Positions and attention mask of a batch of rows, from the documents of its (B, T+n) tokens.
+
+        `starts`, (B, M), is where documents begin, to attend to them one by one (see `document_geometry`).
+        """
         num_positions = documents.shape[1] - self.num_offsets
         if isinstance(self.trunk, TransformersTrunk):
             own = documents[:, :num_positions]
@@ -82,7 +85,7 @@ class MtpModel(nn.Module):
             positions = positions_in_document(torch.zeros_like(own) if inside is None else own)
             return self.trunk.inputs(like[:, :num_positions], positions, inside)
         if self.attends_in_document:
-            return document_geometry(documents[:, :num_positions], self.section, like=like)
+            return document_geometry(documents[:, :num_positions], self.section, like=like, starts=starts)
         return window_geometry(num_positions, self.section, like=like)
 
     def context(self, embedded: Tensor, geometry: Geometry) -> HeadContext:
@@ -125,14 +128,16 @@ class MtpModel(nn.Module):
         documents: Tensor,
         offsets: Collection[int] | None = None,
         run: Callable[[int, Tensor, HeadContext], Tensor] | None = None,
+        *,
+        starts: Tensor | None = None,
     ) -> dict[int, Tensor]:
         """Hidden states in one ordinary graph, main head first: two (B, T+n) -> one (B, T, D) per offset.
 
         `offsets` names those that are wanted (with all that they read); None means every one. `run` computes an offset
-        in place of the heads.
+        in place of the heads. `starts` as in `geometry`.
         """
         embedded = self.embed(tokens)
-        geometry = self.geometry(documents, like=embedded)
+        geometry = self.geometry(documents, like=embedded, starts=starts)
         context = self.context(embedded, geometry)
         num_positions = documents.shape[1] - self.num_offsets
         states = self.trunk_states(embedded[:, :num_positions], geometry)

@@ -24,13 +24,15 @@ class KVCache(ABC):
 class AttentionInputs(NamedTuple):
     """Rotary tables and attention mask of a batch of windows.
 
-    `mask` None means plain causal attention over the window, and to all of a past that comes before it.
+    `mask` None means plain causal attention over the window, and to all of a past that comes before it; with `bounds`,
+    causal attention inside each of the documents that lie end to end in the batch.
     """
 
     cos: Tensor  # (B or 1, 1, T, R), R of a head's W channels are turned
     sin: Tensor  # (B or 1, 1, T, R)
     mask: Tensor | None  # (B, 1, T, S), true where attention is allowed; S = T without a past
     past: KVCache | None = None
+    bounds: Tensor | None = None  # (documents + 1,) int32, where each begins in the B x T positions, and the last ends
 
     @property
     def num_positions(self) -> int:
@@ -48,15 +50,25 @@ def window_geometry(num_positions: int, section: ModelSection, *, like: Tensor) 
     return AttentionInputs(*rotary_tables(positions, section, like=like), None)
 
 
-def document_geometry(documents: Tensor, section: ModelSection, *, like: Tensor) -> AttentionInputs:
+def document_geometry(
+    documents: Tensor, section: ModelSection, *, like: Tensor, starts: Tensor | None = None
+) -> AttentionInputs:
     """Attend causally within each document only; positions restart at every document.
 
     Args:
         documents: (B, T) number of the document each position belongs to; equal numbers are contiguous.
         section: Says how positions turn the channels of a head.
         like: Tensor whose dtype and device the tables take.
+        starts: (B, M) as by `document_starts`: attention then runs over the documents one by one, without the
+            (B, 1, T, T) mask, and costs what they cost.
     """
     positions = positions_in_document(documents)
+    if starts is not None:
+        num_rows, num_positions = documents.shape
+        rows = torch.arange(0, num_rows * num_positions, num_positions, device=starts.device)[:, None]
+        bounds = torch.nn.functional.pad((starts + rows).flatten(), (0, 1), value=num_rows * num_positions)
+        tables = rotary_tables(positions, section, like=like)
+        return AttentionInputs(*tables, None, bounds=bounds.to(torch.int32))
     same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
     mask = torch.tril(same)[:, None]  # (B, 1, T, T)
     return AttentionInputs(*rotary_tables(positions, section, like=like), mask)

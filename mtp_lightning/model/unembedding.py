@@ -39,9 +39,13 @@ class Unembedding(nn.Module):
         self.token_order = (
             nn.Linear(section.hidden_size, section.vocab_size, bias=False) if recipe.objective.token_order else None
         )
-        self.chunk_bytes = int(recipe.objective.chunk_mib * 2**20)
+        self.objective = recipe.objective
         self.drafts = draft_vocabulary_of(recipe)
         self._kept_rows: dict[int, tuple[tuple[object, ...], Tensor]] = {}
+
+    def chunk_bytes(self, hidden: Tensor) -> int:
+        """Memory that one chunk of logits may take where these states are."""
+        return self.objective.chunk_bytes(hidden.device.type)
 
     def normalize(self, offset: int, hidden: Tensor) -> Tensor:
         """Apply the offset's final norm, if it has one: (B, T, D) -> (B, T, D)."""
@@ -151,7 +155,7 @@ class Unembedding(nn.Module):
             normed,
             used,
             terms,
-            chunk_bytes=self.chunk_bytes,
+            chunk_bytes=self.chunk_bytes(normed[0]),
             balance_to=balance_to,
             teacher=teacher,
             teacher_learns=teacher_learns,
@@ -174,7 +178,7 @@ class Unembedding(nn.Module):
         matrix, bias = self._matrix(self.matrix_index(1)), self._bias(self.matrix_index(1))
         for one in compared:
             if one.drafted is not None and self.drafts is not None and one.drafted.rows is None:
-                choices = chunked_argmax(teacher, matrix, self.chunk_bytes, bias)
+                choices = chunked_argmax(teacher, matrix, self.chunk_bytes(teacher), bias)
                 one.drafted.rows = ~self.drafts.lacks(choices)
 
     def parameters_of(self, offset: int) -> list[Tensor]:

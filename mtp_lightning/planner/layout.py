@@ -133,7 +133,7 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
         num_micro_batches=rows_per_gpu // micro_batch_size,
         precision=recipe.run.precision,
         backward_order=objective.backward_order,
-        chunk_bytes=objective.chunk_mib * 2**20,
+        chunk_bytes=objective.chunk_bytes("cpu" if recipe.run.device == "cpu" else "cuda"),
         recomputes_trunk=memory.recompute_trunk,
         recomputes_heads=recipe.heads.kind == "recursive" if recomputes_heads is None else recomputes_heads,
         offload_optimizer=strategy.offload_optimizer,

@@ -116,9 +116,9 @@ def _activations(shape: Shape, layout: Layout) -> dict[str, float]:
     else:
         trunk = passes.trunk.work.layers_back * trunk_layer
     trunk += max(0.0, at_work - (held + logits) / positions)
-    mask = 4 * layout.micro_batch_size * shape.seq_len**2 if shape.attends_in_document else 0
+    mask = 4 * layout.micro_batch_size * shape.seq_len**2 if shape.masks_documents else 0
     if passes.reads_drafts:  # a mask over two streams
-        mask += 4 * (layout.micro_batch_size if shape.attends_in_document else 1) * (2 * shape.seq_len) ** 2
+        mask += 4 * (layout.micro_batch_size if shape.masks_documents else 1) * (2 * shape.seq_len) ** 2
     trunk += passes.num_mixed_states * residual
     return {"trunk_activations": positions * trunk + mask, "head_activations": held, "logits": logits}
 

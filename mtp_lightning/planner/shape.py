@@ -9,6 +9,7 @@ from mtp_lightning.planner.counts import (
     trainable_parameters,
 )
 from mtp_lightning.planner.passes import ALL_PROJECTIONS, BackwardFlow, backward_flow_of
+from mtp_lightning.recipe.document_attention import attends_one_by_one
 from mtp_lightning.recipe.draft_vocabulary import draft_vocab_size
 from mtp_lightning.recipe.head_kinds import registered
 from mtp_lightning.recipe.layer_counts import num_head_layers, num_trunk_layers
@@ -67,7 +68,7 @@ class Shape:
     vocab_size: int
     draft_vocab_size: int | None = None  # V' of a draft vocabulary
     seq_len: int
-    attends_in_document: bool = False  # by a mask, with which no part of the products is skipped
+    masks_documents: bool = False  # keeps attention inside them by a mask, with which no product is skipped
 
     @property
     def matrix(self) -> int:
@@ -116,7 +117,8 @@ def shape_of(recipe: Recipe) -> Shape:
         vocab_size=recipe.model.vocab_size,
         draft_vocab_size=None if recipe.heads.draft_vocabulary is None else draft_vocab_size(recipe),
         seq_len=recipe.data.seq_len,
-        attends_in_document=recipe.data.document_mask,
+        masks_documents=recipe.data.document_mask
+        and not attends_one_by_one(recipe, "cpu" if recipe.run.device == "cpu" else "cuda"),
     )
 
 

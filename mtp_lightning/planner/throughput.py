@@ -107,7 +107,7 @@ def _products_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
 def _attention_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     again, _ = _recomputed(shape, layout)
     work = shape.passes.all
-    attended = shape.seq_len * (1 if shape.attends_in_document else 0.5)
+    attended = shape.seq_len * (1 if shape.masks_documents else 0.5)
     per_channel = FORWARD_ATTENTION * (work.layers + again) + BACKWARD_ATTENTION * work.layers_back
     operations = _positions(shape, layout) * per_channel * shape.layer.query_width * attended
     return operations / (hardware.peak(layout.precision) * hardware.attention_efficiency)

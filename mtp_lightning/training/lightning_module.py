@@ -221,7 +221,7 @@ class MtpLightningModule(L.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss)
 
-    def _norms(self, parts: list[OffsetLosses], objective: Objective) -> dict[str, Tensor]:
+    def _norms(self, parts: list[OffsetLosses], objective: Objective) -> dict[str, float]:
         """Gradient norms before clipping by role; `all` is finite only if the losses of all ranks are, too."""
         strategy = self.strategy
         learnt = [offset - 1 for offset in parts[0].computed if objective.weights[offset - 1] > 0]
@@ -229,18 +229,14 @@ class MtpLightningModule(L.LightningModule):
         loss = torch.stack([sums[place] for place in learnt]).sum() if learnt else sums.new_zeros(())
         return gradient_norms(strategy.param_shards(), strategy.ranks, loss_scale=strategy.gradient_scale, loss=loss)
 
-    def _step_optimizer(self, norms: dict[str, Tensor], objective: Objective, step: int, *, num_targets: int) -> None:
+    def _step_optimizer(self, norms: dict[str, float], objective: Objective, step: int, *, num_targets: int) -> None:
         """Check, clip, step, zero: once per optimizer step."""
         optimizer, strategy, section = self.optimizers(), self.strategy, self.recipe.optimizer
         assert not isinstance(optimizer, list)
         has_effect = math.isfinite(norms["all"]) and objective.has_targets
         if has_effect:
             self.skipped_steps.end()
-            clip = (
-                1.0
-                if section.max_grad_norm is None
-                else min(1.0, section.max_grad_norm / max(float(norms["all"]), 1e-30))
-            )
+            clip = 1.0 if section.max_grad_norm is None else min(1.0, section.max_grad_norm / max(norms["all"], 1e-30))
             scale = clip / strategy.gradient_scale
             self.gradient_check.before_step(
                 objective.weights_with_targets or [], strategy.param_shards(), scale=scale, num_targets=num_targets
@@ -260,7 +256,7 @@ class MtpLightningModule(L.LightningModule):
             strategy.averages = updated_averages(strategy.averages, strategy.param_shards(), section.ema, step)
         optimizer.zero_grad(set_to_none=True)
 
-    def _skip(self, norms: dict[str, Tensor], objective: Objective, step: int) -> None:
+    def _skip(self, norms: dict[str, float], objective: Objective, step: int) -> None:
         """Make the optimizer step leave everything as it is.
 
         Raises:
@@ -283,7 +279,7 @@ class MtpLightningModule(L.LightningModule):
         """Predictions cost a pass over the logits, so they are taken on logged steps only."""
         return done_steps % self.recipe.logging.every_steps == 0 or done_steps == self.recipe.run.steps
 
-    def _log_step(self, step: int, norms: dict[str, Tensor]) -> None:
+    def _log_step(self, step: int, norms: dict[str, float]) -> None:
         has_any = self.measured.train.update_called  # unless all steps since the last row were skipped, on all ranks
         figures = self.measured.train.compute() if has_any else {}
         self.measured.train.reset()
@@ -293,7 +289,7 @@ class MtpLightningModule(L.LightningModule):
             "tokens": tokens_after(recipe, step + 1),
             "lr": learning_rate(recipe.optimizer, step, recipe.run.steps),
             **{f"train/{name}": figure for name, figure in figures.items()},
-            **{f"grad_norm/{role}": float(norm) for role, norm in norms.items()},
+            **{f"grad_norm/{role}": norm for role, norm in norms.items()},
             "skipped_steps": self.skipped_steps.total,
             "tokens_per_s": self.throughput.lap(step + 1),
             "memory_gib": self._memory_bytes() / 2**30,

@@ -132,6 +132,42 @@ def test_ranks_are_told_apart_before_they_meet(gpu):
     assert found == {"joined": "join with GPU 5", "reduced on": ["cuda:5"] * 3, "named": "fake H100"}
 
 
+@pytest.mark.parametrize("kind", ["single", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_documents_need_no_mask_of_the_window(gpu, kind):
+    window = ["data.seq_len=4096", "run.steps=2", "objective.weights.kind=constant"]
+    peaks = {
+        (masks, precision): max(
+            fit(
+                gpu, kind, *window, f"data.document_mask={masks}", f"run.precision={precision}", checks_first_step=False
+            )["peaks_bytes"]
+        )
+        for masks, precision in (("true", "bf16"), ("false", "bf16"), ("true", "fp32"), ("false", "fp32"))
+    }
+    mask_bytes = 4096**2
+    assert peaks["true", "bf16"] - peaks["false", "bf16"] < mask_bytes / 4
+    assert peaks["true", "fp32"] - peaks["false", "fp32"] > mask_bytes  # the fallback, which has one
+
+
+OUR_WAITS = {
+    "_local_scalar_dense training/step/vote.py agree_on_step": "is there anything to learn, does a rank stop?",
+    "_local_scalar_dense training/strategies/param_shards.py gradient_norms": "is the step taken?",
+}
+DEEPSPEED_WAITS = {
+    "_local_scalar_dense training/strategies/zero.py optimizer_step": "overflow and norm, its own",
+    "copy to cuda training/strategies/zero.py optimizer_step": "the same",
+    "synchronize training/strategies/zero.py optimizer_step": "ZeRO-3, after gathering",
+}
+
+
+@pytest.mark.parametrize("kind", ["single", "zero2", pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
+def test_the_host_waits_for_what_decides_the_step_and_for_nothing_else(gpu, kind):
+    plain = ["run.steps=3", "logging.every_steps=3", "objective.weights.kind=constant", "run.validate_every_steps=9"]
+    plain.append("data.document_mask=true")
+    waits = fit(gpu, kind, *plain, checks_first_step=False)["waits"][1]
+    allowed = OUR_WAITS | ({} if kind == "single" else DEEPSPEED_WAITS)
+    assert OUR_WAITS.keys() <= waits.keys() <= allowed.keys()
+
+
 @pytest.mark.parametrize(
     ("mend", "kind", "overrides", "found"),
     [

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mtp_lightning.decode import Settings, Tree, applicable_decoders, generate
 from mtp_lightning.decode.drafting import draft_blockwise, draft_chain
+from mtp_lightning.decode.generation import stream
 from mtp_lightning.decode.state import verify
 from tests.decode.oracles import (
     DECODED_KINDS,
@@ -198,3 +199,19 @@ def test_heads_catch_up_after_shorter_drafts(kind):
         seen[tuple(lengths)] = drafts
     first, second = seen.values()
     assert torch.equal(first, second)
+
+
+def test_attention_of_decoding_is_never_left_to_cudnn(monkeypatch):
+    """Which plans anew for every length; see `KERNELS`."""
+    asked, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noting(*args, **kwargs):
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    for step in stream(model_of("parallel"), [[1, 2, 3]], Settings(max_new_tokens=6)):
+        assert step is not None
+        assert torch.backends.cuda.cudnn_sdp_enabled()  # whoever reads along is left alone
+    assert asked
+    assert not any(asked)

@@ -66,6 +66,25 @@ def test_every_rank_takes_a_gpu_that_it_sees_and_makes_it_current(gpu, monkeypat
     assert gpu == [torch.device("cuda", index)]
 
 
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("sections", "is_left"),
+    [
+        ({}, True),
+        ({"data": {"document_mask": True}}, False),
+        ({"data": {"document_mask": True}, "run": {"precision": "bf16"}}, True),  # attended to one by one
+        ({"heads": {"kind": "sequential"}, "objective": {"rollout": {}}}, False),
+    ],
+    ids=["window", "masked", "one by one", "two streams"],
+)
+def test_cudnn_attends_where_there_is_no_mask(sections, is_left):
+    try:
+        prepare_device(Recipe.model_validate(sections))
+        assert torch.backends.cuda.cudnn_sdp_enabled() == is_left
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 class Gathered:
     """Ranks of which each has said what GPU it has."""
 

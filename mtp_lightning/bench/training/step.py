@@ -86,7 +86,7 @@ class TrainingStep:
 
     def _update(self) -> None:
         norms = gradient_norms(whole_shards(self.model.named_parameters(), self.optimizer), Ranks(device=self.device))
-        if not math.isfinite(norms["all"].item()):
+        if not math.isfinite(norms["all"]):
             raise NonFiniteError(
                 "every gradient must be finite",
                 "a gradient that is not, on random tokens",

@@ -19,6 +19,7 @@ from mtp_lightning.data.sampling.order import Range, with_skipped, without_skipp
 from mtp_lightning.data.sampling.windows import RowArrays, SequenceSource
 from mtp_lightning.errors import CheckpointError, DataError
 from mtp_lightning.files.paths import is_url
+from mtp_lightning.recipe.document_attention import attends_one_by_one
 from mtp_lightning.recipe.loading.load import RecipeLike, as_recipe
 
 STATE_VERSION = 1
@@ -30,7 +31,8 @@ MOST_LOOKED_AT = 1024  # rows that are read before training begins
 class MtpDataModule(LightningDataModule):
     """Feed one batch per optimizer step: `tokens` and `documents`, each (R, T+n) int64, R rows on this rank.
 
-    Where some tokens may not be targets there is a `loss_mask` too, (R, T+n) bool, true for those that may.
+    Where some tokens may not be targets there is a `loss_mask` too, (R, T+n) bool, true for those that may; where
+    documents are attended to one by one, `starts`, (R, M), as by `document_starts`.
 
     Sample i of a run is a pure function of (shards, seed, i). A step takes the next
     `batch.global_batch_size` samples (fewer at
@@ -62,6 +64,12 @@ class MtpDataModule(LightningDataModule):
     def validation_samples(self) -> SequenceSource:
         """Open the held-out split."""
         return open_rows(self.recipe, "validation")
+
+    def on_before_batch_transfer(self, batch: dict[str, torch.Tensor], dataloader_idx: int) -> dict[str, torch.Tensor]:
+        """Find where documents begin, while the rows are on the host, if they are attended to one by one."""
+        if self.trainer is not None and attends_one_by_one(self.recipe, self.trainer.strategy.root_device.type):
+            batch["starts"] = document_starts(batch["documents"][:, : -self.recipe.heads.num_offsets])
+        return batch
 
     def prepare_data(self) -> None:
         """Build what the recipe leaves to the run and is missing."""
@@ -298,3 +306,16 @@ def _skip_ranges_of(state: Mapping[str, Any]) -> tuple[Range, ...]:
 
 def _spelled(state: dict[str, Any], keys: list[str]) -> str:
     return ", ".join(f"{key} = {state.get(key)}" for key in keys)
+
+
+def document_starts(documents: torch.Tensor) -> torch.Tensor:
+    """Find where the documents of each row begin, (B, T) -> (B, M); rows of fewer than M end in empty ones at T.
+
+    On the host, before the rows go to a GPU: M is a shape, which a GPU would have to be waited for.
+    """
+    num_positions = documents.shape[1]
+    is_start = torch.ones_like(documents, dtype=torch.bool)
+    is_start[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    index = torch.arange(num_positions, device=documents.device)
+    most = int(is_start.sum(1).max())
+    return torch.where(is_start, index, num_positions).sort(1).values[:, :most]

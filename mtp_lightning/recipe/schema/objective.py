@@ -18,6 +18,8 @@ from mtp_lightning.recipe.schema.base import (
 DISTILLED_LOGITS = 10_000
 """Largest logits of the teacher that distillation compares by default [MTP-D]."""
 
+AUTO_CHUNK_MIB = {"cpu": 64.0, "cuda": 1024.0}
+
 
 class ConstantWeights(Section):
     """The same weight all the time."""
@@ -163,8 +165,14 @@ class ObjectiveSection(Section):
     """Distillation of the main head into the others, or null."""
     rollout: RolloutSection | None = None
     """Far offsets that read the heads' own drafts, or null: every offset reads the given tokens."""
-    chunk_mib: Annotated[float, Field(gt=0.0, ge=SMALLEST, le=1e9)] = 64.0
-    """Memory that one chunk of logits may take, in MiB; sets how many positions are scored at once."""
+    chunk_mib: Literal["auto"] | Annotated[float, Field(gt=0.0, ge=SMALLEST, le=1e9)] = "auto"
+    """Memory that one chunk of logits may take, in MiB; sets how many positions are scored at once. auto: 64 on a CPU,
+    1,024 on a GPU, where few rows leave the products and the V x D matrix waiting for memory."""
+
+    def chunk_bytes(self, device: str) -> int:
+        """Memory that one chunk of logits may take on a type of device (`cpu`, `cuda`)."""
+        mib = AUTO_CHUNK_MIB["cpu" if device == "cpu" else "cuda"] if self.chunk_mib == "auto" else self.chunk_mib
+        return int(mib * 2**20)
 
 
 class MemorySection(Section):

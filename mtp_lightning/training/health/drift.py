@@ -136,7 +136,7 @@ def _main_log_probabilities(model: MtpModel, rows: HeldOut) -> Iterator[tuple[sl
     hidden = model.hidden_states(rows.tokens, rows.documents, model.heads.chain(1))[1]  # (R, T, D)
     num_rows, num_positions, _ = hidden.shape
     unembedding, vocab_size = model.unembedding, model.section.vocab_size
-    together = chunk_rows(num_rows * num_positions, vocab_size, torch.float32, unembedding.chunk_bytes // 2)
+    together = chunk_rows(num_rows * num_positions, vocab_size, torch.float32, unembedding.chunk_bytes(hidden) // 2)
     step = max(1, together // num_rows)
     for start in range(0, num_positions, step):
         part = slice(start, min(start + step, num_positions))

@@ -30,7 +30,7 @@ def evaluate(model: MtpModel, batch: MicroBatch, objective: Objective) -> Offset
     plain = replace(objective, section=section, rollout=None)
     terms = LossTerms(model, batch, plain)
     overlaps = torch.ones_like(batch.targets, dtype=plain.coefficients.dtype)
-    hiddens = model.hidden_states(batch.tokens, batch.documents)
+    hiddens = model.hidden_states(batch.tokens, batch.documents, starts=batch.starts)
     for offset, hidden in hiddens.items():
         term = terms.for_offset(offset)[0]
         if offset == 1:
@@ -123,7 +123,7 @@ class SequentialBackward:
         """Run trunk forward, all heads forward and backward, trunk backward."""
         model, batch = self.model, self.batch
         embedded = model.embed(batch.tokens)
-        geometry = model.geometry(batch.documents, like=embedded)
+        geometry = model.geometry(batch.documents, like=embedded, starts=batch.starts)
         leaf = embedded.detach().requires_grad_(model.heads.reads_tokens and embedded.requires_grad)
         self.context = model.context(leaf, geometry)
         states = model.trunk_states(embedded[:, : batch.targets.shape[2]], geometry)
@@ -244,7 +244,8 @@ def _all_hidden_states(terms: LossTerms) -> dict[int, Tensor]:
     """Hidden states of the offsets that a step needs, in one graph."""
     model, batch = terms.model, terms.batch
     run = None if terms.rollout is None else terms.rollout.run_and_draft
-    return model.hidden_states(batch.tokens, batch.documents, needed_offsets(model, terms.objective), run)
+    needed = needed_offsets(model, terms.objective)
+    return model.hidden_states(batch.tokens, batch.documents, needed, run, starts=batch.starts)
 
 
 def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:

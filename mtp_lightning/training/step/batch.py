@@ -1,9 +1,10 @@
 """Prepare one rank's share of a global batch: targets, weights of the offsets, counts, micro-batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mtp_lightning.losses.distillation import teacher_positions
@@ -22,6 +23,7 @@ class MicroBatch(NamedTuple):
     tokens: Tensor  # (B, T+n)
     documents: Tensor  # (B, T+n)
     targets: Tensor  # (N, B, T)
+    starts: Tensor | None = None  # (B, M) where documents begin, to attend to them one by one
     sources: Tensor | None = None  # (B,) which source of a mixture a held-out sequence comes from
 
 
@@ -47,7 +49,8 @@ def prepare_batch(batch: Batch, recipe: Recipe, step: int | None) -> PreparedBat
     """Shift the targets, weigh the offsets, count, and cut into micro-batches; no communication, no host wait.
 
     Args:
-        batch: `tokens` and `documents`, both (B, T+n); `loss_mask`, (B, T+n), and `sources`, (B,), where there are.
+        batch: `tokens` and `documents`, both (B, T+n); `loss_mask`, (B, T+n), `starts`, (B, M), and `sources`, (B,),
+            where there are.
         recipe: says how many offsets, which weights, and how many sequences a micro-batch has.
         step: 0-based number of the optimizer step; None for held-out sequences, of which every offset weighs 1.
     """
@@ -79,8 +82,16 @@ def weights_at(recipe: Recipe, step: int) -> list[float]:
     return [0.0] * num_without + weights[num_without:]
 
 
+def filled(values: Sequence[float], like: Tensor) -> Tensor:
+    """Put numbers of the host where a tensor is, in its type, (N,): by kernels that are told them, not by a copy.
+
+    A copy from the host would wait for all that the device has still to do.
+    """
+    return torch.stack([like.new_full((), value) for value in values])
+
+
 def _micro_batches(batch: Batch, targets: Tensor, size: int) -> Iterator[MicroBatch]:
     for start in range(0, len(batch["tokens"]), size):
         rows = slice(start, start + size)
-        sources = batch["sources"][rows] if "sources" in batch else None
-        yield MicroBatch(batch["tokens"][rows], batch["documents"][rows], targets[:, rows], sources)
+        starts, sources = (batch[name][rows] if name in batch else None for name in ("starts", "sources"))
+        yield MicroBatch(batch["tokens"][rows], batch["documents"][rows], targets[:, rows], starts, sources)

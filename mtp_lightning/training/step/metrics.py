@@ -150,7 +150,8 @@ class OffsetMetrics(Metric):
             figures |= _by_offset("overlap", self.overlap_sum / self.num_comparable)
             figures |= _by_offset("sampled_acceptance_rate", sampled)
             figures["sampled_acceptance_length"] = sampled.sum()
-        return {name: float(figure) for name, figure in figures.items()}
+        values = torch.stack([figure.double() for figure in figures.values()]).tolist()  # one wait for all
+        return dict(zip(figures, values, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

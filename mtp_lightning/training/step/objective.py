@@ -23,7 +23,7 @@ from mtp_lightning.losses.row_losses import CrossEntropy, TokenOrder
 from mtp_lightning.losses.targets import IGNORE
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe.schema.objective import ObjectiveSection
-from mtp_lightning.training.step.batch import MicroBatch
+from mtp_lightning.training.step.batch import MicroBatch, filled
 from mtp_lightning.training.step.rollout import Rollout, RolloutDraw
 
 
@@ -46,7 +46,7 @@ class Objective:
     def coefficients(self) -> Tensor:
         """Factor of each offset's loss sum: weight x ranks / count, (N,)."""
         exact = torch.float64 if self.counts.dtype == torch.float64 else torch.float32
-        weights = torch.tensor(self.weights, dtype=exact, device=self.counts.device)
+        weights = filled(self.weights, self.counts.new_empty((), dtype=exact))
         return self.num_ranks * weights / self.counts.clamp(min=1)
 
     @cached_property
@@ -56,7 +56,7 @@ class Objective:
         assert distill is not None
         assert teacher_counts is not None
         betas = [0.0, *(distill.beta_of(offset) for offset in range(2, len(self.counts) + 1))]
-        return self.coefficients.new_tensor(betas) * self.counts.clamp(min=1) / teacher_counts.clamp(min=1)
+        return filled(betas, self.coefficients) * self.counts.clamp(min=1) / teacher_counts.clamp(min=1)
 
     @cached_property
     def token_order_coefficient(self) -> Tensor:

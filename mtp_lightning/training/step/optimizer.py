@@ -86,8 +86,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, section: OptimizerSectio
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, max_grad_norm: float) -> None:
-    """Scale all gradients down so that their norm, given, is at most `max_grad_norm`."""
+def clip_gradients(parameters: Iterable[Tensor], norm: float, max_grad_norm: float) -> None:
+    """Scale all gradients down so that their norm, given, is at most `max_grad_norm`; the host does not wait."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    scale = (max_grad_norm / norm.clamp(min=max_grad_norm)).to(gradients[0].dtype)
-    torch._foreach_mul_(gradients, scale)
+    scale = max_grad_norm / torch.tensor(norm, device="cpu").clamp(min=max_grad_norm)
+    torch._foreach_mul_(gradients, scale.to(gradients[0].dtype).item())

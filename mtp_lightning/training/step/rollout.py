@@ -140,7 +140,7 @@ class Rollout:
         """Positions and attention of both streams."""
         if self.geometry is None:
             assert isinstance(context.geometry, AttentionInputs)  # as a rule of recipes says
-            cos, sin, mask, _ = context.geometry
+            cos, sin, mask, *_ = context.geometry
             if mask is None:
                 shape = (self.num_positions, self.num_positions)
                 mask = torch.ones(shape, dtype=torch.bool, device=cos.device).tril()[None, None]

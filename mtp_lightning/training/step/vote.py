@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from mtp_lightning.ranks import Ranks
-from mtp_lightning.training.step.batch import BatchCounts
+from mtp_lightning.training.step.batch import BatchCounts, filled
 
 NUM_STOP_LEVELS = 3  # go on; stop; stop and be requeued
 
@@ -60,7 +60,7 @@ class AgreedCounts(NamedTuple):
 def agree_on_step(own: BatchCounts, vote: StepVote, ranks: Ranks) -> AgreedCounts:
     """Sum the counts of all ranks and count their votes: one all-reduce, one host wait."""
     n = len(own.targets)
-    ballot = own.targets.new_tensor(vote.ballot())
+    ballot = filled(vote.ballot(), own.targets)
     total = ranks.sum(torch.cat((own.targets, own.teachers, own.ordered[None], ballot)))
     on_host = total.tolist()
     vote.count(on_host[-vote.size :])

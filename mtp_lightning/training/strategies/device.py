@@ -11,6 +11,7 @@ from mtp_lightning.launch.rank_env import rank_from_env
 from mtp_lightning.planner.machine_memory import host_bytes, least_bytes
 from mtp_lightning.planner.memory import GIB
 from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe.document_attention import attends_one_by_one
 from mtp_lightning.recipe.schema.root import Recipe
 
 
@@ -40,8 +41,18 @@ def prepare_device(recipe: Recipe) -> torch.device:
         return torch.device("cpu")
     place = rank_from_env(os.environ) if recipe.strategy.kind != "single" else None
     device = torch.device("cuda", place.local_rank % torch.cuda.device_count() if place else 0)
+    torch.backends.cuda.enable_cudnn_sdp(not _may_mask(recipe))
     torch.cuda.set_device(device)  # else NCCL, and whoever asks for "cuda", would take the first on every rank
     return device
+
+
+def _may_mask(recipe: Recipe) -> bool:
+    """Tell whether attention of a run may take a mask, with which cuDNN's has a gradient of NaN (pytorch#196678).
+
+    Its lengths do not change, so it is the fastest where there is none. The workaround can go when torch has the mend.
+    """
+    masks_documents = recipe.data.document_mask and not attends_one_by_one(recipe, "cuda")
+    return masks_documents or recipe.model.is_foreign or recipe.objective.rollout is not None
 
 
 def check_memory(recipe: Recipe, device: torch.device) -> None:

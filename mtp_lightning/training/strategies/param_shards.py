@@ -89,11 +89,11 @@ def whole_shards(
 
 def gradient_norms(
     shards: Iterable[ParamShard], ranks: Ranks, *, loss_scale: float = 1.0, loss: Tensor | None = None
-) -> dict[str, Tensor]:
+) -> dict[str, float]:
     """L2 norm of the gradient of each role and of all together, by role name and `all`; the same on every rank.
 
-    They are on the ranks' device, wherever the gradients are. Where this rank's loss is given, `all` is finite only if
-    the losses of all ranks are.
+    One sum over the ranks, on their device wherever the gradients are, and one wait for it. Where this rank's loss is
+    given, `all` is finite only if the losses of all ranks are.
     """
     gradients: dict[str, list[Tensor]] = {}
     for shard in shards:
@@ -107,11 +107,13 @@ def gradient_norms(
     for index, parts in enumerate(gradients.get(role, []) for role in ROLES):
         if parts:
             squares[0, index] = torch.nn.utils.get_total_norm(parts).float() ** 2
-            squares[1, index] = 1
+            squares[1, index].fill_(1)
     squares, is_there = ranks.sum(squares).unbind()
-    *norms, of_loss = squares.sqrt() / loss_scale
-    of_roles = {role: norm for role, norm, is_in in zip(ROLES, norms, is_there[:-1].tolist(), strict=True) if is_in}
-    return of_roles | {"all": torch.stack(norms).norm() + of_loss}
+    norms = squares.sqrt() / loss_scale
+    total = norms[:-1].norm() + norms[-1]
+    *found, of_all = torch.cat((norms[:-1], is_there[:-1], total[None])).tolist()  # the one wait
+    present = zip(ROLES, found[: len(ROLES)], found[len(ROLES) :], strict=True)
+    return {role: norm for role, norm, is_in in present if is_in} | {"all": of_all}
 
 
 def moments_of(state: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:

@@ -175,6 +175,7 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
             engine.set_gradient_accumulation_boundary(True)
             if getattr(zero, "cpu_offload", False):
                 zero.finalize_gradient_accumulation_boundary()
+                zero._wait_for_offload_copies()  # the host reads gradients next, which are still on their way to it
             else:
                 self._provide_buckets()
                 engine.allreduce_gradients()

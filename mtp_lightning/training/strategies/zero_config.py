@@ -19,6 +19,7 @@ def zero_config(recipe: Recipe) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": _zero_optimization(recipe),
         "steps_per_print": 2**31 - 1,
+        "timers": {"throughput": {"enabled": False}},  # which waits for the GPU twice a step, for a figure of its own
         **_PRECISION[recipe.run.precision],
     }
     if recipe.strategy.offload_optimizer != "none":

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from mtp_lightning.checkpoint.format.folder import complete_checkpoints
+from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.launch.rank_env import local_rank_info
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.ranks import Ranks
@@ -53,6 +54,9 @@ class Books:
     products: dict[str, int] = field(default_factory=dict)  # matrix products of all steps, by type
     loss_scale: float = 1.0
     held: dict[str, int] = field(default_factory=dict)
+    launches: list[dict[str, int]] = field(default_factory=list)  # of each step, by line
+    moved: list[dict[str, int]] = field(default_factory=list)  # bytes
+    waits: list[dict[str, int]] = field(default_factory=list)
 
 
 def run_fit(
@@ -123,6 +127,8 @@ class _Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         self.books.peaks_bytes.append(self.ledger.peak)
+        for name in ("launches", "moved", "waits"):
+            getattr(self.books, name).append(dict(getattr(self.ledger, name)))
         self.books.loss_scale = trainer.strategy.gradient_scale
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
@@ -164,6 +170,7 @@ class _Rows(L.LightningDataModule):
     """Rows of zeros on the host, as loaders give them."""
 
     rows_consumed = 0
+    on_before_batch_transfer = MtpDataModule.on_before_batch_transfer
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -243,6 +250,11 @@ def of_package(ledger: Ledger, recipe: Recipe, rank: int) -> Iterator[Any]:
     def gathered(result: torch.Tensor, group: Any = None) -> Sequence[torch.Tensor]:
         ledger.note("gather of metrics", result)
         return [result] * recipe.strategy.num_ranks
+
+    def synchronize(*args: Any) -> None:
+        ledger.wait("synchronize")
+
+    yield mock.patch.object(torch.cuda, "synchronize", synchronize)
 
     def join(*args: Any, **kwargs: Any) -> None:
         ledger.note(f"join with GPU {torch.cuda.current_device()}")  # the one that NCCL takes

@@ -17,6 +17,11 @@ YES = ("_probe",)  # asks whether gradients are finite
 PLACES = ("_probe", "after_step")  # ask where the largest is, and look there
 CALLERS = 6  # frames that tell what a value is asked for
 PACKAGE = "/mtp_lightning/"
+LAUNCH_NOTHING = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::resize_"}
+PICKING = {"aten::gather", "aten::embedding", "aten::index", "aten::index_select", "aten::slice_backward"}
+"""Operators that read of their largest operand only as much as they write."""
+COPIES, PRODUCTS = {"aten::_to_copy", "aten::copy_"}, {"aten::mm", "aten::addmm", "aten::bmm"}
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2"}
 
 
 class Collective(NamedTuple):
@@ -34,8 +39,11 @@ class Ledger(TorchDispatchMode):
     Attributes:
         live, peak: bytes of CUDA tensors that are alive, and their maximum since `reset`.
         collectives: in their order, since `reset`.
-        products: types of matrix products on the device, by how often.
+        products: types of what is multiplied in matrix products on the device, by how often.
         held: by line of the package, the bytes it took that are alive when `watch_bytes` are, if that is given.
+        launches, moved: by line of the package, kernels that eager torch launches and bytes that they read and write,
+            since `reset`. Views launch none.
+        waits: by what is asked for and the function, how often the host waits for the device, since `reset`.
     """
 
     def __init__(self, watch_bytes: float | None = None) -> None:
@@ -51,6 +59,7 @@ class Ledger(TorchDispatchMode):
         self.peak = self.live
         self.collectives: list[Collective] = []
         self.products = Counter[str]()
+        self.launches, self.moved, self.waits = Counter[str](), Counter[str](), Counter[str]()
 
     def note(self, name: str, tensor: torch.Tensor | None = None) -> None:
         """Book a collective that does not come by as an operator."""
@@ -59,10 +68,17 @@ class Ledger(TorchDispatchMode):
         else:
             self.collectives.append(Collective(name, str(tensor.device), tuple(tensor.shape), str(tensor.dtype)))
 
+    def wait(self, what: str) -> None:
+        """Book that the host waits for the device."""
+        self.waits[f"{what} {_function()}"] += 1
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name
         if name.startswith("prim::"):
             return func(*args, **kwargs)
+        given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        if name in WAITING and given[0].is_cuda:
+            self.wait(name.removeprefix("aten::"))
         if func is aten._local_scalar_dense.default:
             return _value(args[0].dtype)
         if func in OF_UNKNOWN_LENGTH:
@@ -71,17 +87,35 @@ class Ledger(TorchDispatchMode):
             return source.new_empty(shape, dtype=torch.int64)
         if name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
             args = (args[0], [_chosen(i) for i in args[1]])
-        result = func(*args, **kwargs)
+        # a sum made inside the product has no kernel for tensors without memory
+        result = kwargs["out"] if func is aten.addmm.dtype_out else func(*args, **kwargs)
         made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
-        if name.startswith("c10d::"):
-            given = next(leaf for leaf in tree_flatten(args)[0] if isinstance(leaf, torch.Tensor))
-            self.note(name.removeprefix("c10d::"), given)
-        if name in ("aten::mm", "aten::addmm", "aten::bmm") and made[0].device.type == "cuda":
-            self.products[str(made[0].dtype).removeprefix("torch.")] += 1
+        self._note_work(func, name, args, kwargs, given, made)
         for leaf in made:
             if leaf.device.type == "cuda":
                 self._hold(leaf.untyped_storage())
         return result
+
+    def _note_work(
+        self, func: Any, name: str, args: Any, kwargs: Any, given: list[torch.Tensor], made: list[torch.Tensor]
+    ) -> None:
+        """Book a collective, a kernel, a copy that the host waits for, a product."""
+        if name.startswith("c10d::"):
+            self.note(name.removeprefix("c10d::"), given[0])
+        if any(leaf.is_cuda for leaf in (*given, *made)) and not func.is_view and name not in LAUNCH_NOTHING:
+            self._book(name, given, made)
+        blocks = name in COPIES and not (kwargs.get("non_blocking") or args[2:3] == (True,))
+        if blocks and {given[-1].device.type, made[0].device.type} == {"cpu", "cuda"}:
+            self.wait(f"copy to {made[0].device.type}")
+        if name in PRODUCTS and made[0].device.type == "cuda":
+            left = args[1 if name == "aten::addmm" else 0]
+            self.products[str(left.dtype).removeprefix("torch.")] += 1
+
+    def _book(self, name: str, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
+        sizes = sorted(leaf.nbytes for leaf in (*given, *made) if leaf.is_cuda)
+        where = _where()
+        self.launches[where] += 1
+        self.moved[where] += 2 * sum(sizes[:-1]) if name in PICKING else sum(sizes)
 
     def _hold(self, storage: Any) -> None:
         size, known, _ = self._storages.get(storage._cdata, (0, None, ""))
@@ -130,6 +164,15 @@ def _where() -> str:
         if PACKAGE in path and "site-packages" not in path:
             return f"{path.split(PACKAGE)[-1]}:{frame.f_lineno}"
     return "autograd, optimizer or library"
+
+
+def _function() -> str:
+    """Name the file and function of the package that something happens in."""
+    for frame in _frames(60):
+        path = frame.f_code.co_filename
+        if PACKAGE in path and "site-packages" not in path:
+            return f"{path.split(PACKAGE)[-1]} {frame.f_code.co_name}"
+    return "library"
 
 
 def _frames(most: int) -> Iterator[Any]:
