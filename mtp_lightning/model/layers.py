@@ -87,7 +87,7 @@ class Attention(nn.Module):
         num_positions, reach = query.shape[2], key.shape[2]
         if mask is None and 1 < num_positions < reach:  # one by one, so that each is computed as if it came alone
             ends = range(reach - num_positions + 1, reach + 1)
-            each = zip(query.split(1, 2), ends, strict=True)
+            each = zip(torch.split(query, 1, 2), ends, strict=True)
             return torch.cat([self._attend(one, key[:, :, :end], value[:, :, :end], None) for one, end in each], 2)
         return F.scaled_dot_product_attention(
             query,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mtp_lightning.checkpoint.huggingface.export_model import export_hf
+from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from tests.data.tokenizer_folders import write_folder
 
@@ -62,7 +62,7 @@ def write_model(transformers: Any, folder: Path, tokenizer: str) -> Path:
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "hf")
     write_folder(folder / "hf", tokenizer)
     import_folder(folder / "hf", folder / "ours", Wanted(num_offsets=3))
-    export_hf(folder / "ours", folder / "exported")
+    export_model(folder / "ours", folder / "exported")
     return folder
 
 
@@ -82,7 +82,7 @@ def write_byte_model(transformers: Any, folder: Path) -> Path:
     )
     transformers.GPTNeoXForCausalLM(config).save_pretrained(folder / "hf")
     import_folder(folder / "hf", folder / "ours", Wanted(num_offsets=2))
-    export_hf(folder / "ours", folder / "exported")
+    export_model(folder / "ours", folder / "exported")
     characters = {text: number for number, text in bytes_to_unicode().items()}
     tokenizer: Any = Tokenizer(models.BPE(vocab=characters, merges=[]))
     tokenizer.add_special_tokens(["<end>"])
