@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.profiler import record_function
 
 from mtp_lightning.losses.target_checks import ORACLE_STEPS, TargetCountCheck, check_targets
 from mtp_lightning.model.freezing import check_trained, freeze
@@ -121,7 +122,7 @@ class MtpLightningModule(L.LightningModule):
             rollout=RolloutDraw.at(self.recipe, step),
         )
         losses: list[OffsetLosses] = []
-        with self.strategy.accumulating():
+        with record_function("step: forward, backward, reduction"), self.strategy.accumulating():
             for micro_batch in prepared.micro_batches:
                 with self.autocast():
                     losses.append(accumulate_gradients(self.model, micro_batch, objective, self._backward))
@@ -218,7 +219,7 @@ class MtpLightningModule(L.LightningModule):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_enabled)
 
     def _backward(self, loss: Tensor) -> None:
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), record_function("step: backward"):
             self.manual_backward(loss)
 
     def _norms(self, parts: list[OffsetLosses], objective: Objective) -> dict[str, Tensor]:
@@ -253,7 +254,8 @@ class MtpLightningModule(L.LightningModule):
             self._skip(norms, objective, step)
         rate = learning_rate(section, step, self.recipe.run.steps)
         set_learning_rate(optimizer.optimizer, section, rate)
-        optimizer.step()  # counts the step, skipped or not
+        with record_function("step: optimizer"):
+            optimizer.step()  # counts the step, skipped or not
         if has_effect and rate > 0:  # the last step of a decay to zero moves nothing
             self.gradient_check.after_step(strategy.param_shards(), rates_by_role(section, rate))
         if section.ema is not None:
