@@ -105,7 +105,7 @@ class Cell:
 def sample() -> list[Cell]:
     """List a few cells in which every two values meet that can: a plain one of each stage, ranks and backward order.
 
-    AdamW and Muon meet every stage and number of ranks; adaptations meet every stage, every backward order and number of ranks.
+    AdamW and Muon meet every stage and number of ranks, adaptations every stage, backward order and number of ranks.
     """
     cells: list[Cell] = []
     for (s, stage), (r, ranks), (k, backward_order) in product(
