@@ -9,6 +9,7 @@ import math
 import resource
 import time
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, cast
 
 import lightning as L
@@ -20,7 +21,8 @@ from torch.profiler import record_function
 from mtp_lightning.losses.target_checks import ORACLE_STEPS, TargetCountCheck, check_targets
 from mtp_lightning.model.freezing import check_trained, freeze
 from mtp_lightning.model.mtp_model import MtpModel
-from mtp_lightning.planner.flops import tokens_after
+from mtp_lightning.planner.flops import flops_per_position, tokens_after
+from mtp_lightning.planner.hardware import peak_flops_per_s
 from mtp_lightning.recipe.learning_rate import learning_rate
 from mtp_lightning.recipe.loading.load import RecipeLike, as_recipe
 from mtp_lightning.training.draft_vocabulary import with_draft_vocabulary
@@ -289,7 +291,7 @@ class MtpLightningModule(L.LightningModule):
         has_any = self.measured.train.update_called  # unless all steps since the last row were skipped, on all ranks
         figures = self.measured.train.compute() if has_any else {}
         self.measured.train.reset()
-        recipe = self.recipe
+        recipe, rate = self.recipe, self.throughput.lap(step + 1)
         self.metrics |= {
             "step": step + 1,
             "tokens": tokens_after(recipe, step + 1),
@@ -297,7 +299,8 @@ class MtpLightningModule(L.LightningModule):
             **{f"train/{name}": figure for name, figure in figures.items()},
             **{f"grad_norm/{role}": float(norm) for role, norm in norms.items()},
             "skipped_steps": self.skipped_steps.total,
-            "tokens_per_s": self.throughput.lap(step + 1),
+            "tokens_per_s": rate,
+            **({} if self.peak_tokens_per_s is None else {"mfu": rate / self.peak_tokens_per_s}),
             "memory_gib": self._memory_bytes() / 2**30,
         }
 
@@ -312,6 +315,15 @@ class MtpLightningModule(L.LightningModule):
         self.log_dict(figures, logger=bool(loggers) and not is_step, sync_dist=self.trainer.world_size > 1)
         for logger in loggers if is_step else ():
             logger.log_metrics(figures, step=self.global_step)
+
+    @cached_property
+    def peak_tokens_per_s(self) -> float | None:
+        """Tokens per second at the peak of all ranks' GPUs, from their data sheet; None for a device without one."""
+        if self.device.type != "cuda":
+            return None
+        precision = "fp32" if self.recipe.run.precision == "fp32" else "bf16"
+        peak = peak_flops_per_s(torch.cuda.get_device_name(self.device), precision)
+        return None if peak is None else peak * self.strategy.ranks.size / flops_per_position(self.recipe)
 
     def _memory_bytes(self) -> int:
         """Peak memory so far: the device's allocator on CUDA, this process's resident set on the CPU."""
