@@ -32,6 +32,14 @@ def test_some_steps_are_profiled_and_the_rest_is_not(tmp_path):
     assert not any("step: " in row for row in rows)
 
 
+def test_a_run_that_is_beyond_these_steps_says_so(tmp_path):
+    assert train(tmp_path, "run.steps=3").exit_code == 0
+    done = train(tmp_path, "run.steps=4", "--profile", "2-3")
+    assert done.exit_code == 0, done.output
+    assert "No profile: the run goes on after step 3" in done.output
+    assert not (tmp_path / "run/profile").exists()
+
+
 @pytest.mark.parametrize("steps", ["3-2", "4-5", "0-1", "2", "a-b", "1-2-3", "-1-2"])
 def test_steps_that_are_none_are_a_fault(tmp_path, steps):
     done = train(tmp_path, f"--profile={steps}")

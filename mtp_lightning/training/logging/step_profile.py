@@ -29,6 +29,11 @@ class StepProfile(Callback):
         self._profile: profile | None = None
         self._waited_s, self._ended_at = 0.0, time.monotonic()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say of a run that goes on after the first of these steps that nothing will be profiled."""
+        if trainer.global_step >= self._first and cast(RunStrategy, trainer.strategy).ranks.is_first:
+            say(f"No profile: the run goes on after step {trainer.global_step}, beyond step {self._first}")
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin before the first step; the rows are there."""
         if trainer.global_step + 1 == self._first:
