@@ -56,6 +56,8 @@ FIGURES = {
     "grad_norm/layer_mix": "The same of mixtures of layers.",
     "grad_norm/all": "The same of all parameters together; clipping looks at this one.",
     "tokens_per_s": "Tokens per second since the last row, over all ranks, without validation and saving.",
+    "mfu": "Share of the peak of all GPUs (data sheet) that the model's operations come to, counted as by `mtp plan`; "
+    "empty for a device that is not in the table.",
     "memory_gib": "Peak memory of the first rank: CUDA's allocator on a GPU, the resident set on a CPU.",
     "skipped_steps": "Steps without effect so far, because a loss or gradient was not finite or no token had a target.",
     "rollbacks": "How often the run has gone back to its last good checkpoint.",

@@ -87,10 +87,19 @@ def describe(
 
 
 @app.command()
-def train(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+def train(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="A-B", help="Profile steps A to B: a trace of every rank, and what costs most."),
+    ] = None,
+) -> None:
     """Train a recipe; given a run that was interrupted, go on where it was."""
     guard_output(go_on_without_output)
-    loaded = open_recipe(recipe, overrides)
+    steps = [] if profile is None else [f"debug.profile_steps=[{profile.replace('-', ',')}]"]
+    loaded = open_recipe(recipe, [*(overrides or []), *steps])
     code = _train(loaded)
     if code == 0 and loaded.recipe.run.sample is not None and not _is_one_of_several():
         generate.show_sample(loaded.recipe)

@@ -154,10 +154,17 @@ def _component_label(name: str, plan: Plan) -> str | None:
     """Name a component more exactly, where the recipe decides what it is."""
     layout = plan.chosen.layout
     return {
-        "optimizer": None if layout.stage else "optimizer: two moments",
+        "optimizer": f"optimizer: {'master, ' if layout.stage else ''}{_kept(plan)}",
         "logits": "logits of all offsets" if layout.backward_order == "joint" else "logits, one chunk",
         "gathered_weights": None if layout.stage else "weights cast to bf16",
     }.get(name)
+
+
+def _kept(plan: Plan) -> str:
+    """Name what the optimizer keeps besides the weights."""
+    section = plan.recipe.optimizer
+    moments = "two moments" if section.kind == "adamw" else "one moment of matrices, two of the rest"
+    return moments + ("" if section.ema is None else ", average")
 
 
 def _time_table(time: StepTime) -> Table:

@@ -105,7 +105,7 @@ class Cell:
 def sample() -> list[Cell]:
     """List a few cells in which every two values meet that can: a plain one of each stage, ranks and backward order.
 
-    AdamW meets every stage and number of ranks; adaptations meet every stage, every backward order and number of ranks.
+    AdamW and Muon meet every stage and number of ranks, adaptations every stage, backward order and number of ranks.
     """
     cells: list[Cell] = []
     for (s, stage), (r, ranks), (k, backward_order) in product(
@@ -121,7 +121,8 @@ def sample() -> list[Cell]:
             unembedding="shared" if (heads, unembedding) == ("sequential", "replicated") else unembedding,
             clips=bool((s + r) % 2),
         )
-        cells += [plain, *([replace(plain, optimizer="adamw")] if (s + r + k) % 3 == 0 else [])]
+        others = [name for number, name in enumerate(("adamw", "muon")) if (s + r + k) % 3 == number]
+        cells += [plain, *(replace(plain, optimizer=name) for name in others)]
         adapted = [name for number, name in enumerate(ADAPTATIONS) if (number + s + k) % 3 == (number + s + r) % 2 == 0]
         cells += [adapted_cell(stage, ranks, backward_order, name) for name in adapted if name != "none"]
     return cells

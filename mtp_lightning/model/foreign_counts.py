@@ -6,6 +6,8 @@ from collections import Counter
 
 import torch
 
+from mtp_lightning.model.freezing import freeze
+from mtp_lightning.model.hidden_matrices import hidden_matrices
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.model.roles import role_of
 from mtp_lightning.model.transformers_architecture import architecture_of
@@ -30,6 +32,21 @@ def _parameters_by_role(recipe: str) -> str:
     for name, parameter in model.named_parameters():
         counts[role_of(name)] += parameter.numel()
     return json.dumps(counts)
+
+
+@functools.lru_cache(maxsize=32)
+def _trained_matrices(recipe: str) -> int:
+    own = with_first_ids(Recipe.model_validate(json.loads(recipe)))
+    with torch.device("meta"):
+        model = MtpModel(own)
+    freeze(model, own)
+    names = hidden_matrices(model)
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
+
+
+def trained_matrices(recipe: Recipe) -> int:
+    """Count the parameters of a recipe's model that Muon steps."""
+    return _trained_matrices(json.dumps(recipe.model_dump(mode="json"), sort_keys=True))
 
 
 def layer_entries(section: ModelSection) -> list[int]:

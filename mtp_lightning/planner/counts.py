@@ -10,6 +10,7 @@ from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.trainable import TrainableParts, mixing_offsets
 
 CHECKPOINT_BYTES = 14  # per parameter: fp32 weight and two moments, and what goes with them
+ENTRY_BYTES = 4  # of a moment or an average
 LARGEST_BUCKET = 500_000_000  # DeepSpeed's default for what is reduced together
 
 
@@ -69,7 +70,9 @@ def disk_use(recipe: Recipe) -> DiskUse:
     """
     section = recipe.checkpoint
     permanent = recipe.run.steps // section.keep_every_steps if section.keep_every_steps else 0
-    return DiskUse(section.keep + 2 + permanent, CHECKPOINT_BYTES * parameter_counts(recipe).total)
+    more = kept_entries(recipe) - 2 * trainable_parameters(recipe)
+    each = CHECKPOINT_BYTES * parameter_counts(recipe).total + ENTRY_BYTES * more
+    return DiskUse(section.keep + 2 + permanent, each)
 
 
 def parameter_counts(recipe: Recipe) -> ParameterCounts:
@@ -103,10 +106,47 @@ def trainable_parameters(recipe: Recipe) -> int:
     """
     parts, counts = TrainableParts(recipe), asdict(parameter_counts(recipe))
     if parts.first > 1:
-        before = recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"num_offsets": parts.first - 1})})
+        before = _before(recipe, parts.first)
         counts["heads"] -= head_weights(before).total
         counts["unembedding"] -= unembedding_weights(before).total
     return sum(count for role, count in counts.items() if role not in parts.frozen_roles)
+
+
+def matrix_parameters(recipe: Recipe) -> int:
+    """Count the trained parameters that Muon steps: matrices of layers in trunk and heads, no embeddings.
+
+    >>> matrix_parameters(Recipe()), matrix_parameters(Recipe.model_validate({"optimizer": {"kind": "muon"}}))
+    (0, 6422528)
+    """
+    if recipe.optimizer.kind != "muon":
+        return 0
+    if recipe.model.is_foreign:
+        from mtp_lightning.model.foreign_counts import trained_matrices
+
+        return trained_matrices(recipe)
+    parts = TrainableParts(recipe)
+    counts = {
+        "trunk": num_trunk_layers(recipe) * layer_weights(recipe.model).matrices,
+        "heads": head_weights(recipe).matrices,
+    }
+    if parts.first > 1:
+        counts["heads"] -= head_weights(_before(recipe, parts.first)).matrices
+    return sum(count for role, count in counts.items() if role not in parts.frozen_roles)
+
+
+def _before(recipe: Recipe, first: int) -> Recipe:
+    """Return a recipe of the offsets before one."""
+    return recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"num_offsets": first - 1})})
+
+
+def kept_entries(recipe: Recipe) -> int:
+    """Count what the optimizer keeps of the trained parameters, besides master weights: moments and averages.
+
+    >>> kept_entries(Recipe()) == 2 * trainable_parameters(Recipe())
+    True
+    """
+    per_parameter = 2 if recipe.optimizer.ema is None else 3
+    return per_parameter * trainable_parameters(recipe) - matrix_parameters(recipe)
 
 
 def bucket_entries(recipe: Recipe) -> int:

@@ -16,8 +16,6 @@ from mtp_lightning.planner.passes import ALL_PROJECTIONS
 from mtp_lightning.planner.shape import Layer, Shape
 
 GIB = 2**30
-MASTER_AND_MOMENTS = 3 * FP32  # per parameter
-MOMENTS = 2 * FP32
 CONTEXT_BYTES = 1.25 * GIB  # CUDA context, cuBLAS workspaces, NCCL
 FRAGMENTATION = 0.03  # of what the allocator manages
 BOUNDARY_STATES = 8  # (P, D) tensors around a head: the leaf it reads, hidden, normed and cast, and their gradients
@@ -79,8 +77,8 @@ def _state(shape: Shape, layout: Layout) -> tuple[dict[str, float], float]:
     trainable = shape.num_trainable
     weights = layout.weight_bytes * total / layout.shards(3)
     gradients = layout.gradient_bytes * trainable / layout.shards(2)
-    per_parameter = MASTER_AND_MOMENTS if layout.stage else MOMENTS
-    optimizer = per_parameter * trainable / layout.shards(1)
+    master, kept = trainable if layout.stage else 0, 2 * trainable if shape.num_kept is None else shape.num_kept
+    optimizer = FP32 * (master + kept) / layout.shards(1)
     offloaded = 0.0
     if layout.offload_optimizer != "none":
         offloaded, optimizer = optimizer, 0.0

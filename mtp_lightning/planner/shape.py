@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from mtp_lightning.planner.counts import (
     ParameterCounts,
+    kept_entries,
     layer_weights,
     parameter_counts,
     trainable_parameters,
@@ -61,6 +62,7 @@ class Shape:
 
     parameters: ParameterCounts
     num_trainable: int  # parameters with gradients and optimizer state
+    num_kept: int | None = None  # entries of moments and averages; None: two moments of each trained parameter
     passes: BackwardFlow  # what a position goes through
     layer: Layer
     num_trunk_layers: int
@@ -106,6 +108,7 @@ def shape_of(recipe: Recipe) -> Shape:
     return Shape(
         parameters=parameter_counts(recipe),
         num_trainable=trainable_parameters(recipe),
+        num_kept=kept_entries(recipe),
         passes=backward_flow_of(recipe),
         layer=_layer_of(recipe),
         num_trunk_layers=num_trunk_layers(recipe),

@@ -25,6 +25,7 @@ RUN_FIELDS = frozenset(
     {
         "name",
         "debug.shrink",
+        "debug.profile_steps",
         "model.family",
         "data.cache_gib",
         "data.max_epochs",

@@ -16,6 +16,7 @@ from mtp_lightning.training.health.stragglers import Stragglers
 from mtp_lightning.training.health.watchdog import Watchdog
 from mtp_lightning.training.logging.live import LiveView
 from mtp_lightning.training.logging.metrics_files import MetricsFiles
+from mtp_lightning.training.logging.step_profile import StepProfile
 from mtp_lightning.training.logging.summary import Summary
 from mtp_lightning.training.saving.init_from import Frozen, InitFrom
 from mtp_lightning.training.saving.interruption import Interruption
@@ -39,6 +40,7 @@ def build_callbacks(
     """
     checkpoints = Checkpoints(recipe, run_folder / "checkpoints", layers=layers)
     return [
+        *([StepProfile(recipe.debug.profile_steps, run_folder)] if recipe.debug.profile_steps else []),
         Stragglers(),
         *recipe_callbacks(recipe),
         Rollbacks(run_folder),

@@ -9,17 +9,20 @@ import math
 import resource
 import time
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.profiler import record_function
 
 from mtp_lightning.losses.target_checks import ORACLE_STEPS, TargetCountCheck, check_targets
 from mtp_lightning.model.freezing import check_trained, freeze
 from mtp_lightning.model.mtp_model import MtpModel
-from mtp_lightning.planner.flops import tokens_after
+from mtp_lightning.planner.flops import flops_per_position, tokens_after
+from mtp_lightning.planner.hardware import peak_flops_per_s
 from mtp_lightning.recipe.learning_rate import learning_rate
 from mtp_lightning.recipe.loading.load import RecipeLike, as_recipe
 from mtp_lightning.training.draft_vocabulary import with_draft_vocabulary
@@ -121,7 +124,7 @@ class MtpLightningModule(L.LightningModule):
             rollout=RolloutDraw.at(self.recipe, step),
         )
         losses: list[OffsetLosses] = []
-        with self.strategy.accumulating():
+        with record_function("step: forward, backward, reduction"), self.strategy.accumulating():
             for micro_batch in prepared.micro_batches:
                 with self.autocast():
                     losses.append(accumulate_gradients(self.model, micro_batch, objective, self._backward))
@@ -218,7 +221,7 @@ class MtpLightningModule(L.LightningModule):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_enabled)
 
     def _backward(self, loss: Tensor) -> None:
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), record_function("step: backward"):
             self.manual_backward(loss)
 
     def _norms(self, parts: list[OffsetLosses], objective: Objective) -> dict[str, float]:
@@ -249,7 +252,8 @@ class MtpLightningModule(L.LightningModule):
             self._skip(norms, objective, step)
         rate = learning_rate(section, step, self.recipe.run.steps)
         set_learning_rate(optimizer.optimizer, section, rate)
-        optimizer.step()  # counts the step, skipped or not
+        with record_function("step: optimizer"):
+            optimizer.step()  # counts the step, skipped or not
         if has_effect and rate > 0:  # the last step of a decay to zero moves nothing
             self.gradient_check.after_step(strategy.param_shards(), rates_by_role(section, rate))
         if section.ema is not None:
@@ -283,7 +287,7 @@ class MtpLightningModule(L.LightningModule):
         has_any = self.measured.train.update_called  # unless all steps since the last row were skipped, on all ranks
         figures = self.measured.train.compute() if has_any else {}
         self.measured.train.reset()
-        recipe = self.recipe
+        recipe, rate = self.recipe, self.throughput.lap(step + 1)
         self.metrics |= {
             "step": step + 1,
             "tokens": tokens_after(recipe, step + 1),
@@ -291,7 +295,8 @@ class MtpLightningModule(L.LightningModule):
             **{f"train/{name}": figure for name, figure in figures.items()},
             **{f"grad_norm/{role}": norm for role, norm in norms.items()},
             "skipped_steps": self.skipped_steps.total,
-            "tokens_per_s": self.throughput.lap(step + 1),
+            "tokens_per_s": rate,
+            **({} if self.peak_tokens_per_s is None else {"mfu": rate / self.peak_tokens_per_s}),
             "memory_gib": self._memory_bytes() / 2**30,
         }
 
@@ -306,6 +311,15 @@ class MtpLightningModule(L.LightningModule):
         self.log_dict(figures, logger=bool(loggers) and not is_step, sync_dist=self.trainer.world_size > 1)
         for logger in loggers if is_step else ():
             logger.log_metrics(figures, step=self.global_step)
+
+    @cached_property
+    def peak_tokens_per_s(self) -> float | None:
+        """Tokens per second at the peak of all ranks' GPUs, from their data sheet; None for a device without one."""
+        if self.device.type != "cuda":
+            return None
+        precision = "fp32" if self.recipe.run.precision == "fp32" else "bf16"
+        peak = peak_flops_per_s(torch.cuda.get_device_name(self.device), precision)
+        return None if peak is None else peak * self.strategy.ranks.size / flops_per_position(self.recipe)
 
     def _memory_bytes(self) -> int:
         """Peak memory so far: the device's allocator on CUDA, this process's resident set on the CPU."""

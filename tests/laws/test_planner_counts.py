@@ -8,9 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_lightning.losses.targets import shifted_targets
 from mtp_lightning.model.freezing import freeze
+from mtp_lightning.model.hidden_matrices import hidden_matrices
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.model.roles import ROLES, role_of
-from mtp_lightning.planner.counts import parameter_counts, trainable_parameters
+from mtp_lightning.planner.counts import kept_entries, parameter_counts, trainable_parameters
 from mtp_lightning.planner.passes import backward_flow_of
 from mtp_lightning.recipe.loading.load import load_recipe
 from mtp_lightning.training.step.batch import MicroBatch
@@ -69,6 +70,23 @@ def test_trainable_parameters_are_those_left_by_freezing(kind, first):
     left = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert trainable_parameters(recipe) == left
     assert (left > 0) or (kind == "recursive" and first > 2)
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("freeze_parts", [[], ["trunk"], ["offsets_below_3"]])
+def test_muons_state_is_one_momentum_of_each_matrix_that_it_steps(kind, freeze_parts):
+    if kind == "anticausal" and freeze_parts == ["offsets_below_3"]:
+        pytest.skip("every head of it serves the first offset")
+    sections = {"model": {"num_hidden_layers": 9}, "heads": HEAD_KINDS[kind], "freeze": freeze_parts}
+    recipe = tiny_recipe(**sections, optimizer={"kind": "muon", "ema": {}})
+    with torch.device("meta"):
+        model = MtpModel(recipe)
+    freeze(model, recipe)
+    matrices = hidden_matrices(model)
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    moments = sum(count * (1 if name in matrices else 2) for name, count in trained.items())
+    assert kept_entries(recipe) == moments + sum(trained.values())
+    assert kept_entries(tiny_recipe(**sections)) == 2 * sum(trained.values())
 
 
 ADAPTATIONS = {

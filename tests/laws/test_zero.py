@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -39,6 +40,8 @@ def test_every_stage_and_every_backward_order_is_equal_on_two_ranks(warm_ranks):
         and (cell.stage, cell.backward_order) in chosen
     ]
     assert len(cells) == len(chosen)
+    cells += [replace(cells[place], optimizer="muon") for place in (0, 2, 3)]  # of every stage
+    assert {cell.stage for cell in cells[len(chosen) :]} == {*STAGES}
     outcomes = compare_strategies(cells)
     assert [outcome.cell for outcome in outcomes] == cells
     assert [outcome for outcome in outcomes if not outcome.is_good or not outcome.error] == []
@@ -78,9 +81,10 @@ def test_in_the_sample_every_two_values_meet_that_can():
     assert places == set(product(STAGES, RANKS, BACKWARD_ORDERS))
     adapted = {(cell.adaptation, value) for cell in sample() for value in (cell.stage, cell.backward_order, cell.ranks)}
     assert adapted >= set(product(ADAPTATIONS, (*STAGES, *BACKWARD_ORDERS, *RANKS)))
-    adamw = {(cell.stage, cell.ranks) for cell in sample() if cell.optimizer == "adamw"}
-    assert adamw == set(product(STAGES, RANKS))
-    assert len(set(sample())) == len(sample()) <= 40
+    for name in ("adamw", "muon"):
+        met = {(cell.stage, cell.ranks) for cell in sample() if cell.optimizer == name}
+        assert met == set(product(STAGES, RANKS))
+    assert len(set(sample())) == len(sample()) <= 46
 
 
 def test_in_the_sample_of_triples_every_three_values_meet_that_can():

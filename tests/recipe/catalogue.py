@@ -243,6 +243,7 @@ RULES = (
         "average_and_muon_with_offloading",
         *("strategy.kind=zero2", "strategy.offload_optimizer=cpu", "optimizer.ema={}", "optimizer.kind=muon"),
     ),
+    _broken("profile_after_the_run", "debug.profile_steps=[999, 1001]"),
     _broken("guard_without_a_start", "health.drift={}"),
     _broken("optimizer_kept_without_a_start", "init.optimizer=true", "init.data_position=true", "heads.extend=3"),
     _broken("trains_nothing", "freeze=[offsets_below_3]", "objective.weights={kind: constant, values: [1, 1, 0, 0]}"),

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from mtp_lightning.cli.app import app
 from mtp_lightning.errors import RecipeError
 from mtp_lightning.recipe import load_recipe, recipe_to_yaml
 from mtp_lightning.recipe.learning_rate import learning_rate
@@ -135,6 +137,14 @@ def test_what_is_short_on_purpose_is_healthy_and_so_is_its_resolved_recipe(tmp_p
     assert load_recipe(path).recipe == recipe
 
 
+def test_a_phase_keeps_the_state_of_its_own_optimizer_only(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("phases: {a: {}, b: {keep_optimizer: true, optimizer: {kind: muon}}}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert [fault.found for fault in caught.value.faults] == ["adamw in a, muon in b"]
+
+
 @pytest.mark.parametrize(
     ("text", "overrides"),
     [
@@ -151,3 +161,18 @@ def test_what_contradicts_itself_is_a_fault(tmp_path, text, overrides):
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, overrides)
     assert [fault.path.rpartition(".")[2] for fault in caught.value.faults] == ["warmup_steps"]
+
+
+def test_the_rate_of_every_phase_is_drawn(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "phases:\n  one: {optimizer: {schedule: wsd}}\n  two: {optimizer: {lr: 0.25, lr_scale: {heads: 4}}}\n"
+    )
+    lines = CliRunner().invoke(app, ["recipe", "show", str(path), "--plot-lr"]).output.splitlines()
+    assert [line for line in lines if "peak" in line] == [
+        "1-one: wsd, peak 0.001, last 0.0001",
+        "2-two: cosine, peak 0.25, last 0.025",
+    ]
+    assert sum("█" in line for line in lines) == 20
+    assert lines[-1] == "optimizer.lr_scale: heads x 4"
+    assert max(map(len, lines)) <= 80

@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from mtp_lightning.cli.app import app
 from mtp_lightning.errors import CheckpointError, TrainingError
+from mtp_lightning.model.hidden_matrices import hidden_matrices
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
-from mtp_lightning.training.step.muon import MuonWithAdamW, hidden_matrices
+from mtp_lightning.training.step.muon import MuonWithAdamW
 from mtp_lightning.training.step.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from tests.support.averages import assert_average_of_steps
 from tests.support.runs import ROOT
 from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe
 
@@ -62,23 +64,9 @@ def test_a_run_cut_off_goes_on_to_the_bit(averaged, run):
 
 
 def test_the_average_is_that_of_torch(averaged):
-    """The weights of every step are in its checkpoint; the average of the last is compared."""
-    last = ShardReader(averaged / LAST)
-    parameters = torch.nn.ParameterList([torch.nn.Parameter(torch.empty(last.numel(name))) for name in last.names])
-    oracle = torch.optim.swa_utils.AveragedModel(
-        parameters, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.8)
-    )
-    for done in range(4, STEPS + 1, 2):
-        reader = ShardReader(averaged / f"checkpoints/step-{done:08d}")
-        for parameter, name in zip(parameters, last.names, strict=True):
-            parameter.data = reader.read(name)
-        oracle.update_parameters(parameters)
-    moved = 0.0
-    for expected, name in zip(oracle.module, last.names, strict=True):
-        assert torch.allclose(last.read(name, "average"), expected.data, rtol=1e-6, atol=1e-7)
-        moved = max(moved, float((last.read(name) - expected.data).abs().max()))
-    assert moved > 1e-3
-    assert "average" not in ShardReader(averaged / "checkpoints/step-00000003").kinds(last.names[0])
+    assert_average_of_steps(averaged, range(4, STEPS + 1, 2), decay=0.8)
+    first = ShardReader(averaged / "checkpoints/step-00000003")
+    assert "average" not in first.kinds(first.names[0])
 
 
 def invoke(*arguments):

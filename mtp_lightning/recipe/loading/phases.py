@@ -212,17 +212,19 @@ def _optimizer_faults(former: Phase | None, phase: Phase, section: PhaseSection,
     """Name an optimizer's state that is to be kept and does not fit."""
     if not section.keep_optimizer:
         return []
-    found = None
+    found, what = None, "trains the same parameters"
     if former is None:
         found = "the first phase"
     elif trained(former.recipe) != trained(phase.recipe):
         found = f"{_spelled(former.recipe)} trained by {former.name}, {_spelled(phase.recipe)} by {phase.name}"
+    elif (kinds := [each.recipe.optimizer.kind for each in (former, phase)])[0] != kinds[1]:
+        found, what = f"{kinds[0]} in {former.name}, {kinds[1]} in {phase.name}", "has the same optimizer.kind"
     if found is None:
         return []
     return [
         Fault(
             path=f"{FOLDER}.{phase.name}.keep_optimizer",
-            expected="must be false unless the phase before trains the same parameters",
+            expected=f"must be false unless the phase before {what}",
             found=found,
             origin=written.origin_at(("keep_optimizer",)) or written.origin,
             hint=f"Remove {FOLDER}.{phase.name}.keep_optimizer: the optimizer then begins anew.",

@@ -28,7 +28,18 @@ def _rewarms_in_time(recipe: Recipe) -> bool:
     return section.rewarm_at is None or 0 < section.warmup_steps <= section.rewarm_at < recipe.run.steps
 
 
+def _profiles_in_run(recipe: Recipe) -> bool:
+    first, last = recipe.debug.profile_steps or (1, 1)
+    return first <= last <= recipe.run.steps
+
+
 OPTIMIZER_RULES: tuple[Rule, ...] = (
+    Rule(
+        fields=("debug.profile_steps", "run.steps"),
+        holds=_profiles_in_run,
+        expected="must be two steps of the run, the later one last",
+        hint="Give e.g. [3, 5] (mtp train --profile 3-5).",
+    ),
     Rule(
         fields=("optimizer.betas",),
         holds=lambda recipe: all(0 <= beta < 1 for beta in recipe.optimizer.betas),

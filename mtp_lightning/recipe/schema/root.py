@@ -266,6 +266,9 @@ class DebugSection(Section):
     shrink: bool = False
     """Make model, step and run small enough for a laptop, and read Python's own library; heads, backward order,
     precision and strategy stay, and so does whatever the command line sets."""
+    profile_steps: list[PositiveInt] | None = Field(default=None, min_length=2, max_length=2)
+    """First and last of the steps that torch's profiler records, into the folder `profile` of the run; null: none. As
+    `mtp train --profile`."""
 
 
 class Recipe(Section):

@@ -27,6 +27,7 @@ def metric_columns(num_offsets: int, sources: Iterable[str] = (), *, has_draft_v
         "train/router_loss",
         *(f"grad_norm/{role}" for role in ROLES),
         "tokens_per_s",
+        "mfu",
         "memory_gib",
         "skipped_steps",
         "rollbacks",

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -73,13 +74,18 @@ def status_lines(progress: Progress) -> list[str]:
     lines = [
         f"grad norm  {own}   lr {number(train.get('lr'), '.2e')}",
         *(["           " + "  ".join(added)] if added else []),
-        f"{count(progress.tokens)} tokens  {count(train.get('tokens_per_s'))} tokens/s"
+        f"{count(progress.tokens)} tokens  {_speed(train)}"
         f"  {number(train.get('memory_gib'), '.2f')} GiB"
         f"  last checkpoint {f'step {progress.saved_step:,}' if progress.saved_step else BLANK}",
     ]
     if progress.recipe.heads.num_offsets > 1:
         lines.insert(len(lines) - 1, f"acceptance length  {_lengths(progress)}")
     return lines
+
+
+def _speed(train: Mapping[str, float]) -> str:
+    share = f"  {train['mfu']:.0%} MFU" if "mfu" in train else ""
+    return f"{count(train.get('tokens_per_s'))} tokens/s{share}"
 
 
 def _lengths(progress: Progress) -> str:
@@ -114,7 +120,7 @@ def plain_line(progress: Progress) -> str:
             f"step {progress.step}/{progress.total_steps}",
             f"{count(progress.tokens)} tokens",
             *_figures(train, "train", progress.recipe.heads.num_offsets),
-            f"{count(train.get('tokens_per_s'))} tokens/s",
+            _speed(train),
             f"ETA {duration(progress.eta_s)}",
         ]
     )

@@ -15,24 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
-from mtp_lightning.model.roles import role_of
 from mtp_lightning.recipe.schema.root import OptimizerSection
-from mtp_lightning.training.strategies.param_shards import MatrixRun, RunsOf, whole_shape
+from mtp_lightning.training.strategies.param_shards import MatrixRun, RunsOf
 
 MOMENTUM = "momentum_buffer"  # as torch.optim.Muon names it
 ORTHOGONAL_TYPE = torch.bfloat16  # in which torch's iteration computes
 MOST_BYTES = 2**28  # of matrices that are gathered at the same time, unless one alone is larger
-HIDDEN_ROLES = ("trunk", "heads")
-
-
-def hidden_matrices(module: nn.Module) -> set[str]:
-    """Name the trainable matrices of layers in trunk and heads: of two dimensions, and no embeddings."""
-    embeddings = {id(p) for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
-    return {
-        name
-        for name, p in module.named_parameters()
-        if p.requires_grad and id(p) not in embeddings and role_of(name) in HIDDEN_ROLES and len(whole_shape(p)) == 2
-    }
 
 
 @final

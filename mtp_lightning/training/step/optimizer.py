@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.errors import TrainingError
+from mtp_lightning.model.hidden_matrices import hidden_matrices
 from mtp_lightning.model.roles import ROLES, role_of
 from mtp_lightning.recipe.schema.root import OptimizerSection
-from mtp_lightning.training.step.muon import MuonWithAdamW, hidden_matrices
+from mtp_lightning.training.step.muon import MuonWithAdamW
 from mtp_lightning.training.strategies.param_shards import RunsOf, whole_shape
 
 

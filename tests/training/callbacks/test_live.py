@@ -64,7 +64,7 @@ def test_every_figure_of_an_offset_is_in_its_row() -> None:
     assert "grad norm  trunk 0.12  heads 0.12  unembedding 0.12  all 0.12   lr 9.80e-04" in lines
     assert "           lora 0.12  layer_mix 0.12" in lines
     assert "acceptance length  train 1.23  val 2.35 at step 299 (the best so far)" in [line.strip() for line in lines]
-    assert any("1.23M tokens/s  123.46 GiB  last checkpoint step 299" in line for line in lines)
+    assert any("1.23M tokens/s  12% MFU  123.46 GiB  last checkpoint step 299" in line for line in lines)
     assert lines[6].startswith("step 299/300")
     assert len(lines[-1]) < 77, "room for an echoed ^C behind the cursor"
 

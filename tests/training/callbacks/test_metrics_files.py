@@ -37,6 +37,7 @@ def test_columns_are_those_promised() -> None:
         "grad_norm/layer_mix",
         "grad_norm/all",
         "tokens_per_s",
+        "mfu",
         "memory_gib",
         "skipped_steps",
         "rollbacks",
