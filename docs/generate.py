@@ -289,7 +289,7 @@ def _matrix() -> list[str]:
         cells = []
         for row in formats:
             held = [row.refuses(recipe) is None for recipe in variants]
-            names = ", ".join(one.name for one in row.engines)
+            names = ", ".join(one.name for one in row.engines if one.heads != "none")
             cells.append(names + ("" if all(held) else " (some)") if any(held) else "refused")
         rows.append((kind, *cells))
     return table(("heads", *(f"`{row.name}`" for row in formats)), rows)

@@ -89,6 +89,7 @@ def test_qwen3_5_computes_what_qwen3_does(layout, heads, model, tmp_path):
     assert_close(engine.qwen3_5_scores(served, TOKENS)[0], scores[2][:-1])
     told = settings_in(folder)
     assert (told["mtp_num_hidden_layers"], told["full_attention_interval"]) == (1, 1)
+    assert (told["layer_types"][-1] == "linear_attention") == (layout == "gguf-ready")
     assert ("mrope_section" in told["rope_parameters"]) == (layout == "gguf-ready")
     assert sum(told["rope_parameters"].get("mrope_section", [3])) == 3
 
@@ -210,3 +211,27 @@ def test_every_tensor_is_reported(tmp_path):
     stored = {*engine.tensors_of(folder)} | {f"drafter/{name}" for name in engine.tensors_of(folder / "drafter")}
     written = {tensor for tensors in report["written"].values() for tensor in tensors}
     assert written | {*report["made"]} == stored
+
+
+def test_llama_cpps_table_knows_every_tensor(tmp_path):
+    """The module's names are those that its converter gives them: `mtp.` becomes the block behind the last layer."""
+    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'mtp_lightning[gguf]'")
+    folder, _, _ = exported(tmp_path, "gguf-ready", {"kind": "recursive", "num_offsets": 3}, QWEN3)
+    num_layers = settings_in(folder)["num_hidden_layers"]
+    renamed = {
+        "fc": "eh_proj",
+        "pre_fc_norm_embedding": "enorm",
+        "pre_fc_norm_hidden": "hnorm",
+        "norm": "shared_head.norm",
+    }
+    nextn = {
+        name for kind, names in gguf.TensorNameMap.block_mappings_cfg.items() if "NEXTN" in kind.name for name in names
+    }
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN35, num_layers + 1)
+    for name in engine.tensors_of(folder):
+        stem = name.removesuffix(".weight").removesuffix(".bias")
+        if stem.removeprefix("mtp.") in renamed:
+            assert f"model.layers.{{bid}}.{renamed[stem.removeprefix('mtp.')]}" in nextn
+        else:
+            stem = stem.replace("mtp.layers.0", f"model.layers.{num_layers}").replace("dt_bias", "dt_proj")
+            assert table.get_name(stem), name

@@ -91,3 +91,11 @@ def test_the_base_model_and_its_licence_come_along(tmp_path: Path) -> None:
         assert "| licence of the base model | apache-2.0 |" in card.content
         assert "all are here" in card.content
     assert license_of(tmp_path / "a") == "apache-2.0"
+
+
+def test_a_folder_without_a_tokenizer_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_run(tmp_path / "bytes", tiny_recipe(), 1)
+    save_run(tmp_path / "gone", tiny_recipe(data={"tokenizer": str(tmp_path / "gone.json")}), 1)
+    for name, why in (("bytes", "the model reads bytes"), ("gone", f"{tmp_path}/gone.json is not there")):
+        export_model(tmp_path / name, tmp_path / f"{name}-out")
+        assert f"No tokenizer in the folder: {why}" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from mtp_lightning.checkpoint.format.reader_view import WeightSource
 from mtp_lightning.cli.app import app
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.evaluation.export_parity import check_parity, predicted_accepts
+from mtp_lightning.recipe.draft_vocabulary import packed_ids
 from tests.checkpoint.runs import save_run
 from tests.decode.oracles import trained_model_of
 from tests.support.tiny import HEAD_KINDS, tiny_recipe
@@ -147,6 +148,14 @@ def test_the_verb_verifies(run, tmp_path):
     told = json.loads((tmp_path / "out/parity.json").read_text())
     assert len(told["text"]) == 32
     assert sum(told["predicted_accepted"]) > 0
+
+
+def test_a_draft_vocabulary_is_kept_where_the_format_keeps_it(tmp_path):
+    ids = [0, 1, 3, 5, 7, 9, 11]
+    heads = HEAD_KINDS["parallel"] | {"draft_vocabulary": len(ids), "draft_token_ids": packed_ids(ids)}
+    save_run(tmp_path / "run", tiny_recipe(heads=heads, data={"seq_len": 40}), 1)
+    for name in ("hf_mtp", "eagle"):
+        export_model(tmp_path / "run", tmp_path / name, name, check=check_parity)
 
 
 def test_kept_drafts_are_counted_as_by_hand():

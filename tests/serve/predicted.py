@@ -24,25 +24,52 @@ def reapplied_counts(model: MtpModel, prompt: Ids, text: Ids, num_tokens: int, n
     Its keys and values of the text are those of the first draft; further drafts are one more row behind them, made of
     the state and the token of the draft before.
     """
-    padded = torch.tensor([[*text, *[0] * model.num_offsets]])
-    trunk = model.hidden_states(padded, torch.zeros_like(padded), [1])[1]
-    counts: list[int] = []
+    states, counts = trunk_states(model, text), []
     while (emitted := 1 + sum(counts) + len(counts)) < num_tokens:
         known = len(prompt) + emitted  # tokens of the text so far
-        drafts = _drafts(model, trunk[:, : known - 1], text[:known], num_drafts)
-        right = [draft == text[known + place] for place, draft in enumerate(drafts)]
-        counts.append([*right, False].index(False))
+        drafts = _drafts(model, states[:, : known - 1], text[1:known], num_drafts)
+        counts.append(num_right(drafts, text[known:]))
     return counts
 
 
-def _drafts(model: MtpModel, states: Tensor, tokens: list[int], num_drafts: int) -> list[int]:
-    """Draft from the trunk's states (1, T-1, D) of a text of T tokens."""
-    read, drafts = model.read(2, states), []
+def counts_in_llama_cpp(
+    model: MtpModel, prompt: Ids, text: Ids, num_tokens: int, num_drafts: int
+) -> tuple[list[int], list[int]]:
+    """Count drafts, and kept ones, as llama.cpp runs the module: likewise, but for two things.
+
+    The text's first token has a row too, beside a state of zeros; and no more is drafted than may still be said.
+    """
+    states = trunk_states(model, text)
+    states = torch.cat((torch.zeros_like(states[:, :1]), states), dim=1)
+    drafted: list[int] = []
+    kept: list[int] = []
+    while (wanted := min(num_drafts, num_tokens - 2 - sum(kept) - len(kept))) > 0:
+        known = len(prompt) + 1 + sum(kept) + len(kept)
+        drafts = _drafts(model, states[:, :known], text[:known], wanted)
+        drafted.append(wanted)
+        kept.append(num_right(drafts, text[known:]))
+    return drafted, kept
+
+
+def num_right(drafts: Ids, following: Ids) -> int:
+    """Count the drafts before the first wrong one."""
+    return ([draft == following[place] for place, draft in enumerate(drafts)] + [False]).index(False)
+
+
+def trunk_states(model: MtpModel, text: Ids) -> Tensor:
+    """What the module reads of the text, (1, T, D), by one pass."""
+    padded = torch.tensor([[*text, *[0] * model.num_offsets]])
+    return model.read(2, model.hidden_states(padded, torch.zeros_like(padded), [1])[1])
+
+
+def _drafts(model: MtpModel, states: Tensor, tokens: Ids, num_drafts: int) -> list[int]:
+    """Draft from the states (1, T, D) that the module reads, and the token behind each."""
+    drafts: list[int] = []
     for _ in range(num_drafts):
-        following = torch.tensor([[*tokens[1:], *drafts]])
+        following = torch.tensor([[*tokens, *drafts]])
         inside = torch.zeros(1, following.shape[1] + model.num_offsets, dtype=torch.long)
         embedded = model.trunk.embed_tokens(following)
-        made = model.heads.modules_of(2)[0](read, embedded, model.geometry(inside, like=embedded))[:, -1:]
+        made = model.heads.modules_of(2)[0](states, embedded, model.geometry(inside, like=embedded))[:, -1:]
         drafts.append(int(model.unembedding.logits(2, made).argmax()))
-        read = torch.cat((read, model.read(3, made)), dim=1) if model.num_offsets > 2 else read
+        states = torch.cat((states, model.read(3, made)), dim=1) if model.num_offsets > 2 else states
     return drafts

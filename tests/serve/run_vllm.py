@@ -2,8 +2,9 @@
 
     python run_vllm.py JOBS.json RESULTS.json
 
-A job has `folder`, `speculative` (or null), `prompts` (ids), `num_tokens`, and perhaps `dtype`; a result has `texts`,
-`num_drafts`, `num_draft_tokens`, `num_accepted_tokens`, `accepted_per_pos` and `seconds`.
+A job has `folder`, `speculative` (or null), `prompts` (ids) and `num_tokens`, and perhaps `dtype`, `max_len`, or
+`together`: false for one prompt at a time; a result has `texts`, `num_drafts`, `num_draft_tokens`,
+`num_accepted_tokens`, `num_accepted_tokens_per_pos` and `seconds`.
 """
 
 import gc
@@ -73,7 +74,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     params = SamplingParams(temperature=0.0, max_tokens=job["num_tokens"], ignore_eos=True, detokenize=False)
     began = time.perf_counter()
-    made = llm.generate(prompts, params, use_tqdm=False)
+    batches = [prompts] if job.get("together", True) else [[prompt] for prompt in prompts]
+    made = [one for batch in batches for one in llm.generate(batch, params, use_tqdm=False)]
     seconds = time.perf_counter() - began
     counts: dict[str, Any] = {"texts": [list(one.outputs[0].token_ids) for one in made], "seconds": seconds}
     for metric in llm.get_metrics():

@@ -69,6 +69,8 @@ def _base_of(source: Source) -> tuple[str, str]:
 
 def _data_of(source: Source) -> str:
     data = source.recipe.data
+    if source.checkpoint.step == 0:
+        return "none: not trained here"
     if data.mixture:
         total = sum(data.mixture.values())
         parts = (f"{_cell(Path(name).name)} ({weight / total:.0%})" for name, weight in data.mixture.items())

@@ -6,7 +6,7 @@ second offset has no layer of its own, attention and feed-forward of the drafter
 through. A linear head is a Medusa head whose block adds nothing, with the map inside of its unembedding matrix.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,13 @@ from mtp_lightning.checkpoint.export.contents import Contents, Refusal, Source
 from mtp_lightning.checkpoint.export.rewritten import (
     Made,
     RewrittenWeights,
+    computed,
     filled,
     not_dense,
     notes_on,
     read_whole,
     refusal,
+    row_by_row,
     settings_as,
 )
 from mtp_lightning.checkpoint.export.trunk import trunk_contents
@@ -75,7 +77,7 @@ def eagle_contents(source: Source) -> dict[str, Contents]:
         tensors[f"{BLOCKS}0.weight"] = "fc.weight"
     made = _around_layers(source, tensors) if _has_layers(recipe) else _no_layer(source)
     if recipe.heads.kind != "linear":
-        made["fc.weight"] = Made((width, width), lambda: torch.eye(width))
+        made["fc.weight"] = computed((width, width), lambda: torch.eye(width))
     trunk = trunk_contents(source)
     return {"": trunk, DRAFTER: _drafter(source, tensors, made, _eagle_settings(source, trunk))}
 
@@ -111,9 +113,9 @@ def _around_layers(source: Source, tensors: Mapping[str, str]) -> dict[str, Made
     made = {"midlayer.input_layernorm.weight": filled(1.0, width)}
     for name, stored in tensors.items():
         if stored in WIDENED:
-            made[stored] = Made((reader.shape(name)[0], 2 * width), _on_state(source, name))
+            made[stored] = computed((reader.shape(name)[0], 2 * width), _on_state(source, name))
         if stored.startswith("layers.") and stored.endswith("input_layernorm.weight"):  # SGLang's name of it
-            made[stored.replace("input_layernorm", "hidden_norm")] = Made((width,), _read(source, name))
+            made[stored.replace("input_layernorm", "hidden_norm")] = computed((width,), _read(source, name))
     if source.section.qkv_bias:
         layers = range(source.recipe.heads.layers_per_head)
         made |= {f"{_layer(number)}.self_attn.o_proj.bias": filled(0.0, width) for number in layers}
@@ -193,7 +195,7 @@ def medusa_contents(source: Source) -> dict[str, Contents]:
         if is_linear:
             made[f"{head}.0.linear.weight"] = filled(0.0, width, width)
             made[f"{head}.0.linear.bias"] = filled(0.0, width)
-            made[stored] = Made(source.reader.shape(matrix), _through(source, matrix, f"{BLOCKS}{head}.weight"))
+            made[stored] = _through(source, matrix, f"{BLOCKS}{head}.weight")
         elif heads.unembedding == "replicated" or head == 0:
             tensors[matrix] = stored
     trunk = trunk_contents(source)
@@ -218,21 +220,21 @@ def _matrix(source: Source, offset: int) -> str:
     return name if name in source.parameters else EMBEDDING
 
 
-def _through(source: Source, matrix: str, block: str) -> Callable[[], Tensor]:
+def _through(source: Source, matrix: str, block: str) -> Made:
     """Put a map of the state before the final norm into the matrix behind it: U W becomes U diag(w) W diag(1/w)."""
+    norm = read_whole(source.reader, NORM)
+    if not bool(norm.all()):
+        raise CheckpointError(
+            "linear heads can be exported to medusa where no weight of the final norm is 0",
+            f"{int((norm == 0).sum())} of {norm.numel()} are",
+            "Export with --format eagle, or consolidated",
+        )
 
-    def make() -> Tensor:
-        norm = read_whole(source.reader, NORM)
-        if not bool(norm.all()):
-            raise CheckpointError(
-                "linear heads can be exported to medusa where no weight of the final norm is 0",
-                f"{int((norm == 0).sum())} of {norm.numel()} are",
-                "Export with --format eagle, or consolidated",
-            )
+    def blocks() -> Iterator[tuple[int, Tensor]]:
         inner = norm[:, None] * read_whole(source.reader, block) / norm
-        return read_whole(source.reader, matrix) @ inner
+        yield from row_by_row(source.reader, matrix, lambda rows: rows @ inner).blocks()
 
-    return make
+    return Made(source.reader.shape(matrix), blocks)
 
 
 def _drafter(

@@ -220,7 +220,7 @@ FORMATS: Mapping[FormatName, Format] = {
             holds="what qwen3_5 holds",
             lost="as in qwen3_5",
             refuses=refuses_qwen3_5,
-            write=lambda source: qwen3_5_contents(source, has_sections=True),
+            write=lambda source: qwen3_5_contents(source, for_llama_cpp=True),
             reread=reread_qwen3_5,
             engines=(
                 _TRUNK_ALONE,

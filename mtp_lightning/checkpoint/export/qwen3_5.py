@@ -4,6 +4,8 @@ Qwen3.5 computes the same as Qwen3 where every norm's weight is stored less one,
 sigmoid(0) = 1/2 because its rows of the query projection are zero, and where the output projection is doubled.
 A module that was trained on the state before the final norm reads that state here too: with w the norm's weight, the
 unembedding's columns are multiplied by w, the final norm becomes one, and the module's own final norm is divided by w.
+
+llama.cpp fails on a model of this architecture without a recurrent layer, so the folder for it has one that adds zeros.
 """
 
 from collections.abc import Mapping
@@ -16,6 +18,8 @@ from mtp_lightning.checkpoint.export.contents import Contents, Refusal, Source
 from mtp_lightning.checkpoint.export.rewritten import (
     Made,
     RewrittenWeights,
+    computed,
+    filled,
     first_module,
     left_out,
     not_dense,
@@ -23,6 +27,7 @@ from mtp_lightning.checkpoint.export.rewritten import (
     notes_on,
     read_whole,
     refusal,
+    row_by_row,
     settings_as,
 )
 from mtp_lightning.checkpoint.export.trunk import trunk_contents
@@ -61,8 +66,8 @@ def refuses_qwen3_5(recipe: Recipe) -> Refusal | None:
     )
 
 
-def qwen3_5_contents(source: Source, *, has_sections: bool = False) -> dict[str, Contents]:
-    """Trunk and first module; `has_sections` adds what llama.cpp's converter needs to know of positions.
+def qwen3_5_contents(source: Source, *, for_llama_cpp: bool = False) -> dict[str, Contents]:
+    """Trunk and first module; `for_llama_cpp` adds what that needs beside.
 
     Raises:
         CheckpointError: A weight of the final norm is zero, and the module reads the state before it.
@@ -75,11 +80,13 @@ def qwen3_5_contents(source: Source, *, has_sections: bool = False) -> dict[str,
     if is_folded:
         rewritten |= _folded(weights, MATRIX if MATRIX in weights.names else EMBEDDING)
         settings["tie_word_embeddings"] = False
-    new = {name: "the embedding times the final norm" for name in rewritten if name not in weights.names}
+    if for_llama_cpp:
+        rewritten |= _idle_layer(source)
+    new = {name: "what the layout has and the model has not" for name in rewritten if name not in weights.names}
     return {
         "": Contents(
             weights=RewrittenWeights(weights, rewritten),
-            settings=_settings(source, settings, has_sections=has_sections),
+            settings=_settings(source, settings, for_llama_cpp=for_llama_cpp),
             written={name: one.stored for name, one in sources.items()},
             made=new,
             left_out=left_out(source, sources, QWEN.name),
@@ -92,12 +99,12 @@ def qwen3_5_contents(source: Source, *, has_sections: bool = False) -> dict[str,
 def _rewritten(weights: WeightSource, name: str) -> Made | None:
     shape = weights.shape(name)
     if len(shape) == 1:
-        return Made(shape, lambda: read_whole(weights, name) - 1)
+        return computed(shape, lambda: read_whole(weights, name) - 1)
     if name.endswith("q_proj.weight"):
         width = weights.shape(name.replace("q_proj", "q_norm"))[0]
-        return Made((2 * shape[0], shape[1]), lambda: _gated(read_whole(weights, name), width))
+        return computed((2 * shape[0], shape[1]), lambda: _gated(read_whole(weights, name), width))
     if name.endswith("o_proj.weight"):
-        return Made(shape, lambda: 2 * read_whole(weights, name))
+        return computed(shape, lambda: 2 * read_whole(weights, name))
     return None
 
 
@@ -117,25 +124,52 @@ def _folded(weights: WeightSource, matrix: str) -> dict[str, Made]:
             "Train with heads.hidden=post_norm, or export with --format consolidated",
         )
     return {
-        NORM: Made(tuple(norm.shape), lambda: torch.zeros_like(norm)),
-        MODULE_NORM: Made(tuple(norm.shape), lambda: read_whole(weights, MODULE_NORM) / norm - 1),
-        MATRIX: Made(weights.shape(matrix), lambda: read_whole(weights, matrix) * norm),
+        NORM: computed(tuple(norm.shape), lambda: torch.zeros_like(norm)),
+        MODULE_NORM: computed(tuple(norm.shape), lambda: read_whole(weights, MODULE_NORM) / norm - 1),
+        MATRIX: row_by_row(weights, matrix, lambda rows: rows * norm),
     }
 
 
-def _settings(source: Source, settings: Mapping[str, Any], *, has_sections: bool) -> dict[str, Any]:
+def _idle_layer(source: Source) -> dict[str, Made]:
+    """Make a recurrent layer behind the last one that adds nothing to the state."""
+    width, inside = source.section.hidden_size, source.section.resolved_intermediate_size
+    number, small = source.section.num_hidden_layers, LINEAR_LAYERS["linear_key_head_dim"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "linear_attn.in_proj_qkv.weight": (3 * small, width),
+        "linear_attn.in_proj_z.weight": (small, width),
+        "linear_attn.in_proj_a.weight": (1, width),
+        "linear_attn.in_proj_b.weight": (1, width),
+        "linear_attn.conv1d.weight": (3 * small, 1, LINEAR_LAYERS["linear_conv_kernel_dim"]),
+        "linear_attn.dt_bias": (1,),
+        "linear_attn.A_log": (1,),
+        "linear_attn.norm.weight": (small,),
+        "linear_attn.out_proj.weight": (width, small),
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+        "mlp.gate_proj.weight": (inside, width),
+        "mlp.up_proj.weight": (inside, width),
+        "mlp.down_proj.weight": (width, inside),
+    }
+    return {f"model.layers.{number}.{name}": filled(0.0, *shape) for name, shape in shapes.items()}
+
+
+def _settings(source: Source, settings: Mapping[str, Any], *, for_llama_cpp: bool) -> dict[str, Any]:
     theta, scaling = settings["rope_theta"], settings["rope_scaling"] or {"rope_type": "default"}
     positions: dict[str, Any] = {**scaling, "rope_theta": theta, "partial_rotary_factor": 1.0}
-    if has_sections:
+    if for_llama_cpp:
         half = source.section.resolved_head_dim // 2
         positions |= {"mrope_section": [-(-half // 3), (half + 1) // 3, half // 3], "mrope_interleaved": True}
+    num_layers, types = source.section.num_hidden_layers, ["full_attention"] * source.section.num_hidden_layers
+    if for_llama_cpp:
+        num_layers, types = num_layers + 1, [*types, "linear_attention"]
     unsaid = ("rope_theta", "rope_scaling", "attention_bias", "use_sliding_window", "sliding_window")
     return {name: value for name, value in settings.items() if name not in unsaid} | {
         "architectures": ["Qwen3_5ForCausalLM"],
         "model_type": "qwen3_5_text",
         "rope_parameters": positions,
         "partial_rotary_factor": 1.0,
-        "layer_types": ["full_attention"] * source.section.num_hidden_layers,
+        "num_hidden_layers": num_layers,
+        "layer_types": types,
         "full_attention_interval": 1,
         "attn_output_gate": True,
         "mtp_num_hidden_layers": 1,

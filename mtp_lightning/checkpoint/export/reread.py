@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtp_lightning.checkpoint.export.drafters import BLOCKS, DRAFTER, EMBEDDING, MATRICES, NORM, WIDENED
 from mtp_lightning.checkpoint.export.judges import model_of
-from mtp_lightning.checkpoint.export.rewritten import Made, RewrittenWeights, read_whole
+from mtp_lightning.checkpoint.export.rewritten import RewrittenWeights, computed, read_whole
 from mtp_lightning.checkpoint.export.trunk import sources_of
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from mtp_lightning.checkpoint.huggingface.canonical_names import EXTRA, num_base_layers, parameters_of
@@ -28,14 +28,11 @@ def reread_qwen3_5(folder: Path, recipe: Recipe) -> MtpModel:
         read = read.model_copy(update={"model": read.model.model_copy(update={"tie_word_embeddings": False})})
     parameters = parameters_of(read)
     sources = sources_of(read, parameters, "llama", QWEN)
-    made = {
-        name: Made(parameters[name].shape, _plain(stored, one.stored, parameters[name].shape))
-        for name, one in sources.items()
-    }
+    made = {name: computed(parameters[name].shape, _plain(stored, one.stored)) for name, one in sources.items()}
     return model_of(read, RewrittenWeights(stored, made))
 
 
-def _plain(stored: ShardReader, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+def _plain(stored: ShardReader, name: str) -> Callable[[], Tensor]:
     """Undo what `qwen3_5` does to a tensor."""
 
     def make() -> Tensor:
@@ -44,7 +41,7 @@ def _plain(stored: ShardReader, name: str, shape: tuple[int, ...]) -> Callable[[
             return whole + 1
         if name.endswith("q_proj.weight"):
             num_heads = whole.shape[0] // stored.shape(name.replace("q_proj", "q_norm"))[0] // 2
-            return whole.unflatten(0, (num_heads, 2, -1))[:, 0].flatten(0, 1)
+            return whole.view(num_heads, 2, -1, whole.shape[1])[:, 0].flatten(0, 1)
         return whole / 2 if name.endswith("o_proj.weight") else whole
 
     return make
@@ -54,15 +51,14 @@ def reread_drafter(folder: Path, recipe: Recipe) -> MtpModel:
     """Import the trunk, and take the heads from the drafter beside it."""
     hf_checkpoint, drafter = open_folder(folder), ShardReader(folder / DRAFTER)
     is_eagle = "fc.weight" in drafter.names
-    is_in_trunk = recipe.heads.order == "anticausal" and recipe.heads.kind == "chained"
-    read = _with_first(recipe) if is_eagle and not is_in_trunk else _with(recipe, recipe.heads.num_offsets)
+    read = _with_first(recipe) if is_eagle and not _is_on_the_way(recipe) else _with(recipe, recipe.heads.num_offsets)
     read = read.model_copy(update={"model": hf_checkpoint.section})
     trunk = IncomingWeights(hf_checkpoint, plan_import(hf_checkpoint, read, "random", ()), read)
     made = {}
     for name, (place, shape, _) in parameters_of(read).items():
         found = _in_eagle(name, place, drafter) if is_eagle else _in_medusa(name, read, drafter, trunk)
         if found is not None:
-            made[name] = Made(shape, found)
+            made[name] = computed(shape, found)
     return model_of(read, RewrittenWeights(trunk, made))
 
 
@@ -101,10 +97,15 @@ def _map_in(product: Tensor, trunk: IncomingWeights) -> Tensor:
     return solution
 
 
+def _is_on_the_way(recipe: Recipe) -> bool:
+    """Tell whether the layers of all heads are the next-token model's own."""
+    return recipe.heads.kind == "chained" and recipe.heads.order == "anticausal"
+
+
 def _with(recipe: Recipe, num_offsets: int, **heads: str) -> Recipe:
     """Describe the model with some of its offsets, its layers counted as the next-token model's."""
     num_layers = num_base_layers(parameters_of(recipe), recipe.model)
-    told = {"num_offsets": num_offsets, "layers_from_trunk": False, "draft_vocabulary": None, **heads}
+    told = {"num_offsets": num_offsets, "layers_from_trunk": _is_on_the_way(recipe), "draft_vocabulary": None, **heads}
     sections = {
         "model": changed(recipe.model, num_hidden_layers=num_layers),
         "heads": recipe.heads.model_copy(update=told),

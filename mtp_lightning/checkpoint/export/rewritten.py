@@ -24,12 +24,12 @@ class Made(NamedTuple):
     """A tensor that is computed when it is written."""
 
     shape: tuple[int, ...]
-    make: Callable[[], Tensor]
+    blocks: Callable[[], Iterator[tuple[int, Tensor]]]
 
 
 @final
 class RewrittenWeights:
-    """Weights of which some are replaced, and others added; one made tensor is in memory at a time."""
+    """Weights of which some are replaced, and others added; of those, one is in memory at a time."""
 
     def __init__(self, weights: WeightSource, made: Mapping[str, Made]) -> None:
         self._weights, self._made = weights, made
@@ -42,19 +42,41 @@ class RewrittenWeights:
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Read or make a tensor's values in consecutive blocks."""
         if name in self._made:
-            yield 0, self._made[name].make().flatten().contiguous()
+            yield from self._made[name].blocks()
         else:
             yield from self._weights.blocks(name)
+
+
+def computed(shape: tuple[int, ...], make: Callable[[], Tensor]) -> Made:
+    """A tensor that is whole in memory when it is written."""
+    return Made(shape, lambda: iter([(0, make().flatten().contiguous())]))
+
+
+def filled(value: float, *shape: int) -> Made:
+    """A tensor of one value."""
+    return computed(shape, lambda: torch.full(shape, value))
+
+
+def row_by_row(weights: WeightSource, name: str, change: Callable[[Tensor], Tensor]) -> Made:
+    """A matrix whose rows are changed some at a time: `change` maps (R, D) fp64 to (R, D)."""
+    return Made(weights.shape(name), lambda: ((at, change(rows).flatten()) for at, rows in _rows(weights, name)))
+
+
+def _rows(weights: WeightSource, name: str) -> Iterator[tuple[int, Tensor]]:
+    """Read a matrix in blocks of whole rows, each with the number of its first value."""
+    width, start, left = weights.shape(name)[1], 0, torch.empty(0, dtype=torch.float64)
+    for _, values in weights.blocks(name):
+        joined = torch.cat((left, values.double()))
+        whole = len(joined) // width * width
+        left = joined[whole:]
+        if whole:
+            yield start, joined[:whole].view(-1, width)
+            start += whole
 
 
 def read_whole(weights: WeightSource, name: str) -> Tensor:
     """Read a tensor in its shape, as fp64: what is computed of it is rounded once, when it is written."""
     return torch.cat([values for _, values in weights.blocks(name)]).view(weights.shape(name)).double()
-
-
-def filled(value: float, *shape: int) -> Made:
-    """A tensor of one value."""
-    return Made(shape, lambda: torch.full(shape, value))
 
 
 def refusal(expected: str, wrong: Mapping[str, bool]) -> Refusal | None:

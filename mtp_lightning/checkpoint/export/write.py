@@ -15,7 +15,7 @@ from mtp_lightning.checkpoint.export.contents import Contents, Source
 from mtp_lightning.checkpoint.export.formats import FORMATS, Format, check_holds
 from mtp_lightning.checkpoint.export.names import FormatName
 from mtp_lightning.checkpoint.export.untrained import untrained_heads
-from mtp_lightning.checkpoint.format.carried_files import CARRIED, TEMPLATES, copy_files
+from mtp_lightning.checkpoint.format.carried_files import CARRIED, TEMPLATES, TOKENIZERS, copy_files
 from mtp_lightning.checkpoint.format.folder import open_checkpoint
 from mtp_lightning.checkpoint.format.manifest import CONFIG_NAME, DtypeName
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
@@ -165,6 +165,10 @@ def _tell(row: Format, source: Source, folders: Mapping[str, Contents], out: Pat
     if owners:
         told = ", ".join(f"{owner} ({count} tensors)" for owner, count in sorted(owners.items()))
         say(f"Left out, because the format has no place for it: {told}; each by name in {REPORT}")
+    if not {*TOKENIZERS} & {*source.files}:
+        named = source.recipe.data.tokenizer
+        why = "the model reads bytes" if named == "byte" else f"{named} is not there; copy it into {out}"
+        say(f"No tokenizer in the folder: {why}")
     warn_of_untrained(source)
     for note in (note for one in folders.values() for note in one.notes):
         say(note)
