@@ -326,14 +326,6 @@ def test_what_no_family_can_say_is_not_exported(tmp_path):
         export_model(tmp_path / "other", tmp_path / "out")
 
 
-@pytest.mark.parametrize("heads", [{"kind": "parallel"}, {"kind": "sequential", "hidden": "pre_norm"}])
-def test_heads_that_readers_of_modules_would_run_wrongly(heads, tmp_path):
-    save_run(tmp_path / "run", tiny_recipe(heads=heads), 1)
-    with pytest.raises(CheckpointError, match="must be sequential, of one layer"):
-        export_model(tmp_path / "run", tmp_path / "out", "hf_mtp")
-    export_model(tmp_path / "run", tmp_path / "out")
-
-
 def test_the_verbs(tmp_path):
     write_folder(tmp_path / "hf", llama_tensors() | module_tensors("mimo"))
     run = CliRunner()
