@@ -135,11 +135,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Return the source of the chat template, for the file of results."""
         return self.text.template.templates.get("default") if chat_template else None
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(self, chat_history: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
         """Return the text of a chat."""
         return self.text.render(chat_history, add_generation_prompt=add_generation_prompt)
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         """Score continuations of contexts: log-probability in nats, and whether greedy decoding would write them."""
         for request in requests:
             if not any(request.args):
@@ -147,7 +147,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return scored
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """Score whole texts, in windows that begin with the last token of the one before."""
         windows: list[Request] = []
         owners: list[int] = []
@@ -223,7 +223,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             rows = rows[size:]
         return batches
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
         """Continue contexts up to a stop string or `max_gen_toks`, the heads drafting."""
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):

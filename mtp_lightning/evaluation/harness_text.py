@@ -107,14 +107,14 @@ class HarnessText:
             DataError: The template does not take it.
         """
         try:
-            return self._rendered(messages, add_generation_prompt)
+            return self._rendered(messages, add_generation_prompt=add_generation_prompt)
         except DataError:
             others = [one for one in messages if one["role"] != "system"]
             if len(others) == len(messages):
                 raise
-            return self._rendered(others, add_generation_prompt)
+            return self._rendered(others, add_generation_prompt=add_generation_prompt)
 
-    def _rendered(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    def _rendered(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
         if add_generation_prompt:
             return self.template.render(messages, add_generation_prompt=True)
         *before, last = messages

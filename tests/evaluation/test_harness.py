@@ -169,7 +169,7 @@ def test_chats_are_written_as_by_transformers(both):
         assert ours.apply_chat_template(chat) == judge.apply_chat_template(chat)
     for said in ("It is", "It is "):
         opened = [*chats[0], {"role": "assistant", "content": said}]
-        assert ours.apply_chat_template(opened, False) == judge.apply_chat_template(opened, False)
+        assert ours.apply_chat_template(opened, add_generation_prompt=False) == judge.apply_chat_template(opened, False)
     assert ours.chat_template(True) == judge.chat_template(True)
 
 
