@@ -37,7 +37,8 @@ def draft_map(unembedding: Unembedding, index: int) -> nn.Linear:
     rows, bias = unembedding.draft_rows(index).detach(), unembedding.draft_bias(index)
     plain = nn.Linear(rows.shape[1], len(rows), bias=False, device="meta")
     plain.weight = nn.Parameter(rows, requires_grad=False)
-    plain.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    if bias is not None:
+        plain.register_parameter("bias", nn.Parameter(bias.detach(), requires_grad=False))
     return PackedLinear(plain) if isinstance(unembedding.lm_heads[index], PackedLinear) else plain
 
 

@@ -81,9 +81,12 @@ class Attention(nn.Module):
         """Attend from T positions, the last of S: (B, H, T, W), two (B, K, S, W) -> (B, H, T, W)."""
         num_positions, reach = query.shape[2], key.shape[2]
         if mask is None and 1 < num_positions < reach:  # one by one, so that each is computed as if it came alone
-            ends = range(reach - num_positions + 1, reach + 1)
-            each = zip(query.split(1, 2), ends, strict=True)
-            return torch.cat([self._attend(one, key[:, :, :end], value[:, :, :end], None) for one, end in each], 2)
+            before = reach - num_positions
+            each = [
+                self._attend(query[:, :, i : i + 1], key[:, :, : before + i + 1], value[:, :, : before + i + 1], None)
+                for i in range(num_positions)
+            ]
+            return torch.cat(each, 2)
         return F.scaled_dot_product_attention(
             query,
             key,
