@@ -17,8 +17,8 @@ MEMORY = 0.95  # weight that an observation keeps when another one follows
 BELIEF = 2.0  # observations that all drafts are kept, to begin with
 FIRST_WAIT, LONGEST_WAIT = 16, 256  # steps until longer drafts are tried again
 SHARE_OF_ONE_MORE = {"cpu": 0.2, "packed": 0.06, "cuda": 0.02}
-"""What another token in a forward costs, in forwards of one token: on a GPU these wait for the weights to be read, and
-so they do on a CPU by packed maps."""
+"""What another token in a forward costs, in forwards of one token: on a GPU, and on a CPU by packed maps, these wait
+for the weights to be read."""
 
 
 @final

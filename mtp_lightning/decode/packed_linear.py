@@ -38,7 +38,7 @@ def draft_map(unembedding: Unembedding, index: int) -> nn.Linear:
     plain = nn.Linear(rows.shape[1], len(rows), bias=False, device="meta")
     plain.weight = nn.Parameter(rows, requires_grad=False)
     if bias is not None:
-        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        plain.register_parameter("bias", nn.Parameter(bias.detach(), requires_grad=False))
     return PackedLinear(plain) if isinstance(unembedding.lm_heads[index], PackedLinear) else plain
 
 
