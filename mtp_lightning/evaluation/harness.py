@@ -162,8 +162,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 windows.append((None, *window))
                 owners.append(owner)
         totals = [0.0] * len(requests)
-        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-            totals[owner] += logprob
+        for owner, scored in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += scored[0]
         return totals
 
     @torch.inference_mode()
