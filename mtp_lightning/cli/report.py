@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 class ReportGroup(TyperGroup):
     """Verbs about runs, of which `page` need not be named: `mtp report RUN... --html FILE`."""
 
+    unnamed = "page"
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read arguments that begin with no verb as those of `page`."""
-        is_page = bool(args) and args[0] not in self.commands and args[0] not in ctx.help_option_names
-        return super().parse_args(ctx, ["page", *args] if is_page else args)
+        is_verb = not args or args[0] in self.commands or args[0] in ctx.help_option_names
+        return super().parse_args(ctx, args if is_verb else [self.unnamed, *args])
 
 
 app = typer.Typer(cls=ReportGroup, no_args_is_help=True, help="Put runs side by side.")
