@@ -47,9 +47,7 @@ def page(
         str | None,
         typer.Option(metavar="TEXT", help="Show the drafts in what each run's last checkpoint makes of this."),
     ] = None,
-    sample_text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Show the drafts along this text.", exists=True, dir_okay=False)
-    ] = None,
+    sample_text: Annotated[Path | None, typer.Option(metavar="FILE", help="Show the drafts along this text.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="With --prompt: longest continuation.")] = 96,
     device: DeviceOption = DeviceName.auto,
 ) -> None:
