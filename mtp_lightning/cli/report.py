@@ -22,8 +22,8 @@ class ReportGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read arguments that begin with no verb as those of `page`."""
-        is_page = bool(args) and args[0] not in self.commands and args[0] not in ctx.help_option_names
-        return super().parse_args(ctx, [self.unnamed, *args] if is_page else args)
+        is_verb = not args or args[0] in self.commands or args[0] in ctx.help_option_names
+        return super().parse_args(ctx, args if is_verb else [self.unnamed, *args])
 
 
 app = typer.Typer(cls=ReportGroup, no_args_is_help=True, help="Put runs side by side.")
@@ -47,9 +47,7 @@ def page(
         str | None,
         typer.Option(metavar="TEXT", help="Show the drafts in what each run's last checkpoint makes of this."),
     ] = None,
-    sample_text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Show the drafts along this text.", exists=True, dir_okay=False)
-    ] = None,
+    sample_text: Annotated[Path | None, typer.Option(metavar="FILE", help="Show the drafts along this text.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="With --prompt: longest continuation.")] = 96,
     device: DeviceOption = DeviceName.auto,
 ) -> None:

@@ -168,7 +168,13 @@ def test_every_verb_at_work_without_an_output(output: str, places: dict[str, str
     assert not wrong
 
 
-READ = {("generate", "--prompts"), ("generate", "--tree"), ("bench decode", "--prompts"), ("eval code", "--data")}
+READ = {
+    ("generate", "--prompts"),
+    ("generate", "--tree"),
+    ("bench decode", "--prompts"),
+    ("eval code", "--data"),
+    ("report page", "--sample-text"),
+}
 OPTIONS = [
     (verb, option.opts[-1])
     for verb, command in commands().items()
@@ -180,14 +186,14 @@ OPTIONS = [
 
 def test_the_table_has_the_options_for_files() -> None:
     assert len(OPTIONS) >= 15
-    assert {option for _, option in OPTIONS} == {"--json", "--png", "--plot", "--picture", "--out"}
+    assert {option for _, option in OPTIONS} == {"--json", "--png", "--plot", "--picture", "--out", "--html"}
 
 
 @pytest.mark.parametrize(("verb", "option"), OPTIONS)
 def test_targets_that_cannot_be_written_are_refused_at_once(verb: str, option: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
-    picture = option in ("--png", "--plot", "--picture")
+    picture = option in ("--png", "--plot", "--picture", "--html")
     targets = {
         "folder.png": "a folder",
         "file/x.png": "beneath the file",

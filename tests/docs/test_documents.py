@@ -35,9 +35,8 @@ def context_of(arguments):
     """Follow the verbs of a command line; return the last command, its name, and the arguments that are left."""
     command, left, names = COMMAND, list(arguments), []
     while hasattr(command, "commands") and left and not left[0].startswith("-"):
-        if left[0] not in command.commands and hasattr(command, "unnamed"):
-            return command.commands[command.unnamed], " ".join(names), left
-        names.append(left.pop(0))
+        unnamed = getattr(command, "unnamed", None)  # a verb that need not be named
+        names.append(unnamed if unnamed and left[0] not in command.commands else left.pop(0))
         assert names[-1] in command.commands, f"no command mtp {' '.join(names)}"
         command = command.commands[names[-1]]
     return command, " ".join(names), left

@@ -272,7 +272,7 @@ REFUSALS = {
     "a file of the run": (["RUN", "--html", "RUN/metrics.csv"], "must end in .html, .htm"),
     "a folder": (["RUN", "--html", "EMPTY"], "EMPTY, a folder"),
     "an empty sample": (["RUN", "--sample-text", "EMPTY/none.txt"], "which is empty"),
-    "a sample that is none": (["RUN", "--sample-text", "nowhere.txt"], "does not exist"),
+    "a sample that is none": (["RUN", "--sample-text", "nowhere.txt"], "nowhere.txt: no such file"),
     "both": (["RUN", "--prompt", "a", "--sample-text", "EMPTY/none.txt"], "give either"),
 }
 
