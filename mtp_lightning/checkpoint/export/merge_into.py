@@ -1,7 +1,7 @@
 """Trained heads put back into a copy of the folder that they came with; every other byte stays as it is."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
@@ -13,15 +13,15 @@ from mtp_lightning.checkpoint.convert.load_model import check_tensors
 from mtp_lightning.checkpoint.export.contents import Source
 from mtp_lightning.checkpoint.export.formats import FORMATS
 from mtp_lightning.checkpoint.export.names import FormatName
+from mtp_lightning.checkpoint.export.trunk import sources_of
 from mtp_lightning.checkpoint.export.write import PARITY, REPORT, Check, json_bytes, warn_of_untrained
 from mtp_lightning.checkpoint.format.folder import open_checkpoint
 from mtp_lightning.checkpoint.format.reader_view import WeightSource
 from mtp_lightning.checkpoint.format.tensors import memory_of, read_into
-from mtp_lightning.checkpoint.huggingface.canonical_names import TensorSource
+from mtp_lightning.checkpoint.huggingface.canonical_names import MODULE, TensorSource
 from mtp_lightning.checkpoint.huggingface.configs import listed
-from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint, open_folder, read_entries
-from mtp_lightning.checkpoint.huggingface.modules import Native
-from mtp_lightning.checkpoint.huggingface.weight_files import find_weights
+from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint, open_folder
+from mtp_lightning.checkpoint.huggingface.modules import LAYOUTS, ModuleLayout
 from mtp_lightning.checkpoint.huggingface.weights import outgoing_weights
 from mtp_lightning.console.progress import say
 from mtp_lightning.errors import CheckpointError
@@ -53,31 +53,24 @@ def merge_into(path: Path, folder: Path, out: Path, *, check: Check | None = Non
     theirs = open_folder(folder)
     check_staging(staging_path(out), [REPORT, PARITY, *(one.name for one in theirs.path.iterdir())], CheckpointError)
     source = Source(open_checkpoint(path), "fp32")
-    sources, section = _sources(source, theirs), source.section
+    sources = _sources(source, theirs)
     check_tensors(source.checkpoint)
-    is_base = {name: theirs.base_source(_place(source, name)) is not None for name in sources}
-    base, heads = (
-        outgoing_weights(source.reader, {name: one for name, one in sources.items() if is_base[name] == side}, section)
-        for side in (True, False)
-    )
-    dtypes = {name: theirs.entries[one.stored].dtype for name, one in sources.items()}
-    theirs = _as_stored(theirs)
-    _check_placed([name for name in heads.names if name not in theirs.entries], theirs)
-    _check_same_base(base, theirs)
+    weights = outgoing_weights(source.reader, sources, source.section)
+    heads = {name: one.stored for name, one in sources.items() if MODULE.fullmatch(_place(source, name))}
+    _check_same_base(weights, theirs, [one.stored for name, one in sources.items() if name not in heads])
     size_bytes = sum(file.stat().st_size for file in theirs.path.rglob("*") if file.is_file())
     with atomic_folder(out, CheckpointError, size_bytes=size_bytes) as staging:
         _copy(theirs.path, staging)
-        for stored in heads.names:
-            _write_over(heads, theirs, staging, stored)
-        written = {name: one.stored for name, one in sources.items() if not is_base[name]}
-        report = {"merged_into": theirs.path.name, "source": source.told, "written": written}
+        for stored in heads.values():
+            _write_over(weights, theirs, staging, stored)
+        report = {"merged_into": theirs.path.name, "source": source.told, "written": heads}
         write_durably(staging / REPORT, json_bytes(report))
         if check is not None:
+            dtypes = {name: theirs.entries[one.stored].dtype for name, one in sources.items()}
             rounded = _AsStored(source.reader, dtypes)
             told = check(staging, FORMATS[FormatName.trunk], replace(source, given=rounded))
             write_durably(staging / PARITY, json_bytes(told))
-    merged = f"{len(heads.names)} tensors of {source.checkpoint.path}"
-    say(f"Merged {merged} into a copy of {folder}: {out}; the rest as it was")
+    say(f"Merged {len(heads)} tensors of {source.checkpoint.path} into a copy of {folder}: {out}; the rest as it was")
     warn_of_untrained(source)
 
 
@@ -91,19 +84,21 @@ def _sources(source: Source, theirs: HFCheckpoint) -> dict[str, TensorSource]:
     Raises:
         CheckpointError: one has none, or another shape.
     """
-    native = theirs.native
-    if native is None:
-        expected = (
-            "a folder to merge into must hold heads under names that are known here, as DeepSeek's, MiMo's, Qwen's"
-        )
+    layout = next((one for one in LAYOUTS if theirs.native and one.name == theirs.native.name), None)
+    if layout is None or theirs.native is None:
+        expected = f"a folder to merge into must hold modules, as {', '.join(one.name for one in LAYOUTS)} names them"
         raise CheckpointError(expected, f"none in {theirs.path}", "Export them in a new folder: --format hf_mtp")
-    _check_settings(source, theirs, native)
-    found = {
-        name: theirs.base_source(place := _place(source, name)) or native.source(place) for name in source.parameters
-    }
-    sources = {name: one for name, one in found.items() if one is not None and one.stored in theirs.entries}
-    lost = [name if (one := found[name]) is None else one.stored for name in found if name not in sources]
-    _check_placed(lost, theirs)
+    _check_settings(source, theirs, layout)
+    assert theirs.section.family is not None
+    sources = sources_of(source.recipe, source.parameters, theirs.section.family, layout)
+    lost = [name for name in source.parameters if name not in sources]
+    lost += [f"{name} ({one.stored})" for name, one in sources.items() if one.stored not in theirs.entries]
+    if lost:
+        raise CheckpointError(
+            "every tensor of the trained model must have its place in the folder to merge into",
+            f"none for {listed(lost)}, in {theirs.path}",
+            OTHER_BASE,
+        )
     for name, one in sources.items():
         trained, stored = one.layout.stored_shape(source.parameters[name].shape), theirs.entries[one.stored].shape
         if tuple(trained) != tuple(stored):
@@ -112,47 +107,30 @@ def _sources(source: Source, theirs: HFCheckpoint) -> dict[str, TensorSource]:
     return sources
 
 
-def _check_placed(lost: list[str], theirs: HFCheckpoint) -> None:
-    if lost:
-        raise CheckpointError(
-            "every tensor of the trained model must have its place in the folder to merge into",
-            f"none for {listed(lost)}, in {theirs.path}",
-            OTHER_BASE,
-        )
-
-
-def _check_settings(source: Source, theirs: HFCheckpoint, native: Native) -> None:
+def _check_settings(source: Source, theirs: HFCheckpoint, layout: ModuleLayout) -> None:
     """Check that the heads were trained on a model that computes the same, and are what readers of the layout run."""
-    heads = source.recipe.heads.model_dump()
-    odd = [f"heads.{name} = {heads[name]}" for name, value in native.heads.items() if heads[name] != value]
-    if (native.heads["kind"], heads["kind"]) == ("sequential", "recursive"):  # one module, unrolled
-        odd.remove("heads.kind = recursive")
+    heads = source.recipe.heads
+    implied = {name: value for name, value in layout.heads.items() if name not in ("kind", "concatenation")}
+    odd = [f"heads.{name} = {getattr(heads, name)}" for name, value in implied.items() if getattr(heads, name) != value]
+    if heads.kind not in ("sequential", "recursive"):
+        odd.append(f"heads.kind = {heads.kind}")
     ours = source.section.model_dump(exclude={*OF_NO_EFFECT})
     told = theirs.section.model_dump(exclude={*OF_NO_EFFECT})
     odd += [
         f"model.{name} = {value}, in the folder {told[name]}" for name, value in ours.items() if value != told[name]
     ]
     if odd:
-        expected = f"the trained model must be the folder's, with heads as the readers of {native.name} run them"
+        expected = f"the trained model must be the folder's, with modules as {layout.name}'s readers run them"
         raise CheckpointError(expected, f"{listed(odd)}; {theirs.path}", OTHER_BASE)
 
 
-def _as_stored(theirs: HFCheckpoint) -> HFCheckpoint:
-    """See a folder by the tensors in its files, where classes of transformers make others of these."""
-    if not theirs.section.is_foreign:
-        return theirs
-    entries, files = read_entries(find_weights(theirs.path, "model*.safetensors").read)
-    return replace(theirs, entries=entries, files=files)
-
-
-def _check_same_base(weights: WeightSource, theirs: HFCheckpoint) -> None:
+def _check_same_base(weights: WeightSource, theirs: HFCheckpoint, names: Sequence[str]) -> None:
     """Compare the weights that the heads were trained on with those of the folder, bit for bit in its types."""
-    names = [*weights.names]
-    odd = [name for name in names if name not in theirs.entries or not _is_same(weights, theirs, name)]
+    odd = [name for name in dict.fromkeys(names) if not _is_same(weights, theirs, name)]
     if odd:
         raise CheckpointError(
             "heads must stand on the weights of the folder that they are merged into",
-            f"others in {len(odd)} of {len(names)} tensors: {listed(odd)}; in {theirs.path}",
+            f"others in {len(odd)} of {len({*names})} tensors: {listed(odd)}; in {theirs.path}",
             f"{OTHER_BASE}. A run keeps them with freeze: [offsets_below_2]",
         )
 

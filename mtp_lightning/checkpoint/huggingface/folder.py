@@ -16,7 +16,6 @@ from mtp_lightning.checkpoint.huggingface.canonical_names import TensorSource
 from mtp_lightning.checkpoint.huggingface.configs import Config, UncoveredError, check_held, check_numbers, named
 from mtp_lightning.checkpoint.huggingface.conversions import Conversion
 from mtp_lightning.checkpoint.huggingface.families import FAMILIES, base_source, family_of, section_of
-from mtp_lightning.checkpoint.huggingface.foreign_modules import modules_beside, read_modules
 from mtp_lightning.checkpoint.huggingface.heads_layout import OF_HEADS, told_heads
 from mtp_lightning.checkpoint.huggingface.meta_mtp import (
     SETTINGS,
@@ -236,23 +235,16 @@ def _of_transformers(path: Path, config: Config, variant: str | None, *, is_forc
     """Open a folder by the classes of transformers; the text part of a model with others may have a trunk here."""
     weights = find_weights(path, "model*.safetensors", variant=variant)
     stored, stored_files = read_entries(weights.read)
-    modules = modules_beside(stored)
-    beside = [name for name in stored if name.startswith(OF_HEADS)] + (modules.names if modules else [])
+    beside = [name for name in stored if name.startswith(OF_HEADS)]
     decoder = open_text_decoder(config, {name: one for name, one in stored.items() if name not in beside})
     section = _own_section(config, decoder) if not is_forced else None
     section = section or decoder.section
-    native, conversions = told_heads(config, section, section.family or "transformers"), decoder.conversions
-    if modules and not section.is_foreign:
-        native = native_modules(modules.names, section.num_hidden_layers, 0, default=modules.layout)
-    elif modules:
-        native, made_of_modules = read_modules(modules, decoder.architecture, stored)
-        conversions = [*conversions, *made_of_modules]
+    native = told_heads(config, section, section.family or "transformers")
     check_held(config, section, native.count if native else 0, stored)
-    converted = {source for one in conversions for source in one.sources}
-    entries = {name: stored[name] for name in (*decoder.left, *beside) if name not in converted}
+    entries = {name: stored[name] for name in (*decoder.left, *beside)}
     files = {name: stored_files[name] for name in entries}
     made: dict[str, Made] = {}
-    for conversion in conversions:
+    for conversion in decoder.conversions:
         for name, (dtype, shape) in conversion.forms.items():
             first = conversion.sources[0]
             entries[name], files[name] = stored[first], stored_files[first]

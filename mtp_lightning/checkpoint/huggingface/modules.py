@@ -102,7 +102,6 @@ class Native:
     heads: Mapping[str, Any]  # fields of the heads section
     source: Callable[[str], TensorSource | None]  # of a place in them
     copies: Mapping[str, str]  # optional stored tensors, and the place that each must be equal to
-    ignored: frozenset[str] = frozenset()  # stored tensors that others leave out too, where other heads are wanted
 
 
 def native_modules(stored: Iterable[str], num_layers: int, declared: int, *, default: ModuleLayout) -> Native | None:
