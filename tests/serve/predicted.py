@@ -62,7 +62,7 @@ def trunk_states(model: MtpModel, text: Ids) -> Tensor:
     return model.read(2, model.hidden_states(padded, torch.zeros_like(padded), [1])[1])
 
 
-def _drafts(model: MtpModel, states: Tensor, tokens: Ids, num_drafts: int, *, hides_first: bool = False) -> list[int]:
+def _drafts(model: MtpModel, states: Tensor, tokens: Ids, num_drafts: int) -> list[int]:
     """Draft from the states (1, T, D) that the module reads, and the token behind each."""
     drafts: list[int] = []
     for _ in range(num_drafts):
