@@ -24,7 +24,8 @@ def reapplied_counts(model: MtpModel, prompt: Ids, text: Ids, num_tokens: int, n
     Its keys and values of the text are those of the first draft; further drafts are one more row behind them, made of
     the state and the token of the draft before.
     """
-    states, counts = trunk_states(model, text), []
+    states = trunk_states(model, text)
+    counts: list[int] = []
     while (emitted := 1 + sum(counts) + len(counts)) < num_tokens:
         known = len(prompt) + emitted  # tokens of the text so far
         drafts = _drafts(model, states[:, : known - 1], text[1:known], num_drafts)
