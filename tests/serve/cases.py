@@ -15,7 +15,7 @@ from mtp_lightning.losses.targets import shifted_targets
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe import Recipe
 from tests.checkpoint.runs import save_run
-from tests.serve.predicted import counts_in_mimo, predicted_counts, reapplied_counts
+from tests.serve.predicted import predicted_counts, reapplied_counts
 from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe
 
 LLAMA: dict[str, object] = {
@@ -66,10 +66,8 @@ class Case:
 PRE_NORM = HEAD_KINDS["sequential_pre_norm"]
 CASES: dict[str, Case] = {
     "trunk": Case("trunk", {"num_offsets": 3}, SCALED, 0),
-    "mimo": Case("mimo", PRE_NORM | {"num_offsets": 3}, LLAMA, 1, counts_in_mimo),
-    "mimo_recursive_tied": Case(
-        "mimo", {"kind": "recursive", "hidden": "pre_norm", "num_offsets": 3}, TIED, 1, counts_in_mimo
-    ),
+    "mimo": Case("mimo", PRE_NORM | {"num_offsets": 3}, LLAMA, 1),
+    "mimo_recursive_tied": Case("mimo", {"kind": "recursive", "hidden": "pre_norm", "num_offsets": 3}, TIED, 1),
     "qwen3_5_recursive": Case("qwen3_5", {"kind": "recursive", "num_offsets": 4}, QWEN3, 3, reapplied_counts),
     "qwen3_5_sequential": Case("qwen3_5", {"kind": "sequential", "num_offsets": 3}, QWEN3, 1),
     "qwen3_5_folded": Case("qwen3_5", PRE_NORM | {"num_offsets": 2}, QWEN3, 1),

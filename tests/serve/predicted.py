@@ -18,25 +18,19 @@ def predicted_counts(model: MtpModel, prompt: Ids, text: Ids, num_tokens: int, n
     return predicted_accepts(logits, len(prompt), text, num_tokens)
 
 
-def reapplied_counts(
-    model: MtpModel, prompt: Ids, text: Ids, num_tokens: int, num_drafts: int, *, hides_first: bool = False
-) -> list[int]:
+def reapplied_counts(model: MtpModel, prompt: Ids, text: Ids, num_tokens: int, num_drafts: int) -> list[int]:
     """Count the same where one module drafts all tokens, as vLLM runs it.
 
     Its keys and values of the text are those of the first draft; further drafts are one more row behind them, made of
     the state and the token of the draft before.
     """
-    states, counts = trunk_states(model, text), []
+    states = trunk_states(model, text)
+    counts: list[int] = []
     while (emitted := 1 + sum(counts) + len(counts)) < num_tokens:
         known = len(prompt) + emitted  # tokens of the text so far
-        drafts = _drafts(model, states[:, : known - 1], text[1:known], num_drafts, hides_first=hides_first)
+        drafts = _drafts(model, states[:, : known - 1], text[1:known], num_drafts)
         counts.append(num_right(drafts, text[known:]))
     return counts
-
-
-def counts_in_mimo(model: MtpModel, prompt: Ids, text: Ids, num_tokens: int, num_drafts: int) -> list[int]:
-    """Count the same as vLLM and SGLang run MiMo's module: zeros stand in for the embedding of its first row."""
-    return reapplied_counts(model, prompt, text, num_tokens, num_drafts, hides_first=True)
 
 
 def counts_in_llama_cpp(
@@ -69,15 +63,13 @@ def trunk_states(model: MtpModel, text: Ids) -> Tensor:
     return model.read(2, model.hidden_states(padded, torch.zeros_like(padded), [1])[1])
 
 
-def _drafts(model: MtpModel, states: Tensor, tokens: Ids, num_drafts: int, *, hides_first: bool = False) -> list[int]:
+def _drafts(model: MtpModel, states: Tensor, tokens: Ids, num_drafts: int) -> list[int]:
     """Draft from the states (1, T, D) that the module reads, and the token behind each."""
     drafts: list[int] = []
     for _ in range(num_drafts):
         following = torch.tensor([[*tokens, *drafts]])
         inside = torch.zeros(1, following.shape[1] + model.num_offsets, dtype=torch.long)
         embedded = model.trunk.embed_tokens(following)
-        if hides_first:
-            embedded = torch.cat((torch.zeros_like(embedded[:, :1]), embedded[:, 1:]), dim=1)
         made = model.heads.modules_of(2)[0](states, embedded, model.geometry(inside, like=embedded))[:, -1:]
         drafts.append(int(model.unembedding.logits(2, made).argmax()))
         states = torch.cat((states, model.read(3, made)), dim=1) if model.num_offsets > 2 else states

@@ -21,10 +21,9 @@ from tests.serve.predicted import counts_in_llama_cpp
 pytestmark = [pytest.mark.llama_cpp, pytest.mark.timeout(3600)]
 HERE = Path(__file__).parent
 CASES = {
-    "recursive": Case("gguf-ready", {"kind": "recursive", "num_offsets": 4}, QWEN3, 3),
     "sequential": Case("gguf-ready", {"kind": "sequential", "num_offsets": 3}, QWEN3, 1),
     "folded": Case("gguf-ready", PRE_NORM | {"num_offsets": 2}, QWEN3, 1),
-    "narrow": Case("gguf-ready", {"kind": "recursive", "num_offsets": 3}, QWEN3 | {"head_dim": 32}, 2),
+    "recursive": Case("gguf-ready", {"kind": "recursive", "num_offsets": 3}, QWEN3 | {"head_dim": 32}, 2),
 }
 
 
