@@ -127,7 +127,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         dtype = self.model.trunk.embed_tokens.weight.dtype
         return {"model_num_parameters": parameters, "model_dtype": str(dtype), "num_offsets": self.model.num_offsets}
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
         """Return the ids of a text."""
         return self.text.encode(string, add_special_tokens=add_special_tokens)
 
@@ -139,7 +139,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Return the text of a chat."""
         return self.text.render(chat_history, add_generation_prompt=add_generation_prompt)
 
-    def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any], **_options: Any) -> list[tuple[float, bool]]:
         """Score continuations of contexts: log-probability in nats, and whether greedy decoding would write them."""
         for request in requests:
             if not any(request.args):
@@ -147,7 +147,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return scored
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Any], **_options: Any) -> list[float]:
         """Score whole texts, in windows that begin with the last token of the one before."""
         windows: list[Request] = []
         owners: list[int] = []
@@ -167,7 +167,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return totals
 
     @torch.inference_mode()
-    def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **_options: Any) -> list[tuple[float, bool]]:
         asked: dict[tuple[int, ...], list[int]] = defaultdict(list)  # one forward for all that end in another token
         for number, (texts, context, continuation) in enumerate(requests):
             if not continuation:
@@ -223,7 +223,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             rows = rows[size:]
         return batches
 
-    def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
+    def generate_until(self, requests: Sequence[Any], **_options: Any) -> list[str]:
         """Continue contexts up to a stop string or `max_gen_toks`, the heads drafting."""
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
