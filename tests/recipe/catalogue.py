@@ -354,9 +354,7 @@ TOGETHER = (
 )
 
 SCHEDULES = (
-    _broken("warm_up_longer_than_the_run", "optimizer.warmup_steps=1001"),
     _broken("warm_up_and_decay_longer_than_the_run", "optimizer.schedule=wsd", "optimizer.decay_fraction=0.95"),
-    Case("warm_up_longer_than_its_phase", "phases:\n  a:\n    run: {steps: 20}\n    optimizer: {warmup_steps: 50}\n"),
 )
 
 CASES = (*FILES, *OVERRIDES, *NAMES, *VALUES, *RULES, *PHASES, *SCHEDULES, *TOGETHER)

@@ -148,14 +148,11 @@ def test_a_phase_keeps_the_state_of_its_own_optimizer_only(tmp_path):
 @pytest.mark.parametrize(
     ("text", "overrides"),
     [
-        ("run: {steps: 100}\noptimizer: {warmup_steps: 150}\n", ()),
-        (LONG, ("optimizer.warmup_steps=250",)),
-        (LONG, ("run.steps=20", "optimizer.warmup_steps=30")),
         (LONG, ("optimizer.schedule=wsd", "optimizer.decay_fraction=0.3")),
-        (LONG + "phases: {a: {run: {steps: 100}}}\n", ()),
+        (LONG, ("optimizer.schedule=wsd", "optimizer.warmup_steps=195")),
     ],
 )
-def test_what_contradicts_itself_is_a_fault(tmp_path, text, overrides):
+def test_parts_of_wsd_that_do_not_fit_are_a_fault(tmp_path, text, overrides):
     path = tmp_path / "a.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError) as caught:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 
 from mtp_lightning.recipe import Recipe, diff_recipes, load_recipe, recipe_hash, recipe_to_yaml
 from mtp_lightning.recipe.diff import leaves
@@ -45,14 +45,17 @@ def test_every_recipe_has_a_header_that_says_what_it_is_for() -> None:
     assert missing == []
 
 
-@settings(max_examples=10, deadline=None)
+LARGE = [HealthCheck.data_too_large]  # a recipe has many fields, and each is drawn
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=LARGE)
 @given(recipes())
 def test_any_recipe_reads_back_as_it_was(recipe: Recipe) -> None:
     assert_reads_back(recipe)
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=LARGE)
 @given(recipes())
 def test_each_of_a_hundred_recipes_reads_back_as_it_was(recipe: Recipe) -> None:
     assert_reads_back(recipe)

@@ -279,8 +279,9 @@ def test_events_on_a_full_disk_stop_the_run_with_a_remedy(tmp_path, monkeypatch)
     monkeypatch.setattr(threading, "excepthook", lambda *_: None)  # TensorBoard's thread ends with the error as well
     (logger,) = build_loggers(LoggedRun(tiny_recipe(), tmp_path), tmp_path, after_step=0)
     (event_file,) = (tmp_path / "tensorboard").iterdir()
-    event_file.unlink()
-    event_file.symlink_to("/dev/full")
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    full.replace(event_file)  # at once: the thread that writes events would make a new file
 
     def log():
         for step in range(1, 4):

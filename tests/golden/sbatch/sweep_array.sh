@@ -122,6 +122,6 @@ case $code in
 87) stop "the data cannot be trained on (87)" ;;
 88) stop "a loss or gradient is not finite (88)" ;;
 89) again "hang (89): stacks are in the logs of the attempt" ;;
-[2-9]) stop "the run was refused (exit code $code)" ;;
+[2-9] | 12) stop "the run was refused (exit code $code)" ;;
 *) again "ended with exit code $code" ;;
 esac
