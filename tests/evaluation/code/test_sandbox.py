@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mtp_lightning.errors import SandboxError
+from mtp_lightning.evaluation.code import sandbox as sandbox_of_code
 from mtp_lightning.evaluation.code.sandbox import Calls, Limits, Programs, Sandbox
 from tests.evaluation.code import escapes
 from tests.support.runs import ROOT
@@ -22,6 +23,7 @@ TESTS = Calls(
     "    assert all([g(3) == 4])\ncheck(f)",
     ["f"],
 )
+LIBRARIES = sandbox_of_code._libraries
 CASES = Programs([("1\n", "2\n"), ("41\n", "42\n")])
 
 
@@ -31,6 +33,22 @@ def sandbox():
         return Sandbox(LIMITS)
     except SandboxError as refused:
         pytest.skip(f"this kernel permits no sandbox: {refused.found}")
+
+
+def test_packages_may_lie_in_the_folder_of_temporary_files(sandbox, tmp_path, monkeypatch):
+    """As those of a virtual environment under /tmp do: they can be read, and nothing beside them, nor written to."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    (packages / "one.py").write_text("two = 2\n")
+    (tmp_path / "secret").write_text("2")
+    monkeypatch.setattr(sandbox_of_code, "_libraries", lambda: [*LIBRARIES(), str(packages)])
+    asks = Calls("assert f() == 2", ["f"])
+    reads = f"import sys\nsys.path.append({str(packages)!r})\ndef f():\n    import one\n    return one.two"
+    assert sandbox.run(reads, asks, seconds=3.0).outcome == "passed"
+    beside = f"def f(): return int(open({str(tmp_path / 'secret')!r}).read())"
+    assert sandbox.run(beside, asks).outcome == "failed"
+    writes = f"def f(): return open({str(packages / 'two.py')!r}, 'w') and 2"
+    assert sandbox.run(writes, asks).outcome == "failed"
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def adopt_orphans() -> None:
 
 
 def enter_own_root(paths: Sequence[str], size_bytes: int) -> None:
-    """See only `paths`, read-only, and an empty /tmp of that size.
+    """See only `paths`, read-only, and a /tmp of that size, empty but for those of them that lie there.
 
     Raises:
         RefusedError: The kernel does not permit it.
@@ -86,6 +86,8 @@ def enter_own_root(paths: Sequence[str], size_bytes: int) -> None:
     Path("/proc/sys/user/max_user_namespaces").write_text("0")  # none below this one, where there would be rights anew
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
+    Path(ROOT, "tmp").mkdir()  # before what may lie in it
+    _mount("tmpfs", f"{ROOT}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={size_bytes},nr_inodes=1000")
     for path in (*paths, *DEVICES):
         if not Path(path).exists():
             continue
@@ -97,8 +99,6 @@ def enter_own_root(paths: Sequence[str], size_bytes: int) -> None:
             place.touch()
         _mount(path, str(place), None, MS_BIND | MS_REC)
         _close_for_writing(str(place), AT_RECURSIVE)
-    Path(ROOT, "tmp").mkdir()
-    _mount("tmpfs", f"{ROOT}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={size_bytes},nr_inodes=1000")
     _close_for_writing(ROOT, 0)
     os.chdir(ROOT)
     call("pivot_root", b".", b".")
