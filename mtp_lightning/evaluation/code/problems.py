@@ -143,8 +143,13 @@ def _without(name: str, source: str) -> str:
 
     >>> _without("f", "import math\\ndef f(x):\\n    '''Say x.'''\\n")
     'import math'
+    >>> _without("f", "import math\\ndef f(x):\\n")
+    'import math'
     """
-    module = _tree(source)
+    try:
+        module = _tree(source)
+    except SyntaxError:  # a function without so much as a docstring
+        module = _tree(f"{source.rstrip()}\n    pass")
     module.body = [node for node in module.body if getattr(node, "name", None) != name]
     return ast.unparse(module)
 
