@@ -1,19 +1,20 @@
-"""`mtp doctor`: the machine and its packages, and every strategy against plain torch."""
+"""`mtp doctor`: the machine and its packages, every strategy against plain torch, and what a GPU does."""
 
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
-from mtp_lightning.console.tables import build_table, console
+from mtp_lightning.cli.targets import JsonOption
+from mtp_lightning.console.tables import build_table, console, number, scaled, write_json
 
 if TYPE_CHECKING:
     from mtp_lightning.diagnostics.parity import Outcome
@@ -110,6 +111,69 @@ def _error(error: float, tolerance: float, *, failed: bool) -> Text:
     return Text("stopped" if failed else f"{error:.1e}", style="" if is_good else "bold red")
 
 
+def examine_gpu(json_path: Path | None) -> bool:
+    """Measure the GPU part by part, print a line of figures for each, write all of them; tell whether all is well."""
+    from mtp_lightning.bench.gpu import PARTS, examine
+
+    report = examine(lambda name: print(f"measuring: {name}", file=sys.stderr, flush=True))
+    write_json(json_path, {"benchmark": "gpu", **report})
+    screen = console()
+    for name in PARTS:
+        found = report[name]
+        lines: Sequence[str | Text] = LINES[name](found) if "failure" not in found else [_red(found["failure"])]
+        for index, line in enumerate(lines):
+            screen.print(Text.assemble(("" if index else name).ljust(LABEL), line), soft_wrap=True)
+    return not any("failure" in found or found.get("not_equal") for found in report.values())
+
+
+def _red(text: str) -> Text:
+    return Text(text, style="bold red")
+
+
+def _device_lines(found: dict[str, Any]) -> list[str]:
+    sheet = found.get("data_sheet_bf16_flops_per_s")
+    of_sheet = f" of {scaled(sheet)}FLOP/s on its data sheet" if sheet else ""
+    return [
+        f"{found.get('gpus', 1)} x {found['name']}, torch {found['torch']}, CUDA {found['cuda']}",
+        f"products in bf16 {scaled(found['bf16_flops_per_s'])}FLOP/s{of_sheet}, "
+        f"copies {scaled(found['copied_bytes_per_s'])}B/s, "
+        f"a launch {1e6 * found['launch_s']:.1f} us, a wait {1e6 * found['wait_s']:.1f} us",
+    ]
+
+
+def _strategies_lines(found: dict[str, Any]) -> list[str]:
+    equal = found["cells"] - len(found["not_equal"])
+    first = f"{equal} of {found['cells']} cells equal to plain torch, worst error {number(found['worst_error'], '.1e')}"
+    return [first, *(f"not equal: {line}" for line in found["not_equal"][:MOST_NAMED])]
+
+
+def _training_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{found['shape']}, n={row['num_offsets']}: {row['step_s']:.3g} s a step (planned "
+        f"{number(row['planned_step_s'], '.3g')}), {row['tokens_per_s']:,.0f} tokens/s, "
+        f"MFU {number(row['mfu'], '.0%')}, peak {number(row['peak_bytes'] and row['peak_bytes'] / 2**30, '.1f')} GiB "
+        f"(planned {row['planned_peak_bytes'] / 2**30:.1f})"
+        for row in found["figures"]
+    ]
+    return [*lines, f"{found['launches']:,} launches and {found['host_waits']} waits of the host in a step"]
+
+
+def _decoding_lines(found: dict[str, Any]) -> list[str]:
+    return [
+        f"{way['decoder']} {way['draft_length'] or ''}{' (all accepted)' if way['all_accepted'] else ''}: "
+        f"{way['tokens_per_s']:,.1f} tokens/s"
+        for way in found["ways"]
+    ]
+
+
+LINES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "device": _device_lines,
+    "strategies": _strategies_lines,
+    "training": _training_lines,
+    "decoding": _decoding_lines,
+}
+
+
 def doctor(
     *,
     strategies: Annotated[
@@ -118,10 +182,23 @@ def doctor(
             "--strategies", help="Compare every ZeRO stage and backward order with plain torch, on CPU ranks."
         ),
     ] = False,
+    gpu: Annotated[
+        bool,
+        typer.Option("--gpu", help="Measure the GPU in minutes: strategies, training, decoding."),
+    ] = False,
+    json: JsonOption = None,
     cells: Annotated[Path | None, typer.Option(hidden=True)] = None,
     results: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Say what this machine has to train with, or with --strategies whether it trains right."""
+    """Say what this machine has to train with, with --strategies whether it trains right, with --gpu how fast."""
+    if json and not gpu:
+        raise typer.BadParameter("goes with --gpu only", param_hint="--json")
+    if gpu:
+        if strategies:
+            raise typer.BadParameter("compares strategies already", param_hint="--gpu")
+        if not examine_gpu(json):
+            raise typer.Exit(1)
+        return
     if not strategies:
         if cells or results:
             raise typer.BadParameter("goes with --strategies only", param_hint="--cells" if cells else "--results")

@@ -37,6 +37,7 @@ from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.step import muon
 from mtp_lightning.training.strategies.base import RunStrategy
+from mtp_lightning.training.strategies.device import prepare_device
 from mtp_lightning.training.strategies.process_group import process_group
 from mtp_lightning.training.strategies.zero import build_strategy
 
@@ -148,11 +149,11 @@ def _run_cell(cell: Cell) -> Outcome:
     recipe = cell.recipe
     plain = replace(cell, stage="single", ranks=1, backward_order="joint", accumulation=1)
     comparison = _Comparison(_expected(plain), cell)
-    module = _Module(recipe, cell.optimizer)
+    module, device = _Module(recipe, cell.optimizer), prepare_device(recipe)
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=device.type,
         devices=1,
-        strategy=build_strategy(recipe, torch.device("cpu")),
+        strategy=build_strategy(recipe, device),
         precision="32-true",
         max_steps=recipe.run.steps,
         max_epochs=-1,
@@ -265,7 +266,7 @@ class _Comparison(Callback):
             values = getattr(shard, kind)
             if values is not None:
                 run = slice(shard.start, shard.start + values.numel())
-                wanted = expected[shard.name].view(-1)[run].double()
+                wanted = expected[shard.name].view(-1)[run].to(values.device, torch.float64)
                 squares = [float((values.double() - wanted).square().sum()), float(wanted.square().sum())]
                 sums = torch.tensor([*squares, values.numel()], dtype=torch.float64)
                 self.sums[f"{kind} {step} {shard.name}"] += sums

@@ -45,6 +45,7 @@ class Cell:
     optimizer: str = "sgd"
     adaptation: str = "none"
     settings: str = ""  # of a model of transformers in the place of one of ours, as JSON
+    device: str = "cpu"
 
     def __str__(self) -> str:
         clips = "clipped" if self.clips else "unclipped"
@@ -91,7 +92,7 @@ class Cell:
                     "min_lr_ratio": 1.0,
                     "max_grad_norm": CLIP_NORM if self.clips else None,
                 },
-                "run": {"steps": STEPS[self.optimizer], "device": "cpu", "threads": 1},
+                "run": {"steps": STEPS[self.optimizer], "device": self.device, "threads": 1},
                 "logging": {"every_steps": 1},
                 "strategy": {
                     "kind": self.stage,

@@ -125,7 +125,7 @@ def initialise_update(name: str, parameter: Tensor, generator: torch.Generator) 
         parameter.zero_()
         return
     exact = torch.promote_types(parameter.dtype, torch.float32)
-    drawn = torch.empty(parameter.shape, dtype=exact, device=parameter.device)
+    drawn = torch.empty(parameter.shape, dtype=exact)
     parameter.copy_(drawn.normal_(0.0, 1 / math.sqrt(parameter.shape[1]), generator=generator))
 
 

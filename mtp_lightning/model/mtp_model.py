@@ -171,18 +171,20 @@ def _as_they_are(parameters: list[nn.Parameter]) -> AbstractContextManager[None]
 
 
 @torch.no_grad()
-def initialise(model: MtpModel, recipe: Recipe, *, whole: Whole = _as_they_are) -> None:
+def initialise(model: MtpModel, recipe: Recipe, *, whole: Whole = _as_they_are, draws: bool = True) -> None:
     """Set every parameter from the seed and its own name, so that no parameter depends on the others' order.
 
     Matrices are normal; those that write into the residual stream are scaled down by sqrt(2 x layers). Norms
     start at one, biases at zero, linear heads at the identity, Medusa's maps at zero. Replicated unembeddings
     start as copies of the first, low-rank updates as none. Modules of transformers start by that library's own rules
     (`transformers_init.py`). `whole` makes parameters that are sharded over ranks whole
-    for a while.
+    for a while, and hands on what the rank that `draws` has set. Numbers are drawn on the CPU, wherever a parameter
+    lies: one seed makes one model under every strategy and on every device.
     """
     for name, parameter in model.named_parameters():
         with whole([parameter]):
-            initialise_parameter(name, parameter, recipe)
+            if draws:
+                initialise_parameter(name, parameter, recipe)
     if model.unembedding.is_replicated:
         first, *others = model.unembedding.lm_heads.parameters()
         for matrix in others:
@@ -201,7 +203,7 @@ def initialise_parameter(name: str, parameter: Tensor, recipe: Recipe) -> None:
     elif parameter.dim() == 1:
         parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     elif role_of(name) == LORA:
-        initialise_update(name, parameter, _generator_of(name, parameter, recipe))
+        initialise_update(name, parameter, _generator_of(name, recipe))
     elif name.startswith("heads.") and recipe.heads.kind == "linear":
         nn.init.eye_(parameter)
     elif name.startswith("heads.") and recipe.heads.kind == "medusa":
@@ -210,12 +212,12 @@ def initialise_parameter(name: str, parameter: Tensor, recipe: Recipe) -> None:
         std = recipe.model.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * recipe.model.num_hidden_layers)
-        generator = _generator_of(name, parameter, recipe)
+        generator = _generator_of(name, recipe)
         exact = torch.promote_types(parameter.dtype, torch.float32)
-        drawn = torch.empty(parameter.shape, dtype=exact, device=parameter.device)
+        drawn = torch.empty(parameter.shape, dtype=exact)
         parameter.copy_(drawn.normal_(0.0, std, generator=generator))
 
 
-def _generator_of(name: str, parameter: Tensor, recipe: Recipe) -> torch.Generator:
+def _generator_of(name: str, recipe: Recipe) -> torch.Generator:
     digest = hashlib.sha256(f"{recipe.run.seed}:{name}".encode()).digest()
-    return torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

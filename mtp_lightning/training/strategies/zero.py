@@ -29,6 +29,7 @@ from mtp_lightning.checkpoint.format.write_shards import WEIGHT
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.model.mtp_model import MtpModel, build_model, initialise
 from mtp_lightning.model.transformers_architecture import architecture_of
+from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.strategies.base import RunStrategy
 from mtp_lightning.training.strategies.param_shards import (
@@ -149,7 +150,8 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         import deepspeed
 
         model = MtpModel(recipe)
-        initialise(model, recipe, whole=partial(deepspeed.zero.GatheredParameters, modifier_rank=0))
+        gathered = partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
+        initialise(model, recipe, whole=gathered, draws=Ranks().is_first)
         return model
 
     @contextmanager
@@ -161,6 +163,7 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         """
         engine, zero = self.deepspeed_engine, self._zero
         if self.stage == 3:
+            _module_stack()[1:] = []  # layers whose recomputation ended early, as torch lets it, were never taken off
             zero.grad_partitions_flat_buffer.zero_()
             zero.micro_step_id = 1  # 0 means: overwrite
             yield
@@ -328,6 +331,14 @@ def _partition_gradient(parameter: Any, mapping: Any, own: Any) -> Tensor | None
     return gradient
 
 
+def _module_stack() -> list[nn.Module]:
+    """Modules whose forward DeepSpeed 0.19 is in, the outermost first: between steps that one alone."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    stack: list[nn.Module] = parameter_offload.FWD_MODULE_STACK
+    return stack
+
+
 def _forget_modules() -> None:
     """Empty what DeepSpeed 0.19 keeps of every ZeRO-3 engine for as long as the process lives.
 
@@ -336,7 +347,7 @@ def _forget_modules() -> None:
     """
     from deepspeed.runtime.zero import parameter_offload
 
-    parameter_offload.FWD_MODULE_STACK.clear()
+    _module_stack().clear()
     method = parameter_offload.PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     for cell in method.__closure__:  # of the decorator around the cache
         if hasattr(cell.cell_contents, "cache_clear"):

@@ -19,6 +19,7 @@ recipe=${recipes[${SLURM_ARRAY_TASK_ID:-0}]} run=${runs[${SLURM_ARRAY_TASK_ID:-0
 max_restarts=3 limit_s=86400 has_preflight=0
 cd /home/me || exit 1
 export OMP_NUM_THREADS=12
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export PYTHONFAULTHANDLER=1
 export NCCL_SOCKET_IFNAME='^lo,docker'
 mtp=(mtp)
