@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -47,12 +48,13 @@ DRAFTED = {"draft_vocabulary": 7, "draft_token_ids": packed_ids([0, 1, 3, 5, 7, 
 
 DAILY = {("parallel_two_layers", "mistral"), ("sequential", "qwen2"), ("causal", "qwen3"), ("medusa", "gpt_neox")}
 """What is tested every day beside `test_export.py`, which has every kind on a trunk of Llama's kind."""
-CELLS = [
-    pytest.param(kind, family, num, marks=[] if (kind, family) in DAILY and num == 3 else pytest.mark.slow)
-    for kind in KINDS
-    for family in FAMILIES
-    for num in (3, 1)
-]
+
+
+def over_all():
+    """Pairs of kind, family and number: every kind on every family with one of two numbers in turn, and the rest."""
+    for (row, kind), (column, family), num in product(enumerate(KINDS), enumerate(FAMILIES), (3, 1)):
+        in_turn = pytest.mark.slow if (row + column) % 2 == (num == 1) else pytest.mark.matrix
+        yield pytest.param(kind, family, num, marks=() if (kind, family) in DAILY and num == 3 else in_turn)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +65,7 @@ def _modules_of_folders(tmp_path, monkeypatch):
     transformers.logging.disable_progress_bar()
 
 
-@pytest.mark.parametrize(("kind", "family", "num_drafts"), CELLS)
+@pytest.mark.parametrize(("kind", "family", "num_drafts"), [*over_all()])
 def test_a_folder_drafts_as_its_model_and_comes_back_bit_for_bit(kind, family, num_drafts, tmp_path):
     recipe, model = tiny(family, KINDS[kind] | {"num_offsets": num_drafts + 1})
     folder = exported(recipe, model, tmp_path)
