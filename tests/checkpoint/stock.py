@@ -42,10 +42,10 @@ class Said(NamedTuple):
     steps: list[int]
 
 
-def tiny(family: str, heads: dict[str, Any], **model: Any) -> tuple[Recipe, MtpModel]:
+def tiny(family: str, heads: dict[str, Any], prompts: Any = None, **model: Any) -> tuple[Recipe, MtpModel]:
     """A random model whose heads are right at times, and wrong at times: of the first seed that gives one."""
     section = {"family": family, "initializer_range": 0.15, **FAMILIES[family], **model}
-    return first_right(lambda seed: tiny_recipe(heads=heads, model=section, run={"seed": seed}), tiny_model)
+    return first_right(lambda seed: tiny_recipe(heads=heads, model=section, run={"seed": seed}), tiny_model, prompts)
 
 
 def first_right(

@@ -74,8 +74,10 @@ def test_ranks_share_the_global_batch_in_order(cache: Path, corpus: Path, world_
     assert_equal(together, whole)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_resumed_run_sees_the_very_next_batches(cache: Path, corpus: Path, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("workers", "then"), [(1, 0), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((0, 2), (2, 0)))]
+)
+def test_resumed_run_sees_the_very_next_batches(cache: Path, corpus: Path, workers: int, then: int) -> None:
     whole = take(build(cache, corpus), 9)
     first = build(cache, corpus, data={"workers": workers})
     batches = iter(first.train_dataloader())
@@ -86,11 +88,12 @@ def test_resumed_run_sees_the_very_next_batches(cache: Path, corpus: Path, worke
     next(batches)  # fetched, but its step never completed
     state = json.loads(json.dumps(first.state_dict()))
     assert state["rows_consumed"] == 32
-    resumed = build(cache, corpus, data={"workers": 2 - workers}, batch={"global_batch_size": 8, "micro_batch_size": 2})
+    resumed = build(cache, corpus, data={"workers": then}, batch={"global_batch_size": 8, "micro_batch_size": 2})
     resumed.load_state_dict(state)
     assert_equal(seen + take(resumed, 5), whole)
 
 
+@pytest.mark.slow
 def test_workers_leave_signals_to_the_parent(cache: Path, corpus: Path) -> None:
     batches = iter(build(cache, corpus, data={"workers": 1}).train_dataloader())
     seen = [next(batches)]
@@ -252,7 +255,7 @@ def test_damaged_shard_is_refused_at_setup(cache: Path, corpus: Path) -> None:
         build(cache, corpus)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_token_that_the_model_lacks_stops_the_loader(cache: Path, corpus: Path, workers: int) -> None:
     folder = next(cache.iterdir())
     shard = next(folder.glob("train/*.tar"))

@@ -144,11 +144,12 @@ def test_ranks_share_the_global_batch_in_order(folders: Path, world_size: int) -
         assert torch.equal(torch.cat([part[step] for part in parts]), whole[step])
 
 
-def test_resumed_mixture_goes_on(folders: Path) -> None:
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_resumed_mixture_goes_on(folders: Path, workers: int) -> None:
     weights = {"code": 1.0, "web": 2.0}
     whole = take(build(folders, weights), 6)
     state = json.loads(json.dumps({**build(folders, weights).state_dict(), "rows_consumed": 24}))
-    resumed = build(folders, weights, data={"workers": 1})
+    resumed = build(folders, weights, data={"workers": workers})
     resumed.load_state_dict(state)
     assert all(map(torch.equal, take(resumed, 3), whole[3:]))
 

@@ -113,11 +113,14 @@ def test_rows_from_a_url_are_the_rows_of_the_folder(tmp_path: Path, folder: Path
     assert len(tars) == len(set(tars)), "each shard is fetched once"
 
 
-def test_loader_processes_and_ranks_read_from_the_same_cache(tmp_path: Path, folder: Path, server: Any) -> None:
+@pytest.mark.parametrize("workers", [(1, 0), pytest.param((1, 1), marks=pytest.mark.slow)])
+def test_loader_processes_and_ranks_read_from_the_same_cache(
+    tmp_path: Path, folder: Path, server: Any, workers: tuple[int, int]
+) -> None:
     shape: dict[str, Any] = {"shuffle": "shards", "shuffle_shards": 2}
     whole = take(module_of(tmp_path, str(folder), **shape), 6)
     parts = [
-        take(module_of(tmp_path, server.url, rank=rank, world_size=2, workers=1, **shape), 6).reshape(6, 4, -1)
+        take(module_of(tmp_path, server.url, rank=rank, world_size=2, workers=workers[rank], **shape), 6).reshape(6, 4, -1)
         for rank in range(2)
     ]
     assert torch.equal(torch.cat(parts, dim=1).reshape(whole.shape), whole)

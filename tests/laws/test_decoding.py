@@ -129,7 +129,7 @@ def test_texts_end_at_any_length(kind):
             assert generate(model, PROMPTS, chosen, forced_drafts=forced_drafts).tokens == expected
 
 
-@every_pair(kind=DECODED_KINDS, attention=["window", "document"], num_offsets=[2, 3, 4], quick=24, full=True)
+@every_pair(kind=DECODED_KINDS, attention=["window", "document"], num_offsets=[2, 3, 4], full=True)
 def test_accepted_counts_are_those_of_a_teacher_forced_pass(kind, attention, num_offsets):
     """Law 7. A prefix of right drafts is the true text, so the pass over the true text computed the same states."""
     model = model_of(kind, num_offsets=num_offsets, attention=attention)

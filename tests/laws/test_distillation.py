@@ -27,7 +27,6 @@ def distill(**fields):
     lambda *, kind, model, isolated, **_: (
         (model, kind[-10:]) != ("tied", "replicated") and not (isolated and kind == "anticausal")
     ),
-    quick=20,
     kind=HEAD_KINDS,
     detached=[True, False],
     where=WHERE,

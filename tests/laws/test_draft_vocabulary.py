@@ -123,7 +123,6 @@ def divergence(full, k, section, has_teacher):
 
 @every_pair(
     lambda *, kind, model, **_: can_be_of_any(kind=kind, model=model, isolated=False),
-    quick=18,
     kind=HEAD_KINDS,
     losses=LOSSES,
     model=MODELS,

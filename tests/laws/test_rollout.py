@@ -119,7 +119,6 @@ class PlainLoop:
 
 
 @every_pair(
-    quick=14,
     kind=["sequential", "sequential_pre_norm", "recursive"],
     order=ORDERS,
     objective=OBJECTIVES,

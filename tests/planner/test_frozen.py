@@ -127,7 +127,6 @@ def assert_counts(recipe: Recipe, backward_order: str, more_logits: int = 0) -> 
 
 @every_pair(
     exists,
-    quick=50,
     kind=KINDS,
     adaptation=ADAPTATIONS,
     model=MODELS,
@@ -149,7 +148,7 @@ def test_joint_computes_logits_that_teach_nothing_too(kind: str, adaptation: str
     assert_counts(recipe_of(kind, adaptation), "joint", more_logits)
 
 
-@every_pair(adaptation=ADAPTATIONS, backward_order=["sequential", "bridged"], detach=[True, False], quick=20, full=True)
+@every_pair(adaptation=ADAPTATIONS, backward_order=["sequential", "bridged"], detach=[True, False], full=True)
 def test_scores_of_the_teacher_are_planned(adaptation: str, backward_order: str, detach: bool) -> None:
     assert_teacher_counts("sequential", adaptation, backward_order, detach=detach)
 

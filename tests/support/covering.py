@@ -11,15 +11,20 @@ Cells = list[tuple[Any, ...]]
 
 
 def covering_array(allowed: Callable[..., bool] | None = None, **dimensions: Iterable[Any]) -> Cells:
-    """Choose cells until all pairs have met that meet in any allowed cell: each time the one with most new pairs."""
-    cells, numbers = full_product(allowed, **dimensions), defaultdict[Any, int](count().__next__)
-    masks = {cell: sum(1 << numbers[pair] for pair in combinations(enumerate(cell), 2)) for cell in cells}
-    missing, chosen = (1 << len(numbers)) - 1, []
+    """Choose cells until all pairs of values have met that meet in any allowed cell."""
+    return chosen(full_product(allowed, **dimensions), 2)
+
+
+def chosen(cells: Cells, number: int) -> Cells:
+    """Choose until all so many values have met that meet in any of the cells: each time the one with most new ones."""
+    numbers = defaultdict[Any, int](count().__next__)
+    masks = {cell: sum(1 << numbers[met] for met in combinations(enumerate(cell), number)) for cell in cells}
+    missing, found = (1 << len(numbers)) - 1, []
     while missing:
         best = max(masks, key=lambda cell: (masks[cell] & missing).bit_count())
         missing &= ~masks.pop(best)
-        chosen.append(best)
-    return chosen
+        found.append(best)
+    return found
 
 
 def full_product(allowed: Callable[..., bool] | None = None, **dimensions: Iterable[Any]) -> Cells:
@@ -29,20 +34,15 @@ def full_product(allowed: Callable[..., bool] | None = None, **dimensions: Itera
 
 
 def every_pair(
-    allowed: Callable[..., bool] | None = None,
-    *,
-    quick: int | None = None,
-    full: bool = False,
-    **dimensions: Iterable[Any],
+    allowed: Callable[..., bool] | None = None, *, full: bool = False, **dimensions: Iterable[Any]
 ) -> pytest.MarkDecorator:
-    """Parametrise a test over a covering array.
+    """Parametrise a test: every value of each dimension every day, every pair with `-m slow`.
 
-    With `quick`, only its first so many cells, which have most pairs, run without `-m slow`; with `full`, the other
-    combinations run too, under `-m matrix`.
+    With `full`, the other combinations run too, under `-m matrix`.
     """
     array = covering_array(allowed, **dimensions)
-    number = len(array) if quick is None else quick
-    cells: list[Any] = array[:number] + [pytest.param(*cell, marks=pytest.mark.slow) for cell in array[number:]]
+    daily = chosen(array, 1)
+    cells: list[Any] = [pytest.param(*cell, marks=() if cell in daily else pytest.mark.slow) for cell in array]
     if full:
         rest = [cell for cell in full_product(allowed, **dimensions) if cell not in set(array)]
         cells += [pytest.param(*cell, marks=pytest.mark.matrix) for cell in rest]

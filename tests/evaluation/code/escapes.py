@@ -127,8 +127,8 @@ PROCESSES = {
     "fills memory by children": "import os\nfor _ in range(8): os.fork()\nx = [bytearray(1 << 24) for _ in range(99)]"
     + WRONG,
     "prints for ever": "while True: print('x' * 1000)",
-    "fills its folder": "n = 0\nwhile True:\n    open(f'/tmp/{n}', 'w').write('x' * 10**6)\n    n += 1",
-    "makes files for ever": "n = 0\nwhile True:\n    open(f'/tmp/{n}', 'w').close()\n    n += 1",
+    "fills its folder": "n = 0\nwhile True:\n    open(str(n), 'w').write('x' * 10**6)\n    n += 1",
+    "makes files for ever": "n = 0\nwhile True:\n    open(str(n), 'w').close()\n    n += 1",
     "opens files for ever": "x = []\nwhile True: x.append(open('/dev/null'))",
     "raises its limits": "import resource\nfor k in (resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_NPROC):\n"
     "    resource.setrlimit(k, (-1, -1))\ndef f(x): return x + 1",

@@ -134,8 +134,10 @@ def test_the_weak_sandbox_keeps_the_rest(kind):
         pytest.skip(f"not on this machine: {refused.found}")
     known = {name: code for name, code in getattr(escapes, kind).items() if name not in FILES_AND_PROCESSES}
     codes = {name: code for name, code in known.items() if name not in ("kills everything", "stops everything")}
+    before = {path.name for path in Path("/tmp").iterdir()}
     assert passed(sandbox, codes, TESTS) == {}
     assert is_empty()
+    assert not [path for path in Path("/tmp").iterdir() if path.name not in before and path.owner() == "nobody"]
 
 
 HEALTHY = {
