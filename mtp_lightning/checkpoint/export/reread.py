@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.checkpoint.export.drafters import BLOCKS, DRAFTER, EMBEDDING, MATRICES, NORM, WIDENED
-from mtp_lightning.checkpoint.export.judges import model_of
+from mtp_lightning.checkpoint.export.judges import model_of, reread_by_import
 from mtp_lightning.checkpoint.export.rewritten import RewrittenWeights, computed, read_whole
 from mtp_lightning.checkpoint.export.trunk import sources_of
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
@@ -21,7 +21,9 @@ from mtp_lightning.recipe import Recipe
 
 
 def reread_qwen3_5(folder: Path, recipe: Recipe) -> MtpModel:
-    """Read a Qwen3 trunk and its module out of Qwen3.5's layout."""
+    """Read a trunk and its module out of Qwen3.5's layout."""
+    if recipe.model.is_foreign:
+        return reread_by_import(folder, recipe)
     stored = ShardReader(folder)
     read = _with_first(recipe, hidden="post_norm", concatenation="embedding_first")
     if "lm_head.weight" in stored.names:
