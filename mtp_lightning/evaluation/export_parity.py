@@ -11,6 +11,7 @@ from mtp_lightning.checkpoint.convert.consolidate import DTYPES
 from mtp_lightning.checkpoint.export.contents import Source
 from mtp_lightning.checkpoint.export.formats import Format
 from mtp_lightning.checkpoint.export.judges import Heard, Probe, model_of
+from mtp_lightning.checkpoint.export.names import FormatName
 from mtp_lightning.checkpoint.export.write import REPORT
 from mtp_lightning.checkpoint.format.manifest import CONFIG_NAME
 from mtp_lightning.checkpoint.huggingface.heads_layout import SETTINGS
@@ -40,7 +41,8 @@ def check_parity(folder: Path, row: Format, source: Source) -> dict[str, Any]:
         CheckpointError: a head is lost or another one, scores, text or kept drafts differ, or nobody could judge.
     """
     told = _dict(read_object(folder / CONFIG_NAME).get(SETTINGS))
-    ours = _Ours(source, keeps_draft_vocabulary=told.get("draft_token_ids") is not None)
+    has_ids = told.get("draft_token_ids") is not None or row.name in (FormatName.eagle, FormatName.medusa)
+    ours = _Ours(source, keeps_draft_vocabulary=has_ids)
     heard = []
     if row.reread is not None:  # it names the head that is wrong
         heard.append(_reread(row.reread(folder, source.recipe), ours, _written_offsets(folder, source)))

@@ -176,7 +176,7 @@ FORMATS: Mapping[FormatName, Format] = {
         Format(
             name=FormatName.eagle,
             holds="the head for the token after next, of parallel, chained and linear heads",
-            lost="heads beyond the second offset; a draft vocabulary: readers let the head score every id",
+            lost="heads beyond the second offset",
             refuses=refuses_eagle,
             write=eagle_contents,
             reread=reread_drafter,
@@ -201,7 +201,7 @@ FORMATS: Mapping[FormatName, Format] = {
         Format(
             name=FormatName.medusa,
             holds="Medusa and linear heads, all of them",
-            lost="a draft vocabulary: readers let the heads score every id",
+            lost="nothing",
             refuses=refuses_medusa,
             write=medusa_contents,
             reread=reread_drafter,
