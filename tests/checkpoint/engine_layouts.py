@@ -101,8 +101,19 @@ def medusa_scores(served: Served, drafter: Path, settings: dict[str, Any], token
                 functional.linear(hidden, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
             )
         own = 0 if settings["original_lm_head"] else head
-        scores.append(functional.linear(hidden, tensors[f"{own}.{num_blocks}.weight"]))
+        told = functional.linear(hidden, tensors[f"{own}.{num_blocks}.weight"])
+        ids = tensors.get("token_map")
+        scores.append(told if ids is None else _scattered(told, ids, settings["vocab_size"]))
+        assert told.shape[-1] == settings["truncated_vocab_size"]
     return scores
+
+
+def _scattered(scores: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
+    """Scores of some ids as those of all, the others minus infinity."""
+    assert ids.dtype == torch.int64
+    whole = torch.full((*scores.shape[:-1], vocab_size), -torch.inf)
+    whole[..., ids] = scores
+    return whole
 
 
 @torch.no_grad()
@@ -131,7 +142,12 @@ def eagle_scores(served: Served, drafter: Path, settings: dict[str, Any], tokens
         up = functional.linear(normed, layer["mlp.up_proj.weight"])
         hidden = hidden + functional.linear(gate * up, layer["mlp.down_proj.weight"])
     matrix = tensors.get("lm_head.weight", served.trunk.lm_head.weight)
-    return functional.linear(rms(hidden, tensors["norm.weight"], eps), matrix)
+    scores = functional.linear(rms(hidden, tensors["norm.weight"], eps), matrix)
+    if "d2t" not in tensors:
+        return scores
+    ids = torch.arange(settings["draft_vocab_size"]) + tensors["d2t"]
+    assert torch.equal(tensors["t2d"].nonzero()[:, 0], ids)
+    return _scattered(scores, ids, settings["vocab_size"])
 
 
 def _attention(served: Served, settings: dict[str, Any], layer: dict[str, Tensor], normed: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from mtp_lightning.checkpoint.export.formats import FORMATS, check_holds, format
 from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.recipe.draft_vocabulary import packed_ids
 from tests.checkpoint import engine_layouts as engine
 from tests.checkpoint.runs import save_run
 from tests.decode.oracles import full_logits
@@ -22,6 +23,8 @@ QWEN2 = {"family": "qwen2", "qkv_bias": True}
 QWEN3 = {"family": "qwen3", "qk_norm": True, "head_dim": 6}
 SCALED = {"rope_scaling": {"factor": 4.0, "original_positions": 8}}
 TIED = {"tie_word_embeddings": True}
+IDS = [0, 1, 3, 4, 7, 9, 12]
+DRAFTED = {"draft_vocabulary": len(IDS), "draft_token_ids": packed_ids(IDS)}
 PRE_NORM = HEAD_KINDS["sequential_pre_norm"]
 TEXT = [1, 2, 3, 12, 0, 4, 4, 9, 11, 7, 8, 10]
 TOKENS = torch.tensor([TEXT])
@@ -41,7 +44,8 @@ def settings_in(folder):
 
 
 def assert_close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    largest = expected[expected.isfinite()].abs().max()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(largest))
 
 
 def assert_trunk(served, scores):
@@ -105,8 +109,11 @@ def test_qwen3_5_computes_what_qwen3_does(layout, heads, model, tmp_path):
         ({"kind": "chained", "order": "anticausal", "num_offsets": 2}, QWEN2),
         ({"kind": "linear", "num_offsets": 3}, QWEN3),
         ({"kind": "linear", "num_offsets": 3, "unembedding": "replicated"}, {}),
+        ({"kind": "parallel", "num_offsets": 2} | DRAFTED, {}),
+        ({"kind": "parallel", "num_offsets": 2, "unembedding": "replicated"} | DRAFTED, {}),
+        ({"kind": "linear", "num_offsets": 2} | DRAFTED, TIED),
     ],
-    ids=lambda value: value.get("kind") or "-".join(map(str, value)) or "llama",
+    ids=lambda value: str(value.get("kind") or "-".join(map(str, value)) or "llama"),
 )
 def test_eagle_drafts_with_the_second_offset(heads, model, tmp_path):
     folder, _, scores = exported(tmp_path, "eagle", heads, model)
@@ -119,17 +126,20 @@ def test_eagle_drafts_with_the_second_offset(heads, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "model"),
+    ("kind", "model", "drafted"),
     [
-        ("medusa", {}),
-        ("medusa", QWEN3 | TIED),
-        ("medusa_replicated", QWEN2),
-        ("linear", {}),
-        ("linear", QWEN3 | TIED),
+        ("medusa", {}, {}),
+        ("medusa", QWEN3 | TIED, {}),
+        ("medusa_replicated", QWEN2, {}),
+        ("linear", {}, {}),
+        ("linear", QWEN3 | TIED, {}),
+        ("medusa", {}, DRAFTED),
+        ("medusa_replicated", {}, DRAFTED),
+        ("linear", {}, DRAFTED),
     ],
 )
-def test_medusa_drafts_with_all_heads(kind, model, tmp_path):
-    heads = HEAD_KINDS[kind]
+def test_medusa_drafts_with_all_heads(kind, model, drafted, tmp_path):
+    heads = HEAD_KINDS[kind] | drafted
     folder, _, scores = exported(tmp_path, "medusa", heads | {"num_offsets": 4}, model)
     served, told = engine.Served(transformers, folder), settings_in(folder / "drafter")
     assert_trunk(served, scores)
@@ -138,7 +148,8 @@ def test_medusa_drafts_with_all_heads(kind, model, tmp_path):
     assert len(found) == 3
     for offset, one in enumerate(found, 2):
         if heads["kind"] == "linear":  # no norm behind the map: the same but for a factor
-            one = one * (scores[offset].norm(dim=-1) / one[0].norm(dim=-1))[None, :, None]
+            sizes = [torch.where(each.isfinite(), each, 0).norm(dim=-1) for each in (scores[offset], one[0])]
+            one = one * (sizes[0] / sizes[1])[None, :, None]
         assert_close(one[0], scores[offset])
 
 

@@ -3,15 +3,20 @@
 import errno
 import os
 import resource
+import shutil
+import types
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 
+from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.format.folder import newest_complete
 from mtp_lightning.errors import CheckpointError
+from tests.checkpoint.runs import save_run
 from tests.checkpoint.savers import check_step, forkserver, save
+from tests.support.tiny import tiny_recipe
 
 
 def check_failure(folder: Path, error: CheckpointError, reason: int, *, step: int) -> None:
@@ -80,3 +85,30 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(CheckpointError, match="there is no earlier checkpoint"):
         save(tmp_path / "checkpoints", 1)
+
+
+@pytest.mark.parametrize("name", ["consolidated", "trunk", "hf_mtp", "eagle"])
+def test_a_disk_that_fills_while_a_model_is_exported(
+    name: str, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else takes the room after it was asked for: at every kind of file once."""
+    recipe = tiny_recipe(model={"vocab_size": 4000}, heads={"kind": "parallel", "num_offsets": 2})
+    save_run(tmp_path / "run", recipe, 1)
+    page = os.statvfs(small_disk).f_frsize
+    plenty = types.SimpleNamespace(free=2**40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: plenty)
+    failures = []
+    for room in range(0, 160, 8):
+        filler = small_disk / "filler"
+        filler.write_bytes(bytes(os.statvfs(small_disk).f_bavail * page - room * page))
+        try:
+            export_model(tmp_path / "run", small_disk / "out", name)
+        except CheckpointError as error:
+            failures.append((error.found, sorted(path.name for path in small_disk.iterdir())))
+        else:
+            break
+        finally:
+            filler.unlink()
+    assert len(failures) > 3
+    assert all(os.strerror(errno.ENOSPC) in found and left == ["filler"] for found, left in failures)
+    assert (small_disk / "out/config.json").is_file()

@@ -152,10 +152,10 @@ def test_the_verb_verifies(run, tmp_path):
 
 def test_a_draft_vocabulary_is_kept_where_the_format_keeps_it(tmp_path):
     ids = [0, 1, 3, 5, 7, 9, 11]
-    heads = HEAD_KINDS["parallel"] | {"draft_vocabulary": len(ids), "draft_token_ids": packed_ids(ids)}
-    save_run(tmp_path / "run", tiny_recipe(heads=heads, data={"seq_len": 40}), 1)
-    for name in ("hf_mtp", "eagle"):
-        export_model(tmp_path / "run", tmp_path / name, name, check=check_parity)
+    for kind, name in (("parallel", "hf_mtp"), ("parallel", "eagle"), ("medusa_replicated", "medusa")):
+        heads = HEAD_KINDS[kind] | {"draft_vocabulary": len(ids), "draft_token_ids": packed_ids(ids)}
+        save_run(tmp_path / kind, tiny_recipe(heads=heads, data={"seq_len": 40}), 1)
+        export_model(tmp_path / kind, tmp_path / name, name, dtype="bf16", check=check_parity)
 
 
 def test_kept_drafts_are_counted_as_by_hand():

@@ -1,7 +1,8 @@
 """A checkpoint of any number of ranks as one ordinary folder: model.safetensors, config.json, recipe.yaml."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -64,20 +65,30 @@ def consolidate(path: Path, out: Path, *, dtype: DtypeName = "fp32") -> None:
     say(f"Exported {checkpoint.path} to {out}: {record.size_bytes / 1e6:,.1f} MB of {dtype} weights, checked")
 
 
-def write_whole(reader: WeightSource, path: Path, dtype: torch.dtype, advance: Advance) -> FileRecord:
+def write_whole(
+    reader: WeightSource,
+    path: Path,
+    dtype: torch.dtype,
+    advance: Advance,
+    *,
+    of_own_type: Mapping[str, torch.dtype] = MappingProxyType({}),
+) -> FileRecord:
     """Write all weights into one safetensors file, block by block; `advance` is told of bytes read.
+
+    Tensors of ids are written in types of their own.
 
     Raises:
         CheckpointError: a weight is finite as stored, but not in `dtype`.
         OSError: the disk is full.
     """
-    header, order = build_header({name: (dtype, reader.shape(name)) for name in reader.names})
+    types = {name: of_own_type.get(name, dtype) for name in reader.names}
+    header, order = build_header({name: (one, reader.shape(name)) for name, one in types.items()})
     with durable_file(path) as file:
         recorder = Recorder(file)
         recorder.write(header)
         for name in order:
             for _, values in reader.blocks(name):
-                recorder.write(memory_of(_cast(values, dtype, name)))
+                recorder.write(memory_of(_cast(values, types[name], name)))
                 advance(values.nbytes)
         return recorder.record
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
+
 from mtp_lightning.checkpoint.convert.merge_lora import MergedReader, plain_recipe
 from mtp_lightning.checkpoint.format.carried_files import Files, files_of_model
 from mtp_lightning.checkpoint.format.folder import CheckpointFolder
@@ -78,3 +80,4 @@ class Contents:
     texts: Mapping[str, str] = field(default_factory=dict)  # further files by name, as modelling code
     notes: tuple[str, ...] = ()  # what the reader of the screen should know beside the table
     weights_file: str = WHOLE_MODEL
+    of_own_type: Mapping[str, torch.dtype] = field(default_factory=dict)  # tensors that are not of the export's type

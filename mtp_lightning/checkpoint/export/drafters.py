@@ -6,7 +6,7 @@ second offset has no layer of its own, attention and feed-forward of the drafter
 through. A linear head is a Medusa head whose block adds nothing, with the map inside of its unembedding matrix.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from mtp_lightning.checkpoint.export.rewritten import (
     computed,
     filled,
     not_dense,
-    notes_on,
     read_whole,
     refusal,
     row_by_row,
+    rows_at,
     settings_as,
 )
 from mtp_lightning.checkpoint.export.trunk import trunk_contents
@@ -30,12 +30,17 @@ from mtp_lightning.checkpoint.huggingface.canonical_names import EXTRA, PLAIN, T
 from mtp_lightning.checkpoint.huggingface.weights import OutgoingWeights
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.recipe import Recipe, num_trunk_layers
+from mtp_lightning.recipe.draft_vocabulary import draft_ids
 
 DRAFTER = "drafter"
 NARROW = 64
 """Inner width of a feed-forward that writes zeros."""
 NORM, MATRICES, EMBEDDING = "unembedding.norms.0.weight", "unembedding.lm_heads.", "trunk.embed_tokens.weight"
 BLOCKS = "heads.blocks."
+OFFSETS, IS_DRAFTED, TOKEN_MAP = "d2t", "t2d", "token_map"
+"""What an EAGLE-3 drafter has beside the matrix of a draft vocabulary: id less number of each row, and which ids have
+one; Medusa's drafter has the ids of its rows."""
+OF_IDS = {OFFSETS: torch.int64, IS_DRAFTED: torch.bool, TOKEN_MAP: torch.int64}
 WIDENED = tuple(f"midlayer.self_attn.{one}_proj.weight" for one in "qkv")
 
 
@@ -78,8 +83,18 @@ def eagle_contents(source: Source) -> dict[str, Contents]:
     made = _around_layers(source, tensors) if _has_layers(recipe) else _no_layer(source)
     if recipe.heads.kind != "linear":
         made["fc.weight"] = computed((width, width), lambda: torch.eye(width))
+    if (ids := draft_ids(recipe)) is not None:
+        made["lm_head.weight"] = rows_at(source.reader, _matrix(source, 2), ids)
+        made[OFFSETS] = computed((len(ids),), lambda: torch.tensor(ids) - torch.arange(len(ids)))
+        made[IS_DRAFTED] = computed((recipe.model.vocab_size,), lambda: _is_among(ids, recipe.model.vocab_size))
     trunk = trunk_contents(source)
     return {"": trunk, DRAFTER: _drafter(source, tensors, made, _eagle_settings(source, trunk))}
+
+
+def _is_among(ids: Sequence[int], vocab_size: int) -> Tensor:
+    among = torch.zeros(vocab_size, dtype=torch.bool)
+    among[[*ids]] = True
+    return among
 
 
 def _has_layers(recipe: Recipe) -> bool:
@@ -169,10 +184,11 @@ def _eagle_settings(source: Source, trunk: Contents) -> dict[str, Any]:
         qk_norm=False,
         tie_word_embeddings=False,
     )
+    ids, has_matrix = draft_ids(recipe), recipe.heads.unembedding == "replicated"
     return settings | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
-        "draft_vocab_size": section.vocab_size if recipe.heads.unembedding == "replicated" else None,
+        "draft_vocab_size": len(ids) if ids else section.vocab_size if has_matrix else None,
         "num_aux_hidden_states": 1,
         "eagle_aux_hidden_state_layer_ids": [before],
         "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [before - 1]},
@@ -190,6 +206,9 @@ def medusa_contents(source: Source) -> dict[str, Contents]:
         if name.startswith(BLOCKS):
             inside = name.removeprefix(BLOCKS)
             tensors[name] = f"{inside.partition('.')[0]}.1.weight" if is_linear else inside
+    ids = draft_ids(recipe)
+    if ids is not None:
+        made[TOKEN_MAP] = computed((len(ids),), lambda: torch.tensor(ids))
     for head in range(num_heads):
         matrix, stored = _matrix(source, head + 2), f"{head}.{num_blocks}.weight"
         if is_linear:
@@ -198,12 +217,16 @@ def medusa_contents(source: Source) -> dict[str, Contents]:
             made[stored] = _through(source, matrix, f"{BLOCKS}{head}.weight")
         elif heads.unembedding == "replicated" or head == 0:
             tensors[matrix] = stored
+        if ids is not None and (is_linear or matrix in tensors):
+            whole = RewrittenWeights(source.reader, {matrix: made[stored]} if is_linear else {})
+            made[stored] = rows_at(whole, matrix, ids)
     trunk = trunk_contents(source)
     settings = {
         "architectures": ["MedusaModel"],
         "model_type": "medusa",
         "hidden_size": width,
         "vocab_size": source.section.vocab_size,
+        "truncated_vocab_size": len(ids) if ids else source.section.vocab_size,
         "medusa_num_heads": num_heads,
         "medusa_num_layers": num_blocks,
         "medusa_fc_bias": True,
@@ -249,5 +272,5 @@ def _drafter(
         settings=settings,
         written=tensors,
         made={name: "what the layout has and the heads have not" for name in made if name not in taken},
-        notes=notes_on(source.recipe),
+        of_own_type=OF_IDS,
     )

@@ -31,7 +31,7 @@ from mtp_lightning.checkpoint.export.hf_mtp import hf_mtp_contents, refuses_hf_m
 from mtp_lightning.checkpoint.export.judges import Judge, Reread, heard_by_transformers, reread_by_import
 from mtp_lightning.checkpoint.export.mimo import mimo_contents, refuses_mimo
 from mtp_lightning.checkpoint.export.names import FormatName
-from mtp_lightning.checkpoint.export.qwen3_5 import qwen3_5_contents, refuses_qwen3_5
+from mtp_lightning.checkpoint.export.qwen3_5 import qwen3_5_contents, refuses_gguf, refuses_qwen3_5
 from mtp_lightning.checkpoint.export.reread import reread_drafter, reread_qwen3_5
 from mtp_lightning.checkpoint.export.trunk import trunk_contents
 from mtp_lightning.errors import CheckpointError
@@ -157,7 +157,7 @@ FORMATS: Mapping[FormatName, Format] = {
         Format(
             name=FormatName.qwen3_5,
             holds="sequential or recursive modules of one layer, on trunks of Qwen3's kind; sequential: the first "
-            "module; recursive before the final norm: of two offsets",
+            "module; recursive before the final norm: of two offsets; on trunks of Qwen3.5's own kind: as released",
             lost="modules beyond the first; a draft vocabulary: readers let modules score every id",
             refuses=refuses_qwen3_5,
             write=qwen3_5_contents,
@@ -176,7 +176,7 @@ FORMATS: Mapping[FormatName, Format] = {
         Format(
             name=FormatName.eagle,
             holds="the head for the token after next, of parallel, chained and linear heads",
-            lost="heads beyond the second offset; a draft vocabulary: readers let the head score every id",
+            lost="heads beyond the second offset",
             refuses=refuses_eagle,
             write=eagle_contents,
             reread=reread_drafter,
@@ -201,7 +201,7 @@ FORMATS: Mapping[FormatName, Format] = {
         Format(
             name=FormatName.medusa,
             holds="Medusa and linear heads, all of them",
-            lost="a draft vocabulary: readers let the heads score every id",
+            lost="nothing",
             refuses=refuses_medusa,
             write=medusa_contents,
             reread=reread_drafter,
@@ -217,9 +217,9 @@ FORMATS: Mapping[FormatName, Format] = {
         ),
         Format(
             name=FormatName.gguf_ready,
-            holds="what qwen3_5 holds",
+            holds="what qwen3_5 holds, on trunks of Qwen3's kind",
             lost="as in qwen3_5",
-            refuses=refuses_qwen3_5,
+            refuses=refuses_gguf,
             write=lambda source: qwen3_5_contents(source, for_llama_cpp=True),
             reread=reread_qwen3_5,
             engines=(

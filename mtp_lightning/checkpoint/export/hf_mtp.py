@@ -22,7 +22,7 @@ from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.transformers_architecture import architecture_of
 from mtp_lightning.model.transformers_library import library
 from mtp_lightning.recipe import Recipe
-from mtp_lightning.recipe.schema.model import Family, HeadsSection
+from mtp_lightning.recipe.schema.model import Family, HeadsSection, ModelSection
 from mtp_lightning.recipe.trainable import mixing_offsets
 
 CODE = "modeling_mtp.py"
@@ -80,7 +80,7 @@ def hf_mtp_contents(source: Source) -> Contents:
     """
     family, _ = settings_of(source.section)
     heads = source.recipe.heads
-    if is_known_to_transformers(heads, family):
+    if is_known_to_transformers(heads, source.section, family):
         base = modules_contents(source, DEEPSEEK)
         heads = heads.model_copy(update={"concatenation": DEEPSEEK.heads["concatenation"]})
         return _with_code(base, source, heads, "Modules")
@@ -101,11 +101,14 @@ def hf_mtp_contents(source: Source) -> Contents:
     return _with_code(base, source, heads, "Heads")
 
 
-def is_known_to_transformers(heads: HeadsSection, family: Family) -> bool:
+def is_known_to_transformers(heads: HeadsSection, section: ModelSection, family: Family) -> bool:
     """Tell whether transformers has a class for heads, with everything that belongs to them."""
-    plain = heads.draft_vocabulary is None and heads.unembedding == "shared"
-    llama, own = FAMILIES["llama"].source("norm.weight"), FAMILIES.get(family)
-    return plain and fits(DEEPSEEK, heads) and own is not None and own.source("norm.weight") == llama
+    if heads.draft_vocabulary is not None or heads.unembedding != "shared" or not fits(DEEPSEEK, heads):
+        return False
+    if section.is_foreign:  # a class that is published with modules, all of whose layers see all of the past
+        config = architecture_of(section).config
+        return hasattr(config, "num_mtp_layers") and not hasattr(config, "layer_types")
+    return FAMILIES[family].source("norm.weight") == FAMILIES["llama"].source("norm.weight")
 
 
 def _with_code(base: Contents, source: Source, heads: HeadsSection, what: str) -> Contents:

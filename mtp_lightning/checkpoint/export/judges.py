@@ -65,7 +65,7 @@ def reread_by_import(folder: Path, recipe: Recipe) -> MtpModel:
     Raises:
         CheckpointError: a tensor is missing, left over, or of another shape.
     """
-    hf_checkpoint = open_folder(folder)
+    hf_checkpoint = open_folder(folder, family="transformers" if recipe.model.is_foreign else None)
     native = hf_checkpoint.native
     heads = {"layers_from_trunk": False, **(native.heads if native else {}), "num_offsets": 1}
     if native:
@@ -73,7 +73,8 @@ def reread_by_import(folder: Path, recipe: Recipe) -> MtpModel:
         heads["num_offsets"] = recipe.heads.num_offsets if is_unrolled else 1 + native.count
         heads["kind"] = recipe.heads.kind
     section = hf_checkpoint.section.model_dump(exclude_defaults=hf_checkpoint.section.is_foreign)
-    read = Recipe.model_validate({"model": section, "heads": heads, "data": {"seq_len": recipe.data.seq_len}})
+    data = {"seq_len": recipe.data.seq_len, "document_mask": recipe.data.document_mask}
+    read = Recipe.model_validate({"model": section, "heads": heads, "data": data})
     return model_of(read, IncomingWeights(hf_checkpoint, plan_import(hf_checkpoint, read, "native", ()), read))
 
 

@@ -1,10 +1,10 @@
 """Trained heads put back into a copy of the folder that they came with; every other byte stays as it is."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -13,20 +13,24 @@ from mtp_lightning.checkpoint.convert.load_model import check_tensors
 from mtp_lightning.checkpoint.export.contents import Source
 from mtp_lightning.checkpoint.export.formats import FORMATS
 from mtp_lightning.checkpoint.export.names import FormatName
+from mtp_lightning.checkpoint.export.rewritten import read_whole
 from mtp_lightning.checkpoint.export.trunk import sources_of
 from mtp_lightning.checkpoint.export.write import PARITY, REPORT, Check, json_bytes, warn_of_untrained
 from mtp_lightning.checkpoint.format.folder import open_checkpoint
 from mtp_lightning.checkpoint.format.reader_view import WeightSource
-from mtp_lightning.checkpoint.format.tensors import memory_of, read_into
+from mtp_lightning.checkpoint.format.tensors import Entry, memory_of, read_into
 from mtp_lightning.checkpoint.huggingface.canonical_names import MODULE, TensorSource
 from mtp_lightning.checkpoint.huggingface.configs import listed
+from mtp_lightning.checkpoint.huggingface.conversions import outgoing
 from mtp_lightning.checkpoint.huggingface.folder import HFCheckpoint, open_folder
 from mtp_lightning.checkpoint.huggingface.modules import LAYOUTS, ModuleLayout
-from mtp_lightning.checkpoint.huggingface.weights import outgoing_weights
+from mtp_lightning.checkpoint.huggingface.weights import OutgoingWeights
 from mtp_lightning.console.progress import say
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.atomic_folder import atomic_folder, check_new_folder, check_staging, staging_path
 from mtp_lightning.files.durable import force, sync, write_durably
+from mtp_lightning.model.transformers_architecture import architecture_of
+from mtp_lightning.model.transformers_library import library
 
 OF_NO_EFFECT = ("family", "initializer_range")
 """Fields of a model that change nothing in what it computes."""
@@ -50,19 +54,20 @@ def merge_into(path: Path, folder: Path, out: Path, *, check: Check | None = Non
             base, or `out` cannot be written.
     """
     check_new_folder(out, CheckpointError)
-    theirs = open_folder(folder)
-    check_staging(staging_path(out), [REPORT, PARITY, *(one.name for one in theirs.path.iterdir())], CheckpointError)
     source = Source(open_checkpoint(path), "fp32")
+    theirs = open_folder(folder, family="transformers" if source.section.is_foreign else None)
+    check_staging(staging_path(out), [REPORT, PARITY, *(one.name for one in theirs.path.iterdir())], CheckpointError)
     sources = _sources(source, theirs)
     check_tensors(source.checkpoint)
-    weights = outgoing_weights(source.reader, sources, source.section)
+    weights = OutgoingWeights(source.reader, sources, source.section)
     heads = {name: one.stored for name, one in sources.items() if MODULE.fullmatch(_place(source, name))}
     _check_same_base(weights, theirs, [one.stored for name, one in sources.items() if name not in heads])
     size_bytes = sum(file.stat().st_size for file in theirs.path.rglob("*") if file.is_file())
     with atomic_folder(out, CheckpointError, size_bytes=size_bytes) as staging:
         _copy(theirs.path, staging)
-        for stored in heads.values():
-            _write_over(weights, theirs, staging, stored)
+        for one in _placed(weights, theirs, [*dict.fromkeys(heads.values())]):
+            _write_over(one, staging / one.file.relative_to(theirs.path))
+        _check_written(weights, theirs, staging, heads.values())
         report = {"merged_into": theirs.path.name, "source": source.told, "written": heads}
         write_durably(staging / REPORT, json_bytes(report))
         if check is not None:
@@ -137,10 +142,14 @@ def _check_same_base(weights: WeightSource, theirs: HFCheckpoint, names: Sequenc
 
 def _is_same(weights: WeightSource, theirs: HFCheckpoint, name: str) -> bool:
     entry = theirs.entries[name]
+    whole = theirs.read(name).flatten() if name in theirs.made else None
     with theirs.files[name].open("rb") as file:
         for start, values in weights.blocks(name):
             stored = torch.empty(values.numel(), dtype=entry.dtype)
-            read_into(stored, file, entry.begin + start * entry.dtype.itemsize)
+            if whole is None:
+                read_into(stored, file, entry.begin + start * entry.dtype.itemsize)
+            else:
+                stored = whole[start : start + values.numel()]
             if not torch.equal(stored.view(torch.uint8), values.to(entry.dtype).view(torch.uint8)):
                 return False
     return True
@@ -157,26 +166,73 @@ def _copy(folder: Path, staging: Path) -> None:
             sync(target.parent)
 
 
-def _write_over(weights: WeightSource, theirs: HFCheckpoint, staging: Path, name: str) -> None:
-    """Write a tensor into its place in the copy, and read it back.
+class _Placed(NamedTuple):
+    """Values of a stored tensor, and where they go."""
+
+    name: str
+    entry: Entry
+    file: Path
+    blocks: Iterator[tuple[int, Tensor]]
+
+
+def _placed(weights: OutgoingWeights, theirs: HFCheckpoint, names: Sequence[str]) -> Iterator[_Placed]:
+    """Give trained tensors the form that a folder has them in, and say where each lies.
 
     Raises:
-        CheckpointError: a value has no place in the folder's type, or the disk gives back another.
+        CheckpointError: one that is stored as several has another number of them there.
     """
-    entry, path = theirs.entries[name], staging / theirs.files[name].relative_to(theirs.path)
+    made = [name for name in names if name in theirs.made]
+    for name in names:
+        if name not in theirs.made:
+            yield _Placed(name, theirs.entries[name], theirs.files[name], weights.blocks(name))
+    if not made:
+        return
+    forms = {name: (theirs.entries[name].dtype, theirs.entries[name].shape) for name in made}
+    for group in outgoing(library(), architecture_of(theirs.section).model, forms):
+        told = theirs.made[group.sources[0]]
+        if {*group.forms} != {*told.conversion.sources}:
+            expected = "a trained tensor must be stored as transformers stores it"
+            found = f"{listed([*told.conversion.sources])} for {group.sources[0]}, in {theirs.path}"
+            raise CheckpointError(expected, found, OTHER_BASE)
+        whole = group.make(lambda name: read_whole(weights, name))
+        for stored, values in whole.items():
+            yield _Placed(stored, told.entries[stored], told.files[stored], iter([(0, values.flatten())]))
+
+
+def _write_over(one: _Placed, path: Path) -> None:
+    """Write a tensor into its place in the copy.
+
+    Raises:
+        CheckpointError: a value has no place in the folder's type.
+    """
+    entry = one.entry
     with path.open("r+b") as file:
-        for start, values in weights.blocks(name):
+        for start, values in one.blocks:
             cast = values.to(entry.dtype)
             if not torch.isfinite(cast).all():
                 expected = "every trained weight must have a finite value in the folder's type"
-                raise CheckpointError(expected, f"one of {name} beyond {entry.dtype}", "Take a checkpoint before it")
+                raise CheckpointError(
+                    expected, f"one of {one.name} beyond {entry.dtype}", "Take a checkpoint before it"
+                )
             file.seek(entry.begin + start * entry.dtype.itemsize)
             file.write(memory_of(cast.contiguous()))
         file.flush()
         force(file.fileno())
-    if not _is_same(weights, replace(theirs, files={name: path}), name):
-        found = f"another {name} in {path}"
-        raise CheckpointError("a tensor must be read back as it was written", found, "Check the disk and export again")
+
+
+def _check_written(weights: WeightSource, theirs: HFCheckpoint, staging: Path, names: Iterable[str]) -> None:
+    """Read the heads of the copy back.
+
+    Raises:
+        CheckpointError: the disk gives back others.
+    """
+    copy = open_folder(staging, family="transformers" if theirs.section.is_foreign else None)
+    for name in names:
+        if not _is_same(weights, copy, name):
+            found = f"another {name} in {copy.files[name]}"
+            raise CheckpointError(
+                "a tensor must be read back as it was written", found, "Check the disk and export again"
+            )
 
 
 @final

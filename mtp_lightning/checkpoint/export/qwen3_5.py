@@ -8,6 +8,7 @@ unembedding's columns are multiplied by w, the final norm becomes one, and the m
 llama.cpp fails on a model of this architecture without a recurrent layer, so the folder for it has one that adds zeros.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,12 +31,14 @@ from mtp_lightning.checkpoint.export.rewritten import (
     row_by_row,
     settings_as,
 )
-from mtp_lightning.checkpoint.export.trunk import trunk_contents
+from mtp_lightning.checkpoint.export.trunk import modules_contents, trunk_contents
 from mtp_lightning.checkpoint.format.reader_view import WeightSource
 from mtp_lightning.checkpoint.huggingface.modules import QWEN
 from mtp_lightning.checkpoint.huggingface.weights import OutgoingWeights
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.model.transformers_architecture import architecture_of
 from mtp_lightning.recipe import Recipe
+from mtp_lightning.recipe.schema.model import ModelSection
 
 NORM, MODULE_NORM = "model.norm.weight", "mtp.norm.weight"
 EMBEDDING, MATRIX = "model.embed_tokens.weight", "lm_head.weight"
@@ -50,8 +53,13 @@ LINEAR_LAYERS = {
 
 
 def refuses_qwen3_5(recipe: Recipe) -> Refusal | None:
-    """Refuse what is not one module on a trunk that Qwen3 can be."""
+    """Refuse what is not one module on a trunk that Qwen3 can be, or one that comes in this layout."""
     heads, model = recipe.heads, recipe.model
+    if model.is_foreign and is_published_so(model):
+        expected = "modules as the releases of this type have them: one, of one layer, on the state behind the norm"
+        is_one = heads.num_offsets == 2 or heads.kind == "recursive"
+        wrong = not_modules(heads) | {"the state before the norm": heads.hidden == "pre_norm"}
+        return refusal(expected, wrong | {f"{heads.num_offsets} offsets": not is_one or heads.num_offsets == 1})
     is_unrolled = heads.kind == "recursive" and heads.num_offsets > 2
     return refusal(
         "sequential or recursive modules of one layer that share the main matrix, on a trunk of Qwen3's kind, with "
@@ -66,12 +74,27 @@ def refuses_qwen3_5(recipe: Recipe) -> Refusal | None:
     )
 
 
+def refuses_gguf(recipe: Recipe) -> Refusal | None:
+    """Refuse the same, and trunks that are published in this layout."""
+    if recipe.model.is_foreign:
+        return Refusal("the trunk must be one of Qwen3's kind", "a trunk of transformers' own classes")
+    return refuses_qwen3_5(recipe)
+
+
+def is_published_so(section: ModelSection) -> bool:
+    """Tell whether a class of transformers expects modules in this layout beside its own weights."""
+    patterns = architecture_of(section).model._keys_to_ignore_on_load_unexpected or ()
+    return any(re.search(pattern, "mtp.fc.weight") for pattern in patterns)
+
+
 def qwen3_5_contents(source: Source, *, for_llama_cpp: bool = False) -> dict[str, Contents]:
     """Trunk and first module; `for_llama_cpp` adds what that needs beside.
 
     Raises:
         CheckpointError: A weight of the final norm is zero, and the module reads the state before it.
     """
+    if source.section.is_foreign:
+        return {"": modules_contents(source, QWEN)}
     trunk, sources = trunk_contents(source), first_module(source, QWEN)
     weights = OutgoingWeights(source.reader, sources, source.section)
     rewritten = {name: made for name in weights.names if (made := _rewritten(weights, name))}

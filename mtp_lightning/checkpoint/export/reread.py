@@ -6,8 +6,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtp_lightning.checkpoint.export.drafters import BLOCKS, DRAFTER, EMBEDDING, MATRICES, NORM, WIDENED
-from mtp_lightning.checkpoint.export.judges import model_of
+from mtp_lightning.checkpoint.export.drafters import (
+    BLOCKS,
+    DRAFTER,
+    EMBEDDING,
+    MATRICES,
+    NORM,
+    OFFSETS,
+    TOKEN_MAP,
+    WIDENED,
+)
+from mtp_lightning.checkpoint.export.judges import model_of, reread_by_import
 from mtp_lightning.checkpoint.export.rewritten import RewrittenWeights, computed, read_whole
 from mtp_lightning.checkpoint.export.trunk import sources_of
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
@@ -21,9 +30,11 @@ from mtp_lightning.recipe import Recipe
 
 
 def reread_qwen3_5(folder: Path, recipe: Recipe) -> MtpModel:
-    """Read a Qwen3 trunk and its module out of Qwen3.5's layout."""
+    """Read a trunk and its module out of Qwen3.5's layout."""
+    if recipe.model.is_foreign:
+        return reread_by_import(folder, recipe)
     stored = ShardReader(folder)
-    read = _with_first(recipe, hidden="post_norm", concatenation="embedding_first")
+    read = _with_first(recipe, hidden="post_norm", concatenation="embedding_first", draft_vocabulary=None)
     if "lm_head.weight" in stored.names:
         read = read.model_copy(update={"model": read.model.model_copy(update={"tie_word_embeddings": False})})
     parameters = parameters_of(read)
@@ -58,8 +69,28 @@ def reread_drafter(folder: Path, recipe: Recipe) -> MtpModel:
     for name, (place, shape, _) in parameters_of(read).items():
         found = _in_eagle(name, place, drafter) if is_eagle else _in_medusa(name, read, drafter, trunk)
         if found is not None:
-            made[name] = computed(shape, found)
+            made[name] = computed(shape, _in_rows(found, shape, _drafted(drafter)))
     return model_of(read, RewrittenWeights(trunk, made))
+
+
+def _drafted(drafter: ShardReader) -> Tensor | None:
+    """Read which ids the rows of a drafter's matrices score; None where these are all."""
+    if OFFSETS in drafter.names:
+        offsets = drafter.read(OFFSETS)
+        return offsets + torch.arange(len(offsets))
+    return drafter.read(TOKEN_MAP) if TOKEN_MAP in drafter.names else None
+
+
+def _in_rows(make: Callable[[], Tensor], shape: tuple[int, ...], ids: Tensor | None) -> Callable[[], Tensor]:
+    """Put the rows of a matrix (V', D) into one of all ids, where fewer are stored."""
+
+    def spread() -> Tensor:
+        rows = make()
+        if ids is None or rows.shape == shape:
+            return rows
+        return torch.zeros(shape, dtype=rows.dtype).index_copy(0, ids, rows)
+
+    return spread
 
 
 def _in_eagle(name: str, place: str | None, drafter: ShardReader) -> Callable[[], Tensor] | None:
@@ -82,18 +113,19 @@ def _in_medusa(name: str, recipe: Recipe, drafter: ShardReader, trunk: IncomingW
         inside = name.removeprefix(BLOCKS)
         if heads.kind == "medusa":
             return lambda: read_whole(drafter, inside)
-        return lambda: _map_in(read_whole(drafter, inside.replace(".", ".1.")), trunk)
+        return lambda: _map_in(read_whole(drafter, inside.replace(".", ".1.")), trunk, _drafted(drafter))
     number = name.removeprefix(MATRICES).removesuffix(".weight")
     if number.isdecimal() and number != "0":
         return lambda: read_whole(drafter, f"{int(number) - 1}.{heads.layers_per_head}.weight")
     return None
 
 
-def _map_in(product: Tensor, trunk: IncomingWeights) -> Tensor:
+def _map_in(product: Tensor, trunk: IncomingWeights, ids: Tensor | None) -> Tensor:
     """Solve U diag(w) W diag(1/w) = M for the map W of a linear head."""
     matrix = f"{MATRICES}0.weight" if f"{MATRICES}0.weight" in trunk.names else EMBEDDING
-    norm = read_whole(trunk, NORM)
-    solution: Tensor = torch.linalg.lstsq(read_whole(trunk, matrix) * norm, product * norm).solution
+    norm, rows = read_whole(trunk, NORM), read_whole(trunk, matrix)
+    rows = rows if ids is None else rows[ids]
+    solution: Tensor = torch.linalg.lstsq(rows * norm, product * norm).solution
     return solution
 
 
@@ -102,10 +134,10 @@ def _is_on_the_way(recipe: Recipe) -> bool:
     return recipe.heads.kind == "chained" and recipe.heads.order == "anticausal"
 
 
-def _with(recipe: Recipe, num_offsets: int, **heads: str) -> Recipe:
+def _with(recipe: Recipe, num_offsets: int, **heads: str | None) -> Recipe:
     """Describe the model with some of its offsets, its layers counted as the next-token model's."""
     num_layers = num_base_layers(parameters_of(recipe), recipe.model)
-    told = {"num_offsets": num_offsets, "layers_from_trunk": _is_on_the_way(recipe), "draft_vocabulary": None, **heads}
+    told = {"num_offsets": num_offsets, "layers_from_trunk": _is_on_the_way(recipe), **heads}
     sections = {
         "model": changed(recipe.model, num_hidden_layers=num_layers),
         "heads": recipe.heads.model_copy(update=told),
@@ -113,6 +145,6 @@ def _with(recipe: Recipe, num_offsets: int, **heads: str) -> Recipe:
     return recipe.model_copy(update=sections)
 
 
-def _with_first(recipe: Recipe, **heads: str) -> Recipe:
+def _with_first(recipe: Recipe, **heads: str | None) -> Recipe:
     """Describe the model with its second offset alone; a module that is unrolled is the same for all."""
     return _with(recipe, recipe.heads.num_offsets if recipe.heads.kind == "recursive" else 2, **heads)

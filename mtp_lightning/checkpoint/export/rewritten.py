@@ -1,6 +1,6 @@
 """Tensors that an engine's layout has otherwise than the model: made of others when they are written."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
@@ -60,6 +60,20 @@ def filled(value: float, *shape: int) -> Made:
 def row_by_row(weights: WeightSource, name: str, change: Callable[[Tensor], Tensor]) -> Made:
     """A matrix whose rows are changed some at a time: `change` maps (R, D) fp64 to (R, D)."""
     return Made(weights.shape(name), lambda: ((at, change(rows).flatten()) for at, rows in _rows(weights, name)))
+
+
+def rows_at(weights: WeightSource, name: str, ids: Sequence[int]) -> Made:
+    """Rows of a matrix by their numbers, ascending: (V, D) -> (V', D)."""
+    numbers = torch.tensor([*ids])
+
+    def blocks() -> Iterator[tuple[int, Tensor]]:
+        width = weights.shape(name)[1]
+        for at, rows in _rows(weights, name):
+            first = at // width
+            before, end = torch.searchsorted(numbers, torch.tensor([first, first + len(rows)])).tolist()
+            yield before * width, rows[numbers[before:end] - first].flatten()
+
+    return Made((len(ids), weights.shape(name)[1]), blocks)
 
 
 def _rows(weights: WeightSource, name: str) -> Iterator[tuple[int, Tensor]]:

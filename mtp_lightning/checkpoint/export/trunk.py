@@ -24,8 +24,7 @@ from mtp_lightning.checkpoint.huggingface.families import (
     section_of,
     settings_of,
 )
-from mtp_lightning.checkpoint.huggingface.folder import DECLARED
-from mtp_lightning.checkpoint.huggingface.modules import ModuleLayout
+from mtp_lightning.checkpoint.huggingface.modules import DECLARED, QWEN, ModuleLayout
 from mtp_lightning.checkpoint.huggingface.weights import account_of, outgoing_weights
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.errors import CheckpointError, DataError
@@ -153,7 +152,9 @@ def _frame(recipe: Recipe, family: Family, layout: ModuleLayout | None, dtype: D
         "model_type": (recipe.model.hf_config or {}).get("model_type", family),
         "torch_dtype": TORCH_NAMES[dtype],
     }
-    if layout is not None:
+    if layout is QWEN:
+        told["mtp_num_hidden_layers"] = 1
+    elif layout is not None:
         num_modules = recipe.heads.num_offsets - 1
         told |= {"num_nextn_predict_layers": num_modules, "num_mtp_layers": num_modules}
         if family in ("qwen2", "qwen3"):

@@ -104,7 +104,8 @@ def _write(
 
 def _write_folder(contents: Contents, folder: Path, source: Source, advance: Advance) -> int:
     folder.mkdir(exist_ok=True)
-    record = write_whole(contents.weights, folder / contents.weights_file, DTYPES[source.dtype], advance)
+    file, dtype = folder / contents.weights_file, DTYPES[source.dtype]
+    record = write_whole(contents.weights, file, dtype, advance, of_own_type=contents.of_own_type)
     check_whole(contents.weights, ShardReader(folder), advance)
     write_durably(folder / CONFIG_NAME, json_bytes(contents.settings))
     for name, text in contents.texts.items():

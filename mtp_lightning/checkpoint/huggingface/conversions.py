@@ -27,6 +27,19 @@ class Conversion(NamedTuple):
             return {name: read(self.sources[0]) for name in self.forms}
         return self.convert({name: read(name) for name in self.sources})
 
+    def renamed(self, target: Callable[[str], str], source: Callable[[str], str] = str) -> "Conversion":
+        """Make the same under other names, of tensors under other names."""
+        told, convert = {source(name): name for name in self.sources}, self.convert
+        forms = {target(name): form for name, form in self.forms.items()}
+        if convert is None:
+            return Conversion((*told,), forms, None)
+
+        def make(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            made = convert({told[name]: one for name, one in tensors.items()})
+            return {target(name): one for name, one in made.items()}
+
+        return Conversion((*told,), forms, make)
+
 
 def incoming(library: Any, model: Any, stored: Mapping[str, Form]) -> tuple[list[Conversion], list[str]]:
     """Say how stored tensors become parameters and buffers of a model on the meta device.
@@ -97,7 +110,10 @@ class _Group:
         if self.transform is None:
             return Conversion(sources, {self.target: forms[sources[0]]}, None)
         empty = {name: torch.empty(forms[name][1], dtype=forms[name][0], device="meta") for name in sources}
-        made = self.convert(empty)
+        try:
+            made = self.convert(empty)
+        except Exception as error:
+            raise ValueError(f"{len(sources)} tensors that make {self.target}: {error}") from error
         return Conversion(sources, {name: (one.dtype, tuple(one.shape)) for name, one in made.items()}, self.convert)
 
     def convert(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,8 +24,15 @@ from mtp_lightning.checkpoint.huggingface.meta_mtp import (
     native_heads,
     num_extra_heads,
 )
-from mtp_lightning.checkpoint.huggingface.modules import DEEPSEEK, MIMO, Native, native_modules
-from mtp_lightning.checkpoint.huggingface.text_decoder import TextDecoder, open_text_decoder
+from mtp_lightning.checkpoint.huggingface.modules import (
+    DEEPSEEK,
+    MIMO,
+    Native,
+    declared_modules,
+    layout_of,
+    native_modules,
+)
+from mtp_lightning.checkpoint.huggingface.text_decoder import TextDecoder, open_text_decoder, other_layers, with_modules
 from mtp_lightning.checkpoint.huggingface.weight_files import find_snapshot, find_weights, read_json
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.untrusted import described, reason_of
@@ -33,9 +40,7 @@ from mtp_lightning.model.transformers_architecture import architecture_of
 from mtp_lightning.recipe.schema.model import Family, ModelSection
 
 CONFIG = "config.json"
-MOST_MODULES = 1024
 DROPOUTS = ("attention_dropout", "hidden_dropout")
-DECLARED = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
 class Update(NamedTuple):
@@ -195,7 +200,7 @@ def _of_family(path: Path, config: Config, family: Family, variant: str | None) 
     weights = find_weights(path, "model*.safetensors", variant=variant)
     entries, files = read_entries(weights.read, FAMILIES[family].stored_name)
     section = section_of(config, family)
-    num_extra = max(config.whole(name, 0, least=0, most=MOST_MODULES) or 0 for name in DECLARED)
+    num_extra = declared_modules(config)
     check_held(config, section, num_extra, entries)
     default = MIMO if family == "mimo" else DEEPSEEK
     return HFCheckpoint(
@@ -235,11 +240,22 @@ def _of_transformers(path: Path, config: Config, variant: str | None, *, is_forc
     """Open a folder by the classes of transformers; the text part of a model with others may have a trunk here."""
     weights = find_weights(path, "model*.safetensors", variant=variant)
     stored, stored_files = read_entries(weights.read)
+    layout = layout_of(stored)
+    beginnings = layout.beginnings(stored) if layout else ()
+    modules = {name: one for name, one in stored.items() if name.startswith(beginnings)}
     beside = [name for name in stored if name.startswith(OF_HEADS)]
-    decoder = open_text_decoder(config, {name: one for name, one in stored.items() if name not in beside})
+    base = {name: one for name, one in stored.items() if name not in beside and name not in modules}
+    decoder = open_text_decoder(config, base)
     section = _own_section(config, decoder) if not is_forced else None
     section = section or decoder.section
     native = told_heads(config, section, section.family or "transformers")
+    if layout is not None and (other := other_layers(decoder.architecture)):
+        note = f"The folder's own modules are left out: here their layer is like the last one; the settings say {other}"
+        decoder = replace(decoder, notes=(*decoder.notes, note))
+    elif layout is not None:
+        decoder = with_modules(decoder, config, layout, modules)
+        native = native_modules(stored, section.num_hidden_layers, declared_modules(config), default=layout)
+        native = native and replace(native, apart=beginnings)
     check_held(config, section, native.count if native else 0, stored)
     entries = {name: stored[name] for name in (*decoder.left, *beside)}
     files = {name: stored_files[name] for name in entries}

@@ -154,6 +154,8 @@ def _import(path: Path, out: Path, wanted: Wanted, made: Path) -> None:
     weights = IncomingWeights(hf_checkpoint, plan_import(hf_checkpoint, recipe, init, wanted.allow), recipe)
     tokenizer = find_tokenizer(hf_checkpoint.tokenizer_folder or hf_checkpoint.path)
     notes = list(hf_checkpoint.notes)
+    if (native := hf_checkpoint.native) and init != "native" and native.apart:
+        notes.append(f"The folder's own modules ({native.name}: {native.count}) are left out")
     if init == "fitted":
         try:
             weights = fitted_heads(weights, tokenizer, wanted.fit_on)
@@ -222,7 +224,10 @@ def _init_of(hf_checkpoint: HFCheckpoint, wanted: Wanted) -> Init:
     """Choose what heads start as, and check that it can be done."""
     kind = wanted.kind or "parallel"
     best = "fitted" if kind in FITTED_KINDS and (wanted.num_offsets or 1) > 1 else _unfitted(kind)
-    init = wanted.init or ("native" if hf_checkpoint.native else best)
+    native = hf_checkpoint.native
+    is_meant = wanted.num_offsets != 1 and wanted.kind in (None, "sequential", "recursive")
+    is_native = native is not None and (is_meant or not native.apart)
+    init = wanted.init or ("native" if is_native else best)
     if init == "native" and hf_checkpoint.native is None:
         found = f"neither modules nor extra heads in {hf_checkpoint.path}"
         raise CheckpointError("--init native needs a folder with heads", found, "Choose --init copy or --init random")

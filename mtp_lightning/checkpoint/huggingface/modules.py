@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mtp_lightning.checkpoint.huggingface.canonical_names import EXTRA, LAYER, MODULE, PLAIN, SWAPPED, TensorSource
+from mtp_lightning.checkpoint.huggingface.canonical_names import EXTRA, MODULE, PLAIN, SWAPPED, TensorSource
+from mtp_lightning.checkpoint.huggingface.configs import Config
 from mtp_lightning.recipe.schema.model import HeadsSection
+
+DECLARED = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+MOST_MODULES = 1024
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class ModuleLayout:
         """Find a place inside a module; `concatenation` is the model's own, None for that of the layout."""
         match = MODULE.fullmatch(place)
         beginning = next((own for own in self.names if match and match[2].startswith(own)), None)
-        if match is None or beginning is None or (beginning.startswith("layers.") and not LAYER.fullmatch(match[2])):
+        if match is None or beginning is None:
             return None
         name = self.names[beginning] + match[2].removeprefix(beginning)
         swaps = beginning == "eh_proj." and concatenation not in (None, self.heads["concatenation"])
@@ -36,6 +40,17 @@ class ModuleLayout:
     def count(self, stored: Iterable[str]) -> int:
         """Count the modules among names of stored tensors."""
         return sum(re.fullmatch(self.marker, name) is not None for name in stored)
+
+    def layer(self, module: int, num_layers: int) -> str:
+        """Beginning of the names in the layer of a module."""
+        source = self.source(f"modules.{module}.layers.0.", num_layers)
+        assert source is not None
+        return source.stored
+
+    def beginnings(self, stored: Iterable[str]) -> tuple[str, ...]:
+        """Beginnings of the names in every module among stored tensors."""
+        projection = f"{self.names['eh_proj.']}weight"
+        return tuple(name.removesuffix(projection) for name in stored if re.fullmatch(self.marker, name))
 
     def copied(self, num_modules: int, num_layers: int) -> dict[str, str]:
         """Name the optional tensors, each with the place that it must be equal to."""
@@ -102,6 +117,20 @@ class Native:
     heads: Mapping[str, Any]  # fields of the heads section
     source: Callable[[str], TensorSource | None]  # of a place in them
     copies: Mapping[str, str]  # optional stored tensors, and the place that each must be equal to
+    apart: tuple[str, ...] = ()  # beginnings of stored tensors that may be left out where other heads are wanted
+
+
+def declared_modules(config: Config) -> int:
+    """Count the modules that the settings, or those of the text part, speak of."""
+    text = config.get("text_config")
+    told = [config, *([Config(config.path, text)] if isinstance(text, dict) else [])]
+    return max(one.whole(name, 0, least=0, most=MOST_MODULES) or 0 for one in told for name in DECLARED)
+
+
+def layout_of(stored: Iterable[str]) -> ModuleLayout | None:
+    """Find the layout that names of stored tensors are in, if there are modules among them."""
+    names = [*stored]
+    return next((layout for layout in LAYOUTS if layout.count(names)), None)
 
 
 def native_modules(stored: Iterable[str], num_layers: int, declared: int, *, default: ModuleLayout) -> Native | None:
@@ -114,8 +143,8 @@ def native_modules(stored: Iterable[str], num_layers: int, declared: int, *, def
         default: layout to look for where only the settings speak of modules.
     """
     names = [*stored]
-    layout = next((layout for layout in LAYOUTS if layout.count(names)), default)
-    count = max(layout.count(names), declared)
+    layout = layout_of(names) or default
+    count = layout.count(names) if layout is QWEN else max(layout.count(names), declared)  # Qwen's has one place alone
     if not count:
         return None
     return Native(

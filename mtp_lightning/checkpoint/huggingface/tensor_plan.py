@@ -107,7 +107,9 @@ def _origin(hf_checkpoint: HFCheckpoint, parameter: Parameter, recipe: Recipe, i
 
 def _left_over(hf_checkpoint: HFCheckpoint, wanted: Collection[str], init: Init) -> list[str]:
     """List stored tensors that nobody reads; copies of others and buffers are none of these."""
-    copies = dict(hf_checkpoint.native.copies) if hf_checkpoint.native and init == "native" else {}
+    native = hf_checkpoint.native
+    copies = dict(native.copies) if native and init == "native" else {}
+    apart = native.apart if native and init != "native" else ()
     embedding, matrix = hf_checkpoint.vocabulary
     if hf_checkpoint.section.tie_word_embeddings:
         copies[matrix] = "embed_tokens.weight"
@@ -117,6 +119,7 @@ def _left_over(hf_checkpoint: HFCheckpoint, wanted: Collection[str], init: Init)
         name
         for name in hf_checkpoint.entries
         if name not in wanted
+        and not name.startswith(apart)
         and not BUFFERS.fullmatch(name)
         and not (name in copies and hf_checkpoint.is_same(name, originals[copies[name]]))
     ]

@@ -12,6 +12,7 @@ import torch
 from mtp_lightning.checkpoint.format.tensors import Entry
 from mtp_lightning.checkpoint.huggingface.configs import MOST_LAYERS, Config, check_plain_numbers, named
 from mtp_lightning.checkpoint.huggingface.conversions import Conversion, incoming
+from mtp_lightning.checkpoint.huggingface.modules import ModuleLayout
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.untrusted import described
 from mtp_lightning.model.transformers_architecture import Architecture, architecture_of
@@ -73,7 +74,7 @@ def open_text_decoder(config: Config, entries: Mapping[str, Entry]) -> TextDecod
     check_plain_numbers(config)
     if getattr(whole, "is_encoder_decoder", False):
         raise _no_decoder(config, "an encoder-decoder, whose decoder reads the encoder's states")
-    with _understood(config):
+    with understood(config):
         text = whole.get_text_config(decoder=True)
         settings = _settings_of(text)
     if text is not whole:
@@ -83,22 +84,66 @@ def open_text_decoder(config: Config, entries: Mapping[str, Entry]) -> TextDecod
         }
         settings.get("rope_parameters", {}).pop("mrope_section", None)  # positions of a text are the same on all axes
     _check_class(config, settings)
-    with _understood(config):
+    with understood(config):
         section = ModelSection.model_validate({"family": "transformers", "hf_config": settings})
     decoder = TextDecoder(section, [], [])
     model = decoder.architecture.model
     forms = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    with _understood(config):
+    with understood(config):
         if text is whole:
             conversions, left = incoming(library(), model, forms)
             return _without_ignored(replace(decoder, conversions=conversions, left=left))
         wrapper = _wrapper_of(config, whole)
         conversions, left = incoming(library(), wrapper, forms)
     rename, inside = _renaming(wrapper, decoder.architecture), {*model.state_dict()}
-    taken = [_renamed(one, rename) for one in conversions if {*map(rename, one.forms)} <= inside]
+    taken = [one.renamed(rename) for one in conversions if {*map(rename, one.forms)} <= inside]
     num_other = sum(len(one.sources) for one in conversions) - sum(len(one.sources) for one in taken)
     note = f"The text part of {type(wrapper).__name__}: {num_other} tensors of its other parts are left out"
     return _without_ignored(replace(decoder, conversions=taken, left=left, notes=(note,)))
+
+
+def other_layers(architecture: Architecture) -> str | None:
+    """Say what type of layer modules have by the settings, if it is not that of the last layer."""
+    for name in ("layer_types", "mlp_layer_types"):
+        own, theirs = (getattr(architecture.config, key, None) for key in (name, f"mtp_{name}"))
+        if own and theirs and {*theirs} != {own[-1]}:
+            return f"mtp_{name} {named(theirs[0])} behind a last layer of {named(own[-1])}"
+    return None
+
+
+def with_modules(
+    decoder: TextDecoder, config: Config, layout: ModuleLayout, entries: Mapping[str, Entry]
+) -> TextDecoder:
+    """Add the layers of a folder's modules, each made of its tensors as the last layer of the decoder is of its own.
+
+    Args:
+        decoder: the decoder without them.
+        config: its settings, for the error.
+        layout: the modules' names.
+        entries: their tensors.
+
+    Raises:
+        CheckpointError: experts are missing, or do not fit together.
+    """
+    architecture, num_layers = decoder.architecture, decoder.section.num_hidden_layers
+    last = f"{architecture.names.decoder}.{architecture.names.layers}.{num_layers - 1}."
+    conversions, left = list[Conversion](), {*entries}
+    for module in range(layout.count(entries)):
+        own = layout.layer(module, num_layers)
+        forms = {
+            last + name.removeprefix(own): (one.dtype, one.shape)
+            for name, one in entries.items()
+            if name.startswith(own)
+        }
+
+        def back(name: str, own: str = own) -> str:
+            return own + name.removeprefix(last)
+
+        with understood(config):
+            made, _ = incoming(library(), architecture.model, forms)
+        conversions += [one.renamed(back, back) for one in made]
+    left -= {name for one in conversions for name in one.sources}
+    return replace(decoder, conversions=[*decoder.conversions, *conversions], left=[*decoder.left, *sorted(left)])
 
 
 def _check_counts(config: Config, entries: Mapping[str, Entry]) -> None:
@@ -122,7 +167,7 @@ def _config_of(config: Config) -> Any:
         raise _unknown(config, told)
     if told == "mistral" and "layer_types" in config.values:
         told = "ministral"  # as AutoConfig takes it: MistralForCausalLM has one type of layer
-    with _understood(config):
+    with understood(config):
         values = library().PreTrainedConfig._decode_special_floats(config.values)  # infinities, written as objects
         kept = {name: one for name, one in values.items() if name not in NOT_OF_THE_MODEL}
         return known[told].from_dict(kept | {"model_type": told})
@@ -183,12 +228,6 @@ def _renaming(wrapper: Any, architecture: Architecture) -> Callable[[str], str]:
     return lambda name: inside + name.removeprefix(f"{part}.") if name.startswith(f"{part}.") else name
 
 
-def _renamed(one: Conversion, rename: Callable[[str], str]) -> Conversion:
-    made = one.convert
-    convert = None if made is None else lambda tensors: {rename(name): value for name, value in made(tensors).items()}
-    return one._replace(forms={rename(name): form for name, form in one.forms.items()}, convert=convert)
-
-
 def _without_ignored(decoder: TextDecoder) -> TextDecoder:
     """Leave out what the class of transformers says that it ignores."""
     model = decoder.architecture.model
@@ -202,7 +241,7 @@ def _without_ignored(decoder: TextDecoder) -> TextDecoder:
 
 
 @contextmanager
-def _understood(config: Config) -> Iterator[None]:
+def understood(config: Config) -> Iterator[None]:
     """Turn whatever classes of others make of wrong settings or tensors into an error about the folder."""
     try:
         yield
