@@ -55,7 +55,9 @@ def write_litdata(folder: Path, documents: list[Document], dtype: str, *, chunk_
         dim = sum(own.size for own in documents[at : at + chunk_documents])
         chunks.append({"chunk_bytes": len(content), "chunk_size": len(items), "dim": dim, "filename": name})
     config = {"compression": None, "data_format": [LITDATA_FORMATS[dtype]], "encryption": None, "chunk_size": None}
-    (folder / "index.json").write_text(json.dumps({"chunks": chunks, "config": {**config, "item_loader": "TokensLoader"}}))
+    (folder / "index.json").write_text(
+        json.dumps({"chunks": chunks, "config": {**config, "item_loader": "TokensLoader"}})
+    )
     return folder
 
 
