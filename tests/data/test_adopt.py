@@ -108,9 +108,10 @@ def test_rows_and_packed_rows_are_cut_from_the_tokens_as_they_lie(tmp_path: Path
 
 def test_a_mixture_of_adopted_and_built_shards_resumes_where_it_was(tmp_path: Path, corpus: Path) -> None:
     build_tiny([str(corpus)], tmp_path / "built")
-    adopted(write_megatron(tmp_path / "m", some_documents(), "int32"), tmp_path / "m-ours")
-    adopted(write_raw(tmp_path / "n", some_documents(seed=1), "uint16"), tmp_path / "n-ours")
-    mixture = {str(tmp_path / "built"): 1, str(tmp_path / "m-ours"): 2, str(tmp_path / "n-ours"): 1}
+    for number, write in enumerate((write_megatron, write_litdata)):
+        documents = some_documents(num_documents=1000, seed=number)
+        adopted(write(tmp_path / f"{number}", documents, "int32"), tmp_path / f"ours-{number}", member_tokens=5000)
+    mixture = {str(tmp_path / "built"): 0.02, str(tmp_path / "ours-0"): 1, str(tmp_path / "ours-1"): 1}
     recipe = tiny_recipe(tmp_path / "cache", corpus, data={"mixture": mixture})
     whole = MtpDataModule(recipe)
     whole.prepare_data()
@@ -340,7 +341,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], str, dict[str, Any]]] = {
     ),
     "float tensors": (litdata_damage(lambda c: c["config"].update(data_format=["no_header_tensor:0"])), "type 0", {}),
     "code of letters": (litdata_damage(lambda c: c["config"].update(data_format=["no_header_tensor:x"])), "type x", {}),
-    "wide tensors": (litdata_damage(lambda c: c["config"].update(data_format=["no_header_tensor:18"])), "dim", {}),
+    "wide tensors": (
+        litdata_damage(lambda c: c["config"].update(data_format=["no_header_tensor:18"])),
+        "8 bytes|dim",
+        {},
+    ),
     "a chunk elsewhere": (litdata_damage(lambda c: c["chunks"][0].update(filename="../x.bin")), "filename", {}),
     "a chunk that is not there": (litdata_damage(lambda c: c["chunks"][0].update(filename="x.bin")), "no such", {}),
     "more items": (litdata_damage(lambda c: c["chunks"][0].update(chunk_size=99999)), "must have its 99,999", {}),

@@ -113,11 +113,11 @@ def _say_doubts(found: Found, files: list[TokenFile], options: AdoptOptions) -> 
 
 def _adopt(adoption: "_Adoption", folder: Path) -> AdoptedManifest:
     """Read all files; if that holds nothing out, again, with the end of the last one held out whatever its length."""
-    for must in (False, True):
-        with (folder / LENGTHS_NAME).open("wb") as lengths:
-            shards = adoption.read(lengths, must_hold_out=must)
-        if all(shards[split] for split in SPLITS):
-            return adoption.manifest(shards)
+    shards = adoption.read(folder / LENGTHS_NAME, None)
+    if shards["train"] and not shards["validation"] and adoption.options.validation is None:
+        shards = adoption.read(folder / LENGTHS_NAME, shards["train"][-1])
+    if all(shards.values()):
+        return adoption.manifest(shards)
     raise DataError(
         f"{adoption.found.root} must hold tokens to train on and some to hold out",
         f"none to {'train on' if shards['validation'] else 'hold out' if shards['train'] else 'read'}",
@@ -136,17 +136,24 @@ class _Adoption:
     largest: int = 0
     at_bytes: int = 0  # in the file of lengths
 
-    def read(self, lengths: BinaryIO, *, must_hold_out: bool) -> dict[Split, list[AdoptedShard]]:
-        """Read every token, and write the lengths of all documents."""
+    def read(self, lengths_path: Path, last: AdoptedShard | None) -> dict[Split, list[AdoptedShard]]:
+        """Read every token, and write the lengths of all documents.
+
+        Args:
+            lengths_path: where to.
+            last: what was to be trained on of a file of which something must be held out.
+        """
         self.at_bytes = self.largest = 0
         seen = held = 0
         shards: dict[Split, list[AdoptedShard]] = {split: [] for split in SPLITS}
         total = sum(file.num_tokens * file.dtype.itemsize for file in self.files)
-        with watched("adopting", total_bytes=total, show=True) as advance:
-            for number, file in enumerate(self.files):
+        with watched("adopting", total_bytes=total, show=True) as advance, lengths_path.open("wb") as lengths:
+            for file in self.files:
                 seen += file.num_tokens
-                must = must_hold_out and self.options.validation is None and number == len(self.files) - 1
-                begin = file.num_tokens - max(int(must), self._budget(file, seen, held))
+                begin = file.num_tokens - self._budget(file, seen, held)
+                must = last is not None and last.name == self._name(file.path)
+                if last is not None and must:
+                    begin = last.num_tokens - max(1, int(self.options.validation_fraction * last.num_tokens))
                 for shard in self._shards_of(file, self._parts(file, begin, must_hold_out=must), lengths, advance):
                     shards[shard.split].append(shard)
                     held += shard.num_tokens if shard.split == "validation" else 0
@@ -193,7 +200,7 @@ class _Adoption:
         done = 0
         for run in runs(file.words()):
             lengths = run.lengths
-            if must_hold_out and lengths[0] == file.num_tokens > begin > 0:  # one document: its end is held out
+            if must_hold_out and done == 0 and lengths.size == 1 and lengths[0] > begin > 0:  # of one document the end
                 lengths = np.array([begin, lengths[0] - begin])
             ends = np.cumsum(lengths)
             begins = done + ends - lengths
