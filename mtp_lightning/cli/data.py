@@ -1,8 +1,8 @@
-"""`mtp data build | generate | peek | verify | stats`."""
+"""`mtp data build | adopt | generate | peek | verify | stats`."""
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,7 +11,7 @@ from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument,
 from mtp_lightning.cli.targets import check_picture
 
 app = typer.Typer(
-    no_args_is_help=True, help="Build or generate shards of tokens, look at a row, verify and count shards."
+    no_args_is_help=True, help="Build, adopt or generate shards of tokens, look at a row, verify and count shards."
 )
 app.command()(own_text_verbs.generate)
 
@@ -145,6 +145,72 @@ def _build_of_recipe(arguments: list[str], *, is_for_texts: bool) -> None:
     from mtp_lightning.data.loading.corpus import prepare_shards
 
     prepare_shards(loaded.recipe)
+
+
+@app.command()
+def adopt(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Tokens of Megatron (.bin and .idx), litdata (index.json), OLMo or Dolma (.npy); or one such file.",
+            show_default=False,
+        ),
+    ],
+    *,
+    layout: Annotated[
+        Literal["megatron", "litdata", "npy"] | None,
+        typer.Option("--format", help="Format, found by the files unless given."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for manifest and index (FOLDER-adopted unless given); must not exist.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer that the ids are of, as of `mtp data build`.")
+    ] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Size of the vocabulary, in place of it.")] = None,
+    end_of_document: Annotated[
+        int | None, typer.Option(min=0, help="Id that ends a document (the tokenizer's own unless given).")
+    ] = None,
+    begin_of_document: Annotated[
+        int | None, typer.Option(min=0, help="With --documents bos: id that begins a document.")
+    ] = None,
+    documents: Annotated[
+        Literal["index", "eos", "bos"] | None,
+        typer.Option(help="Documents by the index of the format, or by the id that ends or begins them (.npy: eos)."),
+    ] = None,
+    dtype: Annotated[
+        Literal["uint8", "uint16", "uint32", "uint64", "int32", "int64"] | None,
+        typer.Option(help="Type of tokens without a header (by the vocabulary unless given)."),
+    ] = None,
+    validation_fraction: Annotated[
+        float | None, typer.Option(help="Share that is held out, the ends of files (0.03 unless given).")
+    ] = None,
+    validation: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Files to hold out, such as 'val/*', in place of a share.")
+    ] = None,
+) -> None:
+    """Read tokens of Megatron, litdata or OLMo in place, as shards: nothing is copied."""
+    if (documents == "bos") != (begin_of_document is not None):
+        raise typer.BadParameter("goes with --documents bos, and only with it", param_hint="--begin-of-document")
+    if tokenizer is not None and vocab_size is not None:
+        raise typer.BadParameter("is in place of --tokenizer", param_hint="--vocab-size")
+    if validation is not None and validation_fraction is not None:
+        raise typer.BadParameter("is in place of --validation-fraction", param_hint="--validation")
+    from mtp_lightning.data.adopted.adopt import AdoptOptions, adopt
+
+    options = AdoptOptions(
+        layout=layout,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        end_of_document=end_of_document,
+        begin_of_document=begin_of_document,
+        documents=documents,
+        dtype=dtype,
+        validation_fraction=own_text_verbs.share_of(validation_fraction),
+        validation=validation,
+    )
+    adopt(path, out, options)
 
 
 @app.command()

@@ -78,7 +78,7 @@ def test_flipped_byte_between_members_is_found(shards: Path) -> None:
         (lambda text: text.replace('"vocabulary": 257', '"vocabulary": 300'), "as it was written, with fingerprint"),
         (lambda text: text[: len(text) // 2], "must be a manifest of shards; found .* not JSON"),
         (lambda text: "[]", "must be a manifest of shards; found a list"),
-        (lambda text: text.replace('"format_version": 1', '"format_version": 2'), "version 1; found 2"),
+        (lambda text: text.replace('"format_version": 1', '"format_version": 3'), "version 1 or 2; found 3"),
         (lambda text: text.replace('"fingerprint"', '"finger"'), "with fingerprint None"),
     ],
 )

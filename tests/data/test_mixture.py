@@ -1,5 +1,6 @@
 """Mixtures: exact quotas, each source in an order of its own, the same for any number of ranks."""
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.data.loading.factory import open_data, prepare_data
-from mtp_lightning.data.sampling.mixture import MixedOrder, quotas_of
+from mtp_lightning.data.sampling.mixture import MixedOrder, plan_blocks, quotas_of
 from mtp_lightning.data.sampling.order import ShuffledOrder
 from mtp_lightning.data.sampling.windows import WindowDataset
 from mtp_lightning.data.shards.manifest import load_manifest
@@ -211,3 +212,95 @@ def test_missing_source_is_named(folders: Path) -> None:
     with pytest.raises(DataError, match="must have its manifest, .*nowhere"):
         build(folders, {"code": 1.0, "nowhere": 1.0})
     assert load_manifest(folders / "code")
+
+
+def scheduled(rows: list[int], weights: list[list[float]], *, is_linear: bool, seed: int = 3) -> MixedOrder:
+    order = mixed([1000] * len(weights[0]), weights[-1], seed)
+    return dataclasses.replace(order, planned=plan_blocks(rows, weights, is_linear=is_linear))
+
+
+def shares_by_hand(rows: list[int], weights: list[list[float]], num_rows: int, *, is_linear: bool) -> Any:
+    """Weights at the middle of every row, as shares: (rows, sources)."""
+    middles = np.arange(num_rows) + 0.5
+    own = np.array(weights)
+    if is_linear:
+        found = np.stack([np.interp(middles, rows, own[:, source]) for source in range(own.shape[1])], axis=1)
+    else:
+        found = own[np.maximum(np.searchsorted(rows, middles, side="right") - 1, 0)]
+    return found / found.sum(axis=1, keepdims=True)
+
+
+SCHEDULES: list[tuple[list[int], list[list[float]]]] = [
+    ([0, 40_000], [[1, 3], [4, 1]]),
+    ([0, 20_000, 50_000], [[1, 0, 2], [1, 1, 0], [1, 5, 1]]),
+    ([1000, 1064, 9000], [[1, 1], [1, 9], [1, 0]]),
+    ([0, 5000], [[1, 0.001], [0.001, 1]]),
+    ([777], [[1, 2]]),
+]
+
+
+@pytest.mark.parametrize("is_linear", [True, False])
+@pytest.mark.parametrize(("rows", "weights"), SCHEDULES)
+def test_shares_follow_the_integral_of_the_weights(
+    rows: list[int], weights: list[list[float]], *, is_linear: bool
+) -> None:
+    order = scheduled(rows, weights, is_linear=is_linear)
+    num_rows = rows[-1] + 2 * MIXTURE_BLOCK_ROWS
+    wanted = shares_by_hand(rows, weights, num_rows, is_linear=is_linear).cumsum(axis=0)
+    found = (order.sources(np.arange(num_rows))[0][:, None] == np.arange(len(weights[0]))).cumsum(axis=0)
+    ends = np.arange(63, order.planned.num_samples, 64) if order.planned else np.array([])
+    assert np.abs(found[ends] - wanted[ends]).max() < 16
+    assert np.abs(found[-1] - wanted[-1]).max() < MIXTURE_BLOCK_ROWS / 20
+
+
+@pytest.mark.parametrize("is_linear", [True, False])
+@pytest.mark.parametrize(("rows", "weights"), SCHEDULES)
+def test_each_source_delivers_its_rows_one_after_another_under_a_schedule(
+    rows: list[int], weights: list[list[float]], *, is_linear: bool
+) -> None:
+    order = scheduled(rows, weights, is_linear=is_linear)
+    num_rows = order.planned.num_samples + 2 * MIXTURE_BLOCK_ROWS if order.planned else 0
+    sources, numbers = order.sources(np.arange(num_rows))
+    for source in range(len(weights[0])):
+        assert np.sort(numbers[sources == source]).tolist() == list(range((sources == source).sum()))
+    for begin in (0, 63, 64, 700, num_rows - 5000):
+        part = order.sources(np.arange(begin, begin + 3000))
+        assert np.array_equal(part, (sources[begin : begin + 3000], numbers[begin : begin + 3000]))
+        assert order.samples_taken(begin) == np.bincount(sources[:begin], minlength=len(weights[0])).tolist()
+
+
+def test_a_long_schedule_is_planned_in_as_many_blocks_as_a_short_one() -> None:
+    planned = plan_blocks([0, 10**12], [[1, 0], [1, 3]], is_linear=True)
+    assert len(planned.quotas) <= 1 << 16
+    wanted = 10**12 * (1 - np.log(4) / 3)  # integral of 3t / (1 + 3t)
+    assert abs(int(planned.quotas[:, 1].sum()) / wanted - 1) < 1e-4
+
+
+def build_scheduled(folders: Path, *, between: str = "linear", **changes: Any) -> MtpDataModule:
+    weights = {str(folders / "code"): [1, 4], str(folders / "web"): [3, 0]}
+    schedule = {"rows": [0, 200], "weights": weights, "between": between}
+    return build(folders, {"code": 1, "web": 1}, data={"mixture_schedule": schedule}, **changes)
+
+
+def test_rows_under_a_schedule_are_those_of_the_whole_run_wherever_it_was_interrupted(folders: Path) -> None:
+    whole = [batch["tokens"] for batch in itertools.islice(build_scheduled(folders).train_dataloader(), 40)]
+    for step, world_size in ((1, 2), (7, 4), (16, 1), (31, 2), (39, 8)):
+        parts = []
+        for rank in range(world_size):
+            module = build_scheduled(folders, rank=rank, world_size=world_size)
+            module.load_state_dict({**module.state_dict(), "rows_consumed": 8 * step})
+            parts.append(next(iter(module.train_dataloader()))["tokens"])
+        assert torch.cat(parts).equal(whole[step])
+
+
+def test_another_schedule_is_another_run_and_too_many_epochs_are_refused(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = build_scheduled(folders).state_dict()
+    assert f"mixture from row 200: 100.0% {folders / 'code'}, 0.0% {folders / 'web'}" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="mixture"):
+        build_scheduled(folders, between="steps").load_state_dict(state)
+    schedule = {"rows": [0, 200], "weights": {str(folders / "web"): [3, 0]}}
+    limited = {"mixture_schedule": schedule, "max_epochs": {str(folders / "web"): 0.001}}
+    with pytest.raises(DataError, match=r"at most 0.001 times"):
+        build(folders, {"code": 1, "web": 1}, data=limited)

@@ -72,9 +72,13 @@ def _data_of(source: Source) -> str:
     if source.checkpoint.step == 0:
         return "none: not trained here"
     if data.mixture:
-        total = sum(data.mixture.values())
-        parts = (f"{_cell(Path(name).name)} ({weight / total:.0%})" for name, weight in data.mixture.items())
-        return ", ".join(parts)
+        weights = data.weights_at_rows()
+        totals = [sum(at_row) for at_row in zip(*weights.values(), strict=True)]
+        shares = {
+            name: " to ".join(f"{weight / total:.0%}" for weight, total in zip(own, totals, strict=True))
+            for name, own in weights.items()
+        }
+        return ", ".join(f"{_cell(Path(name).name)} ({share})" for name, share in shares.items())
     if data.stream is not None:
         return "WebDataset tars"
     return _cell(Path(data.shards).name) if data.shards else ", ".join(_cell(Path(one).name) for one in data.corpus)

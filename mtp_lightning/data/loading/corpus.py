@@ -121,6 +121,9 @@ def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
 
 def _check_tokenizer(recipe: Recipe, manifest: Manifest) -> None:
     tokenizer = recipe_tokenizer(recipe)
+    if not manifest.tokenizer_hash:  # adopted by the size of its vocabulary
+        _check_size(tokenizer, manifest)
+        return
     wanted = (tokenizer.fingerprint(), tokenizer.end_of_document)
     if wanted != (manifest.tokenizer_hash, manifest.end_of_document):
         named = manifest.tokenizer if manifest.tokenizer == "byte" else f"the file {manifest.tokenizer} of that hash"
@@ -129,6 +132,18 @@ def _check_tokenizer(recipe: Recipe, manifest: Manifest) -> None:
             f"{_spelled(manifest.tokenizer, manifest.tokenizer_hash, manifest.end_of_document)}",
             _spelled(tokenizer.name, *wanted),
             f"Set data.tokenizer to {named}, or build the shards again with `mtp data build`",
+        )
+
+
+def _check_size(tokenizer: Tokenizer, manifest: Manifest) -> None:
+    """Check a tokenizer against shards that were adopted without one."""
+    if tokenizer.end_of_document != manifest.end_of_document or tokenizer.vocab_size <= manifest.largest_token:
+        raise DataError(
+            f"data.tokenizer must have the end of document of the shards, {manifest.end_of_document:,}, and more than "
+            f"{manifest.largest_token:,} ids",
+            f"{tokenizer.name}: end of document {tokenizer.end_of_document:,}, {tokenizer.vocab_size:,} ids",
+            "Set data.tokenizer to the tokenizer that they are of, and data.end_of_document if it ends documents "
+            "otherwise",
         )
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mtp_lightning.console.progress import say
 from mtp_lightning.data.loading.corpus import check_manifest, folder_of, prepare_named, prepare_shards, shards_folder
 from mtp_lightning.data.loading.stream_batches import CachedValidationSet
 from mtp_lightning.data.loading.stream_documents import tars_of
-from mtp_lightning.data.sampling.mixture import JoinedRows, MixedOrder, mixture_hash, quotas_of
+from mtp_lightning.data.sampling.mixture import JoinedRows, MixedOrder, mixture_hash, plan_blocks, quotas_of
 from mtp_lightning.data.sampling.order import ROWS, Order, ShardLocalShuffle, ShuffledOrder
 from mtp_lightning.data.sampling.packing import PackedRows, prepare_plan
 from mtp_lightning.data.sampling.windows import SequenceSource, WindowDataset
@@ -36,7 +38,7 @@ class OpenData:
 class _Source:
     name: str
     rows: SequenceSource
-    weight: float
+    weights: list[float]  # at the rows of the schedule, if there is one
 
     @property
     def fingerprint(self) -> str:
@@ -58,12 +60,21 @@ def prepare_data(recipe: Recipe) -> None:
         return
     if recipe.data.mixture:
         folders = [prepare_named(recipe, name) for name in recipe.data.mixture]
+        _say_schedule(recipe)
     else:
         folders = [prepare_shards(recipe)]
     if recipe.data.packing == "best_fit":
         for folder in folders:
             for split in SPLITS:
                 prepare_plan(folder, split, _cache(recipe), **_shape(recipe))
+
+
+def _say_schedule(recipe: Recipe) -> None:
+    schedule, weights = recipe.data.mixture_schedule, recipe.data.weights_at_rows()
+    for number, row in enumerate(schedule.rows if schedule else []):
+        at_row = {name: own[number] for name, own in weights.items()}
+        shares = ", ".join(f"{weight / sum(at_row.values()):.1%} {name}" for name, weight in at_row.items())
+        say(f"mixture from row {row:,}: {shares}", stderr=True)
 
 
 def open_data(recipe: Recipe, split: Split) -> OpenData:
@@ -89,12 +100,19 @@ def open_rows(recipe: Recipe, split: Split) -> SequenceSource:
 
 
 def _open_mixture(recipe: Recipe, split: Split) -> OpenData:
-    sources = [_Source(name, _open_source(recipe, name, split), weight) for name, weight in recipe.data.mixture.items()]
+    sources = [
+        _Source(name, _open_source(recipe, name, split), weights)
+        for name, weights in recipe.data.weights_at_rows().items()
+    ]
     sources.sort(key=lambda source: source.fingerprint)  # neither names nor their order decide what is read
     _refuse_twins(sources)
     _check_templates(sources)
     _check_cache(recipe, {source.name: source.rows for source in sources})
-    weights = [source.weight for source in sources]
+    weights, schedule = [source.weights[-1] for source in sources], recipe.data.mixture_schedule
+    planned = None
+    if schedule is not None and schedule.rows[-1] > 0:
+        at_rows = list(zip(*(source.weights for source in sources), strict=True))
+        planned = plan_blocks(schedule.rows, at_rows, is_linear=schedule.between == "linear")
     order = MixedOrder(
         seed=recipe.run.seed,
         quotas=tuple(quotas_of(weights, MIXTURE_BLOCK_ROWS)),
@@ -102,13 +120,16 @@ def _open_mixture(recipe: Recipe, split: Split) -> OpenData:
             _order_of(recipe, source.rows, f"rows of source {number}") for number, source in enumerate(sources)
         ),
         sizes=tuple(len(source.rows) for source in sources),
+        planned=planned,
     )
+    if planned is not None:  # held-out rows are spread by what the schedule gives in all
+        weights = np.maximum(1, planned.before[-1] + order.quotas).tolist()
     if split == "train":
         _check_quotas(recipe, sources, order)
     fingerprints = [source.fingerprint for source in sources]
     identity = _identity(recipe, hashlib.sha256("\n".join(fingerprints).encode()).hexdigest())
     rows = JoinedRows([source.rows for source in sources], weights, [source.name for source in sources])
-    return OpenData(rows, order, {**identity, "mixture": mixture_hash(fingerprints, order.quotas)})
+    return OpenData(rows, order, {**identity, "mixture": mixture_hash(fingerprints, order)})
 
 
 def _open_stream(recipe: Recipe, split: Split) -> OpenData:

@@ -21,7 +21,7 @@ def whole_numbers(content: bytes) -> Numbers:
     Raises:
         ValueError: It is none, or claims other bytes than there are.
     """
-    shape, dtype, begin = _header(content)
+    shape, _, dtype, begin = header_of(content)
     if len(shape) != 1 or dtype.kind not in "iu":
         raise ValueError(f"{len(shape)} dimensions of {dtype}, where one of whole numbers is wanted")
     claimed_bytes = math.prod(shape) * dtype.itemsize
@@ -63,15 +63,19 @@ def _content(parts: zipfile.ZipFile, name: str, num_bytes: int) -> bytes:
     return parts.read(part)
 
 
-def _header(content: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Return shape, type and where the numbers begin."""
+def header_of(content: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Return shape, whether columns come first, type, and where the numbers begin.
+
+    Raises:
+        ValueError: The content has no such header, of version 1 or 2.
+    """
     stream = io.BytesIO(content)
     version = npy.read_magic(stream)
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"version {version[0]}.{version[1]} of the format")
     try:
-        shape, _, dtype = readers[version](stream)
+        shape, in_columns, dtype = readers[version](stream)
     except (SyntaxError, TypeError, RecursionError, MemoryError, OverflowError) as error:  # of a header that is parsed
         raise ValueError(f"a header that cannot be read: {type(error).__name__}") from error
-    return shape, dtype, stream.tell()
+    return shape, in_columns, dtype, stream.tell()

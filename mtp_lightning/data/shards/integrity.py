@@ -21,8 +21,12 @@ class MemberChecks:
     Costs one pass over a member per process, about 1 ms per 2 MB.
     """
 
-    def __init__(self, shard: Shard, file: Bytes, origin: str, *, token_bytes: int) -> None:
+    def __init__(
+        self, shard: Shard, file: Bytes, origin: str, *, token_bytes: int, lengths: Bytes | None = None
+    ) -> None:
+        """Take the bytes of the shard, and of the file with the lengths of its documents if it is another."""
         self._shard, self._file, self._origin = shard, file, origin
+        self._lengths = file if lengths is None else lengths
         self._token_bytes = token_bytes
         self._unread = set(range(len(shard.members)))
 
@@ -35,7 +39,7 @@ class MemberChecks:
         found = []
         for member in self._shard.members:
             place = f"{self._origin}, member {member.key}.len, byte {member.lengths_at:,}"
-            content = self._file[member.lengths_at : member.lengths_at + 4 * member.num_documents]
+            content = self._lengths[member.lengths_at : member.lengths_at + 4 * member.num_documents]
             check_written(content, member.lengths_crc32, place)
             lengths = content.view("<u4")
             check_document_lengths(lengths, member.num_tokens, place)
@@ -91,4 +95,5 @@ def check_document_lengths(lengths: NDArray[np.uint32], num_tokens: int, place: 
 
 def wrong_shard(expected: str, found: str) -> DataError:
     """Return the error of a shard that is not what its manifest says."""
-    return DataError(expected, found, "Copy the folder again from its source, or build the shards again")
+    hint = "Copy the folder again from its source, or build the shards (adopt the folder) again"
+    return DataError(expected, found, hint)

@@ -2,17 +2,24 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mtp_lightning.errors import DataError
 from mtp_lightning.files.untrusted import read_bounded, shown
 
 FORMAT_VERSION = 1
+ADOPTED_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+LINK_NAME = "data"
+"""The link in the folder of an adoption to the folder that was adopted."""
+LENGTHS_NAME = "documents.u32"
+"""The lengths of all documents of an adoption, little-endian."""
 MOST_MANIFEST_BYTES = 1 << 30  # four million members, 4 x 10^12 tokens
 TAR_BLOCK_BYTES = 512
 Split = Literal["train", "validation"]
@@ -74,13 +81,27 @@ class Shard(_Frozen):
     split: Split
     num_bytes: FileSize
     sha256: Digest
-    members: list[Member] = Field(min_length=1)
+    members: Sequence[Member] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _is_in_the_folder_of_its_split(self) -> Self:
+    def _is_where_it_belongs(self) -> Self:
         if not self.name.startswith(f"{self.split}/"):
             raise ValueError(f"{self.name} is not in the folder of its split, {self.split}")
         return self
+
+    @property
+    def lengths_name(self) -> str:
+        """The file of the shard folder that has the lengths of its documents."""
+        return self.name
+
+    def stored_as(self, dtype: str) -> np.dtype[Any]:
+        """Return the type in which the file holds token ids that are read as another."""
+        return np.dtype(dtype).newbyteorder("<")
+
+    def member_beyond(self, dtype: str) -> Member | None:
+        """Return the first member that reaches beyond the file."""
+        token_bytes = self.stored_as(dtype).itemsize
+        return next((member for member in self.members if member.end(token_bytes) > self.num_bytes), None)
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +112,64 @@ class Shard(_Frozen):
     def num_documents(self) -> int:
         """Documents in the shard."""
         return sum(member.num_documents for member in self.members)
+
+
+class AdoptedMember(Member):
+    """A run of whole documents in a file that others wrote; it may begin at any byte."""
+
+    tokens_at: Annotated[int, Field(ge=0, le=1 << 60)]
+    lengths_at: Annotated[int, Field(ge=0, le=1 << 60, multiple_of=4)]  # in the file of lengths
+
+    def end(self, token_bytes: int) -> int:
+        """Return the byte of the file after the last token."""
+        return self.tokens_at + token_bytes * self.num_tokens
+
+
+class AdoptedShard(Shard):
+    """What one file that others wrote gives to a split; `sha256` is that of these tokens, as they are stored."""
+
+    name: Text  # below the link to the adopted folder
+    num_bytes: Annotated[int, Field(ge=1, le=1 << 60)]
+    stored: Annotated[str, Field(pattern=r"^([<>][iu][248]|\|[iu]1)$")]  # type of numpy
+    members: Sequence[AdoptedMember] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _is_where_it_belongs(self) -> Self:
+        check_below_link(self.name)
+        return self
+
+    @property
+    def lengths_name(self) -> str:
+        """The file of the shard folder that has the lengths of its documents."""
+        return LENGTHS_NAME
+
+    def stored_as(self, dtype: str) -> np.dtype[Any]:
+        """Return the type in which the file holds token ids."""
+        return np.dtype(self.stored)
+
+
+class AdoptedIndex(_Frozen):
+    """A file that others wrote, by which documents were found."""
+
+    name: Text
+    num_bytes: Count
+    sha256: Digest
+
+    @model_validator(mode="after")
+    def _is_below_the_link(self) -> Self:
+        check_below_link(self.name)
+        return self
+
+
+def check_below_link(name: str) -> None:
+    """Check a path of a manifest.
+
+    Raises:
+        ValueError: It leads out of the adopted folder.
+    """
+    parts = PurePosixPath(name).parts
+    if len(parts) < 2 or parts[0] != LINK_NAME or ".." in parts or "\0" in name:
+        raise ValueError(f"{name} is not a path below {LINK_NAME}")
 
 
 class SourceCount(_Frozen):
@@ -107,7 +186,7 @@ class Manifest(_Frozen):
     A field that is None is not written, so folders from before it existed keep their fingerprint.
     """
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     dtype: Literal["uint16", "uint32"]
     tokenizer: Text
     tokenizer_hash: Text
@@ -127,19 +206,17 @@ class Manifest(_Frozen):
     skipped_duplicates: Count | None = None
     skipped_rows: dict[Text, Count] | None = None  # that are no documents, by what is wrong
     sources: list[SourceCount] | None = None
-    shards: list[Shard] = Field(min_length=1)
+    shards: Sequence[Shard] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        token_bytes = {"uint16": 2, "uint32": 4}[self.dtype]
-        most = min(self.vocabulary, 1 << 8 * token_bytes) - 1
+        most = min(self.vocabulary, 1 << 8 * np.dtype(self.dtype).itemsize) - 1
         if max(self.largest_token, self.end_of_document) > most:
             raise ValueError(f"ids up to {most:,} as {self.dtype} of {self.vocabulary:,} ids, but larger ones named")
-        if len({shard.name for shard in self.shards}) < len(self.shards):
+        if len({(shard.name, shard.split) for shard in self.shards}) < len(self.shards):
             raise ValueError("two shards of one name")
         for shard in self.shards:
-            beyond = next((member for member in shard.members if member.end(token_bytes) > shard.num_bytes), None)
-            if beyond:
+            if beyond := shard.member_beyond(self.dtype):
                 raise ValueError(f"member {beyond.key} of {shard.name} reaches beyond its {shard.num_bytes:,} bytes")
         return self
 
@@ -169,6 +246,16 @@ class Manifest(_Frozen):
         return sum(shard.num_documents for shard in self.shards_of(split))
 
 
+class AdoptedManifest(Manifest):
+    """All that is known about a folder of tokens that others wrote; where it lies is a link beside the manifest."""
+
+    format_version: Literal[2] = 2
+    layout: Literal["megatron", "litdata", "npy"]
+    documents_by: Literal["index", "eos", "bos"]
+    shards: Sequence[AdoptedShard] = Field(min_length=1)
+    indexes: list[AdoptedIndex]
+
+
 def fingerprint_of(content: dict[str, Any]) -> str:
     """Return the sha256 of a manifest's content, written in one canonical way."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -187,9 +274,9 @@ def load_manifest(folder: Path) -> Manifest:
     """
     content = _read_content(folder)
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, ADOPTED_VERSION):
         raise DataError(
-            f"the shards in {folder} must have format version {FORMAT_VERSION}",
+            f"the shards in {folder} must have format version {FORMAT_VERSION} or {ADOPTED_VERSION}",
             shown(repr(version)),
             "Build them again with `mtp data build`, or use the version of mtp_lightning that made them",
         )
@@ -202,7 +289,7 @@ def load_manifest(folder: Path) -> Manifest:
             "Restore the file from its source, or build the shards again with `mtp data build`",
         )
     try:
-        return Manifest.model_validate(content)
+        return (AdoptedManifest if version == ADOPTED_VERSION else Manifest).model_validate(content)
     except ValidationError as error:
         raise _damaged(folder, _said(error)) from error
 

@@ -67,7 +67,7 @@ def lengths_of(folder: Path, manifest: Manifest, split: Split | None = None) -> 
     found = [np.array([], dtype="<u4")]
     for shard in manifest.shards:
         if split in (None, shard.split):
-            path = folder / shard.name
+            path = folder / shard.lengths_name
             found += MemberChecks(shard, bytes_of(path), str(path), token_bytes=1).lengths()
     return np.concatenate(found)
 

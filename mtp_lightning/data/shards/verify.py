@@ -11,8 +11,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from mtp_lightning.console.progress import say
 from mtp_lightning.data.shards.index import load_index
-from mtp_lightning.data.shards.integrity import check_document_lengths, check_written, wrong_shard
-from mtp_lightning.data.shards.manifest import Manifest, Member, Shard, load_manifest
+from mtp_lightning.data.shards.integrity import MemberChecks, check_document_lengths, check_written, wrong_shard
+from mtp_lightning.data.shards.manifest import AdoptedShard, Manifest, Member, Shard, load_manifest
 from mtp_lightning.data.shards.mapped import bytes_of, check_sizes
 from mtp_lightning.data.shards.tar_members import TarDamage, members_of
 from mtp_lightning.files.untrusted import shown
@@ -35,6 +35,9 @@ def verify_shards(folder: Path) -> Manifest:
     load_index(folder, manifest)
     for shard in manifest.shards:
         bytes_of_shard = bytes_of(folder / shard.name)
+        if isinstance(shard, AdoptedShard):
+            _check_adopted(folder, bytes_of_shard, shard, manifest)
+            continue
         _check_hash(bytes_of_shard, shard, manifest)
         _check_reading(folder, bytes_of_shard, shard, manifest)
         for member in shard.members:
@@ -43,6 +46,26 @@ def verify_shards(folder: Path) -> Manifest:
         say(f"ok  {shard.name}: {shard.num_documents:,} documents, {shard.num_tokens:,} tokens")
     say(f"ok  {folder}: {len(manifest.shards):,} shards, fingerprint {manifest.fingerprint}")
     return manifest
+
+
+def _check_adopted(folder: Path, bytes_of_shard: Bytes, shard: AdoptedShard, manifest: Manifest) -> None:
+    """Check the tokens and lengths of a file that others wrote."""
+    lengths, stored = bytes_of(folder / shard.lengths_name), np.dtype(shard.stored)
+    origin = str(folder / shard.name)
+    checks = MemberChecks(shard, bytes_of_shard, origin, token_bytes=stored.itemsize, lengths=lengths)
+    checks.lengths()
+    digest = hashlib.sha256()
+    for number, member in enumerate(shard.members):
+        checks.check_tokens(np.array([number]), np.array([number]))
+        content = bytes_of_shard[member.tokens_at : member.end(stored.itemsize)]
+        digest.update(content.data)
+        tokens = content.view(stored)
+        if tokens.min() < 0 or tokens.max() >= manifest.vocabulary:
+            expected = f"token ids of {origin}, member {number:,}, must be in [0, {manifest.vocabulary:,})"
+            raise wrong_shard(expected, f"{tokens.min():,} to {tokens.max():,}")
+    if digest.hexdigest() != shard.sha256:
+        raise wrong_shard(f"the tokens of {origin} must have sha256 {shard.sha256}", digest.hexdigest())
+    say(f"ok  {shard.name}, {shard.split}: {shard.num_documents:,} documents, {shard.num_tokens:,} tokens")
 
 
 def _check_hash(bytes_of_shard: Bytes, shard: Shard, manifest: Manifest) -> None:

@@ -152,8 +152,8 @@ def _is_tokenizer(name: str) -> bool:
 
 def _weights_are_near(recipe: Recipe) -> bool:
     """Check that each source gets a row or more of a block of the mixture."""
-    weights = recipe.data.mixture.values()
-    return all(weight * MIXTURE_BLOCK_ROWS >= sum(weights) for weight in weights)
+    weights = [own[-1] for own in recipe.data.weights_at_rows().values() if own]
+    return all(weight * MIXTURE_BLOCK_ROWS >= sum(weights) for weight in weights if weight)
 
 
 def _needs_kind(field: str, default: Any, *kinds: str) -> Rule:
@@ -344,7 +344,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         fields=("data.mixture",),
         holds=_weights_are_near,
-        expected=f"must give every source at least 1 of {MIXTURE_BLOCK_ROWS} rows",
+        expected=f"must give every source at least 1 of {MIXTURE_BLOCK_ROWS} rows, or none by data.mixture_schedule",
         hint="Raise the smallest weight, or leave the source out.",
     ),
     Rule(

@@ -1,5 +1,6 @@
 """Rules of data and model: what is read, from where, how it is packed, and which shapes a trunk can have."""
 
+import itertools
 import re
 from functools import cache
 
@@ -124,7 +125,55 @@ def _reads_only_the_stream(recipe: Recipe) -> bool:
     return data.kind != "webdataset_stream" or is_default
 
 
+def _schedule_names_sources(recipe: Recipe) -> bool:
+    schedule = recipe.data.mixture_schedule
+    return schedule is None or schedule.weights.keys() <= recipe.data.mixture.keys()
+
+
+def _schedule_grows(recipe: Recipe) -> bool:
+    schedule = recipe.data.mixture_schedule
+    return schedule is None or all(one < other for one, other in itertools.pairwise(schedule.rows))
+
+
+def _schedule_is_full(recipe: Recipe) -> bool:
+    schedule = recipe.data.mixture_schedule
+    return schedule is None or all(len(own) == len(schedule.rows) for own in schedule.weights.values())
+
+
+def _schedule_always_mixes(recipe: Recipe) -> bool:
+    """Check that at each of the rows some source has a weight, and so in between, and each source somewhere."""
+    schedule, weights = recipe.data.mixture_schedule, recipe.data.weights_at_rows().values()
+    return schedule is None or (all(map(any, zip(*weights, strict=False))) and all(map(any, weights)))
+
+
 DATA_RULES: tuple[Rule, ...] = (
+    Rule(
+        fields=("data.mixture_schedule.weights", "data.mixture"),
+        holds=lambda recipe: (
+            recipe.data.mixture_schedule is None
+            or recipe.data.mixture_schedule.weights.keys() <= recipe.data.mixture.keys()
+        ),
+        expected="must name sources of data.mixture only",
+        hint="Spell the sources as in data.mixture, where each has the weight that it would have without a schedule.",
+    ),
+    Rule(
+        fields=("data.mixture_schedule.rows",),
+        holds=_schedule_grows,
+        expected="must grow from each to the next",
+        hint="Sort them, with the weights of every source, and name none twice.",
+    ),
+    Rule(
+        fields=("data.mixture_schedule.weights", "data.mixture_schedule.rows"),
+        holds=_schedule_is_full,
+        expected="must have as many weights for each source as there are data.mixture_schedule.rows",
+        hint="Give every source one weight for each of the rows.",
+    ),
+    Rule(
+        fields=("data.mixture_schedule.weights", "data.mixture"),
+        holds=_schedule_always_mixes,
+        expected="must have a weight above 0 at each of the rows, and one for each source",
+        hint="Raise one of them there, or leave the source out of data.mixture.",
+    ),
     Rule(
         fields=("data.template",),
         holds=lambda recipe: recipe.data.template is None or is_template(recipe.data.template),

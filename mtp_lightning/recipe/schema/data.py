@@ -4,7 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mtp_lightning.recipe.schema.base import AtLeastTwo, NonNegativeInt, PositiveFloat, PositiveInt, Rows, Section
+from mtp_lightning.recipe.schema.base import (
+    AtLeastTwo,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Rows,
+    Section,
+)
 from mtp_lightning.recipe.schema.paths import EXPANDED_NAMES, LocalPath, PathOrUrl
 
 MIXTURE_BLOCK_ROWS = 4096
@@ -31,6 +39,17 @@ class StreamSection(Section):
     """How `.tok` samples store ids, little-endian."""
 
 
+class MixtureScheduleSection(Section):
+    """Weights of a mixture that change over the run, as a function of the rows consumed alone."""
+
+    rows: list[NonNegativeInt] = Field(min_length=1)
+    """Rows consumed at which the weights hold, growing; before the first and after the last the weights stay."""
+    weights: Annotated[dict[str, list[NonNegativeFloat]], *EXPANDED_NAMES] = Field(min_length=1)
+    """Sources and their weights at these rows, e.g. {shards/code: [1, 4]}, in place of those in `data.mixture`."""
+    between: Literal["linear", "steps"] = "linear"
+    """Weights change evenly from one of the rows to the next, or stay until the next."""
+
+
 class DataSection(Section):
     """Where the tokens come from, and how windows are cut."""
 
@@ -43,11 +62,13 @@ class DataSection(Section):
     corpus: list[LocalPath] = Field(default=["stdlib"], min_length=1)
     """Text to build shards from: folders, files, globs, `stdlib` (Python's own library), `stdlib:json` (a package)."""
     shards: PathOrUrl | None = None
-    """Folder of shards made by `mtp data build`, or its URL (https://, s3://, …); null means: build from the corpus
-    into run.cache when missing."""
+    """Folder made by `mtp data build` or `mtp data adopt`, or the URL (https://, s3://, …) of shards; null means: build
+    from the corpus into run.cache when missing."""
     mixture: Annotated[dict[str, PositiveFloat], *EXPANDED_NAMES] = Field(default_factory=dict)
     """Several folders or URLs of shards and their weights, e.g. {shards/code: 1, shards/web: 3}, instead of `shards`.
     """
+    mixture_schedule: MixtureScheduleSection | None = None
+    """Weights of the mixture that change over the run, or null."""
     max_epochs: Annotated[dict[str, PositiveFloat], *EXPANDED_NAMES] = Field(default_factory=dict)
     """How often a run may at most read through a source of the mixture, e.g. {shards/code: 4}; without, any number."""
     shuffle: Literal["rows", "shards"] = "rows"
@@ -92,6 +113,15 @@ class DataSection(Section):
     """Attend within the document only (positions restart there) instead of over the whole window."""
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Loader processes per rank; 0 reads in a thread of the training process."""
+
+    def weights_at_rows(self) -> dict[str, list[float]]:
+        """Return the weights of every source of the mixture, at the rows of its schedule or at the beginning."""
+        schedule = self.mixture_schedule
+        if schedule is None:
+            return {name: [weight] for name, weight in self.mixture.items()}
+        return {
+            name: schedule.weights.get(name, [weight] * len(schedule.rows)) for name, weight in self.mixture.items()
+        }
 
 
 class RampSection(Section):

@@ -1,0 +1,1 @@
+"""Token ids that other libraries wrote, read where they lie."""
