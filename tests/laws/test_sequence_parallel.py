@@ -1,0 +1,67 @@
+"""Windows cut over ranks = whole windows on one process: gradients and figures, for every head kind and backward order."""
+
+import json
+
+import pytest
+
+from tests.support.covering import covering_array
+from tests.support.ranked import on_ranks
+from tests.support.tiny import HEAD_KINDS, NEOX
+
+TOLERANCE = 1e-10
+OBJECTIVES = {
+    "plain": {},
+    "distilled": {"distill": {"alpha": [0.6], "beta": [0.9], "top_k": 5}},
+    "distilled, main head learns": {"distill": {"detach_teacher": False}},
+}
+MODELS = {
+    "grouped": {},
+    "one key": {"num_key_value_heads": 1},
+    "as many keys": {"num_key_value_heads": 4, "tie_word_embeddings": True, "qk_norm": True, "qkv_bias": True},
+    "neox": NEOX,
+}
+CELLS = covering_array(
+    lambda *, kind, model, objective, num_offsets, **_: (
+        (model, kind[-10:]) != ("as many keys", "replicated") and (num_offsets > 1 or objective == "plain")
+    ),
+    kind=HEAD_KINDS,
+    backward_order=["sequential", "bridged", "joint"],
+    objective=OBJECTIVES,
+    model=MODELS,
+    attention=["window", "document"],
+    num_offsets=[4, 2, 1],
+    accumulation=[1, 2],
+    recomputes=[False, True],
+)
+
+
+def sections_of(kind, backward_order, objective, model, attention, num_offsets, accumulation, recomputes):
+    return {
+        "heads": {"num_offsets": num_offsets} | HEAD_KINDS[kind],
+        "objective": {"backward_order": backward_order, "chunk_mib": 5 * 13 * 8 / 2**20} | OBJECTIVES[objective],
+        "model": MODELS[model],
+        "data": {"seq_len": 12, "document_mask": attention == "document"},
+        "memory": {"recompute_trunk": recomputes, "recompute_heads": recomputes},
+        "batch": {"global_batch_size": 4, "micro_batch_size": 2 // accumulation},
+    }
+
+
+def assert_same_steps(cells, num_ranks, num_slices):
+    arguments = json.dumps([{"sections": sections_of(*cell)} for cell in cells])
+    printed = on_ranks("tests.support.sequence_ranks", num_ranks, str(num_slices), arguments)
+    found = json.loads(printed.splitlines()[-1])
+    assert len(found) == len(cells)
+    bad = [(*cell, own) for cell, own in zip(cells, found, strict=True) if not own["error"] <= TOLERANCE]
+    assert bad == []
+    assert [(*cell, own["unequal"]) for cell, own in zip(cells, found, strict=True) if own["unequal"]] == []
+    assert all(own["size"] > 10 for own in found), "so many gradients have a rounding error, so they are there"
+
+
+def test_windows_on_two_ranks_are_whole_windows():
+    assert_same_steps(CELLS[:12], 2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "num_slices"), [(2, 2), (4, 4), (4, 2)])
+def test_every_pair_is_equal(num_ranks, num_slices):
+    assert_same_steps(CELLS, num_ranks, num_slices)
