@@ -146,7 +146,7 @@ def run_cell(cell: Cell) -> Outcome:
 
 def _run_cell(cell: Cell) -> Outcome:
     recipe = cell.recipe
-    plain = replace(cell, stage="single", ranks=1, backward_order="joint", accumulation=1)
+    plain = replace(cell, stage="single", ranks=1, backward_order="joint", accumulation=1, sequence_parallel=1)
     comparison = _Comparison(_expected(plain), cell)
     module = _Module(recipe, cell.optimizer)
     trainer = L.Trainer(

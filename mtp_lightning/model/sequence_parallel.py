@@ -70,9 +70,7 @@ class SequenceSlice:
         received = self._exchange(sent.flatten(), sizes_out, sizes_in)
         return received.view(batch, there, width)
 
-    def _exchange(
-        self, parts: Tensor, sizes_out: list[int] | None = None, sizes_in: list[int] | None = None
-    ) -> Tensor:
+    def _exchange(self, parts: Tensor, sizes_out: list[int] | None = None, sizes_in: list[int] | None = None) -> Tensor:
         """Give each rank its part of the first dimension, and take this rank's of each."""
         received: Tensor = wait_tensor(all_to_all_single_autograd(parts.contiguous(), sizes_out, sizes_in, self._group))
         return received

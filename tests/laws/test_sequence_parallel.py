@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from mtp_lightning.diagnostics.parity import compare_strategies
+from mtp_lightning.diagnostics.parity_matrix import ADAPTATIONS, BACKWARD_ORDERS, HEADS, STAGES, UNEMBEDDINGS, Cell
 from tests.support.covering import covering_array
 from tests.support.ranked import on_ranks
 from tests.support.tiny import HEAD_KINDS, NEOX
@@ -32,6 +34,21 @@ CELLS = covering_array(
     num_offsets=[4, 2, 1],
     accumulation=[1, 2],
     recomputes=[False, True],
+)
+
+
+UNDER_ZERO = covering_array(
+    lambda *, heads, unembedding, adaptation, optimizer, **_: (
+        (heads, unembedding) != ("sequential", "replicated")
+        and (adaptation == "none" or (optimizer == "sgd" and unembedding == "shared"))
+    ),
+    stage=STAGES,
+    backward_order=BACKWARD_ORDERS,
+    heads=HEADS,
+    unembedding=UNEMBEDDINGS,
+    accumulation=[1, 3],
+    adaptation=ADAPTATIONS,
+    optimizer=["sgd", "muon"],
 )
 
 
@@ -65,3 +82,12 @@ def test_windows_on_two_ranks_are_whole_windows():
 @pytest.mark.parametrize(("num_ranks", "num_slices"), [(2, 2), (4, 4), (4, 2)])
 def test_every_pair_is_equal(num_ranks, num_slices):
     assert_same_steps(CELLS, num_ranks, num_slices)
+
+
+@pytest.mark.slow
+def test_every_stage_of_zero_is_equal(warm_ranks):
+    names = ("stage", "backward_order", "heads", "unembedding", "accumulation", "adaptation", "optimizer")
+    cells = [Cell(ranks=2, sequence_parallel=2, clips=True, **dict(zip(names, own, strict=True))) for own in UNDER_ZERO]
+    outcomes = compare_strategies(cells)
+    assert [outcome.cell for outcome in outcomes] == cells
+    assert [outcome for outcome in outcomes if not outcome.is_good or not outcome.error] == []

@@ -265,7 +265,7 @@ class StrategySection(Section):
     @property
     def num_shares(self) -> int:
         """Groups of ranks that read rows of their own."""
-        return self.num_ranks // self.sequence_parallel
+        return max(1, self.num_ranks // self.sequence_parallel)
 
 
 class DebugSection(Section):

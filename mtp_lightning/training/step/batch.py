@@ -113,9 +113,7 @@ def filled(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.stack([like.new_full((), value) for value in values])
 
 
-def _micro_batches(
-    batch: Batch, targets: Tensor, size: int, sequence: SequenceSlice | None
-) -> Iterator[MicroBatch]:
+def _micro_batches(batch: Batch, targets: Tensor, size: int, sequence: SequenceSlice | None) -> Iterator[MicroBatch]:
     for start in range(0, len(batch["tokens"]), size):
         rows = slice(start, start + size)
         starts, sources = (batch[name][rows] if name in batch else None for name in ("starts", "sources"))
