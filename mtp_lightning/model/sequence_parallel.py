@@ -42,7 +42,7 @@ class SequenceSlice:
     def to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Exchange positions for heads: (B, H, T/N, W), two (B, K, T/N, W) -> (B, H/N, T, W), two (B, K', T, W).
 
-        Where N does not divide K, keys and values are repeated until it does, so that a rank has those its queries meet.
+        Where N does not divide K, keys and values are repeated until it does: a rank needs those its queries meet.
         """
         times = self.size // math.gcd(self.size, key.shape[1])
         parts = (query, key.repeat_interleave(times, 1), value.repeat_interleave(times, 1))

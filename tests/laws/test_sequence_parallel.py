@@ -1,4 +1,4 @@
-"""Windows cut over ranks = whole windows on one process: gradients and figures, for every head kind and backward order."""
+"""Windows cut over ranks = whole windows on one process: gradients and figures, for every head kind and order."""
 
 import json
 

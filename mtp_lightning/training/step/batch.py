@@ -21,8 +21,8 @@ Batch = dict[str, Tensor]
 class MicroBatch(NamedTuple):
     """Sequences that go through the model together.
 
-    Where windows are cut over ranks, tokens are those of this rank's slice, of T positions, and targets have `IGNORE` at
-    up to n-1 positions behind it (see `SequenceSlice.num_ahead`); documents and starts are of the whole windows.
+    Where windows are cut over ranks, tokens are those of this rank's slice, of T positions, and targets have `IGNORE`
+    at up to n-1 positions behind it (see `SequenceSlice.num_ahead`); documents and starts are of the whole windows.
     """
 
     tokens: Tensor  # (B, T+n)
