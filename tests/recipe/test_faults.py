@@ -68,13 +68,10 @@ def test_every_recorded_message_belongs_to_a_case() -> None:
 def test_every_rule_has_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     met = {fault.expected for case in RULE_CASES for fault in load_case(case).faults}
-    monkeypatch.setitem(
-        head_kinds._registered, "own", cast(head_kinds.HeadKind, SimpleNamespace(num_layers=lambda *_: 0))
-    )
-    slices = {"kind": "zero2", "ranks_per_node": 2, "sequence_parallel": 2}
-    met |= {
-        fault.expected for fault in check_rules(Recipe.model_validate({"heads": {"kind": "own"}, "strategy": slices}))
-    }
+    own = cast(head_kinds.HeadKind, SimpleNamespace(num_layers=lambda *_: 0))
+    monkeypatch.setitem(head_kinds._registered, "own", own)
+    sections = {"heads": {"kind": "own"}, "strategy": {"kind": "zero2", "ranks_per_node": 2, "sequence_parallel": 2}}
+    met |= {fault.expected for fault in check_rules(Recipe.model_validate(sections))}
     assert met == {rule.expected for rule in RULES}
 
 
