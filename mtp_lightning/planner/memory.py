@@ -6,8 +6,8 @@ what the backward pass of `model/layers.py` reads. Buffers are as large as DeepS
 A recomputed trunk keeps its layers' inputs; the layer at work takes the memory that heads and logits have let go by
 then, and more only if it needs more. Where parts are frozen (`passes.py`), layers without a gradient path keep nothing;
 the layer at work of a frozen trunk has that memory before heads and logits take it. Frozen layers that gradients pass
-through keep no inputs of matrices. A V x D matrix that is frozen has no gradient to sum up. Of windows that are cut over
-GPUs each keeps what there is of its own positions, and a mask over documents whole.
+through keep no inputs of matrices. A V x D matrix that is frozen has no gradient to sum up. Of windows that are cut
+over GPUs each keeps what there is of its own positions, and a mask over documents whole.
 """
 
 from dataclasses import dataclass, fields

@@ -91,3 +91,15 @@ def test_every_stage_of_zero_is_equal(warm_ranks):
     outcomes = compare_strategies(cells)
     assert [outcome.cell for outcome in outcomes] == cells
     assert [outcome for outcome in outcomes if not outcome.is_good or not outcome.error] == []
+
+
+@pytest.mark.slow
+def test_a_window_four_times_as_long_takes_as_much_memory_of_each_of_four_ranks():
+    """Bytes of all tensors alive at the peak of a step, beside weights and gradients: measured, not planned."""
+    one, four, alone = (
+        int(on_ranks("tests.support.sequence_memory", ranks, str(ranks), str(seq_len)).splitlines()[-1])
+        for ranks, seq_len in ((1, 512), (4, 2048), (1, 2048))
+    )
+    print(f"\n512 positions on one rank {one:,} B, 2,048 on four {four:,} B each, on one {alone:,} B")
+    assert 0.9 * one < four < 1.1 * one
+    assert alone > 3.5 * one

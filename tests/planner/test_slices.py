@@ -1,13 +1,18 @@
 """Windows that are cut over GPUs: what each keeps, sends and computes."""
 
+import re
+
 import pytest
 
 from mtp_lightning.errors import MtpError
+from mtp_lightning.planner.hardware import hardware, known_hardware
 from mtp_lightning.planner.layout import layout_of
+from mtp_lightning.planner.memory import memory
 from mtp_lightning.planner.report import build_plan
 from mtp_lightning.planner.shape import shape_of
 from mtp_lightning.planner.throughput import communication_bytes
-from mtp_lightning.recipe import Recipe
+from mtp_lightning.recipe import Recipe, load_recipe
+from tests.support.runs import ROOT
 
 
 def recipe(num_slices, seq_len, **model):
@@ -49,3 +54,30 @@ def test_gpus_that_cannot_share_are_refused_and_left_out():
     with pytest.raises(MtpError, match=r"number of GPUs / strategy\.sequence_parallel=4; found 8 rows for 6 GPUs"):
         build_plan(recipe(4, 1024), num_gpus=6)
     assert [variant is not None for variant in build_plan(recipe(4, 1024)).scales] == [True] * 3 + [False] * 5
+
+
+ROW = re.compile(r"^\| (1\.3|13)B \| (\d+) \| (\d) \| (.*) \|$", re.MULTILINE)
+
+
+def test_the_windows_in_the_documentation_are_the_longest_that_fit():
+    rows = ROW.findall((ROOT / "docs/howto/pretrain.md").read_text())
+    assert len(rows) == 8
+    for size, num_gpus, num_slices, windows in rows:
+        base = load_recipe(ROOT / f"recipes/paper/{size}b_n4.yaml").recipe
+        for name, window in zip(known_hardware(), windows.split(" | "), strict=True):
+            length, limit = 1024 * int(window.replace(",", "")), hardware(name).memory_bytes
+            assert needed_bytes(base, length, int(num_gpus), int(num_slices)) <= limit
+            assert needed_bytes(base, length * 9 // 8, int(num_gpus), int(num_slices)) > limit
+
+
+def needed_bytes(base, seq_len, num_gpus, num_slices):
+    changes = {
+        "data": {"seq_len": seq_len},
+        "model": {"max_position_embeddings": seq_len},
+        "batch": {"micro_batch_size": 1, "global_batch_size": 64},
+        "memory": {"recompute_trunk": True, "recompute_heads": True},
+        "strategy": {"kind": "zero3", "num_nodes": num_gpus // 8, "sequence_parallel": num_slices},
+    }
+    sections = {name: getattr(base, name).model_copy(update=own) for name, own in changes.items()}
+    recipe = base.model_copy(update=sections)
+    return memory(shape_of(recipe), layout_of(recipe)).total
