@@ -14,6 +14,7 @@ from mtp_lightning.losses.distillation import teacher_positions
 from mtp_lightning.losses.targets import shifted_targets
 from mtp_lightning.model.sequence_parallel import slice_of_this_rank
 from mtp_lightning.ranks import Ranks
+from mtp_lightning.recipe.draft_vocabulary import with_draft_ids
 from mtp_lightning.training.step.backward_order import accumulate_gradients, evaluate
 from mtp_lightning.training.step.batch import count_scored, prepare_batch
 from mtp_lightning.training.step.metrics import OffsetMetrics
@@ -59,6 +60,8 @@ def step_of(recipe, rows, sequence, ranks, backward_order):
 def differences(cell, ranks, sequence):
     """Compare a cell with whole windows in the joint order."""
     recipe = tiny_recipe(**cell["sections"])
+    if recipe.heads.draft_vocabulary is not None:
+        recipe = with_draft_ids(recipe, [0, 2, 3, 7, 11])
     tokens, documents, mask = tiny_rows(recipe, ROWS)
     rows = {"tokens": tokens, "documents": documents, "loss_mask": mask}
     expected, expected_figures = step_of(recipe, rows, None, ranks, "joint")
