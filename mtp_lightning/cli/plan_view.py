@@ -58,7 +58,8 @@ def print_plan(plan: Plan) -> None:
 def _title(plan: Plan) -> Text:
     layout, name = plan.chosen.layout, plan.hardware.name
     nodes = f" ({layout.num_nodes} nodes of {layout.gpus_per_node})" if layout.num_nodes > 1 else ""
-    where = f"{layout.num_gpus} x {name}{nodes}, {plan.chosen.kind}, {layout.precision}"
+    cut = f", windows over {layout.num_slices} GPUs" if layout.num_slices > 1 else ""
+    where = f"{layout.num_gpus} x {name}{nodes}, {plan.chosen.kind}, {layout.precision}{cut}"
     return Text.assemble((plan.recipe.name, "bold"), "  on  ", (where, "bold cyan"))
 
 

@@ -147,7 +147,7 @@ def run_cell(cell: Cell) -> Outcome:
 
 def _run_cell(cell: Cell) -> Outcome:
     recipe = cell.recipe
-    plain = replace(cell, stage="single", ranks=1, backward_order="joint", accumulation=1)
+    plain = replace(cell, stage="single", ranks=1, backward_order="joint", accumulation=1, sequence_parallel=1)
     comparison = _Comparison(_expected(plain), cell)
     module, device = _Module(recipe, cell.optimizer), prepare_device(recipe)
     trainer = L.Trainer(
@@ -224,8 +224,10 @@ class RandomData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """One batch per step."""
-        share = self.recipe.batch.global_batch_size // self.ranks.size
-        own = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+        strategy = self.recipe.strategy
+        share, place = self.recipe.batch.global_batch_size // strategy.num_shares, self.ranks.rank
+        first = place // strategy.sequence_parallel * share
+        own = slice(first, first + share)
         batches = [random_batch(self.recipe, step) for step in range(self.recipe.run.steps)]
         own_batches = [{name: rows[own] for name, rows in batch.items()} for batch in batches]
         return DataLoader(own_batches, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style data set

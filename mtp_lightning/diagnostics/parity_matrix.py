@@ -44,6 +44,7 @@ class Cell:
     clips: bool
     optimizer: str = "sgd"
     adaptation: str = "none"
+    sequence_parallel: int = 1  # ranks that share windows
     settings: str = ""  # of a model of transformers in the place of one of ours, as JSON
     device: str = "cpu"
 
@@ -52,7 +53,9 @@ class Cell:
         rest = f"{self.heads} heads, {self.unembedding} unembedding, {self.accumulation} per step, {clips}"
         noun = "rank" if self.ranks == 1 else "ranks"
         adapted = "" if self.adaptation == "none" else f", {self.adaptation}"
-        return f"{self.stage}, {self.ranks} {noun}, {self.backward_order}: {rest}, {self.optimizer}{adapted}"
+        shared = f" share windows by {self.sequence_parallel}" if self.sequence_parallel > 1 else ""
+        place = f"{self.stage}, {self.ranks} {noun}{shared}, {self.backward_order}"
+        return f"{place}: {rest}, {self.optimizer}{adapted}"
 
     @property
     def recipe(self) -> Recipe:
@@ -84,7 +87,10 @@ class Cell:
                     "chunk_mib": 11 * 29 * 4 / 2**20,
                 },  # 11 rows: ragged chunks
                 "data": {"seq_len": 10},
-                "batch": {"global_batch_size": ROWS, "micro_batch_size": ROWS // (self.ranks * self.accumulation)},
+                "batch": {
+                    "global_batch_size": ROWS,
+                    "micro_batch_size": ROWS * self.sequence_parallel // (self.ranks * self.accumulation),
+                },
                 "optimizer": {
                     "kind": "muon" if self.optimizer == "muon" else "adamw",
                     "lr": 0.1 if self.optimizer == "sgd" else 3e-3,
@@ -97,6 +103,7 @@ class Cell:
                 "strategy": {
                     "kind": self.stage,
                     "ranks_per_node": self.ranks,
+                    "sequence_parallel": self.sequence_parallel,
                     "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
                 },
             }

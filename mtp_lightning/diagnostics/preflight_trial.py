@@ -112,10 +112,10 @@ def _write_trial(recipe: Recipe, folder: Path) -> None:
         "dir": str(folder / "run"),
         "steps": 2,
         "validate_every_steps": 2,
-        "validation_samples": recipe.strategy.num_ranks,
+        "validation_samples": recipe.strategy.num_shares,
         "restart": False,
     }
-    batch = {"global_batch_size": recipe.batch.micro_batch_size * recipe.strategy.num_ranks}
+    batch = {"global_batch_size": recipe.batch.micro_batch_size * recipe.strategy.num_shares}
     trial = recipe.model_copy(
         update={
             "run": recipe.run.model_copy(update=run),

@@ -75,10 +75,14 @@ class Attention(nn.Module):
         query, key = rotate(query, geometry), rotate(key, geometry)
         if geometry.past is not None:
             key, value = geometry.past.extend(self, key, value)  # (B, K, S, W)
+        if geometry.sequence is not None:
+            query, key, value = geometry.sequence.to_heads(query, key, value)
         if geometry.bounds is not None:
             mixed = self._inside_documents(query, key, value, geometry.bounds)
         else:
             mixed = self._attend(query, key, value, geometry.mask)
+        if geometry.sequence is not None:
+            mixed = geometry.sequence.to_positions(mixed)
         output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return output
 

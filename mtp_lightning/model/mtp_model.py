@@ -15,6 +15,7 @@ from mtp_lightning.model.lora import add_updates, initialise_update
 from mtp_lightning.model.positions import document_geometry, positions_in_document, window_geometry
 from mtp_lightning.model.roles import LAYER_MIX, LORA, role_of
 from mtp_lightning.model.scalar_mix import ScalarMix, Sums
+from mtp_lightning.model.sequence_parallel import SequenceSlice
 from mtp_lightning.model.transformers_init import initial_values
 from mtp_lightning.model.transformers_routers import RouterLoss
 from mtp_lightning.model.transformers_trunk import ForeignModules, TransformersTrunk, check_masks
@@ -73,10 +74,18 @@ class MtpModel(nn.Module):
         embedded: Tensor = self.trunk.embed_tokens(tokens)
         return embedded
 
-    def geometry(self, documents: Tensor, *, like: Tensor, starts: Tensor | None = None) -> Geometry:
+    def geometry(
+        self,
+        documents: Tensor,
+        *,
+        like: Tensor,
+        starts: Tensor | None = None,
+        sequence: SequenceSlice | None = None,
+    ) -> Geometry:
         """Positions and attention mask of a batch of rows, from the documents of its (B, T+n) tokens.
 
-        `starts`, (B, M), is where documents begin, to attend to them one by one (see `document_geometry`).
+        `starts`, (B, M), is where documents begin, to attend to them one by one (see `document_geometry`). `sequence`
+        is this rank's slice of the rows, where they are cut over ranks; documents and starts are of the whole rows.
         """
         num_positions = documents.shape[1] - self.num_offsets
         if isinstance(self.trunk, TransformersTrunk):
@@ -85,8 +94,9 @@ class MtpModel(nn.Module):
             positions = positions_in_document(torch.zeros_like(own) if inside is None else own)
             return self.trunk.inputs(like[:, :num_positions], positions, inside)
         if self.attends_in_document:
-            return document_geometry(documents[:, :num_positions], self.section, like=like, starts=starts)
-        return window_geometry(num_positions, self.section, like=like)
+            own = documents[:, :num_positions]
+            return document_geometry(own, self.section, like=like, starts=starts, sequence=sequence)
+        return window_geometry(num_positions, self.section, like=like, sequence=sequence)
 
     def context(self, embedded: Tensor, geometry: Geometry) -> HeadContext:
         """What heads may look at; without a gradient path to the embedding where the trunk is isolated."""
@@ -130,17 +140,17 @@ class MtpModel(nn.Module):
         run: Callable[[int, Tensor, HeadContext], Tensor] | None = None,
         *,
         starts: Tensor | None = None,
+        sequence: SequenceSlice | None = None,
     ) -> dict[int, Tensor]:
         """Hidden states in one ordinary graph, main head first: two (B, T+n) -> one (B, T, D) per offset.
 
         `offsets` names those that are wanted (with all that they read); None means every one. `run` computes an offset
-        in place of the heads. `starts` as in `geometry`.
+        in place of the heads. `starts` and `sequence` as in `geometry`; tokens and states are those of the slice then.
         """
         embedded = self.embed(tokens)
-        geometry = self.geometry(documents, like=embedded, starts=starts)
+        geometry = self.geometry(documents, like=embedded, starts=starts, sequence=sequence)
         context = self.context(embedded, geometry)
-        num_positions = documents.shape[1] - self.num_offsets
-        states = self.trunk_states(embedded[:, :num_positions], geometry)
+        states = self.trunk_states(embedded[:, : geometry.num_positions], geometry)
         for offset in self.heads.order:
             if offsets is None or offset in offsets:
                 source = self.read(offset, states[self.parent_of(offset)])

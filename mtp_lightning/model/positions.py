@@ -7,6 +7,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from mtp_lightning.model.sequence_parallel import SequenceSlice, own_positions
 from mtp_lightning.recipe.schema.model import ModelSection
 
 
@@ -26,6 +27,8 @@ class AttentionInputs(NamedTuple):
 
     `mask` None means plain causal attention over the window, and to all of a past that comes before it; with `bounds`,
     causal attention inside each of the documents that lie end to end in the batch.
+
+    With `sequence` the tables are those of this rank's slice of the windows; mask and bounds are of the whole windows.
     """
 
     cos: Tensor  # (B or 1, 1, T, R), R of a head's W channels are turned
@@ -33,6 +36,7 @@ class AttentionInputs(NamedTuple):
     mask: Tensor | None  # (B, 1, T, S), true where attention is allowed; S = T without a past
     past: KVCache | None = None
     bounds: Tensor | None = None  # (documents + 1,) int32, where each begins in the B x T positions, and the last ends
+    sequence: SequenceSlice | None = None
 
     @property
     def num_positions(self) -> int:
@@ -44,14 +48,21 @@ class AttentionInputs(NamedTuple):
         return self._replace(past=past)
 
 
-def window_geometry(num_positions: int, section: ModelSection, *, like: Tensor) -> AttentionInputs:
+def window_geometry(
+    num_positions: int, section: ModelSection, *, like: Tensor, sequence: SequenceSlice | None = None
+) -> AttentionInputs:
     """Attend causally over the whole window; positions count from its start. `like` gives dtype and device."""
-    positions = torch.arange(num_positions, device=like.device)[None]  # (1, T)
-    return AttentionInputs(*rotary_tables(positions, section, like=like), None)
+    positions = own_positions(torch.arange(num_positions, device=like.device)[None], sequence)  # (1, T)
+    return AttentionInputs(*rotary_tables(positions, section, like=like), None, sequence=sequence)
 
 
 def document_geometry(
-    documents: Tensor, section: ModelSection, *, like: Tensor, starts: Tensor | None = None
+    documents: Tensor,
+    section: ModelSection,
+    *,
+    like: Tensor,
+    starts: Tensor | None = None,
+    sequence: SequenceSlice | None = None,
 ) -> AttentionInputs:
     """Attend causally within each document only; positions restart at every document.
 
@@ -61,17 +72,18 @@ def document_geometry(
         like: Tensor whose dtype and device the tables take.
         starts: (B, M) as by `document_starts`: attention then runs over the documents one by one, without the
             (B, 1, T, T) mask, and costs what they cost.
+        sequence: This rank's slice, where the windows are cut over ranks.
     """
-    positions = positions_in_document(documents)
+    positions = own_positions(positions_in_document(documents), sequence)
+    tables = rotary_tables(positions, section, like=like)
     if starts is not None:
         num_rows, num_positions = documents.shape
         rows = torch.arange(0, num_rows * num_positions, num_positions, device=starts.device)[:, None]
         bounds = torch.nn.functional.pad((starts + rows).flatten(), (0, 1), value=num_rows * num_positions)
-        tables = rotary_tables(positions, section, like=like)
-        return AttentionInputs(*tables, None, bounds=bounds.to(torch.int32))
+        return AttentionInputs(*tables, None, bounds=bounds.to(torch.int32), sequence=sequence)
     same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
     mask = torch.tril(same)[:, None]  # (B, 1, T, T)
-    return AttentionInputs(*rotary_tables(positions, section, like=like), mask)
+    return AttentionInputs(*tables, mask, sequence=sequence)
 
 
 def positions_in_document(documents: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class Layout:
     stage: int = 3  # of ZeRO; 0: every GPU holds everything
     num_gpus: int
     gpus_per_node: int = 8
+    num_slices: int = 1  # of a window, on as many GPUs
     micro_batch_size: int
     num_micro_batches: int = 1  # per optimizer step
     precision: str = "bf16"
@@ -95,7 +96,7 @@ class Layout:
     @property
     def rows_per_step(self) -> int:
         """Rows of an optimizer step over all GPUs."""
-        return self.num_gpus * self.micro_batch_size * self.num_micro_batches
+        return self.num_gpus // self.num_slices * self.micro_batch_size * self.num_micro_batches
 
     @property
     def num_nodes(self) -> int:
@@ -122,13 +123,14 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
     """
     strategy, objective, memory = recipe.strategy, recipe.objective, recipe.memory
     gpus = num_gpus or strategy.num_ranks
-    rows_per_gpu = -(-recipe.batch.global_batch_size // gpus)
+    rows_per_gpu = -(-recipe.batch.global_batch_size // max(1, gpus // strategy.sequence_parallel))
     micro_batch_size = _largest_divisor(rows_per_gpu, recipe.batch.micro_batch_size)
     recomputes_heads = memory.recompute_heads
     return Layout(
         stage=max(STAGES[strategy.kind], 1 if gpus > 1 else 0),
         num_gpus=gpus,
         gpus_per_node=strategy.ranks_per_node if strategy.num_ranks > 1 else GPUS_PER_NODE,
+        num_slices=strategy.sequence_parallel,
         micro_batch_size=micro_batch_size,
         num_micro_batches=rows_per_gpu // micro_batch_size,
         precision=recipe.run.precision,

@@ -6,7 +6,8 @@ what the backward pass of `model/layers.py` reads. Buffers are as large as DeepS
 A recomputed trunk keeps its layers' inputs; the layer at work takes the memory that heads and logits have let go by
 then, and more only if it needs more. Where parts are frozen (`passes.py`), layers without a gradient path keep nothing;
 the layer at work of a frozen trunk has that memory before heads and logits take it. Frozen layers that gradients pass
-through keep no inputs of matrices. A V x D matrix that is frozen has no gradient to sum up.
+through keep no inputs of matrices. A V x D matrix that is frozen has no gradient to sum up. Of windows that are cut
+over GPUs each keeps what there is of its own positions, and a mask over documents whole.
 """
 
 from dataclasses import dataclass, fields
@@ -94,13 +95,20 @@ def layer_bytes(layer: Layer, layout: Layout, keeps: frozenset[str] = ALL_PROJEC
     values and mixed values, and the states of the feed-forward.
     """
     copies = layer.input_copies(keeps, are_cast=layout.is_autocast)
-    attention = 2 * layer.query_width + 2 * layer.key_width
+    attention = 2 * layer.query_width + 2 * layer.exchanged_key_width(layout.num_slices)
+    if layout.num_slices > 1:
+        attention += layer.query_width  # the mixed values, once for all positions and once for all heads
     in_compute = copies * layer.width + attention + layer.mlp_states(keeps)
     return layer.num_residuals * layout.weight_bytes * layer.width + layout.compute_bytes * in_compute
 
 
+def positions_of(shape: Shape, layout: Layout) -> int:
+    """Count the positions of a micro-batch that a GPU computes: of windows that are cut, its slices."""
+    return layout.micro_batch_size * shape.seq_len // layout.num_slices
+
+
 def _activations(shape: Shape, layout: Layout) -> dict[str, float]:
-    positions = layout.micro_batch_size * shape.seq_len
+    positions = positions_of(shape, layout)
     passes, residual = shape.passes, layout.weight_bytes * shape.layer.width
     trunk_layer, head_layer = (layer_bytes(shape.layer, layout, part.keeps) for part in (passes.trunk, passes.heads))
     heads = _stack(_heads_alive(shape, layout), head_layer, residual, recomputes=layout.recomputes_heads)
@@ -145,7 +153,7 @@ def _logits(shape: Shape, layout: Layout) -> float:
     all V entries: it selects those of a draft vocabulary afterwards.
     """
     low = 0 if layout.compute_bytes == FP32 else layout.compute_bytes
-    positions, passes = layout.micro_batch_size * shape.seq_len, shape.passes
+    positions, passes = positions_of(shape, layout), shape.passes
     if layout.backward_order == "joint":
         return float(positions * ((passes.num_scored + 3 * shape.vocab_size) * FP32 + low * shape.vocab_size))
     return min(layout.chunk_bytes, float(positions * passes.most_scored * (FP32 + 2 * low)))

@@ -99,7 +99,7 @@ def build_plan(recipe: Recipe, gpu: str = "H100", num_gpus: int | None = None) -
     >>> plan.chosen.fits, plan.tokens_per_step
     (True, 4096)
     """
-    _check_share(recipe.batch.global_batch_size, num_gpus or 1)
+    _check_share(recipe, num_gpus or recipe.strategy.sequence_parallel)
     device, shape, layout = hardware(gpu), shape_of(recipe), layout_of(recipe, num_gpus)
 
     def variant(changed: Layout) -> Variant:
@@ -121,9 +121,7 @@ def build_plan(recipe: Recipe, gpu: str = "H100", num_gpus: int | None = None) -
             for trunk in (False, True)
             for heads in (False, True)
         ),
-        scales=tuple(
-            None if recipe.batch.global_batch_size % scale else variant(layout_of(recipe, scale)) for scale in SCALES
-        ),
+        scales=tuple(variant(layout_of(recipe, scale)) if _can_share(recipe, scale) else None for scale in SCALES),
     )
 
 
@@ -145,12 +143,18 @@ def build_variant(recipe: Recipe, shape: Shape, layout: Layout, device: Hardware
     )
 
 
-def _check_share(num_rows: int, num_gpus: int) -> None:
-    if num_rows % num_gpus:
-        shares = [str(count) for count in SCALES if num_rows % count == 0]
+def _can_share(recipe: Recipe, num_gpus: int) -> bool:
+    num_slices = recipe.strategy.sequence_parallel
+    return num_gpus % num_slices == 0 and recipe.batch.global_batch_size % (num_gpus // num_slices) == 0
+
+
+def _check_share(recipe: Recipe, num_gpus: int) -> None:
+    if not _can_share(recipe, num_gpus):
+        num_slices, shares = recipe.strategy.sequence_parallel, [str(own) for own in SCALES if _can_share(recipe, own)]
+        over = f" / strategy.sequence_parallel={num_slices}" if num_slices > 1 else ""
         raise MtpError(
-            "the rows of a step (batch.global_batch_size) must be a multiple of the number of GPUs",
-            f"{num_rows:,} rows for {num_gpus:,} GPUs",
+            f"the rows of a step (batch.global_batch_size) must be a multiple of the number of GPUs{over}",
+            f"{recipe.batch.global_batch_size:,} rows for {num_gpus:,} GPUs",
             f"Take {' or '.join(shares[-2:])} GPUs, or change batch.global_batch_size."
             if shares
             else "Change batch.global_batch_size.",

@@ -1,5 +1,6 @@
 """A model as the planner sees it: widths, layers and parameters, of a recipe or of a published model."""
 
+import math
 from dataclasses import dataclass
 
 from mtp_lightning.planner.counts import (
@@ -27,9 +28,19 @@ class Layer:
     matrices: int  # entries of all matrices
     query_width: int
     key_width: int
+    key_heads: int = 1
     intermediate_size: int
     is_gated: bool = True  # SwiGLU: three matrices, not two
     num_residuals: int = 2  # inputs of norms: one where attention and feed-forward read the same
+
+    def exchanged_key_width(self, num_slices: int) -> int:
+        """Width of keys where attention is shared out over so many GPUs, which repeat heads that are too few.
+
+        >>> layer = Layer(width=8, matrices=0, query_width=8, key_width=4, key_heads=2, intermediate_size=8)
+        >>> layer.exchanged_key_width(2), layer.exchanged_key_width(4)
+        (4, 8)
+        """
+        return self.key_width * (num_slices // math.gcd(num_slices, self.key_heads))
 
     def mlp_states(self, keeps: frozenset[str] = ALL_PROJECTIONS) -> int:
         """Count the entries per position that the backward pass of the feed-forward reads.
@@ -139,6 +150,7 @@ def _layer_of(recipe: Recipe) -> Layer:
         matrices=layer_weights(model).matrices,
         query_width=model.num_attention_heads * model.resolved_head_dim,
         key_width=model.resolved_key_value_heads * model.resolved_head_dim,
+        key_heads=model.resolved_key_value_heads,
         intermediate_size=model.resolved_intermediate_size,
         is_gated=model.mlp == "swiglu",
         num_residuals=1 if model.parallel_residual else 2,

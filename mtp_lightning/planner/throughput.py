@@ -16,11 +16,11 @@ pass only.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mtp_lightning.planner.hardware import Hardware
 from mtp_lightning.planner.layout import BF16, FP32, Layout
-from mtp_lightning.planner.memory import layer_bytes
+from mtp_lightning.planner.memory import layer_bytes, positions_of
 from mtp_lightning.planner.shape import Shape
 
 MEMORY_EFFICIENCY = 0.85  # of the data sheet's bandwidth, in a long copy
@@ -70,6 +70,7 @@ def step_time(shape: Shape, layout: Layout, hardware: Hardware) -> StepTime:
     compute = max(launches, sum(parts))
     network = communication_s(shape, layout, hardware)
     exposed = max(0.0, network - compute) + hardware.exposed_communication * min(network, compute)
+    exposed += _exchange_s(shape, layout, hardware)
     return StepTime(
         products_s=parts[0],
         attention_s=parts[1],
@@ -78,10 +79,6 @@ def step_time(shape: Shape, layout: Layout, hardware: Hardware) -> StepTime:
         communication_s=exposed,
         update_s=_update_s(shape, layout, hardware),
     )
-
-
-def _positions(shape: Shape, layout: Layout) -> int:
-    return layout.micro_batch_size * shape.seq_len
 
 
 def _recomputed(shape: Shape, layout: Layout) -> tuple[int, int]:
@@ -100,7 +97,7 @@ def _products_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     _, again = _recomputed(shape, layout)
     teacher = 0 if layout.backward_order == "joint" else shape.passes.teacher.entries
     drafts = 0 if layout.backward_order == "sequential" else shape.passes.drafts.entries
-    operations = _positions(shape, layout) * 2 * (shape.passes.all.entries + again + teacher + drafts)
+    operations = positions_of(shape, layout) * 2 * (shape.passes.all.entries + again + teacher + drafts)
     return operations / (hardware.peak(layout.precision) * hardware.product_efficiency)
 
 
@@ -109,7 +106,7 @@ def _attention_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     work = shape.passes.all
     attended = shape.seq_len * (1 if shape.masks_documents else 0.5)
     per_channel = FORWARD_ATTENTION * (work.layers + again) + BACKWARD_ATTENTION * work.layers_back
-    operations = _positions(shape, layout) * per_channel * shape.layer.query_width * attended
+    operations = positions_of(shape, layout) * per_channel * shape.layer.query_width * attended
     return operations / (hardware.peak(layout.precision) * hardware.attention_efficiency)
 
 
@@ -121,8 +118,24 @@ def _memory_bound_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     compared = COMPARED_BYTES * shape.passes.num_compared_entries
     if layout.backward_order != "joint":
         compared += TEACHER_BYTES * shape.passes.num_teacher_scores
-    moved = _positions(shape, layout) * (passes * layer_bytes(shape.layer, layout) + logits + compared)
+    moved = positions_of(shape, layout) * (passes * layer_bytes(shape.layer, layout) + logits + compared)
     return moved / (hardware.memory_bytes_per_s * MEMORY_EFFICIENCY)
+
+
+def _exchanged_bytes(shape: Shape, layout: Layout) -> float:
+    """Count what each GPU sends per step to those that share its windows: queries, keys, values and mixed values."""
+    again, _ = _recomputed(shape, layout)
+    passes = shape.passes.all.layers + shape.passes.all.layers_back + again
+    width = 2 * shape.layer.query_width + 2 * shape.layer.exchanged_key_width(layout.num_slices)
+    sent = positions_of(shape, layout) * width * layout.compute_bytes * (layout.num_slices - 1) / layout.num_slices
+    return layout.num_micro_batches * passes * sent
+
+
+def _exchange_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
+    """Time of these transfers, for which attention waits; between nodes if a node does not hold all that share."""
+    is_inside = layout.gpus_per_node % layout.num_slices == 0
+    bandwidth = hardware.link_bytes_per_s if is_inside else hardware.node_bytes_per_s / layout.gpus_per_node
+    return _exchanged_bytes(shape, layout) / bandwidth
 
 
 def communication_bytes(shape: Shape, layout: Layout) -> dict[str, float]:
@@ -138,6 +151,7 @@ def communication_bytes(shape: Shape, layout: Layout) -> dict[str, float]:
     return {
         "gather_weights": gathered * per_parameter,
         "reduce_gradients": reductions * trainable * per_parameter,
+        **({"exchange_heads": _exchanged_bytes(shape, layout)} if layout.num_slices > 1 else {}),
     }
 
 
@@ -149,7 +163,7 @@ def communication_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
         fetched = layout.num_micro_batches * own / hardware.host_link_bytes_per_s
     if layout.num_gpus == 1 or layout.stage == 0:
         return fetched
-    sent = sum(communication_bytes(shape, layout).values())
+    sent = sum(communication_bytes(shape, replace(layout, num_slices=1)).values())
     between_nodes = layout.num_nodes > 1
     bandwidth = hardware.link_bytes_per_s
     if between_nodes:  # all links of a node carry the ring together

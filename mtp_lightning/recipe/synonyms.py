@@ -165,6 +165,8 @@ SPELLINGS: Mapping[str, str] = {
     "strategy.ranks_per_node": "nproc_per_node gpus_per_node n_gpus_per_node data_parallel_shard_degree "
     "data_parallel_replicate_degree",
     "strategy.num_nodes": "nnodes",
+    "strategy.sequence_parallel": "sequence_parallel_size sequence_parallel_degree sp_size ulysses_degree "
+    "ulysses_sequence_parallel_size context_parallel_size context_parallel_degree cp_size",
     "strategy.offload_optimizer": "offload_optimizer.device optimizer_cpu_offload",
     "strategy.offload_parameters": "offload_param.device enable_cpu_offload",
     "strategy.nvme_path": "offload_optimizer.nvme_path offload_param.nvme_path",

@@ -115,7 +115,7 @@ class MtpLightningModule(L.LightningModule):
         Ranks meet in `agree_on_step`, in the strategy where gradients are reduced, and in `_norms`.
         """
         step, self.metrics = self.global_step, {}
-        prepared = prepare_batch(batch, self.recipe, step)
+        prepared = prepare_batch(batch, self.recipe, step, self.strategy.sequence)
         self._check_targets(batch, prepared)
         counts = agree_on_step(prepared.counts, self.step_vote, self.strategy.ranks)
         weights_with_targets = self.target_check.look(counts.targets, prepared.weights)
@@ -133,7 +133,8 @@ class MtpLightningModule(L.LightningModule):
         if math.isfinite(norms["all"]):
             for micro_batch, own in zip(prepared.micro_batches, losses, strict=True):
                 self.measured.train.update(micro_batch.targets, own)
-        self.trainer.datamodule.advance(len(batch["tokens"]) * self.strategy.ranks.size)  # type: ignore[attr-defined]
+        num_shares = self.strategy.ranks.size // self.recipe.strategy.sequence_parallel
+        self.trainer.datamodule.advance(len(batch["tokens"]) * num_shares)  # type: ignore[attr-defined]
         if self._is_logged(step + 1):
             self._log_step(step, norms)
             self._publish(self.metrics)
@@ -142,7 +143,7 @@ class MtpLightningModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add held-out sequences to the validation metrics."""
-        prepared = prepare_batch(batch, self.recipe, step=None)
+        prepared = prepare_batch(batch, self.recipe, step=None, sequence=self.strategy.sequence)
         counts = agree_on_step(prepared.counts, self.step_vote, self.strategy.ranks)
         objective = self._objective(prepared.weights, counts, None, predicts=True)
         for micro_batch in prepared.micro_batches:

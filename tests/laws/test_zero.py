@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 from itertools import product
 
@@ -17,11 +16,6 @@ from tests.support.ranked import on_ranks
 from tests.support.runs import ROOT, mtp
 
 ROW = re.compile(r"^(zero\d) +(\d) +(\w+) +(\d+) +(\S+) +(\S+) +(\S+)$", re.MULTILINE)
-
-
-@pytest.fixture
-def warm_ranks(monkeypatch):
-    monkeypatch.setattr(sys, "executable", str(warm.server().python))
 
 
 def test_every_stage_and_every_backward_order_is_equal_on_two_ranks(warm_ranks):
@@ -40,7 +34,8 @@ def test_every_stage_and_every_backward_order_is_equal_on_two_ranks(warm_ranks):
         and (cell.stage, cell.backward_order) in chosen
     ]
     assert len(cells) == len(chosen)
-    cells += [replace(cells[place], optimizer="muon") for place in (0, 2, 3)]  # of every stage
+    slices = [replace(cells[place], sequence_parallel=2) for place in (0, 2, 4)]  # of every stage
+    cells += slices + [replace(cells[place], optimizer="muon") for place in (0, 2, 3)]
     assert {cell.stage for cell in cells[len(chosen) :]} == {*STAGES}
     outcomes = compare_strategies(cells)
     assert [outcome.cell for outcome in outcomes] == cells

@@ -1,6 +1,7 @@
 """Law 9 under ZeRO: killed and started again = never killed, to the bit; and close to it with other ranks or stages."""
 
 import random
+import shutil
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -203,6 +204,20 @@ def test_other_ranks_and_stages_go_on_closely(whole, tmp_path, legs):
 def test_stages_and_one_process_train_alike(whole):
     for kind, ranks in (("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero2", 4)):
         assert_near(whole(kind, ranks), whole("single", 1), ELASTIC_TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_windows_that_are_cut_go_on_exactly_and_as_whole_ones(whole, tmp_path):
+    cut, end, folder = "strategy.sequence_parallel=2", tmp_path / "end", tmp_path / "killed"
+    to_the_end(end, "zero2", 2, cut)
+    assert_near(end, whole("single", 1), ELASTIC_TOLERANCE)
+    killed(folder, "zero2", 2, cut, after_step=12)
+    shutil.copytree(folder, tmp_path / "other")
+    assert "Continuing" in to_the_end(folder, "zero2", 2, cut).stdout
+    assert_same_run(folder, end)
+    assert "Continuing" in to_the_end(tmp_path / "other", "zero3", 2).stdout
+    assert_near(tmp_path / "other", end, ELASTIC_TOLERANCE)
 
 
 MUON = ("optimizer.kind=muon", "optimizer.schedule=wsd", "optimizer.ema={decay: 0.9, every_steps: 2}")

@@ -17,6 +17,7 @@ class Case:
 
 
 FOREIGN = ("model.family=transformers", "heads.layers_from_trunk=false")
+TWO_SLICES = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "strategy.sequence_parallel=2")
 GPT2 = "model.hf_config={model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 4, vocab_size: 300}"
 STREAM = ("data.kind=webdataset_stream", "data.stream={train: [a.tar], validation: [b.tar]}")
 
@@ -256,6 +257,16 @@ RULES = (
     _broken("ranks_do_not_divide_rows", "strategy.kind=zero2", "strategy.ranks_per_node=6", "batch.micro_batch_size=1"),
     _broken("micro_rows_of_all_ranks_do_not_divide_rows", "strategy.kind=zero3", "strategy.num_nodes=2"),
     _broken("several_ranks_without_zero", "strategy.ranks_per_node=4"),
+    _broken("slices_do_not_divide_ranks", "strategy.kind=zero2", "strategy.sequence_parallel=2"),
+    _broken("slices_do_not_divide_heads", *TWO_SLICES, "model.num_attention_heads=5", "model.hidden_size=320"),
+    _broken("slices_do_not_divide_windows", *TWO_SLICES, "data.seq_len=255"),
+    _broken("slices_shorter_than_offsets", *TWO_SLICES, "data.seq_len=6"),
+    _broken("slices_of_transformers", *TWO_SLICES, *FOREIGN, GPT2),
+    _broken("slices_with_a_rollout", *TWO_SLICES, "heads.kind=sequential", "objective.rollout={}"),
+    _broken("slices_with_token_order", *TWO_SLICES, "objective.token_order={}"),
+    _broken("slices_with_balance", *TWO_SLICES, "objective.balance=rms"),
+    _broken("slices_of_a_stream", *TWO_SLICES, *STREAM),
+    _broken("groups_do_not_divide_rows", *TWO_SLICES, "strategy.ranks_per_node=6", "batch.micro_batch_size=1"),
     _broken("offload_without_zero", "strategy.offload_optimizer=cpu"),
     _broken("parameters_offloaded_under_zero2", "strategy.kind=zero2", "strategy.offload_parameters=cpu"),
     _broken("nvme_without_path", "strategy.kind=zero3", "strategy.offload_optimizer=nvme"),

@@ -1,12 +1,14 @@
 """Law: every fault in the catalogue produces its recorded message."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from mtp_lightning.console.errors import error_lines
 from mtp_lightning.errors import RecipeError
-from mtp_lightning.recipe import Recipe, check_rules, load_recipe
+from mtp_lightning.recipe import Recipe, check_rules, head_kinds, load_recipe
 from mtp_lightning.recipe.loading.load import fault_lines
 from mtp_lightning.recipe.rules.all import RULES
 from tests.recipe.catalogue import CASES, RECIPE, Case
@@ -66,6 +68,10 @@ def test_every_recorded_message_belongs_to_a_case() -> None:
 def test_every_rule_has_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     met = {fault.expected for case in RULE_CASES for fault in load_case(case).faults}
+    own = cast(head_kinds.HeadKind, SimpleNamespace(num_layers=lambda *_: 0))
+    monkeypatch.setitem(head_kinds._registered, "own", own)
+    sections = {"heads": {"kind": "own"}, "strategy": {"kind": "zero2", "ranks_per_node": 2, "sequence_parallel": 2}}
+    met |= {fault.expected for fault in check_rules(Recipe.model_validate(sections))}
     assert met == {rule.expected for rule in RULES}
 
 

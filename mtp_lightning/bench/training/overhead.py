@@ -161,7 +161,7 @@ def _short(recipe: Recipe, steps: int, round_steps: int) -> Recipe:
     run = {
         "steps": steps + 1,  # the last one is followed by a validation
         "validate_every_steps": steps + 1,
-        "validation_samples": recipe.strategy.num_ranks,
+        "validation_samples": recipe.strategy.num_shares,
     }
     checkpoint = {"every_steps": None, "every_minutes": None, "keep_every_steps": None}
     logging = {"every_steps": min(recipe.logging.every_steps, round_steps)}

@@ -84,7 +84,7 @@ class MtpDataModule(LightningDataModule):
         self._check_batch()
         self._check_validation()
         self._check_sample()
-        if self._rank == 0 and not self._is_stream:
+        if self._is_first and not self._is_stream:
             self._say_unlearnt()
 
     def train_dataloader(self) -> TrainingBatches | StreamBatches:
@@ -98,11 +98,11 @@ class MtpDataModule(LightningDataModule):
 
     def val_dataloader(self) -> ValidationBatches:
         """Return this rank's part of rows that are spread evenly over the held-out split, in file order."""
-        share = self._num_validation_rows // self._world_size
+        share = self._num_validation_rows // self._num_shares
         chosen = self.validation_samples.spread(self._num_validation_rows)
         return ValidationBatches(
             rows=self.validation_samples,
-            numbers=chosen[self._rank * share : (self._rank + 1) * share],
+            numbers=chosen[self._share * share : (self._share + 1) * share],
             batch_rows=self.recipe.batch.micro_batch_size,
             vocab_size=self.recipe.model.vocab_size,
         )
@@ -191,39 +191,46 @@ class MtpDataModule(LightningDataModule):
         """Open the tars; where they begin depends on the position, so that a restart does not repeat its start."""
         num_skipped = sum(end - begin for begin, end in self._skip_ranges)
         begin = f"{self.rows_consumed} rows, {num_skipped} skipped"
-        return stream_rows(self.recipe, begin=begin, rank=self._rank, world_size=self._world_size)
+        return stream_rows(self.recipe, begin=begin, rank=self._share, world_size=self._num_shares)
 
     @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
+    def _is_first(self) -> bool:
+        return not self.trainer or self.trainer.global_rank == 0
 
     @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
+    def _share(self) -> int:
+        """Number of the part of the rows that this rank reads: ranks that share windows read the same."""
+        return self.trainer.global_rank // self.recipe.strategy.sequence_parallel if self.trainer else 0
+
+    @property
+    def _num_shares(self) -> int:
+        return self.trainer.world_size // self.recipe.strategy.sequence_parallel if self.trainer else 1
 
     @property
     def _num_validation_rows(self) -> int:
         """Return how many held-out rows are scored, over all ranks: no more than asked for, equally many on each."""
         rows = min(self.recipe.run.validation_samples, len(self.validation_samples))
-        return rows - rows % self._world_size
+        return rows - rows % self._num_shares
 
     def _slices(self) -> RankSlices:
         return RankSlices(
             rows_consumed=self.rows_consumed,
             skip_ranges=self._skip_ranges,
             batch=self.recipe.batch,
-            rank=self._rank,
-            world_size=self._world_size,
+            rank=self._share,
+            world_size=self._num_shares,
         )
 
     def _check_batch(self) -> None:
         rows, first = self.recipe.batch.global_batch_size, self.recipe.batch.batch_size_at(0)
         name = "batch.global_batch_size" if first == rows else "batch.ramp.from_batch_size"
-        if first % self._world_size:
+        shares, slices = self._num_shares, self.recipe.strategy.sequence_parallel
+        if first % shares:
+            over = f" / strategy.sequence_parallel={slices}" if slices > 1 else ""
             raise DataError(
-                f"{name} must be a multiple of the number of ranks, {self._world_size}",
+                f"{name} must be a multiple of the number of ranks{over}, {shares}",
                 str(first),
-                f"Set {name}={-(-first // self._world_size) * self._world_size}, or change the number of ranks",
+                f"Set {name}={-(-first // shares) * shares}, or change the number of ranks",
             )
         if self._is_stream:
             self._stream()
@@ -238,11 +245,11 @@ class MtpDataModule(LightningDataModule):
         asked, there = self.recipe.run.validation_samples, self._num_validation_rows
         if there == 0:
             raise DataError(
-                f"validation must have at least one row for each of {self._world_size} ranks",
+                f"validation must have at least one row for each of {self._num_shares} ranks",
                 f"{asked:,} asked for by run.validation_samples and {len(self.validation_samples):,} held out",
                 "Raise run.validation_samples or data.validation_fraction, or use fewer ranks",
             )
-        if there < asked and self._rank == 0:
+        if there < asked and self._is_first:
             held_out = f"{len(self.validation_samples):,} are held out"
             say(f"validating on {there:,} rows, not {asked:,}: {held_out}", stderr=True)
 

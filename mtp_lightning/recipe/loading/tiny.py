@@ -1,5 +1,6 @@
 """A recipe of any size as one that runs in a minute on a CPU, on the same code path: `debug.shrink=true`."""
 
+import math
 from typing import Any
 
 from mtp_lightning.recipe.layer_counts import num_layers_from_trunk
@@ -18,12 +19,12 @@ def shrinking(recipe: Recipe) -> Node:
     Heads, backward order, recomputation, precision and strategy stay, and so does the size of a model of transformers.
     The shrunk recipe is whole in itself: it no longer says that it has to be shrunk.
     """
-    num_ranks = recipe.strategy.num_ranks
+    num_shares, num_slices = recipe.strategy.num_shares, recipe.strategy.sequence_parallel
     num_offsets = max(recipe.heads.num_offsets, *(phase.extend_to or 1 for phase in recipe.phases.values()), 1)
     model = {
-        "hidden_size": 32,
+        "hidden_size": 8 * math.lcm(4, num_slices),
         "num_hidden_layers": num_layers_from_trunk(recipe) + TRUNK_LAYERS,
-        "num_attention_heads": 4,
+        "num_attention_heads": math.lcm(4, num_slices),
         "num_key_value_heads": None,
         "head_dim": None,
         "intermediate_size": 64,
@@ -36,13 +37,13 @@ def shrinking(recipe: Recipe) -> Node:
         "shards": None,
         "tokenizer": "byte",
         "validation_fraction": 0.2,
-        "seq_len": 8 * max(4, num_offsets),
+        "seq_len": 8 * max(4, num_offsets) * num_slices,
         "workers": 0,
     }
     run = {
         "steps": 20,
         "validate_every_steps": 10,
-        "validation_samples": 2 * num_ranks,
+        "validation_samples": 2 * num_shares,
     }
     drafts = {"draft_vocabulary": 128, "draft_token_ids": None}
     fields: dict[str, dict[str, Any]] = {
@@ -50,7 +51,7 @@ def shrinking(recipe: Recipe) -> Node:
         "heads": {} if recipe.heads.draft_vocabulary is None else drafts,
         "data": data,
         "batch": {
-            "global_batch_size": MICRO_BATCHES * MICRO_ROWS * num_ranks,
+            "global_batch_size": MICRO_BATCHES * MICRO_ROWS * num_shares,
             "micro_batch_size": MICRO_ROWS,
             "ramp": None,
         },

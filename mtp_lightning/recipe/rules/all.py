@@ -17,6 +17,7 @@ from mtp_lightning.recipe.rules.foreign import FOREIGN_RULES
 from mtp_lightning.recipe.rules.optimizer import OPTIMIZER_RULES, check_schedule
 from mtp_lightning.recipe.rules.paths import PATH_RULES
 from mtp_lightning.recipe.rules.rollout import ROLLOUT_RULES
+from mtp_lightning.recipe.rules.sequence_parallel import SEQUENCE_PARALLEL_RULES
 from mtp_lightning.recipe.rules.strategy import STRATEGY_RULES
 from mtp_lightning.recipe.schema.base import Section
 from mtp_lightning.recipe.schema.data import MIXTURE_BLOCK_ROWS
@@ -379,5 +380,6 @@ RULES: tuple[Rule, ...] = (
     *DRAFT_RULES,
     *DATA_RULES,
     *STRATEGY_RULES,
+    *SEQUENCE_PARALLEL_RULES,
     *PATH_RULES,
 )

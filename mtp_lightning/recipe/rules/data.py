@@ -114,8 +114,8 @@ def _num_sizes(recipe: Recipe) -> int:
 
 
 def _ramp_can_be_shared(recipe: Recipe) -> bool:
-    ramp, num_ranks = recipe.batch.ramp, recipe.strategy.num_ranks
-    return ramp is None or ramp.from_batch_size % (num_ranks * recipe.batch.micro_batch_size) == 0
+    ramp, num_shares = recipe.batch.ramp, recipe.strategy.num_shares
+    return ramp is None or ramp.from_batch_size % (num_shares * recipe.batch.micro_batch_size) == 0
 
 
 def _reads_only_the_stream(recipe: Recipe) -> bool:

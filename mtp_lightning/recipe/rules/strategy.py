@@ -53,19 +53,20 @@ def _global_rows_divide(recipe: Recipe) -> bool:
     """Leave the case of micro_batch_size that do not even divide rows to the rule about these two."""
     rows, micro_batch_size = recipe.batch.global_batch_size, recipe.batch.micro_batch_size
     is_other_fault = recipe.strategy.kind == "single" or rows % micro_batch_size != 0
-    return is_other_fault or rows % (recipe.strategy.num_ranks * micro_batch_size) == 0
+    return is_other_fault or rows % (recipe.strategy.num_shares * micro_batch_size) == 0
 
 
 def _rows_remedy(recipe: Recipe) -> str:
-    num_ranks, rows = recipe.strategy.num_ranks, recipe.batch.global_batch_size
-    if rows % num_ranks:
-        multiple = max(1, round(rows / num_ranks)) * num_ranks
+    num_shares, rows = recipe.strategy.num_shares, recipe.batch.global_batch_size
+    whose = "ranks" if recipe.strategy.sequence_parallel == 1 else "groups of ranks"
+    if rows % num_shares:
+        multiple = max(1, round(rows / num_shares)) * num_shares
         return (
-            f"Each of {num_ranks} ranks takes an equal share: set batch.global_batch_size to {multiple}, "
+            f"Each of {num_shares} {whose} takes an equal share: set batch.global_batch_size to {multiple}, "
             "or change strategy."
         )
-    share = rows // num_ranks
-    return f"Each of {num_ranks} ranks takes {share}: set batch.micro_batch_size to {divisors(share)}."
+    share = rows // num_shares
+    return f"Each of {num_shares} {whose} takes {share}: set batch.micro_batch_size to {divisors(share)}."
 
 
 def _offloads(strategy: StrategySection, *places: str) -> bool:

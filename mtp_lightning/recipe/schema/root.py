@@ -245,6 +245,9 @@ class StrategySection(Section):
     """Machines."""
     ranks_per_node: Annotated[int, Field(ge=1, le=1024)] = 1
     """Ranks (GPUs) per node."""
+    sequence_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Consecutive ranks that share a window (DeepSpeed Ulysses): each computes an equal slice of its positions, and in
+    attention an equal share of the heads. Activations are that much smaller, and so are the rows that run at once."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where the optimizer's state lives when it is not on the GPU."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
@@ -258,6 +261,11 @@ class StrategySection(Section):
     def num_ranks(self) -> int:
         """Ranks on all nodes."""
         return self.num_nodes * self.ranks_per_node
+
+    @property
+    def num_shares(self) -> int:
+        """Groups of ranks that read rows of their own."""
+        return max(1, self.num_ranks // self.sequence_parallel)
 
 
 class DebugSection(Section):

@@ -30,7 +30,8 @@ def evaluate(model: MtpModel, batch: MicroBatch, objective: Objective) -> Offset
     plain = replace(objective, section=section, rollout=None)
     terms = LossTerms(model, batch, plain)
     overlaps = torch.ones_like(batch.targets, dtype=plain.coefficients.dtype)
-    hiddens = model.hidden_states(batch.tokens, batch.documents, starts=batch.starts)
+    hiddens = model.hidden_states(batch.tokens, batch.documents, starts=batch.starts, sequence=batch.sequence)
+    hiddens = {offset: terms.scored(offset, hidden) for offset, hidden in hiddens.items()}
     for offset, hidden in hiddens.items():
         term = terms.for_offset(offset)[0]
         if offset == 1:
@@ -123,10 +124,10 @@ class SequentialBackward:
         """Run trunk forward, all heads forward and backward, trunk backward."""
         model, batch = self.model, self.batch
         embedded = model.embed(batch.tokens)
-        geometry = model.geometry(batch.documents, like=embedded, starts=batch.starts)
+        geometry = model.geometry(batch.documents, like=embedded, starts=batch.starts, sequence=batch.sequence)
         leaf = embedded.detach().requires_grad_(model.heads.reads_tokens and embedded.requires_grad)
         self.context = model.context(leaf, geometry)
-        states = model.trunk_states(embedded[:, : batch.targets.shape[2]], geometry)
+        states = model.trunk_states(embedded[:, : geometry.num_positions], geometry)
         leaves = self.run_all(states)
         self.backward_teacher(leaves)
         losses = [self.surrogate_loss(states[name], leaves[name]) for name in leaves if states[name].requires_grad]
@@ -220,14 +221,15 @@ class SequentialBackward:
             self.teacher = leaf.detach().requires_grad_(self.terms.teacher_of(leaf).requires_grad)
 
     def _loss(self, offset: int, leaf: Tensor) -> Tensor:
-        terms, leaf = self.terms.for_offset(offset), self.terms.scored(leaf)
+        terms, leaf = self.terms.for_offset(offset), self.terms.scored(offset, leaf)
         is_compared = any(term.distillation is not None for term in terms)
         loss: Tensor = self.model.unembedding(
             [offset] * len(terms),
             [leaf] * len(terms),
             terms,
             balance_to=self.main_rms,
-            teacher=self.teacher if is_compared else None,  # engines would wait for an unused input in vain
+            # engines would wait for an unused input in vain
+            teacher=self.terms.scored(1, self.teacher) if self.teacher is not None and is_compared else None,
             teacher_learns=self.terms.teacher_learns,
         )
         if offset == 1 and self.terms.objective.is_balanced and self.main_rms is None:
@@ -241,11 +243,14 @@ class SequentialBackward:
 
 
 def _all_hidden_states(terms: LossTerms) -> dict[int, Tensor]:
-    """Hidden states of the offsets that a step needs, in one graph."""
+    """What is scored of the hidden states of the offsets that a step needs, in one graph."""
     model, batch = terms.model, terms.batch
     run = None if terms.rollout is None else terms.rollout.run_and_draft
     needed = needed_offsets(model, terms.objective)
-    return model.hidden_states(batch.tokens, batch.documents, needed, run, starts=batch.starts)
+    hiddens = model.hidden_states(
+        batch.tokens, batch.documents, needed, run, starts=batch.starts, sequence=batch.sequence
+    )
+    return {offset: terms.scored(offset, hidden) for offset, hidden in hiddens.items()}
 
 
 def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Backward) -> OffsetLosses:
@@ -256,7 +261,7 @@ def bridged(model: MtpModel, batch: MicroBatch, objective: Objective, backward: 
     for offset, hidden in hiddens.items():
         for term in terms.for_offset(offset) if terms.needs_loss(offset, hidden) else []:
             offsets.append(offset)
-            states.append(terms.scored(hidden))
+            states.append(hidden)
             parts.append(term)
     teacher = terms.teacher_of(hiddens[1]) if terms.distillations else None
     if parts:  # else, at this step, only frozen offsets have a weight
@@ -274,7 +279,7 @@ def joint(model: MtpModel, batch: MicroBatch, objective: Objective, backward: Ba
     hiddens = _all_hidden_states(terms)
     main: Tensor | None = None
     for offset, hidden in hiddens.items():
-        logits = _scored(terms, offset, _full_logits(model, offset, terms.scored(hidden)))
+        logits = _scored(terms, offset, _full_logits(model, offset, hidden))
         main = logits if offset == 1 and section.distill is not None else main
         if not terms.needs_loss(offset, hidden):
             continue

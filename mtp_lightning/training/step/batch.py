@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.losses.distillation import teacher_positions
-from mtp_lightning.losses.targets import count_targets, shifted_targets
+from mtp_lightning.losses.targets import IGNORE, count_targets, shifted_targets
 from mtp_lightning.losses.weights import offset_weights
 from mtp_lightning.model.draft_vocabulary import draft_vocabulary_of
+from mtp_lightning.model.sequence_parallel import SequenceSlice
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.trainable import first_offset_with_loss
 
@@ -18,13 +19,18 @@ Batch = dict[str, Tensor]
 
 
 class MicroBatch(NamedTuple):
-    """Sequences that go through the model together."""
+    """Sequences that go through the model together.
+
+    Where windows are cut over ranks, tokens are those of this rank's slice, of T positions, and targets have `IGNORE`
+    at up to n-1 positions behind it (see `SequenceSlice.num_ahead`); documents and starts are of the whole windows.
+    """
 
     tokens: Tensor  # (B, T+n)
     documents: Tensor  # (B, T+n)
     targets: Tensor  # (N, B, T)
     starts: Tensor | None = None  # (B, M) where documents begin, to attend to them one by one
     sources: Tensor | None = None  # (B,) which source of a mixture a held-out sequence comes from
+    sequence: SequenceSlice | None = None
 
 
 class BatchCounts(NamedTuple):
@@ -39,13 +45,15 @@ class BatchCounts(NamedTuple):
 class PreparedBatch:
     """One rank's sequences of a global batch; nothing in it depends on other ranks."""
 
-    targets: Tensor  # (N, B, T)
+    targets: Tensor  # (N, B, T) of whole windows
     weights: list[float]  # of each offset's loss in this step; 0 where it has none
-    counts: BatchCounts  # of this rank's sequences
+    counts: BatchCounts  # of this rank's sequences, or of its slice of them
     micro_batches: list[MicroBatch]  # views of the batch
 
 
-def prepare_batch(batch: Batch, recipe: Recipe, step: int | None) -> PreparedBatch:
+def prepare_batch(
+    batch: Batch, recipe: Recipe, step: int | None, sequence: SequenceSlice | None = None
+) -> PreparedBatch:
     """Shift the targets, weigh the offsets, count, and cut into micro-batches; no communication, no host wait.
 
     Args:
@@ -53,14 +61,29 @@ def prepare_batch(batch: Batch, recipe: Recipe, step: int | None) -> PreparedBat
             where there are.
         recipe: says how many offsets, which weights, and how many sequences a micro-batch has.
         step: 0-based number of the optimizer step; None for held-out sequences, of which every offset weighs 1.
+        sequence: this rank's slice, where windows are cut over ranks: after the targets have been shifted.
     """
     tokens, documents, num_offsets = batch["tokens"], batch["documents"], recipe.heads.num_offsets
     targets = shifted_targets(tokens, documents, num_offsets, batch.get("loss_mask"))
     num_positions = targets.shape[2]
     is_ordered = documents[:, :num_positions] == documents[:, 1 : num_positions + 1]
-    counts = BatchCounts(count_scored(targets, recipe), teacher_positions(targets).sum((1, 2)), is_ordered.sum())
+    own = targets
+    if sequence is not None:
+        batch, own = _slice_of(batch, targets, sequence)
+    counts = BatchCounts(count_scored(own, recipe), teacher_positions(own).sum((1, 2)), is_ordered.sum())
     weights = [1.0] * num_offsets if step is None else weights_at(recipe, step)
-    return PreparedBatch(targets, weights, counts, list(_micro_batches(batch, targets, recipe.batch.micro_batch_size)))
+    micro_batches = list(_micro_batches(batch, own, recipe.batch.micro_batch_size, sequence))
+    return PreparedBatch(targets, weights, counts, micro_batches)
+
+
+def _slice_of(batch: Batch, targets: Tensor, sequence: SequenceSlice) -> tuple[Batch, Tensor]:
+    """Cut tokens and targets of whole windows to this rank's slice, as a `MicroBatch` has them."""
+    num_offsets, _, num_positions = targets.shape
+    own = sequence.of(num_positions)
+    reach = own.stop + sequence.num_ahead(num_offsets)
+    targets = targets[..., own.start : reach].clone()
+    targets[..., own.stop - own.start :] = IGNORE
+    return batch | {"tokens": batch["tokens"][:, own.start : own.stop + num_offsets]}, targets
 
 
 def count_scored(targets: Tensor, recipe: Recipe) -> Tensor:
@@ -90,8 +113,9 @@ def filled(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.stack([like.new_full((), value) for value in values])
 
 
-def _micro_batches(batch: Batch, targets: Tensor, size: int) -> Iterator[MicroBatch]:
+def _micro_batches(batch: Batch, targets: Tensor, size: int, sequence: SequenceSlice | None) -> Iterator[MicroBatch]:
     for start in range(0, len(batch["tokens"]), size):
         rows = slice(start, start + size)
         starts, sources = (batch[name][rows] if name in batch else None for name in ("starts", "sources"))
-        yield MicroBatch(batch["tokens"][rows], batch["documents"][rows], targets[:, rows], starts, sources)
+        tokens, documents = batch["tokens"][rows], batch["documents"][rows]
+        yield MicroBatch(tokens, documents, targets[:, rows], starts, sources, sequence)

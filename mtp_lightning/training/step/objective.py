@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mtp_lightning.losses import reference
 from mtp_lightning.losses.chunked import Term
@@ -158,9 +159,21 @@ class LossTerms:
         """Return which rows of an offset have a loss, (P,); None for all that have a target."""
         return None if self.rollout is None else self.rollout.learns_at(offset)
 
-    def scored(self, hidden: Tensor) -> Tensor:
-        """Return what is scored of an offset's state: (B, T, D), or two streams of it, -> (B, T, D)."""
-        return hidden if self.rollout is None else self.rollout.scored(hidden)
+    def scored(self, offset: int, hidden: Tensor) -> Tensor:
+        """Return what is scored of an offset's state: (B, T, D), or two streams of it, -> (B, T, D).
+
+        Where windows are cut over ranks, positions of the next slice follow, for which the main head alone has a state.
+        """
+        if self.rollout is not None:
+            return self.rollout.scored(hidden)
+        sequence, num_offsets = self.batch.sequence, len(self.batch.targets)
+        if sequence is None:
+            return hidden
+        if offset > 1:
+            return pad(hidden, (0, 0, 0, sequence.num_ahead(num_offsets)))
+        with torch.set_grad_enabled(self.teacher_learns and torch.is_grad_enabled()):
+            ahead = sequence.ahead(hidden, num_offsets)
+        return torch.cat((hidden, ahead), 1)
 
     @property
     def teacher_learns(self) -> bool:

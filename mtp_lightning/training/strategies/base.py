@@ -14,6 +14,7 @@ from mtp_lightning.checkpoint.format.reader_view import Reader
 from mtp_lightning.checkpoint.format.state_tree import read_state
 from mtp_lightning.checkpoint.format.write_shards import AVERAGE
 from mtp_lightning.model.mtp_model import MtpModel
+from mtp_lightning.model.sequence_parallel import SequenceSlice
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.strategies.param_shards import ParamShard, RunsOf, names_of
@@ -23,6 +24,7 @@ class RunStrategy(ABC):
     """What training asks of a strategy besides what Lightning does, and checkpoints that any strategy can resume."""
 
     averages: Mapping[str, Tensor] = {}  # of this rank's shards, by their names; see `step/average.py`
+    sequence: SequenceSlice | None = None  # of the windows, where ranks share them; the same weights and optimizer
     captured: dict[str, Any]  # Lightning's own state, from the last `save_checkpoint`
 
     @property

@@ -28,6 +28,7 @@ from mtp_lightning.checkpoint.format.reader_view import Reader
 from mtp_lightning.checkpoint.format.write_shards import WEIGHT
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.model.mtp_model import MtpModel, build_model, initialise
+from mtp_lightning.model.sequence_parallel import slice_of_this_rank
 from mtp_lightning.model.transformers_architecture import architecture_of
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
@@ -59,6 +60,7 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         self._device = torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed wants a number
         self.stage = STAGES[recipe.strategy.kind]
         self._compute_type = COMPUTE_TYPES[recipe.run.precision]
+        self._num_slices = recipe.strategy.sequence_parallel
         if recipe.model.is_foreign:
             architecture_of(recipe.model)  # looked at before modules are sharded as soon as they are made
 
@@ -76,6 +78,7 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+        self.sequence = slice_of_this_rank(self._num_slices)
 
     @property
     def root_device(self) -> torch.device:
@@ -128,6 +131,9 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
             else:
                 self._cut_links()
             self.model, self.optimizers = None, []
+        if self.sequence is not None:
+            self.sequence.close()
+            self.sequence = None
         module, self._lightning_module = self._lightning_module, None
         super().teardown()  # which would copy all of it to the host, on every rank
         self._lightning_module = module
