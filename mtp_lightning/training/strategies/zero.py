@@ -12,7 +12,7 @@ What reaches the optimizer is compared with the joint backward order on one proc
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, final
 
@@ -151,6 +151,15 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         model = MtpModel(recipe)
         initialise(model, recipe, whole=partial(deepspeed.zero.GatheredParameters, modifier_rank=0))
         return model
+
+    def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Gather parameters that are sharded."""
+        if self.stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+        return gathered
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
