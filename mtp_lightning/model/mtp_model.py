@@ -24,14 +24,22 @@ from mtp_lightning.recipe.layer_counts import num_trunk_layers
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.trainable import mixing_offsets
 
+KeptStates = Callable[[Tensor, Callable[[], Tensor]], Tensor]
+
 
 class MtpModel(nn.Module):
-    """Trunk, heads and unembedding of a recipe."""
+    """Trunk, heads and unembedding of a recipe.
+
+    Attributes:
+        kept_states: gives the last states of a frozen trunk, (B, T, D), for all that it reads of rows, (B, ...)
+            integers, and computes them by what it is given where it has none; None: the trunk runs on all rows.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.section = recipe.model
         self.num_offsets = recipe.heads.num_offsets
+        self.kept_states: KeptStates | None = None
         self.attends_in_document = recipe.data.document_mask
         if recipe.model.is_foreign and recipe.data.document_mask:
             check_masks(recipe.model)
@@ -125,6 +133,20 @@ class MtpModel(nn.Module):
         last, *mixed = self.trunk(embedded, geometry, sums=sums)
         return {TRUNK: last, **dict(zip(sums.states, mixed, strict=True))}
 
+    def states_of_rows(
+        self, tokens: Tensor, documents: Tensor, embedded: Tensor, geometry: Geometry
+    ) -> dict[int, Tensor]:
+        """Run the trunk on rows, or take what is kept of them: two (B, T+n), (B, T+n, D) -> as `trunk_states`."""
+        num_positions = geometry.num_positions
+
+        def run() -> dict[int, Tensor]:
+            return self.trunk_states(embedded[:, :num_positions], geometry)
+
+        if self.kept_states is None:
+            return run()
+        read = (tokens, documents) if self.attends_in_document else (tokens,)
+        return {TRUNK: self.kept_states(torch.stack(read, 1)[..., :num_positions], lambda: run()[TRUNK])}
+
     def read(self, offset: int, state: Tensor) -> Tensor:
         """What an offset reads of the state that it reads, normed or cut off: (B, T, D) -> (B, T, D)."""
         if self.heads.detaches_input(offset):
@@ -150,7 +172,7 @@ class MtpModel(nn.Module):
         embedded = self.embed(tokens)
         geometry = self.geometry(documents, like=embedded, starts=starts, sequence=sequence)
         context = self.context(embedded, geometry)
-        states = self.trunk_states(embedded[:, : geometry.num_positions], geometry)
+        states = self.states_of_rows(tokens, documents, embedded, geometry)
         for offset in self.heads.order:
             if offsets is None or offset in offsets:
                 source = self.read(offset, states[self.parent_of(offset)])

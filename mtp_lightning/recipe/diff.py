@@ -30,6 +30,7 @@ RUN_FIELDS = frozenset(
         "data.cache_gib",
         "data.max_epochs",
         "data.workers",
+        "memory.cache_hidden_states",
         "run.dir",
         "run.cache",
         "run.restart",

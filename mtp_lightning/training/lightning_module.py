@@ -10,6 +10,7 @@ import resource
 import time
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -18,8 +19,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.profiler import record_function
 
+from mtp_lightning.errors import TrainingError
 from mtp_lightning.losses.target_checks import ORACLE_STEPS, TargetCountCheck, check_targets
 from mtp_lightning.model.freezing import check_trained, freeze
+from mtp_lightning.model.kept_states import KeptStates, trunk_digest
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.planner.flops import flops_per_position, tokens_after
 from mtp_lightning.planner.hardware import peak_flops_per_s
@@ -108,6 +111,22 @@ class MtpLightningModule(L.LightningModule):
         self.target_check = TargetCountCheck()
         self.num_checked_steps = 0
         self.throughput = ThroughputClock(self.recipe, self.global_step)
+        self._keep_states()
+
+    def _keep_states(self) -> None:
+        """Let the states of a frozen trunk be kept where the recipe says so."""
+        cache = self.recipe.memory.cache_hidden_states
+        if cache is None:
+            return
+        if self.model.router_loss is not None:
+            raise TrainingError(
+                "memory.cache_hidden_states must be null for a trunk with experts: their routers have a loss",
+                cache,
+                "Remove memory.cache_hidden_states",
+            )
+        folder = Path(cache) / trunk_digest(self.model, self.recipe, self.strategy.whole)
+        num_rows: int = self.trainer.datamodule.num_rows_read  # type: ignore[attr-defined]
+        self.model.kept_states = KeptStates(folder, self.strategy.ranks, num_rows).states
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Run one optimizer step over this rank's sequences of the global batch.

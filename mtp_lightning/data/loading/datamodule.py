@@ -113,6 +113,12 @@ class MtpDataModule(LightningDataModule):
             return f"a stream of {len(self._stream().tars):,} tars"
         return f"{len(self.training_rows):,} rows"
 
+    @property
+    def num_rows_read(self) -> int:
+        """Return how many different rows a run reads at most, over all ranks, held-out ones included."""
+        samples = self.recipe.batch.samples_after(self.recipe.run.steps)
+        return self._num_validation_rows + (samples if self._is_stream else min(samples, len(self.training_rows)))
+
     def advance(self, rows: int) -> None:
         """Count the rows of a completed optimizer step, over all ranks."""
         self.rows_consumed += rows

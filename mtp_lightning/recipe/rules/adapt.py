@@ -65,6 +65,15 @@ def _needs_start(field: str) -> Rule:
 
 ADAPT_RULES: tuple[Rule, ...] = (
     Rule(
+        fields=("memory.cache_hidden_states", "freeze", "adapt.lora", "adapt.layer_mix"),
+        holds=lambda recipe: (
+            recipe.memory.cache_hidden_states is None
+            or not (TrainableParts(recipe).trunk or recipe.adapt.lora or recipe.adapt.layer_mix)
+        ),
+        expected="must be null unless the trunk is frozen, without low-rank updates or mixtures of its layers",
+        hint="Freeze the trunk (freeze: [trunk], or offsets_below_2) and leave adapt out, or set it to null.",
+    ),
+    Rule(
         fields=("freeze",),
         holds=lambda recipe: TrainableParts(recipe).is_any_trained,
         expected="must leave something that is trained",

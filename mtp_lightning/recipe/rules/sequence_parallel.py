@@ -70,6 +70,12 @@ SEQUENCE_PARALLEL_RULES: tuple[Rule, ...] = (
         "Set objective.rollout=null",
     ),
     _needs(
+        lambda recipe: recipe.memory.cache_hidden_states is None,
+        ("memory.cache_hidden_states",),
+        "must be 1 with memory.cache_hidden_states, which keeps the states of whole windows",
+        "Set memory.cache_hidden_states=null",
+    ),
+    _needs(
         lambda recipe: recipe.objective.token_order is None,
         ("objective.token_order",),
         "must be 1 with objective.token_order, which looks far ahead in the window",

@@ -14,6 +14,7 @@ from mtp_lightning.recipe.schema.base import (
     PositiveInt,
     Section,
 )
+from mtp_lightning.recipe.schema.paths import LocalPath
 
 DISTILLED_LOGITS = 10_000
 """Largest logits of the teacher that distillation compares by default [MTP-D]."""
@@ -185,3 +186,6 @@ class MemorySection(Section):
     only, whose module's layers run n-1 times on top of the trunk's."""
     compile: bool = False
     """Compile trunk layers and head blocks with torch.compile."""
+    cache_hidden_states: LocalPath | None = None
+    """Folder for the last hidden states of a frozen trunk, written when a row is first read and read instead of running
+    the trunk in later epochs and runs; may be shared by runs and ranks. null: the trunk runs on every row."""

@@ -127,7 +127,7 @@ class SequentialBackward:
         geometry = model.geometry(batch.documents, like=embedded, starts=batch.starts, sequence=batch.sequence)
         leaf = embedded.detach().requires_grad_(model.heads.reads_tokens and embedded.requires_grad)
         self.context = model.context(leaf, geometry)
-        states = model.trunk_states(embedded[:, : geometry.num_positions], geometry)
+        states = model.states_of_rows(batch.tokens, batch.documents, embedded, geometry)
         leaves = self.run_all(states)
         self.backward_teacher(leaves)
         losses = [self.surrogate_loss(states[name], leaves[name]) for name in leaves if states[name].requires_grad]

@@ -2,12 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from mtp_lightning.checkpoint.format.reader_view import Reader
@@ -49,6 +49,10 @@ class RunStrategy(ABC):
     @abstractmethod
     def build_model(self, recipe: Recipe) -> MtpModel:
         """Build and initialise the model, or this rank's part of it."""
+
+    def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Make parameters whole on every rank inside the body, to be read."""
+        return nullcontext()
 
     @abstractmethod
     def accumulating(self) -> AbstractContextManager[None]:

@@ -12,7 +12,7 @@ What reaches the optimizer is compared with the joint backward order on one proc
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, final
 
@@ -159,6 +159,15 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         gathered = partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
         initialise(model, recipe, whole=gathered, draws=Ranks().is_first)
         return model
+
+    def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Gather parameters that are sharded."""
+        if self.stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+        return gathered
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
