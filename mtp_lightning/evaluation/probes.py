@@ -182,11 +182,11 @@ def accuracy(group: str, rows: Sequence[tuple[int, int]]) -> Accuracy:
     The interval is Wilson's. Trials of a row are not independent: as many are counted as have the rows' spread.
 
     >>> accuracy("x", [(1, 1), (0, 1), (1, 1), (1, 1)])
-    Accuracy(group='x', value=0.75, low=0.2077..., high=0.9713..., num_right=3, num_trials=4)
+    Accuracy(group='x', value=0.75, low=0.3006..., high=0.9544..., num_right=3, num_trials=4)
     """
     right, trials = np.array(rows, dtype=np.int64).T
     share = float(right.sum() / trials.sum())
-    spread = float(((right - share * trials) ** 2).sum() / trials.sum() ** 2) * len(rows) / max(1, len(rows) - 1)
+    spread = float(((right - share * trials) ** 2).sum() / trials.sum() ** 2)
     count = min(share * (1 - share) / spread if spread else len(rows), int(trials.sum()))
     middle, scale = share + Z_95**2 / (2 * count), 1 + Z_95**2 / count
     half = Z_95 * (share * (1 - share) / count + Z_95**2 / (4 * count**2)) ** 0.5

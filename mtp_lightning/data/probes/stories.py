@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from mtp_lightning.data.text.extras import import_extra
 
-POOL_SIZE: Final = 200
+POOL_SIZE: Final = 1000
 MOST_SENTENCES: Final = 12
 END: Final = "<|endoftext|>"
 UNKNOWN: Final = "[UNK]"
