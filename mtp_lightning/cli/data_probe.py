@@ -28,6 +28,7 @@ def induction(
     seed: SeedOption = 0,
 ) -> None:
     """Write stories whose names are two tokens, with other names in the test, and their tokenizer."""
+    from mtp_lightning.console.progress import say
     from mtp_lightning.data.probes.stories import stories, tokenizer_json
     from mtp_lightning.data.probes.write import write_probe
 
@@ -37,6 +38,7 @@ def induction(
         test=(test, stories(test, seed, is_test=True)),
         tokenizer=tokenizer_json(),
     )
+    say(f"{documents:,} stories to train on, {test:,} to test with: {out}")
 
 
 @app.command()
@@ -51,6 +53,7 @@ def polynomial(
     seed: SeedOption = 0,
 ) -> None:
     """Write arithmetic on polynomials over F_7 modulo X^5: 1 to 5 operations, in the test 1 to 10."""
+    from mtp_lightning.console.progress import say
     from mtp_lightning.data.probes.polynomials import MOST_TESTED, problems
     from mtp_lightning.data.probes.write import write_probe
 
@@ -59,3 +62,4 @@ def polynomial(
         train=(documents, problems(documents, seed, is_test=False, num_pauses=pause_tokens)),
         test=(test * MOST_TESTED, problems(test, seed, is_test=True, num_pauses=pause_tokens)),
     )
+    say(f"{documents:,} problems to train on, {test * MOST_TESTED:,} to test with: {out}")

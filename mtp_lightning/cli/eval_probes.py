@@ -33,7 +33,7 @@ def induction(
 
     Of a run it is kept in its folder: mtp report compare shows it, and the same question is not computed again.
     """
-    _measure("induction", paths, data, device, dtype, json_path)
+    _measure("induction", paths, data, device=device, dtype=dtype, json_path=json_path)
 
 
 def polynomial(
@@ -51,7 +51,7 @@ def polynomial(
 
     Of a run it is kept in its folder: mtp report compare shows it, and the same question is not computed again.
     """
-    reports = _measure("polynomial", paths, data, device, dtype, json_path)
+    reports = _measure("polynomial", paths, data, device=device, dtype=dtype, json_path=json_path)
     if plot is not None:
         from mtp_lightning.evaluation.probes import draw
 
@@ -59,7 +59,7 @@ def polynomial(
 
 
 def _measure(
-    probe: str, paths: list[Path], data: Path, device: DeviceName, dtype: DtypeName, json_path: Path | None
+    probe: str, paths: list[Path], data: Path, *, device: DeviceName, dtype: DtypeName, json_path: Path | None
 ) -> "list[ProbeReport]":
     from mtp_lightning.cli.generate import device_of, dtype_of
     from mtp_lightning.cli.recipe_argument import open_runs

@@ -181,8 +181,9 @@ def accuracy(group: str, rows: Sequence[tuple[int, int]]) -> Accuracy:
 
     The interval is Wilson's. Trials of a row are not independent: as many are counted as have the rows' spread.
 
-    >>> accuracy("x", [(1, 1), (0, 1), (1, 1), (1, 1)])
-    Accuracy(group='x', value=0.75, low=0.3006..., high=0.9544..., num_right=3, num_trials=4)
+    >>> found = accuracy("x", [(1, 1), (0, 1), (1, 1), (1, 1)])
+    >>> found.value, round(found.low, 3), round(found.high, 3)
+    (0.75, 0.301, 0.954)
     """
     right, trials = np.array(rows, dtype=np.int64).T
     share = float(right.sum() / trials.sum())
