@@ -1,4 +1,4 @@
-"""`mtp data build | adopt | generate | peek | verify | stats`."""
+"""`mtp data build | adopt | generate | peek | probe | stats | verify`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,14 +6,17 @@ from typing import Annotated, Literal
 
 import typer
 
+from mtp_lightning.cli import data_probe
 from mtp_lightning.cli import self_generated as own_text_verbs
 from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
 from mtp_lightning.cli.targets import check_picture
 
 app = typer.Typer(
-    no_args_is_help=True, help="Build, adopt or generate shards of tokens, look at a row, verify and count shards."
+    no_args_is_help=True,
+    help="Build, adopt or generate shards of tokens, write synthetic tasks, look at a row, verify and count shards.",
 )
 app.command()(own_text_verbs.generate)
+app.add_typer(data_probe.app, name="probe")
 
 
 class OnBadRow(StrEnum):

@@ -1,11 +1,12 @@
 """`mtp eval`."""
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mtp_lightning.cli import eval_code, eval_harness
+from mtp_lightning.cli import eval_code, eval_harness, eval_probes
 from mtp_lightning.cli.generate import (
     DeviceName,
     DeviceOption,
@@ -33,6 +34,8 @@ def describe() -> None:
 
 app.command()(eval_code.code)
 app.command()(eval_harness.harness)
+app.command()(eval_probes.induction)
+app.command()(eval_probes.polynomial)
 
 
 @app.command()
@@ -118,20 +121,21 @@ def marginal(
     from mtp_lightning.cli.recipe_argument import open_runs
     from mtp_lightning.console.errors import screen
     from mtp_lightning.console.tables import write_json
-    from mtp_lightning.evaluation.marginal_reports import measure_kept
+    from mtp_lightning.evaluation.kept_reports import MARGINAL
+    from mtp_lightning.evaluation.marginal import measure_marginal
 
     runs, reports = open_runs(paths), []
+    settings: dict[str, Any] = {
+        "num_offsets": offsets,
+        "num_samples": samples,
+        "last_tokens": last,
+        "top": top,
+        "nucleus": nucleus,
+        "most_paths": most_paths,
+    }
+    measure = functools.partial(measure_marginal, device=str(device_of(device)), **settings)
     for run in runs:
-        report = measure_kept(
-            run,
-            num_offsets=offsets,
-            num_samples=samples,
-            last_tokens=last,
-            top=top,
-            nucleus=nucleus,
-            most_paths=most_paths,
-            device=str(device_of(device)),
-        )
+        report = MARGINAL.measured(run, settings, functools.partial(measure, run))
         reports.append(report.as_json())
         if len(runs) > 1:
             screen().print(str(run), soft_wrap=True)

@@ -11,8 +11,10 @@ from mtp_lightning.cli.targets import JsonOption, check_page, check_picture
 from mtp_lightning.errors import visible
 
 if TYPE_CHECKING:
-    from mtp_lightning.evaluation.comparison import Group, Spread
+    from mtp_lightning.evaluation.comparison import Group
     from mtp_lightning.evaluation.marginal import MarginalReport
+    from mtp_lightning.evaluation.probes import ProbeReport
+    from mtp_lightning.evaluation.spread import Spread
 
 
 class ReportGroup(TyperGroup):
@@ -145,9 +147,14 @@ def mixture(
 
 
 def _tables(groups: "list[Group]") -> list[tuple[list[str], list[list[str]]]]:
-    """Return columns and rows of the figures at the end, and of what `mtp eval marginal` has measured, if anything."""
+    """Return columns and rows of the figures at the end, and of what verbs of `mtp eval` have measured, if anything."""
     measured = next((group.marginal for group in groups if group.marginal), None)
-    return [_table(groups), *([_marginal_table(groups, measured)] if measured else [])]
+    probes = {report.probe: report for group in groups for report in group.probes}
+    return [
+        _table(groups),
+        *([_marginal_table(groups, measured)] if measured else []),
+        *(_probe_table(groups, report) for report in probes.values()),
+    ]
 
 
 def _table(groups: "list[Group]") -> tuple[list[str], list[list[str]]]:
@@ -181,6 +188,16 @@ def _marginal_table(groups: "list[Group]", measured: "MarginalReport") -> tuple[
         figures = (group.figures.get(f"{kind}_top_{k}") for k, kind in [(1, "marginal"), *kinds])
         rows.append([visible(group.recipe, kept=""), *(_text(figure, ".3f") for figure in figures)])
     return [f"top-{measured.top}, at offset", "1", *heads], rows
+
+
+def _probe_table(groups: "list[Group]", report: "ProbeReport") -> tuple[list[str], list[list[str]]]:
+    """Lay out accuracies on a synthetic task, by group of its problems."""
+    names = [own.group for own in report.accuracies]
+    rows = [
+        [visible(group.recipe, kept=""), *(_text(group.figures.get(f"{report.probe}_{name}"), ".3f") for name in names)]
+        for group in groups
+    ]
+    return [f"{report.probe}, accuracy", *(visible(name, kept="") for name in names)], rows
 
 
 def _text(figure: "Spread | None", form: str) -> str:

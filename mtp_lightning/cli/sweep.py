@@ -29,7 +29,9 @@ def sweep(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE|KEY=VALUE", help="Recipes, and fields to change in all of them.", show_default=False
+            metavar="RECIPE|FOLDER|KEY=VALUE",
+            help="Recipes, folders of recipes, and fields to change in all of them.",
+            show_default=False,
         ),
     ],
     *,

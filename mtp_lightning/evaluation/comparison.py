@@ -1,23 +1,21 @@
 """Runs side by side: what each recipe reached, over its seeds, and how far the seeds leave that open."""
 
 import csv
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from mtp_lightning.console.plots import label_of, save_picture
 from mtp_lightning.errors import RunFolderError
+from mtp_lightning.evaluation.kept_reports import MARGINAL, OF_PROBES
 from mtp_lightning.evaluation.marginal import MarginalReport
-from mtp_lightning.evaluation.marginal_reports import read_kept
+from mtp_lightning.evaluation.probes import ProbeReport
+from mtp_lightning.evaluation.spread import Spread, spread
 from mtp_lightning.files.untrusted import OddFileError, described, open_regular, read_object, reason_of
 from mtp_lightning.launch.status import current_phase
 from mtp_lightning.training.logging.metrics_files import Row, read_rows
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; from 10 on the last one is used, which is
-# too wide rather than too narrow.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 PREFIX = "val/"
 MOST_OFFSETS = 1024  # each is a column
 FIELDS: Mapping[str, Callable[[Any], bool]] = {
@@ -27,13 +25,6 @@ FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "tokens": lambda value: type(value) is int and value >= 0,
 }
 Content = TypeVar("Content")
-
-
-class Spread(NamedTuple):
-    """Mean over seeds, and half the width of its 95 % interval; None with a single seed."""
-
-    mean: float
-    margin: float | None
 
 
 @dataclass(frozen=True)
@@ -46,6 +37,7 @@ class RunFigures:
     num_offsets: int
     figures: dict[str, float]
     marginal: MarginalReport | None = None  # what `mtp eval marginal` has measured; its top accuracies are in figures
+    probes: tuple[ProbeReport, ...] = ()  # what `mtp eval induction` and `polynomial` have; accuracies are in figures
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,7 @@ class Group:
     figures: dict[str, Spread]
     loss_change: Spread | None  # of the main head, against the first group, seed by seed; None without common seeds
     marginal: MarginalReport | None = None  # of one of its runs
+    probes: tuple[ProbeReport, ...] = ()  # of its first run
 
 
 def read_run(folder: Path) -> RunFigures:
@@ -80,11 +73,13 @@ def read_run(folder: Path) -> RunFigures:
                 f"{name}: {described(told.get(name))}, in summary.json or the last validation of {last_phase}"
             )
     figures = {name.removeprefix(PREFIX): value for name, value in last.items() if name.startswith(PREFIX)}
-    marginal = read_kept(folder)
+    marginal = MARGINAL.read(folder)
+    probes = tuple(report for keeper in OF_PROBES.values() if (report := keeper.read(folder)))
     for of in marginal.offsets if marginal else ():
         figures[f"marginal_top_{of.offset}"] = of.marginal_top
         figures |= {} if of.head_top is None else {f"head_top_{of.offset}": of.head_top}
-    return RunFigures(told["recipe"], told["seed"], told["tokens"], told["num_offsets"], figures, marginal)
+    figures |= {f"{report.probe}_{own.group}": own.value for report in probes for own in report.accuracies}
+    return RunFigures(told["recipe"], told["seed"], told["tokens"], told["num_offsets"], figures, marginal, probes)
 
 
 def _read(path: Path, reader: Callable[[Path], Content]) -> Content:
@@ -125,6 +120,7 @@ def compare(runs: Iterable[RunFigures]) -> list[Group]:
             )
         of_seed[run.seed] = run
     _check_same_question([run for of_seed in by_recipe.values() for run in of_seed.values()])
+    _check_same_problems([run for of_seed in by_recipe.values() for run in of_seed.values()])
     first = next(iter(by_recipe.values()), {})
     return [_group(recipe, of_seed, first) for recipe, of_seed in by_recipe.items()]
 
@@ -143,6 +139,20 @@ def _check_same_question(runs: Iterable[RunFigures]) -> None:
         )
 
 
+def _check_same_problems(runs: Iterable[RunFigures]) -> None:
+    asked: dict[str, dict[str, str]] = {}
+    for run in runs:
+        for report in run.probes:
+            asked.setdefault(report.probe, {})[report.data_sha256] = f"{run.recipe}, seed {run.seed}"
+    for probe, places in asked.items():
+        if len(places) > 1:
+            raise RunFolderError(
+                f"runs to be compared must be measured on the same file of {probe}",
+                f"other problems for {' than for '.join(places.values())}",
+                f"Give mtp eval {probe} all runs at once.",
+            )
+
+
 def _group(recipe: str, runs: dict[int, RunFigures], first: dict[int, RunFigures]) -> Group:
     names = sorted(set.intersection(*(set(run.figures) for run in runs.values())))
     common = [seed for seed in runs if seed in first]
@@ -155,21 +165,8 @@ def _group(recipe: str, runs: dict[int, RunFigures], first: dict[int, RunFigures
         {name: spread([run.figures[name] for run in runs.values()]) for name in names},
         spread(changes) if changes else None,
         next((run.marginal for run in runs.values() if run.marginal), None),
+        next(iter(runs.values())).probes,
     )
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Mean of some values and half the width of its 95 % interval, by Student's t.
-
-    >>> spread([1.0, 2.0, 3.0])
-    Spread(mean=2.0, margin=2.48433820832296)
-    """
-    count = len(values)
-    mean = sum(values) / count
-    if count < 2:
-        return Spread(mean, None)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    return Spread(mean, T_95[min(count - 1, len(T_95)) - 1] * deviation / math.sqrt(count))
 
 
 def as_json(groups: Sequence[Group]) -> list[dict[str, Any]]:

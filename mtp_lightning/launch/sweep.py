@@ -48,7 +48,7 @@ def plan_sweep(
     All recipes with the first seed come first; a run that starts from another one's folder comes after it.
 
     Args:
-        arguments: paths of recipes, and `key=value` for all of them.
+        arguments: paths of recipes or of folders with recipes, and `key=value` for all of them.
         seeds: as in 0,1,2.
         vary: as in optimizer.lr=1e-4,3e-4.
         out: folder of the sweep.
@@ -59,7 +59,7 @@ def plan_sweep(
         LaunchError: A list of values cannot be read, or there are too many runs.
         RecipeError: Names all faults of all members.
     """
-    paths = [argument for argument in arguments if "=" not in argument]
+    paths = [path for argument in arguments if "=" not in argument for path in _recipes_in(argument)]
     given = [argument for argument in arguments if "=" in argument]
     points = sweep_points([f"run.seed={seeds}", *vary])
     keys = {override.partition("=")[0].strip(): override for override in (*given, *vary)}
@@ -152,6 +152,13 @@ def members_of(folder: Path) -> list[Path]:
     """List the run folders of a sweep, in the order in which they were made; none where there is no sweep."""
     runs = [run for run in folder.glob("*/seed*") if is_run(run)]
     return sorted(runs, key=lambda run: str(read_marker(run).get("made_at")))
+
+
+def _recipes_in(argument: str) -> list[str]:
+    """List the recipes of a folder, those beneath it apart; anything else is a recipe itself."""
+    folder = Path(argument)
+    own = sorted(folder.glob("*.yaml")) if folder.is_dir() and not (folder / RECIPE).exists() else []
+    return [str(path) for path in own] or [argument]
 
 
 def _member(path: str, base: Path | None, overrides: Sequence[str], varied: str, out: Path) -> Member:

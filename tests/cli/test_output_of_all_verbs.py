@@ -44,6 +44,8 @@ WORDS = {
     "data generate": "RUN --out NEW --prompts PROMPTS --num-documents 20 --max-new-tokens 4 --validation-fraction 0.5",
     "data build": "TEXT --out NEW",
     "data peek": f"{RECIPE} {SMALL}",
+    "data probe induction": "NEW --documents 4 --test 2",
+    "data probe polynomial": "NEW --documents 4 --test 2",
     "data verify": "SHARDS",
     "data stats": "SHARDS --picture NEW.png",
     "recipe show": f"{RECIPE} --docs",
@@ -59,6 +61,8 @@ WORDS = {
     "eval harness": "RUN --tasks last_words --include-path TASKS --out NEW --json NEW.json",
     "eval acceptance": "RUN --rows 4 --json NEW",
     "eval marginal": "RUN --samples 2 --last 4 --json NEW",
+    "eval induction": "RUN --data TRIALS --json NEW",
+    "eval polynomial": "RUN --data TRIALS --json NEW --plot NEW.png",
     "eval lens": "RUN --samples 2 --json NEW --plot NEW.png",
     "report page": "RUN --html NEW.html --prompt a --max-new-tokens 4",
     "report compare": "RUN --json NEW --plot NEW.png --html NEW.html",
@@ -112,6 +116,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (base / "text").mkdir()
     problem = {"task_id": "1", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f): pass"}
     (base / "problems").write_text(json.dumps(problem))
+    trial = {"text": "Qz, Qz", "names": ["Qz"], "prompt": "-31000=", "completion": "46000", "operations": 1}
+    (base / "trials").write_text(json.dumps(trial))
     (base / "tasks").mkdir()
     (base / "tasks/data.jsonl").write_text(json.dumps({"text": "träume", "word": "süß"}) + "\n")
     files = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(base / "tasks/data.jsonl")}}}
@@ -131,6 +137,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "TEXT": "text",
         "PROMPTS": "prompts",
         "PROBLEMS": "problems",
+        "TRIALS": "trials",
         "TASKS": "tasks",
         "LONG": "long",
     }
@@ -173,6 +180,8 @@ READ = {
     ("generate", "--tree"),
     ("bench decode", "--prompts"),
     ("eval code", "--data"),
+    ("eval induction", "--data"),
+    ("eval polynomial", "--data"),
     ("report page", "--sample-text"),
 }
 OPTIONS = [

@@ -12,8 +12,8 @@ from typer.testing import CliRunner, Result
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.cli.app import app
-from mtp_lightning.evaluation.comparison import spread
 from mtp_lightning.evaluation.marginal import measure_marginal
+from mtp_lightning.evaluation.spread import spread
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
 from tests.cli.test_submit_verb import pretend_sbatch

@@ -7,7 +7,8 @@ import statistics
 import pytest
 
 from mtp_lightning.errors import RunFolderError
-from mtp_lightning.evaluation.comparison import RunFigures, compare, draw, read_run, spread
+from mtp_lightning.evaluation.comparison import RunFigures, compare, draw, read_run
+from mtp_lightning.evaluation.spread import spread
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
 from tests.support.runs import ROOT, figures, mtp

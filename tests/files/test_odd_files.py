@@ -10,7 +10,7 @@ from mtp_lightning.checkpoint.format.manifest import MANIFEST_NAME, read_manifes
 from mtp_lightning.checkpoint.format.state_tree import STATE_NAME, read_state, write_state
 from mtp_lightning.decode.tree import read_tree
 from mtp_lightning.errors import MtpError
-from mtp_lightning.evaluation.marginal_reports import FILE_NAME, read_kept
+from mtp_lightning.evaluation.kept_reports import MARGINAL, OF_PROBES
 from mtp_lightning.training.logging import loggers
 from mtp_lightning.training.phases import _summary_of
 from mtp_lightning.training.step.skipped_steps import RECORDS, read_rollbacks
@@ -42,7 +42,8 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "rollbacks": (str(RECORDS), lambda path: read_rollbacks(path.parents[1])),
     "records of loggers": (loggers.RECORDS, lambda path: loggers._read_records(path.parent)),
     "summary of a phase": ("summary.json", lambda path: _summary_of(path.parent)),
-    "marginalization": (FILE_NAME, lambda path: read_kept(path.parent)),
+    "marginalization": (MARGINAL.file_name, lambda path: MARGINAL.read(path.parent)),
+    "probe": (OF_PROBES["induction"].file_name, lambda path: OF_PROBES["induction"].read(path.parent)),
 }
 TAKEN = {("summary of a phase", "other fields"), ("summary of a phase", "fields of other types")}
 TAKEN |= {

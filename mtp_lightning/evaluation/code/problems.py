@@ -5,17 +5,15 @@ import builtins
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Final, final
 
-from mtp_lightning.data.text.compressed import DAMAGE, opened_text
 from mtp_lightning.errors import DataError
 from mtp_lightning.evaluation.code.sandbox import Calls, Programs
-from mtp_lightning.files.untrusted import OddFileError, described, open_regular, reason_of, shown
-
-Row = Mapping[str, Any]
+from mtp_lightning.evaluation.json_lines import Row, json_rows
+from mtp_lightning.files.untrusted import described, shown
 
 
 @final
@@ -65,7 +63,7 @@ def read_problems(task: str, path: Path) -> list[Problem]:
     """
     kind = TASKS[task]
     rows: dict[str, Row] = {}
-    for number, row in _rows(path):
+    for number, row in json_rows(path):
         wrong = [field for field, types in kind.fields.items() if not isinstance(row.get(field), types)]
         if wrong:
             found = described(row[wrong[0]]) if wrong[0] in row else "none"
@@ -83,31 +81,6 @@ def read_problems(task: str, path: Path) -> list[Problem]:
     if not problems:
         raise _wrong(task, path, "none", "there must be a problem to solve")
     return problems
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Row]]:
-    try:
-        with open_regular(path) as raw, opened_text(raw, path.name, None) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, _row(line, number, path)
-    except (*DAMAGE, OddFileError) as error:
-        raise DataError("a file of problems must be readable", f"{path}: {reason_of(error)}", "Name another") from None
-
-
-def _row(line: bytes, number: int, path: Path) -> Row:
-    try:
-        row = json.loads(line)
-        found = described(row)
-    except (ValueError, RecursionError) as error:
-        row, found = None, shown(error)
-    if isinstance(row, dict):
-        return row
-    raise DataError(
-        "every line of a file of problems must be a JSON object",
-        f"line {number} of {path}: {found}",
-        "Correct the line",
-    )
 
 
 def _named(kind: Task) -> str:

@@ -1,0 +1,65 @@
+"""`mtp data probe induction | polynomial`: synthetic tasks to train and test on."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Write a synthetic task: documents to train on, problems to test with.")
+
+OutArgument = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Where to; must not exist yet.", show_default=False)
+]
+DocumentsOption = Annotated[int, typer.Option(metavar="N", min=1, help="Documents to train on.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of what is drawn.")]
+
+
+@app.callback()
+def describe() -> None:
+    """Write a synthetic task: documents to train on, problems to test with."""
+
+
+@app.command()
+def induction(
+    out: OutArgument,
+    *,
+    documents: DocumentsOption = 200_000,
+    test: Annotated[int, typer.Option(metavar="N", min=1, help="Stories of the test.")] = 100,
+    seed: SeedOption = 0,
+) -> None:
+    """Write stories whose names are two tokens, with other names in the test, and their tokenizer."""
+    from mtp_lightning.console.progress import say
+    from mtp_lightning.data.probes.stories import stories, tokenizer_json
+    from mtp_lightning.data.probes.write import write_probe
+
+    write_probe(
+        out,
+        train=(documents, stories(documents, seed, is_test=False)),
+        test=(test, stories(test, seed, is_test=True)),
+        tokenizer=tokenizer_json(),
+    )
+    say(f"{documents:,} stories to train on, {test:,} to test with: {out}")
+
+
+@app.command()
+def polynomial(
+    out: OutArgument,
+    *,
+    documents: DocumentsOption = 1_000_000,
+    test: Annotated[int, typer.Option(metavar="N", min=1, help="Problems per number of operations.")] = 2000,
+    pause_tokens: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Tokens that say nothing, before the equality sign.")
+    ] = 0,
+    seed: SeedOption = 0,
+) -> None:
+    """Write arithmetic on polynomials over F_7 modulo X^5: 1 to 5 operations, in the test 1 to 10."""
+    from mtp_lightning.console.progress import say
+    from mtp_lightning.data.probes.polynomials import MOST_TESTED, problems
+    from mtp_lightning.data.probes.write import write_probe
+
+    write_probe(
+        out,
+        train=(documents, problems(documents, seed, is_test=False, num_pauses=pause_tokens)),
+        test=(test * MOST_TESTED, problems(test, seed, is_test=True, num_pauses=pause_tokens)),
+    )
+    say(f"{documents:,} problems to train on, {test * MOST_TESTED:,} to test with: {out}")
