@@ -108,21 +108,25 @@ def marginal(
     nucleus: Annotated[float, typer.Option(help="Share of the probability that is summed over.")] = 0.99,
     most_paths: Annotated[int, typer.Option("--paths", help="Most paths that are summed over.")] = 1024,
     device: DeviceOption = DeviceName.auto,
+    weights: WeightsOption = WeightsName.trained,
     json_path: JsonOption = None,
 ) -> None:
     """Predict tokens further on with the main head alone, summed over those in between, beside the heads.
 
-    Of a run it is kept in its folder: mtp report compare shows it, and the same question is not computed again.
+    Of a run's trained weights it is kept in its folder: mtp report compare shows it, and the same question is not
+    computed again.
     """
     from mtp_lightning.cli.generate import device_of
     from mtp_lightning.cli.recipe_argument import open_runs
     from mtp_lightning.console.errors import screen
     from mtp_lightning.console.tables import write_json
+    from mtp_lightning.evaluation.marginal import measure_marginal
     from mtp_lightning.evaluation.marginal_reports import measure_kept
 
+    measure = measure_kept if weights is WeightsName.trained else measure_marginal
     runs, reports = open_runs(paths), []
     for run in runs:
-        report = measure_kept(
+        report = measure(
             run,
             num_offsets=offsets,
             num_samples=samples,

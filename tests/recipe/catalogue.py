@@ -256,6 +256,7 @@ RULES = (
     _broken("ranks_do_not_divide_rows", "strategy.kind=zero2", "strategy.ranks_per_node=6", "batch.micro_batch_size=1"),
     _broken("micro_rows_of_all_ranks_do_not_divide_rows", "strategy.kind=zero3", "strategy.num_nodes=2"),
     _broken("several_ranks_without_zero", "strategy.ranks_per_node=4"),
+    _broken("elastic_without_zero", "strategy.elastic=true"),
     _broken("offload_without_zero", "strategy.offload_optimizer=cpu"),
     _broken("parameters_offloaded_under_zero2", "strategy.kind=zero2", "strategy.offload_parameters=cpu"),
     _broken("nvme_without_path", "strategy.kind=zero3", "strategy.offload_optimizer=nvme"),

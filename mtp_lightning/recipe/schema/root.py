@@ -245,6 +245,9 @@ class StrategySection(Section):
     """Machines."""
     ranks_per_node: Annotated[int, Field(ge=1, le=1024)] = 1
     """Ranks (GPUs) per node."""
+    elastic: bool = False
+    """Take as many nodes and ranks as have been started in place of the two fields above, as under `torchrun
+    --nnodes=1:4`, which starts ranks again when nodes go or come; the global batch stays."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where the optimizer's state lives when it is not on the GPU."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
