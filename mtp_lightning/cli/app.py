@@ -99,7 +99,15 @@ def train(
     """Train a recipe; given a run that was interrupted, go on where it was."""
     guard_output(go_on_without_output)
     steps = [] if profile is None else [f"debug.profile_steps=[{profile.replace('-', ',')}]"]
-    loaded = open_recipe(recipe, [*(overrides or []), *steps])
+    changes = [*(overrides or []), *steps]
+    loaded = open_recipe(recipe, changes)
+    if loaded.recipe.strategy.elastic:
+        from mtp_lightning.launch.local import die_with_parent
+        from mtp_lightning.launch.rank_env import started_ranks
+
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent()  # a rank whose agent is lost would train on, unseen by the others' agents
+        loaded = open_recipe(recipe, [*changes, *started_ranks(os.environ)])
     code = _train(loaded)
     if code == 0 and loaded.recipe.run.sample is not None and not _is_one_of_several():
         generate.show_sample(loaded.recipe)

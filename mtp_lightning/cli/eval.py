@@ -111,11 +111,13 @@ def marginal(
     nucleus: Annotated[float, typer.Option(help="Share of the probability that is summed over.")] = 0.99,
     most_paths: Annotated[int, typer.Option("--paths", help="Most paths that are summed over.")] = 1024,
     device: DeviceOption = DeviceName.auto,
+    weights: WeightsOption = WeightsName.trained,
     json_path: JsonOption = None,
 ) -> None:
     """Predict tokens further on with the main head alone, summed over those in between, beside the heads.
 
-    Of a run it is kept in its folder: mtp report compare shows it, and the same question is not computed again.
+    Of a run's trained weights it is kept in its folder: mtp report compare shows it, and the same question is not
+    computed again.
     """
     from mtp_lightning.cli.generate import device_of
     from mtp_lightning.cli.recipe_argument import open_runs
@@ -135,7 +137,8 @@ def marginal(
     }
     measure = functools.partial(measure_marginal, device=str(device_of(device)), **settings)
     for run in runs:
-        report = MARGINAL.measured(run, settings, functools.partial(measure, run))
+        of_run = functools.partial(measure, run)
+        report = MARGINAL.measured(run, settings, of_run) if weights is WeightsName.trained else of_run()
         reports.append(report.as_json())
         if len(runs) > 1:
             screen().print(str(run), soft_wrap=True)

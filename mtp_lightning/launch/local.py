@@ -18,6 +18,7 @@ from mtp_lightning.launch.rank_env import RankInfo, free_port, local_rank_info, 
 from mtp_lightning.launch.signals import heeded_signals
 from mtp_lightning.recipe.schema.root import Recipe
 
+_LIBC = ctypes.CDLL(None)
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
@@ -29,7 +30,6 @@ def start_mtp(
     stderr: IO[bytes] | int | None = None,
 ) -> "subprocess.Popen[bytes]":
     """Start `mtp` with these arguments; it is killed when this process ends, however it ends."""
-    libc = ctypes.CDLL(None)
     return subprocess.Popen(
         [sys.executable, "-m", "mtp_lightning", *arguments],
         env={**os.environ, **(environment or {})},
@@ -37,8 +37,13 @@ def start_mtp(
         stdout=stdout,
         stderr=stderr,
         start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-        preexec_fn=lambda: libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL),
+        preexec_fn=die_with_parent,
     )
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the one that has started it ends, however it ends."""
+    _LIBC.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 @contextmanager

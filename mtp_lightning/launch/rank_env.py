@@ -71,6 +71,20 @@ def rank_from_env(environment: Mapping[str, str]) -> RankInfo | None:
     return rank_info
 
 
+def started_ranks(environment: Mapping[str, str]) -> list[str]:
+    """List the overrides that make a recipe one of as many ranks as have been started; none where this is no rank.
+
+    >>> started_ranks({"RANK": "0", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"})
+    ['strategy.num_nodes=3', 'strategy.ranks_per_node=2']
+    """
+    rank_info = rank_from_env(environment)
+    if rank_info is None:
+        return []
+    num_nodes, rest = divmod(rank_info.num_ranks, rank_info.local_ranks)
+    num_nodes, local_ranks = (rank_info.num_ranks, 1) if rest else (num_nodes, rank_info.local_ranks)
+    return [f"strategy.num_nodes={num_nodes}", f"strategy.ranks_per_node={local_ranks}"]
+
+
 def local_rank_info(rank: int, num_ranks: int, port: int) -> RankInfo:
     """Make a rank_info on this machine, where all ranks are."""
     return RankInfo(

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
+from mtp_lightning.losses.targets import IGNORE, shifted_targets
+from mtp_lightning.recipe.draft_vocabulary import with_draft_ids
 from tests.laws.test_schedules_agree import MODELS, WEIGHTS, assert_same_step
 from tests.support.covering import every_pair
 from tests.support.runs import ROOT, mtp
@@ -16,6 +19,7 @@ OTHER_LOSSES = {
     "none": {},
     "all": {"label_smoothing": 0.1, "z_loss": 0.01, "token_order": {"weight": 0.7, "window_size": 6}},
 }
+SOFT_TARGETS = {"alpha": [0.0], "beta": [1.0], "top_k": "all"}
 ONLY_DIVERGENCE = {"alpha": [0.0], "beta": [0.8]}
 
 
@@ -153,6 +157,47 @@ def test_through_a_shared_matrix_only_the_students_use_gets_gradient(backward_or
     assert max(errors.values()) < 1e-10, errors
 
 
+@every_pair(
+    quick=12,
+    kind=HEAD_KINDS,
+    backward_order=["sequential", "bridged", "joint"],
+    model=["plain", "tied"],
+    drafts=[None, 9],
+    masked=[False, True],
+)
+def test_soft_targets_are_cross_entropy_with_the_teacher_as_target(kind, backward_order, model, drafts, masked):
+    """As torch computes it from plain logits, of documents and a mask too; the last positions have no teacher."""
+    recipe = tiny_recipe(
+        heads=HEAD_KINDS[kind] | ({"draft_vocabulary": drafts} if drafts else {}),
+        objective={"backward_order": backward_order} | distill(**SOFT_TARGETS),
+        model={"tie_word_embeddings": model == "tied" and not kind.endswith("replicated")},
+    )
+    recipe = with_draft_ids(recipe, list(range(drafts))) if drafts else recipe
+    net, (tokens, documents, mask) = tiny_model(recipe), tiny_rows(recipe, 2)
+    rows = (tokens, documents, mask if masked else None)
+    _, found = gradients_of(net, recipe, rows)
+    hidden, targets = net.hidden_states(tokens, documents), shifted_targets(*rows[:2], 4, rows[2])
+    main = net.unembedding.logits(1, hidden[1])
+    loss = F.cross_entropy(main.flatten(0, 1), targets[0].flatten())
+    for k in range(2, 5):
+        students = net.unembedding.logits(k, hidden[k])[:, : 1 - k]
+        teachers = main[:, k - 1 :].detach()
+        spoken = teachers.argmax(-1) < (drafts or main.shape[-1])  # of the drafts; the others' loss is 0
+        softened = teachers[..., :drafts].softmax(-1)
+        losses = F.cross_entropy(students[..., :drafts].flatten(0, 1), softened.flatten(0, 1), reduction="none")
+        has_target = (targets[k - 1, :, : 1 - k] != IGNORE).flatten()
+        loss = loss + (losses * (has_target & spoken.flatten())).sum() / has_target.sum()
+    net.zero_grad()
+    loss.backward()
+    errors = {name: relative_error(found[name], p.grad) for name, p in net.named_parameters() if p.grad is not None}
+    assert max(errors.values()) < 1e-10, errors
+
+
+def test_soft_targets_are_of_the_whole_vocabulary():
+    section = tiny_recipe(objective=distill(**SOFT_TARGETS)).objective.distill
+    assert section.resolved_top_k(50_257) == 50_257
+
+
 def low_precision_step(backward_order, kind, fields, *, autocast=True):
     recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective={"backward_order": backward_order} | distill(**fields))
     tokens, documents, _ = tiny_rows(recipe, 2)
@@ -185,17 +230,24 @@ RUN = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", ["detach_teacher: true, top_k: 100", "detach_teacher: false"])
-def test_training_on_two_ranks_is_that_on_one(tmp_path, fields):
+@pytest.mark.parametrize(
+    ("fields", "stages"),
+    [
+        ("detach_teacher: true, top_k: 100", STAGES),
+        ("detach_teacher: false", STAGES),
+        ("alpha: [0.0], top_k: all", ("zero3",)),
+    ],
+)
+def test_training_on_two_ranks_is_that_on_one(tmp_path, fields, stages):
     """Every stage of ZeRO, with a matrix for each offset: the teacher's is used by ranks that must not wait for it."""
     recipe = str(ROOT / "recipes/debug/chained_causal.yaml")
     own = (*RUN, f"objective.distill={{{fields}, beta: [1.0]}}", "heads.unembedding=replicated")
-    strategies = {"single": (), **{stage: (f"strategy.kind={stage}", "strategy.ranks_per_node=2") for stage in STAGES}}
+    strategies = {"single": (), **{stage: (f"strategy.kind={stage}", "strategy.ranks_per_node=2") for stage in stages}}
     weights = {}
     for name, spread in strategies.items():
         done = mtp("train", recipe, *own, *spread, f"run.dir={name}", cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         weights[name] = dict(load_model(tmp_path / name)[1].named_parameters())
-    for stage in STAGES:
+    for stage in stages:
         for name, value in weights["single"].items():
             torch.testing.assert_close(weights[stage][name], value, rtol=1e-3, atol=2e-4, msg=f"{stage} {name}")

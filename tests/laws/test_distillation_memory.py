@@ -29,7 +29,9 @@ def test_a_rollout_makes_no_tensor_of_all_logits(where):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{}, {"detach_teacher": False}, {"top_k": 32_000}, {"divergence": "lk_lambda"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"detach_teacher": False}, {"alpha": [0.0], "top_k": "all"}, {"divergence": "lk_lambda"}]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind(kind, fields):
     recipe = full_recipe(KINDS[kind], {"distill": fields})

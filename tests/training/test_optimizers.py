@@ -1,5 +1,6 @@
 """Muon and averages of weights: equal to torch's own, resumed to the bit, read by every verb."""
 
+import json
 import shutil
 from hashlib import sha256
 
@@ -84,6 +85,14 @@ def test_every_verb_takes_the_average(averaged, tmp_path):
         invoke("eval", "acceptance", path, "--rows", 8, *option).output
         for path, option in ((averaged, ["--weights", "ema"]), (tmp_path / "ema", []), (averaged, []))
     ]
+    assert asked[0] == asked[1] != asked[2]
+    asked = []
+    for path, option in ((averaged, "ema"), (tmp_path / "ema", "trained"), (averaged, "trained")):
+        where = tmp_path / "marginal.json"
+        done = invoke("eval", "marginal", path, "--samples", 2, "--last", 2, "--weights", option, "--json", where)
+        assert done.exit_code == 0, done.output
+        asked.append(json.loads(where.read_text())["offsets"])
+        assert (averaged / "marginal.json").exists() == (len(asked) == 3), "kept of the trained weights alone"
     assert asked[0] == asked[1] != asked[2]
     assert invoke("generate", averaged, "--prompt", "def ", "--max-new-tokens", 4, "--weights", "ema").exit_code == 0
 

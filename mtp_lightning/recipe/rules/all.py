@@ -119,7 +119,7 @@ def _fits_extras(recipe: Recipe, name: str) -> bool:
 
 def _top_k_fits(recipe: Recipe) -> bool:
     distill = recipe.objective.distill
-    return distill is None or (distill.top_k or 0) <= recipe.model.vocab_size
+    return distill is None or not distill.exceeds(recipe.model.vocab_size)
 
 
 def _is_separable(recipe: Recipe) -> bool:
@@ -307,7 +307,7 @@ RULES: tuple[Rule, ...] = (
         fields=("objective.distill.top_k", "model.vocab_size"),
         holds=_top_k_fits,
         expected="must not exceed model.vocab_size",
-        hint="Lower objective.distill.top_k, or set it to null for as many as there are, 10,000 at most.",
+        hint="Lower objective.distill.top_k, or set it to all, or to null for 10,000 at most.",
     ),
     Rule(
         fields=("objective.balance", "objective.distill.beta"),

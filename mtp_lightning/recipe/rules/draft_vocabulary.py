@@ -62,9 +62,9 @@ DRAFT_RULES: tuple[Rule, ...] = (
         holds=lambda recipe: (
             recipe.objective.distill is None
             or recipe.heads.draft_vocabulary is None
-            or (recipe.objective.distill.top_k or 0) <= draft_vocab_size(recipe)
+            or not recipe.objective.distill.exceeds(draft_vocab_size(recipe))
         ),
         expected="must not exceed heads.draft_vocabulary, beyond which nothing is compared",
-        hint="Lower objective.distill.top_k, or set it to null for as many as there are, 10,000 at most.",
+        hint="Lower objective.distill.top_k, or set it to all, or to null for 10,000 at most.",
     ),
 )

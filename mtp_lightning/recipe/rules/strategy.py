@@ -92,6 +92,12 @@ STRATEGY_RULES: tuple[Rule, ...] = (
         hint="Set strategy.kind=zero2, or one node and one rank per node.",
     ),
     Rule(
+        fields=("strategy.elastic", "strategy.kind"),
+        holds=lambda recipe: recipe.strategy.kind != "single" or not recipe.strategy.elastic,
+        expected="must be false where strategy.kind is single, which is one rank",
+        hint="Set strategy.kind=zero1, zero2 or zero3.",
+    ),
+    Rule(
         fields=("strategy.kind", "strategy.offload_optimizer", "strategy.offload_parameters"),
         holds=lambda recipe: recipe.strategy.kind != "single" or not _offloads(recipe.strategy, "cpu", "nvme"),
         expected="must be zero1, zero2 or zero3 to offload: DeepSpeed does it",

@@ -83,6 +83,9 @@ class DistillSection(Section):
 
     The loss of offset k becomes its weight x (alpha x cross-entropy + beta x divergence). Its teacher at position t is
     the main head at position t+k-1, which predicts the same token; where there is none, only the cross-entropy counts.
+
+    Soft targets are alpha 0, beta 1, `top_k: all`: the gradient of offset k is q - p, of the cross-entropy of its
+    distribution q with the teacher's p in place of the one token that came; where there is no teacher there is none.
     """
 
     alpha: list[NonNegativeFloat] = Field(default=[1.0], min_length=1)
@@ -94,7 +97,7 @@ class DistillSection(Section):
     a mixture of KL and total variation that shifts to the latter as the overlap grows [LK losses, arXiv 2602.23881]."""
     lk_rate: PositiveFloat = 3.0
     """For `lk_lambda`: the share of KL is exp(-lk_rate x overlap)."""
-    top_k: PositiveInt | None = None
+    top_k: PositiveInt | Literal["all"] | None = None
     """How many of the teacher's largest logits are compared; null means 10,000, or all where there are fewer."""
     temperature: PositiveFloat = 1.0
     """What both sides' logits are divided by before the softmax; the loss is not scaled back."""
@@ -107,7 +110,11 @@ class DistillSection(Section):
 
     def resolved_top_k(self, vocab_size: int) -> int:
         """Number K of logits that are compared."""
-        return min(self.top_k or DISTILLED_LOGITS, vocab_size)
+        return vocab_size if self.top_k == "all" else min(self.top_k or DISTILLED_LOGITS, vocab_size)
+
+    def exceeds(self, vocab_size: int) -> bool:
+        """Whether more logits are asked for than there are."""
+        return isinstance(self.top_k, int) and self.top_k > vocab_size
 
     def alpha_of(self, offset: int) -> float:
         """Weight of the cross-entropy of an extra offset."""

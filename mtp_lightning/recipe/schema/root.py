@@ -248,6 +248,9 @@ class StrategySection(Section):
     sequence_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
     """Consecutive ranks that share a window (DeepSpeed Ulysses): each computes an equal slice of its positions, and in
     attention an equal share of the heads. Activations are that much smaller, and so are the rows that run at once."""
+    elastic: bool = False
+    """Take as many nodes and ranks as have been started in place of the two fields above, as under `torchrun
+    --nnodes=1:4`, which starts ranks again when nodes go or come; the global batch stays."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where the optimizer's state lives when it is not on the GPU."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"

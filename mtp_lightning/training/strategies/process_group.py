@@ -2,9 +2,9 @@
 
 import contextlib
 import os
-import platform
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -22,10 +22,11 @@ from mtp_lightning.training.strategies.param_shards import listed
 JOIN_TIMEOUT = timedelta(minutes=30)
 SAY_AFTER_S, POLL_S = 60.0, 0.1
 ALL_CAME = "all"
+MEETING = "mtp/meeting"  # key of the newest
 
 
 def met(rank_info: RankInfo) -> Store:
-    """Wait until all ranks have come to the address of the first; return the store that they share there.
+    """Wait until all ranks have come to the address of the first; return a store of their own that they share there.
 
     Raises:
         LaunchError: Naming the ranks that have not come in time, or why none can.
@@ -36,27 +37,39 @@ def met(rank_info: RankInfo) -> Store:
         server = TCPStore(
             address, port, is_master=rank_info.rank == 0 and not is_served, timeout=JOIN_TIMEOUT, wait_for_workers=False
         )
-        store = PrefixStore(f"mtp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
-        store.set(f"came/{rank_info.rank}", platform.node())
-        _wait_for_all(store, rank_info)
+        return _joined_by_all(server, rank_info)
     except dist.DistError as error:
         raise LaunchError(
             f"rank 0 must open a port that all ranks reach: {address}:{port} (MASTER_ADDR, MASTER_PORT)",
             str(error).splitlines()[0],
             "Look at the log of rank 0, name its node in MASTER_ADDR, and take a MASTER_PORT that is free there.",
         ) from error
-    return store
 
 
-def _wait_for_all(store: Store, rank_info: RankInfo) -> None:
-    """Poll until the first rank has seen all ranks come; say which have not after a while, and at the end."""
+def _joined_by_all(server: Store, rank_info: RankInfo) -> Store:
+    """Poll until all ranks have come to the newest meeting; say which have not after a while, and at the end.
+
+    torchrun's store outlives restarts, and its agents count restarts each for itself, so that the first rank opens a
+    meeting with a new name. Others may hear of the one before, which their own numbers have come to: they wait on.
+    """
     began, has_said = time.monotonic(), False
-    while not _have_all_come(store, rank_info):
+    size = f"{rank_info.num_ranks} ranks"
+    name, store = "", None
+    if rank_info.rank == 0:
+        server.set(MEETING, f"{size}/{uuid.uuid4().hex}")
+    while True:
+        newest = server.get(MEETING).decode() if server.check([MEETING]) else ""
+        if newest != name and newest.startswith(size):
+            name, store = newest, PrefixStore(f"mtp/{newest}", server)
+            if store.add(f"came/{rank_info.rank}", 1) > 1:
+                store = None  # another process with this rank was there
+        if store is not None and _have_all_come(store, rank_info):
+            return store
         waited_s = time.monotonic() - began
         is_over = waited_s > JOIN_TIMEOUT.total_seconds()
         if is_over or (waited_s > SAY_AFTER_S and not has_said):
             has_said = True
-            names = listed(list(map(str, _missing(store, rank_info))))
+            names = listed(list(map(str, [0] if store is None else _missing(store, rank_info))))
             if is_over:
                 raise LaunchError(
                     f"all {rank_info.num_ranks} ranks must meet within {JOIN_TIMEOUT.total_seconds() / 60:g} minutes",
