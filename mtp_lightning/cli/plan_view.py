@@ -88,6 +88,9 @@ def _run_lines(plan: Plan) -> Text:
         "stops": _stops(chosen.gpu_hours),
         "disk": f"at most {gib(plan.disk.total)} GiB: {plan.disk.num_checkpoints:,} checkpoints of "
         f"{gib(plan.disk.bytes_each)} GiB",
+        "states": f"at most {gib(plan.kept_state_bytes)} GiB in {plan.recipe.memory.cache_hidden_states}, each row once"
+        if plan.kept_state_bytes
+        else "",
     }
     lines = {label: text for label, text in lines.items() if text}
     return Text("\n").join(Text.assemble((label.ljust(LABEL), "cyan"), text) for label, text in lines.items())

@@ -22,7 +22,7 @@ from mtp_lightning.diagnostics.preflight_trial import (
 )
 from mtp_lightning.files.durable import force
 from mtp_lightning.launch.run_marker import claim
-from mtp_lightning.planner.counts import disk_use
+from mtp_lightning.planner.counts import disk_use, kept_state_bytes
 from mtp_lightning.planner.layout import layout_of
 from mtp_lightning.planner.memory import memory
 from mtp_lightning.planner.shape import shape_of
@@ -142,7 +142,9 @@ def _room(recipe: Recipe, device: torch.device) -> str:
     if free < needed.total:
         found = f"{free / GIB:.1f} GiB free, {needed_gib:.1f} GiB needed for {checkpoints}"
         raise Failure(found, "Make room, lower checkpoint.keep, or raise checkpoint.keep_every_steps")
-    return f"{free / GIB:,.0f} GiB free where {checkpoints} take {needed_gib:,.2g} GiB"
+    kept = kept_state_bytes(recipe)
+    states = f"; states at most {kept / GIB:,.2g} GiB in {recipe.memory.cache_hidden_states}" if kept else ""
+    return f"{free / GIB:,.0f} GiB free where {checkpoints} take {needed_gib:,.2g} GiB{states}"
 
 
 CHECKS: dict[str, Check] = {

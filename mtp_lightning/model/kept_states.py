@@ -19,6 +19,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from mtp_lightning.console.progress import say
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.model.mtp_model import MtpModel, Whole
 from mtp_lightning.ranks import Ranks
@@ -108,6 +109,8 @@ class KeptStates:
         missing = max(0, self._num_rows - len(self)) * self._record_bytes
         if (free := shutil.disk_usage(self.folder).free) < missing:
             raise OSError(f"{free / 2**30:,.1f} GiB free where {missing / 2**30:,.1f} GiB may be needed")
+        if self._ranks.is_first:
+            say(f"states of {len(self):,} rows are kept in {self.folder}; {missing / 2**30:,.2f} GiB may be added")
 
     def _compare(self, computed: Tensor, kept: Tensor | None) -> None:
         if kept is None:
@@ -161,4 +164,4 @@ def _header(key: bytes, content: memoryview) -> bytes:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """See a tensor's memory, or that of a copy on the host, as bytes."""
-    return memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()).cast("B")
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data

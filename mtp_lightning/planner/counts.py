@@ -75,6 +75,20 @@ def disk_use(recipe: Recipe) -> DiskUse:
     return DiskUse(section.keep + 2 + permanent, each)
 
 
+def kept_state_bytes(recipe: Recipe) -> int:
+    """Count what states of a frozen trunk take on disk where no row comes twice (`memory.cache_hidden_states`).
+
+    >>> recipe = Recipe.model_validate({"freeze": ["trunk"], "memory": {"cache_hidden_states": "states"}})
+    >>> kept_state_bytes(recipe) == 4096 * 1000 * 256 * 4
+    True
+    """
+    if recipe.memory.cache_hidden_states is None:
+        return 0
+    is_fp32 = recipe.strategy.kind == "single" or recipe.run.precision == "fp32"  # autocast leaves the sums of layers
+    positions = recipe.batch.samples_after(recipe.run.steps) * recipe.data.seq_len
+    return positions * recipe.model.hidden_size * (4 if is_fp32 else 2)
+
+
 def parameter_counts(recipe: Recipe) -> ParameterCounts:
     """Count the parameters that training updates and a checkpoint holds.
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mtp_lightning.errors import MtpError
-from mtp_lightning.planner.counts import DiskUse, disk_use
+from mtp_lightning.planner.counts import DiskUse, disk_use, kept_state_bytes
 from mtp_lightning.planner.flops import tokens_after, tokens_per_step
 from mtp_lightning.planner.hardware import Hardware, hardware
 from mtp_lightning.planner.layout import STAGES, Layout, layout_of
@@ -56,6 +56,7 @@ class Plan:
     total_tokens: int
     total_flops: int
     disk: DiskUse
+    kept_state_bytes: int
     chosen: Variant
     strategies: tuple[Variant, ...]  # ZeRO stages and offloading
     checkpointing: tuple[Variant, ...]  # trunk and heads recomputed or not
@@ -72,7 +73,7 @@ class Plan:
             "flops_per_step": self.flops_per_step,
             "total_tokens": self.total_tokens,
             "total_flops": self.total_flops,
-            "disk": asdict(self.disk) | {"total": self.disk.total},
+            "disk": asdict(self.disk) | {"total": self.disk.total, "kept_states": self.kept_state_bytes},
             "chosen": variant_as_json(self.chosen),
             "strategies": [variant_as_json(variant) for variant in self.strategies],
             "checkpointing": [variant_as_json(variant) for variant in self.checkpointing],
@@ -114,6 +115,7 @@ def build_plan(recipe: Recipe, gpu: str = "H100", num_gpus: int | None = None) -
         total_tokens=tokens_after(recipe, recipe.run.steps),
         total_flops=tokens_after(recipe, recipe.run.steps) * shape.flops_per_position,
         disk=disk_use(recipe),
+        kept_state_bytes=kept_state_bytes(recipe),
         chosen=variant(layout),
         strategies=tuple(variant(changed) for changed in _strategies(layout)),
         checkpointing=tuple(

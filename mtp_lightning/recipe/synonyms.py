@@ -96,6 +96,7 @@ SPELLINGS: Mapping[str, str] = {
     "objective.label_smoothing": "label_smoothing_factor",
     "memory.recompute_trunk": "gradient_checkpointing activation_checkpoint.mode activation_checkpointing "
     "recompute_granularity recompute_activations recompute_method",
+    "memory.cache_hidden_states": "train_hidden_states_path hidden_states_path offline_hidden_states",
     "memory.compile": "torch_compile compile.enable compile_model compile_config",
     "data.corpus": "dataset datasets dataset_path dataset_name train_data_path",
     "data.shards": "data_path data_cache_path",
