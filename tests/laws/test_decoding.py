@@ -91,8 +91,7 @@ def test_any_drafts_give_the_plain_text(kind, data):
                 length += kept + 1
 
 
-@kinds
-@pytest.mark.parametrize("num_offsets", [pytest.param(2, marks=pytest.mark.slow), 4])
+@every_pair(kind=DECODED_KINDS, num_offsets=[2, 4])
 def test_all_drafts_right_take_n_tokens_a_step(kind, num_offsets):
     model = model_of(kind, num_offsets=num_offsets)
     forced_drafts = WrittenDrafts(model, PROMPTS, [[num_offsets]] * len(PROMPTS))
@@ -102,8 +101,7 @@ def test_all_drafts_right_take_n_tokens_a_step(kind, num_offsets):
     assert made.statistics.mean_acceptance_length == num_offsets
 
 
-@kinds
-@pytest.mark.parametrize("drafts_are", ["right", pytest.param("their own", marks=pytest.mark.slow)])
+@every_pair(kind=DECODED_KINDS, drafts_are=["right", "their own"])
 def test_texts_end_at_a_stop_token_wherever_it_falls(kind, drafts_are):
     model = model_of(kind)
     forced_drafts = WrittenDrafts(model, PROMPTS, [[3], [2, 1], [0, 3], [1], [3, 2]]) if drafts_are == "right" else None
