@@ -10,6 +10,7 @@ from mtp_lightning.bench.training.memory import bench_memory, memory_figures, ru
 from tests.bench.shapes import quick_recipe
 
 
+@pytest.mark.slow
 def test_table_and_json(capsys, tmp_path):
     path = tmp_path / "figures" / "memory.json"
     recipe = quick_recipe()

@@ -1,11 +1,9 @@
 """What transformers computes with a folder, and what the import of it computes."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -38,9 +36,3 @@ def edit(folder: Path, *removed: str, **changes: Any) -> None:
     path = folder / "config.json"
     told = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({name: value for name, value in told.items() if name not in removed}))
-
-
-def every_second(cases: Iterable[Any]) -> list[Any]:
-    """Leave every second case of a table, given as tuples or names, to the slow tests."""
-    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*row, marks=[pytest.mark.slow] * (place % 2)) for place, row in enumerate(rows)]

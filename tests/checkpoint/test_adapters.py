@@ -14,7 +14,8 @@ from torch import Tensor
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.errors import MtpError
 from tests.checkpoint.families import save_model
-from tests.checkpoint.judge import TOKENS, every_second, imported_logits
+from tests.checkpoint.judge import TOKENS, imported_logits
+from tests.support.covering import some_of
 
 transformers = pytest.importorskip(
     "transformers", minversion="5.23", reason="needs transformers: pip install 'mtp_lightning[judge]'"
@@ -139,7 +140,7 @@ def merged_logits(adapter: Path, base: Path) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("case", every_second(RIGHT))
+@pytest.mark.parametrize("case", some_of(RIGHT, one_in=4))
 def test_an_adapter_is_merged_as_by_peft(case: str, bases: Path, tmp_path: Path) -> None:
     name, options = RIGHT[case]
     adapt(bases / name, tmp_path / "adapter", **options)

@@ -1,6 +1,7 @@
 """transformers as the judge of import and export: the same logits, and the same folder again."""
 
 import json
+from itertools import product
 
 import pytest
 import safetensors.torch
@@ -13,6 +14,7 @@ from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_fol
 from mtp_lightning.decode import generate
 from tests.checkpoint.families import CASES, save_model
 from tests.checkpoint.foreign import WIDTH, llama_tensors, module_tensors, write_folder
+from tests.support.covering import some_of
 
 transformers = pytest.importorskip(
     "transformers", minversion="5.23", reason="needs transformers: pip install 'mtp_lightning[judge]'"
@@ -43,8 +45,7 @@ def assert_same_tensors(found, expected):
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("num_offsets", [1, 4])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "num_offsets"), some_of(product(CASES, (1, 4)), one_in=3))
 def test_the_main_head_scores_as_in_transformers(case, num_offsets, tmp_path):
     judge = save_model(transformers, case, tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(num_offsets=num_offsets))
@@ -55,7 +56,7 @@ def test_the_main_head_scores_as_in_transformers(case, num_offsets, tmp_path):
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_of(CASES, one_in=3, first=1))
 def test_the_export_of_an_import_is_the_folder_again(case, tmp_path):
     save_model(transformers, case, tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(num_offsets=2))
@@ -68,7 +69,7 @@ def test_the_export_of_an_import_is_the_folder_again(case, tmp_path):
     torch.testing.assert_close(logits_of(model), again(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_of(CASES, one_in=3, first=2))
 def test_settings_in_the_words_before_transformers_5_mean_the_same(case, tmp_path):
     save_model(transformers, case, tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "ours", Wanted())

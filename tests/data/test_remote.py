@@ -120,7 +120,9 @@ def test_loader_processes_and_ranks_read_from_the_same_cache(
     shape: dict[str, Any] = {"shuffle": "shards", "shuffle_shards": 2}
     whole = take(module_of(tmp_path, str(folder), **shape), 6)
     parts = [
-        take(module_of(tmp_path, server.url, rank=rank, world_size=2, workers=workers[rank], **shape), 6).reshape(6, 4, -1)
+        take(module_of(tmp_path, server.url, rank=rank, world_size=2, workers=workers[rank], **shape), 6).reshape(
+            6, 4, -1
+        )
         for rank in range(2)
     ]
     assert torch.equal(torch.cat(parts, dim=1).reshape(whole.shape), whole)

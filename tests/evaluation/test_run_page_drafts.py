@@ -11,6 +11,7 @@ from mtp_lightning.evaluation.run_page.runs import find_runs, read_runs
 from mtp_lightning.evaluation.run_page.write import page_of
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
+from tests.support.covering import some_of
 from tests.support.run_folders import write_run
 from tests.support.runs import ROOT
 from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe
@@ -28,7 +29,7 @@ def kept_by_step(places):
     return steps
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", some_of(HEAD_KINDS, one_in=2))
 def test_drafts_are_kept_as_by_a_decoder(kind: str) -> None:
     model = tiny_model(tiny_recipe(heads=HEAD_KINDS[kind], model=FEW_TOKENS))
     roles = set()
@@ -42,7 +43,7 @@ def test_drafts_are_kept_as_by_a_decoder(kind: str) -> None:
     assert roles == {"own", "kept", "rejected"}
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", some_of(HEAD_KINDS, one_in=2, first=1))
 def test_probabilities_are_those_before_the_next_tokens_are_known(kind: str) -> None:
     model = tiny_model(tiny_recipe(heads=HEAD_KINDS[kind], model=FEW_TOKENS))
     text = PROMPT + generate(model, [PROMPT], max_new_tokens=24).tokens[0]

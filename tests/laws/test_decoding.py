@@ -21,7 +21,7 @@ from tests.decode.oracles import (
     settings_of,
     trained_model_of,
 )
-from tests.support.covering import every_pair
+from tests.support.covering import every_pair, some_of
 from tests.support.tiny import HEAD_KINDS
 
 kinds = pytest.mark.parametrize("kind", DECODED_KINDS)
@@ -45,7 +45,7 @@ def test_every_decoder_says_what_plain_greedy_says(kind, num_rows):
         assert (made.statistics.num_draft_tokens > 0) == (chosen.decoder != "greedy")
 
 
-@kinds
+@pytest.mark.parametrize("kind", some_of(DECODED_KINDS, one_in=2))
 def test_random_heads_are_right_at_times(kind):
     """Without this, the law above would hold of decoders that never keep a draft."""
     for chosen in settings_of(model_of(kind), max_new_tokens=LENGTH)[1:]:
@@ -91,8 +91,7 @@ def test_any_drafts_give_the_plain_text(kind, data):
                 length += kept + 1
 
 
-@kinds
-@pytest.mark.parametrize("num_offsets", [pytest.param(2, marks=pytest.mark.slow), 4])
+@every_pair(kind=DECODED_KINDS, num_offsets=[2, 4])
 def test_all_drafts_right_take_n_tokens_a_step(kind, num_offsets):
     model = model_of(kind, num_offsets=num_offsets)
     forced_drafts = WrittenDrafts(model, PROMPTS, [[num_offsets]] * len(PROMPTS))
@@ -102,8 +101,7 @@ def test_all_drafts_right_take_n_tokens_a_step(kind, num_offsets):
     assert made.statistics.mean_acceptance_length == num_offsets
 
 
-@kinds
-@pytest.mark.parametrize("drafts_are", ["right", pytest.param("their own", marks=pytest.mark.slow)])
+@every_pair(kind=DECODED_KINDS, drafts_are=["right", "their own"])
 def test_texts_end_at_a_stop_token_wherever_it_falls(kind, drafts_are):
     model = model_of(kind)
     forced_drafts = WrittenDrafts(model, PROMPTS, [[3], [2, 1], [0, 3], [1], [3, 2]]) if drafts_are == "right" else None
@@ -119,7 +117,7 @@ def test_texts_end_at_a_stop_token_wherever_it_falls(kind, drafts_are):
     assert amid_block > 0 or drafts_are == "their own"
 
 
-@kinds
+@pytest.mark.parametrize("kind", some_of(DECODED_KINDS, one_in=2, first=1))
 def test_texts_end_at_any_length(kind):
     model = model_of(kind)
     forced_drafts = WrittenDrafts(model, PROMPTS, [[3]] * len(PROMPTS))

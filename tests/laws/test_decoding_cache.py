@@ -9,14 +9,12 @@ from mtp_lightning.decode.drafting import draft_blockwise, draft_chain
 from mtp_lightning.decode.state import keep_path, verify, verify_tree
 from mtp_lightning.decode.tree import TreeTables
 from tests.decode.oracles import DECODED_KINDS, PROMPTS, TREE, begun_session, full_logits, model_of
+from tests.support.covering import every_pair
 
-attentions = pytest.mark.parametrize("attention", ["window", "document"])
-kinds = pytest.mark.parametrize("kind", DECODED_KINDS)
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 
-@kinds
-@attentions
+@every_pair(kind=DECODED_KINDS, attention=["window", "document"])
 @given(data=st.data())
 @settings(max_examples=3, deadline=None)
 def test_scores_after_any_history_are_those_of_a_full_pass(kind, attention, data):

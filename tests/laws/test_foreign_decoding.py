@@ -19,6 +19,7 @@ from tests.decode.oracles import TREE, WrittenDrafts, full_logits, plain_text
 from tests.laws.test_decoding import predicted_counts
 from tests.laws.test_decoding_law import deviation, exact_law
 from tests.support.architectures import SETTINGS, architecture_recipe
+from tests.support.covering import some_of
 from tests.support.tiny import HEAD_KINDS, tiny_model
 
 transformers = pytest.importorskip(
@@ -172,7 +173,7 @@ def check_tree(session, generator):
     session.note_progress()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some_of(NAMES, one_in=4, first=1))
 def test_how_far_layers_look_back_is_measured(name):
     """transformers' own settings say the same."""
     model = model_of(name, "medusa")

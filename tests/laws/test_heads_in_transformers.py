@@ -46,7 +46,7 @@ KINDS = HEAD_KINDS | {
 DRAFTED = {"draft_vocabulary": 7, "draft_token_ids": packed_ids([0, 1, 3, 5, 7, 9, 11])}
 
 
-DAILY = {("parallel_two_layers", "mistral"), ("sequential", "qwen2"), ("causal", "qwen3"), ("medusa", "gpt_neox")}
+DAILY = {("parallel_two_layers", "mistral"), ("sequential", "qwen2")}
 """What is tested every day beside `test_export.py`, which has every kind on a trunk of Llama's kind."""
 
 
@@ -84,7 +84,7 @@ def test_a_folder_drafts_as_its_model_and_comes_back_bit_for_bit(kind, family, n
 @pytest.mark.parametrize(
     ("kind", "family", "model"),
     [
-        ("sequential", "qwen2", {"tie_word_embeddings": True}),
+        pytest.param("sequential", "qwen2", {"tie_word_embeddings": True}, marks=pytest.mark.slow),
         pytest.param("parallel", "llama", {"tie_word_embeddings": True}, marks=pytest.mark.slow),
         pytest.param("linear", "qwen3", {"rope_scaling": {"original_positions": 8}}, marks=pytest.mark.slow),
         pytest.param("sequential", "llama", {"rope_scaling": {"original_positions": 8}}, marks=pytest.mark.slow),
@@ -155,7 +155,7 @@ def test_half_precision_in_several_files(kind, tmp_path):
     assert sum(drafted.steps) < sum(plain.steps)
 
 
-@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+@pytest.mark.parametrize("kind", ["parallel", pytest.param("sequential", marks=pytest.mark.slow)])
 def test_without_its_code_a_folder_is_the_next_token_model(kind, tmp_path, caplog):
     recipe, model = tiny("llama", KINDS[kind])
     folder = exported(recipe, model, tmp_path)
@@ -171,7 +171,8 @@ def test_without_its_code_a_folder_is_the_next_token_model(kind, tmp_path, caplo
         said_by(plain, use_mtp=True)
 
 
-@pytest.mark.parametrize("kind", ["parallel", pytest.param("recursive", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parallel", "recursive"])
 def test_a_model_that_transformers_saves_again_drafts_still(kind, tmp_path):
     recipe, model = tiny("qwen2", KINDS[kind])
     loaded(exported(recipe, model, tmp_path)).save_pretrained(tmp_path / "again")
@@ -236,7 +237,7 @@ def test_sampled_texts_have_the_law_of_plain_sampling(kind, tmp_path):
 FOREIGN = {
     ("olmo2", "parallel"): [],
     ("cohere2", "chained"): [pytest.mark.slow],
-    ("granite", "sequential"): [],
+    ("granite", "sequential"): [pytest.mark.slow],
     ("gpt2", "medusa"): [pytest.mark.slow],
     ("mixtral", "medusa"): [pytest.mark.slow],
     ("qwen3_moe", "linear"): [pytest.mark.slow],

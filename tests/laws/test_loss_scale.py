@@ -7,6 +7,7 @@ from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.training.step.backward_order import accumulate_gradients
 from mtp_lightning.training.step.batch import MicroBatch
 from mtp_lightning.training.step.objective import Objective
+from tests.support.covering import every_pair
 from tests.support.tiny import HEAD_KINDS, relative_error, tiny_model, tiny_recipe, tiny_rows
 
 SCALE = 2.0**12
@@ -27,8 +28,7 @@ def gradients(kind, backward_order, scale, dtype=torch.float64):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("backward_order", ["sequential", "bridged", "joint"])
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@every_pair(kind=HEAD_KINDS, backward_order=["sequential", "bridged", "joint"])
 def test_the_scale_arrives_once(kind, backward_order):
     expected, found = gradients(kind, "joint", 1.0), gradients(kind, backward_order, SCALE)
     for name, gradient in expected.items():

@@ -1,11 +1,11 @@
 """Law 2: n = 1 is exactly a next-token model; heads without weight, or cut off, change no trunk gradient."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.layers import Layer
+from tests.support.covering import every_pair
 from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
 
 
@@ -19,8 +19,7 @@ def plain_next_token_loss(model, tokens, documents, targets):
     return F.cross_entropy(logits.flatten(0, 1), targets[0].flatten(), ignore_index=IGNORE)
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
-@pytest.mark.parametrize("backward_order", ["sequential", "bridged", "joint"])
+@every_pair(kind=HEAD_KINDS, backward_order=["sequential", "bridged", "joint"])
 def test_one_offset_is_a_next_token_model(kind, backward_order):
     recipe = tiny_recipe(heads=HEAD_KINDS[kind] | {"num_offsets": 1}, objective={"backward_order": backward_order})
     model = tiny_model(recipe)
@@ -36,9 +35,12 @@ def test_one_offset_is_a_next_token_model(kind, backward_order):
         assert relative_error(gradients[name], parameter.grad) < 1e-10, name
 
 
-@pytest.mark.parametrize("kind", [kind for kind in HEAD_KINDS if kind != "anticausal"])
-@pytest.mark.parametrize("backward_order", ["sequential", "bridged", "joint"])
-@pytest.mark.parametrize("removed_by", ["weight", "isolation"])
+@every_pair(
+    kind=[kind for kind in HEAD_KINDS if kind != "anticausal"],
+    backward_order=["sequential", "bridged", "joint"],
+    removed_by=["weight", "isolation"],
+    full=True,
+)
 def test_heads_without_say_change_no_trunk_gradient(kind, backward_order, removed_by):
     def trunk_gradients(weights, *, isolated):
         heads = HEAD_KINDS[kind] | {"detach_trunk": isolated}

@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mtp_lightning.data.loading.datamodule import document_starts
 from mtp_lightning.model import layers
 from mtp_lightning.model.positions import positions_in_document
+from tests.support.covering import every_pair
 from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe
 
 
@@ -40,8 +41,7 @@ def attention_of_each(query, key, value, bounds, bounds_k, most, most_k, *, wind
     return mixed
 
 
-@pytest.mark.parametrize("kv_heads", [2, 1])
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@every_pair(kind=HEAD_KINDS, kv_heads=[2, 1])
 def test_documents_attended_to_one_by_one_are_as_under_the_mask(kind, kv_heads, monkeypatch):
     monkeypatch.setattr(layers, "varlen_attn", attention_of_each)
     model = {"num_attention_heads": 2, "num_key_value_heads": kv_heads}

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from tests.support.covering import some_of
 from tests.support.tiny import HEAD_KINDS, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
 
 
@@ -20,7 +21,7 @@ def step(backward_order, kind, *, chunk_rows=7, order=slice(None), autocast=True
     return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", some_of(HEAD_KINDS, one_in=3))
 def test_sequential_bf16_is_within_the_noise_of_joint_bf16(kind):
     joint = step("joint", kind)
     exact = step("joint", kind, autocast=False)

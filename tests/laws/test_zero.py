@@ -82,13 +82,15 @@ def test_in_the_sample_every_two_values_meet_that_can():
     assert len(set(sample())) == len(sample()) <= 46
 
 
+@pytest.mark.matrix
 def test_in_the_sample_of_triples_every_three_values_meet_that_can():
     whole, part = plain_cells(), sample_of_triples()
     assert all_values(part, 3) == all_values(whole, 3)
     assert len(part) < len(whole) / 10
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.timeout(3600)
 def test_every_three_values_that_can_meet_are_equal(warm_ranks):
     outcomes = compare_strategies(sample_of_triples())
     assert [outcome for outcome in outcomes if not outcome.is_good] == []

@@ -55,16 +55,20 @@ def test_some_wrong_values_and_damaged_files_are_told_in_words(folder: Path) -> 
     assert min(tally.right, tally.refused) > 10
 
 
-@pytest.mark.slow
-def test_wrong_values_of_every_field_are_told_in_words(folder: Path) -> None:
-    tally = overrides(Tally(SECONDS), 0.25, folder)
+@pytest.mark.parametrize(
+    "share", [pytest.param(0.08, marks=pytest.mark.slow), pytest.param(0.25, marks=pytest.mark.matrix)]
+)
+def test_wrong_values_of_every_field_are_told_in_words(share: float, folder: Path) -> None:
+    tally = overrides(Tally(SECONDS), share, folder)
     assert not tally.broken
-    assert tally.right + tally.refused > 6000
+    assert tally.right + tally.refused > 24_000 * share
 
 
-@pytest.mark.slow
-def test_damaged_files_are_told_in_words(folder: Path) -> None:
-    assert not files(Tally(SECONDS), 5000, folder).broken
+@pytest.mark.parametrize(
+    "number", [pytest.param(1500, marks=pytest.mark.slow), pytest.param(5000, marks=pytest.mark.matrix)]
+)
+def test_damaged_files_are_told_in_words(number: int, folder: Path) -> None:
+    assert not files(Tally(SECONDS), number, folder).broken
 
 
 def test_some_wrong_values_of_a_site_are_told_in_words() -> None:

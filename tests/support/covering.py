@@ -47,3 +47,11 @@ def every_pair(
         rest = [cell for cell in full_product(allowed, **dimensions) if cell not in set(array)]
         cells += [pytest.param(*cell, marks=pytest.mark.matrix) for cell in rest]
     return pytest.mark.parametrize(tuple(dimensions), cells)
+
+
+def some_of(cases: Iterable[Any], *, one_in: int, first: int = 0) -> list[Any]:
+    """Take one in so many cases of a table, given as tuples or names, every day; the others are slow."""
+    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [
+        pytest.param(*row, marks=() if place % one_in == first else pytest.mark.slow) for place, row in enumerate(rows)
+    ]

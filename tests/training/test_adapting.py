@@ -74,6 +74,7 @@ def test_updates_begin_fresh_and_by_name_and_what_is_frozen_stays(here, capsys):
     assert first["grad_norm/trunk"] == "" == first["grad_norm/unembedding"]
 
 
+@pytest.mark.slow
 def test_a_run_with_dropout_is_resumed_to_the_bit(here):
     adapted(here, "whole", *UPDATED)
     adapted(here, "halves", *UPDATED, "run.steps=8", "optimizer.min_lr_ratio=1.0")

@@ -164,7 +164,7 @@ def goes_on_or_says_why_not(place, monkeypatch, seed):
     return what, told
 
 
-SEEDS = (0, 1, 2, 3, 5, 7)
+SEEDS = (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -172,9 +172,11 @@ def test_a_damaged_run_goes_on_or_says_why_not(seed, place, monkeypatch):
     goes_on_or_says_why_not(place, monkeypatch, seed)
 
 
-@pytest.mark.slow
-def test_a_hundred_damaged_runs_go_on_or_say_why_not(place, monkeypatch):
-    outcomes = {seed: goes_on_or_says_why_not(place, monkeypatch, seed) for seed in range(100, 200)}
+@pytest.mark.parametrize(
+    "number", [pytest.param(30, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.matrix)]
+)
+def test_many_damaged_runs_go_on_or_say_why_not(number, place, monkeypatch):
+    outcomes = {seed: goes_on_or_says_why_not(place, monkeypatch, seed) for seed in range(100, 100 + number)}
     num_told = sum(bool(told) for _, told in outcomes.values())
     print(json.dumps(outcomes, indent=1), f"{num_told} of {len(outcomes)} told, the others went on")
-    assert 10 <= num_told <= 90
+    assert number / 10 <= num_told <= 9 * number / 10

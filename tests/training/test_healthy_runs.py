@@ -13,15 +13,17 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_healthy_run_is_not_stopped(seed, data):
     fit(*draw(seed, data))
 
 
-@pytest.mark.slow
-def test_two_hundred_healthy_runs_are_not_stopped(data):
+@pytest.mark.parametrize(
+    "number", [pytest.param(70, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.matrix)]
+)
+def test_many_healthy_runs_are_not_stopped(number, data):
     stopped = {}
-    for seed in range(1000, 1200):
+    for seed in range(1000, 1000 + number):
         recipe, change = draw(seed, data)
         if (
             seed % 10 == 0 and "zero" not in change
@@ -119,8 +121,15 @@ BREAKAGES = {
 }
 
 
-@pytest.mark.parametrize("breakage", BREAKAGES, ids=lambda breakage: breakage.__name__)
-@pytest.mark.parametrize("rate", [1e-3, 1e-5])
+@pytest.mark.parametrize(
+    ("breakage", "rate"),
+    [
+        pytest.param(breakage, rate, marks=() if (place + turn) % 2 else pytest.mark.slow)
+        for place, breakage in enumerate(BREAKAGES)
+        for turn, rate in enumerate((1e-3, 1e-5))
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
 def test_a_broken_run_is_stopped_in_its_first_step(breakage, rate, data):
     sound = {"heads": {"kind": "parallel"}, "adapt": {}, "objective": {}, "freeze": []}
     sound |= {"optimizer": {"lr": rate, "warmup_steps": 0}, "batch": {"micro_batch_size": 1, "global_batch_size": 3}}

@@ -1,6 +1,5 @@
 """A step that is logged also counts right predictions; it must teach what any other step does."""
 
-import pytest
 import torch
 
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
@@ -8,15 +7,19 @@ from mtp_lightning.model.freezing import freeze
 from mtp_lightning.training.step.backward_order import accumulate_gradients
 from mtp_lightning.training.step.batch import MicroBatch
 from mtp_lightning.training.step.objective import Objective
+from tests.support.covering import every_pair
 from tests.support.tiny import tiny_model, tiny_recipe, tiny_rows
 
 
-@pytest.mark.parametrize("backward_order", ["joint", "sequential", "bridged"])
-@pytest.mark.parametrize("kind", ["parallel", "linear", "medusa", "sequential"])
-@pytest.mark.parametrize("frozen", [["trunk"], ["trunk", "heads"], ["trunk", "unembedding"], ["heads"]])
-def test_logging_changes_no_gradient(backward_order: str, kind: str, frozen: list[str]) -> None:
+@every_pair(
+    backward_order=["joint", "sequential", "bridged"],
+    kind=["parallel", "linear", "medusa", "sequential"],
+    frozen=[("trunk",), ("trunk", "heads"), ("trunk", "unembedding"), ("heads",)],
+    full=True,
+)
+def test_logging_changes_no_gradient(backward_order: str, kind: str, frozen: tuple[str, ...]) -> None:
     """The main head of a frozen trunk has no gradient path to its state, but its norm and matrix learn."""
-    recipe = tiny_recipe(heads={"kind": kind}, freeze=frozen, objective={"backward_order": backward_order})
+    recipe = tiny_recipe(heads={"kind": kind}, freeze=[*frozen], objective={"backward_order": backward_order})
     tokens, documents, mask = tiny_rows(recipe, 2)
     targets = shifted_targets(tokens, documents, recipe.heads.num_offsets, mask)
     counts = (targets != IGNORE).sum((1, 2)).to(torch.float64)

@@ -115,12 +115,14 @@ def test_several_loggers_at_once_get_every_row_and_a_longer_run_goes_on_in_the_s
     assert (found.data.params["run.steps"], found.data.tags["run.steps"]) == ("6", "8")  # a parameter never changes
     assert (found.info.status, found.info.run_name) == ("FINISHED", "debug-parallel")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # nothing beside the run folder
-
-
-def test_the_x_axis_at_wandb_is_the_global_step(run):
-    folder = run("logging.loggers=[wandb]")
     metrics = {found.get("name") or found["glob_name"]: found for found in wandb_records(folder, "metric")}
-    assert metrics["*"]["step_metric"] == "trainer/global_step"
+    assert metrics["*"]["step_metric"] == "trainer/global_step"  # the x axis at W&B
+
+
+@pytest.mark.slow
+def test_a_logger_that_was_not_asked_for_writes_nothing(run):
+    folder = run("logging.loggers=[wandb]")
+    assert wandb_records(folder, "history")
     assert not (folder / "tensorboard").exists()
     assert not (folder / "mlflow.db").exists()
 
@@ -199,6 +201,7 @@ class Proxy:
             caller.close()
 
 
+@pytest.mark.slow
 def test_nothing_leaves_the_machine(tmp_path, cache):
     proxy = Proxy()
     url = f"http://127.0.0.1:{proxy.socket.getsockname()[1]}"
@@ -330,6 +333,7 @@ def test_wandb_without_a_login_is_refused_before_training(tmp_path, monkeypatch)
     assert "logging.wandb_mode=offline" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_ranks_of_a_slurm_step_that_are_runs_of_their_own_log(tmp_path, cache):
     place = ("run.dir=run", f"run.cache={cache}", "run.threads=1", "logging.loggers=[tensorboard]")
     environment = os.environ | {"SLURM_PROCID": "3", "OMP_NUM_THREADS": "1"}

@@ -153,7 +153,7 @@ def test_a_finished_run_in_phases_does_nothing_more(uninterrupted, capsys):
 @pytest.mark.parametrize(
     ("phase", "after_step", "seed"),
     [
-        ("2-joint", 1, 1),
+        pytest.param("2-joint", 1, 1, marks=pytest.mark.slow),
         pytest.param("1-heads", 4, 0, marks=pytest.mark.slow),
         pytest.param("3-six", 4, 2, marks=pytest.mark.slow),
     ],

@@ -85,7 +85,7 @@ def test_the_package_is_light_and_its_names_are_there():
         mtp_lightning.Transformer  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["parallel", "sequential"])
+@pytest.mark.parametrize("name", ["parallel", pytest.param("sequential", marks=pytest.mark.slow)])
 def test_one_device_gives_the_weights_of_mtp_train(recipe_of, tmp_path, name):
     loaded = recipe_of(name=name)
     assert train(loaded) == 0
@@ -142,7 +142,11 @@ def run_two_ranks(recipe_file, folder, *overrides):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("parallel", ("batch.micro_batch_size=2", "objective.backward_order=sequential")),
+        pytest.param(
+            "parallel",
+            ("batch.micro_batch_size=2", "objective.backward_order=sequential"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "sequential",
             ("objective.backward_order=bridged", "objective.weights={kind: constant, values: [1, 1, 0, 1]}"),

@@ -71,7 +71,7 @@ def assert_started_from(run, folder):
         torch.testing.assert_close(found.read(name).view(parameter.shape), parameter, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_on_one_rank(family, tmp_path):
     folder = imported(family, tmp_path)
     assert train(load_recipe(folder / "recipe.yaml", [*SHORT, *STILL, *own_folders(tmp_path)])) == 0

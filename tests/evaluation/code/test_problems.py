@@ -124,7 +124,9 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
 
 
 @files.needs_published
-@pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "every", [60, pytest.param(6, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.matrix)]
+)
 def test_published_solutions_pass(sandbox, every):
     """All 164 and all 500, and none of them when it returns nothing."""
     texts = gzip.decompress((files.PUBLISHED / "HumanEval.jsonl.gz").read_bytes()).decode().splitlines()
