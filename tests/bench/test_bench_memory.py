@@ -50,6 +50,7 @@ def test_table_fits_the_terminal(columns, monkeypatch, capsys):
     assert not any("…" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_probe_that_fails_says_why():
     recipe = quick_recipe()
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"device": "cuda"})})

@@ -158,8 +158,9 @@ def test_killed_in_the_save_that_the_signal_asked_for(cwd, whole):
     assert_goes_on_as(whole, cwd / "cut", *extra)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.matrix if seed % 2 else pytest.mark.slow) for seed in range(6)]
+)
 def test_signals_during_saves_and_validations(cwd, whole, seed):
     """A save every step and a validation every second: the signal falls into one or the other."""
     name, extra = f"busy_{seed}", ("checkpoint.every_steps=1", "checkpoint.in_background=true")

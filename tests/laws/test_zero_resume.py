@@ -123,16 +123,7 @@ def whole(tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_killed_run_goes_on_exactly(whole, tmp_path):
-    folder = tmp_path / "killed"
-    killed(folder, "zero2", 2)
-    assert "Continuing" in to_the_end(folder, "zero2", 2).stdout
-    assert_same_run(folder, whole("zero2", 2))
-
-
-@pytest.mark.slow
+@pytest.mark.matrix  # by way of four ranks below
 @pytest.mark.timeout(600)
 def test_a_killed_run_goes_on_closely_on_one_rank(whole, tmp_path):
     folder = tmp_path / "elastic"
