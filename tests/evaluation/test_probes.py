@@ -61,6 +61,9 @@ def likeliest(model, tokens):
 
 def test_a_trial_is_right_when_greedy_decoding_gives_all_of_it(polynomial):
     _, model = load_model(polynomial[0])
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # what has been learnt says the same at all places
+        parameter.data.normal_(std=0.5, generator=draw)
     asked, expected = [], []
     for number, row in enumerate(problems(2, 7, is_test=True)):
         tokens = list(row["prompt"].encode())
@@ -72,6 +75,7 @@ def test_a_trial_is_right_when_greedy_decoding_gives_all_of_it(polynomial):
         asked.append(Problem(tokens, [list(range(begin, begin + 5)), [begin]], "x"))
         expected.append([number % 3 != 1, number % 3 != 1 or number % 5 > 0])
     assert len({len(problem.tokens) for problem in asked}) > 5
+    assert all(len(set(problem.tokens[-5:])) > 1 for problem in asked)
     assert predict(model, asked) == expected
 
 
