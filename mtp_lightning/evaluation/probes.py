@@ -202,8 +202,11 @@ def _story(row: Mapping[str, Any], place: str, tokenizer: Tokenizer) -> Problem:
         raise _wrong_row("induction", "`text` and `names`, which are texts", row, place)
     tokens, spans = _encoded(text, place, tokenizer)
     trials = []
-    for name in (_as_counted(name, tokenizer) for name in names):
-        mentions = [found.span() for found in re.finditer(rf"\b{re.escape(name)}\b", _as_counted(text, tokenizer))]
+    for name in names:
+        mentions = [
+            (_length(text[: found.start()], tokenizer), _length(text[: found.end()], tokenizer))
+            for found in re.finditer(rf"\b{re.escape(name)}\b", text)
+        ]
         for begin, end in mentions:
             own = np.flatnonzero((spans[:, 1] > begin) & (spans[:, 0] < end))
             if len(own) != 2 or spans[own[1], 1] != end:
@@ -226,7 +229,7 @@ def _calculation(row: Mapping[str, Any], place: str, tokenizer: Tokenizer) -> Pr
         raise _wrong_row("polynomial", fields, row, place)
     prompt, completion = texts
     tokens, spans = _encoded(prompt + completion, place, tokenizer)
-    asked = np.flatnonzero(spans[:, 1] > len(_as_counted(prompt, tokenizer))) + len(tokenizer.opening)
+    asked = np.flatnonzero(spans[:, 1] > _length(prompt, tokenizer)) + len(tokenizer.opening)
     return Problem([*tokenizer.opening, *tokens], [asked.tolist()], str(operations))
 
 
@@ -248,9 +251,9 @@ def _encoded(text: str, place: str, tokenizer: Tokenizer) -> tuple[list[int], Of
     return tokens.tolist(), spans
 
 
-def _as_counted(text: str, tokenizer: Tokenizer) -> str:
-    """Write a text in the units that the tokenizer's offsets count: bytes, for one of bytes."""
-    return text.encode().decode("latin-1") if tokenizer.takes_any_bytes else text
+def _length(text: str, tokenizer: Tokenizer) -> int:
+    """Return the length of a text as the tokenizer's offsets count: in bytes, or in characters."""
+    return len(text.encode() if tokenizer.takes_any_bytes else text)
 
 
 def _wrong_row(probe: str, fields: str, row: Mapping[str, Any], place: str) -> DataError:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtp_lightning.errors import Fault, LaunchError, RecipeError, RunFolderError
+from mtp_lightning.files.paths import expanded, leads_to
 from mtp_lightning.launch.run_marker import check_may_be_run, claim, is_run, read_marker
 from mtp_lightning.recipe import Recipe, diff_recipes, load_recipe, recipe_to_yaml
 from mtp_lightning.recipe.yaml import one_line_yaml
@@ -156,8 +157,9 @@ def members_of(folder: Path) -> list[Path]:
 
 def _recipes_in(argument: str) -> list[str]:
     """List the recipes of a folder, those beneath it apart; anything else is a recipe itself."""
-    folder = Path(argument)
-    own = sorted(folder.glob("*.yaml")) if folder.is_dir() and not (folder / RECIPE).exists() else []
+    folder = Path(expanded(argument))
+    is_plain = leads_to(folder, Path.is_dir) and not leads_to(folder / RECIPE)
+    own = sorted(folder.glob("*.yaml")) if is_plain else []
     return [str(path) for path in own] or [argument]
 
 

@@ -61,6 +61,9 @@ def likeliest(model, tokens):
 
 def test_a_trial_is_right_when_greedy_decoding_gives_all_of_it(polynomial):
     _, model = load_model(polynomial[0])
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # what has been learnt says the same at all places
+        parameter.data.normal_(std=0.5, generator=draw)
     asked, expected = [], []
     for number, row in enumerate(problems(2, 7, is_test=True)):
         tokens = list(row["prompt"].encode())
@@ -72,6 +75,7 @@ def test_a_trial_is_right_when_greedy_decoding_gives_all_of_it(polynomial):
         asked.append(Problem(tokens, [list(range(begin, begin + 5)), [begin]], "x"))
         expected.append([number % 3 != 1, number % 3 != 1 or number % 5 > 0])
     assert len({len(problem.tokens) for problem in asked}) > 5
+    assert all(len(set(problem.tokens[-5:])) > 1 for problem in asked)
     assert predict(model, asked) == expected
 
 
@@ -94,7 +98,7 @@ def test_repeated_names_count_as_plain_loops_count(induction):
 
 
 def test_names_are_found_in_bytes_and_where_letters_take_several():
-    row = {"text": "Où? Qz, Qzar et Qz. é (Qz)", "names": ["Qz"]}
+    row = {"text": "Où? Qz, Qzar et éQz, Qz. é (Qz)", "names": ["Qz"]}
     for prefix in ("", "é"):
         text = prefix + row["text"]
         problem = PROBES["induction"](row | {"text": text}, "line 1", open_tokenizer("byte"))
@@ -167,13 +171,22 @@ def test_a_file_that_is_empty_or_missing_is_refused(polynomial, tmp_path):
 
 @pytest.mark.slow
 def test_an_experiment_from_its_data_to_its_table(tmp_path):
-    for probe, values in (("induction", "1,2"), ("polynomial", "1,4")):
-        amounts = ("--documents", "80", "--test", "2")
+    for probe, values, seeds in (("induction", "1,2", [0, 1]), ("polynomial", "1,4", [0])):
+        spelled, amounts = ",".join(map(str, seeds)), ("--documents", "80", "--test", "2")
         recipe = ROOT / f"recipes/probes/{probe}/short"
         small = (*SMALL[:1], "model.num_hidden_layers=5", *SMALL[2:4], *SMALL[5:])
         steps = [
             ("data", "probe", probe, f"probes/{probe}", *amounts),
-            ("sweep", str(recipe), "--vary", f"heads.num_offsets={values}", "--seeds", "0,1", "--out", f"runs/{probe}"),
+            (
+                "sweep",
+                str(recipe),
+                "--vary",
+                f"heads.num_offsets={values}",
+                "--seeds",
+                spelled,
+                "--out",
+                f"runs/{probe}",
+            ),
             ("eval", probe, f"runs/{probe}", "--data", f"probes/{probe}/test.jsonl", "--json", f"{probe}.json"),
             ("report", "compare", f"runs/{probe}", "--json", f"compared-{probe}.json"),
         ]
@@ -185,10 +198,10 @@ def test_an_experiment_from_its_data_to_its_table(tmp_path):
             assert done.returncode == 0, done.stderr
         measured = json.loads((tmp_path / f"{probe}.json").read_text())
         compared = json.loads((tmp_path / f"compared-{probe}.json").read_text())
-        assert len(measured) == 4
-        assert [len(group["seeds"]) for group in compared] == [2, 2]
+        assert len(measured) == 2 * len(seeds)
+        assert [group["seeds"] for group in compared] == [seeds, seeds]
         assert f"{probe}, accuracy" in done.stdout
         group = measured[0]["accuracies"][0]["group"]
         own = [one["accuracies"][0]["value"] for one in measured if one["recipe"] == compared[0]["recipe"]]
-        assert compared[0]["figures"][f"{probe}_{group}"]["mean"] == pytest.approx(sum(own) / 2)
+        assert compared[0]["figures"][f"{probe}_{group}"]["mean"] == pytest.approx(sum(own) / len(seeds))
     assert (tmp_path / "p.png").stat().st_size > 10_000

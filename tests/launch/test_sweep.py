@@ -64,6 +64,24 @@ def test_a_member_is_the_recipe_with_its_values_and_seed(here: Path) -> None:
         assert member.recipe == expected
 
 
+def test_a_folder_stands_for_its_recipes_and_a_run_folder_for_its_own(here: Path) -> None:
+    (here / "own/deeper").mkdir(parents=True)
+    for name in ("own/b", "own/a", "own/deeper/c"):
+        (here / f"{name}.yaml").write_text(f"extends: {here}/plain.yaml\nname: {name[-1]}\n")
+
+    def names(*arguments: str) -> list[str]:
+        return [member.recipe.name for member in plan_sweep(arguments, seeds="0", vary=[], out=Path("out"))]
+
+    assert names("own", "lower.yaml") == ["a", "b", "lower"]
+    (here / "own/recipe.yaml").write_text(f"extends: {here}/plain.yaml\nname: run\n")
+    with pytest.raises(RecipeError, match=r"fault \(own\)"):
+        names("own")
+    (here / "own/recipe.yaml").unlink()
+    (here / "empty").mkdir()
+    with pytest.raises(RecipeError, match=r"fault \(empty\)"):
+        names("empty")
+
+
 def test_recipes_are_laid_over_a_model_and_start_from_it(here: Path) -> None:
     (here / "model").mkdir()
     (here / "model/recipe.yaml").write_text(
