@@ -128,7 +128,7 @@ def _map_in(product: Tensor, trunk: IncomingWeights, ids: Tensor | None) -> Tens
     rows = rows if ids is None else rows[ids]
     if rows.shape[0] < rows.shape[1]:
         raise CheckpointError(
-            "--verify can take the map of a linear head out of medusa's matrices where they have a row for each channel",
+            "--verify finds the map of a linear head in medusa's matrices where they have a row for each channel",
             f"{rows.shape[0]} rows of {rows.shape[1]} channels",
             "Leave --verify out, or export with --format eagle",
         )
