@@ -72,11 +72,10 @@ def test_scores_of_every_offset_are_those_of_a_plain_loop_and_drafts_change_no_t
 
 def test_transformers_drafts_with_the_same_modules(tmp_path, monkeypatch):
     """Its own `MtpModel`, of the folder as it is."""
-    oracle = write(tmp_path / "hf", "GLM-4-MoE")
-    kind = type(oracle.model)
+    kind = type(write(tmp_path / "hf", "GLM-4-MoE").model)
+    import_folder(tmp_path / "hf", tmp_path / "ours", Wanted())
     monkeypatch.setattr(kind, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.3\."])  # in a release, 46 or 92
     theirs = kind.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
-    import_folder(tmp_path / "hf", tmp_path / "ours", Wanted())
     assert_drafts_as_ours(theirs, load_model(tmp_path / "ours")[1], [TEXT])
 
 
@@ -108,6 +107,15 @@ def test_other_heads_on_such_a_folder_leave_its_own_out_by_name(tmp_path, capsys
     import_folder(tmp_path / "hf", tmp_path / "unrolled", Wanted(kind="recursive", num_offsets=4))
     merge_into(tmp_path / "unrolled", tmp_path / "hf", tmp_path / "same")
     assert (tmp_path / "same/model.safetensors").read_bytes() == (tmp_path / "hf/model.safetensors").read_bytes()
+
+
+def test_a_layer_of_another_type_than_the_last_one_stays_out(tmp_path):
+    write(tmp_path / "hf", "Qwen3.5-attention")
+    told = json.loads((tmp_path / "hf/config.json").read_text()) | {"mtp_layer_types": ["sliding_attention"]}
+    (tmp_path / "hf/config.json").write_text(json.dumps(told))
+    import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(num_offsets=2, init="random"))
+    told = json.loads((tmp_path / "ours/import.json").read_text())
+    assert "mtp_layer_types sliding_attention behind a last layer of full_attention" in told["notes"][0]
 
 
 def without(tensor: str):

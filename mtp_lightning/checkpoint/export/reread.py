@@ -25,6 +25,7 @@ from mtp_lightning.checkpoint.huggingface.folder import changed, open_folder
 from mtp_lightning.checkpoint.huggingface.modules import QWEN
 from mtp_lightning.checkpoint.huggingface.tensor_plan import plan_import
 from mtp_lightning.checkpoint.huggingface.weights import IncomingWeights
+from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe import Recipe
 
@@ -125,6 +126,12 @@ def _map_in(product: Tensor, trunk: IncomingWeights, ids: Tensor | None) -> Tens
     matrix = f"{MATRICES}0.weight" if f"{MATRICES}0.weight" in trunk.names else EMBEDDING
     norm, rows = read_whole(trunk, NORM), read_whole(trunk, matrix)
     rows = rows if ids is None else rows[ids]
+    if rows.shape[0] < rows.shape[1]:
+        raise CheckpointError(
+            "--verify finds the map of a linear head in medusa's matrices where they have a row for each channel",
+            f"{rows.shape[0]} rows of {rows.shape[1]} channels",
+            "Leave --verify out, or export with --format eagle",
+        )
     solution: Tensor = torch.linalg.lstsq(rows * norm, product * norm).solution
     return solution
 

@@ -71,7 +71,8 @@ def rows_at(weights: WeightSource, name: str, ids: Sequence[int]) -> Made:
         for at, rows in _rows(weights, name):
             first = at // width
             before, end = torch.searchsorted(numbers, torch.tensor([first, first + len(rows)])).tolist()
-            yield before * width, rows[numbers[before:end] - first].flatten()
+            if end > before:
+                yield before * width, rows[numbers[before:end] - first].flatten()
 
     return Made((len(ids), weights.shape(name)[1]), blocks)
 

@@ -29,10 +29,10 @@ from mtp_lightning.checkpoint.huggingface.modules import (
     MIMO,
     Native,
     declared_modules,
-    layout_of,
+    module_beginnings,
     native_modules,
 )
-from mtp_lightning.checkpoint.huggingface.text_decoder import TextDecoder, open_text_decoder, other_layers, with_modules
+from mtp_lightning.checkpoint.huggingface.text_decoder import TextDecoder, open_text_decoder, with_modules
 from mtp_lightning.checkpoint.huggingface.weight_files import find_snapshot, find_weights, read_json
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.untrusted import described, reason_of
@@ -240,22 +240,14 @@ def _of_transformers(path: Path, config: Config, variant: str | None, *, is_forc
     """Open a folder by the classes of transformers; the text part of a model with others may have a trunk here."""
     weights = find_weights(path, "model*.safetensors", variant=variant)
     stored, stored_files = read_entries(weights.read)
-    layout = layout_of(stored)
-    beginnings = layout.beginnings(stored) if layout else ()
+    beginnings = module_beginnings(stored)
     modules = {name: one for name, one in stored.items() if name.startswith(beginnings)}
     beside = [name for name in stored if name.startswith(OF_HEADS)]
     base = {name: one for name, one in stored.items() if name not in beside and name not in modules}
     decoder = open_text_decoder(config, base)
-    section = _own_section(config, decoder) if not is_forced else None
-    section = section or decoder.section
-    native = told_heads(config, section, section.family or "transformers")
-    if layout is not None and (other := other_layers(decoder.architecture)):
-        note = f"The folder's own modules are left out: here their layer is like the last one; the settings say {other}"
-        decoder = replace(decoder, notes=(*decoder.notes, note))
-    elif layout is not None:
-        decoder = with_modules(decoder, config, layout, modules)
-        native = native_modules(stored, section.num_hidden_layers, declared_modules(config), default=layout)
-        native = native and replace(native, apart=beginnings)
+    section = (None if is_forced else _own_section(config, decoder)) or decoder.section
+    decoder, native = with_modules(decoder, config, modules)
+    native = native or told_heads(config, section, section.family or "transformers")
     check_held(config, section, native.count if native else 0, stored)
     entries = {name: stored[name] for name in (*decoder.left, *beside)}
     files = {name: stored_files[name] for name in entries}

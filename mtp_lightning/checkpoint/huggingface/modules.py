@@ -133,6 +133,13 @@ def layout_of(stored: Iterable[str]) -> ModuleLayout | None:
     return next((layout for layout in LAYOUTS if layout.count(names)), None)
 
 
+def module_beginnings(stored: Iterable[str]) -> tuple[str, ...]:
+    """Beginnings of the names of modules among stored tensors; none where there are no modules."""
+    names = [*stored]
+    layout = layout_of(names)
+    return layout.beginnings(names) if layout else ()
+
+
 def native_modules(stored: Iterable[str], num_layers: int, declared: int, *, default: ModuleLayout) -> Native | None:
     """Find the modules among the names of a folder's tensors; those that its settings declare must be there.
 

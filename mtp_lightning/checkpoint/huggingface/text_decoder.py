@@ -12,7 +12,7 @@ import torch
 from mtp_lightning.checkpoint.format.tensors import Entry
 from mtp_lightning.checkpoint.huggingface.configs import MOST_LAYERS, Config, check_plain_numbers, named
 from mtp_lightning.checkpoint.huggingface.conversions import Conversion, incoming
-from mtp_lightning.checkpoint.huggingface.modules import ModuleLayout
+from mtp_lightning.checkpoint.huggingface.modules import Native, declared_modules, layout_of, native_modules
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.untrusted import described
 from mtp_lightning.model.transformers_architecture import Architecture, architecture_of
@@ -102,39 +102,32 @@ def open_text_decoder(config: Config, entries: Mapping[str, Entry]) -> TextDecod
     return _without_ignored(replace(decoder, conversions=taken, left=left, notes=(note,)))
 
 
-def other_layers(architecture: Architecture) -> str | None:
-    """Say what type of layer modules have by the settings, if it is not that of the last layer."""
-    for name in ("layer_types", "mlp_layer_types"):
-        own, theirs = (getattr(architecture.config, key, None) for key in (name, f"mtp_{name}"))
-        if own and theirs and {*theirs} != {own[-1]}:
-            return f"mtp_{name} {named(theirs[0])} behind a last layer of {named(own[-1])}"
-    return None
-
-
 def with_modules(
-    decoder: TextDecoder, config: Config, layout: ModuleLayout, entries: Mapping[str, Entry]
-) -> TextDecoder:
-    """Add the layers of a folder's modules, each made of its tensors as the last layer of the decoder is of its own.
+    decoder: TextDecoder, config: Config, entries: Mapping[str, Entry]
+) -> tuple[TextDecoder, Native | None]:
+    """Add a folder's modules, the layer of each made of its tensors as the last layer of the decoder is of its own.
 
     Args:
         decoder: the decoder without them.
-        config: its settings, for the error.
-        layout: the modules' names.
-        entries: their tensors.
+        config: its settings.
+        entries: the modules' tensors; if there are none, there are no modules.
 
     Raises:
         CheckpointError: experts are missing, or do not fit together.
     """
     architecture, num_layers = decoder.architecture, decoder.section.num_hidden_layers
+    layout = layout_of(entries)
+    if layout is None:
+        return decoder, None
+    if other := _other_layers(architecture):
+        note = f"The folder's own modules are left out: here their layer is like the last one; the settings say {other}"
+        return replace(decoder, notes=(*decoder.notes, note)), None
     last = f"{architecture.names.decoder}.{architecture.names.layers}.{num_layers - 1}."
-    conversions, left = list[Conversion](), {*entries}
+    conversions: list[Conversion] = []
     for module in range(layout.count(entries)):
         own = layout.layer(module, num_layers)
-        forms = {
-            last + name.removeprefix(own): (one.dtype, one.shape)
-            for name, one in entries.items()
-            if name.startswith(own)
-        }
+        inside = {name: one for name, one in entries.items() if name.startswith(own)}
+        forms = {last + name.removeprefix(own): (one.dtype, one.shape) for name, one in inside.items()}
 
         def back(name: str, own: str = own) -> str:
             return own + name.removeprefix(last)
@@ -142,8 +135,21 @@ def with_modules(
         with understood(config):
             made, _ = incoming(library(), architecture.model, forms)
         conversions += [one.renamed(back, back) for one in made]
-    left -= {name for one in conversions for name in one.sources}
-    return replace(decoder, conversions=[*decoder.conversions, *conversions], left=[*decoder.left, *sorted(left)])
+    left = {*entries} - {name for one in conversions for name in one.sources}
+    native = native_modules(entries, num_layers, declared_modules(config), default=layout)
+    return (
+        replace(decoder, conversions=[*decoder.conversions, *conversions], left=[*decoder.left, *sorted(left)]),
+        native and replace(native, apart=layout.beginnings(entries)),
+    )
+
+
+def _other_layers(architecture: Architecture) -> str | None:
+    """Say what type of layer modules have by the settings, if it is not that of the last layer."""
+    for name in ("layer_types", "mlp_layer_types"):
+        own, theirs = (getattr(architecture.config, key, None) for key in (name, f"mtp_{name}"))
+        if own and theirs and {*theirs} != {own[-1]}:
+            return f"mtp_{name} {named(theirs[0])} behind a last layer of {named(own[-1])}"
+    return None
 
 
 def _check_counts(config: Config, entries: Mapping[str, Entry]) -> None:
