@@ -127,7 +127,7 @@ def _reads_only_the_stream(recipe: Recipe) -> bool:
 
 def _schedule_names_sources(recipe: Recipe) -> bool:
     schedule = recipe.data.mixture_schedule
-    return schedule is None or schedule.weights.keys() <= recipe.data.mixture.keys()
+    return schedule is None or (bool(schedule.weights) and schedule.weights.keys() <= recipe.data.mixture.keys())
 
 
 def _schedule_grows(recipe: Recipe) -> bool:
