@@ -212,6 +212,7 @@ RULES = (
     _broken(
         "schedule_of_another_source", "data.mixture={web: 1}", "data.mixture_schedule={rows: [0], weights: {code: [1]}}"
     ),
+    _broken("schedule_of_no_source", "data.mixture_schedule={rows: [0], weights: {}}"),
     _broken(
         "schedule_that_goes_back",
         "data.mixture={web: 1}",

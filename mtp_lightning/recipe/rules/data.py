@@ -149,11 +149,8 @@ def _schedule_always_mixes(recipe: Recipe) -> bool:
 DATA_RULES: tuple[Rule, ...] = (
     Rule(
         fields=("data.mixture_schedule.weights", "data.mixture"),
-        holds=lambda recipe: (
-            recipe.data.mixture_schedule is None
-            or recipe.data.mixture_schedule.weights.keys() <= recipe.data.mixture.keys()
-        ),
-        expected="must name sources of data.mixture only",
+        holds=_schedule_names_sources,
+        expected="must name one or more sources of data.mixture, and no others",
         hint="Spell the sources as in data.mixture, where each has the weight that it would have without a schedule.",
     ),
     Rule(
