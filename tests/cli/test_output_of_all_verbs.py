@@ -43,6 +43,7 @@ WORDS = {
     "generate": "RUN --prompt träume --max-new-tokens 8",
     "data generate": "RUN --out NEW --prompts PROMPTS --num-documents 20 --max-new-tokens 4 --validation-fraction 0.5",
     "data build": "TEXT --out NEW",
+    "data adopt": "TOKENS --out NEW --tokenizer byte",
     "data peek": f"{RECIPE} {SMALL}",
     "data probe induction": "NEW --documents 4 --test 2",
     "data probe polynomial": "NEW --documents 4 --test 2",
@@ -131,6 +132,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         json.dumps({"task": "last_words", **files, "test_split": "test", **asked, "metric_list": [{"metric": "acc"}]})
     )
     (base / "prompts").write_text("".join(f"prompt {number}\n" for number in range(20)))
+    (base / "tokens.npy").write_bytes(bytes([1, 0, 2, 0, 0, 1]) * 40)
     for number in range(40):
         (base / f"text/{number}.txt").write_text(f"träume {number} " * 40)
     found = {
@@ -140,6 +142,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "SHARDS": "shards",
         "HF": "hf",
         "TEXT": "text",
+        "TOKENS": "tokens.npy",
         "PROMPTS": "prompts",
         "PROBLEMS": "problems",
         "TRIALS": "trials",

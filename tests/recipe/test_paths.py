@@ -19,8 +19,9 @@ LOCAL = {
 }
 ANYWHERE = {
     *("data.shards", "data.mixture", "data.max_epochs", "data.stream.train", "data.stream.validation"),
-    "logging.tracking_uri",
+    *("data.mixture_schedule.weights", "logging.tracking_uri"),
 }
+KEYS = ("data.mixture", "data.max_epochs", "data.mixture_schedule.weights")
 FORMS = {"$PLACE/é x": "{place}/é x", "${PLACE}/x": "{place}/x", "~/x": "{home}/x", "~": "{home}", "a$/~x": "a$/~x"}
 
 
@@ -39,8 +40,9 @@ def fields_of(field, path):
     if field.startswith("data.stream"):
         other = {"train": [text], "validation": [text]}
         return ["data.kind=webdataset_stream", f"data.stream={json.dumps(other)}"]
-    if field in ("data.mixture", "data.max_epochs"):
-        return [f"{name}={json.dumps({text: 1.0})}" for name in ("data.mixture", "data.max_epochs")]
+    if field in KEYS:
+        schedule = f"data.mixture_schedule={json.dumps({'rows': [0], 'weights': {text: [1.0]}})}"
+        return [*(f"{name}={json.dumps({text: 1.0})}" for name in ("data.mixture", "data.max_epochs")), schedule]
     return [f"{field}={json.dumps([text] if field == 'data.corpus' else text)}"]
 
 
@@ -83,7 +85,7 @@ def test_a_path_that_leads_nowhere_is_refused_with_its_reason(field):
     for path, reason in refused.items():
         if field == "data.tokenizer" and reason in ("empty", "not set"):
             continue  # what the tokenizer's ending makes something else of
-        if field in ("data.mixture", "data.max_epochs") and len(path) > 1024:
+        if field in KEYS and len(path) > 1024:
             continue  # no key of YAML
         with pytest.raises(RecipeError) as caught:
             load(*fields_of(field, path))

@@ -79,7 +79,9 @@ def plan_blocks(rows: Sequence[int], weights: Sequence[Sequence[float]], *, is_l
     parts = np.cumsum(np.diff(integrals, axis=0), axis=1)
     bounds = parts / parts[:, -1:] * block_rows
     phases = np.arange(len(bounds))[:, None] * GOLDEN_RATIO % 1
-    return Planned(block_rows=block_rows, quotas=np.diff(np.floor(bounds + phases).astype(np.int64), axis=1, prepend=0))
+    whole: Numbers = np.floor(bounds + phases).astype(np.int64)
+    whole[:, 1:] -= whole[:, :-1].copy()
+    return Planned(block_rows=block_rows, quotas=whole)
 
 
 @final
@@ -161,8 +163,8 @@ class MixedOrder(Order):
         places = np.empty_like(samples)
         for block in np.unique(blocks):
             inside = blocks == block
-            key = {"seed": self.seed, "epoch": int(block), "size": block_rows, "purpose": purpose}
-            places[inside] = permute(samples[inside] % block_rows, **key)
+            own = samples[inside] % block_rows
+            places[inside] = permute(own, seed=self.seed, epoch=int(block), size=block_rows, purpose=purpose)
         return places
 
 

@@ -127,7 +127,7 @@ def _reads_only_the_stream(recipe: Recipe) -> bool:
 
 def _schedule_names_sources(recipe: Recipe) -> bool:
     schedule = recipe.data.mixture_schedule
-    return schedule is None or schedule.weights.keys() <= recipe.data.mixture.keys()
+    return schedule is None or (bool(schedule.weights) and schedule.weights.keys() <= recipe.data.mixture.keys())
 
 
 def _schedule_grows(recipe: Recipe) -> bool:
@@ -149,11 +149,8 @@ def _schedule_always_mixes(recipe: Recipe) -> bool:
 DATA_RULES: tuple[Rule, ...] = (
     Rule(
         fields=("data.mixture_schedule.weights", "data.mixture"),
-        holds=lambda recipe: (
-            recipe.data.mixture_schedule is None
-            or recipe.data.mixture_schedule.weights.keys() <= recipe.data.mixture.keys()
-        ),
-        expected="must name sources of data.mixture only",
+        holds=_schedule_names_sources,
+        expected="must name one or more sources of data.mixture, and no others",
         hint="Spell the sources as in data.mixture, where each has the weight that it would have without a schedule.",
     ),
     Rule(

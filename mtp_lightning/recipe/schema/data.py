@@ -44,7 +44,7 @@ class MixtureScheduleSection(Section):
 
     rows: list[NonNegativeInt] = Field(min_length=1)
     """Rows consumed at which the weights hold, growing; before the first and after the last the weights stay."""
-    weights: Annotated[dict[str, list[NonNegativeFloat]], *EXPANDED_NAMES] = Field(min_length=1)
+    weights: Annotated[dict[str, list[NonNegativeFloat]], *EXPANDED_NAMES]
     """Sources and their weights at these rows, e.g. {shards/code: [1, 4]}, in place of those in `data.mixture`."""
     between: Literal["linear", "steps"] = "linear"
     """Weights change evenly from one of the rows to the next, or stay until the next."""

@@ -70,6 +70,8 @@ def _entries(option: Option) -> tuple[str, str]:
         return one_of(entry.choices), f"words out of {one_of(entry.choices, 'and')}"
     if words := words_of_pattern(entry):
         return one_of(words), f"words out of {one_of(words, 'and')}"
+    if get_origin(entry.type) is list:
+        return _allowed_by(entry), f"lists of {_entries(entry)[1]}"
     plural = {int: "whole numbers", float: "numbers", str: "texts"}[entry.type]
     return _allowed_by(entry), f"{plural}{_bounds(entry)}"
 
