@@ -74,12 +74,21 @@ def rank_from_env(environment: Mapping[str, str]) -> RankInfo | None:
 def started_ranks(environment: Mapping[str, str]) -> list[str]:
     """List the overrides that make a recipe one of as many ranks as have been started; none where this is no rank.
 
+    Raises:
+        LaunchError: The agents of torchrun share a store that they do not find again when the first of them changes.
+
     >>> started_ranks({"RANK": "0", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"})
     ['strategy.num_nodes=3', 'strategy.ranks_per_node=2']
     """
     rank_info = rank_from_env(environment)
     if rank_info is None:
         return []
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torch 2.13
+        raise LaunchError(
+            "elastic ranks must not meet in the store of torchrun's first agent: others miss it when another is first",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE is not 1",
+            "Give on every node: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun …",
+        )
     num_nodes, rest = divmod(rank_info.num_ranks, rank_info.local_ranks)
     num_nodes, local_ranks = (rank_info.num_ranks, 1) if rest else (num_nodes, rank_info.local_ranks)
     return [f"strategy.num_nodes={num_nodes}", f"strategy.ranks_per_node={local_ranks}"]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 from torch.distributed import HashStore
 
+from mtp_lightning.errors import LaunchError
 from mtp_lightning.launch.rank_env import free_port, local_rank_info, started_ranks
 from mtp_lightning.recipe.loading.load import load_recipe
 from mtp_lightning.training.strategies.process_group import _joined_by_all
@@ -31,13 +32,13 @@ RUN = (
     "run.cache=cache",
 )
 MEETING = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2"
-PATIENCE_S = 240
+PATIENCE_S = 120
 
 
-def wait_until(condition):
+def wait_until(condition, folder):
     until = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < until
+        assert time.monotonic() < until, "".join(path.read_text()[-4000:] for path in folder.parent.glob("agent_*"))
         time.sleep(0.05)
 
 
@@ -54,7 +55,7 @@ def agent(folder, port, *, is_host):
                 *("-m", "mtp_lightning", *RUN, *elastic),
             ],
             cwd=folder.parent,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
             stdout=log,
             stderr=log,
         )
@@ -78,14 +79,14 @@ def test_a_node_comes_and_is_lost(tmp_path):
     folder, port = tmp_path / "run", free_port()
     metrics = folder / "metrics.csv"
     with agent(folder, port, is_host="true") as first:
-        wait_until(lambda: last_step(metrics) >= 4)
+        wait_until(lambda: last_step(metrics) >= 4, folder)
         with agent(folder, port, is_host="false") as second:
-            wait_until(lambda: len(ranks_of(folder)) == 1)
+            wait_until(lambda: len(ranks_of(folder)) == 1, folder)
             joined_at = last_step(metrics)
             assert (folder / f"checkpoints/step-{joined_at:08d}").is_dir(), "the ranks that make room commit first"
-            wait_until(lambda: last_step(metrics) >= joined_at + 13)
+            wait_until(lambda: last_step(metrics) >= joined_at + 13, folder)
             second.send_signal(signal.SIGKILL)
-            wait_until(lambda: len(ranks_of(folder)) == 2)
+            wait_until(lambda: len(ranks_of(folder)) == 2, folder)
         assert first.wait(PATIENCE_S) == 0, (tmp_path / "agent_true.txt").read_text()[-4000:]
     assert_nobody_stays(folder)
     assert [line.split("(")[0].rsplit(": ")[-1].strip() for line in ranks_of(folder)] == ["1 -> 2", "2 -> 1"]
@@ -145,3 +146,5 @@ def test_an_elastic_recipe_takes_the_ranks_that_were_started():
     recipe = load_recipe(ROOT / "recipes/debug/parallel.yaml", [*changes, *started_ranks(environment)]).recipe
     assert (recipe.strategy.num_nodes, recipe.strategy.ranks_per_node) == (3, 2)
     assert started_ranks({}) == []
+    with pytest.raises(LaunchError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun"):
+        started_ranks(environment | {"TORCHELASTIC_USE_AGENT_STORE": "True"})

@@ -90,7 +90,7 @@ def test_every_verb_takes_the_average(averaged, tmp_path):
     asked = []
     for path, option in ((averaged, "ema"), (tmp_path / "ema", "trained"), (averaged, "trained")):
         where = tmp_path / "marginal.json"
-        done = invoke("eval", "marginal", path, "--samples", 2, "--last", 2, "--weights", option, "--json", where)
+        done = invoke("eval", "marginal", path, "--samples", 2, "--last", 4, "--weights", option, "--json", where)
         assert done.exit_code == 0, done.output
         asked.append(json.loads(where.read_text())["offsets"])
         assert (averaged / "marginal.json").exists() == (len(asked) == 3), "kept of the trained weights alone"
