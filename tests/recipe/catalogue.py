@@ -311,6 +311,8 @@ RULES = (
         "adapt.lora={in_heads: true, dropout: 0.1}",
         "objective.distill={detach_teacher: false}",
     ),
+    _broken("kept_states_of_a_trained_trunk", "memory.cache_hidden_states=runs/states"),
+    _broken("kept_states_under_updates", "memory.cache_hidden_states=s", "freeze=[trunk]", "adapt.lora={}"),
     _broken("mixtures_that_nobody_reads", "adapt.layer_mix={main_head: false}", "heads.kind=sequential"),
     _broken("mixture_of_one_layer", "adapt.layer_mix={}", "model.num_hidden_layers=5"),
     _broken("mixture_of_a_frozen_head", "adapt.layer_mix={}", "freeze=[offsets_below_2]"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
-from mtp_lightning.errors import RecipeError, TrainingError
+from mtp_lightning.errors import TrainingError
 from mtp_lightning.model import kept_states
 from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.kept_states import HEADER_BYTES, KeptStates, trunk_digest
@@ -29,7 +29,7 @@ data: {{corpus: [{texts}], validation_fraction: 0.4, seq_len: 32}}
 batch: {{global_batch_size: 8, micro_batch_size: 4}}
 run: {{validate_every_steps: 4, validation_samples: 4, threads: 1, cache: {cache}, steps: 8}}
 checkpoint: {{every_steps: 4}}
-logging: {{every_steps: 1}}
+logging: {{every_steps: 1, loggers: [csv]}}
 """
 ADAPTATIONS = {
     "trunk": {"freeze": ["trunk"]},
@@ -77,10 +77,9 @@ def assert_same(found, expected):
 
 
 def test_runs_are_equal_to_the_bit_and_later_ones_leave_the_trunk_alone(here, forwards):
-    """Whole runs of several epochs: first with nothing kept, then with all; of the second half a resumed one."""
+    """Whole runs: first with nothing kept, then with all."""
     expected = run(here, "plain", cache=None)
     without = len(forwards)
-    run(here, "first", "run.steps=4")
     assert_same(run(here, "first"), expected)
     first = len(forwards) - without
     assert_same(run(here, "second"), expected)
@@ -216,15 +215,3 @@ def test_too_little_room_is_told_before_and_while_writing(tiny, small_disk):
     rows = tuple(torch.cat(parts) for parts in zip(*(tiny_rows(recipe, 2, seed) for seed in range(1, 9)), strict=True))
     with pytest.raises(TrainingError, match="must be written to .*No space left on device"):
         states_of(model, rows)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "found"),
-    [((), "freeze"), (("freeze=[heads]",), "freeze"), (("freeze=[trunk]", "adapt.lora={}"), "adapt.lora")],
-)
-def test_a_trunk_that_is_trained_or_changed_is_refused(overrides, found):
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(ROOT / "recipes/debug/parallel.yaml", ["memory.cache_hidden_states=x", *overrides])
-    (fault,) = caught.value.faults
-    assert fault.path == "memory.cache_hidden_states"
-    assert "unless the trunk is frozen" in fault.expected
