@@ -34,8 +34,6 @@ KINDS = ("medusa", "sequential", "parallel", "recursive", "causal")
 QUICK = {
     ("gemma2", "sequential"),
     ("phi3", "parallel"),
-    ("falcon", "medusa"),
-    ("deepseek_v3", "sequential"),
     ("bloom", "medusa"),
     ("qwen3_moe", "recursive"),
 }

@@ -86,6 +86,7 @@ def test_a_run_with_dropout_is_resumed_to_the_bit(here):
     assert_same(weights_of(here / "halves"), weights_of(here / "whole"))
 
 
+@pytest.mark.slow
 def test_phases_from_heads_alone_to_updates(here):
     """Head warm-up, then all at another rate; a third phase goes on with the optimizer of the second."""
     phases = """

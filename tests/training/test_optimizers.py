@@ -53,6 +53,7 @@ def averaged(run):
     return run("averaged", *NEW)
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_goes_on_to_the_bit(averaged, run):
     again = averaged.with_name("again")
     shutil.copytree(averaged, again)

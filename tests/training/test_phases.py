@@ -68,6 +68,7 @@ def assert_same(found, expected):
 ZERO = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "batch.micro_batch_size=4")
 
 
+@pytest.mark.slow
 def test_two_phases_that_change_nothing_are_one_run(written, tmp_path):
     whole = written("  {}\n")
     assert load_recipe(whole).recipe.phases == {}

@@ -100,7 +100,8 @@ def test_another_way_of_computing_is_refused(change, tmp_path):
 AS_IMPORTED = tuple(field for field in SHORT if not field.startswith("run.steps"))  # lr 1e-5, 100 steps of warm-up
 
 
-@pytest.mark.parametrize("kind", ["single", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["single", "zero3"])
 def test_large_norms_and_blocks_of_zeros_are_no_faults(tmp_path, kind):
     """As pretrained models have them, and as block expansion puts them in: at the first rate of the warm-up, 1e-7."""
     outside = {name: 0.3 * torch.randn(BYTES, 16) for name in ("model.embed_tokens.weight", "lm_head.weight")}
