@@ -130,7 +130,7 @@ FORMATS: Mapping[FormatName, Format] = {
                     name="transformers",
                     versions="5.23",
                     heads="draft with generate(use_mtp=True), once loaded with trust_remote_code=True",
-                    serve=_LOADED,
+                    serve=f"{_LOADED} --trust-remote-code",
                     judge=heard_by_transformers,
                 ),
             ),
