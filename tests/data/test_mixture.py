@@ -278,7 +278,7 @@ def test_a_long_schedule_is_planned_in_as_many_blocks_as_a_short_one() -> None:
 
 def build_scheduled(folders: Path, *, between: str = "linear", **changes: Any) -> MtpDataModule:
     weights = {str(folders / "code"): [1, 4], str(folders / "web"): [3, 0]}
-    schedule = {"rows": [0, 200], "weights": weights, "between": between}
+    schedule = {"at_rows": [0, 200], "weights": weights, "between": between}
     return build(folders, {"code": 1, "web": 1}, data={"mixture_schedule": schedule}, **changes)
 
 
@@ -300,7 +300,7 @@ def test_another_schedule_is_another_run_and_too_many_epochs_are_refused(
     assert f"mixture from row 200: 100.0% {folders / 'code'}, 0.0% {folders / 'web'}" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="mixture"):
         build_scheduled(folders, between="steps").load_state_dict(state)
-    schedule = {"rows": [0, 200], "weights": {str(folders / "web"): [3, 0]}}
+    schedule = {"at_rows": [0, 200], "weights": {str(folders / "web"): [3, 0]}}
     limited = {"mixture_schedule": schedule, "max_epochs": {str(folders / "web"): 0.001}}
     with pytest.raises(DataError, match=r"at most 0.001 times"):
         build(folders, {"code": 1, "web": 1}, data=limited)

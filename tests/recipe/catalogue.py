@@ -211,28 +211,30 @@ RULES = (
     _broken("mixture_beside_shards", "data.mixture={web: 1}", "data.shards=code"),
     _broken("mixture_with_a_tiny_weight", "data.mixture={web: 1, code: 1e-4}"),
     _broken(
-        "schedule_of_another_source", "data.mixture={web: 1}", "data.mixture_schedule={rows: [0], weights: {code: [1]}}"
+        "schedule_of_another_source",
+        "data.mixture={web: 1}",
+        "data.mixture_schedule={at_rows: [0], weights: {code: [1]}}",
     ),
-    _broken("schedule_of_no_source", "data.mixture_schedule={rows: [0], weights: {}}"),
+    _broken("schedule_of_no_source", "data.mixture_schedule={at_rows: [0], weights: {}}"),
     _broken(
         "schedule_that_goes_back",
         "data.mixture={web: 1}",
-        "data.mixture_schedule={rows: [0, 9, 9], weights: {web: [1, 1, 1]}}",
+        "data.mixture_schedule={at_rows: [0, 9, 9], weights: {web: [1, 1, 1]}}",
     ),
     _broken(
         "schedule_with_too_few_weights",
         "data.mixture={web: 1}",
-        "data.mixture_schedule={rows: [0, 9], weights: {web: [1]}}",
+        "data.mixture_schedule={at_rows: [0, 9], weights: {web: [1]}}",
     ),
     _broken(
         "schedule_without_any_weight",
         "data.mixture={web: 1, code: 2}",
-        "data.mixture_schedule={rows: [0, 9], weights: {web: [1, 0], code: [1, 0]}}",
+        "data.mixture_schedule={at_rows: [0, 9], weights: {web: [1, 0], code: [1, 0]}}",
     ),
     _broken(
         "schedule_of_a_source_that_is_never_read",
         "data.mixture={web: 1, code: 2}",
-        "data.mixture_schedule={rows: [0, 9], weights: {web: [0, 0]}}",
+        "data.mixture_schedule={at_rows: [0, 9], weights: {web: [0, 0]}}",
     ),
     _broken("stream_without_its_kind", "data.stream={train: [a.tar], validation: [b.tar]}"),
     _broken("stream_in_an_order", *STREAM, "data.shuffle=shards"),

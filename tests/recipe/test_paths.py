@@ -41,7 +41,7 @@ def fields_of(field, path):
         other = {"train": [text], "validation": [text]}
         return ["data.kind=webdataset_stream", f"data.stream={json.dumps(other)}"]
     if field in KEYS:
-        schedule = f"data.mixture_schedule={json.dumps({'rows': [0], 'weights': {text: [1.0]}})}"
+        schedule = f"data.mixture_schedule={json.dumps({'at_rows': [0], 'weights': {text: [1.0]}})}"
         return [*(f"{name}={json.dumps({text: 1.0})}" for name in ("data.mixture", "data.max_epochs")), schedule]
     return [f"{field}={json.dumps([text] if field == 'data.corpus' else text)}"]
 

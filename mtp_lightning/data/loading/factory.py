@@ -71,7 +71,7 @@ def prepare_data(recipe: Recipe) -> None:
 
 def _say_schedule(recipe: Recipe) -> None:
     schedule, weights = recipe.data.mixture_schedule, recipe.data.weights_at_rows()
-    for number, row in enumerate(schedule.rows if schedule else []):
+    for number, row in enumerate(schedule.at_rows if schedule else []):
         at_row = {name: own[number] for name, own in weights.items()}
         shares = ", ".join(f"{weight / sum(at_row.values()):.1%} {name}" for name, weight in at_row.items())
         say(f"mixture from row {row:,}: {shares}", stderr=True)
@@ -110,9 +110,9 @@ def _open_mixture(recipe: Recipe, split: Split) -> OpenData:
     _check_cache(recipe, {source.name: source.rows for source in sources})
     weights, schedule = [source.weights[-1] for source in sources], recipe.data.mixture_schedule
     planned = None
-    if schedule is not None and schedule.rows[-1] > 0:
-        at_rows = list(zip(*(source.weights for source in sources), strict=True))
-        planned = plan_blocks(schedule.rows, at_rows, is_linear=schedule.between == "linear")
+    if schedule is not None and schedule.at_rows[-1] > 0:
+        weights_at = list(zip(*(source.weights for source in sources), strict=True))
+        planned = plan_blocks(schedule.at_rows, weights_at, is_linear=schedule.between == "linear")
     order = MixedOrder(
         seed=recipe.run.seed,
         quotas=tuple(quotas_of(weights, MIXTURE_BLOCK_ROWS)),

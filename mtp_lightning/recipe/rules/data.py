@@ -132,12 +132,12 @@ def _schedule_names_sources(recipe: Recipe) -> bool:
 
 def _schedule_grows(recipe: Recipe) -> bool:
     schedule = recipe.data.mixture_schedule
-    return schedule is None or all(one < other for one, other in itertools.pairwise(schedule.rows))
+    return schedule is None or all(one < other for one, other in itertools.pairwise(schedule.at_rows))
 
 
 def _schedule_is_full(recipe: Recipe) -> bool:
     schedule = recipe.data.mixture_schedule
-    return schedule is None or all(len(own) == len(schedule.rows) for own in schedule.weights.values())
+    return schedule is None or all(len(own) == len(schedule.at_rows) for own in schedule.weights.values())
 
 
 def _schedule_always_mixes(recipe: Recipe) -> bool:
@@ -154,15 +154,15 @@ DATA_RULES: tuple[Rule, ...] = (
         hint="Spell the sources as in data.mixture, where each has the weight that it would have without a schedule.",
     ),
     Rule(
-        fields=("data.mixture_schedule.rows",),
+        fields=("data.mixture_schedule.at_rows",),
         holds=_schedule_grows,
         expected="must grow from each to the next",
         hint="Sort them, with the weights of every source, and name none twice.",
     ),
     Rule(
-        fields=("data.mixture_schedule.weights", "data.mixture_schedule.rows"),
+        fields=("data.mixture_schedule.weights", "data.mixture_schedule.at_rows"),
         holds=_schedule_is_full,
-        expected="must have as many weights for each source as there are data.mixture_schedule.rows",
+        expected="must have as many weights for each source as there are data.mixture_schedule.at_rows",
         hint="Give every source one weight for each of the rows.",
     ),
     Rule(

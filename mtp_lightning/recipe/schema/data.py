@@ -42,7 +42,7 @@ class StreamSection(Section):
 class MixtureScheduleSection(Section):
     """Weights of a mixture that change over the run, as a function of the rows consumed alone."""
 
-    rows: list[NonNegativeInt] = Field(min_length=1)
+    at_rows: list[NonNegativeInt] = Field(min_length=1)
     """Rows consumed at which the weights hold, growing; before the first and after the last the weights stay."""
     weights: Annotated[dict[str, list[NonNegativeFloat]], *EXPANDED_NAMES]
     """Sources and their weights at these rows, e.g. {shards/code: [1, 4]}, in place of those in `data.mixture`."""
@@ -120,7 +120,7 @@ class DataSection(Section):
         if schedule is None:
             return {name: [weight] for name, weight in self.mixture.items()}
         return {
-            name: schedule.weights.get(name, [weight] * len(schedule.rows)) for name, weight in self.mixture.items()
+            name: schedule.weights.get(name, [weight] * len(schedule.at_rows)) for name, weight in self.mixture.items()
         }
 
 
