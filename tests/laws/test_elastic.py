@@ -31,7 +31,7 @@ RUN = (
     "run.threads=1",
     "run.cache=cache",
 )
-MEETING = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2"
+MEETING = "last_call_timeout=2,keep_alive_interval=2,keep_alive_max_attempt=5"  # a busy machine is not a dead one
 PATIENCE_S = 120
 
 

@@ -54,7 +54,8 @@ def _joined_by_all(server: Store, rank_info: RankInfo) -> Store:
     """
     began, has_said = time.monotonic(), False
     size = f"{rank_info.num_ranks} ranks"
-    name, store = "", None
+    name = ""
+    store: Store | None = None
     if rank_info.rank == 0:
         server.set(MEETING, f"{size}/{uuid.uuid4().hex}")
     while True:
