@@ -289,6 +289,7 @@ RULES = (
     _broken("slices_shorter_than_offsets", *TWO_SLICES, "data.seq_len=6"),
     _broken("slices_of_transformers", *TWO_SLICES, *FOREIGN, GPT2),
     _broken("slices_with_a_rollout", *TWO_SLICES, "heads.kind=sequential", "objective.rollout={}"),
+    _broken("slices_with_kept_states", *TWO_SLICES, "freeze=[trunk]", "memory.cache_hidden_states=states"),
     _broken("slices_with_token_order", *TWO_SLICES, "objective.token_order={}"),
     _broken("slices_with_balance", *TWO_SLICES, "objective.balance=rms"),
     _broken("slices_of_a_stream", *TWO_SLICES, *STREAM),

@@ -15,7 +15,7 @@ from tests.support.runs import ROOT, mtp
 
 LOCAL = {
     *("run.dir", "run.cache", "init.path", "strategy.nvme_path", "heads.draft_vocabulary"),
-    *("data.corpus", "data.tokenizer"),
+    *("data.corpus", "data.tokenizer", "memory.cache_hidden_states"),
 }
 ANYWHERE = {
     *("data.shards", "data.mixture", "data.max_epochs", "data.stream.train", "data.stream.validation"),
@@ -43,6 +43,8 @@ def fields_of(field, path):
     if field in KEYS:
         schedule = f"data.mixture_schedule={json.dumps({'at_rows': [0], 'weights': {text: [1.0]}})}"
         return [*(f"{name}={json.dumps({text: 1.0})}" for name in ("data.mixture", "data.max_epochs")), schedule]
+    if field == "memory.cache_hidden_states":
+        return ["freeze=[trunk]", f"{field}={json.dumps(text)}"]
     return [f"{field}={json.dumps([text] if field == 'data.corpus' else text)}"]
 
 

@@ -43,6 +43,7 @@ from mtp_lightning.training.strategies.param_shards import (
 )
 from mtp_lightning.training.strategies.single import SingleStrategy
 from mtp_lightning.training.strategies.zero_config import STAGES, zero_config
+from mtp_lightning.training.strategies.zero_modules import forget_modules, module_stack
 
 COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -127,7 +128,7 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         if hasattr(engine, "destroy"):  # else an error came before there was one
             engine.destroy()
             if self.stage == 3:
-                _forget_modules()
+                forget_modules()
             else:
                 self._cut_links()
             self.model, self.optimizers = None, []
@@ -178,7 +179,7 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         """
         engine, zero = self.deepspeed_engine, self._zero
         if self.stage == 3:
-            _module_stack()[1:] = []  # layers whose recomputation ended early, as torch lets it, were never taken off
+            module_stack()[1:] = []  # layers whose recomputation ended early, as torch lets it, were never taken off
             zero.grad_partitions_flat_buffer.zero_()
             zero.micro_step_id = 1  # 0 means: overwrite
             yield
@@ -344,29 +345,6 @@ def _partition_gradient(parameter: Any, mapping: Any, own: Any) -> Tensor | None
     except ValueError:
         return None
     return gradient
-
-
-def _module_stack() -> list[nn.Module]:
-    """Modules whose forward DeepSpeed 0.19 is in, the outermost first: between steps that one alone."""
-    from deepspeed.runtime.zero import parameter_offload
-
-    stack: list[nn.Module] = parameter_offload.FWD_MODULE_STACK
-    return stack
-
-
-def _forget_modules() -> None:
-    """Empty what DeepSpeed 0.19 keeps of every ZeRO-3 engine for as long as the process lives.
-
-    That is the outermost module, in a list, and what it was to release when, in a cache of a method. Can go when
-    `engine.destroy()` does so.
-    """
-    from deepspeed.runtime.zero import parameter_offload
-
-    _module_stack().clear()
-    method = parameter_offload.PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    for cell in method.__closure__:  # of the decorator around the cache
-        if hasattr(cell.cell_contents, "cache_clear"):
-            cell.cell_contents.cache_clear()
 
 
 @final
