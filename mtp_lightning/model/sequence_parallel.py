@@ -46,15 +46,15 @@ class SequenceSlice:
         """
         times = self.size // math.gcd(self.size, key.shape[1])
         parts = (query, key.repeat_interleave(times, 1), value.repeat_interleave(times, 1))
-        by_rank = [part.unflatten(1, (self.size, -1)) for part in parts]  # (B, N, H/N, T/N, W)
+        by_rank = [torch.unflatten(part, 1, (self.size, -1)) for part in parts]  # (B, N, H/N, T/N, W)
         num_heads = [part.shape[2] for part in by_rank]
         exchanged = self._exchange(torch.cat(by_rank, 2).transpose(0, 1))  # (N, B, heads, T/N, W)
-        query, key, value = exchanged.permute(1, 2, 0, 3, 4).flatten(2, 3).split(num_heads, 1)
+        query, key, value = torch.split(exchanged.permute(1, 2, 0, 3, 4).flatten(2, 3), num_heads, 1)
         return query, key, value
 
     def to_positions(self, mixed: Tensor) -> Tensor:
         """Exchange heads for positions, the way back: (B, H/N, T, W) -> (B, H, T/N, W)."""
-        by_rank = mixed.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4)  # (N, B, H/N, T/N, W)
+        by_rank = torch.unflatten(mixed, 2, (self.size, -1)).permute(2, 0, 1, 3, 4)  # (N, B, H/N, T/N, W)
         return self._exchange(by_rank).transpose(0, 1).flatten(1, 2)
 
     def ahead(self, states: Tensor, num_offsets: int) -> Tensor:
@@ -72,13 +72,16 @@ class SequenceSlice:
 
     def _exchange(self, parts: Tensor, sizes_out: list[int] | None = None, sizes_in: list[int] | None = None) -> Tensor:
         """Give each rank its part of the first dimension, and take this rank's of each."""
-        received: Tensor = wait_tensor(all_to_all_single_autograd(parts.contiguous(), sizes_out, sizes_in, self._group))
+        sent = all_to_all_single_autograd(parts.contiguous(), sizes_out, sizes_in, self._group)
+        received: Tensor = wait_tensor(sent)  # type: ignore[no-untyped-call]
         return received
 
 
 def slice_of_this_rank(num_slices: int) -> SequenceSlice | None:
     """Group every N consecutive ranks; all ranks call it. None for windows that are not cut."""
-    return None if num_slices == 1 else SequenceSlice(dist.new_subgroups(num_slices)[0])
+    if num_slices == 1:
+        return None
+    return SequenceSlice(dist.new_subgroups(num_slices)[0])  # type: ignore[no-untyped-call]
 
 
 def own_positions(per_position: Tensor, sequence: SequenceSlice | None) -> Tensor:

@@ -77,7 +77,7 @@ def assert_same_steps(cells, num_ranks, num_slices):
 
 
 def test_windows_on_two_ranks_are_whole_windows():
-    assert_same_steps(CELLS[:6], 2, 2)
+    assert_same_steps(CELLS[:4], 2, 2)
 
 
 @pytest.mark.slow
