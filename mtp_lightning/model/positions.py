@@ -101,7 +101,8 @@ def rotary_tables(positions: Tensor, section: ModelSection, *, like: Tensor) -> 
     frequencies = _scaled(1.0 / section.rope_theta**exponents, section)
     angles = positions[:, None, :, None].to(exact) * frequencies  # (B, 1, T, R/2)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    scale = 1.0 if section.rope_scaling is None else section.rope_scaling.resolved_attention_factor
+    return (angles.cos() * scale).to(like.dtype), (angles.sin() * scale).to(like.dtype)
 
 
 def _scaled(frequencies: Tensor, section: ModelSection) -> Tensor:
@@ -111,6 +112,14 @@ def _scaled(frequencies: Tensor, section: ModelSection) -> Tensor:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+    if scaling.kind == "yarn":
+        width, span = section.rotary_width, math.log(section.rope_theta) or 1e-9
+        waves = (scaling.original_positions / (2 * math.pi * turns) for turns in (scaling.beta_fast, scaling.beta_slow))
+        first, last = (width * math.log(wave) / (2 * span) for wave in waves)  # pairs of channels that turn so often
+        low, high = max(math.floor(first), 0), min(math.ceil(last), width - 1)
+        pairs = torch.arange(len(frequencies), device=frequencies.device)
+        slowed = ((pairs - low) / (high - low or 0.001)).clamp(0, 1)
+        return frequencies * (1 - slowed + slowed / scaling.factor)
     turns = scaling.original_positions * frequencies / (2 * math.pi)  # within the window of the first training
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from mtp_lightning.checkpoint.huggingface.configs import Config, rotary_fields, written_rotary
 from mtp_lightning.errors import MtpError
+from mtp_lightning.recipe.schema.model import ModelSection
 from tests.checkpoint.families import LINEAR, LLAMA3, PYTHIA, save_model
 from tests.checkpoint.judge import edit, imported_logits, judged_logits
 from tests.support.covering import some_of
@@ -20,6 +22,7 @@ transformers = pytest.importorskip(
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
 GONE = object()
 OLD = {"rope_parameters": GONE}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 FAMILIES = {
     "llama": "llama",
     "mistral": "mistral_whole_window",
@@ -38,6 +41,9 @@ RIGHT: list[tuple[str, dict[str, Any]]] = [
     ("llama", OLD | {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}}),
     ("llama", OLD | {"rope_scaling": {"type": "default", "factor": 2.0}}),
     ("llama", OLD | {"rope_scaling": LLAMA3}),
+    ("llama", OLD | {"rope_scaling": YARN}),
+    ("llama", OLD | {"rope_scaling": YARN | {"beta_fast": 4, "beta_slow": 0.5, "attention_factor": 1.3}}),
+    ("llama", {"rope_parameters": YARN | {"rope_theta": 500.0, "factor": 0.5}}),
     ("llama", OLD | {"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}}),
     ("llama", OLD | {"rope_scaling": LLAMA3, "original_max_position_embeddings": 16}),
     ("llama", {"rope_parameters": LINEAR}),
@@ -82,6 +88,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_parameters": LINEAR | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1.0"),
     ("llama", OLD | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
     ("llama", OLD | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+    ("llama", OLD | {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}, "yarn"),
+    ("llama", OLD | {"rope_scaling": YARN | {"truncate": False}}, "yarn"),
     ("llama", OLD | {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "longrope"),
     ("llama", {"rope_parameters": {"rope_type": "proportional"}}, "proportional"),
     ("llama", {"rope_parameters": {"full_attention": LINEAR}}, "for each type of layer"),
@@ -121,6 +129,12 @@ def named(case: Any) -> str | None:
     if not isinstance(case, dict):
         return None if case is GONE else str(case)[:20]
     return ",".join(f"{name}-{'gone' if value is GONE else str(value)[:20]}" for name, value in case.items())[:60]
+
+
+def test_yarn_is_written_as_it_was_read() -> None:
+    told = YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.5}
+    section = ModelSection(**rotary_fields(Config(Path("config.json"), {"rope_scaling": told, "rope_theta": 500.0})))
+    assert written_rotary(section) == {"rope_theta": 500.0, "rope_scaling": told}
 
 
 @pytest.fixture(scope="module")

@@ -239,12 +239,27 @@ def _scaling(config: Config, told: dict[str, Any]) -> dict[str, Any] | None:
         name = "original_max_position_embeddings"
         positions = config.get(name) or told.get(name) or config.need("max_position_embeddings")
         return {"kind": kind, **numbers, "original_positions": positions}
+    name, is_yarn = "original_max_position_embeddings", kind == "yarn" and told.keys() <= {*YARN, *OF_ROTARY}
+    if is_yarn and told.get(name) and config.get(name) is None:
+        numbers = {ours: config.number(key, told[key]) for key, ours in YARN.items() if told.get(key) is not None}
+        return {"kind": kind, **numbers, "original_positions": told[name]}
     raise config.uncovered(
-        "rotary positions must be plain, or scaled by linear or llama3",
+        "rotary positions must be plain, or scaled by linear or llama3, or by yarn from a window of training",
         "another scaling for each type of layer" if kind == "default" else named(kind),
         "Choose a model with one of these; a model that was scaled afterwards (yarn, dynamic) is the plain one without "
         "that entry, for texts as long as it was first trained on",
     )
+
+
+OF_ROTARY = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+YARN = {
+    "factor": "factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+    "original_max_position_embeddings": "original_positions",
+}
+"""Settings of YaRN that trunks here know, and their names in a recipe."""
 
 
 def written_rotary(section: ModelSection) -> dict[str, Any]:
@@ -259,6 +274,8 @@ def written_rotary(section: ModelSection) -> dict[str, Any]:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_positions,
         }
+    if scaling.kind == "yarn":
+        told |= {name: getattr(scaling, ours) for name, ours in YARN.items() if getattr(scaling, ours) is not None}
     return {"rope_theta": section.rope_theta, "rope_scaling": told}
 
 

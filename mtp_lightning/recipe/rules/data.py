@@ -23,6 +23,11 @@ def _slows_a_range(recipe: Recipe) -> bool:
     return scaling is None or scaling.kind != "llama3" or scaling.low_freq_factor < scaling.high_freq_factor
 
 
+def _turns_fall(recipe: Recipe) -> bool:
+    scaling = recipe.model.rope_scaling
+    return scaling is None or scaling.kind != "yarn" or scaling.beta_slow < scaling.beta_fast
+
+
 MOST_BATCH_SIZES = 10_000  # of a ramp, which are walked through to count tokens
 
 MODEL_RULES: tuple[Rule, ...] = (
@@ -40,6 +45,12 @@ MODEL_RULES: tuple[Rule, ...] = (
         holds=_slows_a_range,
         expected="must lie below model.rope_scaling.high_freq_factor",
         hint="Take the factors from the model's config.json: low_freq_factor is the smaller one.",
+    ),
+    Rule(
+        fields=("model.rope_scaling.beta_slow", "model.rope_scaling.beta_fast"),
+        holds=_turns_fall,
+        expected="must lie below model.rope_scaling.beta_fast",
+        hint="Take both from the model's config.json, or leave them out: 1 and 32.",
     ),
 )
 

@@ -1,5 +1,6 @@
 """Sections of the model: the trunk, the heads, and what an adaptation adds or freezes."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -68,8 +69,8 @@ Family = Literal["llama", "mistral", "qwen2", "qwen3", "mimo", "gpt_neox", "tran
 class RopeScalingSection(Section):
     """Slower rotary frequencies, for windows longer than those that the model was first trained on."""
 
-    kind: Literal["linear", "llama3"] = "llama3"
-    """All frequencies alike, or only those whose wave is long against `original_positions` [Llama 3.1]."""
+    kind: Literal["linear", "llama3", "yarn"] = "llama3"
+    """All frequencies alike, or only those whose wave is long against `original_positions` [Llama 3.1; YaRN]."""
     factor: PositiveFloat = 8.0
     """What frequencies are divided by."""
     low_freq_factor: PositiveFloat = 1.0
@@ -77,7 +78,20 @@ class RopeScalingSection(Section):
     high_freq_factor: PositiveFloat = 4.0
     """For `llama3`: waves shorter than original_positions / high_freq_factor are left as they are."""
     original_positions: PositiveInt = 8192
-    """For `llama3`: window that the model was first trained on."""
+    """For `llama3` and `yarn`: window that the model was first trained on."""
+    beta_fast: PositiveFloat = 32.0
+    """For `yarn`: frequencies with more turns than this in `original_positions` are left as they are."""
+    beta_slow: PositiveFloat = 1.0
+    """For `yarn`: those with fewer are slowed down whole."""
+    attention_factor: PositiveFloat | None = None
+    """For `yarn`: what queries and keys are multiplied by; null: 0.1 ln(factor) + 1."""
+
+    @property
+    def resolved_attention_factor(self) -> float:
+        """What queries and keys are multiplied by."""
+        if self.kind != "yarn":
+            return 1.0
+        return self.attention_factor or 0.1 * math.log(max(1.0, self.factor)) + 1.0
 
 
 SETTLED: dict[str, tuple[type, tuple[str, ...]]] = {
