@@ -32,7 +32,7 @@ RUN = (
     "run.cache=cache",
 )
 MEETING = "last_call_timeout=2,keep_alive_interval=2,keep_alive_max_attempt=5"  # a busy machine is not a dead one
-PATIENCE_S = 120
+PATIENCE_S = 240
 
 
 def wait_until(condition, folder):
