@@ -116,7 +116,8 @@ def _scaled(frequencies: Tensor, section: ModelSection) -> Tensor:
         width, span = section.rotary_width, math.log(section.rope_theta) or 1e-9
         waves = (scaling.original_positions / (2 * math.pi * turns) for turns in (scaling.beta_fast, scaling.beta_slow))
         first, last = (width * math.log(wave) / (2 * span) for wave in waves)  # pairs of channels that turn so often
-        low, high = max(math.floor(first), 0), min(math.ceil(last), width - 1)
+        low: float = max(math.floor(first), 0)
+        high: float = min(math.ceil(last), width - 1)
         pairs = torch.arange(len(frequencies), device=frequencies.device)
         slowed = ((pairs - low) / (high - low or 0.001)).clamp(0, 1)
         return frequencies * (1 - slowed + slowed / scaling.factor)
