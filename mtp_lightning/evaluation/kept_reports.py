@@ -25,7 +25,7 @@ class Kept(Generic[Report]):
     """A report, and what was asked."""
 
     manifest_sha256: str  # of the checkpoint
-    settings: dict[str, float | str]
+    settings: dict[str, int | float | str]
     report: Report
 
 

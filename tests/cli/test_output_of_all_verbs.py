@@ -87,7 +87,7 @@ def run(output: str, *words: str, cwd: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("verb", "output"), [*zip(VERBS[::7], OUTPUTS, strict=True)])
+@pytest.mark.parametrize(("verb", "output"), [*zip(VERBS[:: len(VERBS) // len(OUTPUTS)], OUTPUTS, strict=False)])
 def test_help_of_a_verb_without_an_output(verb: str, output: str, tmp_path: Path) -> None:
     """One of each; all pairs below."""
     assert run(output, *verb.split(), "--help", cwd=tmp_path)[0] == ENDS[output]

@@ -158,7 +158,6 @@ def test_through_a_shared_matrix_only_the_students_use_gets_gradient(backward_or
 
 
 @every_pair(
-    quick=12,
     kind=HEAD_KINDS,
     backward_order=["sequential", "bridged", "joint"],
     model=["plain", "tied"],

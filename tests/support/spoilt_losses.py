@@ -23,10 +23,10 @@ def spoil_losses(step=STEP):
     accumulate_gradients, prepare = lightning_module.accumulate_gradients, lightning_module.prepare_batch
     steps = []
 
-    def prepared(batch, recipe, step):
+    def prepared(batch, recipe, step, sequence):
         is_last = Ranks().rank == Ranks().size - 1
         steps.append(step if is_last else -1)
-        return prepare(batch, recipe, step)
+        return prepare(batch, recipe, step, sequence)
 
     def run(*arguments):
         losses = accumulate_gradients(*arguments)

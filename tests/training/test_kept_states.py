@@ -115,7 +115,7 @@ def opened(folder, recipe, model, num_rows=0):
     return kept
 
 
-@every_pair(lambda **_: True, quick=12, full=True, kind=HEAD_KINDS, adaptation=ADAPTATIONS, masks=(False, True))
+@every_pair(full=True, kind=HEAD_KINDS, adaptation=ADAPTATIONS, masks=(False, True))
 def test_gradients_are_equal_to_the_bit(kind, adaptation, masks, tmp_path, forwards):
     sections = ADAPTATIONS[adaptation]
     if kind == "anticausal" and sections["freeze"] != ["trunk"]:

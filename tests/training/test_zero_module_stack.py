@@ -13,7 +13,7 @@ from unittest import mock
 from mtp_lightning.diagnostics import parity
 from mtp_lightning.diagnostics.parity_matrix import Cell
 from mtp_lightning.training.strategies.process_group import process_group
-from mtp_lightning.training.strategies.zero import ZeroStrategy
+from mtp_lightning.training.strategies.zero import ZeroStrategy, _offload
 from mtp_lightning.training.strategies.zero_modules import module_stack
 
 cell = Cell(stage="zero3", ranks=1, backward_order="sequential", accumulation=3, heads="parallel", unembedding="shared",
@@ -25,7 +25,7 @@ def recipe(self):
     return plain(self).model_copy(update={"memory": plain(self).memory.model_copy(update=memory)})
 
 def noted(self, *arguments, **options):
-    lengths.append(len(module_stack()))
+    lengths.append(len(module_stack(_offload())))
     return step(self, *arguments, **options)
 
 with mock.patch.object(Cell, "recipe", property(recipe)), mock.patch.object(ZeroStrategy, "optimizer_step", noted):

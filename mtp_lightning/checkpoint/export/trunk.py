@@ -13,6 +13,8 @@ from mtp_lightning.checkpoint.format.carried_files import (
 from mtp_lightning.checkpoint.format.manifest import DtypeName
 from mtp_lightning.checkpoint.huggingface.canonical_names import (
     BASE,
+    LAYER,
+    MODULE,
     Parameter,
     TensorSource,
     num_base_layers,
@@ -91,7 +93,7 @@ def sources_of(
     sources, num_layers = {}, num_base_layers(parameters, recipe.model)
     for name, parameter in parameters.items():
         source = base_source(parameter.place, family) if parameter.place else None
-        if source is None and parameter.place and layout:
+        if source is None and parameter.place and layout and _may_be_in_module(parameter.place, recipe.model):
             source = layout.source(parameter.place, num_layers, concatenation=recipe.heads.concatenation)
         if source is not None:
             sources[name] = source
@@ -104,6 +106,13 @@ def sources_of(
             "Export with --format consolidated",
         )
     return sources
+
+
+def _may_be_in_module(place: str, section: ModelSection) -> bool:
+    """Tell whether a layer has such a place; those of transformers' own models may have any."""
+    match = MODULE.fullmatch(place)
+    inside = match[2] if match else ""
+    return section.is_foreign or not inside.startswith("layers.") or LAYER.fullmatch(inside) is not None
 
 
 def _is_wanted(parameter: Parameter, wanted: tuple[str, ...]) -> bool:

@@ -14,6 +14,7 @@ What reaches the optimizer is compared with the joint backward order on one proc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple, final
 
 import lightning as L
@@ -128,7 +129,7 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         if hasattr(engine, "destroy"):  # else an error came before there was one
             engine.destroy()
             if self.stage == 3:
-                forget_modules()
+                forget_modules(_offload())
             else:
                 self._cut_links()
             self.model, self.optimizers = None, []
@@ -179,7 +180,9 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
         """
         engine, zero = self.deepspeed_engine, self._zero
         if self.stage == 3:
-            module_stack()[1:] = []  # layers whose recomputation ended early, as torch lets it, were never taken off
+            module_stack(_offload())[
+                1:
+            ] = []  # layers whose recomputation ended early, as torch lets it, were never taken off
             zero.grad_partitions_flat_buffer.zero_()
             zero.micro_step_id = 1  # 0 means: overwrite
             yield
@@ -386,3 +389,10 @@ def build_strategy(recipe: Recipe, device: torch.device) -> "SingleStrategy | Ze
         cluster_environment=_Joined(),
         process_group_backend="gloo" if device.type == "cpu" else None,
     )
+
+
+def _offload() -> ModuleType:
+    from deepspeed.runtime.zero import parameter_offload
+
+    module: ModuleType = parameter_offload
+    return module
