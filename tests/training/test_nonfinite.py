@@ -209,9 +209,9 @@ def test_a_checkpoint_that_nothing_finite_follows_is_set_aside(place, seed, monk
     step_optimizer = MtpLightningModule._step_optimizer
     prepare, batches = lightning_module.prepare_batch, []
 
-    def prepared(batch, recipe, step):
-        batches.append(batch["tokens"])
-        return prepare(batch, recipe, step)
+    def prepared(*arguments, **named):
+        batches.append(arguments[0]["tokens"])
+        return prepare(*arguments, **named)
 
     def spoiling(self, *arguments, **named):
         step_optimizer(self, *arguments, **named)
