@@ -1,5 +1,6 @@
 """Import and export of a model that is large against what they may hold at once."""
 
+import ctypes
 import json
 import resource
 from multiprocessing.connection import Connection
@@ -50,8 +51,13 @@ def write_neox(folder: Path) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+M_MMAP_THRESHOLD = -3  # of <malloc.h>
+
+
 def _report_growth(pipe: Connection, folder: Path) -> None:
     torch.set_num_threads(1)
+    # Blocks that are freed go back to the system at once: else the peak counts the heap's holes, 25 MiB more or less
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
     import_folder(folder / "small", folder / "warm", Wanted())
     export_model(folder / "warm", folder / "warm_back")
     growths, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -90,4 +96,4 @@ def test_a_large_tensor_is_read_in_blocks(tmp_path: Path) -> None:
     tensors = llama_tensors() | {"model.embed_tokens.weight": large}
     del tensors["lm_head.weight"]
     write_folder(tmp_path / "hf", tensors, vocab_size=len(large), tie_word_embeddings=True)
-    assert max(growths_mib(tmp_path)) < 48, "blocks are 4 MiB, the tensor is 200"
+    assert max(growths_mib(tmp_path)) < 32, "blocks are 4 MiB, the tensor is 200"
