@@ -1,5 +1,6 @@
 """`mtp sweep`."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +25,31 @@ if TYPE_CHECKING:
     from mtp_lightning.launch.sweep import Member
 
 
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder of the sweep, new or to go on with; runs/sweeps/NAME by the one recipe's or folder's name.",
+        show_default=False,
+    ),
+]
+SeedsOption = Annotated[
+    str,
+    typer.Option(metavar="N|K,K,...", help="Train every recipe with N seeds, from 0; or with each of these seeds."),
+]
+VaryOption = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=V1,V2", help="And with each of these values; repeatable.")
+]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Folder that `mtp import` wrote: lay every recipe over its own, and start from this model.",
+        show_default=False,
+    ),
+]
+
+
 def sweep(
     ctx: typer.Context,
     arguments: Annotated[
@@ -35,19 +61,10 @@ def sweep(
         ),
     ],
     *,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the sweep, new or to go on with.")],
-    seeds: Annotated[str, typer.Option(metavar="K,K,...", help="Train every recipe with each of these seeds.")] = "0",
-    vary: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=V1,V2", help="And with each of these values; repeatable.")
-    ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Folder that `mtp import` wrote: lay every recipe over its own, and start from this model.",
-            show_default=False,
-        ),
-    ] = None,
+    out: OutOption = None,
+    seeds: SeedsOption = "1",
+    vary: VaryOption = None,
+    base: BaseOption = None,
     site: Annotated[
         str | None, typer.Option(help="Submit to Slurm as a job array: a site as of mtp submit.", show_default=False)
     ] = None,
@@ -63,11 +80,12 @@ def sweep(
     Runs that are finished are not repeated, recipes and seeds may be added. A recipe may start from another one's run:
     init.path: FOLDER/NAME/seed{seed}. Then: mtp report compare FOLDER.
     """
-    from mtp_lightning.launch.sweep import begin_sweep, plan_sweep
+    from mtp_lightning.launch.sweep import begin_sweep, default_folder, plan_sweep
     from mtp_lightning.launch.sweep_training import DUE, state_of, train_members
 
     guard_output(go_on_without_output)
     of_site, given = split_overrides(arguments)
+    out = out or default_folder(given)
     members = plan_sweep(given, seeds=seeds, vary=vary or [], out=out, base=base, is_later=after is not None)
     states = {member.name: state_of(member) for member in members}
     width = max(map(len, states))
@@ -80,6 +98,7 @@ def sweep(
         if not dry_run:
             begin_sweep(out, members)
             train_members(members)
+            print(f"Then: mtp report compare {shlex.quote(str(out))}", flush=True)
     elif due := [member for member in members if states[member.name] in DUE]:
         _check_independent(due)
         options = SubmitOptions(

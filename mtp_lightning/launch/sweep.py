@@ -50,7 +50,7 @@ def plan_sweep(
 
     Args:
         arguments: paths of recipes or of folders with recipes, and `key=value` for all of them.
-        seeds: as in 0,1,2.
+        seeds: as in 0,1,2; a number alone is how many, from 0.
         vary: as in optimizer.lr=1e-4,3e-4.
         out: folder of the sweep.
         base: folder of a model with a recipe: every recipe is laid over that, and starts from this model.
@@ -62,7 +62,7 @@ def plan_sweep(
     """
     paths = [path for argument in arguments if "=" not in argument for path in _recipes_in(argument)]
     given = [argument for argument in arguments if "=" in argument]
-    points = sweep_points([f"run.seed={seeds}", *vary])
+    points = sweep_points([f"run.seed={','.join(seeds_of(seeds))}", *vary])
     keys = {override.partition("=")[0].strip(): override for override in (*given, *vary)}
     own = [_fault(key, "must be left to the sweep", keys[key], OWN_FIELDS[key]) for key in OWN_FIELDS if key in keys]
     faults = own if paths else [*own, _fault("RECIPE", "must be given at least once", "none", "Give one or more.")]
@@ -89,6 +89,45 @@ def plan_sweep(
     if faults:
         raise RecipeError(faults)
     return ordered
+
+
+def seeds_of(text: str) -> list[str]:
+    """Read `--seeds`: a number alone is how many, from 0; a list is the seeds themselves.
+
+    >>> seeds_of("3"), seeds_of("5,7"), seeds_of("7,")
+    (['0', '1', '2'], ['5', '7'], ['7'])
+
+    Raises:
+        LaunchError: There is none, one is no number or comes twice, or there are too many.
+    """
+    expected = f"--seeds must be how many, 1 to {MOST_RUNS:,}, or the seeds themselves, each once"
+    hint = "Write --seeds 3 for the seeds 0, 1 and 2, --seeds 5,7 for these, or --seeds '7,' for one alone"
+    if text.strip().isdecimal():
+        count = int(text)
+        if not 1 <= count <= MOST_RUNS:
+            raise LaunchError(expected, repr(text), hint)
+        return [str(seed) for seed in range(count)]
+    seeds = [seed.strip() for seed in text.removesuffix(",").split(",")]
+    if not all(seed.isdecimal() for seed in seeds) or len({int(seed) for seed in seeds}) < len(seeds):
+        raise LaunchError(expected, repr(text), hint)
+    return seeds
+
+
+def default_folder(arguments: Sequence[str]) -> Path:
+    """Name a sweep's folder by what it trains: runs/sweeps and the one recipe's or folder's name.
+
+    >>> default_folder(["recipes/probes/induction", "run.steps=10"]).as_posix()
+    'runs/sweeps/induction'
+
+    Raises:
+        LaunchError: There is more than one recipe or folder, or none that has a name.
+    """
+    paths = [argument for argument in arguments if "=" not in argument]
+    name = Path(expanded(paths[0])).absolute().name.removesuffix(".yaml") if len(paths) == 1 else ""
+    if not name:
+        expected = "--out must name the folder of a sweep of several recipes or folders"
+        raise LaunchError(expected, f"{len(paths)} of them and no --out", "Give --out FOLDER")
+    return Path("runs/sweeps") / name
 
 
 def sweep_points(sweeps: Sequence[str]) -> list[list[str]]:
@@ -209,8 +248,8 @@ def _choices(sweep: str) -> list[str]:
     key, equals, text = sweep.partition("=")
     values = [value.strip() for value in _split(text)]
     if not equals or not key.strip() or not all(values) or len(set(values)) < len(values):
-        expected = "--vary must be written KEY=VALUE,VALUE,… and --seeds VALUE,VALUE,…, each value once"
-        raise LaunchError(expected, repr(sweep), "Write --vary optimizer.lr=1e-4,3e-4, or --seeds 0,1,2")
+        expected = "--vary must be written KEY=VALUE,VALUE,…, each value once"
+        raise LaunchError(expected, repr(sweep), "Write --vary optimizer.lr=1e-4,3e-4")
     return [f"{key.strip()}={value}" for value in values]
 
 

@@ -8,7 +8,7 @@ from mtp_lightning.errors import LaunchError, RecipeError, RunFolderError
 from mtp_lightning.launch.run_marker import claim, is_run
 from mtp_lightning.launch.site import load_site
 from mtp_lightning.launch.submission import prepare
-from mtp_lightning.launch.sweep import begin_sweep, folder_name, members_of, plan_sweep, sweep_points
+from mtp_lightning.launch.sweep import begin_sweep, default_folder, folder_name, members_of, plan_sweep, sweep_points
 from mtp_lightning.launch.sweep_training import state_of
 from mtp_lightning.recipe import Recipe, load_recipe, recipe_to_yaml
 from tests.recipe.golden import assert_golden
@@ -34,7 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def plan(*arguments, seeds="0", vary=(), **options):
+def plan(*arguments, seeds="1", vary=(), **options):
     paths = [word if "=" in word else f"{word}.yaml" for word in arguments]
     return plan_sweep(paths, seeds=seeds, vary=vary, out=Path("out"), **options)
 
@@ -70,7 +70,7 @@ def test_a_folder_stands_for_its_recipes_and_a_run_folder_for_its_own(here: Path
         (here / f"{name}.yaml").write_text(f"extends: {here}/plain.yaml\nname: {name[-1]}\n")
 
     def names(*arguments: str) -> list[str]:
-        return [member.recipe.name for member in plan_sweep(arguments, seeds="0", vary=[], out=Path("out"))]
+        return [member.recipe.name for member in plan_sweep(arguments, seeds="1", vary=[], out=Path("out"))]
 
     assert names("own", "lower.yaml") == ["a", "b", "lower"]
     (here / "own/recipe.yaml").write_text(f"extends: {here}/plain.yaml\nname: run\n")
@@ -120,7 +120,6 @@ def test_a_run_comes_after_the_one_that_it_starts_from() -> None:
         (("plain", "run.dir=x"), {}, "run.dir", "Give --out"),
         (("plain",), {"vary": ["run.seed=1,2"]}, "run.seed", "Give --seeds"),
         (("plain", "run.restart=true"), {}, "run.restart", "another --out"),
-        (("plain",), {"seeds": "x"}, "run.seed", ""),
         (("chicken", "egg"), {}, "init.path", "must not lead back"),
     ],
 )
@@ -133,10 +132,23 @@ def test_faults_of_all_members_are_told_together(arguments, options, path, words
         assert "heads.num_offsets" in faults
 
 
-@pytest.mark.parametrize("seeds", ["", "1,", "1,1"])
+@pytest.mark.parametrize("seeds", ["", ",", "0", "1001", "1,1", "1,01", "x", "-1", "1.5", "1,,2"])
 def test_wrong_seeds_are_refused(seeds: str) -> None:
-    with pytest.raises(LaunchError, match="--seeds VALUE"):
+    with pytest.raises(LaunchError, match="--seeds must be how many"):
         plan("plain", seeds=seeds)
+
+
+def test_a_number_alone_is_how_many_seeds() -> None:
+    names = {text: [member.name for member in plan("plain", seeds=text)] for text in ("1", "3", "2,", " 4, 2 ")}
+    of_seeds = {"1": "0", "3": "012", "2,": "2", " 4, 2 ": "42"}
+    assert names == {text: [f"plain/seed{seed}" for seed in seeds] for text, seeds in of_seeds.items()}
+
+
+def test_a_sweep_of_several_recipes_needs_a_folder() -> None:
+    assert default_folder(["a/b.yaml", "x=1"]) == Path("runs/sweeps/b")
+    for arguments in (["a", "b"], [], ["/"]):
+        with pytest.raises(LaunchError, match="Give --out"):
+            default_folder(arguments)
 
 
 def test_names_stay_beneath_the_sweep(here: Path) -> None:
