@@ -1,5 +1,6 @@
 """`mtp data probe induction | polynomial`: synthetic tasks to train and test on."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,10 @@ def polynomial(
     *,
     documents: DocumentsOption = 1_000_000,
     test: Annotated[int, typer.Option(metavar="N", min=1, help="Problems per number of operations.")] = 2000,
+    operations: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, max=20, help="Most operations to train on; tested are up to twice as many."),
+    ] = 5,
     pause_tokens: Annotated[
         int, typer.Option(metavar="N", min=0, help="Tokens that say nothing, before the equality sign.")
     ] = 0,
@@ -54,12 +59,14 @@ def polynomial(
 ) -> None:
     """Write arithmetic on polynomials over F_7 modulo X^5: 1 to 5 operations, in the test 1 to 10."""
     from mtp_lightning.console.progress import say
-    from mtp_lightning.data.probes.polynomials import MOST_TESTED, problems
+    from mtp_lightning.data.probes.polynomials import problems
     from mtp_lightning.data.probes.write import write_probe
 
+    num_tested = test * 2 * operations
+    drawn = partial(problems, seed=seed, num_pauses=pause_tokens, most_operations=operations)
     write_probe(
         out,
-        train=(documents, problems(documents, seed, is_test=False, num_pauses=pause_tokens)),
-        test=(test * MOST_TESTED, problems(test, seed, is_test=True, num_pauses=pause_tokens)),
+        train=(documents, drawn(documents, is_test=False)),
+        test=(num_tested, drawn(test, is_test=True)),
     )
-    say(f"{documents:,} problems to train on, {test * MOST_TESTED:,} to test with: {out}")
+    say(f"{documents:,} problems to train on, {num_tested:,} to test with: {out}")

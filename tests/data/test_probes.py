@@ -55,8 +55,10 @@ def test_operations_are_uniform_in_training_and_go_further_in_the_test():
     counts = np.bincount(trained, minlength=6)
     assert (counts[1:] > 500).all()
     assert counts.sum() == counts[1:6].sum() == 3000
-    tested = [row["operations"] for row in problems(3, 0, is_test=True)]
-    assert tested == [number for number in range(1, 11) for _ in range(3)]
+    for most, options in ((5, {}), (2, {"most_operations": 2})):
+        tested = [row["operations"] for row in problems(3, 0, is_test=True, **options)]
+        assert tested == [number for number in range(1, 2 * most + 1) for _ in range(3)]
+    assert {row["operations"] for row in problems(100, 0, is_test=False, most_operations=2)} == {1, 2}
 
 
 def test_names_of_the_test_are_new_and_of_known_syllables():

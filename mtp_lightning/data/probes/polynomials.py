@@ -12,22 +12,24 @@ from typing import Any, Final
 
 PRIME: Final = 7
 NUM_COEFFICIENTS: Final = 5
-MOST_TRAINED: Final = 5
-MOST_TESTED: Final = 10
+MOST_OPERATIONS: Final = 5  # in training; tested are up to twice as many
 PAUSE: Final = "."
 """A token that says nothing, between question and equality sign."""
 
 Polynomial = tuple[int, ...]
 
 
-def problems(count: int, seed: int, *, is_test: bool, num_pauses: int = 0) -> Iterator[dict[str, Any]]:
+def problems(
+    count: int, seed: int, *, is_test: bool, num_pauses: int = 0, most_operations: int = MOST_OPERATIONS
+) -> Iterator[dict[str, Any]]:
     """Yield problems with `prompt`, `completion` and the number of `operations`.
 
-    In training that number is uniform in 1 to 5, `count` in all; in the test there are `count` for each of 1 to 10.
+    In training that number is uniform in 1 to `most_operations`, `count` in all; in the test there are `count` for
+    each of 1 to twice that.
     """
     draw = random.Random(f"{seed} {'test' if is_test else 'train'}")
-    for number in range(count * MOST_TESTED if is_test else count):
-        num_operations = 1 + number // count if is_test else draw.randint(1, MOST_TRAINED)
+    for number in range(count * 2 * most_operations if is_test else count):
+        num_operations = 1 + number // count if is_test else draw.randint(1, most_operations)
         text, value = _expression(draw, num_operations)
         yield {"prompt": f"{text}{PAUSE * num_pauses}=", "completion": _spelled(value), "operations": num_operations}
 
