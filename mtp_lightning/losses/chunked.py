@@ -16,6 +16,7 @@ from mtp_lightning.losses.logit_map import LogitMap
 from mtp_lightning.losses.row_losses import RowLoss
 
 Grad = Tensor | None  # buffer of a gradient, where one is wanted
+HALF_RANGE = 2.0**15  # a value that fp16 holds with room to spare
 DISTILLED_COPIES = 10  # tensors of the compared entries that distillation has in hand
 
 
@@ -171,6 +172,8 @@ class _LinearOperand:
             logits_gradient.mul_(self.slope)
         if self.bias_grad is not None:
             self.bias_grad += (logits_gradient * factor).sum(0)
+        if self.matrix.dtype == torch.float16:
+            factor = _shrink_to_half(logits_gradient, factor)
         grad = logits_gradient.to(self.matrix.dtype)
         if self.grad is not None:
             self.grad[rows] += (grad @ self.matrix) * factor  # (C, D)
@@ -276,7 +279,9 @@ def _run_chunks(
         grad = None
         if term.distillation is not None and teacher is not None:
             grad = _distil(term.distillation, logits, teacher, rows, coefficient)
-        losses, factor = term.row_loss(logits, rows)
+        # Where nothing is done to the gradient before the products, it may come rounded for them; fp16 needs its range
+        is_final = grad is None and operand.logit_map is None and operand.matrix.dtype != torch.float16
+        losses, factor, logits = term.row_loss(logits, rows, operand.matrix.dtype if is_final else logits.dtype)
         term.loss_sum = term.loss_sum + losses.sum()
         term.square_sum = term.square_sum + losses.square().sum()
         factor = factor[:, None]  # (C, 1)
@@ -315,6 +320,16 @@ def _add_product(into: Tensor, grad: Tensor, hidden: Tensor, factor: Tensor) -> 
         torch.addmm(into, grad.T, (hidden * factor).to(grad.dtype), out_dtype=into.dtype, out=into)
     else:
         into += grad.T @ (hidden * factor).to(grad.dtype)
+
+
+def _shrink_to_half(grad: Tensor, factor: Tensor) -> Tensor:
+    """Bring rows of a gradient, (C, V), into fp16's range, in place; return the factors that make up for it.
+
+    Before it is divided by its mass, a flat row has the size of the vocabulary, which may be beyond 65,504.
+    """
+    shrink = (HALF_RANGE / grad.abs().amax(1, keepdim=True)).clamp(max=1)
+    grad.mul_(shrink)
+    return factor / shrink
 
 
 def _exact_product(left: Tensor, right: Tensor) -> Tensor:

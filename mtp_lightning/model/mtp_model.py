@@ -33,6 +33,7 @@ class MtpModel(nn.Module):
     Attributes:
         kept_states: gives the last states of a frozen trunk, (B, T, D), for all that it reads of rows, (B, ...)
             integers, and computes them by what it is given where it has none; None: the trunk runs on all rows.
+        is_compiled: whether its layers are, and the cross-entropy of its scores is to be.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -40,6 +41,7 @@ class MtpModel(nn.Module):
         self.section = recipe.model
         self.num_offsets = recipe.heads.num_offsets
         self.kept_states: KeptStates | None = None
+        self.is_compiled = False
         self.attends_in_document = recipe.data.document_mask
         if recipe.model.is_foreign and recipe.data.document_mask:
             check_masks(recipe.model)
@@ -179,8 +181,9 @@ class MtpModel(nn.Module):
                 states[offset] = (run or self.heads)(offset, source, context)
         return {offset: states[offset] for offset in self.heads.offsets if offset in states}
 
-    def compile_layers(self) -> None:
-        """Compile every transformer layer of trunk and heads, in place, with torch.compile."""
+    def compile_parts(self) -> None:
+        """Compile every transformer layer of trunk and heads, in place, and the loss's passes over scores."""
+        self.is_compiled = True
         for layer in layers_of(self):
             layer.compile()
 

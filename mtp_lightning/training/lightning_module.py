@@ -90,7 +90,7 @@ class MtpLightningModule(L.LightningModule):
             self.model = self.strategy.build_model(self.recipe)
             freeze(self.model, self.recipe)
             if self.recipe.memory.compile:
-                self.model.compile_layers()
+                self.model.compile_parts()
 
     @property
     def strategy(self) -> RunStrategy:

@@ -14,7 +14,7 @@ def step(backward_order, kind, *, chunk_rows=7, order=slice(None), autocast=True
     recipe = tiny_recipe(heads=HEAD_KINDS[kind], objective=objective, data={"seq_len": 24})
     model = tiny_model(recipe, torch.float32)
     if compiled:
-        model.compile_layers()
+        model.compile_parts()
     tokens, documents, mask = (part[order] for part in tiny_rows(recipe, 2))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         _, gradients = gradients_of(model, recipe, (tokens, documents, mask))
@@ -37,7 +37,7 @@ def test_sequential_bf16_is_within_the_noise_of_joint_bf16(kind):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["parallel", "causal", "sequential"])
 @pytest.mark.parametrize("backward_order", ["sequential", "bridged", "joint"])
-def test_compiled_layers_have_the_same_gradients(kind, backward_order):
+def test_compiled_parts_have_the_same_gradients(kind, backward_order):
     plain = step(backward_order, kind, autocast=False)
     compiled = step(backward_order, kind, autocast=False, compiled=True)
     assert 0 < relative_error(compiled, plain) < 1e-5

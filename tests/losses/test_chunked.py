@@ -1,5 +1,8 @@
 """The chunked loss alone: against the definition, with any incoming scale, and with parts frozen."""
 
+import itertools
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -53,6 +56,48 @@ def test_extreme_logits_stay_finite():
     gradients = torch.autograd.grad(loss, [hidden, matrix])
     assert loss.isfinite()
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_half_precision_holds_flat_scores_of_a_large_vocabulary():
+    matrix = 0.02 * torch.randn(150_000, 2, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([1, 70_000, IGNORE])
+    weights = {dtype: matrix.half().to(dtype).requires_grad_() for dtype in (torch.float16, torch.float32)}
+    hiddens = {dtype: torch.tensor([[1.0, 0.0]] * 3, dtype=dtype).requires_grad_() for dtype in weights}
+    score = CrossEntropy(targets, smoothing=0.0, z_loss=0.0, predicts=False)
+    chunked_loss(
+        [hiddens[torch.float16]], {0: weights[torch.float16]}, [Term(0, score, torch.tensor(0.5))], chunk_bytes=2**30
+    ).backward()
+    exact = hiddens[torch.float32] @ weights[torch.float32].T
+    torch.nn.functional.cross_entropy(exact, targets, ignore_index=IGNORE).backward()
+    for tensors in (weights, hiddens):
+        torch.testing.assert_close(
+            tensors[torch.float16].grad.float(), tensors[torch.float32].grad, rtol=5e-3, atol=2e-5
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_the_compiled_rule_is_the_plain_one():
+    generator = torch.Generator().manual_seed(0)
+    for dtype, smoothing, z_loss, predicts in itertools.product(
+        (torch.float32, torch.bfloat16), (0.0, 0.1), (0.0, 1e-3), (False, True)
+    ):
+        hidden, matrix = (torch.randn(size, 16, generator=generator).to(dtype) for size in (37, 301))
+        targets = torch.randint(301, (37,), generator=generator)
+        targets[::5] = IGNORE
+        learns = torch.rand(37, generator=generator) < 0.8
+        found = []
+        for compiles in (False, True):
+            leaves = [tensor.clone().requires_grad_() for tensor in (hidden, matrix)]
+            score = CrossEntropy(
+                targets, smoothing=smoothing, z_loss=z_loss, predicts=predicts, learns=learns, compiles=compiles
+            )
+            term = Term(0, score, torch.tensor(0.5))
+            chunked_loss([leaves[0]], {0: leaves[1]}, [term], chunk_bytes=10 * 301 * 8).backward()
+            kept = [] if score.predictions is None else [score.predictions]
+            found.append([score.nll_sum, term.loss_sum, term.square_sum, *kept, *(leaf.grad for leaf in leaves)])
+        torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "matrix"])

@@ -38,7 +38,7 @@ class TrainingStep:
         self.model = build_model(recipe, device)
         freeze(self.model, recipe)
         if recipe.memory.compile:
-            self.model.compile_layers()
+            self.model.compile_parts()
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         set_learning_rate(self.optimizer, recipe.optimizer, learning_rate(recipe.optimizer, 0, recipe.run.steps))
         self.tokens = random_tokens(recipe).to(device)  # (R, T+n)

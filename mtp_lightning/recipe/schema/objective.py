@@ -192,7 +192,7 @@ class MemorySection(Section):
     """Recompute the heads in the backward pass instead of keeping their activations; null means for kind `recursive`
     only, whose module's layers run n-1 times on top of the trunk's."""
     compile: bool = False
-    """Compile trunk layers and head blocks with torch.compile."""
+    """Compile trunk layers, head blocks and the cross-entropy of their scores with torch.compile."""
     cache_hidden_states: LocalPath | None = None
     """Folder for the last hidden states of a frozen trunk, written when a row is first read and read instead of running
     the trunk in later epochs and runs; may be shared by runs and ranks. null: the trunk runs on every row."""

@@ -128,6 +128,7 @@ class LossTerms:
             z_loss=section.z_loss,
             predicts=self.objective.predicts or self.wants_draft(offset),
             learns=learns,
+            compiles=self.model.is_compiled,
         )
         self.cross_entropies[offset] = cross_entropy
         count = None
