@@ -75,6 +75,7 @@ class Layout:
     offload_optimizer: str = "none"
     offload_parameters: str = "none"
     bucket_entries: float = 5e8  # reduced together; two such buckets, one being sent (DeepSpeed: reduce_bucket_size)
+    reduce_bytes: int = FP32  # of a number of a gradient while ranks add it up
     gradient_bytes: int = FP32  # of a number in the sum that waits for the step (DeepSpeed: grad_accum_dtype)
     live_entries: float = 1e9  # gathered at once under ZeRO-3 (DeepSpeed: stage3_max_live_parameters)
 
@@ -140,6 +141,7 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
         recomputes_heads=recipe.heads.kind == "recursive" if recomputes_heads is None else recomputes_heads,
         offload_optimizer=strategy.offload_optimizer,
         offload_parameters=strategy.offload_parameters,
+        reduce_bytes=BF16 if strategy.reduce_dtype == "bf16" else FP32,
         gradient_bytes=_gradient_bytes(strategy.deepspeed.get("data_types")),
         **_buffer_sizes(recipe),
     )

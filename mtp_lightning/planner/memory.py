@@ -173,5 +173,5 @@ def _buffers(shape: Shape, layout: Layout) -> dict[str, float]:
     return {
         "unembedding_gradient": both,
         "gathered_weights": layout.weight_bytes * live if is_sharded else cast * shape.num_walked,
-        "reduction_buckets": layout.weight_bytes * buckets,
+        "reduction_buckets": layout.reduce_bytes * buckets,
     }

@@ -144,13 +144,13 @@ def communication_bytes(shape: Shape, layout: Layout) -> dict[str, float]:
     ZeRO-1 reduces gradients once per step, ZeRO-2 with every micro-batch, and both hand out new weights once: those
     of what is trained. ZeRO-3 gathers weights for every forward and for every backward pass that goes through them.
     """
-    per_parameter = layout.weight_bytes * (layout.num_gpus - 1) / layout.num_gpus
+    share = (layout.num_gpus - 1) / layout.num_gpus
     micro_batches, total, trainable = layout.num_micro_batches, shape.parameters.total, shape.num_trainable
     gathered = {0: 0, 1: trainable, 2: trainable, 3: micro_batches * (total + shape.num_walked)}[layout.stage]
     reductions = {0: 0, 1: 1, 2: micro_batches, 3: micro_batches}[layout.stage]
     return {
-        "gather_weights": gathered * per_parameter,
-        "reduce_gradients": reductions * trainable * per_parameter,
+        "gather_weights": gathered * layout.weight_bytes * share,
+        "reduce_gradients": reductions * trainable * layout.reduce_bytes * share,
         **({"exchange_heads": _exchanged_bytes(shape, layout)} if layout.num_slices > 1 else {}),
     }
 

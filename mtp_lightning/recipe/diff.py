@@ -72,6 +72,7 @@ NOTED: dict[str, str] = {
         "read only by a run that has no checkpoint yet",
     ),
     **{f"strategy.{name}": OTHER_RANKS for name in StrategySection.model_fields},
+    "strategy.reduce_dtype": "the same sums, rounded more or less",
 }
 """Fields that may change on resume, and what the user should know about it."""
 

@@ -97,6 +97,8 @@ SPELLINGS: Mapping[str, str] = {
     "memory.recompute_trunk": "gradient_checkpointing activation_checkpoint.mode activation_checkpointing "
     "recompute_granularity recompute_activations recompute_method",
     "memory.cache_hidden_states": "train_hidden_states_path hidden_states_path offline_hidden_states",
+    "strategy.reduce_dtype": "communication_data_type mixed_precision_reduce training.mixed_precision_reduce "
+    "grad_reduce_in_fp32 grad_reduce_in_bf16 accumulate_allreduce_grads_in_fp32",
     "memory.compile": "torch_compile compile.enable compile_model compile_config",
     "data.corpus": "dataset datasets dataset_path dataset_name train_data_path",
     "data.shards": "data_path data_cache_path",

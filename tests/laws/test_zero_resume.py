@@ -270,6 +270,23 @@ def test_bf16_trains_like_fp32_on_one_process(single_quickstart, kind):
     assert assert_near(folder, single_quickstart, BF16_TOLERANCE) > 1e-5  # it did compute in bf16
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_in_bf16_ranks_change_no_gradient_unless_they_round_what_they_add_up(tmp_path):
+    def norms(kind, ranks, dtype):
+        folder = tmp_path / f"{kind}-{ranks}-{dtype}"
+        fields = ("run.precision=bf16", f"strategy.reduce_dtype={dtype}", "run.steps=1", "logging.every_steps=1")
+        done = mtp(*train(folder, kind, ranks), *fields, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        row = figures(folder / "metrics.csv")[0]
+        return [float(row[f"grad_norm/{part}"]) for part in ("trunk", "heads", "unembedding")]
+
+    alone = norms("zero1", 1, "fp32")
+    for kind in ("zero1", "zero2", "zero3"):
+        assert norms(kind, 2, "fp32") == pytest.approx(alone, rel=1e-6)
+    assert norms("zero2", 2, "bf16") != pytest.approx(alone, rel=1e-5)
+
+
 def quickstart(folder, *extra):
     recipe = str(ROOT / "recipes/quickstart.yaml")
     places = (f"run.dir={folder}", f"run.cache={folder.parent}/cache")

@@ -57,6 +57,7 @@ class Run:
             recomputes_trunk=self.recomputes,
             bucket_entries=0,
             live_entries=0,
+            reduce_bytes=BF16,
             gradient_bytes=BF16,
             chunk_bytes=4 * self.micro_batch_size * self.seq_len * VOCABULARY,
         )

@@ -158,7 +158,7 @@ def test_recipes_may_set_sizes_of_buffers() -> None:
     keys = "strategy.deepspeed={zero_optimization: {reduce_bucket_size: 1e6, stage3_max_live_parameters: auto}}"
     recipe = load_recipe(ROOT / "recipes/paper/13b_n4.yaml", [keys]).recipe
     shape, layout = shape_of(recipe), layout_of(recipe)
-    assert memory(shape, layout).reduction_buckets == 2 * 2 * 1e6
+    assert memory(shape, layout).reduction_buckets == 2 * 4 * 1e6
     assert memory(shape, layout).gathered_weights == 2 * 1e9
 
 

@@ -43,9 +43,12 @@ def test_zero_sends_what_its_stages_say() -> None:
     micro_batches = LAYOUT.num_micro_batches
     assert micro_batches > 1
     assert sent[0] == [0, 0]
-    assert sent[1] == [whole, whole]
-    assert sent[2] == [whole, micro_batches * whole]
-    assert sent[3] == [2 * micro_batches * whole, micro_batches * whole]
+    in_fp32 = 2 * whole
+    assert sent[1] == [whole, in_fp32]
+    assert sent[2] == [whole, micro_batches * in_fp32]
+    assert sent[3] == [2 * micro_batches * whole, micro_batches * in_fp32]
+    rounded = communication_bytes(SHAPE, replace(LAYOUT, stage=1, reduce_bytes=2))
+    assert list(rounded.values()) == [whole, whole]
 
 
 def test_network_between_nodes_is_slower_than_within_one() -> None:

@@ -61,7 +61,7 @@ def test_a_key_that_deepspeed_would_not_take_is_refused(raw: str, path: str, wor
         "{zero_optimization: {reduce_bucket_size: 5e8, overlap_comm: true, stage3_max_live_parameters: auto}}",
         "{zero_optimization: {prefetch_bucket_size: 5, stage3_prefetch_bucket_size: 5}}",
         "{zero_optimization: {offload_optimizer: {pin_memory: false, ratio: 1}}}",
-        "{communication_data_type: fp32, data_types: {grad_accum_dtype: bf16}, fp16: {loss_scale: 128}}",
+        "{dump_state: false, data_types: {grad_accum_dtype: bf16}, fp16: {loss_scale: 128}}",
         "{comms_logger: {enabled: true}, wall_clock_breakdown: true, steps_per_print: 10, timers: {throughput: {}}}",
     ],
 )

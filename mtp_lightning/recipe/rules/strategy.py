@@ -15,6 +15,7 @@ RESERVED_DEEPSPEED_KEYS = {
     "gradient_clipping": "optimizer.max_grad_norm",
     "optimizer": "optimizer",
     "scheduler": "optimizer",
+    "communication_data_type": "strategy.reduce_dtype",
     "amp": "run.precision",
     "torch_autocast": "run.precision",
     "bf16.enabled": "run.precision",
@@ -84,6 +85,12 @@ STRATEGY_RULES: tuple[Rule, ...] = (
         holds=_global_rows_divide,
         expected="must be a multiple of the ranks (strategy.num_nodes x ranks_per_node) times batch.micro_batch_size",
         hint=_rows_remedy,
+    ),
+    Rule(
+        fields=("strategy.reduce_dtype", "run.precision"),
+        holds=lambda recipe: recipe.strategy.reduce_dtype == "fp32" or recipe.run.precision == "bf16",
+        expected="must be fp32 unless run.precision is bf16",
+        hint="Set strategy.reduce_dtype=fp32, or run.precision=bf16.",
     ),
     Rule(
         fields=("strategy.kind", "strategy.num_nodes", "strategy.ranks_per_node"),

@@ -251,6 +251,8 @@ class StrategySection(Section):
     elastic: bool = False
     """Take as many nodes and ranks as have been started in place of the two fields above, as under `torchrun
     --nnodes=1:4`, which starts ranks again when nodes go or come; the global batch stays."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What ranks add gradients up in; bf16, for precision bf16 only, sends half as much and rounds at every hop."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where the optimizer's state lives when it is not on the GPU."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"

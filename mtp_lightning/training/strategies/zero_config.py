@@ -12,6 +12,7 @@ def zero_config(recipe: Recipe) -> dict[str, Any]:
     """Generate DeepSpeed's configuration of a recipe, with the raw keys of `strategy.deepspeed` merged over it.
 
     Gradients of low-precision weights accumulate in fp32: a shared unembedding receives n of them per micro-batch.
+    Ranks add them up in fp32 as well, unless the recipe says otherwise: then their number and the stage change nothing.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": recipe.batch.micro_batch_size,
@@ -20,6 +21,7 @@ def zero_config(recipe: Recipe) -> dict[str, Any]:
         "zero_optimization": _zero_optimization(recipe),
         "steps_per_print": 2**31 - 1,
         "timers": {"throughput": {"enabled": False}},  # which waits for the GPU twice a step, for a figure of its own
+        "communication_data_type": recipe.strategy.reduce_dtype,
         **_PRECISION[recipe.run.precision],
     }
     if recipe.strategy.offload_optimizer != "none":
