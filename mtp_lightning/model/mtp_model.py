@@ -188,11 +188,14 @@ class MtpModel(nn.Module):
             layer.compile()
 
 
-def build_model(recipe: Recipe, device: torch.device | str = "cpu") -> MtpModel:
-    """Build the recipe's model on the meta device, allocate it on `device`, and initialise it from run.seed."""
+def build_model(recipe: Recipe, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> MtpModel:
+    """Build the recipe's model on the meta device, allocate it on `device`, and initialise it from run.seed.
+
+    Values are drawn in fp32 and rounded one parameter at a time: in another `dtype` the fp32 model is nowhere.
+    """
     with torch.device("meta"):
         model = MtpModel(recipe)
-    model.to_empty(device=device)
+    model.to(dtype=dtype).to_empty(device=device)
     model.tie_word_embeddings()
     initialise(model, recipe)
     return model

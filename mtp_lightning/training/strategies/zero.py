@@ -154,7 +154,7 @@ class ZeroStrategy(RunStrategy, DeepSpeedStrategy):
     def build_model(self, recipe: Recipe) -> MtpModel:
         """Build the whole model, or under ZeRO-3 one module after the other, each sharded as soon as it is made."""
         if self.stage < 3:
-            return build_model(recipe)
+            return build_model(recipe, self.root_device, self._compute_type)
         import deepspeed
 
         model = MtpModel(recipe)

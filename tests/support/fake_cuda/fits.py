@@ -213,9 +213,15 @@ class _Batches:
             yield {"tokens": rows, "documents": rows.clone(), "loss_mask": rows.bool()}
 
 
-def _on_device(recipe: Recipe) -> MtpModel:
-    with torch.device("cuda"):
-        return MtpModel(recipe)
+def _on_device(recipe: Recipe, device: torch.device | None = None, dtype: torch.dtype | None = None) -> MtpModel:
+    """Build without drawing; where the strategy names no device, on the one that Lightning would move it to."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or usual)
+    try:
+        with torch.device(device or "cuda"):
+            return MtpModel(recipe)
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _same_group(*args: Any, **kwargs: Any) -> Any:
