@@ -150,7 +150,14 @@ def test_trained_heads_go_back_where_they_came_from(name: str, tmp_path: Path) -
     for file in (tmp_path / "hf").iterdir():
         if file.suffix != ".safetensors":
             assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
-    done(tmp_path, "import", "merged", "--out", "again", *(("--offsets", "3", "--kind", "recursive") * ("unrolled" in name)))
+    done(
+        tmp_path,
+        "import",
+        "merged",
+        "--out",
+        "again",
+        *(("--offsets", "3", "--kind", "recursive") * ("unrolled" in name)),
+    )
     assert acceptance(tmp_path, "again") == pytest.approx(acceptance(tmp_path, "run"), rel=0.02)
 
 

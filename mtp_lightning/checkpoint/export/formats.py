@@ -201,7 +201,7 @@ FORMATS: Mapping[FormatName, Format] = {
         Format(
             name=FormatName.medusa,
             holds="Medusa and linear heads, all of them",
-            lost="nothing",
+            lost="a draft vocabulary: readers let heads score every id",
             refuses=refuses_medusa,
             write=medusa_contents,
             reread=reread_drafter,
