@@ -284,15 +284,22 @@ def _matrix() -> list[str]:
     rows = []
     for kind in BUILT_IN:
         variants = [
-            Recipe.model_validate({"model": trunk, "heads": {"kind": kind, "num_offsets": 3, "hidden": hidden}})
+            Recipe.model_validate(
+                {"model": trunk, "heads": {"kind": kind, "num_offsets": 3, "hidden": hidden, **order}}
+            )
             for trunk in trunks
             for hidden in ("post_norm", "pre_norm")
+            for order in ([{"order": "causal"}, {"order": "anticausal"}] if kind == "chained" else [{}])
         ]
         cells = []
         for row in formats:
-            held = [row.refuses(recipe) is None for recipe in variants]
-            names = ", ".join(one.name for one in row.engines if one.heads != "none")
-            cells.append(names + ("" if all(held) else " (some)") if any(held) else "refused")
+            held = {
+                one.name: [row.refuses(recipe) is None and one.drafts(recipe) for recipe in variants]
+                for one in row.engines
+                if one.heads != "none"
+            }
+            names = [name + ("" if all(held[name]) else " (some)") for name in held if any(held[name])]
+            cells.append(", ".join(names) or "refused")
         rows.append((kind, *cells))
     return table(("heads", *(f"`{row.name}`" for row in formats)), rows)
 

@@ -41,7 +41,7 @@ def check_parity(folder: Path, row: Format, source: Source) -> dict[str, Any]:
         CheckpointError: a head is lost or another one, scores, text or kept drafts differ, or nobody could judge.
     """
     told = _dict(read_object(folder / CONFIG_NAME).get(SETTINGS))
-    has_ids = told.get("draft_token_ids") is not None or row.name in (FormatName.eagle, FormatName.medusa)
+    has_ids = told.get("draft_token_ids") is not None or row.name is FormatName.eagle
     ours = _Ours(source, keeps_draft_vocabulary=has_ids)
     heard = []
     if row.reread is not None:  # it names the head that is wrong

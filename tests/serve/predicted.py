@@ -1,5 +1,7 @@
 """Drafts that an engine keeps, from passes over the finished text alone."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,13 @@ def predicted_counts(model: MtpModel, prompt: Ids, text: Ids, num_tokens: int, n
     return predicted_accepts(logits, len(prompt), text, num_tokens)
 
 
+def counts_of_all_ids(model: MtpModel, prompt: Ids, text: Ids, num_tokens: int, num_drafts: int) -> list[int]:
+    """Count the same where the engine lets heads score every id, whatever their draft vocabulary is here."""
+    whole = copy.deepcopy(model)
+    whole.unembedding.drafts = None
+    return predicted_counts(whole, prompt, text, num_tokens, num_drafts)
+
+
 def reapplied_counts(model: MtpModel, prompt: Ids, text: Ids, num_tokens: int, num_drafts: int) -> list[int]:
     """Count the same where one module drafts all tokens, as vLLM runs it.
 
@@ -34,14 +43,15 @@ def reapplied_counts(model: MtpModel, prompt: Ids, text: Ids, num_tokens: int, n
 
 
 def counts_in_llama_cpp(
-    model: MtpModel, prompt: Ids, text: Ids, num_tokens: int, num_drafts: int
+    model: MtpModel, prompt: Ids, text: Ids, num_tokens: int, num_drafts: int, pending: Tensor | None = None
 ) -> tuple[list[int], list[int]]:
     """Count drafts, and kept ones, as llama.cpp runs the module: likewise, but for two things.
 
-    The text's first token has a row too, beside a state of zeros; and no more is drafted than may still be said.
+    The text's first token has a row too, beside `pending` (1, 1, D), what the answer before has left there
+    (`left_pending`; zeros at first); and no more is drafted than may still be said.
     """
     states = trunk_states(model, text)
-    states = torch.cat((torch.zeros_like(states[:, :1]), states), dim=1)
+    states = torch.cat((torch.zeros_like(states[:, :1]) if pending is None else pending, states), dim=1)
     drafted: list[int] = []
     kept: list[int] = []
     while (wanted := min(num_drafts, num_tokens - 2 - sum(kept) - len(kept))) > 0:
@@ -50,6 +60,12 @@ def counts_in_llama_cpp(
         drafted.append(wanted)
         kept.append(num_right(drafts, text[known:]))
     return drafted, kept
+
+
+def left_pending(model: MtpModel, prompt: Ids, text: Ids, num_tokens: int) -> Tensor:
+    """The state (1, 1, D) that an answer leaves behind in llama.cpp b11434, that gave its last token."""
+    last = len(prompt) + num_tokens - 2
+    return trunk_states(model, text)[:, last : last + 1]
 
 
 def num_right(drafts: Ids, following: Ids) -> int:

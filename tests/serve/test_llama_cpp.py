@@ -16,7 +16,7 @@ from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.decode import generate
 from tests.checkpoint.runs import save_run
 from tests.serve.cases import NUM_TOKENS, PRE_NORM, QWEN3, Case, trained_model
-from tests.serve.predicted import counts_in_llama_cpp
+from tests.serve.predicted import counts_in_llama_cpp, left_pending
 
 pytestmark = [pytest.mark.llama_cpp, pytest.mark.timeout(3600)]
 HERE = Path(__file__).parent
@@ -24,6 +24,7 @@ CASES = {
     "sequential": Case("gguf-ready", {"kind": "sequential", "num_offsets": 3}, QWEN3, 1),
     "folded": Case("gguf-ready", PRE_NORM | {"num_offsets": 2}, QWEN3, 1),
     "recursive": Case("gguf-ready", {"kind": "recursive", "num_offsets": 3}, QWEN3 | {"head_dim": 32}, 2),
+    "recursive_of_four": Case("gguf-ready", {"kind": "recursive", "num_offsets": 4}, QWEN3, 3),
 }
 
 
@@ -52,9 +53,12 @@ def test_text_and_counts_are_those_that_are_predicted(name, llama_cpp, tmp_path)
     more = NUM_TOKENS + case.recipe.heads.num_offsets
     texts = generate(model, prompts, decoder="greedy", max_new_tokens=more).tokens
     assert found["texts"] == [text[:NUM_TOKENS] for text in texts]
+    whole = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
+    answers = [*zip(prompts, whole, strict=True)]
+    left = [None, *(left_pending(model, prompt, text, NUM_TOKENS) for prompt, text in answers)]
     expected = [
-        counts_in_llama_cpp(model, prompt, [*prompt, *text], NUM_TOKENS, case.num_drafts)
-        for prompt, text in zip(prompts, texts, strict=True)
+        counts_in_llama_cpp(model, *answer, NUM_TOKENS, case.num_drafts, before)
+        for answer, before in zip(answers, left, strict=False)
     ]
     assert found["num_draft_tokens"] == [sum(drafted) for drafted, _ in expected]
     assert found["num_accepted_tokens"] == [sum(kept) for _, kept in expected]

@@ -8,7 +8,7 @@ from typing import Any
 from mtp_lightning import __version__
 from mtp_lightning.checkpoint.convert.consolidate import REPORT_NAME
 from mtp_lightning.checkpoint.export.contents import Source
-from mtp_lightning.checkpoint.export.formats import Format
+from mtp_lightning.checkpoint.export.formats import Format, engines_for
 from mtp_lightning.checkpoint.export.untrained import origin_of
 from mtp_lightning.checkpoint.format.carried_files import license_of
 from mtp_lightning.errors import visible
@@ -49,7 +49,7 @@ def model_card(row: Format, source: Source, report: Mapping[str, Any], parity: M
     for section in (_acceptance(source), _speed(source), _verified(parity)):
         lines += [*section, ""] if section else []
     lines += ["## How to serve it", ""]
-    for engine in row.engines:
+    for engine in engines_for(row, source.recipe):
         command = engine.serve.format(folder=".")
         lines += [f"{engine.name} {engine.versions} (heads: {engine.heads}):", "", f"    {command}", ""]
     return visible("\n".join(lines))

@@ -7,6 +7,7 @@ through. A linear head is a Medusa head whose block adds nothing, with the map i
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from mtp_lightning.checkpoint.export.rewritten import (
     computed,
     filled,
     not_dense,
+    notes_on,
     read_whole,
     refusal,
     row_by_row,
@@ -37,10 +39,10 @@ NARROW = 64
 """Inner width of a feed-forward that writes zeros."""
 NORM, MATRICES, EMBEDDING = "unembedding.norms.0.weight", "unembedding.lm_heads.", "trunk.embed_tokens.weight"
 BLOCKS = "heads.blocks."
-OFFSETS, IS_DRAFTED, TOKEN_MAP = "d2t", "t2d", "token_map"
+OFFSETS, IS_DRAFTED = "d2t", "t2d"
 """What an EAGLE-3 drafter has beside the matrix of a draft vocabulary: id less number of each row, and which ids have
-one; Medusa's drafter has the ids of its rows."""
-OF_IDS = {OFFSETS: torch.int64, IS_DRAFTED: torch.bool, TOKEN_MAP: torch.int64}
+one. Medusa's has a row for every id: vLLM 0.32 names a `token_map` for fewer, and refuses every folder that has one."""
+OF_IDS = {OFFSETS: torch.int64, IS_DRAFTED: torch.bool}
 WIDENED = tuple(f"midlayer.self_attn.{one}_proj.weight" for one in "qkv")
 
 
@@ -206,9 +208,6 @@ def medusa_contents(source: Source) -> dict[str, Contents]:
         if name.startswith(BLOCKS):
             inside = name.removeprefix(BLOCKS)
             tensors[name] = f"{inside.partition('.')[0]}.1.weight" if is_linear else inside
-    ids = draft_ids(recipe)
-    if ids is not None:
-        made[TOKEN_MAP] = computed((len(ids),), lambda: torch.tensor(ids))
     for head in range(num_heads):
         matrix, stored = _matrix(source, head + 2), f"{head}.{num_blocks}.weight"
         if is_linear:
@@ -217,23 +216,21 @@ def medusa_contents(source: Source) -> dict[str, Contents]:
             made[stored] = _through(source, matrix, f"{BLOCKS}{head}.weight")
         elif heads.unembedding == "replicated" or head == 0:
             tensors[matrix] = stored
-        if ids is not None and (is_linear or matrix in tensors):
-            whole = RewrittenWeights(source.reader, {matrix: made[stored]} if is_linear else {})
-            made[stored] = rows_at(whole, matrix, ids)
     trunk = trunk_contents(source)
     settings = {
         "architectures": ["MedusaModel"],
         "model_type": "medusa",
         "hidden_size": width,
         "vocab_size": source.section.vocab_size,
-        "truncated_vocab_size": len(ids) if ids else source.section.vocab_size,
+        "truncated_vocab_size": source.section.vocab_size,
         "medusa_num_heads": num_heads,
         "medusa_num_layers": num_blocks,
         "medusa_fc_bias": True,
         "original_lm_head": not is_linear and heads.unembedding == "shared",
         "torch_dtype": trunk.settings["torch_dtype"],
     }
-    return {"": trunk, DRAFTER: _drafter(source, tensors, made, settings)}
+    drafter = replace(_drafter(source, tensors, made, settings), notes=notes_on(recipe))
+    return {"": trunk, DRAFTER: drafter}
 
 
 def _matrix(source: Source, offset: int) -> str:

@@ -51,6 +51,7 @@ class Engine:
     heads: str  # what it does with the heads
     serve: str  # command; {folder} is the exported folder
     judge: Judge | None = None  # for --verify, where the engine is installed
+    drafts: Callable[[Recipe], bool] = lambda recipe: True  # whether it runs these heads as they were trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,18 @@ def _vllm(method: str, *, tokens: int | str = 1, drafter: str = "") -> str:
     config = "--speculative-config"
     model = f" {config}.model {{folder}}/{drafter}" if drafter else ""
     return f"{_VLLM} {config}.method {method}{model} {config}.num_speculative_tokens {tokens}"
+
+
+def _drafts_in_sglang(recipe: Recipe) -> bool:
+    """Tell whether SGLang 0.5.23 runs an EAGLE-3 drafter of these heads.
+
+    Of one state it skips the drafter's projection, which is a linear head's map; it does not hand out the last layer's
+    state, which causal heads read; and it skips biases of queries, keys and values.
+    """
+    heads = recipe.heads
+    if heads.kind == "parallel":
+        return not recipe.model.qkv_bias
+    return heads.kind == "chained" and heads.order == "anticausal"
 
 
 _LOADED = "transformers serve {folder}"
@@ -195,13 +208,14 @@ FORMATS: Mapping[FormatName, Format] = {
                     serve="python -m sglang.launch_server --model-path {folder} --speculative-algorithm EAGLE3 "
                     "--speculative-draft-model-path {folder}/drafter --speculative-num-steps 1 "
                     "--speculative-eagle-topk 1 --speculative-num-draft-tokens 2",
+                    drafts=_drafts_in_sglang,
                 ),
             ),
         ),
         Format(
             name=FormatName.medusa,
             holds="Medusa and linear heads, all of them",
-            lost="nothing",
+            lost="a draft vocabulary: readers let heads score every id",
             refuses=refuses_medusa,
             write=medusa_contents,
             reread=reread_drafter,
@@ -235,6 +249,11 @@ FORMATS: Mapping[FormatName, Format] = {
     )
 }
 """By name, in the order of the command's help."""
+
+
+def engines_for(row: Format, recipe: Recipe) -> list[Engine]:
+    """List the engines that serve a model from a format."""
+    return [one for one in row.engines if one.drafts(recipe)]
 
 
 def formats_for(recipe: Recipe) -> list[FormatName]:

@@ -13,7 +13,6 @@ from mtp_lightning.checkpoint.export.drafters import (
     MATRICES,
     NORM,
     OFFSETS,
-    TOKEN_MAP,
     WIDENED,
 )
 from mtp_lightning.checkpoint.export.judges import model_of, reread_by_import
@@ -79,7 +78,7 @@ def _drafted(drafter: ShardReader) -> Tensor | None:
     if OFFSETS in drafter.names:
         offsets = drafter.read(OFFSETS)
         return offsets + torch.arange(len(offsets))
-    return drafter.read(TOKEN_MAP) if TOKEN_MAP in drafter.names else None
+    return None
 
 
 def _in_rows(make: Callable[[], Tensor], shape: tuple[int, ...], ids: Tensor | None) -> Callable[[], Tensor]:
@@ -114,18 +113,17 @@ def _in_medusa(name: str, recipe: Recipe, drafter: ShardReader, trunk: IncomingW
         inside = name.removeprefix(BLOCKS)
         if heads.kind == "medusa":
             return lambda: read_whole(drafter, inside)
-        return lambda: _map_in(read_whole(drafter, inside.replace(".", ".1.")), trunk, _drafted(drafter))
+        return lambda: _map_in(read_whole(drafter, inside.replace(".", ".1.")), trunk)
     number = name.removeprefix(MATRICES).removesuffix(".weight")
     if number.isdecimal() and number != "0":
         return lambda: read_whole(drafter, f"{int(number) - 1}.{heads.layers_per_head}.weight")
     return None
 
 
-def _map_in(product: Tensor, trunk: IncomingWeights, ids: Tensor | None) -> Tensor:
+def _map_in(product: Tensor, trunk: IncomingWeights) -> Tensor:
     """Solve U diag(w) W diag(1/w) = M for the map W of a linear head."""
     matrix = f"{MATRICES}0.weight" if f"{MATRICES}0.weight" in trunk.names else EMBEDDING
     norm, rows = read_whole(trunk, NORM), read_whole(trunk, matrix)
-    rows = rows if ids is None else rows[ids]
     if rows.shape[0] < rows.shape[1]:
         raise CheckpointError(
             "--verify finds the map of a linear head in medusa's matrices where they have a row for each channel",

@@ -12,7 +12,7 @@ from mtp_lightning.checkpoint.convert.consolidate import DTYPES, Advance, check_
 from mtp_lightning.checkpoint.convert.load_model import check_tensors
 from mtp_lightning.checkpoint.export.card import CARD, model_card
 from mtp_lightning.checkpoint.export.contents import Contents, Source
-from mtp_lightning.checkpoint.export.formats import FORMATS, Format, check_holds
+from mtp_lightning.checkpoint.export.formats import FORMATS, Format, check_holds, engines_for
 from mtp_lightning.checkpoint.export.names import FormatName
 from mtp_lightning.checkpoint.export.untrained import untrained_heads
 from mtp_lightning.checkpoint.format.carried_files import CARRIED, TEMPLATES, TOKENIZERS, copy_files
@@ -175,6 +175,6 @@ def _tell(row: Format, source: Source, folders: Mapping[str, Contents], out: Pat
     warn_of_untrained(source)
     for note in (note for one in folders.values() for note in one.notes):
         say(note)
-    for engine in row.engines:
+    for engine in engines_for(row, source.recipe):
         command = engine.serve.format(folder=shlex.quote(str(out)))
         say(f"Read by {engine.name} {engine.versions} (heads: {engine.heads}): {command}")
