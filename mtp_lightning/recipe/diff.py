@@ -60,6 +60,7 @@ NOTED: dict[str, str] = {
     "objective.chunk_mib": REORDERED,
     "memory.recompute_trunk": REORDERED,
     "memory.recompute_heads": REORDERED,
+    "memory.mlp_tile": REORDERED,
     "memory.compile": REORDERED,
     "data.shards": "the shards may have moved; their fingerprint is compared instead",
     "data.mixture": "the shards may have moved; their fingerprints and shares are compared instead",
