@@ -31,6 +31,7 @@ RUN_FIELDS = frozenset(
         "data.max_epochs",
         "data.workers",
         "memory.cache_hidden_states",
+        "memory.offload_activations",
         "run.dir",
         "run.cache",
         "run.restart",
