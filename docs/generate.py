@@ -26,6 +26,7 @@ from mtp_lightning.recipe.schema.describe import allowed  # noqa: E402
 from mtp_lightning.recipe.schema.field_types import ROOT as RECIPE  # noqa: E402
 from mtp_lightning.recipe.schema.field_types import Option, Place, options_of  # noqa: E402
 from mtp_lightning.recipe.yaml import one_line_yaml  # noqa: E402
+from mtp_lightning.training.step.times import PARTS  # noqa: E402
 
 FOLDER = ROOT / "docs/reference"
 SERVE = ROOT / "docs/howto/serve.md"
@@ -59,6 +60,19 @@ FIGURES = {
     "mfu": "Share of the peak of all GPUs (data sheet) that the model's operations come to, counted as by `mtp plan`; "
     "empty for a device that is not in the table.",
     "memory_gib": "Peak memory of the first rank: CUDA's allocator on a GPU, the resident set on a CPU.",
+    "time/data_s": "Seconds per step, mean over the ranks, until a rank has its rows and their targets. All are taken "
+    "by the clock on a CPU, and on a GPU by events in its stream, so that what it waits for counts; validations, saves "
+    "and logging are in none.",
+    "time/forward_s": "The same for forward passes, with losses and, but in the joint order, the gradients of logits.",
+    "time/backward_s": "The same for backward passes, with the reductions inside them (ZeRO-2 and 3).",
+    "time/reduce_s": "The same for what ranks wait in for each other outside of these: that all have come, and "
+    "reductions after the last backward pass.",
+    "time/step_s": "The same for norms, clipping, optimizer and average of the weights.",
+    **{
+        f"time/{part}_{of}_s": f"The {said} of a rank: a slow one has much here, and the others wait in `reduce`."
+        for part in PARTS
+        for of, said in (("min", "least"), ("max", "most"))
+    },
     "skipped_steps": "Steps without effect so far, because a loss or gradient was not finite or no token had a target.",
     "rollbacks": "How often the run has gone back to its last good checkpoint.",
     "drift/nll_change": "Change of the main head's loss since the start, in nats, on the guard's held-out sequences.",

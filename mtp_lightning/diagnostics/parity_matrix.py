@@ -27,6 +27,7 @@ ADAPTATIONS: dict[str, dict[str, Any]] = {
         "adapt": {"layer_mix": {"temperature": 0.5}, "lora": {"rank": 2}},
         "freeze": ["unembedding"],
     },
+    "recomputed in tiles": {"memory": {"recompute_trunk": True, "mlp_tile": 3, "offload_activations": True}},
 }
 UNEMBEDDINGS = ("shared", "tied", "replicated")
 

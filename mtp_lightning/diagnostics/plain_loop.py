@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from mtp_lightning.losses.targets import IGNORE, shifted_targets
 from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import MtpModel, build_model
+from mtp_lightning.recipe.schema.objective import MemorySection
 from mtp_lightning.recipe.schema.root import OptimizerSection, Recipe
 from mtp_lightning.training.step.optimizer import build_optimizer, parameter_groups
 from mtp_lightning.training.strategies.param_shards import RunsOf
@@ -37,6 +38,7 @@ def random_batch(recipe: Recipe, step: int) -> dict[str, Tensor]:
 
 def reference_loop(recipe: Recipe, optimizer_name: str) -> list[PlainStep]:
     """Train a recipe's model on random batches for `run.steps` steps by one of the named optimizers, at its rate."""
+    recipe = recipe.model_copy(update={"memory": MemorySection()})
     model = build_model(recipe)
     freeze(model, recipe)
     optimizer = build_named_optimizer(model, recipe.optimizer, optimizer_name)

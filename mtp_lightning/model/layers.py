@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.model.positions import AttentionInputs, rotate
+from mtp_lightning.model.recompute import recomputed
 from mtp_lightning.model.scalar_mix import Sums
 from mtp_lightning.model.transformers_architecture import architecture_of
 from mtp_lightning.model.transformers_trunk import ForeignStack, LayerInputs, TransformersTrunk
@@ -115,7 +115,13 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Feed-forward: SwiGLU, or a GELU between two matrices."""
+    """Feed-forward: SwiGLU, or a GELU between two matrices.
+
+    Attributes:
+        tile: positions that are run at a time, and once more for the backward pass; None: all, and once.
+    """
+
+    tile: int | None = None
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
@@ -126,6 +132,12 @@ class Mlp(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Transform each position: (B, T, D) -> (B, T, D)."""
+        if self.tile is None or hidden.shape[1] <= self.tile:
+            return self._run(hidden)
+        tiles = torch.split(hidden, self.tile, 1)
+        return torch.cat([recomputed(self._run, tile) if tile.requires_grad else self._run(tile) for tile in tiles], 1)
+
+    def _run(self, hidden: Tensor) -> Tensor:
         inner = self.up_proj(hidden)
         inner = F.gelu(inner) if self.gate_proj is None else F.silu(self.gate_proj(hidden)) * inner
         output: Tensor = self.down_proj(inner)
@@ -152,7 +164,13 @@ class Layer(nn.Module):
 
 
 class LayerStack(nn.ModuleList):
-    """Layers run one after the other; with `recompute`, only their inputs are kept for the backward pass."""
+    """Layers run one after the other; with `recompute`, only their inputs are kept for the backward pass.
+
+    Attributes:
+        on_host: these inputs are kept in the host's memory.
+    """
+
+    on_host: bool = False
 
     def __init__(self, section: ModelSection, num_layers: int, *, recompute: bool) -> None:
         super().__init__(Layer(section) for _ in range(num_layers))
@@ -168,7 +186,7 @@ class LayerStack(nn.ModuleList):
         """Run every layer on the output of the one before, (B, T, D), and yield the output of each."""
         for layer in self:
             if self.recompute and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, geometry, use_reentrant=False)
+                hidden = recomputed(layer, hidden, geometry, on_host=self.on_host)
             else:
                 hidden = layer(hidden, geometry)
             yield hidden

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.model.heads import TRUNK, HeadContext, head_class
-from mtp_lightning.model.layers import Geometry, build_trunk, layers_of
+from mtp_lightning.model.layers import Geometry, LayerStack, Mlp, build_trunk, layers_of
 from mtp_lightning.model.lora import add_updates, initialise_update
 from mtp_lightning.model.positions import document_geometry, positions_in_document, window_geometry
 from mtp_lightning.model.roles import LAYER_MIX, LORA, role_of
@@ -18,7 +18,7 @@ from mtp_lightning.model.scalar_mix import ScalarMix, Sums
 from mtp_lightning.model.sequence_parallel import SequenceSlice
 from mtp_lightning.model.transformers_init import initial_values
 from mtp_lightning.model.transformers_routers import RouterLoss
-from mtp_lightning.model.transformers_trunk import ForeignModules, TransformersTrunk, check_masks
+from mtp_lightning.model.transformers_trunk import ForeignModules, ForeignStack, TransformersTrunk, check_masks
 from mtp_lightning.model.unembedding import Unembedding
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
 from mtp_lightning.recipe.schema.root import Recipe
@@ -59,6 +59,11 @@ class MtpModel(nn.Module):
         if (lora := recipe.adapt.lora) is not None:
             for part in (self.trunk, self.heads) if lora.in_heads else (self.trunk,):
                 add_updates(part, lora)
+        for module in self.modules():
+            if isinstance(module, Mlp):
+                module.tile = recipe.memory.mlp_tile
+            elif isinstance(module, LayerStack | ForeignStack | TransformersTrunk):
+                module.on_host = recipe.memory.offload_activations
         self.tie_word_embeddings()
 
     def tie_word_embeddings(self) -> None:

@@ -98,7 +98,7 @@ def rotary_tables(positions: Tensor, section: ModelSection, *, like: Tensor) -> 
     """Cosines and sines of the rotary angles, two equal halves as in HF: (B, T) -> two (B, 1, T, R)."""
     exact = torch.promote_types(like.dtype, torch.float32)
     exponents = torch.arange(0, section.rotary_width, 2, device=positions.device, dtype=exact) / section.rotary_width
-    frequencies = _scaled(1.0 / section.rope_theta**exponents, section)
+    frequencies = _scaled(1.0 / section.resolved_rope_theta**exponents, section)
     angles = positions[:, None, :, None].to(exact) * frequencies  # (B, 1, T, R/2)
     angles = torch.cat((angles, angles), dim=-1)
     scale = 1.0 if section.rope_scaling is None else section.rope_scaling.resolved_attention_factor
@@ -108,7 +108,7 @@ def rotary_tables(positions: Tensor, section: ModelSection, *, like: Tensor) -> 
 def _scaled(frequencies: Tensor, section: ModelSection) -> Tensor:
     """Slow frequencies down as `model.rope_scaling` says: (R/2,) -> (R/2,)."""
     scaling = section.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling.kind in ("ntk", "dynamic"):  # a larger base, or as they are up to the longest window
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor

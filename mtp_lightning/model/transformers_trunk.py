@@ -12,10 +12,10 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.positions import KVCache
+from mtp_lightning.model.recompute import recomputed
 from mtp_lightning.model.scalar_mix import Sums
 from mtp_lightning.model.transformers_architecture import Architecture, architecture_of, restore_constants
 from mtp_lightning.model.transformers_past import PAST, LayerPast, PastLength
@@ -103,11 +103,13 @@ class ForeignModules(nn.Module):
         return self
 
 
-def walk(layers: nn.ModuleList, hidden: Tensor, inputs: LayerInputs, *, recompute: bool) -> Iterator[Tensor]:
+def walk(
+    layers: nn.ModuleList, hidden: Tensor, inputs: LayerInputs, *, recompute: bool, on_host: bool
+) -> Iterator[Tensor]:
     """Run every layer on the output of the one before, (B, T, D), and yield the output of each."""
     for layer in layers:
         if recompute and torch.is_grad_enabled():
-            hidden = checkpoint(inputs.run, layer, hidden, use_reentrant=False)
+            hidden = recomputed(inputs.run, layer, hidden, on_host=on_host)
         else:
             hidden = inputs.run(layer, hidden)
         yield hidden
@@ -115,6 +117,8 @@ def walk(layers: nn.ModuleList, hidden: Tensor, inputs: LayerInputs, *, recomput
 
 class ForeignStack(ForeignModules, nn.ModuleList):
     """Layers of a head, like the last ones of the architecture, run one after the other."""
+
+    on_host: bool = False
 
     def __init__(self, section: ModelSection, num_layers: int, *, recompute: bool) -> None:
         super().__init__()
@@ -130,13 +134,15 @@ class ForeignStack(ForeignModules, nn.ModuleList):
 
     def forward(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
         """Run every layer: (B, T, D) -> (B, T, D)."""
-        for output in walk(self, hidden, inputs, recompute=self.recompute):
+        for output in walk(self, hidden, inputs, recompute=self.recompute, on_host=self.on_host):
             hidden = output
         return hidden
 
 
 class TransformersTrunk(ForeignModules):
     """Token embedding and layers of a decoder of transformers; the final norm belongs to the unembedding."""
+
+    on_host: bool = False
 
     def __init__(self, section: ModelSection, num_layers: int, *, recompute: bool) -> None:
         super().__init__()
@@ -183,7 +189,9 @@ class TransformersTrunk(ForeignModules):
         if not self.architecture.reads_embedding:  # scaled, or with positions added
             hidden, _ = self._probe(embedded.clone(), inputs.positions)
         with nullcontext() if self.router_loss is None else self.router_loss.gathering():
-            for number, output in enumerate(walk(self.layers, hidden, inputs, recompute=self.recompute)):
+            for number, output in enumerate(
+                walk(self.layers, hidden, inputs, recompute=self.recompute, on_host=self.on_host)
+            ):
                 hidden = output
                 if sums is not None:
                     sums.add(number, hidden)

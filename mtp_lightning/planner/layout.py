@@ -72,6 +72,8 @@ class Layout:
     chunk_bytes: float = math.inf  # of logits
     recomputes_trunk: bool = False
     recomputes_heads: bool = False
+    mlp_tile: int | None = None  # positions of a row that feed-forwards run on at a time; None: all of a GPU's
+    offloads_activations: bool = False  # of recomputed layers, to the host
     offload_optimizer: str = "none"
     offload_parameters: str = "none"
     bucket_entries: float = 5e8  # reduced together; two such buckets, one being sent (DeepSpeed: reduce_bucket_size)
@@ -139,12 +141,18 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
         chunk_bytes=objective.chunk_bytes("cpu" if recipe.run.device == "cpu" else "cuda"),
         recomputes_trunk=memory.recompute_trunk,
         recomputes_heads=recipe.heads.kind == "recursive" if recomputes_heads is None else recomputes_heads,
+        mlp_tile=_tile(memory.mlp_tile, recipe.data.seq_len // strategy.sequence_parallel),
+        offloads_activations=memory.offload_activations,
         offload_optimizer=strategy.offload_optimizer,
         offload_parameters=strategy.offload_parameters,
         reduce_bytes=BF16 if strategy.reduce_dtype == "bf16" else FP32,
         gradient_bytes=_gradient_bytes(strategy.deepspeed.get("data_types")),
         **_buffer_sizes(recipe),
     )
+
+
+def _tile(tile: int | None, num_positions: int) -> int | None:
+    return tile if tile and tile < num_positions else None
 
 
 def _largest_divisor(number: int, most: int) -> int:

@@ -7,7 +7,8 @@ A recomputed trunk keeps its layers' inputs; the layer at work takes the memory 
 then, and more only if it needs more. Where parts are frozen (`passes.py`), layers without a gradient path keep nothing;
 the layer at work of a frozen trunk has that memory before heads and logits take it. Frozen layers that gradients pass
 through keep no inputs of matrices. A V x D matrix that is frozen has no gradient to sum up. Of windows that are cut
-over GPUs each keeps what there is of its own positions, and a mask over documents whole.
+over GPUs each keeps what there is of its own positions, and a mask over documents whole. A feed-forward in tiles keeps
+its inputs, and the states of the tile at work with their gradients.
 """
 
 from dataclasses import dataclass, fields
@@ -52,6 +53,7 @@ class Memory:
 def memory(shape: Shape, layout: Layout) -> Memory:
     """Count the peak of a training step."""
     state, offloaded = _state(shape, layout)
+    offloaded += offloaded_activations(shape, layout)
     working = _activations(shape, layout) | _buffers(shape, layout)
     managed = sum(state.values()) + sum(working.values())
     return Memory(**state, **working, overhead=CONTEXT_BYTES + FRAGMENTATION * managed, offloaded=offloaded)
@@ -98,7 +100,7 @@ def layer_bytes(layer: Layer, layout: Layout, keeps: frozenset[str] = ALL_PROJEC
     attention = 2 * layer.query_width + 2 * layer.exchanged_key_width(layout.num_slices)
     if layout.num_slices > 1:
         attention += layer.query_width  # the mixed values, once for all positions and once for all heads
-    in_compute = copies * layer.width + attention + layer.mlp_states(keeps)
+    in_compute = copies * layer.width + attention + (0 if layout.mlp_tile else layer.mlp_states(keeps))
     return layer.num_residuals * layout.weight_bytes * layer.width + layout.compute_bytes * in_compute
 
 
@@ -107,18 +109,35 @@ def positions_of(shape: Shape, layout: Layout) -> int:
     return layout.micro_batch_size * shape.seq_len // layout.num_slices
 
 
+def offloaded_activations(shape: Shape, layout: Layout) -> float:
+    """Count the inputs of recomputed layers that the host holds."""
+    if not layout.offloads_activations:
+        return 0.0
+    trunk = shape.passes.trunk.work.layers_back if layout.recomputes_trunk else 0
+    heads = _heads_alive(shape, layout) if layout.recomputes_heads else 0
+    return float(positions_of(shape, layout) * layout.weight_bytes * shape.layer.width * (trunk + heads))
+
+
+def _tile_bytes(shape: Shape, layout: Layout) -> float:
+    """Count the states of the tile that a feed-forward is at, and their gradients."""
+    rows = layout.micro_batch_size * (layout.mlp_tile or 0)
+    return 2.0 * rows * layout.compute_bytes * shape.layer.mlp_states()
+
+
 def _activations(shape: Shape, layout: Layout) -> dict[str, float]:
     positions = positions_of(shape, layout)
-    passes, residual = shape.passes, layout.weight_bytes * shape.layer.width
+    passes, residual, tile = shape.passes, layout.weight_bytes * shape.layer.width, _tile_bytes(shape, layout)
+    kept = 0 if layout.offloads_activations else residual  # of a recomputed layer
     trunk_layer, head_layer = (layer_bytes(shape.layer, layout, part.keeps) for part in (passes.trunk, passes.heads))
-    heads = _stack(_heads_alive(shape, layout), head_layer, residual, recomputes=layout.recomputes_heads)
-    held = positions * (heads + BOUNDARY_STATES * residual)
+    heads = _stack(_heads_alive(shape, layout), head_layer, kept, recomputes=layout.recomputes_heads)
+    held = positions * (heads + BOUNDARY_STATES * residual) + tile
     logits = _logits(shape, layout)
     at_work = 0.0  # of the trunk, at a time when heads and logits hold nothing
     if not passes.trunk.work.layers_back:
-        trunk, at_work = 0.0, layer_bytes(shape.layer, layout)
+        trunk, at_work = 0.0, layer_bytes(shape.layer, layout) + tile / positions
     elif layout.recomputes_trunk:
-        trunk, at_work = passes.trunk.work.layers_back * residual, trunk_layer + BOUNDARY_STATES * residual
+        trunk = passes.trunk.work.layers_back * kept
+        at_work = trunk_layer + BOUNDARY_STATES * residual + tile / positions
     else:
         trunk = passes.trunk.work.layers_back * trunk_layer
     trunk += max(0.0, at_work - (held + logits) / positions)

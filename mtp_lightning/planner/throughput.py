@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from mtp_lightning.planner.hardware import Hardware
 from mtp_lightning.planner.layout import BF16, FP32, Layout
-from mtp_lightning.planner.memory import layer_bytes, positions_of
+from mtp_lightning.planner.memory import layer_bytes, offloaded_activations, positions_of
 from mtp_lightning.planner.shape import Shape
 
 MEMORY_EFFICIENCY = 0.85  # of the data sheet's bandwidth, in a long copy
@@ -71,6 +71,7 @@ def step_time(shape: Shape, layout: Layout, hardware: Hardware) -> StepTime:
     network = communication_s(shape, layout, hardware)
     exposed = max(0.0, network - compute) + hardware.exposed_communication * min(network, compute)
     exposed += _exchange_s(shape, layout, hardware)
+    exposed += times * 2 * offloaded_activations(shape, layout) / hardware.host_link_bytes_per_s  # there and back
     return StepTime(
         products_s=parts[0],
         attention_s=parts[1],
@@ -85,12 +86,16 @@ def _recomputed(shape: Shape, layout: Layout) -> tuple[int, int]:
     """Return the layers, and the matrix entries in them, that a position passes a second time.
 
     Recomputing stops at the last state that is needed, the input of a layer's last matrix. Layers that the backward
-    pass does not go through are not recomputed.
+    pass does not go through are not recomputed. Feed-forwards in tiles are, once more.
     """
     trunk = shape.passes.trunk.work.layers_back if layout.recomputes_trunk else 0
     heads = shape.passes.heads.work.layers_back if layout.recomputes_heads else 0
     last = shape.layer.intermediate_size * shape.layer.width
-    return trunk + heads, (trunk + heads) * (shape.layer.matrices - last)
+    entries = (trunk + heads) * (shape.layer.matrices - last)
+    if layout.mlp_tile:
+        work = shape.passes.trunk.work + shape.passes.heads.work
+        entries += work.layers_back * (2 if shape.layer.is_gated else 1) * last
+    return trunk + heads, entries
 
 
 def _products_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
@@ -118,7 +123,8 @@ def _memory_bound_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     compared = COMPARED_BYTES * shape.passes.num_compared_entries
     if layout.backward_order != "joint":
         compared += TEACHER_BYTES * shape.passes.num_teacher_scores
-    moved = positions_of(shape, layout) * (passes * layer_bytes(shape.layer, layout) + logits + compared)
+    whole = layer_bytes(shape.layer, replace(layout, mlp_tile=None))
+    moved = positions_of(shape, layout) * (passes * whole + logits + compared)
     return moved / (hardware.memory_bytes_per_s * MEMORY_EFFICIENCY)
 
 

@@ -43,6 +43,7 @@ from mtp_lightning.training.step.optimizer import (
 )
 from mtp_lightning.training.step.rollout import RolloutDraw
 from mtp_lightning.training.step.skipped_steps import SkippedSteps
+from mtp_lightning.training.step.times import StepTimes
 from mtp_lightning.training.step.vote import AgreedCounts, StepVote, agree_on_step
 from mtp_lightning.training.strategies.base import RunStrategy
 from mtp_lightning.training.strategies.own_trainer import OwnTrainerStrategy, check_trainer
@@ -111,6 +112,8 @@ class MtpLightningModule(L.LightningModule):
         self.target_check = TargetCountCheck()
         self.num_checked_steps = 0
         self.throughput = ThroughputClock(self.recipe, self.global_step)
+        self.times = StepTimes(self.device)
+        self.times.begin()
         self._keep_states()
 
     def _keep_states(self) -> None:
@@ -136,7 +139,9 @@ class MtpLightningModule(L.LightningModule):
         step, self.metrics = self.global_step, {}
         prepared = prepare_batch(batch, self.recipe, step, self.strategy.sequence)
         self._check_targets(batch, prepared)
+        self.times.end("data")
         counts = agree_on_step(prepared.counts, self.step_vote, self.strategy.ranks)
+        self.times.end("reduce")
         weights_with_targets = self.target_check.look(counts.targets, prepared.weights)
         objective = replace(
             self._objective(prepared.weights, counts, weights_with_targets, predicts=self._is_logged(step + 1)),
@@ -147,8 +152,11 @@ class MtpLightningModule(L.LightningModule):
             for micro_batch in prepared.micro_batches:
                 with self.autocast():
                     losses.append(accumulate_gradients(self.model, micro_batch, objective, self._backward))
+            self.times.end("forward")
+        self.times.end("reduce")
         norms = self._norms(losses, objective)
         self._step_optimizer(norms, objective, step, num_targets=sum(counts.targets))
+        self.times.end("step")
         if math.isfinite(norms["all"]):
             for micro_batch, own in zip(prepared.micro_batches, losses, strict=True):
                 self.measured.train.update(micro_batch.targets, own)
@@ -159,6 +167,10 @@ class MtpLightningModule(L.LightningModule):
             self._publish(self.metrics)
         if step + 1 == self.recipe.run.steps:
             self.trainer.should_stop = True  # Lightning 2.6 validates once more before it stops, whatever the interval
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Begin to wait for the next rows."""
+        self.times.begin()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add held-out sequences to the validation metrics."""
@@ -187,6 +199,8 @@ class MtpLightningModule(L.LightningModule):
     def on_validation_end(self) -> None:
         """Subtract the validation from the throughput clock."""
         self.throughput.pause(time.monotonic() - self.validation_began_at)
+        if self.trainer.training:
+            self.times.begin()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what has been measured since the last logged step, so that a resumed run logs the same figures."""
@@ -241,8 +255,10 @@ class MtpLightningModule(L.LightningModule):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_enabled)
 
     def _backward(self, loss: Tensor) -> None:
+        self.times.end("forward")
         with torch.autocast(self.device.type, enabled=False), record_function("step: backward"):
             self.manual_backward(loss)
+        self.times.end("backward")
 
     def _norms(self, parts: list[OffsetLosses], objective: Objective) -> dict[str, float]:
         """Gradient norms before clipping by role; `all` is finite only if the losses of all ranks are, too."""
@@ -318,6 +334,7 @@ class MtpLightningModule(L.LightningModule):
             "tokens_per_s": rate,
             **({} if self.peak_tokens_per_s is None else {"mfu": rate / self.peak_tokens_per_s}),
             "memory_gib": self._memory_bytes() / 2**30,
+            **self.times.lap(self.strategy.ranks),
         }
 
     def _publish(self, figures: dict[str, float]) -> None:

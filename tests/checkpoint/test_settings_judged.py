@@ -11,6 +11,7 @@ import torch
 
 from mtp_lightning.checkpoint.huggingface.configs import Config, rotary_fields, written_rotary
 from mtp_lightning.errors import MtpError
+from mtp_lightning.model.positions import rotary_tables
 from mtp_lightning.recipe.schema.model import ModelSection
 from tests.checkpoint.families import LINEAR, LLAMA3, PYTHIA, save_model
 from tests.checkpoint.judge import edit, imported_logits, judged_logits
@@ -41,6 +42,8 @@ RIGHT: list[tuple[str, dict[str, Any]]] = [
     ("llama", OLD | {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}}),
     ("llama", OLD | {"rope_scaling": {"type": "default", "factor": 2.0}}),
     ("llama", OLD | {"rope_scaling": LLAMA3}),
+    ("llama", OLD | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}}),
     ("llama", OLD | {"rope_scaling": YARN}),
     ("llama", OLD | {"rope_scaling": YARN | {"beta_fast": 4, "beta_slow": 0.5, "attention_factor": 1.3}}),
     ("llama", {"rope_parameters": YARN | {"rope_theta": 500.0, "factor": 0.5}}),
@@ -86,7 +89,7 @@ RIGHT: list[tuple[str, dict[str, Any]]] = [
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", OLD | {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
     ("llama", {"rope_parameters": LINEAR | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1.0"),
-    ("llama", OLD | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+    ("llama", OLD | {"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 9.0}}, "dynamic"),
     ("llama", OLD | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
     ("llama", OLD | {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}, "yarn"),
     ("llama", OLD | {"rope_scaling": YARN | {"truncate": False}}, "yarn"),
@@ -135,6 +138,33 @@ def test_yarn_is_written_as_it_was_read() -> None:
     told = YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.5}
     section = ModelSection(**rotary_fields(Config(Path("config.json"), {"rope_scaling": told, "rope_theta": 500.0})))
     assert written_rotary(section) == {"rope_theta": 500.0, "rope_scaling": told}
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("kind", ["linear", "ntk", "dynamic", "llama3", "yarn"])
+def test_written_scalings_turn_as_here(kind: str, share: float) -> None:
+    """In each of transformers' functions, over all positions that a model is meant for."""
+    scaling = {"kind": kind, "factor": 4.0, "original_positions": 16}
+    section = ModelSection.model_validate(
+        {"rope_scaling": scaling, "max_position_embeddings": 64, "partial_rotary_factor": share, "rope_theta": 500.0}
+    )
+    told = written_rotary(section)
+    parameters = (told["rope_scaling"] or {"rope_type": "default"}) | {"rope_theta": told["rope_theta"]}
+    config = transformers.GPTNeoXConfig(
+        hidden_size=256,
+        num_attention_heads=8,
+        max_position_embeddings=64,
+        rope_parameters=parameters | {"partial_rotary_factor": share},
+    )
+    positions, like = torch.arange(64)[None], torch.zeros(())
+    theirs = transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXRotaryEmbedding(config)(like, positions)
+    for ours, their in zip(rotary_tables(positions, section, like=like), theirs, strict=True):
+        torch.testing.assert_close(ours[:, 0], their, rtol=0, atol=1e-5)
+    if kind == "ntk":  # the slowest pair turns by a factor slower, the fastest as before [bloc97]
+        plain = rotary_tables(positions * 4, section.model_copy(update={"rope_scaling": None}), like=like)[1]
+        slow = rotary_tables(positions * 16, section, like=like)[1]
+        last = section.rotary_width // 2 - 1
+        torch.testing.assert_close(slow[..., last], plain[..., last], rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -258,3 +258,18 @@ def test_13b_needs_the_memory_that_is_planned(gpu):
     books = gpu("fit", path=str(path), overrides=fields, checks_first_step=False)
     assert books["peaks_bytes"][1] == pytest.approx(planned.total - planned.overhead, rel=0.10)
     assert books["left_bytes"] == 0
+
+
+@pytest.mark.slow
+def test_inputs_of_recomputed_layers_leave_the_gpu(gpu):
+    window = ["data.seq_len=4096", "model.num_hidden_layers=9", "run.steps=2", "objective.weights.kind=constant"]
+    window += ["memory.recompute_trunk=true", "heads.num_offsets=2", "memory.mlp_tile=256"]
+    here, there = (
+        fit(gpu, "single", *window, f"memory.offload_activations={moved}", checks_first_step=False)
+        for moved in ("false", "true")
+    )
+    recipe = load_recipe(ROOT / "recipes/debug/parallel.yaml", fields_of("single", *window)).recipe
+    one_input_bytes = 4 * recipe.batch.micro_batch_size * 4096 * recipe.model.hidden_size
+    assert max(here["peaks_bytes"]) - max(there["peaks_bytes"]) > 4 * one_input_bytes
+    new = there["waits"][1].keys() - here["waits"][1].keys()
+    assert not [name for name in new if "recompute.py" in name and "copy to cuda" not in name]

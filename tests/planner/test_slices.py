@@ -56,26 +56,28 @@ def test_gpus_that_cannot_share_are_refused_and_left_out():
     assert [variant is not None for variant in build_plan(recipe(4, 1024)).scales] == [True] * 3 + [False] * 5
 
 
-ROW = re.compile(r"^\| (1\.3|13)B \| (\d+) \| (\d) \| (.*) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| (1\.3|13)B \| (\d+) \| (\d) \| (tile, host|tile|) ?\| (.*) \|$", re.MULTILINE)
 
 
 def test_the_windows_in_the_documentation_are_the_longest_that_fit():
     rows = ROW.findall((ROOT / "docs/howto/pretrain.md").read_text())
-    assert len(rows) == 8
-    for size, num_gpus, num_slices, windows in rows:
+    assert len(rows) == 12
+    for size, num_gpus, num_slices, saving, windows in rows:
         base = load_recipe(ROOT / f"recipes/paper/{size}b_n4.yaml").recipe
+        layout = (base, int(num_gpus), int(num_slices), saving)
         for name, window in zip(known_hardware(), windows.split(" | "), strict=True):
             length, limit = 1024 * int(window.replace(",", "")), hardware(name).memory_bytes
-            assert needed_bytes(base, length, int(num_gpus), int(num_slices)) <= limit
-            assert needed_bytes(base, length * 9 // 8, int(num_gpus), int(num_slices)) > limit
+            assert needed_bytes(length, *layout) <= limit
+            assert needed_bytes(length * 9 // 8, *layout) > limit
 
 
-def needed_bytes(base, seq_len, num_gpus, num_slices):
+def needed_bytes(seq_len, base, num_gpus, num_slices, saving):
+    tile = {"mlp_tile": 4096} if "tile" in saving else {}
     changes = {
         "data": {"seq_len": seq_len},
         "model": {"max_position_embeddings": seq_len},
         "batch": {"micro_batch_size": 1, "global_batch_size": 64},
-        "memory": {"recompute_trunk": True, "recompute_heads": True},
+        "memory": {"recompute_trunk": True, "recompute_heads": True, **tile, "offload_activations": "host" in saving},
         "strategy": {"kind": "zero3", "num_nodes": num_gpus // 8, "sequence_parallel": num_slices},
     }
     sections = {name: getattr(base, name).model_copy(update=own) for name, own in changes.items()}

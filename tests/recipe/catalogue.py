@@ -172,6 +172,8 @@ RULES = (
     _broken("head_width_odd_by_division", "model.hidden_size=24", "model.num_attention_heads=8"),
     _broken("rotary_share_of_an_odd_width", "model.partial_rotary_factor=0.1"),
     _broken("rope_turns_swapped", "model.rope_scaling={kind: yarn, beta_slow: 40}"),
+    _broken("offload_of_nothing", "memory.offload_activations=true"),
+    _broken("ntk_of_one_pair", "model.rope_scaling={kind: ntk}", "model.head_dim=2"),
     _broken("rope_factors_swapped", "model.rope_scaling={low_freq_factor: 4, high_freq_factor: 1}"),
     _broken("no_layer_for_the_trunk", "model.num_hidden_layers=4"),
     _broken(
@@ -326,6 +328,7 @@ RULES = (
         "settings_without_their_family",
         GPT2,
     ),
+    _broken("tiles_of_a_foreign_model", *FOREIGN, GPT2, "memory.mlp_tile=512"),
     _broken("family_transformers_without_settings", *FOREIGN),
     _broken(
         "settings_without_a_size",

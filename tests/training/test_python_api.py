@@ -223,6 +223,7 @@ def refusal(loaded, trainer):
         ({"max_steps": 9}, (), ("max_steps=9", "run.steps=9")),
         ({}, ("run.early_stop={}",), ("run.early_stop", "recipe_callbacks")),
         ({}, ("health.drift={}", "init.path=x"), ("init.path, health.drift", "recipe_callbacks")),
+        ({}, ("debug.profile_steps=[1, 2]",), ("debug.profile_steps", "mtp train")),
         ({}, ("phases={a: {run: {steps: 2}}}",), ("phases a", "mtp train")),
     ],
 )

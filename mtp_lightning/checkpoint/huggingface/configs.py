@@ -239,15 +239,17 @@ def _scaling(config: Config, told: dict[str, Any]) -> dict[str, Any] | None:
         name = "original_max_position_embeddings"
         positions = config.get(name) or told.get(name) or config.need("max_position_embeddings")
         return {"kind": kind, **numbers, "original_positions": positions}
+    if kind == "dynamic" and told.keys() <= {"factor", *OF_ROTARY}:
+        return {"kind": kind, "factor": config.number("factor", told["factor"])}
     name, is_yarn = "original_max_position_embeddings", kind == "yarn" and told.keys() <= {*YARN, *OF_ROTARY}
     if is_yarn and told.get(name) and config.get(name) is None:
         numbers = {ours: config.number(key, told[key]) for key, ours in YARN.items() if told.get(key) is not None}
         return {"kind": kind, **numbers, "original_positions": told[name]}
     raise config.uncovered(
-        "rotary positions must be plain, or scaled by linear or llama3, or by yarn from a window of training",
+        "rotary positions must be plain, or scaled by linear, dynamic or llama3, or by yarn from a window of training",
         "another scaling for each type of layer" if kind == "default" else named(kind),
-        "Choose a model with one of these; a model that was scaled afterwards (yarn, dynamic) is the plain one without "
-        "that entry, for texts as long as it was first trained on",
+        "Choose a model with one of these; a model that was scaled afterwards (longrope) is the plain one without that "
+        "entry, for texts as long as it was first trained on",
     )
 
 
@@ -265,8 +267,8 @@ YARN = {
 def written_rotary(section: ModelSection) -> dict[str, Any]:
     """Write the rotary positions in the keys before transformers 5, which all readers know."""
     scaling = section.rope_scaling
-    if scaling is None:
-        return {"rope_theta": section.rope_theta, "rope_scaling": None}
+    if scaling is None or scaling.kind == "ntk":
+        return {"rope_theta": section.resolved_rope_theta, "rope_scaling": None}
     told: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "llama3":
         told |= {

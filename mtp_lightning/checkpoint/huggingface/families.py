@@ -140,7 +140,7 @@ def _write_neox(section: ModelSection) -> dict[str, Any]:
         "use_parallel_residual": section.parallel_residual,
         "attention_bias": section.qkv_bias,
         "rotary_pct": section.partial_rotary_factor,
-        "rotary_emb_base": section.rope_theta,
+        "rotary_emb_base": rotary["rope_theta"],
         "rope_scaling": rotary["rope_scaling"],
     }
 

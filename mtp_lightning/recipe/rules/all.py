@@ -14,6 +14,7 @@ from mtp_lightning.recipe.rules.data import DATA_RULES, MODEL_RULES
 from mtp_lightning.recipe.rules.deepspeed import check_deepspeed
 from mtp_lightning.recipe.rules.draft_vocabulary import DRAFT_RULES
 from mtp_lightning.recipe.rules.foreign import FOREIGN_RULES
+from mtp_lightning.recipe.rules.memory import MEMORY_RULES
 from mtp_lightning.recipe.rules.optimizer import OPTIMIZER_RULES, check_schedule
 from mtp_lightning.recipe.rules.paths import PATH_RULES
 from mtp_lightning.recipe.rules.rollout import ROLLOUT_RULES
@@ -372,6 +373,7 @@ RULES: tuple[Rule, ...] = (
         expected="must divide batch.global_batch_size",
         hint=lambda recipe: f"Set batch.micro_batch_size to {divisors(recipe.batch.global_batch_size)}.",
     ),
+    *MEMORY_RULES,
     *OPTIMIZER_RULES,
     *ROLLOUT_RULES,
     *MODEL_RULES,

@@ -28,6 +28,14 @@ def _turns_fall(recipe: Recipe) -> bool:
     return scaling is None or scaling.kind != "yarn" or scaling.beta_slow < scaling.beta_fast
 
 
+def _has_a_slower_pair(recipe: Recipe) -> bool:
+    """Leave widths that are impossible to the rules about these."""
+    model = recipe.model
+    if model.rope_scaling is None or model.rope_scaling.kind != "ntk" or model.rotary_width < 2:
+        return True
+    return model.rotary_width > 2
+
+
 MOST_BATCH_SIZES = 10_000  # of a ramp, which are walked through to count tokens
 
 MODEL_RULES: tuple[Rule, ...] = (
@@ -51,6 +59,12 @@ MODEL_RULES: tuple[Rule, ...] = (
         holds=_turns_fall,
         expected="must lie below model.rope_scaling.beta_fast",
         hint="Take both from the model's config.json, or leave them out: 1 and 32.",
+    ),
+    Rule(
+        fields=("model.rope_scaling.kind", "model.head_dim", "model.hidden_size", "model.num_attention_heads"),
+        holds=_has_a_slower_pair,
+        expected="must not be ntk where one pair of channels turns: its frequency is 1 whatever the base",
+        hint="Choose linear, or wider heads.",
     ),
 )
 

@@ -69,10 +69,12 @@ Family = Literal["llama", "mistral", "qwen2", "qwen3", "mimo", "gpt_neox", "tran
 class RopeScalingSection(Section):
     """Slower rotary frequencies, for windows longer than those that the model was first trained on."""
 
-    kind: Literal["linear", "llama3", "yarn"] = "llama3"
-    """All frequencies alike, or only those whose wave is long against `original_positions` [Llama 3.1; YaRN]."""
+    kind: Literal["linear", "ntk", "dynamic", "llama3", "yarn"] = "llama3"
+    """All frequencies alike; the slower the more, by a larger base (ntk: times factor^(R / (R - 2)), R channels turn);
+    only those whose wave is long against `original_positions` [Llama 3.1; YaRN]; or, dynamic, none within
+    `max_position_embeddings`, where training and decoding here end: what readers do beyond is theirs."""
     factor: PositiveFloat = 8.0
-    """What frequencies are divided by."""
+    """What frequencies are divided by; for ntk the slowest, and for dynamic kept for other readers."""
     low_freq_factor: PositiveFloat = 1.0
     """For `llama3`: waves longer than original_positions / low_freq_factor are slowed down whole."""
     high_freq_factor: PositiveFloat = 4.0
@@ -151,7 +153,7 @@ class ModelSection(Section):
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScalingSection | None = None
-    """Scaling of the rotary frequencies (Llama 3.1), or null."""
+    """Scaling of the rotary frequencies, or null."""
     partial_rotary_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of each head's channels that the rotary positions turn, the first ones (Pythia: 0.25)."""
     norm: Literal["rms", "layer"] = "rms"
@@ -209,6 +211,14 @@ class ModelSection(Section):
         """Inner width of the feed-forward."""
         default = 4 * self.hidden_size if self.mlp == "gelu" else -(-8 * self.hidden_size // (3 * 64)) * 64
         return self.intermediate_size or default
+
+    @property
+    def resolved_rope_theta(self) -> float:
+        """Base of the rotary frequencies, as `rope_scaling` of kind ntk makes it."""
+        scaling, width = self.rope_scaling, self.rotary_width
+        if scaling is None or scaling.kind != "ntk":
+            return self.rope_theta
+        return float(self.rope_theta * scaling.factor ** (width / (width - 2)))
 
     @property
     def rotary_width(self) -> int:

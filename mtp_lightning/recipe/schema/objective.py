@@ -191,6 +191,11 @@ class MemorySection(Section):
     recompute_heads: bool | None = None
     """Recompute the heads in the backward pass instead of keeping their activations; null means for kind `recursive`
     only, whose module's layers run n-1 times on top of the trunk's."""
+    mlp_tile: PositiveInt | None = None
+    """Positions of a window that a feed-forward runs on at a time, and once more in the backward pass: of its inner
+    states, the widest of a layer, only those of so many positions exist at once [ALST, arXiv 2506.13996]. null: all."""
+    offload_activations: bool = False
+    """Keep the inputs of recomputed layers in the host's memory until the backward pass [ALST]."""
     compile: bool = False
     """Compile trunk layers, head blocks and the cross-entropy of their scores with torch.compile."""
     cache_hidden_states: LocalPath | None = None

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from mtp_lightning.model import roles as model_roles
 from mtp_lightning.model.draft_vocabulary import OUTSIDE
+from mtp_lightning.training.step.times import PARTS
 
 DRIFT_FIGURES = ("nll_change", "nll_change_low", "nll_change_high", "kl", "flips")
 ROLES = (*model_roles.ROLES, "all")
@@ -29,6 +30,7 @@ def metric_columns(num_offsets: int, sources: Iterable[str] = (), *, has_draft_v
         "tokens_per_s",
         "mfu",
         "memory_gib",
+        *(f"time/{part}{of}_s" for part in PARTS for of in ("", "_min", "_max")),
         "skipped_steps",
         "rollbacks",
         *_figures("val", num_offsets),

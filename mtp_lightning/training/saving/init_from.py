@@ -25,11 +25,12 @@ from mtp_lightning.recipe.trainable import ADDED
 from mtp_lightning.training.strategies.base import RunStrategy
 from mtp_lightning.training.strategies.param_shards import check_names, listed, whole_shape
 
+SCALING = "model.rope_scaling"
 SAME_FIELDS = (
     "model.num_attention_heads",
     "model.num_key_value_heads",
     "model.rope_theta",
-    "model.rope_scaling",
+    SCALING,
     "model.partial_rotary_factor",
     "model.parallel_residual",
     "model.norm_eps",
@@ -88,7 +89,8 @@ class InitFrom(Callback):
             reader, fresh = self._view_of(folder, strategy)
             if strategy.ranks.is_first:
                 added = f"; not in there, and fresh: {listed(fresh)}" if fresh else ""
-                say(f"Starting from the weights of {folder.path}{added}{_dropped(folder.recipe, self._recipe)}")
+                changes = f"{_dropped(folder.recipe, self._recipe)}{_stretched(folder.recipe, self._recipe)}"
+                say(f"Starting from the weights of {folder.path}{added}{changes}")
         strategy.fill(reader)
         if self._recipe.optimizer.ema is not None:
             strategy.fill_averages(reader)
@@ -96,7 +98,10 @@ class InitFrom(Callback):
     def _view_of(self, folder: CheckpointFolder, strategy: RunStrategy) -> tuple[RenamingReader, list[str]]:
         """Check what is stored, and see it as this run's model; return this and the names that an adaptation adds."""
         own, theirs, reader = self._recipe, folder.recipe, folder.reader
-        found = "; ".join(f"{what} {a} there and {b} here" for what, (a, b) in _compared(theirs, own).items() if a != b)
+        pairs = _compared(theirs, own)
+        if _stretches(theirs, own):
+            del pairs[SCALING]
+        found = "; ".join(f"{what} {a} there and {b} here" for what, (a, b) in pairs.items() if a != b)
         fresh = {
             name: whole_shape(parameter)
             for name, parameter in strategy.named_parameters()
@@ -163,6 +168,22 @@ def _dropped(theirs: Recipe, own: Recipe) -> str:
     """Say which heads of the model that a run starts from it does without."""
     offsets = range(own.heads.num_offsets + 1, theirs.heads.num_offsets + 1)
     return f"; dropped: the heads of offset {', '.join(map(str, offsets))}" if offsets else ""
+
+
+def _stretches(theirs: Recipe, own: Recipe) -> bool:
+    """Tell whether positions are scaled for longer windows: for the first time, or by a larger factor."""
+    before, after = theirs.model.rope_scaling, own.model.rope_scaling
+    if after is None or before is None:
+        return after is not None
+    return before.factor < after.factor and before.model_copy(update={"factor": after.factor}) == after
+
+
+def _stretched(theirs: Recipe, own: Recipe) -> str:
+    """Say that positions turn otherwise than in the model that a run starts from."""
+    scaling = own.model.rope_scaling
+    if scaling is None or not _stretches(theirs, own):
+        return ""
+    return f"; with its positions scaled: {scaling.kind}, factor {scaling.factor:g}"
 
 
 def _hint_of_layers(theirs: Recipe, own: Recipe) -> str:

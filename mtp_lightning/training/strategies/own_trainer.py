@@ -217,6 +217,12 @@ def _recipe_checks(trainer: L.Trainer, recipe: Recipe) -> Iterator[_Check]:
         "optimizer.ema",
         "Set optimizer.ema=null and give the Trainer Lightning's callback EMAWeightAveraging, or run `mtp train`.",
     )
+    yield _Check(
+        recipe.debug.profile_steps is None,
+        "under a Trainer of your own no steps are profiled by the recipe",
+        f"debug.profile_steps={recipe.debug.profile_steps}",
+        "Set debug.profile_steps=null and give the Trainer one of Lightning's profilers, or run `mtp train`.",
+    )
     provided = {getattr(callback, "recipe_field", None) for callback in getattr(trainer, "callbacks", [])}
     wanted = {
         "init.path": recipe.init.path is not None,

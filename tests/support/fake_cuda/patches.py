@@ -50,6 +50,16 @@ class Nothing:
     def __exit__(self, *args: object) -> None: ...
 
 
+class PassedEvent(Nothing):
+    """An event that has passed as soon as it is there."""
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, later: "PassedEvent") -> float:
+        return 0.0
+
+
 def silent() -> Any:
     """Make a function that does nothing.
 
@@ -83,7 +93,7 @@ def torch_cuda(guard: ctypes.CDLL, num_gpus: int = NUM_GPUS) -> Iterator[Any]:
     yield put("current_device", lambda: guard.current_device())
     yield put("set_device", set_device)
     yield put("Stream", Nothing)
-    yield put("Event", Nothing)
+    yield put("Event", PassedEvent)
     yield mock.patch("torch.cuda.nvtx._nvtx", Nothing())
     yield mock.patch("torch._subclasses.fake_tensor.init_gpu_context", silent())
 
