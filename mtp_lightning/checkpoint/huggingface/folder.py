@@ -387,7 +387,9 @@ def read_entries(
             header = read_header(path).entries
         except OSError as error:
             found = f"{path}: {reason_of(error)}"
-            raise CheckpointError("files of weights must be readable", found, "Correct the permissions") from None
+            is_gone = isinstance(error, FileNotFoundError)
+            hint = "Download what is missing: it is a link to nothing" if is_gone else "Correct the permissions"
+            raise CheckpointError("files of weights must be readable", found, hint) from None
         for name, entry in header.items():
             if name in entries:
                 raise CheckpointError(
