@@ -244,7 +244,7 @@ def _read(path: Path) -> bytes:
         raise DataError(f"the tokenizer {str(path.absolute())!r} must be readable", str(error), hint) from error
 
 
-def _damaged(path: Path, what: str, error: Exception) -> DataError:
+def _damaged(path: Path, what: str, error: BaseException) -> DataError:
     found = shown(error).strip() or type(error).__name__
     hint = f"Download the file again. {CONVERT.format(path.parent)}" if path.suffix else "Download the file again"
     return DataError(f"{path} must be {what}", found, hint)
