@@ -14,6 +14,7 @@ from mtp_lightning.cli.places import expand_places
 from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
 from mtp_lightning.console.errors import end_without_output, go_on_without_output, guard_output, print_error, screen
 from mtp_lightning.errors import LaunchError, MtpError, file_system_error
+from mtp_lightning.launch.rank_env import check_rank_variables
 
 if TYPE_CHECKING:
     from mtp_lightning.recipe import LoadedRecipe
@@ -29,6 +30,7 @@ class MtpGroup(TyperGroup):
         """Run the verb."""
         try:
             _check_working_folder()
+            check_rank_variables(os.environ)
             return super().invoke(ctx)
         except MtpError as error:
             print_error(error)

@@ -13,11 +13,15 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of a Path, which has lost 
 def expanded(path: str) -> str:
     """Expand `$NAME` and `${NAME}`, and `~` or `~USER` at the beginning; what is not known stays as it is.
 
+    So does a path with a `$` that leads somewhere as it is: names of folders may hold one.
+
     >>> os.environ["SCRATCH"] = "/scratch/me"
     >>> expanded("$SCRATCH/runs"), expanded("s3://bucket/${SCRATCH_OF_NOBODY}"), expanded("US$")
     ('/scratch/me/runs', 's3://bucket/${SCRATCH_OF_NOBODY}', 'US$')
     """
     try:
+        if "$" in path and os.path.lexists(path):
+            return path
         return os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111, a Path would change URLs
     except ValueError:  # no name of a user can be looked up, as it holds a NUL or half a character
         return path
@@ -50,7 +54,7 @@ def remedy_for(path: str, *, may_be_url: bool = False) -> str | None:
         return "It is empty: name a file or folder."
     if "\0" in path or not _is_encodable(path):
         return "Remove the character NUL, or half of a character, which no path can hold."
-    if found := _VARIABLE.search(path):
+    if (found := _VARIABLE.search(path)) and not os.path.lexists(path):
         name = found[1] or found[2] or found[0]
         is_set = name in os.environ  # its value holds another variable, or two keys of a mapping would be the same
         reason = "cannot be expanded here" if is_set else "is not set: set it"

@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from mtp_lightning.errors import LaunchError
@@ -69,6 +69,23 @@ def rank_from_env(environment: Mapping[str, str]) -> RankInfo | None:
     if rank_info is not None:
         _check(rank_info)
     return rank_info
+
+
+def check_rank_variables(environment: MutableMapping[str, str]) -> None:
+    """Check what Lightning reads as numbers when it is imported; RANK and WORLD_SIZE are unset where both are empty.
+
+    Raises:
+        LaunchError: A variable is not a number.
+    """
+    if {environment.get(name) for name in ("RANK", "WORLD_SIZE")} <= {
+        "",
+        None,
+    }:  # as templates of containers leave them
+        for name in ("RANK", "WORLD_SIZE"):
+            environment.pop(name, None)
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):  # Lightning 2.6
+        if name in environment:
+            _number(environment, name)
 
 
 def started_ranks(environment: Mapping[str, str]) -> list[str]:

@@ -109,7 +109,15 @@ def _begin(folder: Path, recipe: Recipe, until_the_end: contextlib.ExitStack) ->
 
 
 def _check_writable(folder: Path) -> None:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    whole = [folder, *folder.absolute().parents]
+    dangling = next((path for path in whole if path.is_symlink() and not path.exists()), None)
+    if dangling:
+        raise RunFolderError(
+            "run.dir must be a folder that can be written to",
+            f"{dangling}, a link to {dangling.readlink()}, which is not there",
+            "Make that folder, or give another run.dir.",
+        )
+    existing = next(path for path in whole if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise RunFolderError(
             "run.dir must be a folder that can be written to",

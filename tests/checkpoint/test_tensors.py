@@ -189,3 +189,29 @@ def test_equal_content_gives_equal_bytes() -> None:
     write_tensors(first, tensors)
     write_tensors(second, dict(reversed(tensors.items())))
     assert first.getvalue() == second.getvalue()
+
+
+NO_TENSORS = {
+    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "a web page": (b"\n<!DOCTYPE html><html>log in</html>", "accept the licence"),
+    "a pickle of torch": (b"PK\x03\x04" + bytes(60), "real"),
+    "GGUF": (b"GGUF\x03\0\0\0" + b"\1" * 60, "in place of the folder"),
+    "a compressed file": (b"\x1f\x8b\x08\0" + b"\1" * 60, "Unpack"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TENSORS)
+def test_what_was_downloaded_in_place_of_tensors_is_named(tmp_path: Path, kind: str) -> None:
+    content, hint = NO_TENSORS[kind]
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=rf"must be as it was written; found {kind}.*{hint}"):
+        read_tensors(tmp_path / "x")
+
+
+@pytest.mark.parametrize("entries", [{"a": ENTRY}, {"a": ENTRY | {"data_offsets": [8, 16]}}, {}], ids=str)
+def test_bytes_of_no_tensor_are_refused_as_by_the_library(tmp_path: Path, entries: dict[str, object]) -> None:
+    path = crafted(tmp_path / "x", entries)
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.torch.load_file(path)
+    with pytest.raises(DamagedCheckpointError, match=r"found (8|16) bytes of no tensor"):
+        read_tensors(path)

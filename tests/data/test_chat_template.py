@@ -71,3 +71,18 @@ def test_the_date_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", str(86_400 * 365))
     assert template("{{ strftime_now('%Y') }}").writes_date
     assert template("{{ strftime_now('%Y') }}").render(TURN) == "1971"
+
+
+ENDLESS = {
+    "rounds": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "blocks": "{% for m in messages * 60000 %}{{ m.nothing }}{% endfor %}",
+    "characters": "{{ 'a' * 100 * 2000 }}",
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_template_that_would_not_end_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtp_lightning.data.tokenizers.chat.MOST_CHARACTERS", 100_000)
+    monkeypatch.setattr("mtp_lightning.data.tokenizers.chat.MOST_ROUNDS", 300_000)
+    with pytest.raises(DataError, match=r"must render the chat; found OverflowError: .*more than [13]00,000"):
+        template(ENDLESS[kind]).render(TURN)

@@ -241,3 +241,38 @@ def test_templates_are_never_mixed(tmp_path: Path) -> None:
     recipe = Recipe.model_validate({"data": {**fields, "mixture": mixture}, "model": model})
     with pytest.raises(DataError, match=r"chats in data.mixture must all be rendered with one chat template"):
         open_data(recipe, "train")
+
+
+ODD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "a flag that is a text": (
+        {"added_tokens_decoder": {"600": {"content": "<new>", "lstrip": "yes"}}},
+        r"lstrip of an added token must be true or false; found 'yes' of '<new>'",
+    ),
+    "a flag that is null": (
+        {"extra_special_tokens": [{"content": "<new>", "rstrip": None}]},
+        r"rstrip of an added token must be true or false; found None of '<new>'",
+    ),
+    "several ends": ({"eos_token": ["</s>", "<|im_end|>"]}, r"eos_token beside .* must be one token; found \['</s>'"),
+    "an end by its id": ({"eos_token": 2}, r"eos_token beside .* must be one token; found 2\. .*--end-of-document"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_CONFIGS)
+def test_a_config_that_transformers_refuses_is_refused_in_words(tmp_path: Path, kind: str) -> None:
+    folder = write_folder(tmp_path / "folder", "byte level, ChatML")
+    config, told = ODD_CONFIGS[kind]
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    with pytest.raises(TypeError):
+        transformers.AutoTokenizer.from_pretrained(str(folder))
+    with pytest.raises(DataError, match=told):
+        open_tokenizer(str(folder))
+
+
+def test_an_expression_that_gives_up_on_a_text_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", "byte level, ChatML")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    endless = {"type": "Split", "pattern": {"Regex": "(a+)+$b"}, "behavior": "Isolated", "invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "pre_tokenizer": endless}))
+    with pytest.raises(DataError, match="must be a tokenizer.json that can encode any text; found .*retry-limit"):
+        open_tokenizer(str(folder)).encode(b"a" * 300)

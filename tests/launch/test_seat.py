@@ -1,13 +1,16 @@
 """Which rank a process is, read from torchrun's or Slurm's variables."""
 
 import pytest
+from typer.testing import CliRunner
 
+from mtp_lightning.cli.app import app
 from mtp_lightning.errors import LaunchError
 from mtp_lightning.launch import rank_env as rank_info
 from mtp_lightning.launch.rank_env import (
     FIRST_PORT,
     LOCAL_PORTS,
     NUM_PORTS,
+    check_rank_variables,
     first_host,
     free_port,
     local_rank_info,
@@ -165,3 +168,19 @@ def test_a_free_port_is_nobodys_and_the_kernel_gives_it_to_nobody(monkeypatch):
         monkeypatch.setattr(rank_info, "LOCAL_PORTS", range(port, port + 1))
         with pytest.raises(LaunchError, match="ports .* must be free .* all are in use"):
             free_port()
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"])
+def test_what_lightning_reads_must_be_numbers_in_every_verb(name, monkeypatch):
+    monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = CliRunner().invoke(app, ["recipe", "check", "none.yaml"])
+    assert (done.exit_code, f"variable {name} must be a whole number" in done.stderr) == (LaunchError.exit_code, True)
+
+
+def test_rank_and_size_that_are_both_empty_are_none():
+    environment = {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "0"}
+    check_rank_variables(environment)
+    assert environment == {"LOCAL_RANK": "0"}
+    with pytest.raises(LaunchError, match="RANK must be a whole number.*found ''"):
+        check_rank_variables({"RANK": "", "WORLD_SIZE": "2"})

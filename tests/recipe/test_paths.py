@@ -127,3 +127,28 @@ def test_a_site_and_the_options_of_verbs_are_expanded(tmp_path, places):
     assert json.loads(Path(place, "plan.json").read_text())
     refused = mtp("plan", str(ROOT / "recipes/debug/parallel.yaml"), "--json=$NOWHERE/plan.json", cwd=tmp_path)
     assert (refused.returncode, "NOWHERE is not set" in refused.stderr) == (4, True)
+
+
+@pytest.mark.parametrize("name", ["a$PLACE", "b$NOWHERE", "c${NOWHERE"])
+def test_what_is_there_by_this_very_name_is_not_expanded(name):
+    folder = Path(name)
+    folder.mkdir()
+    recipe = load(f"data.corpus=['{name}']", f"run.dir='{name}'", f"data.tokenizer='{name}'")
+    assert [recipe.data.corpus, recipe.run.dir, recipe.data.tokenizer] == [[name], name, name]
+    (folder / "parent.yaml").write_text("name: parent\n", encoding="utf-8")
+    (folder / "r.yaml").write_text("extends: parent.yaml\n", encoding="utf-8")
+    assert load_recipe(folder / "r.yaml").recipe.name == "parent"
+
+
+def test_a_recipe_of_another_encoding_and_a_circle_of_links_are_told_apart():
+    Path("r.yaml").write_text("name: é\n", encoding="utf-16")
+    Path("l.yaml").symlink_to("l.yaml")
+    for file, found, hint in (
+        ("r.yaml", "not UTF-8", "Save it as UTF-8"),
+        ("l.yaml", "symbolic links", "Give the path"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(file)
+        (fault,) = caught.value.faults
+        assert found in fault.found
+        assert hint in fault.hint

@@ -279,7 +279,8 @@ def test_a_store_that_breaks_during_training_does_not_stop_it(tmp_path, monkeypa
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_events_on_a_full_disk_stop_the_run_with_a_remedy(tmp_path, monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", lambda *_: None)  # TensorBoard's thread ends with the error as well
+    told = []  # TensorBoard's thread ends with the error as well: it is told once
+    monkeypatch.setattr(threading, "excepthook", told.append)
     (logger,) = build_loggers(LoggedRun(tiny_recipe(), tmp_path), tmp_path, after_step=0)
     (event_file,) = (tmp_path / "tensorboard").iterdir()
     full = tmp_path / "full"
@@ -294,6 +295,9 @@ def test_events_on_a_full_disk_stop_the_run_with_a_remedy(tmp_path, monkeypatch)
     with pytest.raises(RunFolderError, match=r"events must be written to .*tensorboard"):
         log()
     logger.finalize("failed")
+    assert not told
+    threading.excepthook(None)
+    assert told == [None]  # errors of other threads go where they went before
 
 
 def built(tmp_path, **logging):

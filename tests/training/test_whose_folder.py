@@ -90,6 +90,10 @@ def make_file(folder, run):
     write(folder, "text")
 
 
+def make_link(folder, run):
+    folder.symlink_to("nowhere")
+
+
 FOREIGN = {
     "export": (make_export, "a model that was exported, imported or extended"),
     "checkpoints/step-00000004": (make_checkpoint, "a checkpoint"),
@@ -99,6 +103,7 @@ FOREIGN = {
     "model": (make_model, "a model in Hugging Face's layout"),
     "others": (make_logs, "a folder that holds logs"),
     "file": (make_file, "a file"),
+    "link": (make_link, "a link to nowhere, which is not there"),
 }
 
 

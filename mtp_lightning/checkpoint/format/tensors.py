@@ -8,6 +8,7 @@ lets OSError through. Reading is into memory of its own, not a map: a file can g
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +42,18 @@ NAME_OF_DTYPE = {
 BLOCK_BYTES = 2**22  # of values that are read, checked or converted at a time where a tensor may be large
 MOST_HEADER_BYTES = 100_000_000  # as the library has it
 MOST_AXES = 64
+NO_TENSORS = {
+    rb"version https://git-lfs": ("a pointer of Git LFS", "Fetch what it stands for: git lfs pull"),
+    rb"(?i)\s*<(!doctype|html|\?xml|!--)": (
+        "a web page",
+        "Log in, accept the licence there may be, and download it again",
+    ),
+    rb"PK\x03\x04|\x80[\x02-\x05]": ("a pickle of torch", "Take a release with real *.safetensors"),
+    rb"GGUF": ("GGUF, for llama.cpp", "Name it *.gguf, and give it in place of the folder"),
+    rb"\x1f\x8b|\x28\xb5\x2f\xfd|BZh|\xfd7zXZ": ("a compressed file", "Unpack it"),
+}
+"""Beginnings of what is found in place of tensors: what it is, and what to do."""
+
 _DTYPE_OF_NAME = {name: dtype for dtype, name in NAME_OF_DTYPE.items()}
 
 
@@ -103,6 +116,11 @@ def read_header(path: Path) -> Header:
             size_bytes = os.fstat(file.fileno()).st_size
             header_bytes = int.from_bytes(file.read(8), "little")
             if header_bytes > min(size_bytes - 8, MOST_HEADER_BYTES):
+                file.seek(0)
+                for pattern, (what, hint) in NO_TENSORS.items():
+                    if re.match(pattern, file.read(512)):
+                        raise _unreadable(path, what, hint)
+                    file.seek(0)
                 raise OddFileError(f"a header of {header_bytes:,} bytes at the beginning of {size_bytes:,}")
             return _parse_header(file.read(header_bytes), (8 + header_bytes, size_bytes))
     except OddFileError as error:
@@ -164,6 +182,8 @@ def _parse_header(text: bytes, data: tuple[int, int]) -> Header:
     for name, follower in pairwise(order):
         if entries[follower].begin < entries[name].end:
             raise OddFileError(f"{described(follower)} and {described(name)} in the same bytes")
+    if unused := data[1] - data[0] - sum(one.end - one.begin for one in entries.values()):
+        raise OddFileError(f"{unused:,} bytes of no tensor")  # which the library does not take either
     return Header({name: entries[name] for name in order}, metadata)
 
 
@@ -205,10 +225,8 @@ def _is_countable(shape: list[int]) -> bool:
     return math.prod(max(number, 1) for number in shape) < 2**59  # of the widest values, fewer than 2**63 bytes
 
 
-def _unreadable(path: Path, found: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(
-        "a safetensors file must be as it was written", f"{found} in {path}", "Use another checkpoint"
-    )
+def _unreadable(path: Path, found: str, hint: str = "Use another checkpoint") -> DamagedCheckpointError:
+    return DamagedCheckpointError("a safetensors file must be as it was written", f"{found} in {path}", hint)
 
 
 def memory_of(tensor: Tensor) -> memoryview:

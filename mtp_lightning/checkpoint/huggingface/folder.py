@@ -386,8 +386,8 @@ def read_entries(
         try:
             header = read_header(path).entries
         except OSError as error:
-            found = f"{path}: {reason_of(error)}"
-            raise CheckpointError("files of weights must be readable", found, "Correct the permissions") from None
+            hint = "Download what is missing" if isinstance(error, FileNotFoundError) else "Correct the permissions"
+            raise CheckpointError("files of weights must be readable", f"{path}: {reason_of(error)}", hint) from None
         for name, entry in header.items():
             if name in entries:
                 raise CheckpointError(

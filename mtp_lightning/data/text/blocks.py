@@ -21,7 +21,7 @@ from mtp_lightning.data.text.documents import (
     wanted_columns,
 )
 from mtp_lightning.data.text.extras import import_extra
-from mtp_lightning.data.text.kinds import NUM_BYTES_SNIFFED, binary_kind, kind_of
+from mtp_lightning.data.text.kinds import BINARY, NUM_BYTES_SNIFFED, binary_kind, kind_of
 from mtp_lightning.data.text.records import AS_KNOWN, Document, LeftOut, Reading, RowFault
 from mtp_lightning.data.text.rows import json_rows, table_rows
 from mtp_lightning.data.text.sources import SourceFile
@@ -147,11 +147,21 @@ def _may_be_record(row: Row) -> bool:
 
 def _rows_of(file: SourceFile, stream: io.BufferedReader) -> tuple[str, Iterator[Row]]:
     head = stream.peek(NUM_BYTES_SNIFFED)[:NUM_BYTES_SNIFFED]
-    if kind := kind_of(head) or binary_kind(head):
+    kind = kind_of(head) or binary_kind(head)
+    if kind == BINARY and _begins_with_text(file, head):
+        kind = None  # NUL bytes are faults of the rows that they are in
+    if kind:
         return "line", iter([RowFault(kind, f"{kind}, which is no text", HINTS.get(kind, ""))])
     if file.format in TABLES:
         return "row", table_rows(stream, is_tsv=file.format == ".tsv")
     return json_rows(stream, is_jsonl=file.format != ".json")
+
+
+def _begins_with_text(file: SourceFile, head: bytes) -> bool:
+    """Tell whether a file begins with a record, or a row of names."""
+    if file.format in TABLES:
+        return b"\0" not in head.split(b"\n", 1)[0]
+    return head.lstrip()[:1] in (b"{", b"[")
 
 
 def _block_of_rows(file: SourceFile, rows: list[Row], unit: str, first: int, num_bytes: int) -> DocumentBlock:

@@ -30,6 +30,9 @@ PARQUET_DAMAGE = (OSError, ValueError, LookupError, MemoryError, NotImplementedE
 Row = bytes | dict[str, Any] | RowFault
 """A line of JSON, a record of a table, or why there is none."""
 
+UNREAD_ENDINGS = r"\.(br|lzo|zz|z|deflate|sz|snappy)$"
+"""Of compressions without a mark at their beginning."""
+
 OF_A_ROW = re.compile(r", (line|record|row) [0-9]+$")
 HINTS = {
     LFS_POINTER: "Fetch what it stands for: git lfs pull",
@@ -62,7 +65,7 @@ def document_of_file(file: SourceFile, reading: Reading) -> Document | LeftOut:
             return LeftOut(place=place, kind=f"invalid {error.encoding}", found=str(error))
     if content is None:
         return LeftOut(place=place, kind="too long", found=f"more than {MOST_FILE_BYTES:,} bytes in one document")
-    kind = kind_of(content[:512]) or binary_kind(content)
+    kind = kind_of(content[:512]) or _unread_kind(file, content) or binary_kind(content)
     if kind and (kind != "binary" or not file.is_named or file.is_compressed):
         return _no_text(file, kind)
     return Document(name=file.name, parts=((content, True),))
@@ -71,6 +74,18 @@ def document_of_file(file: SourceFile, reading: Reading) -> Document | LeftOut:
 def _is_wrapped(content: bytes, reading: Reading) -> bool:
     """Tell whether a file is compressed, or says its encoding, or has been given one."""
     return reading.encoding is not None or kind_of(content[:512]) in COMPRESSIONS or encoding_of(content[:4])[1] > 0
+
+
+def _unread_kind(file: SourceFile, content: bytes) -> str | None:
+    """Name a compression that is not read, and that only an ending tells."""
+    ending = re.search(UNREAD_ENDINGS, file.name, re.IGNORECASE)
+    if ending is None:
+        return None
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return f"content compressed as {ending[0]}"
+    return None
 
 
 def _no_text(file: SourceFile, kind: str) -> LeftOut:
@@ -144,9 +159,13 @@ def wanted_columns(file: SourceFile, names: list[str], reading: Reading) -> list
     """Return the columns of a table that say documents.
 
     Raises:
-        DataError: There are none.
+        DataError: There are none, or two of one name.
     """
     wanted = reading.columns_of(names)
+    if len(set(wanted)) < len(wanted):
+        twice = next(name for name in wanted if wanted.count(name) > 1)
+        found = f"{file.path}: {wanted.count(twice)} columns {shown(repr(twice))}"
+        raise DataError("columns of a table must have names of their own", found, "Rename or remove all but one")
     if wanted:
         return wanted
     raise DataError(
@@ -157,12 +176,13 @@ def wanted_columns(file: SourceFile, names: list[str], reading: Reading) -> list
 
 
 def rows_of_batch(batch: Any) -> list[Row]:
-    """Return the rows of some of Arrow's; one that is not UTF-8 as a fault."""
+    """Return the rows of some of Arrow's; one that is not UTF-8, or has a time beyond all calendars, as a fault."""
     try:
         rows: list[Row] = batch.to_pylist()
-    except UnicodeDecodeError as error:
+    except (ValueError, OverflowError) as error:
         if batch.num_rows == 1:
-            return [RowFault("invalid UTF-8", str(error))]
+            kind = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else "value out of range"
+            return [RowFault(kind, str(error))]
         half = batch.num_rows // 2
         return rows_of_batch(batch.slice(0, half)) + rows_of_batch(batch.slice(half))
     return rows

@@ -27,6 +27,9 @@ ASKED = (["instruction"], ["instruction", "input"], ["instruction", "context"])
 ANSWERING = ("completion", "output", "response", "answer", "solution")
 SYSTEM = ("system", "system_prompt")
 BESIDE_A_CHAT = ("tools", "documents", "chat_template_kwargs", *SYSTEM)
+RESERVED = ("messages", "tools", "add_generation_prompt", "self")
+"""What a template is given for each chat, and no row may set."""
+
 KNOWN = frozenset({"text", *CHATS, *ASKING, *ANSWERING, *BESIDE_A_CHAT})
 """Fields that are looked for where none is named."""
 
@@ -161,6 +164,8 @@ def document_of_record(record: Any, name: str, reading: Reading) -> Document:
     Raises:
         RowFault: It says none, or not clearly which.
     """
+    if not reading.names_fields and _is_chat(record):
+        record = {"messages": record}
     if not isinstance(record, dict):
         raise RowFault("no object", f"a {_kind(record)}")
     if reading.template:
@@ -171,6 +176,12 @@ def document_of_record(record: Any, name: str, reading: Reading) -> Document:
             return _chat_document(name, _chat(record, _with_system(record, _messages(value))))
         return Document(name=name, parts=((_text(value, reading.text_field), True),))
     return _known_document({key: value for key, value in record.items() if value is not None}, record, name)
+
+
+def _is_chat(record: Any) -> bool:
+    """Tell whether a record is a list of turns and nothing else."""
+    is_list = isinstance(record, list) and bool(record)
+    return is_list and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in record)
 
 
 def _known_document(given: Mapping[str, Any], record: Mapping[str, Any], name: str) -> Document:
@@ -261,8 +272,12 @@ def _tools(given: Mapping[str, Any]) -> list[Any] | None:
 
 def _chat(given: Mapping[str, Any], messages: list[dict[str, Any]], *, num_given: int = 0) -> Chat:
     """Add to turns what else a record says to the template."""
-    more = given.get("chat_template_kwargs")
-    variables = {**(more if isinstance(more, dict) else {}), "documents": given.get("documents")}
+    more = given.get("chat_template_kwargs") or {}
+    if not isinstance(more, dict) or more.keys() & RESERVED:
+        found = f"chat_template_kwargs {shown(repr(more))}"
+        hint = f"Make it an object without {', '.join(RESERVED)}; tools stand beside it, under 'tools'"
+        raise RowFault("chat_template_kwargs that cannot be passed on", found, hint)
+    variables = {"documents": given.get("documents"), **more}
     return Chat(messages=messages, tools=_tools(given), variables=variables, num_given=num_given)
 
 

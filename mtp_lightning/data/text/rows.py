@@ -14,6 +14,9 @@ from mtp_lightning.files.untrusted import shown
 
 SPACE = re.compile(r"[ \t\n\r]*")
 DELIMITERS = (",", ";", "\t", "|")
+QUOTED = re.compile(r'"[^"]*"')
+EXCEL_DELIMITER = re.compile(rb"sep=([,;\t|])\r?\n")
+"""A first line by which spreadsheets say what parts the columns."""
 
 
 def json_rows(stream: io.BufferedReader, *, is_jsonl: bool) -> tuple[str, Iterator[Row]]:
@@ -24,7 +27,7 @@ def json_rows(stream: io.BufferedReader, *, is_jsonl: bool) -> tuple[str, Iterat
     first, second = (*stream.peek(READ_BYTES).lstrip().split(b"\n", 2), b"", b"")[:2]
     line = first.strip()
     if line.startswith(b"["):
-        is_lines = is_jsonl and line != b"[" and _is_object(second)
+        is_lines = is_jsonl and line != b"[" and _is_record(second)
     else:
         is_lines = (
             line != b"{"
@@ -34,9 +37,10 @@ def json_rows(stream: io.BufferedReader, *, is_jsonl: bool) -> tuple[str, Iterat
     return ("line", lines_of(stream)) if is_lines else ("record", values_of(stream))
 
 
-def _is_object(line: bytes) -> bool:
+def _is_record(line: bytes) -> bool:
+    """Tell whether a line is one whole object, or one whole chat."""
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(line), dict | list)
     except (ValueError, RecursionError):
         return False
 
@@ -145,21 +149,31 @@ class _Window:
 def table_rows(stream: io.BufferedReader, *, is_tsv: bool) -> Iterator[Row]:
     """Yield the records of a table of text, by the names in its first row; quoted fields may hold line breaks.
 
-    Columns of `*.csv` are parted by the first of , ; tab | that stands in its first row; those of `*.tsv` by tabs.
+    Columns of `*.csv` are parted by the first of , ; tab | that stands in its first row outside of quotes, or by what
+    a line `sep=;` before it says; those of `*.tsv` by tabs. Columns without a name are left out.
 
     Raises:
         ValueError: the first row is no row of names, or a quoted field has no end.
     """
-    head = stream.peek(READ_BYTES).split(b"\n", 1)[0].decode("utf-8", "replace")
-    delimiter = "\t" if is_tsv else next((mark for mark in DELIMITERS if mark in head), ",")
+    said = EXCEL_DELIMITER.match(stream.peek(READ_BYTES))
+    if said:
+        stream.read(said.end())
+    head = QUOTED.sub("", stream.peek(READ_BYTES).decode("utf-8", "replace")).lstrip("\r\n")
+    names = re.split(r"[\r\n]", head, maxsplit=1)[0]
+    delimiter = next((mark for mark in DELIMITERS if mark in names), ",")
+    delimiter = "\t" if is_tsv else said[1].decode() if said else delimiter
     csv.field_size_limit(MOST_ROW_BYTES)
     with _as_text(stream) as text:
         yield from _records(csv.reader(_bounded_lines(text), delimiter=delimiter, strict=True))
 
 
 def _records(reader: Iterator[list[str]]) -> Iterator[Row]:
-    names = next(reader, [])
-    if len(set(names)) < len(names) or not any(names):
+    try:
+        names = next((cells for cells in reader if cells), [])
+    except csv.Error as error:
+        raise ValueError(f"a first row that is no row of names: {error}") from error
+    named = [name for name in names if name]
+    if len(set(named)) < len(named) or not named:
         raise ValueError(f"two columns of one name, or none: {shown(', '.join(names))}")
     while True:
         try:
@@ -176,13 +190,17 @@ def _records(reader: Iterator[list[str]]) -> Iterator[Row]:
 
 
 def _record(names: list[str], cells: list[str]) -> Row:
+    if len(cells) > len(names) and not any(cells[len(names) :]):  # as spreadsheets fill rows up
+        cells = cells[: len(names)]
     if len(cells) != len(names):
         return RowFault("other number of cells", f"{len(cells)} cells under {len(names)} names")
     try:
         "".join(cells).encode()
     except UnicodeEncodeError:
         return RowFault("invalid UTF-8", "bytes that are not UTF-8")
-    return dict(zip(names, cells, strict=True))
+    if any("\0" in cell for cell in cells):
+        return RowFault("NUL bytes", "bytes that are zero, which no text has")
+    return {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
 
 def _bounded_lines(text: io.TextIOWrapper) -> Iterator[str]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, final
 
 from mtp_lightning.data.tokenizers.chat import CONFIG, SPECIAL_TOKENS, content_of, named_tokens, read_object
+from mtp_lightning.errors import DataError
+from mtp_lightning.files.untrusted import shown
 
 NAME, ADDED = "tokenizer.json", "added_tokens.json"
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
@@ -20,11 +22,13 @@ class Beside:
     Attributes:
         tokens: special tokens by their names, such as `eos_token`.
         added: tokens to add if the vocabulary has not marked them yet, in order; each with its flags.
+        odd_end: an `eos_token` that is none, such as a list of several.
         splits_special_tokens: whether special tokens in a text are text, whatever is asked for.
     """
 
     tokens: Mapping[str, str] = field(default_factory=dict)
     added: tuple[Mapping[str, Any], ...] = ()
+    odd_end: str | None = None
     splits_special_tokens: bool = False
 
     def add_tokens(self, tokenizer: Any, make: Callable[..., Any]) -> str:
@@ -63,8 +67,10 @@ def config_beside(path: Path) -> Beside:
     firsts: dict[str, dict[str, Any]] = {}
     for token in added:
         firsts.setdefault(token["content"], token)
+    end = both.get("eos_token")
     return Beside(
         tokens=named,
+        odd_end=None if end is None or content_of(end) is not None else repr(end),
         added=tuple(token for token in firsts.values() if token["content"]),
         splits_special_tokens=config.get("split_special_tokens") is True,
     )
@@ -73,5 +79,11 @@ def config_beside(path: Path) -> Beside:
 def _token(token: Any, *, is_special: bool) -> dict[str, Any]:
     """Return what the library makes a token from."""
     flags = {name: token[name] for name in FLAGS if name in token} if isinstance(token, dict) else {}
+    if odd := [name for name, flag in flags.items() if not isinstance(flag, bool)]:
+        raise DataError(
+            f"{odd[0]} of an added token must be true or false",
+            f"{shown(repr(flags[odd[0]]))} of {shown(repr(token.get('content')))}",
+            "Correct it in tokenizer_config.json or special_tokens_map.json, or download the files again",
+        )
     is_special = is_special or (isinstance(token, dict) and token.get("special") is True)
     return {"content": content_of(token) or "", "normalized": not is_special, **flags, "special": is_special}

@@ -13,7 +13,7 @@ from typing import Any, final
 
 import jinja2.ext
 from jinja2.nodes import CallBlock
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
 
 from mtp_lightning.errors import DataError
@@ -27,6 +27,8 @@ CONFIG, SPECIAL_TOKENS, TEMPLATE, MORE_TEMPLATES = (
     "additional_chat_templates",
 )
 MOST_BYTES = 64 << 20
+MOST_CHARACTERS = 64 << 20  # of a chat that is rendered
+MOST_ROUNDS = 20_000_000  # of all loops over `range` while one chat is rendered
 REASONING = ("reasoning_content", "thinking", "reasoning")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -129,10 +131,14 @@ class ChatTemplate:
         try:
             compiled, tracker = self._compiled[name]
             tracker.begin(blocks)
+            num_characters = 0
             for block in compiled.generate(
                 **{**given, "messages": [_taken(one) for one in messages], "tools": _plain(tools)}
             ):
                 blocks.append(block)
+                num_characters += len(block) + 1  # of an endless loop that writes nothing, too
+                if num_characters > MOST_CHARACTERS:
+                    raise OverflowError(f"more than {MOST_CHARACTERS:,} characters")
         except Exception as error:  # a template is a program: what it raises is as various
             raise DataError(
                 f"the chat template of {self.where} must render the chat",
@@ -258,7 +264,20 @@ class _Generation(jinja2.ext.Extension):
     def begin(self, blocks: list[str]) -> None:
         """Start anew, with the blocks of text rendered so far."""
         self._blocks = blocks
+        self._num_rounds = 0
         self.spans: list[Span] = []
+
+    def counted_range(self, *limits: int) -> range:
+        """Return a range, unless those of one chat are together too long: loops within loops would not end.
+
+        Raises:
+            OverflowError: They are.
+        """
+        numbers = safe_range(*limits)
+        self._num_rounds += len(numbers)
+        if self._num_rounds > MOST_ROUNDS:
+            raise OverflowError(f"loops of more than {MOST_ROUNDS:,} rounds")
+        return numbers
 
     def parse(self, parser: Any) -> CallBlock:
         """Compile the tag."""
@@ -307,9 +326,13 @@ class _Dict:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+        optimized=False,  # else the product of two constants is worked out, and written out, when it is compiled
     )
     environment.filters["tojson"] = _to_json
+    environment.globals["range"] = environment.generation.counted_range  # type: ignore[attr-defined]
     environment.globals.update(raise_exception=_raise, strftime_now=_strftime_now, dict=_Dict(), namespace=_Names)
     return environment
 

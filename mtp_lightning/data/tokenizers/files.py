@@ -76,6 +76,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if not ids:
             raise _damaged(path, "a tokenizer.json", ValueError("no tokens in it"))
         self.vocab_size = max(ids.values()) + 1  # ids may have gaps
+        if config.odd_end is not None and end_of_document is None:
+            hint = "Correct it, or give its id: data.end_of_document=ID (--end-of-document ID)"
+            raise DataError(f"eos_token beside {path} must be one token", shown(config.odd_end), hint)
         named = [config.tokens["eos_token"]] if config.tokens.get("eos_token") in ids else ENDS
         self.end_of_document = _end_of(
             path, {name: ids[name] for name in named if name in ids}, end_of_document, self.vocab_size
@@ -125,7 +128,11 @@ class HuggingFaceTokenizer(Tokenizer):
         decoded = [text.decode() for text in texts]
         try:
             return encode(decoded, add_special_tokens=False)
-        except Exception as error:  # plain: of a file that lacks the token for what it does not know
+        except BaseException as error:
+            # Plain Exception: of a file that lacks the token for what it does not know. A panic, which is none: of an
+            # expression that gives up on a text.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise _damaged(Path(self.name), "a tokenizer.json that can encode any text", error) from error
 
     def decode(self, tokens: NDArray[np.integer[Any]]) -> bytes:
@@ -237,7 +244,7 @@ def _read(path: Path) -> bytes:
         raise DataError(f"the tokenizer {str(path.absolute())!r} must be readable", str(error), hint) from error
 
 
-def _damaged(path: Path, what: str, error: Exception) -> DataError:
+def _damaged(path: Path, what: str, error: BaseException) -> DataError:
     found = shown(error).strip() or type(error).__name__
     hint = f"Download the file again. {CONVERT.format(path.parent)}" if path.suffix else "Download the file again"
     return DataError(f"{path} must be {what}", found, hint)

@@ -131,13 +131,14 @@ def _read_text(path: Path, faults: list[Fault]) -> str | None:
     except ValueError:
         reason = "a name that no file can have"
     meant = nearest_file(path)
+    hint = f"Give {meant}, if that was meant." if meant else "Give the path of a recipe file."
     fault = Fault(
         path=str(path),
         expected="must be a recipe: a YAML file that can be read",
         found=reason,
         origin=str(path),
         nearest=meant,
-        hint=f"Give {meant}, if that was meant." if meant else "Give the path of a recipe file.",
+        hint="Save it as UTF-8, if it is a recipe." if "UTF-8" in reason else hint,
     )
     faults.append(fault)
     return None
@@ -175,6 +176,8 @@ def nearest_file(path: Path) -> str | None:
     """Return the recipe file whose name looks most like that of a path that leads nowhere."""
     if leads_to(path) or remedy_for(str(path)):
         return None
+    if os.path.lexists(path):
+        return None  # a link in a circle, or to nothing
     files = sorted({*path.parent.glob("*.yaml"), *Path("recipes").rglob("*.yaml")})
     stems = get_close_matches(path.stem, [file.stem for file in files], n=1, cutoff=0.7)
     return next((str(file) for file in files if file.stem in stems), None)

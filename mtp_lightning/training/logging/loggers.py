@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -190,7 +191,13 @@ class _TensorBoard(TensorBoardLogger):
         is_continued = any(folder.glob("events.*"))
         purge_step = after_step + 1 if is_continued else None  # hides events of steps that are trained again
         super().__init__(run_folder, name="", version=folder.name, default_hp_metric=False, purge_step=purge_step)
+        self._told, threading.excepthook = threading.excepthook, self._tell
         _ = self.experiment
+
+    def _tell(self, failure: threading.ExceptHookArgs) -> None:
+        """Print what ends a thread, unless it is TensorBoard's at a full disk, which `log_metrics` raises."""
+        if type(failure.thread).__name__ != "_AsyncWriterThread" or not isinstance(failure.exc_value, OSError):
+            self._told(failure)
 
     def log_hyperparams(self, params: Any, *_: Any) -> None:
         """Name them beside the run's last figures; Lightning's own would log a first value of those."""
@@ -222,6 +229,7 @@ class _TensorBoard(TensorBoardLogger):
 
     def finalize(self, status: str) -> None:
         """Close the file; an event that could not be written has been reported."""
+        threading.excepthook = self._told
         with contextlib.suppress(OSError):
             self.experiment.close()
 
