@@ -62,7 +62,9 @@ def reread_drafter(folder: Path, recipe: Recipe) -> MtpModel:
     """Import the trunk, and take the heads from the drafter beside it."""
     hf_checkpoint, drafter = open_folder(folder), ShardReader(folder / DRAFTER)
     is_eagle = "fc.weight" in drafter.names
-    read = _with_first(recipe) if is_eagle and not _is_on_the_way(recipe) else _with(recipe, recipe.heads.num_offsets)
+    fewer = {} if is_eagle else {"draft_vocabulary": None}
+    is_one = is_eagle and not _is_on_the_way(recipe)
+    read = _with_first(recipe) if is_one else _with(recipe, recipe.heads.num_offsets, **fewer)
     read = read.model_copy(update={"model": hf_checkpoint.section})
     trunk = IncomingWeights(hf_checkpoint, plan_import(hf_checkpoint, read, "random", ()), read)
     made = {}
