@@ -77,10 +77,7 @@ def check_rank_variables(environment: MutableMapping[str, str]) -> None:
     Raises:
         LaunchError: A variable is not a number.
     """
-    if {environment.get(name) for name in ("RANK", "WORLD_SIZE")} <= {
-        "",
-        None,
-    }:  # as templates of containers leave them
+    if not any(environment.get(name) for name in ("RANK", "WORLD_SIZE")):  # as templates of containers leave them
         for name in ("RANK", "WORLD_SIZE"):
             environment.pop(name, None)
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):  # Lightning 2.6
