@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut short": (bytes_of(lambda content: content[:-9]), "for shape"),
     "cut in the header": (bytes_of(lambda content: content[:99]), "a header of"),
     "an empty file": (bytes_of(lambda content: b""), "a header of 0 bytes at the beginning of 0"),
-    "no safetensors": (bytes_of(lambda content: b"PK\x03\x04" + content), "a header of"),
+    "no safetensors": (bytes_of(lambda content: b"PK\x03\x04" + content), "a pickle of torch"),
     "a tensor in two files": (
         lambda folder: index_of(
             folder, lambda of: (replaced_copy(folder, "model-x.safetensors"), of | {"x": "model-x.safetensors"})[1]

@@ -51,7 +51,7 @@ def test_plan_takes_overrides_and_options(tmp_path: Path) -> None:
 
 
 def test_plan_says_what_does_not_fit_and_what_would() -> None:
-    text = mtp(RECIPE, "--gpu", "A100-40", "--gpus", "8").stdout
+    text = mtp(RECIPE, "--gpu", "A100-40", "--gpus", "16").stdout
     assert "does not fit: " in text
     assert "(batch.micro_batch_size)" in text
 
