@@ -79,7 +79,7 @@ def test_a_setting_that_is_missing(name, tmp_path):
         ({**QWEN_WINDOW, "layer_types": ["sliding_attention"] * 3}, "all positions", "window of 32"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "type full_attention", "linear_attention"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "scaled by linear, dynamic or llama3", "yarn"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "linear, dynamic or llama3", "for each type of layer"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "dynamic or llama3", "for each type of layer"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "possible ones", "no low_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0", "0.5"),
         ({"quantization_config": {"quant_method": "fp8"}}, "plain fp32, bf16 or fp16", "by the method fp8"),
