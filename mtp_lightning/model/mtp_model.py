@@ -46,10 +46,7 @@ class MtpModel(nn.Module):
         if recipe.model.is_foreign and recipe.data.document_mask:
             check_masks(recipe.model)
         self.trunk = build_trunk(recipe.model, num_trunk_layers(recipe), recompute=recipe.memory.recompute_trunk)
-        recompute = recipe.memory.recompute_heads
-        if recompute is None:
-            recompute = recipe.heads.kind == "recursive"
-        self.heads = head_class(recipe.heads.kind)(recipe.model, recipe.heads, recompute=recompute)
+        self.heads = head_class(recipe.heads.kind)(recipe.model, recipe.heads, recompute=recipe.recomputes_heads)
         self.unembedding = Unembedding(recipe, self.heads)
         self.layer_mix = nn.ModuleDict(
             {str(offset): ScalarMix(num_trunk_layers(recipe), section) for offset in mixing_offsets(recipe)}

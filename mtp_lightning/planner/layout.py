@@ -128,7 +128,6 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
     gpus = num_gpus or strategy.num_ranks
     rows_per_gpu = -(-recipe.batch.global_batch_size // max(1, gpus // strategy.sequence_parallel))
     micro_batch_size = _largest_divisor(rows_per_gpu, recipe.batch.micro_batch_size)
-    recomputes_heads = memory.recompute_heads
     return Layout(
         stage=max(STAGES[strategy.kind], 1 if gpus > 1 else 0),
         num_gpus=gpus,
@@ -140,7 +139,7 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
         backward_order=objective.backward_order,
         chunk_bytes=objective.chunk_bytes("cpu" if recipe.run.device == "cpu" else "cuda"),
         recomputes_trunk=memory.recompute_trunk,
-        recomputes_heads=recipe.heads.kind == "recursive" if recomputes_heads is None else recomputes_heads,
+        recomputes_heads=recipe.recomputes_heads,
         mlp_tile=_tile(memory.mlp_tile, recipe.data.seq_len // strategy.sequence_parallel),
         offloads_activations=memory.offload_activations,
         offload_optimizer=strategy.offload_optimizer,

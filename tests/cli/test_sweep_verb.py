@@ -223,6 +223,12 @@ def test_at_a_site_what_is_left_goes_into_one_array(swept, monkeypatch):
     tried = mtp(*at_site, "--dry-run", "site.time=00:03:00")
     assert tried.exit_code == 0, tried.stderr
     assert "#SBATCH --job-name=out\n" in tried.stdout
+    unnamed = mtp("sweep", "well.yaml", "--seeds", "2", "--site", "local", "--dry-run")
+    assert "#SBATCH --job-name=well\n" in unnamed.stdout
+    assert "#SBATCH --array=0-1\n" in unnamed.stdout
+    several = mtp("sweep", "well.yaml", "first.yaml", "--dry-run")
+    assert several.exit_code
+    assert "Give --out FOLDER" in several.stderr
     assert "#SBATCH --time=00:03:00\n" in tried.stdout
     assert not (here / "out/well").exists()
     done = mtp(*at_site)

@@ -41,3 +41,18 @@ def test_compiled_parts_have_the_same_gradients(kind, backward_order):
     plain = step(backward_order, kind, autocast=False)
     compiled = step(backward_order, kind, autocast=False, compiled=True)
     assert 0 < relative_error(compiled, plain) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_the_loss_of_a_compiled_model_is_compiled():
+    for backward_order in ("sequential", "bridged"):
+        torch._dynamo.reset()
+        recipe = tiny_recipe(heads=HEAD_KINDS["linear"], objective={"backward_order": backward_order})
+        for is_compiled in (False, True):
+            model = tiny_model(recipe, torch.float32)
+            model.is_compiled = is_compiled  # its loss alone
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            gradients_of(model, recipe, tiny_rows(recipe, 2))
+            assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > before) == is_compiled

@@ -98,6 +98,8 @@ def test_the_compiled_rule_is_the_plain_one():
             kept = [] if score.predictions is None else [score.predictions]
             found.append([score.nll_sum, term.loss_sum, term.square_sum, *kept, *(leaf.grad for leaf in leaves)])
         torch.testing.assert_close(found[1], found[0])
+        chunk = score(torch.randn(37, 301), slice(0, 37), torch.bfloat16)
+        assert chunk.gradient.dtype == torch.bfloat16, "the plain rule would leave it to the product"
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "matrix"])

@@ -10,6 +10,7 @@ from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
 from mtp_lightning.training.step.gradient_checks import GradientChecksum, _project
 from mtp_lightning.training.strategies.param_shards import whole_shards
+from mtp_lightning.training.strategies.zero import ZeroStrategy
 from tests.support.covering import some_of
 from tests.support.ranked import on_ranks
 from tests.support.tiny import HEAD_KINDS, gradients_of, tiny_model, tiny_recipe, tiny_rows
@@ -30,6 +31,13 @@ def broken(num_ranks):
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
 def found(request):
     return broken(request.param)
+
+
+def test_zero_1_and_2_build_in_the_precision_of_the_run():
+    for kind, precision, dtype in (("zero1", "bf16", torch.bfloat16), ("zero2", "fp16", torch.float16)):
+        recipe = tiny_recipe(strategy={"kind": kind}, run={"precision": precision})
+        model = ZeroStrategy(recipe, torch.device("cpu")).build_model(recipe)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
 def test_a_boundary_left_alone_stops_the_run(found):

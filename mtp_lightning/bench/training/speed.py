@@ -168,9 +168,8 @@ def _table_notes(recipe: Recipe, machine: Machine, figures: list[SpeedFigure], p
 
 
 def _recompute_remark(recipe: Recipe) -> list[str]:
-    memory, kind = recipe.memory, recipe.heads.kind
-    heads = kind == "recursive" if memory.recompute_heads is None else memory.recompute_heads
-    parts = [name for name, is_on in (("trunk", memory.recompute_trunk), ("heads", heads)) if is_on]
+    is_recomputed = {"trunk": recipe.memory.recompute_trunk, "heads": recipe.recomputes_heads}
+    parts = [name for name, is_on in is_recomputed.items() if is_on]
     if not parts:
         return []
     return [f"Activations of the {' and the '.join(parts)} are computed twice; that shows in time / FLOP."]

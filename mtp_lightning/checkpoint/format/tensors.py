@@ -117,10 +117,10 @@ def read_header(path: Path) -> Header:
             header_bytes = int.from_bytes(file.read(8), "little")
             if header_bytes > min(size_bytes - 8, MOST_HEADER_BYTES):
                 file.seek(0)
+                beginning = file.read(512)
                 for pattern, (what, hint) in NO_TENSORS.items():
-                    if re.match(pattern, file.read(512)):
+                    if re.match(pattern, beginning):
                         raise _unreadable(path, what, hint)
-                    file.seek(0)
                 raise OddFileError(f"a header of {header_bytes:,} bytes at the beginning of {size_bytes:,}")
             return _parse_header(file.read(header_bytes), (8 + header_bytes, size_bytes))
     except OddFileError as error:

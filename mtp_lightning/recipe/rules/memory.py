@@ -1,13 +1,6 @@
 """What must hold for memory that is saved by computing twice."""
 
 from mtp_lightning.recipe.rules.base import Rule
-from mtp_lightning.recipe.schema.root import Recipe
-
-
-def _recomputes(recipe: Recipe) -> bool:
-    heads = recipe.memory.recompute_heads
-    return recipe.memory.recompute_trunk or (recipe.heads.kind == "recursive" if heads is None else heads)
-
 
 MEMORY_RULES: tuple[Rule, ...] = (
     Rule(
@@ -18,7 +11,9 @@ MEMORY_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         fields=("memory.offload_activations", "memory.recompute_trunk", "memory.recompute_heads"),
-        holds=lambda recipe: not recipe.memory.offload_activations or _recomputes(recipe),
+        holds=lambda recipe: (
+            not recipe.memory.offload_activations or recipe.memory.recompute_trunk or recipe.recomputes_heads
+        ),
         expected="must be false where no layer is recomputed: what it moves are the inputs of these",
         hint="Set memory.recompute_trunk=true, or remove memory.offload_activations.",
     ),

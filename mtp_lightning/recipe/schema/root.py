@@ -326,6 +326,12 @@ class Recipe(Section):
     """Trying out."""
 
     @property
+    def recomputes_heads(self) -> bool:
+        """Whether the heads' activations are computed again in the backward pass."""
+        given = self.memory.recompute_heads
+        return self.heads.kind == "recursive" if given is None else given
+
+    @property
     def first_trained_offset(self) -> int | None:
         """K of `offsets_below_K` in `freeze`: the first offset whose head is trained; None where there is none."""
         return max((int(part.removeprefix(BELOW)) for part in self.freeze if part.startswith(BELOW)), default=None)
