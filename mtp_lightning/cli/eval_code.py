@@ -105,6 +105,8 @@ def code(
         )
         for task, own in problems.items()
     }
+    if sandbox is None:
+        say("Without --execute samples are written, and no program is run")
     results = {}
     for (task, own), file in zip(problems.items(), data, strict=True):
         digest = describe_file(file, is_synced=True).sha256

@@ -72,6 +72,7 @@ def test_samples_are_those_without_drafts_and_are_scored_later(here, tmp_path, n
     both = {"tasks": "humaneval,mbpp", "data": ("he.jsonl", "mbpp.jsonl")}
     done = called(*words(here, out, "--max-new-tokens", "16", **both))
     assert done.exit_code == 0
+    assert done.output.startswith("Without --execute samples are written, and no program is run")
     assert "--execute runs and counts them" in done.output.replace("\n", " ")
     assert "as fast as without drafts, the same texts" in done.output
     assert (
