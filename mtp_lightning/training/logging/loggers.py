@@ -188,7 +188,7 @@ class _TensorBoard(TensorBoardLogger):
 
     def __init__(self, run_folder: Path, after_step: int) -> None:
         folder = run_folder / "tensorboard"
-        is_continued = any(folder.glob("events.*"))
+        is_continued = _events_date_from_before_now(folder)
         purge_step = after_step + 1 if is_continued else None  # hides events of steps that are trained again
         super().__init__(run_folder, name="", version=folder.name, default_hp_metric=False, purge_step=purge_step)
         self._told, threading.excepthook = threading.excepthook, self._tell
@@ -232,6 +232,23 @@ class _TensorBoard(TensorBoardLogger):
         threading.excepthook = self._told
         with contextlib.suppress(OSError):
             self.experiment.close()
+
+
+def _events_date_from_before_now(folder: Path) -> bool:
+    """Give earlier attempts' files names that sort before a new one's, and say whether there are any.
+
+    TensorBoard reads files in the order of their names, which begin with the second of their making and go on with
+    host, process and a count. Attempts of the same second, or on a node whose clock is behind the last one's, would be
+    read in another order than they were written in, and the wrong one's events would be hidden.
+    """
+    pattern = re.compile(r"(events\.out\.tfevents\.)(\d{10})(\..+)")
+    found = [named for path in folder.glob("events.*") if (named := pattern.fullmatch(path.name))]
+    second = int(time.time())
+    for named in sorted(found, key=lambda named: named[0], reverse=True):
+        second = min(second - 1, int(named[2]))
+        if second < int(named[2]):
+            (folder / named[0]).rename(folder / f"{named[1]}{second:010d}{named[3]}")
+    return bool(found)
 
 
 @final

@@ -1,6 +1,7 @@
 import csv
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from mtp_lightning.errors import RunFolderError
 from mtp_lightning.training.logging.columns import metric_columns
+from mtp_lightning.training.logging.loggers import _TensorBoard
 from mtp_lightning.training.logging.metrics_files import MetricsTable, read_rows
 from tests.training.callbacks.tiny_run import TinyModule, fit, tiny_recipe
 
@@ -210,3 +212,20 @@ def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path: Path) -> Non
     assert [step for step, _ in events["train/loss_1"]] == [2, 4, 6]
     assert events == events_of(tmp_path / "whole" / "tensorboard")
     assert len(list((tmp_path / "cut" / "tensorboard").iterdir())) == 3
+
+
+def test_tensorboard_reads_attempts_in_their_order_whatever_the_clocks_of_their_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter((2_000_000_000.5, 2_000_000_000.9, 1_999_999_000.0, 1_999_999_000.0))
+    for step in (2, 4, 6, 8):
+        now = next(clock)
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        logger = _TensorBoard(tmp_path, after_step=step - 2)
+        logger.log_metrics({"loss": float(step)}, step)
+        logger.finalize("success")
+    monkeypatch.undo()
+    names = sorted(path.name.split(".")[3] for path in (tmp_path / "tensorboard").iterdir())
+    assert len(set(names)) == 4
+    assert max(names) == "1999999000"
+    assert events_of(tmp_path / "tensorboard")["loss"] == [(step, float(step)) for step in (2, 4, 6, 8)]
