@@ -93,6 +93,11 @@ class Attention(nn.Module):
             ends = range(reach - num_positions + 1, reach + 1)
             each = zip(torch.split(query, 1, 2), ends, strict=True)
             return torch.cat([self._attend(one, key[:, :, :end], value[:, :, :end], None) for one, end in each], 2)
+        if self.is_grouped and num_positions < reach:
+            return self._attend_by_group(query, key, value, mask)
+        if num_positions == 1 and query.dtype == torch.bfloat16 and query.device.type == "cpu":
+            twice = torch.cat([query, query], 2)  # torch's kernel takes three times as long for one row as for two
+            return F.scaled_dot_product_attention(twice, key, value, attn_mask=mask)[:, :, :1]
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -101,6 +106,22 @@ class Attention(nn.Module):
             is_causal=mask is None and reach == num_positions,
             enable_gqa=self.is_grouped,
         )
+
+    def _attend_by_group(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend to what is kept: heads that share keys are rows of one product, which reads the keys once.
+
+        Args:
+            query: (B, H, T, W), H = K x G.
+            key: (B, K, S, W).
+            value: (B, K, S, W).
+            mask: (B or 1, 1, T, S), or None where every row sees all.
+        """
+        num_groups = query.shape[1] // key.shape[1]
+        by_key = query.unflatten(1, (key.shape[1], num_groups)).flatten(2, 3)  # (B, K, G x T, W)
+        if mask is not None:
+            mask = mask.unsqueeze(2).expand(-1, -1, num_groups, -1, -1).flatten(2, 3)  # (B, 1, G x T, S)
+        mixed = F.scaled_dot_product_attention(by_key, key, value, attn_mask=mask)
+        return mixed.reshape(query.shape)
 
     def _inside_documents(self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> Tensor:
         """Attend causally inside documents that lie end to end: (B, H, T, W) -> (B, H, T, W)."""
