@@ -40,6 +40,16 @@ def test_the_map_is_the_plain_one_and_no_position_looks_at_another(shape, bias):
     assert torch.equal(packed(hidden), alone)
 
 
+@pytest.mark.parametrize("width", [576, 1024, 1030, 1536, 4096])
+def test_a_position_that_stands_alone_has_the_scores_that_it_has_beside_others(width):
+    torch.manual_seed(0)
+    packed = PackedLinear(nn.Linear(width, 1024, bias=False, dtype=torch.bfloat16).requires_grad_(requires_grad=False))
+    hidden = (torch.randn(1, 64, width) * torch.randn(1, 64, width).mul(2).exp()).bfloat16()  # outliers, as in models
+    for size in (1, 2, 4):
+        parts = torch.cat([packed(part) for part in torch.split(hidden, size, dim=1)], dim=1)
+        assert torch.equal(packed(hidden), parts)
+
+
 def check_scores(recipe):
     plain, packed, exact = (tiny_model(recipe, torch.bfloat16).requires_grad_(requires_grad=False) for _ in range(3))
     pack_linear_maps(packed)
