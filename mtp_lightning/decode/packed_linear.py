@@ -16,7 +16,7 @@ from mtp_lightning.model.unembedding import Unembedding
 
 PACKED = ("cpu", torch.bfloat16)
 WIDEST_ALONE = 1024
-"""Wider sums of a row alone are added up in another order (oneDNN's AVX-512 kernels), so that drafts would change texts."""
+"""Wider sums of a row alone are added up in another order (oneDNN, AVX-512), so that drafts would change texts."""
 
 
 @final
