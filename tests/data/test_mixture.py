@@ -180,14 +180,19 @@ def test_held_out_rows_are_spread_by_weight(folders: Path) -> None:
     assert len(set(rows.spread(len(rows)).tolist())) == len(rows)
 
 
-def test_source_with_fewer_rows_than_its_quota_is_refused(folders: Path, tmp_path: Path) -> None:
+def test_source_with_fewer_rows_than_its_quota_is_read_again_in_whole_epochs(folders: Path, tmp_path: Path) -> None:
     write_corpus(tmp_path / "few", num_documents=20)
     build_tiny([str(tmp_path / "few")], tmp_path / "small")
     (tmp_path / "code").symlink_to(folders / "code")
-    with pytest.raises(
-        DataError, match=r"its share of 4,096 rows, 2,048 for .*small; found \d+ rows. Lower its weight"
-    ):
-        build(tmp_path, {"code": 1.0, "small": 1.0})
+    data = open_data(mixture_recipe(tmp_path, {"code": 1.0, "small": 1.0}), "train")
+    size = len(WindowDataset(tmp_path / "small", "train", seq_len=8, num_offsets=3))
+    assert size < MIXTURE_BLOCK_ROWS // 2
+    own = [name.endswith("small") for name in data.rows.source_names]  # type: ignore[attr-defined]
+    first = 0 if own[0] else len(data.rows) - size
+    rows = data.order.rows(np.arange(2 * MIXTURE_BLOCK_ROWS))
+    times = Counter(rows[(rows >= first) & (rows < first + size)].tolist())
+    assert sum(times.values()) == MIXTURE_BLOCK_ROWS
+    assert set(times.values()) == {MIXTURE_BLOCK_ROWS // size, MIXTURE_BLOCK_ROWS // size + 1}
 
 
 def test_limit_of_epochs_is_held_before_the_first_step(folders: Path) -> None:

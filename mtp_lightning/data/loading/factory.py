@@ -125,7 +125,7 @@ def _open_mixture(recipe: Recipe, split: Split) -> OpenData:
     if planned is not None:  # held-out rows are spread by what the schedule gives in all
         weights = np.maximum(1, planned.before[-1] + order.quotas).tolist()
     if split == "train":
-        _check_quotas(recipe, sources, order)
+        _check_epochs(recipe, sources, order)
     fingerprints = [source.fingerprint for source in sources]
     identity = _identity(recipe, hashlib.sha256("\n".join(fingerprints).encode()).hexdigest())
     rows = JoinedRows([source.rows for source in sources], weights, [source.name for source in sources])
@@ -238,17 +238,11 @@ def _check_templates(sources: list[_Source]) -> None:
         )
 
 
-def _check_quotas(recipe: Recipe, sources: list[_Source], order: MixedOrder) -> None:
-    """Refuse a source that lacks the rows of one block, or that the run would read more often than it may."""
+def _check_epochs(recipe: Recipe, sources: list[_Source], order: MixedOrder) -> None:
+    """Refuse a source that the run would read more often than it may."""
     taken = order.samples_taken(recipe.batch.samples_after(recipe.run.steps))
-    for source, quota, num_taken in zip(sources, order.quotas, taken, strict=True):
+    for source, num_taken in zip(sources, taken, strict=True):
         num_rows = len(source.rows)
-        if num_rows < quota:
-            raise DataError(
-                f"a source must have its share of {MIXTURE_BLOCK_ROWS:,} rows, {quota:,} for {source.name}",
-                f"{num_rows:,} rows",
-                "Lower its weight in data.mixture, lower data.seq_len, or add documents",
-            )
         most = recipe.data.max_epochs.get(source.name)
         if most is not None and num_taken > most * num_rows:
             raise DataError(
