@@ -17,8 +17,8 @@ MEMORY = 0.95  # weight that an observation keeps when another one follows
 BELIEF = 2.0  # observations that all drafts are kept, to begin with
 FIRST_WAIT, LONGEST_WAIT = 16, 256  # steps until longer drafts are tried again
 SHARE_OF_ONE_MORE = {"cpu": 0.2, "packed": 0.06, "cuda": 0.02}
-"""What another token in a forward costs, in forwards of one token: on a GPU, and on a CPU by packed maps, these wait
-for the weights to be read."""
+"""What another token in a forward costs, in forwards of one token, of one text: on a GPU, and on a CPU by packed maps,
+these wait for the weights to be read. A forward of r tokens costs 1 + share x (r - 1)."""
 
 
 @final
@@ -65,11 +65,16 @@ class AdaptiveLength:
             self.wait = self.num_waiting = FIRST_WAIT
 
 
-def step_costs(model: MtpModel, longest: int) -> list[float]:
-    """Estimate what a step with 0, 1, ..., `longest` drafts costs, in weights read."""
+def step_costs(model: MtpModel, longest: int, num_rows: int = 1) -> list[float]:
+    """Estimate what a step with 0, 1, ..., `longest` drafts costs, in weights read: texts decoded together share these.
+
+    In a batch of `num_rows` texts a draft adds a token to every text, so the larger the batch, the nearer it comes to
+    costing as much as the step itself.
+    """
     is_packed = isinstance(model.unembedding.lm_heads[0], PackedLinear)
     device = "packed" if is_packed else model.trunk.embed_tokens.weight.device.type
-    share = SHARE_OF_ONE_MORE.get(device, SHARE_OF_ONE_MORE["cuda"])
+    alone = SHARE_OF_ONE_MORE.get(device, SHARE_OF_ONE_MORE["cuda"])
+    share = num_rows * alone / (1 + (num_rows - 1) * alone)
     path = main_path(model)
     matrix = _num_weights(model.unembedding.lm_heads[0])
     plain = _num_weights(model.trunk.layers) + sum(_num_weights_of(model, offset) for offset in path) + matrix

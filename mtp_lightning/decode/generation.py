@@ -122,7 +122,7 @@ def _steps(
     """Prefill, then step until every text has ended."""
     stopping = Stopping(settings, prompts, session.device)
     is_adaptive = settings.draft_length == ADAPTIVE and longest > 0
-    adaptive = AdaptiveLength(step_costs(session.model, longest)) if is_adaptive else None
+    adaptive = AdaptiveLength(step_costs(session.model, longest, len(prompts))) if is_adaptive else None
     with sdpa_kernel(KERNELS):
         scores = prefill(session)
     first = _first_tokens(scores, settings.sampling, session.generator)

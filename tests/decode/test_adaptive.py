@@ -79,3 +79,16 @@ def test_every_further_draft_costs_more(kind):
     assert len(costs) == 4
     assert sorted(costs) == costs
     assert costs[0] < costs[3] < 6 * costs[0]
+
+
+def test_the_larger_the_batch_the_less_is_drafted():
+    costs = [step_costs(model_of("parallel"), 3, num_rows) for num_rows in (1, 4, 16, 64)]
+    assert len({costs_of[0] for costs_of in costs}) == 1  # in forwards without drafts of the same batch
+    assert [costs_of[1] for costs_of in costs] == sorted({costs_of[1] for costs_of in costs})
+    lengths = []
+    for costs_of in costs:
+        adaptive = AdaptiveLength([1 + (cost - costs_of[0]) / costs_of[0] for cost in costs_of])
+        adaptive.reached, adaptive.kept = [100.0] * 3, [75.0] * 3
+        lengths.append(adaptive.best())
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[-1]
