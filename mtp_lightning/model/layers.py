@@ -117,7 +117,7 @@ class Attention(nn.Module):
             mask: (B or 1, 1, T, S), or None where every row sees all.
         """
         num_groups = query.shape[1] // key.shape[1]
-        by_key = query.unflatten(1, (key.shape[1], num_groups)).flatten(2, 3)  # (B, K, G x T, W)
+        by_key = query.reshape(*key.shape[:2], -1, query.shape[3])  # (B, K, G x T, W)
         if mask is not None:
             mask = mask.unsqueeze(2).expand(-1, -1, num_groups, -1, -1).flatten(2, 3)  # (B, 1, G x T, S)
         mixed = F.scaled_dot_product_attention(by_key, key, value, attn_mask=mask)
