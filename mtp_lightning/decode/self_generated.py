@@ -45,7 +45,7 @@ class Writer:
         if not prompts:
             raise DecodingError("a model's own text must begin with prompts", "none", "Give longer documents or lines")
         check_prompts(model, prompts, wanted.settings.max_new_tokens)
-        _check_share(len(prompts), wanted.validation_fraction)
+        _check_share(min(len(prompts), wanted.num_documents), wanted.validation_fraction)
         self.num_duplicates = 0
         self._model, self._prompts, self._wanted = model, prompts, wanted
         self._seen: set[bytes] = set()
@@ -103,11 +103,15 @@ class Writer:
 
 def _check_share(num_prompts: int, validation_fraction: float) -> None:
     """Refuse prompts of which none, or all, would be held out, before a word is written."""
-    if len({split_of(_rank(number), validation_fraction) for number in range(num_prompts)}) == 1:
+    ranks = sorted(_rank(number) for number in range(num_prompts))
+    if len({split_of(rank, validation_fraction) for rank in ranks}) == 1:
+        share = (
+            f"Give --validation-fraction {sum(ranks[:2]) / 2:.3g}, which holds out one, or " if num_prompts > 1 else ""
+        )
         raise DataError(
             "both splits must get at least one document",
             f"{num_prompts:,} prompts that all fall into one split at a share of {validation_fraction} held out",
-            "Give more prompts, or change --validation-fraction",
+            f"{share}ask for more documents from more prompts",
         )
 
 

@@ -140,6 +140,10 @@ def test_a_run_trains_on_them(run):
     [
         (("--max-new-tokens", 5000), "max_position_embeddings"),
         (("--validation-fraction", 1e-9, "--max-new-tokens", 3), "8 prompts that all fall into one split"),
+        (
+            ("--num-documents", 2, "--validation-fraction", 0.2, "--max-new-tokens", 3),
+            "fraction 0.388, which holds out one",
+        ),
         (("--num-documents", 1, *OPTIONS), "both splits must get at least one document"),
     ],
 )
