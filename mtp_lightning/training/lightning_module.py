@@ -100,14 +100,17 @@ class MtpLightningModule(L.LightningModule):
         return strategy if isinstance(strategy, RunStrategy) else OwnTrainerStrategy(cast(Any, strategy))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW, or Muon and AdamW, in groups by role."""
+        """AdamW, Muon and AdamW, or Adafactor, in groups by role."""
         return build_optimizer(self.model, self.recipe.optimizer, self.strategy.runs_of)
 
     def on_train_start(self) -> None:
         """Begin the checks anew after every start, resumed or not."""
         check_trained(self.model, self.recipe)
         goes_on = self.global_step > 0 or self.recipe.init.optimizer
-        self.gradient_check = NonzeroGradientCheck(self.model, self.strategy.ranks, has_moments=goes_on)
+        is_relative = self.recipe.optimizer.kind == "adafactor"
+        self.gradient_check = NonzeroGradientCheck(
+            self.model, self.strategy.ranks, has_moments=goes_on, is_relative=is_relative
+        )
         self.gradient_checksum = GradientChecksum(self.model, self.strategy.ranks)
         self.target_check = TargetCountCheck()
         self.num_checked_steps = 0

@@ -152,6 +152,7 @@ def run_two_ranks(recipe_file, folder, *overrides):
             ("objective.backward_order=bridged", "objective.weights={kind: constant, values: [1, 1, 0, 1]}"),
             marks=pytest.mark.slow,
         ),
+        pytest.param("parallel", ("optimizer.kind=adafactor",), marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_compute_what_one_computes(recipe_of, cache, tmp_path, name, changes):

@@ -23,6 +23,18 @@ def _of_wsd(field: str) -> Rule:
     )
 
 
+def _of_kind(kind: str) -> Rule:
+    """Build the rule that the settings of an optimizer keep their defaults with the others."""
+    return Rule(
+        fields=(f"optimizer.{kind}", "optimizer.kind"),
+        holds=lambda recipe: (
+            recipe.optimizer.kind == kind or getattr(recipe.optimizer, kind) == getattr(DEFAULTS, kind)
+        ),
+        expected=f"must keep its defaults: only optimizer.kind {kind} reads it",
+        hint=f"Set optimizer.kind={kind}, or remove optimizer.{kind}.",
+    )
+
+
 def _rewarms_in_time(recipe: Recipe) -> bool:
     section = recipe.optimizer
     return section.rewarm_at is None or 0 < section.warmup_steps <= section.rewarm_at < recipe.run.steps
@@ -46,11 +58,23 @@ OPTIMIZER_RULES: tuple[Rule, ...] = (
         expected="must each be >= 0 and < 1",
         hint="Choose decay rates such as [0.9, 0.95].",
     ),
+    *map(_of_kind, ("muon", "adafactor")),
     Rule(
-        fields=("optimizer.muon", "optimizer.kind"),
-        holds=lambda recipe: recipe.optimizer.kind == "muon" or recipe.optimizer.muon == DEFAULTS.muon,
-        expected="must keep its defaults: only optimizer.kind muon reads it",
-        hint="Set optimizer.kind=muon, or remove optimizer.muon.",
+        fields=("optimizer.betas", "optimizer.eps", "optimizer.kind"),
+        holds=lambda recipe: (
+            recipe.optimizer.kind != "adafactor"
+            or (recipe.optimizer.betas, recipe.optimizer.eps) == (DEFAULTS.betas, DEFAULTS.eps)
+        ),
+        expected=f"must stay {DEFAULTS.betas} and {DEFAULTS.eps}: optimizer.kind adafactor does not read them",
+        hint="Remove them (see optimizer.adafactor), or set optimizer.kind=adamw.",
+    ),
+    Rule(
+        fields=("optimizer.kind", "strategy.kind"),
+        holds=lambda recipe: recipe.optimizer.kind != "adafactor" or recipe.strategy.kind == "single",
+        expected="must be adamw or muon under zero1, zero2 and zero3: Adafactor takes means of whole rows and columns, "
+        "and ZeRO gives each rank an interval of flattened matrices",
+        hint="Set optimizer.kind=muon, or strategy.kind=single and one rank; or train under a Trainer of your own "
+        'with strategy="ddp", where every rank holds the whole model.',
     ),
     *map(_of_wsd, ("decay_fraction", "decay_shape")),
     Rule(

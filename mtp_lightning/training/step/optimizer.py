@@ -1,4 +1,4 @@
-"""AdamW, or Muon and AdamW, in groups by role; clipping."""
+"""AdamW, Muon and AdamW, or Adafactor, in groups by role; clipping."""
 
 import itertools
 from collections.abc import Collection, Iterable
@@ -42,7 +42,7 @@ def _weight_decay(section: OptimizerSection, role: str) -> float:
 
 def build_optimizer(
     model: nn.Module, section: OptimizerSection, runs_of: RunsOf | None = None
-) -> torch.optim.AdamW | MuonWithAdamW:
+) -> torch.optim.AdamW | torch.optim.Adafactor | MuonWithAdamW:
     """Build the optimizer of the model's trainable parameters; learning rates are set before every step.
 
     Args:
@@ -70,6 +70,13 @@ def build_optimizer(
             )
     if muon:
         return MuonWithAdamW(groups, section, runs_of)
+    if section.kind == "adafactor":
+        assert runs_of is None, (
+            "means of rows and columns are no intervals of a flattened parameter"
+        )  # a rule refuses it
+        own = section.adafactor
+        eps = (own.eps_gradient, own.eps_weight)
+        return torch.optim.Adafactor(groups, lr=section.lr, beta2_decay=own.beta2_decay, eps=eps, d=own.clip_threshold)
     beta1, beta2 = section.betas
     return torch.optim.AdamW(groups, lr=section.lr, betas=(beta1, beta2), eps=section.eps, fused=True)
 
