@@ -120,6 +120,7 @@ SPELLINGS: Mapping[str, str] = {
     "device_train_microbatch_size rank_microbatch_size device_batch_size",
     "batch.ramp": "rampup_batch_size batch_size_warmup",
     "optimizer.lr": "learning_rate warmup_max_lr max_lr",
+    "optimizer.mup_base_width": "mup_base_hidden_size",
     "optimizer.betas": "adam_beta1 adam_beta2 beta1 beta2",
     "optimizer.eps": "adam_epsilon adam_eps",
     "optimizer.warmup_steps": "warmup_ratio lr_warmup_steps lr_warmup_iters warmup_iters warmup_num_steps t_warmup "

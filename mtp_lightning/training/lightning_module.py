@@ -294,7 +294,8 @@ class MtpLightningModule(L.LightningModule):
         with record_function("step: optimizer"):
             optimizer.step()  # counts the step, skipped or not
         if has_effect and rate > 0:  # the last step of a decay to zero moves nothing
-            self.gradient_check.after_step(strategy.param_shards(), rates_by_role(section, rate))
+            least = min(group.get("rate_factor", 1.0) for group in optimizer.optimizer.param_groups)
+            self.gradient_check.after_step(strategy.param_shards(), rates_by_role(section, rate * least))
         if section.ema is not None:
             strategy.averages = updated_averages(strategy.averages, strategy.param_shards(), section.ema, step)
         optimizer.zero_grad(set_to_none=True)

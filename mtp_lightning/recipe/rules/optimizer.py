@@ -1,8 +1,9 @@
 """Rules between the parts of a learning-rate schedule, the optimizer and what it is spread over."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from mtp_lightning.errors import Fault
+from mtp_lightning.recipe.head_kinds import BUILT_IN
 from mtp_lightning.recipe.learning_rate import decay_steps
 from mtp_lightning.recipe.rules.base import Rule, value_at
 from mtp_lightning.recipe.schema.root import OptimizerSection, Recipe
@@ -35,6 +36,40 @@ def _of_kind(kind: str) -> Rule:
     )
 
 
+def _of_mup(field: str, value: str, is_allowed: Callable[[Recipe], bool], why: str, hint: str) -> Rule:
+    """Build the rule that a field has a value with which the scaling by width is defined."""
+    return Rule(
+        fields=(field, "optimizer.mup_base_width"),
+        holds=lambda recipe: recipe.optimizer.mup_base_width is None or is_allowed(recipe),
+        expected=f"must be {value} with optimizer.mup_base_width: {why}",
+        hint=f"{hint}, or remove optimizer.mup_base_width.",
+    )
+
+
+MUP_RULES = (
+    _of_mup(
+        *("optimizer.kind", "adamw", lambda recipe: recipe.optimizer.kind == "adamw"),
+        *("the factors are those of Adam, and others scale by shape themselves", "Set optimizer.kind=adamw"),
+    ),
+    _of_mup(
+        *("model.family", "a family of ours", lambda recipe: not recipe.model.is_foreign),
+        *("initial values and multipliers of a model of transformers are its own", "Choose another model.family"),
+    ),
+    _of_mup(
+        *("model.tie_word_embeddings", "false", lambda recipe: not recipe.model.tie_word_embeddings),
+        *("an embedding learns at the whole rate, an unembedding does not", "Set model.tie_word_embeddings=false"),
+    ),
+    _of_mup(
+        *("adapt.lora", "null", lambda recipe: recipe.adapt.lora is None),
+        *("low-rank updates do not grow with the width", "Remove adapt.lora"),
+    ),
+    _of_mup(
+        *("heads.kind", "a built-in one", lambda recipe: recipe.heads.kind in BUILT_IN),
+        *("how matrices of other heads grow with the width is not known", f"Choose {', '.join(BUILT_IN)}"),
+    ),
+)
+
+
 def _rewarms_in_time(recipe: Recipe) -> bool:
     section = recipe.optimizer
     return section.rewarm_at is None or 0 < section.warmup_steps <= section.rewarm_at < recipe.run.steps
@@ -59,6 +94,7 @@ OPTIMIZER_RULES: tuple[Rule, ...] = (
         hint="Choose decay rates such as [0.9, 0.95].",
     ),
     *map(_of_kind, ("muon", "adafactor")),
+    *MUP_RULES,
     Rule(
         fields=("optimizer.betas", "optimizer.eps", "optimizer.kind"),
         holds=lambda recipe: (

@@ -73,6 +73,9 @@ class OptimizerSection(Section):
         default_factory=dict
     )
     """Factors on the learning rate by role, e.g. {heads: 4}."""
+    mup_base_width: PositiveInt | None = None
+    """Width (hidden_size) that `lr` and `model.initializer_range` were chosen at: matrices of a wider model learn more
+    slowly and start smaller (muP). null: all widths alike."""
     betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
     """Decay rates of AdamW's two moments."""
     eps: PositiveFloat = 1e-8
