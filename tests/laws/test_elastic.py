@@ -132,7 +132,7 @@ def test_a_rank_is_lost_and_the_same_number_goes_on(tmp_path):
     whole = mtp(*run, "run.dir=whole", "strategy.kind=zero2", "strategy.ranks_per_node=2", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     assert figures(metrics) == figures(tmp_path / "whole/metrics.csv")
-    shards = sorted((folder / f"checkpoints/step-{SHORT:08d}").glob("*.safetensors"))
+    shards = sorted((folder / f"checkpoints/step-{SHORT:08d}").glob("*-of-*.safetensors"))
     assert len(shards) == 4
     for shard in shards:
         assert shard.read_bytes() == (tmp_path / "whole" / shard.relative_to(folder)).read_bytes(), shard.name
