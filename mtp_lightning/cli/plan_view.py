@@ -167,8 +167,12 @@ def _component_label(name: str, plan: Plan) -> str | None:
 def _kept(plan: Plan) -> str:
     """Name what the optimizer keeps besides the weights."""
     section = plan.recipe.optimizer
-    moments = "two moments" if section.kind == "adamw" else "one moment of matrices, two of the rest"
-    return moments + ("" if section.ema is None else ", average")
+    moments = {
+        "adamw": "two moments",
+        "muon": "one moment of matrices, two of the rest",
+        "adafactor": "rows and columns of one moment",
+    }
+    return moments[section.kind] + ("" if section.ema is None else ", average")
 
 
 def _time_table(time: StepTime) -> Table:

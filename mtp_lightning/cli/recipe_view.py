@@ -55,6 +55,9 @@ def plot_learning_rate(recipe: str, overrides: list[str] | None) -> None:
         scales = ", ".join(f"{role} x {factor:g}" for role, factor in section.lr_scale.items())
         if scales:
             console.print(Text(f"optimizer.lr_scale: {scales}"))
+        if section.mup_base_width is not None:
+            factor = section.mup_base_width / each.model.hidden_size
+            console.print(Text(f"optimizer.mup_base_width: matrices of layers and unembedding x {factor:g}"))
 
 
 def _coloured(line: str) -> Text:

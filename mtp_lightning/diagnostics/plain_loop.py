@@ -42,10 +42,11 @@ def reference_loop(recipe: Recipe, optimizer_name: str) -> list[PlainStep]:
     model = build_model(recipe)
     freeze(model, recipe)
     optimizer = build_named_optimizer(model, recipe.optimizer, optimizer_name)
-    return [_plain_step(model, optimizer, recipe, step) for step in range(recipe.run.steps)]
+    return [plain_step(model, optimizer, recipe, step) for step in range(recipe.run.steps)]
 
 
-def _plain_step(model: MtpModel, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> PlainStep:
+def plain_step(model: MtpModel, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> PlainStep:
+    """Do one optimizer step on a random batch by one full backward pass."""
     batch = random_batch(recipe, step)
     targets = shifted_targets(batch["tokens"], batch["documents"], recipe.heads.num_offsets, batch["loss_mask"])
     hiddens = model.hidden_states(batch["tokens"], batch["documents"])

@@ -35,18 +35,26 @@ def _parameters_by_role(recipe: str) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def _trained_matrices(recipe: str) -> int:
+def _trained(recipe: str) -> tuple[int, int]:
+    """Count what Muon steps, and what Adafactor keeps: sums over rows and columns, and of vectors every entry."""
     own = with_first_ids(Recipe.model_validate(json.loads(recipe)))
     with torch.device("meta"):
         model = MtpModel(own)
     freeze(model, own)
     names = hidden_matrices(model)
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sides = sum(p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() > 1 else p.numel() for p in trained)
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name in names), sides
 
 
 def trained_matrices(recipe: Recipe) -> int:
     """Count the parameters of a recipe's model that Muon steps."""
-    return _trained_matrices(json.dumps(recipe.model_dump(mode="json"), sort_keys=True))
+    return _trained(json.dumps(recipe.model_dump(mode="json"), sort_keys=True))[0]
+
+
+def trained_sides(recipe: Recipe) -> int:
+    """Count the state that Adafactor keeps of a recipe's model."""
+    return _trained(json.dumps(recipe.model_dump(mode="json"), sort_keys=True))[1]
 
 
 def layer_entries(section: ModelSection) -> list[int]:

@@ -20,6 +20,7 @@ from mtp_lightning.model.transformers_init import initial_values
 from mtp_lightning.model.transformers_routers import RouterLoss
 from mtp_lightning.model.transformers_trunk import ForeignModules, ForeignStack, TransformersTrunk, check_masks
 from mtp_lightning.model.unembedding import Unembedding
+from mtp_lightning.model.width_scaling import initial_factor
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.recipe.trainable import mixing_offsets
@@ -215,7 +216,8 @@ def initialise(model: MtpModel, recipe: Recipe, *, whole: Whole = _as_they_are, 
     """Set every parameter from the seed and its own name, so that no parameter depends on the others' order.
 
     Matrices are normal; those that write into the residual stream are scaled down by sqrt(2 x layers). Norms
-    start at one, biases at zero, linear heads at the identity, Medusa's maps at zero. Replicated unembeddings
+    start at one, biases at zero, linear heads at the identity, Medusa's maps at zero; `width_scaling.py` makes wider
+    matrices smaller where `optimizer.mup_base_width` asks for it. Replicated unembeddings
     start as copies of the first, low-rank updates as none. Modules of transformers start by that library's own rules
     (`transformers_init.py`). `whole` makes parameters that are sharded over ranks whole
     for a while, and hands on what the rank that `draws` has set. Numbers are drawn on the CPU, wherever a parameter
@@ -249,7 +251,7 @@ def initialise_parameter(name: str, parameter: Tensor, recipe: Recipe) -> None:
     elif name.startswith("heads.") and recipe.heads.kind == "medusa":
         parameter.zero_()
     else:
-        std = recipe.model.initializer_range
+        std = recipe.model.initializer_range * initial_factor(name, recipe)
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * recipe.model.num_hidden_layers)
         generator = _generator_of(name, recipe)

@@ -20,17 +20,30 @@ class Weights:
 
     matrices: int = 0
     vectors: int = 0
+    sides: int = 0  # rows and columns of the matrices, added up: what Adafactor keeps of them
 
     def __add__(self, other: "Weights") -> "Weights":
-        return Weights(self.matrices + other.matrices, self.vectors + other.vectors)
+        return Weights(self.matrices + other.matrices, self.vectors + other.vectors, self.sides + other.sides)
+
+    def __sub__(self, other: "Weights") -> "Weights":
+        return self + -1 * other
 
     def __rmul__(self, times: int) -> "Weights":
-        return Weights(times * self.matrices, times * self.vectors)
+        return Weights(times * self.matrices, times * self.vectors, times * self.sides)
 
     @property
     def total(self) -> int:
         """All of them."""
         return self.matrices + self.vectors
+
+
+def matrix(rows: int, columns: int) -> Weights:
+    """Count one matrix.
+
+    >>> matrix(3, 5)
+    Weights(matrices=15, vectors=0, sides=8)
+    """
+    return Weights(matrices=rows * columns, sides=rows + columns)
 
 
 @dataclass(frozen=True)
@@ -99,14 +112,21 @@ def parameter_counts(recipe: Recipe) -> ParameterCounts:
         from mtp_lightning.model.foreign_counts import parameters_by_role
 
         return ParameterCounts(**{"heads": 0, "unembedding": 0, **parameters_by_role(recipe)})
-    embedding = recipe.model.vocab_size * recipe.model.hidden_size
-    return ParameterCounts(
-        trunk=embedding + (num_trunk_layers(recipe) * layer_weights(recipe.model)).total,
-        heads=head_weights(recipe).total,
-        unembedding=unembedding_weights(recipe).total,
-        lora=update_weights(recipe).total,
-        layer_mix=len(mixing_offsets(recipe)) * num_trunk_layers(recipe),
-    )
+    return ParameterCounts(**{role: weights.total for role, weights in _weights_by_role(recipe).items()})
+
+
+def _weights_by_role(recipe: Recipe) -> dict[str, Weights]:
+    return {
+        "trunk": _vocabulary_matrix(recipe) + num_trunk_layers(recipe) * layer_weights(recipe.model),
+        "heads": head_weights(recipe),
+        "unembedding": unembedding_weights(recipe),
+        "lora": update_weights(recipe),
+        "layer_mix": Weights(vectors=len(mixing_offsets(recipe)) * num_trunk_layers(recipe)),
+    }
+
+
+def _vocabulary_matrix(recipe: Recipe) -> Weights:
+    return matrix(recipe.model.vocab_size, recipe.model.hidden_size)
 
 
 def trainable_parameters(recipe: Recipe) -> int:
@@ -148,6 +168,24 @@ def matrix_parameters(recipe: Recipe) -> int:
     return sum(count for role, count in counts.items() if role not in parts.frozen_roles)
 
 
+def factored_entries(recipe: Recipe) -> int:
+    """Count Adafactor's state: rows and columns of every trained matrix, and all entries of trained vectors.
+
+    >>> factored_entries(Recipe()), trainable_parameters(Recipe())
+    (44802, 6558464)
+    """
+    if recipe.model.is_foreign or registered(recipe.heads.kind) is not None:
+        from mtp_lightning.model.foreign_counts import trained_sides
+
+        return trained_sides(recipe)
+    parts, weights = TrainableParts(recipe), _weights_by_role(recipe)
+    if parts.first > 1:
+        before = _before(recipe, parts.first)
+        weights["heads"] -= head_weights(before)
+        weights["unembedding"] -= unembedding_weights(before)
+    return sum(each.sides + each.vectors for role, each in weights.items() if role not in parts.frozen_roles)
+
+
 def _before(recipe: Recipe, first: int) -> Recipe:
     """Return a recipe of the offsets before one."""
     return recipe.model_copy(update={"heads": recipe.heads.model_copy(update={"num_offsets": first - 1})})
@@ -159,8 +197,10 @@ def kept_entries(recipe: Recipe) -> int:
     >>> kept_entries(Recipe()) == 2 * trainable_parameters(Recipe())
     True
     """
-    per_parameter = 2 if recipe.optimizer.ema is None else 3
-    return per_parameter * trainable_parameters(recipe) - matrix_parameters(recipe)
+    averages = 0 if recipe.optimizer.ema is None else trainable_parameters(recipe)
+    if recipe.optimizer.kind == "adafactor":
+        return factored_entries(recipe) + averages
+    return 2 * trainable_parameters(recipe) - matrix_parameters(recipe) + averages
 
 
 def bucket_entries(recipe: Recipe) -> int:
@@ -181,7 +221,7 @@ def layer_weights(model: ModelSection) -> Weights:
     Of a model of transformers' classes, the mean of its layers' matrices, of experts those that a position is sent to.
 
     >>> layer_weights(ModelSection(hidden_size=8, num_attention_heads=2, intermediate_size=16))
-    Weights(matrices=640, vectors=16)
+    Weights(matrices=640, vectors=16, sides=136)
     """
     if model.is_foreign:
         from mtp_lightning.model.foreign_counts import layer_entries
@@ -194,9 +234,11 @@ def layer_weights(model: ModelSection) -> Weights:
     biases = (queries + 2 * keys if model.qkv_bias else 0) + (width if model.output_bias else 0)
     biases += num_inner * inner + width if model.mlp_bias else 0
     head_norms = 2 * model.resolved_head_dim if model.qk_norm else 0
-    return Weights(
-        matrices=width * (2 * queries + 2 * keys + (num_inner + 1) * inner),
-        vectors=2 * norm_vectors(model) + biases + head_norms,
+    attention = 2 * matrix(queries, width) + 2 * matrix(keys, width)
+    return (
+        attention
+        + (num_inner + 1) * matrix(inner, width)
+        + Weights(vectors=2 * norm_vectors(model) + biases + head_norms)
     )
 
 
@@ -204,7 +246,9 @@ def update_weights(recipe: Recipe) -> Weights:
     """Count the low-rank updates of all layers."""
     lora = recipe.adapt.lora
     num_layers = num_trunk_layers(recipe) + (num_head_layers(recipe) if lora and lora.in_heads else 0)
-    return Weights(num_layers * update_weights_of_layer(recipe))
+    entries = update_weights_of_layer(recipe)
+    sides = 0 if lora is None else entries // lora.rank + 2 * lora.rank * len(lora.targets)
+    return num_layers * Weights(matrices=entries, sides=sides)
 
 
 def update_weights_of_layer(recipe: Recipe) -> int:
@@ -242,22 +286,21 @@ def unembedding_weights(recipe: Recipe) -> Weights:
     num_matrices = heads.num_offsets if heads.unembedding == "replicated" else 1
     num_matrices += (1 if recipe.objective.token_order else 0) - (1 if recipe.model.tie_word_embeddings else 0)
     num_norms = {"sequential": heads.num_offsets, "recursive": min(2, heads.num_offsets)}.get(heads.kind, 1)
-    return Weights(
-        num_matrices * recipe.model.vocab_size * recipe.model.hidden_size, num_norms * norm_vectors(recipe.model)
-    )
+    return num_matrices * _vocabulary_matrix(recipe) + num_norms * Weights(vectors=norm_vectors(recipe.model))
 
 
 def _modules(model: ModelSection, num_modules: int) -> Weights:
     """Projection from 2D to D and two norms of each sequential module."""
-    return num_modules * Weights(2 * model.hidden_size**2, 2 * norm_vectors(model))
+    return num_modules * (matrix(model.hidden_size, 2 * model.hidden_size) + Weights(vectors=2 * norm_vectors(model)))
 
 
 BESIDES_LAYERS: dict[str, Callable[[ModelSection, HeadsSection], Weights]] = {
     "parallel": lambda model, heads: Weights(),
     "chained": lambda model, heads: Weights(),
-    "linear": lambda model, heads: (heads.num_offsets - 1) * Weights(model.hidden_size**2),
+    "linear": lambda model, heads: (heads.num_offsets - 1) * matrix(model.hidden_size, model.hidden_size),
     "medusa": lambda model, heads: (
-        (heads.num_offsets - 1) * heads.layers_per_head * Weights(model.hidden_size**2, model.hidden_size)
+        ((heads.num_offsets - 1) * heads.layers_per_head)
+        * (matrix(model.hidden_size, model.hidden_size) + Weights(vectors=model.hidden_size))
     ),
     "sequential": lambda model, heads: _modules(model, heads.num_offsets - 1),
     "recursive": lambda model, heads: _modules(model, min(1, heads.num_offsets - 1)),

@@ -11,7 +11,7 @@ from mtp_lightning.planner.layout import STAGES, Layout, layout_of
 from mtp_lightning.planner.memory import Memory, memory, most_micro_rows
 from mtp_lightning.planner.shape import Shape, shape_of
 from mtp_lightning.planner.throughput import StepTime, communication_bytes, step_time
-from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.recipe.schema.root import OptimizerSection, Recipe
 
 SCALES = (8, 16, 32, 64, 128, 256, 512, 1024)
 DAY_S = 86_400
@@ -117,7 +117,7 @@ def build_plan(recipe: Recipe, gpu: str = "H100", num_gpus: int | None = None) -
         disk=disk_use(recipe),
         kept_state_bytes=kept_state_bytes(recipe),
         chosen=variant(layout),
-        strategies=tuple(variant(changed) for changed in _strategies(layout)),
+        strategies=tuple(variant(changed) for changed in _strategies(layout, recipe.optimizer)),
         checkpointing=tuple(
             variant(replace(layout, recomputes_trunk=trunk, recomputes_heads=heads))
             for trunk in (False, True)
@@ -163,13 +163,18 @@ def _check_share(recipe: Recipe, num_gpus: int) -> None:
         )
 
 
-def _strategies(layout: Layout) -> list[Layout]:
-    """List the stages that make a difference, then those that need less of the GPU because the host holds a part."""
+def _strategies(layout: Layout, section: OptimizerSection) -> list[Layout]:
+    """List the stages that make a difference, then those that need less of the GPU because the host holds a part.
+
+    Those that the optimizer cannot run under are left out.
+    """
+    if section.kind == "adafactor":
+        return [layout]
     stages = (1, 2, 3) if layout.num_gpus > 1 else (0,)
     on_gpu = [replace(layout, stage=stage, offload_optimizer="none", offload_parameters="none") for stage in stages]
     on_host = [
         replace(layout, stage=2, offload_optimizer="cpu", offload_parameters="none"),
         replace(layout, stage=3, offload_optimizer="cpu", offload_parameters="cpu"),
     ]
-    known = [*on_gpu, *on_host]
+    known = on_gpu if section.kind == "muon" or section.ema is not None else [*on_gpu, *on_host]
     return known if layout in known else [*known, layout]

@@ -120,6 +120,7 @@ SPELLINGS: Mapping[str, str] = {
     "device_train_microbatch_size rank_microbatch_size device_batch_size",
     "batch.ramp": "rampup_batch_size batch_size_warmup",
     "optimizer.lr": "learning_rate warmup_max_lr max_lr",
+    "optimizer.mup_base_width": "mup_base_hidden_size",
     "optimizer.betas": "adam_beta1 adam_beta2 beta1 beta2",
     "optimizer.eps": "adam_epsilon adam_eps",
     "optimizer.warmup_steps": "warmup_ratio lr_warmup_steps lr_warmup_iters warmup_iters warmup_num_steps t_warmup "
@@ -135,6 +136,9 @@ SPELLINGS: Mapping[str, str] = {
     "optimizer.muon.momentum": "muon_momentum muon_beta",
     "optimizer.muon.nesterov": "muon_use_nesterov muon_nesterov",
     "optimizer.muon.ns_steps": "muon_num_ns_steps newton_schulz_steps",
+    "optimizer.adafactor": "scale_parameter relative_step",
+    "optimizer.adafactor.beta2_decay": "beta2_decay decay_rate adafactor_decay_rate",
+    "optimizer.adafactor.clip_threshold": "clip_threshold clipping_threshold",
     "optimizer.muon.adjust_lr": "adjust_lr_fn muon_scale_mode",
     "optimizer.ema.decay": "ema_decay ema_beta ema_momentum ema.beta use_ema",
     "optimizer.ema.every_steps": "ema_update_every ema_update_interval update_ema_every",
@@ -212,6 +216,9 @@ NOTES: Mapping[str, str] = {
     **dict.fromkeys(("lr_warmup_init", "warmup_min_lr", "warmup_init_lr", "lr_warmup_start"), "it is that rate / lr"),
     **dict.fromkeys(("num_decay_steps", "lr_wsd_decay_iters", "wsd_decay_iters"), "it is the steps / run.steps"),
     "lr_scheduler.decay_ratio": "of optimizer.schedule=wsd",
+    **dict.fromkeys(("decay_rate", "adafactor_decay_rate"), "of optimizer.kind=adafactor, as a negative power: -0.8"),
+    "scale_parameter": "with optimizer.kind=adafactor rates are always relative to the size of a parameter",
+    "relative_step": "with optimizer.kind=adafactor rates never exceed one over the root of the step",
     "use_ema": "optimizer.ema={} for the defaults",
     "eta_min": "it is eta_min / lr",
     "max_tokens": TOKENS,
@@ -270,7 +277,7 @@ def _loss_factor(factor: Any) -> Any:
 
 
 def _optimizer_kind(name: Any) -> Any:
-    return next((kind for kind in ("muon", "adamw") if kind in str(name).lower()), None)
+    return next((kind for kind in ("muon", "adafactor", "adamw") if kind in str(name).lower()), None)
 
 
 SCHEDULES = {

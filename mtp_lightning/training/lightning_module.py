@@ -100,14 +100,17 @@ class MtpLightningModule(L.LightningModule):
         return strategy if isinstance(strategy, RunStrategy) else OwnTrainerStrategy(cast(Any, strategy))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW, or Muon and AdamW, in groups by role."""
+        """AdamW, Muon and AdamW, or Adafactor, in groups by role."""
         return build_optimizer(self.model, self.recipe.optimizer, self.strategy.runs_of)
 
     def on_train_start(self) -> None:
         """Begin the checks anew after every start, resumed or not."""
         check_trained(self.model, self.recipe)
         goes_on = self.global_step > 0 or self.recipe.init.optimizer
-        self.gradient_check = NonzeroGradientCheck(self.model, self.strategy.ranks, has_moments=goes_on)
+        is_relative = self.recipe.optimizer.kind == "adafactor"
+        self.gradient_check = NonzeroGradientCheck(
+            self.model, self.strategy.ranks, has_moments=goes_on, is_relative=is_relative
+        )
         self.gradient_checksum = GradientChecksum(self.model, self.strategy.ranks)
         self.target_check = TargetCountCheck()
         self.num_checked_steps = 0
@@ -291,7 +294,8 @@ class MtpLightningModule(L.LightningModule):
         with record_function("step: optimizer"):
             optimizer.step()  # counts the step, skipped or not
         if has_effect and rate > 0:  # the last step of a decay to zero moves nothing
-            self.gradient_check.after_step(strategy.param_shards(), rates_by_role(section, rate))
+            least = min(group.get("rate_factor", 1.0) for group in optimizer.optimizer.param_groups)
+            self.gradient_check.after_step(strategy.param_shards(), rates_by_role(section, rate * least))
         if section.ema is not None:
             strategy.averages = updated_averages(strategy.averages, strategy.param_shards(), section.ema, step)
         optimizer.zero_grad(set_to_none=True)

@@ -74,6 +74,19 @@ def test_only_the_bytes_of_an_interval_are_read(tmp_path: Path, monkeypatch: pyt
     assert len(intervals) == 2, "the cut lies at 336"
 
 
+def test_factors_of_moments_keep_their_own_shapes(tmp_path: Path) -> None:
+    factors = {"row_var": torch.ones(2, 1), "col_var": torch.arange(3.0).view(1, 3)}
+    whole = Piece("a", (2, 3), 0, torch.arange(6.0), {"average": torch.ones(6)}, STEP, factors)
+    reader = ShardReader(write_ranks(tmp_path, [[whole, piece("b", torch.ones(4), 0, 4)]]))
+    assert reader.kinds("a") == ("weight", "average", "col_var", "row_var")
+    for kind, factor in factors.items():
+        assert reader.shape_of("a", kind) == tuple(factor.shape)
+        assert torch.equal(reader.read("a", kind), factor.view(-1))
+    cut_off = whole._replace(weight=torch.arange(4.0), moments={})
+    with pytest.raises(CheckpointError, match="factors row_var, col_var beside 4 values of 6"):
+        write_pieces(tmp_path, [cut_off], 0, 1)
+
+
 def test_values_that_are_no_numbers_come_back_to_the_bit(tmp_path: Path) -> None:
     bits = torch.tensor([0x7FC00001, 0x7F800000, -0x80000000, 1, 0x7F800001], dtype=torch.int32)
     weight = bits.view(torch.float32)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore
@@ -15,22 +16,22 @@ from mtp_lightning.errors import LaunchError
 from mtp_lightning.launch.rank_env import free_port, local_rank_info, started_ranks
 from mtp_lightning.recipe.loading.load import load_recipe
 from mtp_lightning.training.strategies.process_group import _joined_by_all
-from tests.laws.test_zero_resume import ELASTIC_TOLERANCE, assert_near, assert_nobody_stays
+from tests.laws.test_zero_resume import ELASTIC_TOLERANCE, assert_near, assert_nobody_stays, read_or_nothing
 from tests.support.runs import ROOT, figures, last_step, mtp
 
-STEPS = 160
-RUN = (
-    "train",
-    str(ROOT / "recipes/debug/sequential.yaml"),
-    f"run.steps={STEPS}",
-    "checkpoint.every_steps=10",
-    "run.validate_every_steps=80",
-    "logging.every_steps=1",
-    "batch.micro_batch_size=2",
-    "run.device=cpu",
-    "run.threads=1",
-    "run.cache=cache",
-)
+STEPS, SHORT = 160, 40
+
+
+def run_of(steps):
+    """A run of so many steps, validated twice."""
+    return (
+        *("train", str(ROOT / "recipes/debug/sequential.yaml")),
+        *(f"run.steps={steps}", f"run.validate_every_steps={steps // 2}", "checkpoint.every_steps=10"),
+        *("logging.every_steps=1", "batch.micro_batch_size=2", "run.device=cpu", "run.threads=1", "run.cache=cache"),
+    )
+
+
+RUN = run_of(STEPS)
 MEETING = "last_call_timeout=2,keep_alive_interval=2,keep_alive_max_attempt=5"  # a busy machine is not a dead one
 PATIENCE_S = 240
 
@@ -43,16 +44,19 @@ def wait_until(condition, folder):
 
 
 @contextmanager
-def agent(folder, port, *, is_host):
-    """An agent of torchrun with one rank, as on a node of its own; its output goes to a file."""
-    launcher = ("-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3")
+def agent(folder, port, *, is_host="true", num_nodes="1:2", num_ranks=1, run=()):
+    """An agent of torchrun with its ranks, as on a node of its own; its output goes to a file."""
+    launcher = (
+        *("-m", "torch.distributed.run", f"--nnodes={num_nodes}"),
+        *(f"--nproc-per-node={num_ranks}", "--max-restarts=3"),
+    )
     meeting = ("--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=x")
     elastic = ("strategy.elastic=true", "strategy.kind=zero2", f"run.dir={folder}")
     with (folder.parent / f"agent_{is_host}.txt").open("ab") as log:
         process = subprocess.Popen(
             [
                 *(sys.executable, *launcher, *meeting, f"--rdzv-conf={MEETING},is_host={is_host}"),
-                *("-m", "mtp_lightning", *RUN, *elastic),
+                *("-m", "mtp_lightning", *(run or RUN), *elastic),
             ],
             cwd=folder.parent,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
@@ -94,6 +98,44 @@ def test_a_node_comes_and_is_lost(tmp_path):
     whole = mtp(*RUN, "run.dir=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     assert_near(folder, tmp_path / "whole", ELASTIC_TOLERANCE)
+
+
+def rank_of(agent_process, number):
+    """Process id of a rank that an agent has started."""
+    for status in Path("/proc").glob("[0-9]*/status"):
+        parent = f"PPid:\t{agent_process.pid}\n".encode()
+        is_child = parent in read_or_nothing(status)
+        if is_child and f"\0RANK={number}\0".encode() in read_or_nothing(status.with_name("environ")):
+            return int(status.parent.name)
+    raise AssertionError(f"no rank {number} of the agent")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_rank_is_lost_and_the_same_number_goes_on(tmp_path):
+    """One rank of two, then the other, which holds the lock: the end is that of an undisturbed run, to the bit."""
+    folder, run = tmp_path / "run", run_of(SHORT)
+    metrics = folder / "metrics.csv"
+
+    def num_attempts():
+        return len(list(folder.glob("logs/attempt_*")))
+
+    with agent(folder, free_port(), num_nodes=1, num_ranks=2, run=run) as process:
+        for victim, after_step in ((1, 12), (0, 24)):
+            wait_until(lambda after_step=after_step: last_step(metrics) >= after_step, folder)
+            before = num_attempts()
+            os.kill(rank_of(process, victim), signal.SIGKILL)
+            wait_until(lambda before=before: num_attempts() == before + 1, folder)
+        assert process.wait(PATIENCE_S) == 0, (tmp_path / "agent_true.txt").read_text()[-4000:]
+    assert_nobody_stays(folder)
+    assert num_attempts() == 3
+    whole = mtp(*run, "run.dir=whole", "strategy.kind=zero2", "strategy.ranks_per_node=2", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    assert figures(metrics) == figures(tmp_path / "whole/metrics.csv")
+    shards = sorted((folder / f"checkpoints/step-{SHORT:08d}").glob("*-of-*.safetensors"))
+    assert len(shards) == 4
+    for shard in shards:
+        assert shard.read_bytes() == (tmp_path / "whole" / shard.relative_to(folder)).read_bytes(), shard.name
 
 
 def joined(server, num_ranks, *, ranks):

@@ -15,6 +15,7 @@ from mtp_lightning.planner.counts import kept_entries, parameter_counts, trainab
 from mtp_lightning.planner.passes import backward_flow_of
 from mtp_lightning.recipe.loading.load import load_recipe
 from mtp_lightning.training.step.batch import MicroBatch
+from mtp_lightning.training.step.optimizer import build_optimizer
 from mtp_lightning.training.step.rollout import Rollout, RolloutDraw
 from tests.support.covering import every_pair
 from tests.support.tiny import HEAD_KINDS, NEOX, tiny_recipe
@@ -87,6 +88,32 @@ def test_muons_state_is_one_momentum_of_each_matrix_that_it_steps(kind, freeze_p
     moments = sum(count * (1 if name in matrices else 2) for name, count in trained.items())
     assert kept_entries(recipe) == moments + sum(trained.values())
     assert kept_entries(tiny_recipe(**sections)) == 2 * sum(trained.values())
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": NEOX, "freeze": ["offsets_below_2"]},
+        {"adapt": {"lora": {"rank": 3}, "layer_mix": {}}, "freeze": ["unembedding"]},
+        {"model": {"tie_word_embeddings": True, "qk_norm": True}, "objective": {"token_order": {"window_size": 4}}},
+    ],
+)
+def test_adafactors_state_is_what_it_keeps_of_the_trained_parameters(kind, sections):
+    if kind == "anticausal" and "offsets_below_2" in sections.get("freeze", []):
+        pytest.skip("every head of it serves the first offset")
+    if not exists(kind=kind, model="tied" if "tie_word_embeddings" in sections.get("model", {}) else "plain"):
+        pytest.skip("a tied unembedding is one")
+    model = {"num_hidden_layers": 9} | sections.get("model", {})
+    recipe = tiny_recipe(**{**sections, "model": model, "heads": HEAD_KINDS[kind], "optimizer": {"kind": "adafactor"}})
+    built = build_model(recipe)
+    freeze(built, recipe)
+    for parameter in built.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer = build_optimizer(built, recipe.optimizer)
+    optimizer.step()
+    kept = sum(value.numel() for state in optimizer.state.values() for value in state.values() if value.dim())
+    assert kept_entries(recipe) == kept > 0
 
 
 ADAPTATIONS = {

@@ -265,6 +265,15 @@ RULES = (
     _broken("micro_rows_do_not_divide", "batch.global_batch_size=12", "batch.micro_batch_size=8"),
     _broken("betas_out_of_range", "optimizer.betas=[0.9, 1.0]"),
     _broken("muon_settings_without_muon", "optimizer.muon={momentum: 0.9}"),
+    _broken(
+        "adafactor_under_zero",
+        *("optimizer.kind=adafactor", "strategy.kind=zero2", "optimizer.betas=[0.9, 0.99]"),
+    ),
+    _broken("adafactor_settings_without_adafactor", "optimizer.adafactor={clip_threshold: 2.0}"),
+    _broken(
+        "width_scaling_that_is_not_defined",
+        *("optimizer.mup_base_width=128", "optimizer.kind=muon", "model.tie_word_embeddings=true", "adapt.lora={}"),
+    ),
     _broken("decay_without_wsd", "optimizer.decay_fraction=0.1", "optimizer.decay_shape=linear"),
     _broken("second_warm_up_after_the_run", "optimizer.rewarm_at=1000"),
     _broken("second_warm_up_within_the_first", "optimizer.rewarm_at=99"),

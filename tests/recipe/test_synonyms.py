@@ -176,6 +176,8 @@ CONFIGS: dict[str, tuple[str, str]] = {
         lora_target_modules: [q_proj, v_proj]
         sequence_len: 2048
         sample_packing: true
+        clip_threshold: 1.0
+        decay_rate: -0.8
         val_set_size: 0.05
         num_epochs: 3
         wandb_project: mine
@@ -183,6 +185,7 @@ CONFIGS: dict[str, tuple[str, str]] = {
         """
         base_model init.path; adapter adapt.lora; lora_r adapt.lora.rank; lora_alpha adapt.lora.alpha
         lora_target_modules adapt.lora.targets; sequence_len data.seq_len; sample_packing data.packing
+        clip_threshold optimizer.adafactor.clip_threshold; decay_rate optimizer.adafactor.beta2_decay
         val_set_size data.validation_fraction; num_epochs run.steps; wandb_project logging.loggers
         """,
     ),
@@ -196,6 +199,7 @@ OVERRIDES = {
     "model.n_embd=64": "Write model.hidden_size=VALUE.",
     "num_nextn_predict_layers=1": "Write heads.num_offsets=2 (num_offsets counts the next token too: one more",
     "zero_optimization.stage=3": "Write strategy.kind=zero3.",
+    "optim=adafactor": "Write optimizer.kind=adafactor.",
     "bf16=true": "Write run.precision=bf16.",
     "lora_target_modules=[q_proj, v_proj]": 'Write "adapt.lora.targets=[q, v]".',
     "--untie-embeddings-and-output-weights=true": "Write model.tie_word_embeddings=false.",

@@ -7,6 +7,7 @@ averaged, and how many entries of gradients were reduced.
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import lightning as L
@@ -15,6 +16,16 @@ import torch.distributed as dist
 
 from mtp_lightning import MtpDataModule, MtpLightningModule, load_recipe, recipe_callbacks
 from mtp_lightning.training.strategies import own_trainer
+
+SLEEP_S = 0.5  # of the last rank, before every step
+
+
+class Straggler(L.Callback):
+    """Holds the last rank up while it waits for rows."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_rank == trainer.world_size - 1:
+            time.sleep(SLEEP_S)
 
 
 class Watch(L.Callback):
@@ -55,7 +66,7 @@ def main(recipe_file, folder, num_ranks, *overrides):
         strategy="ddp",
         devices=int(num_ranks),
         max_steps=recipe.run.steps,
-        callbacks=[watch, *recipe_callbacks(recipe)],
+        callbacks=[watch, Straggler(), *recipe_callbacks(recipe)],
         default_root_dir=folder,
         enable_progress_bar=False,
     )

@@ -4,6 +4,7 @@ import json
 import shutil
 from hashlib import sha256
 
+import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,12 +12,21 @@ from typer.testing import CliRunner
 
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from mtp_lightning.cli.app import app
+from mtp_lightning.diagnostics.parity import RandomData
+from mtp_lightning.diagnostics.plain_loop import plain_step
 from mtp_lightning.errors import CheckpointError, TrainingError
+from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.hidden_matrices import hidden_matrices
+from mtp_lightning.model.mtp_model import build_model
+from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import load_recipe
+from mtp_lightning.recipe.learning_rate import learning_rate
 from mtp_lightning.training.fit import train
+from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.step.muon import MuonWithAdamW
 from mtp_lightning.training.step.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from mtp_lightning.training.strategies.device import prepare_device
+from mtp_lightning.training.strategies.zero import build_strategy
 from tests.support.averages import assert_average_of_steps
 from tests.support.covering import some_of
 from tests.support.runs import ROOT
@@ -64,6 +74,88 @@ def test_a_run_cut_off_goes_on_to_the_bit(averaged, run):
     assert len(files) == 2
     for file in files:
         assert sha256((again / LAST / file.name).read_bytes()).digest() == sha256(file.read_bytes()).digest()
+
+
+FACTORED = (
+    *("optimizer.kind=adafactor", "optimizer.lr=1e-2", "optimizer.ema={decay: 0.8}"),
+    "freeze=[offsets_below_2]",
+)
+
+
+def test_adafactor_cut_off_goes_on_to_the_bit(run):
+    """Its rows and columns are stored in shapes of their own."""
+    whole = run("factored", *FACTORED, "run.steps=5")
+    again = whole.with_name("factored_again")
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints/step-00000005")
+    run("factored_again", *FACTORED, "run.steps=5")
+    reader = ShardReader(whole / "checkpoints/step-00000005")
+    names = [name for name in reader.names if len(reader.shape(name)) == 2 and "row_var" in reader.kinds(name)]
+    assert names
+    for name in names:
+        rows, columns = reader.shape(name)
+        assert (reader.shape_of(name, "row_var"), reader.shape_of(name, "col_var")) == ((rows, 1), (1, columns))
+    for file in (whole / "checkpoints/step-00000005").glob("*-00001-of-00001.safetensors"):
+        assert (again / "checkpoints/step-00000005" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adafactor_trains_as_torchs_own_in_a_plain_loop():
+    """Rates by schedule and role, decay by role, clipped gradients, a frozen trunk's part."""
+    recipe = tiny_recipe(
+        heads={**HEAD_KINDS["parallel"]},
+        freeze=["unembedding"],
+        batch={"global_batch_size": 4, "micro_batch_size": 2},
+        optimizer={
+            "kind": "adafactor",
+            "lr": 0.05,
+            "warmup_steps": 2,
+            "max_grad_norm": 0.5,
+            "weight_decay": 0.2,
+            "decay_scale": {"heads": 0.5},
+            "lr_scale": {"heads": 2.0},
+            "adafactor": {"beta2_decay": -0.7, "clip_threshold": 1.5, "eps_weight": 1e-2},
+        },
+        run={"steps": 6, "device": "cpu", "threads": 1},
+        logging={"every_steps": 1},
+    )
+    module = MtpLightningModule(recipe)
+    device = prepare_device(recipe)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=build_strategy(recipe, device),
+        max_steps=6,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=RandomData(recipe, Ranks()))
+
+    model = build_model(recipe)
+    freeze(model, recipe)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [
+        {
+            "params": [p for name, p in named.items() if name.startswith(role) and (p.dim() > 1) == is_matrix],
+            "weight_decay": decay if is_matrix else 0.0,
+            "factor": factor,
+        }
+        for role, decay, factor in (("trunk", 0.2, 1.0), ("heads", 0.1, 2.0))
+        for is_matrix in (True, False)
+    ]
+    assert sum(len(group["params"]) for group in groups) == len(named)
+    optimizer = torch.optim.Adafactor(groups, beta2_decay=-0.7, d=1.5, eps=(None, 1e-2))
+    for step in range(6):
+        for group in optimizer.param_groups:
+            group["lr"] = group["factor"] * learning_rate(recipe.optimizer, step, 6)
+        plain_step(model, optimizer, recipe, step)
+    start = dict(build_model(recipe).named_parameters())
+    for name, p in module.model.named_parameters():
+        expected = model.get_parameter(name)
+        assert (p - expected).norm() <= 1e-6 * expected.norm(), name
+        assert torch.equal(expected, start[name]) == (name not in named)
 
 
 def test_the_average_is_that_of_torch(averaged):

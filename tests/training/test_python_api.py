@@ -26,8 +26,9 @@ from mtp_lightning import (
 from mtp_lightning.diagnostics.parity import TOLERANCE
 from mtp_lightning.errors import CheckpointError, RecipeError, TrainingError
 from mtp_lightning.training.fit import train
+from mtp_lightning.training.step.times import PARTS
 from tests.support import warm
-from tests.support.ddp_fit import Watch
+from tests.support.ddp_fit import SLEEP_S, Watch
 from tests.support.runs import ROOT, figures
 from tests.support.tiny import relative_error
 
@@ -139,6 +140,17 @@ def run_two_ranks(recipe_file, folder, *overrides):
     return *tensors, json.loads((folder / "facts.json").read_text())
 
 
+def assert_times_show_who_is_late(metrics):
+    """One rank waits for its rows, and the other for it, in the reduction that every step begins with."""
+    times = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}
+    for part in PARTS:
+        assert 0 < times[f"{part}_min_s"] <= times[f"{part}_s"] <= times[f"{part}_max_s"], part
+        assert times[f"{part}_s"] == pytest.approx((times[f"{part}_min_s"] + times[f"{part}_max_s"]) / 2), part
+    assert times["data_min_s"] < SLEEP_S / 2 < SLEEP_S < times["data_max_s"]
+    assert times["reduce_max_s"] - times["reduce_min_s"] > SLEEP_S / 2
+    assert max(times[f"{part}_max_s"] for part in ("forward", "backward", "step")) < SLEEP_S
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -152,6 +164,7 @@ def run_two_ranks(recipe_file, folder, *overrides):
             ("objective.backward_order=bridged", "objective.weights={kind: constant, values: [1, 1, 0, 1]}"),
             marks=pytest.mark.slow,
         ),
+        pytest.param("parallel", ("optimizer.kind=adafactor",), marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_compute_what_one_computes(recipe_of, cache, tmp_path, name, changes):
@@ -168,6 +181,7 @@ def test_two_ranks_compute_what_one_computes(recipe_of, cache, tmp_path, name, c
     for key in ("train/loss_1", "grad_norm/all", "val/loss_1"):
         assert facts["metrics"][key] == pytest.approx(float(alone.trainer.callback_metrics[key]), rel=1e-5)
     num_entries = sum(gradient.numel() for gradient in gradients.values())
+    assert_times_show_who_is_late(facts["metrics"])
     assert facts["steps"] == [{"equal_before": 0, "entries": num_entries}] * 3  # once per step, over all passes
 
 

@@ -1,5 +1,6 @@
 """Reading shards: any interval of any parameter, whoever wrote it."""
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +84,11 @@ class ShardReader:
 
     def numel(self, name: str) -> int:
         """Number of values of the whole parameter."""
-        return self._note(name).numel
+        return math.prod(self.shape(name))
+
+    def shape_of(self, name: str, kind: str) -> tuple[int, ...]:
+        """Shape of the weight or of a moment, that of the whole parameter, or of a factor of a moment, its own."""
+        return self._note(name).shape_of(kind)
 
     def step(self, name: str) -> float | None:
         """Step count that the optimizer keeps of a parameter; None where it keeps none."""
@@ -105,7 +110,7 @@ class ShardReader:
         Raises:
             CheckpointError: the checkpoint does not hold this parameter or kind.
         """
-        extents, numel = self._extents_of(name, kind), self.numel(name)
+        extents, numel = self._extents_of(name, kind), math.prod(self.shape_of(name, kind))
         stop = numel if stop is None else stop
         if not 0 <= start <= stop <= numel:
             raise IndexError(f"{name}[{start}:{stop}] of {numel} values")
@@ -139,7 +144,7 @@ class ShardReader:
         for stored, entry in header.entries.items():
             kind, _, cut = (WEIGHT, "", stored) if is_model else stored.partition("/")
             name, start = _split(cut, notes)
-            if name not in notes or (cut in notes and entry.shape != notes[name].shape):
+            if name not in notes or (cut in notes and entry.shape != notes[name].shape_of(kind)):
                 raise _damaged(f"{stored} of shape {list(entry.shape)}, of which its notes know nothing, in {path}")
             extent = _Extent(start, start + (entry.end - entry.begin) // entry.dtype.itemsize, path, entry)
             self._extents.setdefault((name, kind), []).append(extent)
@@ -155,7 +160,7 @@ class ShardReader:
         extents = self._extents.setdefault((name, kind), [])
         extents.sort(key=lambda extent: (extent.start, extent.stop))
         files = _listed([extent.path.name for extent in extents])
-        position, former, numel = 0, "", self._notes[name].numel
+        position, former, numel = 0, "", math.prod(self.shape_of(name, kind))
         for extent in extents:
             if extent.start > position:
                 raise _damaged(f"no {kind} of {name}[{position}:{extent.start}] in {files} of {self.folder}")
@@ -225,7 +230,9 @@ def _listed(names: list[str]) -> str:
 
 
 def _words(note: ParameterNote) -> str:
-    return f"shape {list(note.shape)}, step {note.step} and moments {list(note.kinds)}"
+    return f"shape {list(note.shape)}, step {note.step} and moments {list(note.kinds)}" + (
+        f", factors {note.factors}" if note.factors else ""
+    )
 
 
 def _damaged(found: str) -> DamagedCheckpointError:

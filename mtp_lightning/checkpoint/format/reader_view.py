@@ -56,6 +56,10 @@ class RenamingReader:
         """Shape of the whole parameter."""
         return self._fresh[name] if name in self._fresh else self._reader.shape(self._origins[name])
 
+    def shape_of(self, name: str, kind: str) -> tuple[int, ...]:
+        """Shape of the weight or of a moment, that of the whole parameter, or of a factor of a moment, its own."""
+        return self.shape(name) if name in self._fresh else self._reader.shape_of(self._origins[name], kind)
+
     def kinds(self, name: str) -> tuple[str, ...]:
         """What can be read of a parameter: `weight`, and the names of its moments."""
         if name in self._fresh:

@@ -2,12 +2,14 @@
 
 Rank 2 of 4 writes `model-00002-of-00004.safetensors` and `optimizer-00002-of-00004.safetensors`. A parameter that
 one rank holds whole is stored under its name in its shape; an interval of the flattened parameter is stored flat as
-`NAME@START`. Moments are called `exp_avg/NAME` and `exp_avg/NAME@START`. The text of `parameters` in a file's
-metadata says of every parameter in it: the whole shape, the optimizer's step count, and the kinds of its moments.
+`NAME@START`. Moments are called `exp_avg/NAME` and `exp_avg/NAME@START`. Factors of moments, as Adafactor's
+`row_var/NAME`, are stored in their own shapes, by a rank that holds the parameter whole. The text of `parameters` in a
+file's metadata says of every parameter in it: the whole shape, the optimizer's step count, the kinds of its moments and
+the shapes of factors.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +36,7 @@ class Piece(NamedTuple):
     weight: Tensor  # (P,) any float dtype
     moments: dict[str, Tensor]  # each (P,), e.g. exp_avg and exp_avg_sq; empty for a frozen parameter
     step: float | None  # the optimizer's step count of this parameter
+    factors: Mapping[str, Tensor] = {}  # of moments, e.g. row_var (R, 1); only of a parameter that is held whole
 
 
 class ParameterNote(BaseModel):
@@ -43,12 +46,12 @@ class ParameterNote(BaseModel):
 
     shape: tuple[int, ...]
     step: float | None
-    kinds: tuple[str, ...]  # of moments
+    kinds: tuple[str, ...]  # of moments and their factors
+    factors: dict[str, tuple[int, ...]] = {}  # shapes of those kinds that are factors
 
-    @property
-    def numel(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
+    def shape_of(self, kind: str) -> tuple[int, ...]:
+        """Shape of the weight or of a moment, that of the parameter, or of a factor, its own."""
+        return self.factors.get(kind, self.shape)
 
 
 NOTES = TypeAdapter(dict[str, ParameterNote])
@@ -78,17 +81,24 @@ def write_pieces(folder: Path, pieces: Iterable[Piece], rank: int, num_ranks: in
     for piece in pieces:
         _check(piece)
         if piece.weight.numel() or not math.prod(piece.shape):
-            notes[piece.name] = ParameterNote(shape=piece.shape, step=piece.step, kinds=tuple(sorted(piece.moments)))
+            notes[piece.name] = _note_on(piece)
             _add(parts["model"], "", piece, piece.weight)
             for kind, moment in piece.moments.items():
                 _add(parts["optimizer"], f"{kind}/", piece, moment)
-    metadata = {PARAMETERS_KEY: NOTES.dump_json(notes).decode()}
+            parts["optimizer"] |= {f"{kind}/{piece.name}": factor for kind, factor in sorted(piece.factors.items())}
+    metadata = {PARAMETERS_KEY: NOTES.dump_json(notes, exclude_defaults=True).decode()}
     records = {}
     for part, tensors in parts.items():
         name = shard_name(part, rank, num_ranks)
         with durable_file(folder / name) as file:
             records[name] = write_tensors(file, tensors, metadata)
     return records
+
+
+def _note_on(piece: Piece) -> ParameterNote:
+    kinds = tuple(sorted({*piece.moments, *piece.factors}))
+    factors = {kind: tuple(factor.shape) for kind, factor in sorted(piece.factors.items())}
+    return ParameterNote(shape=piece.shape, step=piece.step, kinds=kinds, factors=factors)
 
 
 def _add(tensors: dict[str, Tensor], prefix: str, piece: Piece, values: Tensor) -> None:
@@ -106,6 +116,8 @@ def _check(piece: Piece) -> None:
     for kind, values in {WEIGHT: piece.weight, **piece.moments}.items():
         if values.dim() != 1 or values.numel() != numel:
             raise _misfit(piece, f"{kind} of shape {list(values.shape)} beside {numel} values")
+    if piece.factors and numel < whole:
+        raise _misfit(piece, f"factors {', '.join(piece.factors)} beside {numel} values of {whole}")
 
 
 def _misfit(piece: Piece, found: str) -> CheckpointError:

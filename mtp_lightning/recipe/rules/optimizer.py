@@ -1,8 +1,9 @@
 """Rules between the parts of a learning-rate schedule, the optimizer and what it is spread over."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from mtp_lightning.errors import Fault
+from mtp_lightning.recipe.head_kinds import BUILT_IN
 from mtp_lightning.recipe.learning_rate import decay_steps
 from mtp_lightning.recipe.rules.base import Rule, value_at
 from mtp_lightning.recipe.schema.root import OptimizerSection, Recipe
@@ -21,6 +22,52 @@ def _of_wsd(field: str) -> Rule:
         expected=f"must stay {default}: only the schedule wsd reads it",
         hint=f"Set optimizer.schedule=wsd, or remove optimizer.{field}.",
     )
+
+
+def _of_kind(kind: str) -> Rule:
+    """Build the rule that the settings of an optimizer keep their defaults with the others."""
+    return Rule(
+        fields=(f"optimizer.{kind}", "optimizer.kind"),
+        holds=lambda recipe: (
+            recipe.optimizer.kind == kind or getattr(recipe.optimizer, kind) == getattr(DEFAULTS, kind)
+        ),
+        expected=f"must keep its defaults: only optimizer.kind {kind} reads it",
+        hint=f"Set optimizer.kind={kind}, or remove optimizer.{kind}.",
+    )
+
+
+def _of_mup(field: str, value: str, is_allowed: Callable[[Recipe], bool], why: str, hint: str) -> Rule:
+    """Build the rule that a field has a value with which the scaling by width is defined."""
+    return Rule(
+        fields=(field, "optimizer.mup_base_width"),
+        holds=lambda recipe: recipe.optimizer.mup_base_width is None or is_allowed(recipe),
+        expected=f"must be {value} with optimizer.mup_base_width: {why}",
+        hint=f"{hint}, or remove optimizer.mup_base_width.",
+    )
+
+
+MUP_RULES = (
+    _of_mup(
+        *("optimizer.kind", "adamw", lambda recipe: recipe.optimizer.kind == "adamw"),
+        *("the factors are those of Adam, and others scale by shape themselves", "Set optimizer.kind=adamw"),
+    ),
+    _of_mup(
+        *("model.family", "a family of ours", lambda recipe: not recipe.model.is_foreign),
+        *("initial values and multipliers of a model of transformers are its own", "Choose another model.family"),
+    ),
+    _of_mup(
+        *("model.tie_word_embeddings", "false", lambda recipe: not recipe.model.tie_word_embeddings),
+        *("an embedding learns at the whole rate, an unembedding does not", "Set model.tie_word_embeddings=false"),
+    ),
+    _of_mup(
+        *("adapt.lora", "null", lambda recipe: recipe.adapt.lora is None),
+        *("low-rank updates do not grow with the width", "Remove adapt.lora"),
+    ),
+    _of_mup(
+        *("heads.kind", "a built-in one", lambda recipe: recipe.heads.kind in BUILT_IN),
+        *("how matrices of other heads grow with the width is not known", f"Choose {', '.join(BUILT_IN)}"),
+    ),
+)
 
 
 def _rewarms_in_time(recipe: Recipe) -> bool:
@@ -46,11 +93,24 @@ OPTIMIZER_RULES: tuple[Rule, ...] = (
         expected="must each be >= 0 and < 1",
         hint="Choose decay rates such as [0.9, 0.95].",
     ),
+    *map(_of_kind, ("muon", "adafactor")),
+    *MUP_RULES,
     Rule(
-        fields=("optimizer.muon", "optimizer.kind"),
-        holds=lambda recipe: recipe.optimizer.kind == "muon" or recipe.optimizer.muon == DEFAULTS.muon,
-        expected="must keep its defaults: only optimizer.kind muon reads it",
-        hint="Set optimizer.kind=muon, or remove optimizer.muon.",
+        fields=("optimizer.betas", "optimizer.eps", "optimizer.kind"),
+        holds=lambda recipe: (
+            recipe.optimizer.kind != "adafactor"
+            or (recipe.optimizer.betas, recipe.optimizer.eps) == (DEFAULTS.betas, DEFAULTS.eps)
+        ),
+        expected=f"must stay {DEFAULTS.betas} and {DEFAULTS.eps}: optimizer.kind adafactor does not read them",
+        hint="Remove them (see optimizer.adafactor), or set optimizer.kind=adamw.",
+    ),
+    Rule(
+        fields=("optimizer.kind", "strategy.kind"),
+        holds=lambda recipe: recipe.optimizer.kind != "adafactor" or recipe.strategy.kind == "single",
+        expected="must be adamw or muon under zero1, zero2 and zero3: Adafactor takes means of whole rows and columns, "
+        "and ZeRO gives each rank an interval of flattened matrices",
+        hint="Set optimizer.kind=muon, or strategy.kind=single and one rank; or train under a Trainer of your own "
+        'with strategy="ddp", where every rank holds the whole model.',
     ),
     *map(_of_wsd, ("decay_fraction", "decay_shape")),
     Rule(

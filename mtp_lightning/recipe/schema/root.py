@@ -35,6 +35,20 @@ class MuonSection(Section):
     those of AdamW, so that its learning rate and weight decay can stay; or sqrt(max(1, rows / columns))."""
 
 
+class AdafactorSection(Section):
+    """Adafactor (torch.optim.Adafactor) [Shazeer 2018, arXiv 1804.04235]: the second moment of a matrix as the outer
+    product of a row and a column, and no first moment."""
+
+    beta2_decay: Annotated[float, Field(le=0.0)] = -0.8
+    """Power of the step that the share of a new squared gradient in the second moment falls by."""
+    clip_threshold: Annotated[float, Field(ge=1.0)] = 1.0
+    """Largest root mean square of the update of a parameter, before the learning rate."""
+    eps_gradient: NonNegativeFloat | None = None
+    """Least root of a second moment; null: the distance of 1 from the next number of the type, 1.2e-7 in fp32."""
+    eps_weight: NonNegativeFloat = 1e-3
+    """Least root mean square of a parameter that the learning rate is multiplied by."""
+
+
 class EmaSection(Section):
     """An exponential moving average of the weights, kept beside them in fp32; `--weights ema` takes it."""
 
@@ -49,21 +63,27 @@ class EmaSection(Section):
 class OptimizerSection(Section):
     """What changes the weights, and by how much in each step."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: Literal["adamw", "muon", "adafactor"] = "adamw"
     """adamw: AdamW for all parameters. muon: Muon for the matrices of layers in trunk and heads, AdamW for embeddings,
-    unembedding, norms, biases, low-rank updates and experts that are stacked in one tensor."""
+    unembedding, norms, biases, low-rank updates and experts that are stacked in one tensor. adafactor: Adafactor for
+    all parameters, where strategy.kind is single; learning rates are relative to the size of a parameter."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
     lr_scale: dict[Literal["trunk", "heads", "unembedding", "lora", "layer_mix"], PositiveFloat] = Field(
         default_factory=dict
     )
     """Factors on the learning rate by role, e.g. {heads: 4}."""
+    mup_base_width: PositiveInt | None = None
+    """Width (hidden_size) that `lr` and `model.initializer_range` were chosen at: matrices of a wider model learn more
+    slowly and start smaller (muP). null: all widths alike."""
     betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
     """Decay rates of AdamW's two moments."""
     eps: PositiveFloat = 1e-8
     """Epsilon of AdamW."""
     muon: MuonSection = MuonSection()
     """Settings of Muon."""
+    adafactor: AdafactorSection = AdafactorSection()
+    """Settings of Adafactor."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay; norms and biases are exempt."""
     decay_scale: dict[Literal["trunk", "heads", "unembedding", "lora", "layer_mix"], NonNegativeFloat] = Field(

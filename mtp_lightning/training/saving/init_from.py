@@ -129,6 +129,7 @@ class InitFrom(Callback):
         trained = (name for name, parameter in strategy.named_parameters() if parameter.requires_grad)
         if own.init.optimizer and theirs.optimizer.kind != own.optimizer.kind:
             raise _lacks("init.optimizer", f"state of {own.optimizer.kind} (of {theirs.optimizer.kind})", folder.path)
+        _check_width_scaling(theirs, own, folder.path)
         bare = [name for name in trained if own.init.optimizer and len(view.kinds(name)) <= 1]
         if bare:
             raise _lacks("init.optimizer", f"optimizer's state of {listed(bare)}", folder.path)
@@ -201,6 +202,17 @@ def _compared(theirs: Recipe, own: Recipe) -> dict[str, tuple[Any, Any]]:
         values = (value_at(theirs, field), value_at(own, field))
         pairs |= {field: values} if None not in values else {}
     return pairs | {"layers of the trunk": (num_trunk_layers(theirs), num_trunk_layers(own))}
+
+
+def _check_width_scaling(theirs: Recipe, own: Recipe, folder: Path) -> None:
+    """Refuse rates by width for weights that did not start and learn by it."""
+    base, before = own.optimizer.mup_base_width, theirs.optimizer.mup_base_width
+    if base is not None and base != before:
+        raise CheckpointError(
+            "optimizer.mup_base_width must be null, or that of the model in init.path: its initial values go with it",
+            f"{base} here and {'null' if before is None else before} in {folder}",
+            "Remove optimizer.mup_base_width, and choose optimizer.lr for this model",
+        )
 
 
 def _lacks(field: str, what: str, folder: Path) -> CheckpointError:

@@ -29,6 +29,7 @@ STILL_LOOKS = 6  # at a weight that does not move, over 2^5 steps, where moments
 ZERO_LOOKS = 6  # at a gradient of zero, over 2^6 steps, where a matrix of zeros may be the reason
 SEEN_GRADIENT = 1e-6  # far above the eps that Adam adds to a gradient's size
 SHOWN_ULPS = 4  # a rate of so many units in the last place shows in any step of Adam whose gradients agree
+LEAST_UPDATE = 1e-2  # of Adafactor where a gradient is largest: that of a row and a column that are large all over
 PROJECTED_ENTRIES = 2**18  # of a gradient that are projected at a time
 ROUNDING, COARSE_ROUNDING = 1e-2, 5e-2  # of a gradient's norm: how far sums may lie apart; coarse below fp32
 
@@ -51,10 +52,11 @@ class NonzeroGradientCheck:
         model: the model that is trained.
         ranks: that train it.
         has_moments: whether the optimizer goes on from earlier steps.
+        is_relative: whether learning rates are relative to the size of a parameter, as those of Adafactor.
     """
 
-    def __init__(self, model: MtpModel, ranks: Ranks, *, has_moments: bool = False) -> None:
-        self.model, self.ranks, self.has_moments = model, ranks, has_moments
+    def __init__(self, model: MtpModel, ranks: Ranks, *, has_moments: bool = False, is_relative: bool = False) -> None:
+        self.model, self.ranks, self.has_moments, self.is_relative = model, ranks, has_moments, is_relative
         self.pending = [name for name, p in model.named_parameters() if p.requires_grad]
         self.watched: list[str] = []
         self.probes: dict[str, _Probe] = {}
@@ -140,7 +142,10 @@ class NonzeroGradientCheck:
         moved = dict.fromkeys(self.watched, _STILL)
         for shard in shards:
             if shard.name in self.probes and shard.name in moved:
-                moves = self.probes[shard.name].moves(shard.weight, rates[role_of(shard.name)])
+                rate = rates[role_of(shard.name)]
+                if self.is_relative:
+                    rate *= LEAST_UPDATE * float(shard.weight.norm()) / math.sqrt(shard.weight.numel())
+                moves = self.probes[shard.name].moves(shard.weight, rate)
                 moved[shard.name] = max(moved[shard.name], moves)
         found = self.ranks.max(torch.tensor(list(moved.values()))).tolist()
         outcome = dict(zip(self.watched, found, strict=True))

@@ -1,4 +1,4 @@
-"""AdamW, or Muon and AdamW, in groups by role; clipping."""
+"""AdamW, Muon and AdamW, or Adafactor, in groups by role; clipping."""
 
 import itertools
 from collections.abc import Collection, Iterable
@@ -10,28 +10,32 @@ from torch import Tensor, nn
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.model.hidden_matrices import hidden_matrices
 from mtp_lightning.model.roles import ROLES, role_of
+from mtp_lightning.model.width_scaling import rate_factors
 from mtp_lightning.recipe.schema.root import OptimizerSection
 from mtp_lightning.training.step.muon import MuonWithAdamW
 from mtp_lightning.training.strategies.param_shards import RunsOf, whole_shape
 
 
 def parameter_groups(model: nn.Module, section: OptimizerSection, muon: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Group trainable parameters by role, by whether they decay and by optimizer; groups without are left out.
+    """Group trainable parameters by role, whether they decay, optimizer and rate; groups without are left out.
 
     Args:
         model: its trainable parameters are grouped.
         section: of the recipe.
         muon: names of the parameters that Muon steps.
     """
-    kinds = itertools.product(ROLES, (True, False), (False, True))
-    groups: dict[tuple[str, bool, bool], list[Tensor]] = {kind: [] for kind in kinds}
+    factors = rate_factors(model, section)
+    kinds = itertools.product(ROLES, (True, False), (False, True), sorted({1.0, *factors.values()}))
+    groups: dict[tuple[str, bool, bool, float], list[Tensor]] = {kind: [] for kind in kinds}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[role_of(name), len(whole_shape(parameter)) > 1, name in muon].append(parameter)
+            decays, factor = len(whole_shape(parameter)) > 1, factors.get(name, 1.0)
+            groups[role_of(name), decays, name in muon, factor].append(parameter)
     return [
         {"params": params, "role": role, "weight_decay": _weight_decay(section, role) if decays else 0.0}
         | ({"is_muon": is_muon} if muon else {})
-        for (role, decays, is_muon), params in groups.items()
+        | ({"rate_factor": factor} if factors else {})
+        for (role, decays, is_muon, factor), params in groups.items()
         if params
     ]
 
@@ -42,7 +46,7 @@ def _weight_decay(section: OptimizerSection, role: str) -> float:
 
 def build_optimizer(
     model: nn.Module, section: OptimizerSection, runs_of: RunsOf | None = None
-) -> torch.optim.AdamW | MuonWithAdamW:
+) -> torch.optim.AdamW | torch.optim.Adafactor | MuonWithAdamW:
     """Build the optimizer of the model's trainable parameters; learning rates are set before every step.
 
     Args:
@@ -70,6 +74,13 @@ def build_optimizer(
             )
     if muon:
         return MuonWithAdamW(groups, section, runs_of)
+    if section.kind == "adafactor":
+        assert runs_of is None, (
+            "means of rows and columns are no intervals of a flattened parameter"
+        )  # a rule refuses it
+        own = section.adafactor
+        eps = (own.eps_gradient, own.eps_weight)
+        return torch.optim.Adafactor(groups, lr=section.lr, beta2_decay=own.beta2_decay, eps=eps, d=own.clip_threshold)
     beta1, beta2 = section.betas
     return torch.optim.AdamW(groups, lr=section.lr, betas=(beta1, beta2), eps=section.eps, fused=True)
 
@@ -80,10 +91,10 @@ def rates_by_role(section: OptimizerSection, lr: float) -> dict[str, float]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, section: OptimizerSection, lr: float) -> None:
-    """Give every group the learning rate of its role."""
+    """Give every group the learning rate of its role, times its own factor by the model's width."""
     rates = rates_by_role(section, lr)
     for group in optimizer.param_groups:
-        group["lr"] = rates[group["role"]]
+        group["lr"] = rates[group["role"]] * group.get("rate_factor", 1.0)
 
 
 @torch.no_grad()

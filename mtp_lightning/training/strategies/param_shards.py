@@ -29,6 +29,7 @@ class ParamShard(NamedTuple):
     moments: dict[str, Tensor]  # (m,) each; empty before the first step, and for frozen parameters
     step: Tensor | None  # optimizer steps of this parameter, 0-dimensional
     is_trainable: bool
+    factors: Mapping[str, Tensor] = {}  # of moments, in shapes of their own; only of a parameter that is held whole
 
     @property
     def stop(self) -> int:
@@ -41,16 +42,23 @@ class ParamShard(NamedTuple):
         for kind, values in {WEIGHT: self.weight, **self.moments}.items():
             if kind in reader.kinds(self.name):
                 values.copy_(reader.read(self.name, kind, self.start, self.stop))
+        for kind, factor in self.factors.items():
+            if kind in reader.kinds(self.name):
+                factor.copy_(reader.read(self.name, kind).view(factor.shape))
         if self.step is not None:
             self.step.fill_(max(float(self.step), reader.step(self.name) or 0.0))
 
     def piece(self, *, copied: bool) -> Piece:
         """What a checkpoint keeps of this; `copied` takes it out of the way of the next optimizer step."""
-        weight, moments = self.weight, self.moments
+        weight, moments, factors = self.weight, self.moments, self.factors
         if copied:
-            weight, moments = weight.to("cpu", copy=True), {k: m.to("cpu", copy=True) for k, m in moments.items()}
+            weight, moments, factors = weight.to("cpu", copy=True), _copied(moments), _copied(factors)
         step = None if self.step is None else float(self.step)
-        return Piece(self.name, tuple(self.shape), self.start, weight, moments, step)
+        return Piece(self.name, tuple(self.shape), self.start, weight, moments, step, factors)
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {kind: tensor.to("cpu", copy=True) for kind, tensor in tensors.items()}
 
 
 class MatrixRun(NamedTuple):
@@ -82,9 +90,11 @@ def whole_shards(
     """Yield parameters that this rank holds whole."""
     for name, p in named_parameters:
         weight, state = p.detach().view(-1), optimizer.state.get(p, {})
-        moments = {key: moment.view(-1) for key, moment in moments_of(state, p).items()}
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
+        moments = {key: value.view(-1) for key, value in tensors.items() if value.shape == p.shape}
+        factors = {key: value for key, value in tensors.items() if key not in moments}
         gradient = None if p.grad is None else p.grad.view(-1)
-        yield ParamShard(name, p.shape, 0, weight, gradient, moments, state.get("step"), p.requires_grad)
+        yield ParamShard(name, p.shape, 0, weight, gradient, moments, state.get("step"), p.requires_grad, factors)
 
 
 def gradient_norms(
@@ -126,7 +136,9 @@ def provide_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, reader:
     state = optimizer.state[parameter]
     for kind in reader.kinds(name):
         if kind not in (WEIGHT, AVERAGE) and kind not in state:
-            state[kind] = torch.zeros_like(parameter.detach())
+            stored = reader.shape_of(name, kind)
+            is_factor = stored != reader.shape(name)
+            state[kind] = parameter.detach().new_zeros(stored if is_factor else parameter.shape)
     if reader.step(name) is not None and "step" not in state:
         is_on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if is_on_device else "cpu")
