@@ -28,6 +28,7 @@ FORWARD_PASSES = 3  # written, read, read again by an unfused neighbour
 BACKWARD_PASSES = 3  # read, its gradient written and read
 RECOMPUTE_PASSES = 2
 LOGIT_BYTES = 30  # per entry: out of the product, to fp32, two passes of softmax, back to bf16, into two products
+COMPILED_LOGIT_BYTES = 22  # fp32 out of the product, read three times; the gradient in bf16 written, into two products
 TEACHER_BYTES = 14  # per entry of the main head's scores: out of the product, to fp32, once more through top-k
 COMPARED_BYTES = 80  # per entry that is compared: ten tensors written and read (`losses/chunked.py`)
 UPDATE_BYTES = 30  # per parameter: master, two moments and gradient read, three written back, weight written
@@ -119,7 +120,7 @@ def _memory_bound_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     again, _ = _recomputed(shape, layout)
     work = shape.passes.all
     passes = FORWARD_PASSES * work.layers + BACKWARD_PASSES * work.layers_back + RECOMPUTE_PASSES * again
-    logits = LOGIT_BYTES * shape.passes.num_scored
+    logits = (COMPILED_LOGIT_BYTES if layout.compiles_loss else LOGIT_BYTES) * shape.passes.num_scored
     compared = COMPARED_BYTES * shape.passes.num_compared_entries
     if layout.backward_order != "joint":
         compared += TEACHER_BYTES * shape.passes.num_teacher_scores
