@@ -15,7 +15,6 @@ from torch import Tensor
 from mtp_lightning.losses import reference
 from mtp_lightning.losses.distillation import Distillation
 from mtp_lightning.losses.targets import IGNORE
-from mtp_lightning.model.heads import TRUNK
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe.schema.objective import DistillSection
 from mtp_lightning.recipe.trainable import offsets_to_run
