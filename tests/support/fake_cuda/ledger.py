@@ -134,7 +134,8 @@ class Ledger(TorchDispatchMode):
         read = {id(leaf): leaf for leaf in given}.values()  # what a product is written to comes twice
         sizes = sorted(leaf.nbytes for leaf in (*read, *made) if leaf.is_cuda)
         moved = 2 * sum(sizes[:-1]) if name in PICKING else 2 * sum(sizes[:-2]) if name in PLACING else sum(sizes)
-        computing_s = flops / FLOPS_PER_S.get(given[0].dtype, EXACT_FLOPS_PER_S) if flops else 0.0
+        multiplied = given[1 if name == "aten::addmm" else 0] if flops else None  # not what is added to
+        computing_s = flops / FLOPS_PER_S.get(multiplied.dtype, EXACT_FLOPS_PER_S) if multiplied is not None else 0.0
         where = _where()
         self.launches[where] += 1
         self.moved[where] += moved
