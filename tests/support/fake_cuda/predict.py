@@ -2,22 +2,26 @@
 
     python -m tests.support.fake_cuda.predict recipes/paper/0.3b_n1.yaml recipes/paper/0.3b_n4.yaml [KEY=VALUE...]
 
-Each kernel of eager torch takes as long as its bytes or its operations do at the rates of `ledger.py`. What compilers
-would fuse, and what ranks exchange, is not in it (`mtp plan` has the latter).
+Each kernel of eager torch takes as long as its bytes or its operations do at the rates of `ledger.py`. A second figure
+is for `memory.compile=true`: elementwise work of layers moves what `compiled_layer` counts, scores in the loss what the
+planner says. What ranks exchange and the optimizer are not in it (`mtp plan` has both).
 """
 
 import sys
 from collections import Counter
 from pathlib import Path
 
+from mtp_lightning.planner.counts import parameter_counts
 from mtp_lightning.planner.flops import flops_per_position
+from mtp_lightning.planner.throughput import COMPILED_LOGIT_BYTES, LOGIT_BYTES
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.recipe.schema.root import Recipe
 from tests.support.fake_cuda.client import FakeCuda, fake_cuda
+from tests.support.fake_cuda.ledger import BYTES_PER_S
 
 PEAK_FLOPS_PER_S = 989e12
 FIELDS = ["data.shards=none", "run.steps=2", "logging.every_steps=9", "run.validate_every_steps=9"]
-KINDS = ("products", "attention", "elementwise")
+FORWARD_BYTES, BACKWARD_BYTES = 55.6, 99.3  # of a compiled layer, per position and channel: `compiled_layer`
 
 
 def predict(ask: FakeCuda, path: str, overrides: list[str]) -> tuple[Recipe, Counter[str], Counter[str], int]:
@@ -35,6 +39,17 @@ def predict(ask: FakeCuda, path: str, overrides: list[str]) -> tuple[Recipe, Cou
     return recipe, by_kind, by_line, sum(books["launches"][0].values())
 
 
+def compiled_s(recipe: Recipe, kinds: Counter[str], positions: int) -> float:
+    """Seconds of a micro-batch whose layers and loss are compiled."""
+    layers, trunk = recipe.model.num_hidden_layers, recipe.model.num_hidden_layers - recipe.heads.num_offsets
+    per_channel = (FORWARD_BYTES + BACKWARD_BYTES) * layers + FORWARD_BYTES * trunk * recipe.memory.recompute_trunk
+    moved = per_channel * positions * recipe.model.hidden_size
+    moved += 6 * parameter_counts(recipe).total  # gradients in bf16, added to those of the other passes
+    saved = (LOGIT_BYTES - COMPILED_LOGIT_BYTES) * positions * recipe.model.vocab_size * recipe.heads.num_offsets
+    kept = sum(seconds for kind, seconds in kinds.items() if kind not in ("elementwise", "update"))
+    return kept + (moved - saved) / BYTES_PER_S
+
+
 def main(arguments: list[str]) -> None:
     """Print a row for every recipe."""
     paths, overrides = ([own for own in arguments if ("=" in own) == is_field] for is_field in (False, True))
@@ -42,15 +57,12 @@ def main(arguments: list[str]) -> None:
         for path in paths:
             recipe, kinds, lines, launches = predict(ask, path, overrides)
             positions = recipe.batch.micro_batch_size * recipe.data.seq_len
-            seconds = sum(seconds for kind, seconds in kinds.items() if kind != "update")
             operations = flops_per_position(recipe) * positions
-            mfu = operations / seconds / PEAK_FLOPS_PER_S
-            parts = ", ".join(f"{kind} {1e3 * kinds[kind]:.1f}" for kind in sorted(kinds))
-            print(
-                f"{recipe.name}: {1e3 * seconds:.1f} ms a micro-batch of {positions} positions, "
-                f"{operations / 1e12:.1f} TFLOP, MFU {mfu:.1%}, {launches} launches, "
-                f"ms: {parts}"
-            )
+            eager = sum(seconds for kind, seconds in kinds.items() if kind != "update")
+            print(f"{recipe.name}: {positions} positions, {operations / 1e12:.1f} TFLOP, {launches} launches")
+            for name, seconds in (("eager", eager), ("compiled", compiled_s(recipe, kinds, positions))):
+                print(f"  {name}: {1e3 * seconds:.1f} ms, MFU {operations / seconds / PEAK_FLOPS_PER_S:.1%}")
+            print(f"  ms: {', '.join(f'{kind} {1e3 * kinds[kind]:.1f}' for kind in sorted(kinds))}")
             for line, own in lines.most_common(14):
                 print(f"    {1e3 * own:8.2f} ms  {line}")
             sys.stdout.flush()
