@@ -34,6 +34,7 @@ def predict(ask: FakeCuda, path: str, overrides: list[str]) -> tuple[Recipe, Cou
     for name, seconds in books["seconds"][0].items():
         kind, _, line = name.partition(" ")
         of_loss = line.startswith("losses/")
+        kind = "update" if line.startswith("training/strategies/") else kind  # once in a step
         by_kind[f"loss, {kind}" if of_loss else kind] += seconds
         by_line[f"{line} ({kind})"] += seconds
     return recipe, by_kind, by_line, sum(books["launches"][0].values())
