@@ -138,7 +138,7 @@ def test_documents_need_no_mask_of_the_window(gpu, kind):
 
 OUR_WAITS = {
     "copy to cpu training/step/vote.py agree_on_step": "is there anything to learn, does a rank stop?",
-    "_local_scalar_dense training/strategies/param_shards.py gradient_norms": "is the step taken?",
+    "copy to cpu training/strategies/param_shards.py gradient_norms": "is the step taken?",
 }
 DEEPSPEED_WAITS = {
     "_local_scalar_dense training/strategies/zero.py optimizer_step": "overflow and norm, its own",
