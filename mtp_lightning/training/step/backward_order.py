@@ -145,7 +145,7 @@ class SequentialBackward:
         Returns:
             Leaves, (B, T, D), detached from these states, whose `grad` is the gradient of all losses.
         """
-        leaves = {}
+        leaves: dict[int, Tensor] = {}
         for name in dict.fromkeys(self.model.parent_of(offset) for offset in self.needed):
             if name in states:
                 leaves[name] = _leaf_of(states[name])
@@ -164,7 +164,7 @@ class SequentialBackward:
         """
         if offset == 1:
             self._set_teacher(hidden)
-        parts = []
+        parts: list[Tensor] = []
         if not self._readers(offset):
             parts += self._losses(offset, hidden)
         else:
