@@ -102,8 +102,7 @@ def _stretch(session: DecodeState, offsets: range) -> _RecomputeSpan:
     lengths = session.lengths
     if session.catches_up:
         starts = session.valid[offsets[-1]]  # deeper offsets are never ahead of shallower ones
-        facts = torch.stack((starts.min(), starts.max(), (lengths - starts).max()))
-        first, last, width = (int(fact) for fact in facts.tolist())
+        first, last, width = session.spans[offsets[-1]]
     else:
         starts, first, last, width = lengths - 1, session.shortest - 1, session.longest - 1, 1
     window = session.cache.window(starts, width, reach=last + width, aligned=first == last)

@@ -127,14 +127,14 @@ def _steps(
         scores = prefill(session)
     first = _first_tokens(scores, settings.sampling, session.generator)
     session.tokens.scatter_(1, session.lengths[:, None], first)
-    yield _end_step(session, stopping, first[:, :0], torch.zeros_like(session.lengths), first)
+    yield _end_step(session, stopping, first[:, :0], torch.zeros_like(session.lengths), first)[0]
     while not session.all_finished:
         num_drafts = adaptive.choose() if adaptive else longest
         with sdpa_kernel(KERNELS):
             drafts, result = decoding.step(num_drafts)
-        step = _end_step(session, stopping, drafts, result.accepted, result.block)
+        step, accepted = _end_step(session, stopping, drafts, result.accepted, result.block)
         if adaptive is not None:
-            adaptive.observe(num_drafts, result.accepted[step.is_active].tolist())
+            adaptive.observe(num_drafts, accepted)
         yield step
 
 
@@ -145,11 +145,15 @@ def _first_tokens(scores: Tensor, sampling: Sampling, generator: torch.Generator
     return sampling.draw(scores, generator)[:, None]
 
 
-def _end_step(session: DecodeState, stopping: Stopping, drafts: Tensor, accepted: Tensor, block: Tensor) -> Step:
+def _end_step(
+    session: DecodeState, stopping: Stopping, drafts: Tensor, accepted: Tensor, block: Tensor
+) -> tuple[Step, list[int]]:
+    """Return the step, and how many drafts were kept in each row that had not ended, which the host knows now."""
     is_active = ~session.is_finished
     kept, session.is_finished = stopping.cut(block, accepted + 1, session.is_finished)
-    session.note_progress()
-    return Step(drafts, accepted, block, kept, is_active)
+    counts, active = session.note_progress(accepted, is_active.long())
+    judged = [count for count, is_on in zip(counts, active, strict=True) if is_on]
+    return Step(drafts, accepted, block, kept, is_active), judged
 
 
 def texts_of(steps: Sequence[Step]) -> list[list[int]]:

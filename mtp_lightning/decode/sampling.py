@@ -86,5 +86,17 @@ class Sampling:
 
 def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
     """Draw one token by weights that need not sum to one: (..., V) -> (...)."""
+    if weights.is_cuda:
+        return race(weights, generator)
     drawn = torch.multinomial(weights.reshape(-1, weights.shape[-1]), 1, generator=generator)
     return drawn.view(weights.shape[:-1])
+
+
+def race(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw as `torch.multinomial` does, the same tokens, without its checks: (..., V) -> (...).
+
+    The first of independent exponential clocks with the weights as their rates. On a GPU the host would wait for the
+    checks twice.
+    """
+    clocks = torch.empty_like(weights).exponential_(1, generator=generator)
+    return (weights / clocks).argmax(-1)

@@ -49,6 +49,7 @@ class DecodeState:
         self.shortest, self.longest, self.all_finished = 0, 0, False  # what the host knows
         self.catches_up = any(has_layers(model, offset) for offset in self.drafting)
         self.valid = {offset: torch.zeros_like(self.cache.lengths) for offset in self.drafting}
+        self.spans: dict[int, tuple[int, int, int]] = {}  # first and last of `valid`, and the most rows that are not
         unembedding = model.unembedding
         self.vocabulary = unembedding.drafts  # of drafts; None for all V
         scored = {unembedding.matrix_index(offset) for offset in drafting} if self.vocabulary is not None else set()
@@ -101,13 +102,23 @@ class DecodeState:
         self.tokens.scatter_(1, slots, block)
         self.cache.lengths += torch.where(self.is_finished, 0, accepted + 1)
 
-    def note_progress(self) -> None:
-        """Tell the host how far the rows are: on a GPU, this waits for it."""
-        shortest, longest = self.lengths.aminmax()
-        self.shortest, self.longest, finished = (
-            int(fact) for fact in torch.stack((shortest, longest, self.is_finished.all().long())).tolist()
-        )
-        self.all_finished = finished == 1
+    def note_progress(self, *facts: Tensor) -> list[list[int]]:
+        """Tell the host how far rows and drafting offsets are, after a commit; on a GPU it waits for that, once a step.
+
+        Args:
+            facts: (B,) integers, what else the host is to know of the rows. They are returned.
+        """
+        ahead = [*self.valid.values()] if self.catches_up else []
+        noted = torch.stack((self.lengths, self.is_finished.long(), *facts, *ahead)).tolist()
+        lengths, finished = noted[0], noted[1]
+        self.shortest, self.longest, self.all_finished = min(lengths), max(lengths), all(finished)
+        for offset, starts in zip(self.valid, noted[2 + len(facts) :], strict=False):
+            self.spans[offset] = _span_of(lengths, starts)
+        return noted[2 : 2 + len(facts)]
+
+
+def _span_of(lengths: Sequence[int], starts: Sequence[int]) -> tuple[int, int, int]:
+    return min(starts), max(starts), max(length - start for length, start in zip(lengths, starts, strict=True))
 
 
 def main_path(model: MtpModel) -> list[int]:

@@ -143,9 +143,7 @@ class TreeTables:
         self.ranks = torch.tensor(tree.ranks, device=device)
         self.paths = torch.tensor([path + path[-1:] * (deepest + 1 - len(path)) for path in paths], device=device)
         self.children = torch.tensor([below + [0] * (widest - len(below)) for below in children], device=device)
-        self.ancestry = torch.zeros(len(depths), len(depths), dtype=torch.bool, device=device)
-        for node, path in enumerate(paths):
-            self.ancestry[node, path] = True
+        self.ancestry = torch.tensor([[node in path for node in range(len(depths))] for path in paths], device=device)
 
     def fill(self, logits: Tensor) -> Tensor:
         """Give every node but the root its token: heads' scores (B, K, V), K at least the depth -> (B, T-1)."""

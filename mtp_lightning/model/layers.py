@@ -49,6 +49,18 @@ def build_norm(section: ModelSection) -> nn.Module:
     return kind(section.hidden_size, section.norm_eps)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of queries or keys in the type they come in.
+
+    Autocast would raise them to fp32 on a GPU; and where only the weight is fp32, torch has no fused kernel.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm the channels of each head: (..., W) -> (..., W)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Grouped-query causal attention with rotary positions."""
 
@@ -62,8 +74,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(section.hidden_size, shared, bias=section.qkv_bias)
         self.v_proj = nn.Linear(section.hidden_size, shared, bias=section.qkv_bias)
         self.o_proj = nn.Linear(inner, section.hidden_size, bias=section.output_bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, section.norm_eps) if section.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, section.norm_eps) if section.qk_norm else None
+        self.q_norm = HeadNorm(self.head_dim, section.norm_eps) if section.qk_norm else None
+        self.k_norm = HeadNorm(self.head_dim, section.norm_eps) if section.qk_norm else None
 
     def forward(self, hidden: Tensor, geometry: AttentionInputs) -> Tensor:
         """Mix positions: (B, T, D) -> (B, T, D)."""

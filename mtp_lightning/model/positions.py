@@ -95,14 +95,20 @@ def positions_in_document(documents: Tensor) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, section: ModelSection, *, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, two equal halves as in HF: (B, T) -> two (B, 1, T, R)."""
+    """Cosines and sines of the rotary angles, two equal halves as in HF: (B, T) -> two (B, 1, T, R).
+
+    They come in the type of queries and keys, which autocast lowers: in a higher one these would be turned in it, and
+    rounded back.
+    """
+    device = like.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
     exact = torch.promote_types(like.dtype, torch.float32)
     exponents = torch.arange(0, section.rotary_width, 2, device=positions.device, dtype=exact) / section.rotary_width
     frequencies = _scaled(1.0 / section.resolved_rope_theta**exponents, section)
     angles = positions[:, None, :, None].to(exact) * frequencies  # (B, 1, T, R/2)
     angles = torch.cat((angles, angles), dim=-1)
     scale = 1.0 if section.rope_scaling is None else section.rope_scaling.resolved_attention_factor
-    return (angles.cos() * scale).to(like.dtype), (angles.sin() * scale).to(like.dtype)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 def _scaled(frequencies: Tensor, section: ModelSection) -> Tensor:

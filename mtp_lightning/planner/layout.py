@@ -72,6 +72,7 @@ class Layout:
     chunk_bytes: float = math.inf  # of logits
     recomputes_trunk: bool = False
     recomputes_heads: bool = False
+    compiles_loss: bool = False  # its passes over scores, fused
     mlp_tile: int | None = None  # positions of a row that feed-forwards run on at a time; None: all of a GPU's
     offloads_activations: bool = False  # of recomputed layers, to the host
     offload_optimizer: str = "none"
@@ -138,6 +139,7 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
         precision=recipe.run.precision,
         backward_order=objective.backward_order,
         chunk_bytes=objective.chunk_bytes("cpu" if recipe.run.device == "cpu" else "cuda"),
+        compiles_loss=memory.compile and objective.backward_order != "joint",
         recomputes_trunk=memory.recompute_trunk,
         recomputes_heads=recipe.recomputes_heads,
         mlp_tile=_tile(memory.mlp_tile, recipe.data.seq_len // strategy.sequence_parallel),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.decode.sampling import Sampling, draw
+from mtp_lightning.decode.sampling import Sampling, draw, race
 from mtp_lightning.decode.tree import TreeTables, accept_tree_greedy, build_tree
 from mtp_lightning.decode.verify import accept_greedy, accept_point_mass, accept_typical, rejection_sample
 
@@ -127,3 +127,11 @@ def test_tree_grows_where_most_is_expected():
         chances.append(share[1:])
     assert all(later[:-1] == pytest.approx(earlier) for earlier, later in pairwise(chances))
     assert chances[-1] == sorted(chances[-1], reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gpu_draws_the_tokens_that_multinomial_draws(dtype):
+    """Without its checks, for which the host would wait."""
+    weights = torch.rand(3, 7, 500, generator=generator(), dtype=dtype)
+    weights[..., ::3] = 0
+    assert torch.equal(race(weights, generator()), draw(weights, generator()))

@@ -8,7 +8,14 @@ from mtp_lightning.planner.flops import flops_per_position
 from mtp_lightning.planner.hardware import hardware, known_hardware
 from mtp_lightning.planner.layout import layout_of
 from mtp_lightning.planner.shape import shape_of
-from mtp_lightning.planner.throughput import communication_bytes, communication_s, step_time
+from mtp_lightning.planner.throughput import (
+    COMPILED_LOGIT_BYTES,
+    LOGIT_BYTES,
+    MEMORY_EFFICIENCY,
+    communication_bytes,
+    communication_s,
+    step_time,
+)
 from mtp_lightning.recipe.loading.load import load_recipe
 from tests.structure.source import ROOT
 from tests.support.tiny import HEAD_KINDS, tiny_recipe
@@ -117,3 +124,15 @@ def test_distillation_pays_for_the_scores_of_its_teacher(backward_order: str) ->
     seconds = positions * operations / (H100.peak("bf16") * H100.product_efficiency)
     assert taught.products_s - plain.products_s == pytest.approx(seconds)
     assert taught.memory_bound_s > plain.memory_bound_s
+
+
+def test_a_compiled_loss_moves_fewer_bytes() -> None:
+    """Fewer than the plain one, and no other part of a step is another."""
+    recipe = load_recipe(ROOT / "recipes/paper/1.3b_n4.yaml", ["memory.compile=true"]).recipe
+    shape, layout = shape_of(recipe), layout_of(recipe)
+    compiled, plain = (step_time(shape, replace(layout, compiles_loss=is_on), H100) for is_on in (True, False))
+    assert layout.compiles_loss
+    entries = layout.num_micro_batches * layout.micro_batch_size * shape.seq_len * shape.passes.num_scored
+    saved = entries * (LOGIT_BYTES - COMPILED_LOGIT_BYTES) / (H100.memory_bytes_per_s * MEMORY_EFFICIENCY)
+    assert plain.memory_bound_s - compiled.memory_bound_s == pytest.approx(saved)
+    assert plain.products_s == compiled.products_s

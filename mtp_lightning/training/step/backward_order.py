@@ -15,7 +15,6 @@ from torch import Tensor
 from mtp_lightning.losses import reference
 from mtp_lightning.losses.distillation import Distillation
 from mtp_lightning.losses.targets import IGNORE
-from mtp_lightning.model.heads import TRUNK
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.recipe.schema.objective import DistillSection
 from mtp_lightning.recipe.trainable import offsets_to_run
@@ -92,8 +91,8 @@ class SequentialBackward:
         forward    trunk ──► z            the trunk's graph stays until the end
                              │ detach
                              ▼
-                             z' ──► head 1 ──► chunked loss 1     forward, then backward: adds to z'.grad
-                             │◄──────────────────────┘            head 1's graph is freed
+                             z' ──► head 1 ──► chunked loss 1     forward, then backward in one pass through loss and
+                             │◄──────────────────────┘            head: adds to z'.grad; head 1's graph is freed
                              ├────► head 2 ──► chunked loss 2     the same
                              │◄──────────────────────┘
                              ⋮
@@ -102,11 +101,14 @@ class SequentialBackward:
         backward   trunk ◄── z'.grad      once, with the sum of all heads' gradients
 
     Chained heads detach between heads as well: forward runs from the trunk to the far head, backward from the far head
-    to the trunk, each head with its own loss's gradient and that of the head which read it:
+    to the trunk, each head in one pass with its own loss and the gradient of the head which read it:
 
-        forward    z' ──► head 1 ──► h1' ──► head 2 ──► h2' ──► head 3 ──► loss 3
-        backward   z'.grad ◄── head 1 ◄── h1'.grad ◄── head 2 ◄── h2'.grad ◄──┘
-                        (+ loss 1 at h1')         (+ loss 2 at h2')
+        forward    z' ──► head 1 ──► h1 ─► h1' ──► head 2 ──► h2 ─► h2' ──► head 3 ──► loss 3
+        backward   z'.grad ◄── head 1 ◄── h1'.grad ◄── head 2 ◄── h2'.grad ◄── head 3 ◄──┘
+                             (+ loss 1 at h1)        (+ loss 2 at h2)
+
+    So there are n + 1 backward passes, one for each head and one for the trunk; engines reduce gradients, and wait for
+    that, in every one. Where drafts are read (rollouts), the loss comes before the heads that read, in its own pass.
 
     Alive at the peak: the trunk's graph, the graph of one head (of a chain: of all heads), one chunk of logits, (C, V),
     and one gradient of the unembedding. Never two heads' logits. Whatever is frozen runs without a graph, and no
@@ -138,36 +140,50 @@ class SequentialBackward:
         return self.terms.losses()
 
     def run_all(self, states: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Run all heads from the trunk's states that any of them reads, the main head's first; return their leaves."""
-        roots = dict.fromkeys(self.model.parent_of(offset) for offset in self.needed)
-        return {name: self.run_offset(name, states[name]) for name in roots if name in states}
-
-    def run_offset(self, offset: int, state: Tensor) -> Tensor:
-        """Run everything that depends on a state, (B, T, D), forward and backward.
+        """Run all heads from the trunk's states that any of them reads, the main head's first.
 
         Returns:
-            A leaf, (B, T, D), detached from the state, whose `grad` is the gradient of all these losses.
+            Leaves, (B, T, D), detached from these states, whose `grad` is the gradient of all losses.
         """
-        leaf = state.detach().requires_grad_(state.requires_grad)
+        leaves: dict[int, Tensor] = {}
+        for name in dict.fromkeys(self.model.parent_of(offset) for offset in self.needed):
+            if name in states:
+                leaves[name] = _leaf_of(states[name])
+                self.run_readers(name, leaves[name])
+        return leaves
+
+    def run_readers(self, offset: int, leaf: Tensor) -> None:
+        """Run all that reads an offset's state, a leaf, (B, T, D), and what reads that; gradients come to the leaf."""
+        for reader in self._readers(offset):
+            self.run_offset(reader, self._head(reader, self.model.read(reader, leaf)))
+
+    def run_offset(self, offset: int, hidden: Tensor) -> None:
+        """Run an offset's loss and all that reads its state, (B, T, D), then backward through loss and head at once.
+
+        A main head that is the trunk's output itself comes as the trunk's leaf, which takes the gradient.
+        """
         if offset == 1:
-            self._set_teacher(leaf)
-        dependents = [reader for reader in self.model.dependents(offset) if reader in self.needed]
-        if offset == 1 and dependents and self.terms.objective.is_balanced:
-            self._measure_main(leaf)
-        drafts_first = bool(dependents) and self.terms.wants_draft(offset)
-        if drafts_first:
-            self._draft(offset, leaf)
-        for reader in dependents:
-            hidden = self._head(reader, self.model.read(reader, leaf))
-            gradient = self.run_offset(reader, hidden)
-            if hidden is leaf:  # a main head that is the trunk's output itself, and comes before all other readers
-                assert leaf.grad is None
-                leaf.grad = gradient.grad
-            elif hidden.requires_grad:
-                self.backward(self.surrogate_loss(hidden, gradient))
-        if offset > TRUNK and not drafts_first and self.terms.needs_loss(offset, leaf):
-            self._backward_loss(offset, leaf)
-        return leaf
+            self._set_teacher(hidden)
+        parts: list[Tensor] = []
+        if not self._readers(offset):
+            parts += self._losses(offset, hidden)
+        else:
+            leaf = _leaf_of(hidden)
+            if offset == 1 and self.terms.objective.is_balanced:
+                self._measure_main(leaf)
+            drafts_first = self.terms.wants_draft(offset)
+            if drafts_first:
+                self._draft(offset, leaf)
+            self.run_readers(offset, leaf)
+            if hidden.requires_grad and leaf.grad is not None:
+                parts.append(self.surrogate_loss(hidden, leaf))
+            if not drafts_first:
+                parts += self._losses(offset, hidden)
+        if parts:
+            self.backward(functools.reduce(torch.add, parts))
+
+    def _readers(self, offset: int) -> list[int]:
+        return [reader for reader in self.model.dependents(offset) if reader in self.needed]
 
     def _head(self, offset: int, source: Tensor) -> Tensor:
         run = self.model.heads if self.terms.rollout is None else self.terms.rollout.run
@@ -181,15 +197,18 @@ class SequentialBackward:
         if not self.terms.needs_loss(offset, leaf):
             rollout.draft(offset, leaf)
             return
-        self._backward_loss(offset, leaf)
+        for loss in self._losses(offset, leaf):
+            self.backward(loss)
         choices = self.terms.cross_entropies[offset].predictions
         assert choices is not None
         rollout.take(offset, choices)
 
-    def _backward_loss(self, offset: int, leaf: Tensor) -> None:
-        loss = self._loss(offset, leaf)
-        if loss.requires_grad:
-            self.backward(loss)
+    def _losses(self, offset: int, state: Tensor) -> list[Tensor]:
+        """Compute an offset's loss where it is wanted; return it if there is a gradient of it."""
+        if not self.terms.needs_loss(offset, state):
+            return []
+        loss = self._loss(offset, state)
+        return [loss] if loss.requires_grad else []
 
     def backward_teacher(self, leaves: dict[int, Tensor]) -> None:
         """Run the backward of the distillation loss through the main head (only with `detach_teacher: false`).
@@ -216,16 +235,16 @@ class SequentialBackward:
             state, gradient = state.to(exact), gradient.to(exact) / scale
         return (state * gradient).sum()
 
-    def _set_teacher(self, leaf: Tensor) -> None:
+    def _set_teacher(self, main: Tensor) -> None:
         if self.terms.objective.section.distill is not None:
-            self.teacher = leaf.detach().requires_grad_(self.terms.teacher_of(leaf).requires_grad)
+            self.teacher = main.detach().requires_grad_(self.terms.teacher_of(main).requires_grad)
 
-    def _loss(self, offset: int, leaf: Tensor) -> Tensor:
-        terms, leaf = self.terms.for_offset(offset), self.terms.scored(offset, leaf)
+    def _loss(self, offset: int, state: Tensor) -> Tensor:
+        terms, state = self.terms.for_offset(offset), self.terms.scored(offset, state)
         is_compared = any(term.distillation is not None for term in terms)
         loss: Tensor = self.model.unembedding(
             [offset] * len(terms),
-            [leaf] * len(terms),
+            [state] * len(terms),
             terms,
             balance_to=self.main_rms,
             # engines would wait for an unused input in vain
@@ -240,6 +259,10 @@ class SequentialBackward:
     def _measure_main(self, leaf: Tensor) -> None:
         """Heads that read the main head go before it: their balance needs its RMS in advance."""
         self._loss(1, leaf)
+
+
+def _leaf_of(state: Tensor) -> Tensor:
+    return state.detach().requires_grad_(state.requires_grad)
 
 
 def _all_hidden_states(terms: LossTerms) -> dict[int, Tensor]:

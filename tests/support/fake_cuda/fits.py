@@ -57,6 +57,7 @@ class Books:
     launches: list[dict[str, int]] = field(default_factory=list)  # of each step, by line
     moved: list[dict[str, int]] = field(default_factory=list)  # bytes
     waits: list[dict[str, int]] = field(default_factory=list)
+    seconds: list[dict[str, float]] = field(default_factory=list)  # at an H100's rates
 
 
 def run_fit(
@@ -70,6 +71,7 @@ def run_fit(
     watch_bytes: float | None = None,
     visible_gpus: int = NUM_GPUS,
     without: str | None = None,
+    breaks_off: bool = False,
 ) -> Books:
     """Train a recipe to its last step as one rank, and validate where it says so.
 
@@ -83,6 +85,7 @@ def run_fit(
         watch_bytes: note what is held where, as soon as so much is.
         visible_gpus: how many GPUs of its node this rank sees.
         without: name of a mend to take out.
+        breaks_off: end after the first step, without a validation.
     """
     ledger, books = Ledger(watch_bytes), Books()
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
@@ -92,7 +95,9 @@ def run_fit(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(ledger)
         with process_group(recipe):
-            books.device = str(_fit(recipe, Path(folder), ledger, books, checkpoint, saves, checks_first_step))
+            watch = _Watch(ledger, books, checks_first_step, breaks_off)
+            with contextlib.suppress(_Enough):
+                books.device = str(_fit(recipe, Path(folder), watch, checkpoint, saves))
             fit._let_go()
         books.left_bytes = ledger.live
         if saves and recipe.strategy.num_ranks == 1:
@@ -101,21 +106,24 @@ def run_fit(
     return books
 
 
-def _fit(
-    recipe: Recipe, folder: Path, ledger: Ledger, books: Books, checkpoint: str | None, saves: bool, checks: bool
-) -> torch.device:
+def _fit(recipe: Recipe, folder: Path, watch: "_Watch", checkpoint: str | None, saves: bool) -> torch.device:
     trainer = fit.build_trainer(recipe, folder)
     kept = [own for own in trainer.callbacks if isinstance(own, KEPT) and (saves or not isinstance(own, Checkpoints))]
-    trainer.callbacks = [_Watch(ledger, books, checks), *kept]
+    trainer.callbacks = [watch, *kept]
     trainer.fit(MtpLightningModule(recipe), datamodule=_Rows(recipe), ckpt_path=checkpoint)
     return trainer.strategy.device
+
+
+class _Enough(Exception):
+    """Nothing more is asked of a fit."""
 
 
 class _Watch(L.Callback):
     """Opens and closes the books of every step."""
 
-    def __init__(self, ledger: Ledger, books: Books, checks_first_step: bool) -> None:
-        self.ledger, self.books, self.checks_first_step = ledger, books, checks_first_step
+    def __init__(self, ledger: Ledger, books: Books, checks_first_step: bool, breaks_off: bool) -> None:
+        self.ledger, self.books = ledger, books
+        self.checks_first_step, self.breaks_off = checks_first_step, breaks_off
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         self._close()
@@ -127,9 +135,11 @@ class _Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         self.books.peaks_bytes.append(self.ledger.peak)
-        for name in ("launches", "moved", "waits"):
+        for name in ("launches", "moved", "waits", "seconds"):
             getattr(self.books, name).append(dict(getattr(self.ledger, name)))
         self.books.loss_scale = trainer.strategy.gradient_scale
+        if self.breaks_off:
+            raise _Enough
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         self._close()
@@ -213,7 +223,7 @@ class _Batches:
             yield {"tokens": rows, "documents": rows.clone(), "loss_mask": rows.bool()}
 
 
-def _on_device(recipe: Recipe, device: torch.device | None = None, dtype: torch.dtype | None = None) -> MtpModel:
+def on_device(recipe: Recipe, device: torch.device | None = None, dtype: torch.dtype | None = None) -> MtpModel:
     """Build without drawing; where the strategy names no device, on the one that Lightning would move it to."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype or usual)
@@ -234,8 +244,8 @@ def of_package(ledger: Ledger, recipe: Recipe, rank: int) -> Iterator[Any]:
     local = rank % recipe.strategy.ranks_per_node
     place |= {"LOCAL_RANK": str(local), "GROUP_RANK": str(rank // recipe.strategy.ranks_per_node)}
     yield mock.patch.dict(os.environ, place if recipe.strategy.kind != "single" else {})
-    yield mock.patch("mtp_lightning.training.strategies.single.build_model", _on_device)
-    yield mock.patch("mtp_lightning.training.strategies.zero.build_model", _on_device)
+    yield mock.patch("mtp_lightning.training.strategies.single.build_model", on_device)
+    yield mock.patch("mtp_lightning.training.strategies.zero.build_model", on_device)
     yield mock.patch("mtp_lightning.model.mtp_model._generator_of", silent())
 
     def noted(name: str, answer: Any) -> Any:

@@ -18,6 +18,7 @@ from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.strategies.device import prepare_device
 from mtp_lightning.training.strategies.process_group import process_group
 from tests.support.fake_cuda.breakages import BREAKAGES
+from tests.support.fake_cuda.decoding import run_decoding
 from tests.support.fake_cuda.fits import of_package, run_fit
 from tests.support.fake_cuda.ledger import Ledger
 from tests.support.fake_cuda.patches import operators, torch_cuda
@@ -52,7 +53,12 @@ def preflight(
     }
 
 
-JOBS: dict[str, Callable[..., Any]] = {"fit": fit, "preflight": preflight}
+def decode(guard: ctypes.CDLL, path: str, overrides: list[str], **options: Any) -> dict[str, Any]:
+    """Take one step of a decoder."""
+    return run_decoding(guard, load_recipe(Path(path), overrides).recipe, **options)
+
+
+JOBS: dict[str, Callable[..., Any]] = {"fit": fit, "preflight": preflight, "decode": decode}
 
 
 def run(name: str, guard: ctypes.CDLL, **arguments: Any) -> Any:

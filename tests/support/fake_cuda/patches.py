@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from tests.support.fake_cuda.guard import NUM_GPUS
 
 MAKE_TENSOR, RMS_NORM, RUN_NORM = torch.tensor, torch.nn.functional.rms_norm, torch.ops.aten.mul.Tensor
-DEEP_COPY = torch.Tensor.__deepcopy__
+DEEP_COPY, LIST = torch.Tensor.__deepcopy__, FakeTensor.tolist
 SILENT = ("synchronize", "empty_cache", "reset_peak_memory_stats", "ipc_collect")
 ANSWERS: dict[str, Any] = {
     "is_available": True,
@@ -109,6 +109,7 @@ def operators() -> Iterator[Any]:
     yield mock.patch.object(torch.Tensor, "record_stream", silent())
     yield mock.patch.object(torch.Tensor, "pin_memory", lambda self, device=None: self)
     yield mock.patch.object(torch.Tensor, "numpy", _zeros_of_numpy)
+    yield mock.patch.object(FakeTensor, "tolist", lambda self: LIST(self.cpu()))  # one copy, not one for each entry
     yield mock.patch.object(torch.utils, "swap_tensors", _swap)
     yield mock.patch.object(torch, "set_rng_state", silent())  # read from a file under the mode, it has no values
     yield mock.patch.object(torch.Tensor, "__deepcopy__", _deep_copy)
@@ -151,7 +152,9 @@ class _FusedRmsNorm(torch.autograd.Function):
 
 
 def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-    """Fused where types agree."""
+    """Fused where types agree, which under autocast is fp32."""
+    if torch.is_autocast_enabled("cuda") and weight is not None:
+        input, weight = input.to(torch.float32), weight.to(torch.float32)
     if input.device.type == "cuda" and weight is not None and weight.dtype == input.dtype:
         return _FusedRmsNorm.apply(input, weight)
     return RMS_NORM(input, normalized_shape, weight, eps)
