@@ -13,6 +13,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGHUP, lambda *_: None)  # a handler, which what is started does not inherit
 
+gc.disable()  # until the tests begin: what is imported stays, and need not be looked through again and again
+
 import pytest
 import torch
 
@@ -31,3 +33,9 @@ def pytest_collection_finish() -> None:
     """Let no collection of garbage look through the modules that all tests import: the trainer asks for one per run."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Begin to collect garbage, also in the process that only hands the tests out."""
+    gc.enable()
