@@ -15,10 +15,27 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and threading.current_threa
 
 gc.disable()  # until the tests begin: what is imported stays, and need not be looked through again and again
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.support.fatal import small_file_system
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1500 KiB."""
+    with small_file_system(tmp_path / "disk", "1500k") as folder:
+        yield folder
 
 
 @pytest.hookimpl(tryfirst=True)

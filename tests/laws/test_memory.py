@@ -24,9 +24,7 @@ KINDS = {
     "medusa": {"kind": "medusa"},
 }
 _SLOW = (pytest.mark.slow, pytest.mark.xdist_group("counted peaks"))  # one worker, which counts each once
-SOME_KINDS = [
-    kind if kind in ("parallel", "sequential") else pytest.param(kind, marks=_SLOW) for kind in KINDS
-]
+SOME_KINDS = [kind if kind in ("parallel", "sequential") else pytest.param(kind, marks=_SLOW) for kind in KINDS]
 CHAINED = ("causal", "anticausal", "sequential", "recursive")
 OBJECTIVES = {
     "plain": {},

@@ -107,7 +107,7 @@ def run(folder, name, *overrides):
 
 @pytest.fixture(scope="module")
 def start(folder):
-    run(folder, "start", "run.steps=50", "checkpoint.every_steps=50", "run.validate_every_steps=50")
+    run(folder, "start", "run.steps=100", "checkpoint.every_steps=100", "run.validate_every_steps=100")
     return f"init.path={folder / 'start'}"
 
 
@@ -177,10 +177,10 @@ def test_other_limits_stop_it_too(folder, start, limit):
 
 
 def test_a_warning_is_printed_and_nothing_stops(folder, start, capsys):
-    guard = "health.drift={every_steps: 4, samples: 16, warn_kl: 0.0001, stop_loss: null}"
-    assert run(folder, "warned", start, guard, "run.steps=8", "optimizer.lr=1e-3") == 0
-    assert "Guard at step 4: the main head's loss has changed by" in capsys.readouterr().out
-    assert sorted(guard_rows(folder, "warned")) == [4, 8]
+    guard = "health.drift={every_steps: 5, samples: 16, warn_kl: 0.0001, stop_loss: null}"
+    assert run(folder, "warned", start, guard, "run.steps=10", "optimizer.lr=1e-3") == 0
+    assert "Guard at step 5: the main head's loss has changed by" in capsys.readouterr().out
+    assert sorted(guard_rows(folder, "warned")) == [5, 10]
 
 
 def test_a_frozen_main_head_does_not_drift(folder, start):

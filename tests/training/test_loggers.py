@@ -1,5 +1,6 @@
 """Loggers of a run: the real W&B and MLflow, without a network; restarts and phases go on in the same record."""
 
+import functools
 import json
 import os
 import signal
@@ -54,12 +55,16 @@ def wandb_records(folder, kind):
 
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.parent.stat().st_mtime)
     assert files
-    lines = []
-    for file in files:
-        command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        lines += [json.loads(line) for line in done.stdout.splitlines()]
+    lines = [line for file in files for line in inspected(get_core_path(), file, file.stat().st_mtime_ns)]
     return [line[kind] for line in lines if line["type"] == kind]
+
+
+@functools.cache
+def inspected(tool, file, changed_at_ns):
+    """Read a file with W&B's tool, once for as long as it stays as it is."""
+    command = [tool, "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def wandb_history(folder, name="train/loss_1"):
