@@ -38,9 +38,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
+LONGEST = ("laws", "training", "cli", "smoke")
+"""Folders that workers begin with: at the end each has little left to wait for."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the quick tests of a file on one worker: they share its fixtures, such as trained runs."""
+    items.sort(key=lambda item: item.path.relative_to(item.config.rootpath).parts[1] not in LONGEST)
     for item in items:
         if not any(item.iter_markers("xdist_group")) and not any(item.iter_markers("slow")):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.loggers import Logger
-from mlflow.tracking import MlflowClient
 
 from mtp_lightning.errors import LoggingError, RunFolderError
 from mtp_lightning.recipe import Recipe, load_recipe
@@ -74,6 +73,8 @@ def wandb_history(folder, name="train/loss_1"):
 
 
 def mlflow_run(folder):
+    from mlflow.tracking import MlflowClient  # takes a second
+
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     experiment = client.get_experiment_by_name("tests")
     (found,) = client.search_runs([experiment.experiment_id])
