@@ -89,14 +89,14 @@ def one_line_yaml(value: Any) -> str:
     if value is None or type(value) in (bool, int):  # most fields, without the tenth of a second that all of them take
         return "null" if value is None else str(value).lower()
     if type(value) in (str, float):
-        return _scalar_line(type(value), str(value))
+        return _scalar_line(str(value), is_real=type(value) is float)
     return _dumped(value)
 
 
 @functools.lru_cache(maxsize=4096)
-def _scalar_line(kind: type[str] | type[float], text: str) -> str:
+def _scalar_line(text: str, *, is_real: bool) -> str:
     """Write a scalar; as text, since 0.0 equals -0.0. A recipe's values are written again and again."""
-    return _dumped(kind(text))
+    return _dumped(float(text) if is_real else text)
 
 
 def _dumped(value: Any) -> str:
