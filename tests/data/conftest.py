@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,19 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path / "corpus"
 
 
+@pytest.fixture(scope="session")
+def built_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with several shards per split and several members per shard, which nobody changes."""
+    folder = tmp_path_factory.mktemp("built")
+    write_corpus(folder / "corpus")
+    assert_many(build_tiny([str(folder / "corpus")], folder / "shards"))
+    return folder / "shards"
+
+
 @pytest.fixture
-def shards(tmp_path: Path, corpus: Path) -> Path:
-    """A folder with several shards per split and several members per shard."""
-    manifest = build_tiny([str(corpus)], tmp_path / "shards")
-    assert_many(manifest)
-    return tmp_path / "shards"
+def shards(tmp_path: Path, built_shards: Path) -> Path:
+    """A copy of these: building them waits for the disk again and again."""
+    return shutil.copytree(built_shards, tmp_path / "shards")
 
 
 def assert_many(manifest: Manifest) -> None:
