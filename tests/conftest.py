@@ -13,15 +13,39 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGHUP, lambda *_: None)  # a handler, which what is started does not inherit
 
+gc.disable()  # until the tests begin: what is imported stays, and need not be looked through again and again
+
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.support.fatal import small_file_system
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1500 KiB."""
+    with small_file_system(tmp_path / "disk", "1500k") as folder:
+        yield folder
+
+
+LONGEST = ("laws", "training", "cli", "smoke")
+"""Folders that workers begin with: at the end each has little left to wait for."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the quick tests of a file on one worker: they share its fixtures, such as trained runs."""
+    items.sort(key=lambda item: item.path.relative_to(item.config.rootpath).parts[1] not in LONGEST)
     for item in items:
         if not any(item.iter_markers("xdist_group")) and not any(item.iter_markers("slow")):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
@@ -31,3 +55,9 @@ def pytest_collection_finish() -> None:
     """Let no collection of garbage look through the modules that all tests import: the trainer asks for one per run."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Begin to collect garbage, also in the process that only hands the tests out."""
+    gc.enable()

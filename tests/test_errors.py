@@ -14,10 +14,16 @@ def fail(kind):
     raise kind([FAULT]) if kind is errors.RecipeError else kind("this must hold", "that", "Do this.")
 
 
+@pytest.fixture(scope="module")
+def worker():
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_failure_in_a_worker_arrives_as_what_it_is(kind):
-    with multiprocessing.get_context("spawn").Pool(1) as pool, pytest.raises(kind) as caught:
-        pool.apply(fail, (kind,))
+def test_a_failure_in_a_worker_arrives_as_what_it_is(kind, worker):
+    with pytest.raises(kind) as caught:
+        worker.apply(fail, (kind,))
     assert type(caught.value) is kind
     if kind is errors.RecipeError:
         assert caught.value.faults == [FAULT]

@@ -238,8 +238,7 @@ def _judge(
 
 def _scored(task: str, verdicts: "LineLog", counts: list[int]) -> dict[str, Any]:
     """Print the figures of a task, and return them."""
-    from mtp_lightning.evaluation.code.pass_at_k import best, figures
-    from mtp_lightning.evaluation.code.score import passes
+    from mtp_lightning.evaluation.code.score import best, figures, passes
 
     passed = passes(verdicts.lines)
     found = figures(passed, counts)

@@ -40,7 +40,8 @@ def check_parity(folder: Path, row: Format, source: Source) -> dict[str, Any]:
     Raises:
         CheckpointError: a head is lost or another one, scores, text or kept drafts differ, or nobody could judge.
     """
-    told = _dict(read_object(folder / CONFIG_NAME).get(SETTINGS))
+    told = read_object(folder / CONFIG_NAME).get(SETTINGS)
+    told = told if isinstance(told, dict) else {}
     has_ids = told.get("draft_token_ids") is not None or row.name is FormatName.eagle
     ours = _Ours(source, keeps_draft_vocabulary=has_ids)
     heard = []
@@ -115,10 +116,6 @@ def predicted_accepts(logits: dict[int, Tensor], prompt_length: int, text: Seque
         right = [choices[offset][last] == text[last + offset] for offset in sorted(choices)]
         counts.append([*right, False].index(False))
     return counts
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _prompt(source: Source) -> list[int]:

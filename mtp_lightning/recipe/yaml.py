@@ -1,5 +1,6 @@
 """YAML 1.2 in and out, by ruamel.yaml; dates, and numbers with stray underscores, stay text."""
 
+import functools
 import io
 import re
 from typing import Any
@@ -87,6 +88,18 @@ def one_line_yaml(value: Any) -> str:
     """
     if value is None or type(value) in (bool, int):  # most fields, without the tenth of a second that all of them take
         return "null" if value is None else str(value).lower()
+    if type(value) in (str, float):
+        return _scalar_line(str(value), is_real=type(value) is float)
+    return _dumped(value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _scalar_line(text: str, *, is_real: bool) -> str:
+    """Write a scalar; as text, since 0.0 equals -0.0. A recipe's values are written again and again."""
+    return _dumped(float(text) if is_real else text)
+
+
+def _dumped(value: Any) -> str:
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = True

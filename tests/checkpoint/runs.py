@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from mtp_lightning.checkpoint.format.commit import save_collectively
@@ -50,6 +51,23 @@ def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of all files of a folder."""
+    return {
+        name: value
+        for path in folder.glob("*.safetensors")
+        for name, value in safetensors.torch.load_file(path).items()
+    }
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equality to the bit, of types and names as well."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value), name
 
 
 def is_same_model(loaded: MtpModel, expected: MtpModel) -> bool:

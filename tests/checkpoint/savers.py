@@ -1,8 +1,6 @@
 """Processes that save checkpoints and die, for the tests beside this file."""
 
 import multiprocessing
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from mtp_lightning.checkpoint.format.state_tree import read_state, write_state
 from mtp_lightning.checkpoint.format.write_shards import Piece, shard_name, write_pieces
 from mtp_lightning.files.durable import FileRecord
 from mtp_lightning.ranks import Ranks
+from tests.support import fatal
 
 FACTS = RunMetadata(recipe_hash="abc", num_offsets=4, layers={"trunk": 5, "heads": 3}, recipe_text="name: abc\n")
 
@@ -83,18 +82,5 @@ def save_forever(folder: Path) -> None:
 def die_at_call(folder: Path, fatal_call: int, step: int) -> None:
     """Save one step, but kill the process at its n-th fsync, rename, replace, unlink or rmdir."""
     torch.set_num_threads(1)
-    calls = 0
-
-    def wrap(function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == fatal_call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in ("fsync", "rename", "replace", "unlink", "rmdir"):
-        setattr(os, name, wrap(getattr(os, name)))
+    fatal.die_at_call(fatal_call, ("fsync", "rename", "replace", "unlink", "rmdir"))
     save(folder, step)

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-import safetensors.torch
 import torch
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.model.transformers_library import library
+from tests.checkpoint.runs import assert_same_tensors, stored
 from tests.support.architectures import SETTINGS, settings_of
 from tests.support.covering import some_of
 
@@ -46,21 +46,6 @@ def scores(folder):
     return model.unembedding.logits(1, model.hidden_states(padded, torch.zeros_like(padded))[1])
 
 
-def tensors_of(folder):
-    return {
-        name: value
-        for path in folder.glob("*.safetensors")
-        for name, value in safetensors.torch.load_file(path).items()
-    }
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value), name
-
-
 def assert_same_settings(folder, other):
     told = [library().AutoConfig.from_pretrained(one).to_dict() | {"_name_or_path": ""} for one in (folder, other)]
     assert told[0] == told[1]
@@ -74,7 +59,7 @@ def test_the_main_head_scores_as_in_transformers_and_goes_out_as_it_came(name, t
     assert expected.std() > 0.3
     torch.testing.assert_close(scores(tmp_path / "ours"), expected, rtol=1e-5, atol=1e-5)
     export_model(tmp_path / "ours", tmp_path / "back")
-    assert_same(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "hf"))
+    assert_same_tensors(stored(tmp_path / "back"), stored(tmp_path / "hf"))
     assert_same_settings(tmp_path / "back", tmp_path / "hf")
 
 
@@ -84,7 +69,7 @@ def test_shards_and_half_precision_keep_their_bits(name, tmp_path):
     assert len([*(tmp_path / "hf").glob("*.safetensors")]) > 3
     import_folder(tmp_path / "hf", tmp_path / "ours", Wanted())
     export_model(tmp_path / "ours", tmp_path / "back", dtype="bf16")
-    assert_same(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "hf"))
+    assert_same_tensors(stored(tmp_path / "back"), stored(tmp_path / "hf"))
     assert_same_settings(tmp_path / "back", tmp_path / "hf")
 
 

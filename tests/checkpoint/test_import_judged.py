@@ -4,7 +4,6 @@ import json
 from itertools import product
 
 import pytest
-import safetensors.torch
 import torch
 
 from mtp_lightning.checkpoint.convert.load_model import load_model
@@ -14,6 +13,7 @@ from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_fol
 from mtp_lightning.decode import generate
 from tests.checkpoint.families import CASES, save_model
 from tests.checkpoint.foreign import WIDTH, llama_tensors, module_tensors, write_folder
+from tests.checkpoint.runs import assert_same_tensors, stored
 from tests.support.covering import some_of
 
 transformers = pytest.importorskip(
@@ -28,21 +28,6 @@ def logits_of(model, offset=1, tokens=TOKENS):
     padded = torch.nn.functional.pad(tokens, (0, model.num_offsets))
     state = model.hidden_states(padded, torch.zeros_like(padded))[offset]
     return model.unembedding.logits(offset, state)
-
-
-def stored(folder):
-    return {
-        name: value
-        for path in folder.glob("*.safetensors")
-        for name, value in safetensors.torch.load_file(path).items()
-    }
-
-
-def assert_same_tensors(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize(("case", "num_offsets"), some_of(product(CASES, (1, 4)), one_in=3))

@@ -8,6 +8,7 @@ from mtp_lightning.checkpoint.format.commit import read_pointer
 from mtp_lightning.checkpoint.format.folder import complete_checkpoints, newest_complete, verify
 from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
 from mtp_lightning.errors import CheckpointError
+from tests.checkpoint.runs import flip_a_byte
 from tests.checkpoint.savers import save, shards
 
 
@@ -19,12 +20,6 @@ def folder(tmp_path: Path) -> Path:
 
 
 MODEL = "model-00001-of-00001.safetensors"
-
-
-def flip_a_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
 
 
 def test_the_manifest_says_what_the_checkpoint_is(folder: Path) -> None:

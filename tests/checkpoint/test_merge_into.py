@@ -18,7 +18,7 @@ from mtp_lightning.cli.app import app
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.evaluation.export_parity import check_parity
 from tests.checkpoint.foreign import HEAD_WIDTH, LAYERS, llama_tensors, module_tensors, write_folder
-from tests.checkpoint.runs import save_run
+from tests.checkpoint.runs import save_run, stored
 from tests.support.covering import some_of
 
 QKV = {"q": 16, "k": 8, "v": 8}
@@ -65,10 +65,6 @@ def trained_run(tmp_path: Path, *, base: float = 0.0, **wanted: Any) -> Path:
         model.trunk.layers[1].mlp.up_proj.weight += base
     save_run(tmp_path / "run", recipe, 3, model=model)
     return tmp_path / "run"
-
-
-def stored(folder: Path) -> dict[str, Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in safetensors.torch.load_file(file).items()}
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.checkpoint.runs import stored
 from tests.support.runs import last_step, mtp, mtp_killed
 
 transformers = pytest.importorskip(
@@ -95,10 +96,6 @@ def write_mimo(folder: Path) -> None:
     told["layer_types"] = told["layer_types"][:LAYERS]
     told |= {"model_type": "mimo", "num_hidden_layers": LAYERS, "num_nextn_predict_layers": 1}
     (folder / "config.json").write_text(json.dumps(told))
-
-
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in safetensors.torch.load_file(file).items()}
 
 
 def done(cwd: Path, *arguments: str) -> str:

@@ -15,6 +15,7 @@ from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.recipe import Recipe
 from tests.checkpoint.foreign import llama_tensors, module_tensors, write_folder
 from tests.checkpoint.runs import save_run
+from tests.support.covering import some_of
 from tests.support.tiny import HEAD_KINDS, tiny_recipe
 
 
@@ -30,7 +31,7 @@ def save(tmp_path: Path, recipe: Recipe, model: MtpModel, *, changed: tuple[int,
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("kind", ["parallel", "causal", "sequential", "linear", "medusa"])
+@pytest.mark.parametrize("kind", some_of(["parallel", "causal", "sequential", "linear", "medusa"], one_in=2))
 def test_heads_that_are_as_they_were_drawn(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny_recipe(heads=HEAD_KINDS[kind])
     run = save(tmp_path, recipe, build_model(recipe), changed=(3,))
@@ -40,7 +41,7 @@ def test_heads_that_are_as_they_were_drawn(kind: str, tmp_path: Path, capsys: py
         assert "Warning: never trained, as they began: offset 2, offset 4." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", some_of(HEAD_KINDS, one_in=2, first=1))
 def test_trained_heads_are_not_warned_of(kind: str, tmp_path: Path) -> None:
     save_run(tmp_path / "run", tiny_recipe(heads=HEAD_KINDS[kind]), 5)
     assert untrained(tmp_path / "run") == []

@@ -1,17 +1,10 @@
-import subprocess
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from mtp_lightning.data.shards.manifest import Manifest
 from tests.data.corpora import build_tiny, write_corpus
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -20,25 +13,19 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path / "corpus"
 
 
-@pytest.fixture
-def shards(tmp_path: Path, corpus: Path) -> Path:
-    """A folder with several shards per split and several members per shard."""
-    manifest = build_tiny([str(corpus)], tmp_path / "shards")
-    assert_many(manifest)
-    return tmp_path / "shards"
+@pytest.fixture(scope="session")
+def built_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with several shards per split and several members per shard, which nobody changes."""
+    folder = tmp_path_factory.mktemp("built")
+    write_corpus(folder / "corpus")
+    assert_many(build_tiny([str(folder / "corpus")], folder / "shards"))
+    return folder / "shards"
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1500 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def shards(tmp_path: Path, built_shards: Path) -> Path:
+    """A copy of these: building them waits for the disk again and again."""
+    return shutil.copytree(built_shards, tmp_path / "shards")
 
 
 def assert_many(manifest: Manifest) -> None:

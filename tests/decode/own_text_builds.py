@@ -1,9 +1,6 @@
 """Processes that let a model write documents and are killed, for the tests beside this file."""
 
-import os
-import signal
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,6 +8,7 @@ from mtp_lightning.cli.app import app
 from mtp_lightning.data.generated import shards as token_shards
 from tests.checkpoint.runs import save_run
 from tests.support import warm
+from tests.support.fatal import die_at_call
 from tests.support.runs import ROOT
 from tests.support.tiny import tiny_model, tiny_recipe
 
@@ -47,18 +45,5 @@ def build(command: list[str], fatal_call: int) -> None:
     """Run the command until that call."""
     torch.set_num_threads(1)
     token_shards.MEMBER_TOKENS, token_shards.SHARD_BYTES = 150, 1500
-    calls = 0
-
-    def wrap(function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == fatal_call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in DURABLE:
-        setattr(os, name, wrap(getattr(os, name)))
+    die_at_call(fatal_call, DURABLE)
     app(command)

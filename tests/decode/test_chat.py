@@ -204,6 +204,8 @@ def test_own_text_answers_chats_and_its_prompts_are_those_of_the_template(tmp_pa
         "0.4",
         "--rows",
         "2",
+        "--num-documents",
+        "12",
     ]
     command = ["data", "generate", ours, "--prompts", tmp_path / "asked.txt", "--out", tmp_path / "own", *options]
     done = CliRunner().invoke(app, [*map(str, command), "--device", "cpu"])

@@ -1,9 +1,8 @@
 """Stop strings end a text with the token that completes one, wherever blocks begin and end."""
 
-import pytest
-
 from mtp_lightning.decode import generate
 from tests.decode.oracles import LENGTH, PROMPTS, WrittenDrafts, model_of, plain_texts, settings_of
+from tests.support.covering import every_pair
 
 
 def detokenize(tokens):
@@ -20,8 +19,10 @@ def cut_by_hand(prompt, text, strings):
     return text
 
 
-@pytest.mark.parametrize("kind", ["parallel", "sequential", "medusa"])
-@pytest.mark.parametrize("strings", [[b"ab"], [b"bab", b"aa"], [b"\n"], [b"abc", b"cc", b" ba"]])
+@every_pair(
+    kind=["parallel", "sequential", "medusa"],
+    strings=[(b"ab",), (b"bab", b"aa"), (b"\n",), (b"abc", b"cc", b" ba")],
+)
 def test_text_ends_where_a_string_is_complete(kind, strings):
     model = model_of(kind)
     texts = plain_texts(model, PROMPTS)

@@ -138,20 +138,17 @@ def test_a_text_stops_where_a_string_is_complete(tokenizer):
         text = whole[len(before) :].decode(errors="ignore")
         if not whole.startswith(before) or len(text) < 4:
             continue
+        said_by = [decoded(tokenizer, [*prompt, *tokens[:count]])[len(before) :] for count in range(len(tokens) + 1)]
         for start in range(0, len(text) - 2, 5):
             strings = [text[start : start + 3].encode(), text[start + 1 : start + 3].encode()]
             stream, kept, parts = text_stream(tokenizer, prompt, stop_strings=strings), 0, []
             while kept < len(tokens) and not stream.has_stopped:
                 parts.append(stream.push(tokens[kept : kept + 1]))
                 kept += 1
-            by_hand = [
-                count
-                for count in range(1, len(tokens) + 1)
-                if any(one in decoded(tokenizer, [*prompt, *tokens[:count]])[len(before) :] for one in strings)
-            ]
+            by_hand = [count for count, said in enumerate(said_by) if count and any(one in said for one in strings)]
             assert stream.has_stopped == bool(by_hand)
             if by_hand:
-                said = decoded(tokenizer, [*prompt, *tokens[: by_hand[0]]])[len(before) :]
+                said = said_by[by_hand[0]]
                 ends = [said.find(one) + len(one) for one in strings if one in said]
                 assert (kept, b"".join(parts)) == (by_hand[0], said[: min(ends)])
                 num_stopped += 1

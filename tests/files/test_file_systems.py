@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from mtp_lightning.files.lock import _say_once, try_lock, wait_for_lock
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
 from tests.support import warm
+from tests.support.fatal import small_file_system
 from tests.support.runs import ROOT
 
 SMALL = ("run.steps=1", "run.validation_samples=1", "data.seq_len=16", "run.threads=1", "data.corpus=[text]")
@@ -34,16 +34,10 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
+def tiny_disk(tmp_path) -> Iterator[Path]:
     """A file system of 64 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with small_file_system(tmp_path / "disk", "64k") as place:
+        yield place
 
 
 def refuse(name, reason):
@@ -115,25 +109,25 @@ def test_a_write_that_is_lost_is_an_error_in_three_parts(reason, tmp_path, monke
     assert (told.found, isinstance(told, FileSystemError)) == (f"a/b: {os.strerror(reason)}", True)
 
 
-def test_a_link_to_an_empty_folder_elsewhere_is_followed(tmp_path, small_disk):
-    (small_disk / "there").mkdir()
-    (tmp_path / "link").symlink_to(small_disk / "there")
+def test_a_link_to_an_empty_folder_elsewhere_is_followed(tmp_path, tiny_disk):
+    (tiny_disk / "there").mkdir()
+    (tmp_path / "link").symlink_to(tiny_disk / "there")
     with atomic_folder(tmp_path / "link", CheckpointError) as staging:
         write_durably(staging / "a", b"content")
-    assert (small_disk / "there/a").read_bytes() == b"content"
-    with pytest.raises(CheckpointError, match="name one in it"), atomic_folder(small_disk, CheckpointError):
+    assert (tiny_disk / "there/a").read_bytes() == b"content"
+    with pytest.raises(CheckpointError, match="name one in it"), atomic_folder(tiny_disk, CheckpointError):
         pass
 
 
-def test_a_disk_that_is_full_before_the_first_file_is_told(folder, small_disk):
-    (small_disk / "filler").write_bytes(bytes(64 * 1024))
-    done = warm.run("train", RECIPE, *SMALL, f"run.dir={small_disk}/r", cwd=folder)
+def test_a_disk_that_is_full_before_the_first_file_is_told(folder, tiny_disk):
+    (tiny_disk / "filler").write_bytes(bytes(64 * 1024))
+    done = warm.run("train", RECIPE, *SMALL, f"run.dir={tiny_disk}/r", cwd=folder)
     assert (done.returncode, "Traceback" in done.stderr) == (4, False), done.stderr
     assert "No space left on device" in done.stderr
     assert "Make room" in done.stderr
-    done = warm.run("data", "build", "--out", f"{small_disk}/shards", "text", cwd=folder)
+    done = warm.run("data", "build", "--out", f"{tiny_disk}/shards", "text", cwd=folder)
     assert (done.returncode != 0, "Traceback" in done.stderr) == (True, False), done.stderr
-    assert [path.name for path in small_disk.rglob("*") if path.is_file() and path.stat().st_size] == ["filler"]
+    assert [path.name for path in tiny_disk.rglob("*") if path.is_file() and path.stat().st_size] == ["filler"]
 
 
 @pytest.mark.parametrize("place", ["/proc/mtp", "/sys/mtp", "/dev/null/x", "text/0.txt", "text/0.txt/x", "/dev/full"])

@@ -14,6 +14,7 @@ from mtp_lightning.errors import LaunchError
 from mtp_lightning.launch.local import needs_ranks
 from mtp_lightning.launch.rank_env import local_rank_info
 from mtp_lightning.recipe.schema.root import Recipe
+from tests.support.covering import some_of
 from tests.support.runs import ROOT
 
 LAUNCHER = """
@@ -136,7 +137,10 @@ def test_a_long_message_is_cut_to_its_end(launch):
     assert len(err) < 9_000
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("signum", some_of(SIGNALS, one_in=2))
 def test_a_signal_reaches_every_rank_once(launch, tmp_path, signum):
     process = launch("""
 until = time.monotonic() + 60

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mtp_lightning.errors import LaunchError, SiteError
-from mtp_lightning.launch.fits_site import check_fits_site
 from mtp_lightning.launch.site import Site, known_sites, load_site
+from mtp_lightning.launch.submission import check_fits_site
 from mtp_lightning.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]

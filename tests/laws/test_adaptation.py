@@ -69,7 +69,7 @@ OBJECTIVES = {
 }
 
 
-@every_pair(fits, full=True, kind=HEAD_KINDS, adaptation=ADAPTATIONS, objective=OBJECTIVES)
+@every_pair(fits, full=True, one_in=2, kind=HEAD_KINDS, adaptation=ADAPTATIONS, objective=OBJECTIVES)
 def test_schedules_agree(kind, adaptation, objective):
     (model, (expected_losses, expected)), *others = steps_of(kind, adaptation, OBJECTIVES[objective])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

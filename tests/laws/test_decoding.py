@@ -26,7 +26,6 @@ from tests.decode.oracles import (
 from tests.support.covering import every_pair, some_of
 from tests.support.tiny import HEAD_KINDS
 
-kinds = pytest.mark.parametrize("kind", DECODED_KINDS)
 BEGUN = ("parallel", "medusa_replicated", "causal", "sequential", "recursive")
 STOPS = range(0, 13, 3)  # kinds in turn take the even and the odd ones, with right drafts and with their own
 MARGIN = 4  # tokens of the plain text kept back, so that drafts near the end can be judged
@@ -72,7 +71,7 @@ def test_trained_heads_say_what_plain_greedy_says(kind):
             assert 0.2 < made.statistics.num_accepted_tokens / made.statistics.num_drafts < model.num_offsets - 1
 
 
-@kinds
+@pytest.mark.parametrize("kind", some_of(DECODED_KINDS, one_in=2, first=1))
 @given(data=st.data())
 @settings(max_examples=5, deadline=None)
 def test_any_drafts_give_the_plain_text(kind, data):
@@ -96,7 +95,7 @@ def test_any_drafts_give_the_plain_text(kind, data):
                 length += kept + 1
 
 
-@every_pair(kind=DECODED_KINDS, num_offsets=[2, 4])
+@every_pair(kind=DECODED_KINDS, num_offsets=[2, 4], one_in=2)
 def test_all_drafts_right_take_n_tokens_a_step(kind, num_offsets):
     model = model_of(kind, num_offsets=num_offsets)
     forced_drafts = WrittenDrafts(model, PROMPTS, [[num_offsets]] * len(PROMPTS))
@@ -106,7 +105,7 @@ def test_all_drafts_right_take_n_tokens_a_step(kind, num_offsets):
     assert made.statistics.mean_acceptance_length == num_offsets
 
 
-@every_pair(kind=DECODED_KINDS, drafts_are=["right", "their own"])
+@every_pair(kind=DECODED_KINDS, drafts_are=["right", "their own"], one_in=2, first=1)
 def test_texts_end_at_a_stop_token_wherever_it_falls(kind, drafts_are):
     model = model_of(kind)
     forced_drafts = WrittenDrafts(model, PROMPTS, [[3], [2, 1], [0, 3], [1], [3, 2]]) if drafts_are == "right" else None
@@ -132,7 +131,7 @@ def test_texts_end_at_any_length(kind):
             assert generate(model, PROMPTS, chosen, forced_drafts=forced_drafts).tokens == expected
 
 
-@every_pair(kind=DECODED_KINDS, attention=["window", "document"], num_offsets=[2, 3, 4], full=True)
+@every_pair(kind=DECODED_KINDS, attention=["window", "document"], num_offsets=[2, 3, 4], full=True, one_in=2)
 def test_accepted_counts_are_those_of_a_teacher_forced_pass(kind, attention, num_offsets):
     """Law 7. A prefix of right drafts is the true text, so the pass over the true text computed the same states."""
     model = model_of(kind, num_offsets=num_offsets, attention=attention)
@@ -163,7 +162,10 @@ def predicted_counts(choices, prompt, text, num_drafts):
     return counts
 
 
-@pytest.mark.parametrize("kind", [kind for kind in HEAD_KINDS if not model_of(kind).heads.reads_tokens])
+BLOCKWISE = [kind for kind in HEAD_KINDS if not model_of(kind).heads.reads_tokens]
+
+
+@pytest.mark.parametrize("kind", some_of(BLOCKWISE, one_in=2))
 def test_a_tree_of_first_choices_is_a_chain(kind):
     """Law 7 for trees: with one choice per head they keep what blockwise keeps; with all of them, at least that."""
     model = model_of(kind)

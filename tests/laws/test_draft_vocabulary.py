@@ -212,7 +212,7 @@ def drafting_model(kind, num_offsets=4):
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in HEAD_KINDS]
+    "kind", [kind if kind in QUICK[::2] else pytest.param(kind, marks=pytest.mark.slow) for kind in HEAD_KINDS]
 )
 def test_no_decoder_changes_the_text(kind):
     model = drafting_model(kind)
@@ -262,8 +262,8 @@ def test_a_tree_of_first_choices_is_a_chain(kind):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("medusa", {"decoder": "blockwise"}),
-        ("parallel", {"decoder": "blockwise", "sample_drafts": True}),
+        pytest.param("medusa", {"decoder": "blockwise"}, marks=pytest.mark.slow),
+        pytest.param("parallel", {"decoder": "blockwise", "sample_drafts": True}, marks=pytest.mark.slow),
         ("sequential", {"decoder": "chain", "sample_drafts": True}),
         pytest.param("causal", {"decoder": "chain", "top_p": 0.8, "sample_drafts": True}, marks=pytest.mark.slow),
         pytest.param("linear", {"decoder": "tree", "tree": Tree((0, 0, 1), (0, 1, 0))}, marks=pytest.mark.slow),

@@ -35,7 +35,7 @@ def layers_for(start, num_offsets):
 @pytest.mark.parametrize("num_offsets", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind in ("parallel", "medusa") else pytest.param(kind, marks=pytest.mark.slow) for kind in TRUNK_READERS],
+    [kind if kind == "medusa" else pytest.param(kind, marks=pytest.mark.slow) for kind in TRUNK_READERS],
 )
 def test_what_is_left_is_bit_identical(kind, num_offsets, cache, tmp_path, capfd):
     run(kind, tmp_path / "start", cache)

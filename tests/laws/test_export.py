@@ -17,6 +17,7 @@ from mtp_lightning.evaluation.export_parity import check_parity
 from mtp_lightning.recipe import Recipe
 from tests.checkpoint.runs import save_run
 from tests.decode.oracles import trained_model_of
+from tests.support.covering import chosen, some_of
 from tests.support.tiny import HEAD_KINDS, tiny_recipe
 
 pytest.importorskip(
@@ -50,7 +51,13 @@ def recipe_of(kind: str, **model: object) -> Recipe:
     return tiny_recipe(heads=HEAD_KINDS[kind], data={"seq_len": 40}, model=model)
 
 
-@pytest.mark.parametrize(("name", "kind"), [*CASES, *(("trunk", kind) for kind in ("parallel", "causal", "medusa"))])
+READ = [*CASES, *(("trunk", kind) for kind in ("parallel", "causal", "medusa"))]
+DAILY = chosen(READ[::-1], 1)  # every format and every kind, rare formats first
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [pytest.param(*one, marks=() if one in DAILY else pytest.mark.slow) for one in READ]
+)
 def test_its_reader_says_what_the_model_says(name: str, kind: str, tmp_path: Path) -> None:
     settings = CASES.get((name, kind), {})
     recipe = recipe_of(kind, **settings)
@@ -76,7 +83,7 @@ def model_parameters(recipe: Recipe) -> list[tuple[str, torch.Tensor]]:
         return [*MtpModel(recipe).named_parameters()]
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", some_of(HEAD_KINDS, one_in=2))
 def test_every_pair_is_held_or_refused_with_the_formats_that_hold_it(kind: str, tmp_path: Path) -> None:
     recipe = recipe_of(kind)
     save_run(tmp_path / "run", recipe, 1)

@@ -24,9 +24,7 @@ KINDS = {
     "medusa": {"kind": "medusa"},
 }
 _SLOW = (pytest.mark.slow, pytest.mark.xdist_group("counted peaks"))  # one worker, which counts each once
-SOME_KINDS = [
-    kind if kind in ("parallel", "anticausal", "sequential") else pytest.param(kind, marks=_SLOW) for kind in KINDS
-]
+SOME_KINDS = [kind if kind in ("parallel", "sequential") else pytest.param(kind, marks=_SLOW) for kind in KINDS]
 CHAINED = ("causal", "anticausal", "sequential", "recursive")
 OBJECTIVES = {
     "plain": {},
@@ -104,7 +102,8 @@ def test_only_joint_holds_positions_by_vocabulary(kind):
 
 @every_pair(objective=OBJECTIVES, precision=["fp32", "bf16"], backward_order=["sequential", "bridged"], full=True)
 def test_no_objective_holds_positions_by_vocabulary(objective, precision, backward_order):
-    recipe = with_backward_order(full_recipe({}, OBJECTIVES[objective], precision), backward_order)
+    recipe = with_offsets(full_recipe({}, OBJECTIVES[objective], precision), 4)  # any number of offsets shows it
+    recipe = with_backward_order(recipe, backward_order)
     largest = count_schedule(recipe)[0].largest_numel
     assert largest <= recipe.data.seq_len * recipe.model.vocab_size / 4
 
@@ -117,10 +116,6 @@ def test_counted_peak_does_not_grow_with_offsets(kind):
 @pytest.mark.parametrize("kind", SOME_KINDS)
 def test_counted_peak_stays_far_below_joint(kind):
     assert counted(kind, "sequential")[1] < counted(kind, "joint")[1] / 3
-
-
-def test_measured_peak_is_the_counted_one():
-    assert measured_peak(small_recipe()) == pytest.approx(counted_peak(small_recipe()), abs=WORKSPACE_BYTES)
 
 
 @pytest.mark.slow

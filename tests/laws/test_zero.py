@@ -20,13 +20,7 @@ ROW = re.compile(r"^(zero\d) +(\d) +(\w+) +(\d+) +(\S+) +(\S+) +(\S+)$", re.MULT
 
 def test_every_stage_and_every_backward_order_is_equal_on_two_ranks(warm_ranks):
     """The slow tests run all pairs of values, and all triples."""
-    chosen = {
-        ("zero1", "bridged"),
-        ("zero2", "joint"),
-        ("zero2", "sequential"),
-        ("zero3", "sequential"),
-        ("zero3", "bridged"),
-    }
+    chosen = {("zero1", "bridged"), ("zero2", "joint"), ("zero3", "sequential")}
     cells = [
         cell
         for cell in sample()
@@ -34,11 +28,9 @@ def test_every_stage_and_every_backward_order_is_equal_on_two_ranks(warm_ranks):
         and (cell.stage, cell.backward_order) in chosen
     ]
     assert len(cells) == len(chosen)
-    slices = [replace(cells[place], sequence_parallel=2) for place in (0, 2, 4)]  # of every stage
-    tiles = "recomputed in tiles"
-    slices[1] = replace(slices[1], adaptation=tiles)
-    cells[3] = replace(cells[3], adaptation=tiles)
-    cells += slices + [replace(cells[place], optimizer="muon") for place in (0, 2, 3)]
+    slices = [replace(cell, sequence_parallel=2) for cell in cells]
+    slices[1] = replace(slices[1], adaptation="recomputed in tiles")
+    cells += [*slices, *(replace(cells[place], optimizer="muon") for place in (0, 2))]
     assert {cell.stage for cell in cells[len(chosen) :]} == {*STAGES}
     outcomes = compare_strategies(cells)
     assert [outcome.cell for outcome in outcomes] == cells

@@ -1,11 +1,10 @@
 """What goes wrong, seen from the shell: three parts, an exit code, no traceback, nothing lost."""
 
-import os
 import shutil
-import subprocess
 
 import pytest
 
+from tests.support.fatal import small_file_system
 from tests.support.runs import ROOT, figures, mtp
 
 RECIPE = str(ROOT / "recipes/debug/parallel.yaml")
@@ -53,14 +52,8 @@ def test_failure_is_explained(case, place):
     assert (place / "home/thesis.tex").read_text() == "precious"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_while_saving_loses_nothing(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=False)
-    if mounted.returncode:
-        pytest.skip("this machine does not let root mount a file system")
-    try:
+    with small_file_system(tmp_path / "disk", "8m") as disk:
         settings = ("checkpoint.every_steps=4", "logging.every_steps=1", f"run.cache={tmp_path}/cache")
         small = ("train", RECIPE, *settings, f"run.dir={disk}/run")
         assert mtp(*small, "run.steps=8", cwd=tmp_path).returncode == 0
@@ -76,5 +69,3 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path):
         assert "after step 8 of 16" in resumed.stdout, resumed.stdout + resumed.stderr
         assert resumed.returncode == 0
         assert [int(row["step"]) for row in figures(disk / "run/metrics.csv")] == list(range(1, 17))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)

@@ -34,14 +34,21 @@ def full_product(allowed: Callable[..., bool] | None = None, **dimensions: Itera
 
 
 def every_pair(
-    allowed: Callable[..., bool] | None = None, *, full: bool = False, **dimensions: Iterable[Any]
+    allowed: Callable[..., bool] | None = None,
+    *,
+    full: bool = False,
+    one_in: int = 1,
+    first: int = 0,
+    **dimensions: Iterable[Any],
 ) -> pytest.MarkDecorator:
     """Parametrise a test: every value of each dimension every day, every pair with `-m slow`.
 
-    With `full`, the other combinations run too, under `-m matrix`.
+    With `full`, the other combinations run too, under `-m matrix`. With `one_in`, one in so many values of the first
+    dimension is met every day, by every value of the others: other tests of the file meet the rest.
     """
     array = covering_array(allowed, **dimensions)
-    daily = chosen(array, 1)
+    today = {*list(next(iter(dimensions.values())))[first::one_in]}
+    daily = chosen([cell for cell in array if cell[0] in today], 1)
     cells: list[Any] = [pytest.param(*cell, marks=() if cell in daily else pytest.mark.slow) for cell in array]
     if full:
         rest = [cell for cell in full_product(allowed, **dimensions) if cell not in set(array)]

@@ -91,12 +91,19 @@ def start(
     environment: dict[str, str] | None = None,
     merged: bool = False,
     warm_ranks: bool = False,
+    trains: bool | None = None,
 ) -> WarmProcess:
-    """Start a program, `mtp` unless told another; with `warm_ranks` the ranks that it starts are forked too."""
+    """Start a program, `mtp` unless told another; with `warm_ranks` the ranks that it starts are forked too.
+
+    What `trains` may need DeepSpeed, which takes seconds to import: a rank, unless told otherwise.
+    """
     if merged:
         code = f"import os; os.dup2(1, 2)\n{code}"
     environment = dict(os.environ) if environment is None else environment
-    options = {"python": str(server().python) if warm_ranks else "", "trains": "RANK" in environment}
+    options = {
+        "python": str(server().python) if warm_ranks else "",
+        "trains": "RANK" in environment if trains is None else trains,
+    }
     return WarmProcess(code, arguments, cwd, environment, options)
 
 

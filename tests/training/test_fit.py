@@ -49,36 +49,36 @@ def test_steps_checkpoints_and_validations_fall_where_they_should(run, tmp_path)
 
 
 def test_the_written_recipe_is_the_run(run, tmp_path, capsys):
-    run()
+    run("run.steps=2")
     assert train(load_recipe(tmp_path / "run/recipe.yaml")) == 0
-    assert "is finished: 11 of 11 steps" in capsys.readouterr().out
+    assert "is finished: 2 of 2 steps" in capsys.readouterr().out
 
 
 def test_a_changed_recipe_is_reported_field_by_field(run, capsys):
-    run()
+    run("run.steps=2")
     with pytest.raises(RunFolderError) as caught:
         run("model.hidden_size=64", "optimizer.lr=1e-2", "run.steps=20")
     assert "2 changed fields" in caught.value.found
     assert "model.hidden_size: 32 -> 64" in caught.value.found
     assert "optimizer.lr: 0.003 -> 0.01" in caught.value.found
     assert "run.steps" not in caught.value.found
-    assert run("run.steps=13", "batch.micro_batch_size=8") == 0
+    assert run("run.steps=3", "batch.micro_batch_size=8") == 0
     printed = capsys.readouterr().out
     assert "Changed since this run began: batch.micro_batch_size: 4 -> 8" in printed
-    assert "Changed since this run began: run.steps: 11 -> 13" in printed
-    assert "Continuing run after step 11 of 13" in printed
+    assert "Changed since this run began: run.steps: 2 -> 3" in printed
+    assert "Continuing run after step 2 of 3" in printed
 
 
 def test_a_run_without_a_checkpoint_may_be_corrected(run):
     with pytest.raises(DataError):
         run("data.corpus=[nowhere.txt]")
-    assert run() == 0
+    assert run("run.steps=2") == 0
 
 
 def test_a_fresh_start_overwrites_nothing(run, tmp_path, capsys):
-    run()
+    run("run.steps=2")
     first = (tmp_path / "run/metrics.csv").read_bytes()
-    assert run("run.restart=true", "run.seed=3") == 0
+    assert run("run.restart=true", "run.seed=3", "run.steps=2") == 0
     assert "the earlier run is now run.1" in capsys.readouterr().out
     assert (tmp_path / "run.1/metrics.csv").read_bytes() == first
     assert (tmp_path / "run/metrics.csv").read_bytes() != first
@@ -119,7 +119,7 @@ def test_a_vocabulary_smaller_than_a_token_is_refused_before_the_first_step(run,
 
 
 def test_a_shard_cut_in_half_is_refused_before_the_first_step(run, tmp_path, cache):
-    run(folder="whole")
+    run("run.steps=1", folder="whole")
     [built] = cache.glob("data-*")
     broken = tmp_path / "broken"
     shutil.copytree(built, broken)
@@ -130,9 +130,9 @@ def test_a_shard_cut_in_half_is_refused_before_the_first_step(run, tmp_path, cac
 
 
 def test_data_of_another_corpus_is_refused_on_resume(run, tmp_path, cache):
-    run()
+    run("run.steps=2")
     [first] = cache.glob("data-*")
-    run("data.corpus=[stdlib:json,stdlib:logging]", folder="elsewhere")
+    run("data.corpus=[stdlib:json,stdlib:logging]", "run.steps=1", folder="elsewhere")
     [other] = set(cache.glob("data-*")) - {first}
     with pytest.raises(CheckpointError, match="fingerprint"):
         run("run.steps=20", f"data.shards={other}")
@@ -164,7 +164,7 @@ def test_prompts_are_never_targets(run, tmp_path, monkeypatch):
         check(tokens, documents, mask, targets)
 
     monkeypatch.setattr(lightning_module, "check_targets", spying)
-    assert run(f"data.corpus=[{tmp_path}/pairs.jsonl]") == 0
+    assert run(f"data.corpus=[{tmp_path}/pairs.jsonl]", "run.steps=1") == 0
     tokens, mask, targets = seen[0]
     assert (tokens == ord("Q")).any()
     assert not (targets == ord("Q")).any()

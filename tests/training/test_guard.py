@@ -177,31 +177,31 @@ def test_other_limits_stop_it_too(folder, start, limit):
 
 
 def test_a_warning_is_printed_and_nothing_stops(folder, start, capsys):
-    guard = "health.drift={every_steps: 10, samples: 16, warn_kl: 0.0001, stop_loss: null}"
-    assert run(folder, "warned", start, guard, "run.steps=20", "optimizer.lr=1e-4") == 0
-    assert "Guard at step 10: the main head's loss has changed by" in capsys.readouterr().out
-    assert sorted(guard_rows(folder, "warned")) == [10, 20]
+    guard = "health.drift={every_steps: 5, samples: 16, warn_kl: 0.0001, stop_loss: null}"
+    assert run(folder, "warned", start, guard, "run.steps=10", "optimizer.lr=1e-3") == 0
+    assert "Guard at step 5: the main head's loss has changed by" in capsys.readouterr().out
+    assert sorted(guard_rows(folder, "warned")) == [5, 10]
 
 
 def test_a_frozen_main_head_does_not_drift(folder, start):
-    guard = "health.drift={every_steps: 10, samples: 16, warn_loss: 1e-9, stop_loss: 1e-9, stop_flips: 1e-9}"
-    assert run(folder, "frozen", start, guard, "run.steps=20", "freeze=[offsets_below_2]") == 0
-    assert guard_rows(folder, "frozen")[20]["drift/nll_change"] == 0
+    guard = "health.drift={every_steps: 4, samples: 16, warn_loss: 1e-9, stop_loss: 1e-9, stop_flips: 1e-9}"
+    assert run(folder, "frozen", start, guard, "run.steps=8", "freeze=[offsets_below_2]") == 0
+    assert guard_rows(folder, "frozen")[8]["drift/nll_change"] == 0
 
 
 def test_a_resumed_run_is_compared_with_the_model_it_began_as(folder, start):
-    fields = (start, "health.drift={every_steps: 10, samples: 16, stop_loss: null}", "checkpoint.every_steps=10")
-    assert run(folder, "twice", *fields, "run.steps=20") == 0
-    assert run(folder, "twice", *fields, "run.steps=30") == 0
+    fields = (start, "health.drift={every_steps: 5, samples: 16, stop_loss: null}", "checkpoint.every_steps=5")
+    assert run(folder, "twice", *fields, "run.steps=10") == 0
+    assert run(folder, "twice", *fields, "run.steps=15") == 0
     (recipe, after), (_, before) = load_model(folder / "twice"), load_model(folder / "start")
     held_out = MtpDataModule(recipe).validation_samples
     batches = [tensors_of(held_out.read(held_out.spread(16)))]
     rows_of = [HeldOut(batch["tokens"], batch["documents"], None) for batch in batches]
     expected = measured(after, rows_of, [record(before, rows) for rows in rows_of]).figures
     found = guard_rows(folder, "twice")
-    assert sorted(found) == [10, 20, 30]
-    assert found[30] == pytest.approx(expected, rel=1e-4)
-    assert found[30]["drift/kl"] > 0.01
+    assert sorted(found) == [5, 10, 15]
+    assert found[15] == pytest.approx(expected, rel=1e-4)
+    assert found[15]["drift/kl"] > 0.01
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from mtp_lightning.model.kept_states import HEADER_BYTES, KeptStates, trunk_dige
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import load_recipe
 from mtp_lightning.training.fit import train
-from tests.checkpoint.conftest import small_disk as small_disk
 from tests.support.covering import every_pair
 from tests.support.runs import ROOT, figures, mtp
 from tests.support.tiny import HEAD_KINDS, gradients_of, tiny_model, tiny_recipe, tiny_rows

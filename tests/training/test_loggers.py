@@ -1,5 +1,6 @@
 """Loggers of a run: the real W&B and MLflow, without a network; restarts and phases go on in the same record."""
 
+import functools
 import json
 import os
 import signal
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.loggers import Logger
-from mlflow.tracking import MlflowClient
 
 from mtp_lightning.errors import LoggingError, RunFolderError
 from mtp_lightning.recipe import Recipe, load_recipe
@@ -54,12 +54,16 @@ def wandb_records(folder, kind):
 
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.parent.stat().st_mtime)
     assert files
-    lines = []
-    for file in files:
-        command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        lines += [json.loads(line) for line in done.stdout.splitlines()]
+    lines = [line for file in files for line in inspected(get_core_path(), file, file.stat().st_mtime_ns)]
     return [line[kind] for line in lines if line["type"] == kind]
+
+
+@functools.cache
+def inspected(tool, file, changed_at_ns):
+    """Read a file with W&B's tool, once for as long as it stays as it is."""
+    command = [tool, "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def wandb_history(folder, name="train/loss_1"):
@@ -69,6 +73,8 @@ def wandb_history(folder, name="train/loss_1"):
 
 
 def mlflow_run(folder):
+    from mlflow.tracking import MlflowClient  # takes a second
+
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     experiment = client.get_experiment_by_name("tests")
     (found,) = client.search_runs([experiment.experiment_id])

@@ -15,7 +15,7 @@ from tests.checkpoint.foreign import write_folder
 from tests.support.runs import ROOT, figures, mtp
 
 RECIPE = ROOT / "recipes/debug/parallel.yaml"
-SHORT = ("run.steps=4", "run.validate_every_steps=4", "checkpoint.every_steps=2", "run.threads=1")
+SHORT = ("run.steps=2", "run.validate_every_steps=2", "checkpoint.every_steps=1", "run.threads=1")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def make_export(folder, run):
 
 
 def make_checkpoint(folder, run):
-    shutil.copytree(run / "checkpoints/step-00000004", folder)
+    shutil.copytree(run / "checkpoints/step-00000002", folder)
 
 
 def make_attempt(folder, run):
@@ -96,7 +96,7 @@ def make_link(folder, run):
 
 FOREIGN = {
     "export": (make_export, "a model that was exported, imported or extended"),
-    "checkpoints/step-00000004": (make_checkpoint, "a checkpoint"),
+    "checkpoints/step-00000002": (make_checkpoint, "a checkpoint"),
     "logs/attempt_1": (make_attempt, "the log of one start"),
     "project": (make_project, "a folder that holds recipe.yaml, thesis.tex"),
     "shards": (make_shards, "a folder of shards"),
@@ -126,7 +126,7 @@ def test_the_command_says_the_same_of_a_folder_and_of_a_recipe_of_ones_own(train
     make_project(tmp_path / "project", trained)
     before = content_of(tmp_path)
     for arguments, where in [(["export"], "."), (["recipe.yaml", "run.dir=."], "project")]:
-        done = mtp("train", *arguments, "run.steps=6", cwd=tmp_path / where)
+        done = mtp("train", *arguments, "run.steps=3", cwd=tmp_path / where)
         assert done.returncode == RunFolderError.exit_code
         assert "Nothing has been changed" in done.stderr.replace("\n", " ")
         assert "Traceback" not in done.stderr
@@ -138,7 +138,7 @@ def test_new_empty_and_own_folders_become_runs(start, tmp_path):
     for folder in ("new/deep", "empty"):
         assert start(f"run.dir={folder}") == 0
         assert (tmp_path / folder / MARKER).is_file()
-    assert start("run.dir=empty", "run.steps=6") == 0
+    assert start("run.dir=empty", "run.steps=3") == 0
     assert start("run.dir=empty", "run.restart=true") == 0
     assert (tmp_path / "empty.1" / MARKER).is_file()
 
@@ -159,7 +159,7 @@ def test_a_run_that_has_lost_its_checkpoints_does_not_begin_again(start, trained
     harm(tmp_path / "run/checkpoints")
     rows = figures(tmp_path / "run/metrics.csv")
     for overrides in ((), ("model.hidden_size=64", "run.seed=7")):
-        with pytest.raises(CheckpointError, match=r"must go on from one of them; found none that is whole .* step 2"):
+        with pytest.raises(CheckpointError, match=r"must go on from one of them; found none that is whole .* step 1"):
             start("run.dir=run", *overrides)
     assert figures(tmp_path / "run/metrics.csv") == rows
     assert start("run.dir=run", "run.restart=true") == 0
@@ -177,14 +177,14 @@ def test_what_stands_in_the_way_of_a_run_is_named_before_it_begins(start, traine
         shutil.rmtree(path)
         path.write_text("")
     with pytest.raises(RunFolderError, match=f"{name} of a run must be a {'file' if is_file else 'folder'}"):
-        start("run.dir=run", "run.steps=6")
+        start("run.dir=run", "run.steps=3")
 
 
 def test_other_names_among_the_logs_are_passed_over(start, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     for name in ("attempt_1.bak", "attempt_x", "attempt_", "submit_old"):
         (tmp_path / "run/logs" / name).mkdir()
-    assert start("run.dir=run", "run.steps=6") == 0
+    assert start("run.dir=run", "run.steps=3") == 0
     assert (tmp_path / "run/logs/attempt_2").is_dir()
 
 

@@ -27,7 +27,7 @@ from mtp_lightning.data.shards.encode import (
     encode_blocks,
     split_of,
 )
-from mtp_lightning.data.shards.left_out import LeftOutCounts
+from mtp_lightning.data.shards.left_out import LeftOutCounts, remarks
 from mtp_lightning.data.shards.manifest import (
     FORMAT_VERSION,
     SPLITS,
@@ -38,7 +38,6 @@ from mtp_lightning.data.shards.manifest import (
     describe,
     load_manifest,
 )
-from mtp_lightning.data.shards.remarks import remarks
 from mtp_lightning.data.shards.staging import Counts, StagingFolder, commit, exclusive_build, is_built, say_others
 from mtp_lightning.data.shards.tokenize import Mask
 from mtp_lightning.data.shards.writer import MEMBER_TOKENS, SHARD_BYTES, SplitWriter

@@ -1,12 +1,13 @@
-"""What a build leaves out: counted by kind, the first faults by name, and told when it is done."""
+"""What a build tells when it is done: what it left out, the first faults by name, and what may surprise."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import final
 
 from mtp_lightning.data.text.documents import HINTS, JSON_AS_TEXT
 from mtp_lightning.data.text.records import LeftOut
 from mtp_lightning.data.text.sources import spelled
+from mtp_lightning.data.tokenizers.chat import ChatTemplate
 
 MOST_NAMED = 10
 
@@ -56,3 +57,27 @@ class LeftOutCounts:
             return "Name the field that holds the text: data.text_field (--text-field)"
         kinds = (self.files + self.rows).most_common()
         return next((HINTS[kind] for kind, _ in kinds if kind in HINTS), "Correct data.corpus")
+
+
+def remarks(notes: Counter[str], tokenizer: str, template: ChatTemplate | None) -> Iterator[str]:
+    """Yield a line for each thing that may surprise: text that is lost, turns not learnt, dates in chats.
+
+    Args:
+        notes: counts of `round_trip`, and of chats and their turns.
+        tokenizer: its name.
+        template: the chat template, if there is one.
+    """
+    if notes["changed"]:
+        changed, beyond = (f"{notes[name] / notes['sampled']:.1%}" for name in ("changed", "beyond_spaces"))
+        unknown = f"{notes['unknown'] / max(1, notes['tokens']):.1%}"
+        yield (
+            f"{tokenizer} does not give every text back: of {notes['sampled']:,} documents sampled, {changed} change "
+            f"({beyond} in more than white space), and {unknown} of their tokens are unknown ones"
+        )
+    if notes["unlearnt"]:
+        yield (
+            f"{notes['unlearnt']:,} of {notes['turns']:,} turns of assistants are only read, not learnt: the chat "
+            "template writes them in another way when more turns follow; mark what is learnt with {% generation %}"
+        )
+    if notes["chats"] and template and template.writes_date:
+        yield "the chat template writes today's date into chats; set SOURCE_DATE_EPOCH to build the same shards again"

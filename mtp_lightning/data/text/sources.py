@@ -1,6 +1,7 @@
 """Where documents come from: files, folders, globs, and the Python standard library's own source."""
 
 import contextlib
+import functools
 import os
 import re
 import sysconfig
@@ -222,8 +223,7 @@ def _is_not_library(name: str) -> bool:
 
 def _files_of_stdlib(source: str) -> list[SourceFile]:
     root = Path(sysconfig.get_path("stdlib"))
-    below = _files_below(root, root, Counter(), left_out=_is_not_library)
-    files = [file for file in below if file.name.endswith(".py")]
+    files = _library_below(root)
     if source == STDLIB:
         wanted = [file for file in files if not file.name.startswith(STDLIB_GENERATED)]
     else:
@@ -238,6 +238,12 @@ def _files_of_stdlib(source: str) -> list[SourceFile]:
             "Nearest are: " + ", ".join(f"{STDLIB}:{name}" for name in near or ["json", "email"]),
         )
     return wanted
+
+
+@functools.cache
+def _library_below(root: Path) -> tuple[SourceFile, ...]:
+    below = _files_below(root, root, Counter(), left_out=_is_not_library)
+    return tuple(file for file in below if file.name.endswith(".py"))
 
 
 def _source_file(path: Path, root: Path, *, is_named: bool) -> SourceFile:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from mtp_lightning.evaluation.code.pass_at_k import best, estimate, figures, pass_at_k
+from mtp_lightning.evaluation.code.score import best, estimate, figures, pass_at_k
 
 
 def test_the_estimator_equals_brute_force():

@@ -103,17 +103,26 @@ def passed(sandbox, codes, tests, seconds=None):
     return {name: verdict for name, verdict in verdicts.items() if verdict.outcome == "passed"}
 
 
+one_in = pytest.mark.parametrize("one_in", [3, pytest.param(1, marks=pytest.mark.slow)])
+
+
+def some_of(codes, one_in):
+    return {name: codes[name] for name in [*codes][::one_in]}
+
+
+@one_in
 @pytest.mark.parametrize("kind", ["ENDS", "LIES", "FORGERIES", "PROCESSES", "WAYS_OUT"])
-def test_code_that_cheats_or_breaks_out_fails(sandbox, around, kind):
-    codes = getattr(escapes, kind)
+def test_code_that_cheats_or_breaks_out_fails(sandbox, around, kind, one_in):
+    codes = some_of(getattr(escapes, kind), one_in)
     if kind == "WAYS_OUT":
         for key, value in around.items():
             codes = {name: code.replace(f"{{{key}}}", str(value)) for name, code in codes.items()}
     assert passed(sandbox, codes, TESTS) == {}
 
 
-def test_programs_that_cheat_fail(sandbox, around):
-    assert passed(sandbox, escapes.PROGRAMS, CASES) == {}
+@one_in
+def test_programs_that_cheat_fail(sandbox, around, one_in):
+    assert passed(sandbox, some_of(escapes.PROGRAMS, one_in), CASES) == {}
 
 
 FILES_AND_PROCESSES = (
