@@ -359,6 +359,7 @@ RULES = (
         GPT2,
         "model.rope_theta=5e5",
     ),
+    _broken("width_scaling_beside_settings", *FOREIGN, GPT2, "optimizer.mup_base_width=128"),
     _broken("rollout_of_two_streams_beside_settings", *FOREIGN, GPT2, "heads.kind=sequential", "objective.rollout={}"),
     _broken(
         "settings_and_layers_from_the_trunk",

@@ -70,7 +70,11 @@ def test_every_rule_has_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     met = {fault.expected for case in RULE_CASES for fault in load_case(case).faults}
     own = cast(head_kinds.HeadKind, SimpleNamespace(num_layers=lambda *_: 0))
     monkeypatch.setitem(head_kinds._registered, "own", own)
-    sections = {"heads": {"kind": "own"}, "strategy": {"kind": "zero2", "ranks_per_node": 2, "sequence_parallel": 2}}
+    sections = {
+        "heads": {"kind": "own"},
+        "optimizer": {"mup_base_width": 128},
+        "strategy": {"kind": "zero2", "ranks_per_node": 2, "sequence_parallel": 2},
+    }
     met |= {fault.expected for fault in check_rules(Recipe.model_validate(sections))}
     assert met == {rule.expected for rule in RULES}
 
