@@ -132,6 +132,13 @@ class Kind(StrEnum):
     medusa = "medusa"
 
 
+class Hidden(StrEnum):
+    """What modules read of the trunk: its state behind the final norm, or before it."""
+
+    post_norm = "post_norm"
+    pre_norm = "pre_norm"
+
+
 class Init(StrEnum):
     """What heads beyond the main one start as."""
 
@@ -223,6 +230,14 @@ def import_model(
     kind: Annotated[
         Kind | None, typer.Option(help="Head kind (default: as in the folder, or parallel).", show_default=False)
     ] = None,
+    hidden: Annotated[
+        Hidden | None,
+        typer.Option(
+            help="State that sequential and recursive modules read (default: post_norm); `mtp export --format mimo` "
+            "holds those of pre_norm.",
+            show_default=False,
+        ),
+    ] = None,
     init: Annotated[
         Init | None,
         typer.Option(
@@ -253,6 +268,7 @@ def import_model(
     wanted = Wanted(
         num_offsets=offsets,
         kind=kind.value if kind else None,
+        hidden=hidden.value if hidden else None,
         init=init.value if init else None,
         allow=tuple(allow or ()),
         end_of_document=end_of_document,

@@ -9,6 +9,7 @@ import torch
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
+from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.mtp_model import build_model
 from mtp_lightning.recipe import load_recipe
 from tests.checkpoint.foreign import LAYERS, MODULE_PREFIXES, WIDTH, llama_tensors, module_tensors, write_folder
@@ -46,6 +47,26 @@ def test_the_main_head_is_the_base_model_bit_for_bit(kind, init, tmp_path):
     found = scores(model)
     assert torch.equal(found[1], scores(base)[1])
     assert len(found) == 4
+
+
+@pytest.mark.parametrize("kind", ["sequential", "recursive"])
+def test_modules_before_the_norm_are_fitted_to_it_and_served_as_mimo(kind, tmp_path):
+    losses = {}
+    for hidden in ("pre_norm", "post_norm"):
+        recipe, model = imported(tmp_path, name=hidden, num_offsets=2, kind=kind, hidden=hidden, init="copy")
+        assert recipe.heads.hidden == hidden
+        losses[hidden] = scores(model)[2]
+    assert not torch.equal(*losses.values())
+    export_model(tmp_path / "pre_norm", tmp_path / "mimo", "mimo")
+    with pytest.raises(CheckpointError, match="heads.hidden: post_norm"):
+        export_model(tmp_path / "post_norm", tmp_path / "no", "mimo")
+
+
+@pytest.mark.parametrize("wanted", [{"kind": "medusa"}, {}, {"kind": "sequential", "init": "native"}])
+def test_a_state_for_modules_that_are_not_made_is_refused(wanted, tmp_path):
+    modules = llama_tensors() | module_tensors("deepseek") if wanted.get("init") else None
+    with pytest.raises(CheckpointError, match="--hidden needs new modules"):
+        imported(tmp_path, modules, num_offsets=2, hidden="pre_norm", **wanted)
 
 
 @pytest.mark.parametrize("kind", COPYING)

@@ -101,6 +101,7 @@ class Wanted:
     Attributes:
         num_offsets: number n of predicted tokens; None means those that the folder has heads for.
         kind: head kind.
+        hidden: state that sequential and recursive modules read.
         init: what heads beyond the main one start as: the folder's own (`native`), `fitted` to a little text, copies of
             the last layer (`copy`), or `random`.
         allow: patterns of stored tensors that may be missing (their parameters start anew) or left out.
@@ -114,6 +115,7 @@ class Wanted:
 
     num_offsets: int | None = None
     kind: str | None = None
+    hidden: Literal["post_norm", "pre_norm"] | None = None
     init: Init | None = None
     allow: tuple[str, ...] = ()
     end_of_document: int | None = None
@@ -265,11 +267,20 @@ def _recipe_of(hf_checkpoint: HFCheckpoint, wanted: Wanted, init: Init, out: Pat
             f"--kind {kind}",
             "Leave --kind out, or choose another --init",
         )
+    if wanted.hidden and (
+        kind not in ("sequential", "recursive") or implied.get("hidden", wanted.hidden) != wanted.hidden
+    ):
+        raise CheckpointError(
+            "--hidden needs new modules that read it: --kind sequential or recursive, and not --init native",
+            f"--hidden {wanted.hidden} with --kind {kind}, --init {init}",
+            "Leave --hidden out, or choose such modules",
+        )
     num_offsets = wanted.num_offsets or 1 + count
     if num_offsets > MOST_OFFSETS:
         expected = f"the model must predict at most {MOST_OFFSETS:,} tokens"
         raise CheckpointError(expected, f"{num_offsets:,}", "Give a smaller number with --offsets")
     heads = {"layers_from_trunk": False, **implied, "kind": kind, "num_offsets": num_offsets}
+    heads |= {"hidden": wanted.hidden} if wanted.hidden else {}
     window = min(default.data.seq_len, hf_checkpoint.section.max_position_embeddings)
     values = {
         "name": out.absolute().name,
