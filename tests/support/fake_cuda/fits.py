@@ -95,9 +95,10 @@ def run_fit(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(ledger)
         with process_group(recipe):
-            watch = _Watch(ledger, books, checks_first_step, breaks_off)
-            with contextlib.suppress(_Enough):
-                books.device = str(_fit(recipe, Path(folder), watch, checkpoint, saves))
+            with contextlib.suppress(_Enough):  # what has a name here would keep the fit alive
+                books.device = str(
+                    _fit(recipe, Path(folder), _Watch(ledger, books, checks_first_step, breaks_off), checkpoint, saves)
+                )
             fit._let_go()
         books.left_bytes = ledger.live
         if saves and recipe.strategy.num_ranks == 1:
