@@ -139,6 +139,16 @@ class Hidden(StrEnum):
     pre_norm = "pre_norm"
 
 
+HiddenState = Annotated[
+    Hidden | None,
+    typer.Option(
+        help="State that sequential and recursive modules read (default: post_norm); `mtp export --format mimo` "
+        "holds those of pre_norm.",
+        show_default=False,
+    ),
+]
+
+
 class Init(StrEnum):
     """What heads beyond the main one start as."""
 
@@ -230,14 +240,7 @@ def import_model(
     kind: Annotated[
         Kind | None, typer.Option(help="Head kind (default: as in the folder, or parallel).", show_default=False)
     ] = None,
-    hidden: Annotated[
-        Hidden | None,
-        typer.Option(
-            help="State that sequential and recursive modules read (default: post_norm); `mtp export --format mimo` "
-            "holds those of pre_norm.",
-            show_default=False,
-        ),
-    ] = None,
+    hidden: HiddenState = None,
     init: Annotated[
         Init | None,
         typer.Option(
