@@ -49,6 +49,7 @@ def test_a_position_that_stands_alone_has_the_scores_that_it_has_beside_others(w
     for size in (1, 2, 4):
         parts = torch.cat([packed(part) for part in torch.split(hidden, size, dim=1)], dim=1)
         assert torch.equal(packed(hidden), parts)
+    assert torch.equal(packed(hidden)[0, 5], packed(hidden[0, 5]))  # (D,) -> (E,)
 
 
 def check_scores(recipe):

@@ -1,6 +1,7 @@
 """A node that is killed, and one that comes back: under `torchrun --nnodes=1:2` the run goes on in the same stream."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,6 +130,9 @@ def test_a_rank_is_lost_and_the_same_number_goes_on(tmp_path):
         assert process.wait(PATIENCE_S) == 0, (tmp_path / "agent_true.txt").read_text()[-4000:]
     assert_nobody_stays(folder)
     assert num_attempts() == 3
+    told = re.findall(r"Continuing \S+ after step (\d+) of", (tmp_path / "agent_true.txt").read_text())
+    assert len(told) == 2
+    assert all(int(step) >= least for step, least in zip(told, (10, 20), strict=True))  # not from the beginning
     whole = mtp(*run, "run.dir=whole", "strategy.kind=zero2", "strategy.ranks_per_node=2", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     assert figures(metrics) == figures(tmp_path / "whole/metrics.csv")
