@@ -6,9 +6,10 @@ where it ends (`stopping`). A head kind needs nothing of its own here: whom an o
 tokens, decides how it drafts (`settings.applicable_decoders`).
 """
 
-from mtp_lightning.decode.generation import Generation, Step, generate, stream
+from mtp_lightning.decode.generation import Generation, generate, stream
 from mtp_lightning.decode.settings import Settings, applicable_decoders
 from mtp_lightning.decode.statistics import Statistics
+from mtp_lightning.decode.steps import Step
 from mtp_lightning.decode.tree import Tree, build_tree
 
 __all__ = [

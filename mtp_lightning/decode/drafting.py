@@ -46,14 +46,16 @@ def head_scores(session: DecodeState, num_drafts: int) -> Tensor:
     """Score the next tokens by offsets 2, 3, ... at the last committed position: (B, K, V or V')."""
     model, offsets = session.model, range(2, 2 + num_drafts)
     stretch = _stretch(session, offsets)
-    states, reached = stretch.states, session.lengths.clone()
+    states, is_fixed = stretch.states, session.fixed_width is not None
+    reached = session.lengths if is_fixed else session.lengths.clone()
     for offset in offsets:
         if offset in session.path:
             continue
         source = model.read(offset, states[model.parent_of(offset)])
         geometry = session.cache.geometry(stretch.window, offset)
         states[offset] = model.heads(offset, source, HeadContext(geometry, source))
-        session.valid[offset] = reached
+        if not is_fixed:
+            session.valid[offset] = reached
     last = [states[offset][session.rows, stretch.last] for offset in offsets]  # (B, D) each
     if model.unembedding.is_replicated:
         return torch.stack([session.draft_scores(k, state) for k, state in zip(offsets, last, strict=True)], 1)
@@ -88,7 +90,8 @@ def draft_chain(session: DecodeState, num_drafts: int, choose: Choose) -> Draft:
             source = model.read(offset, states[model.parent_of(offset)])
             context = HeadContext(session.cache.geometry(stretch.window, offset), embedded)
             states[offset] = model.heads(offset, source, context)
-            session.valid[offset] = (session.lengths - (offset - 2)).clamp_(min=0)
+            if session.fixed_width is None:
+                session.valid[offset] = (session.lengths - (offset - 2)).clamp_(min=0)
         scores = session.draft_scores(offset, states[offset][session.rows, last])
         token, probs = _spoken(session, *choose(scores))
         embedded[session.rows, last + offset] = model.trunk.embed_tokens(token)
@@ -99,13 +102,7 @@ def draft_chain(session: DecodeState, num_drafts: int, choose: Choose) -> Draft:
 
 def _stretch(session: DecodeState, offsets: range) -> _RecomputeSpan:
     """Open the window from the first row that is not valid to the last committed position."""
-    lengths = session.lengths
-    if session.catches_up:
-        starts = session.valid[offsets[-1]]  # deeper offsets are never ahead of shallower ones
-        first, last, width = session.spans[offsets[-1]]
-    else:
-        starts, first, last, width = lengths - 1, session.shortest - 1, session.longest - 1, 1
-    window = session.cache.window(starts, width, reach=last + width, aligned=first == last)
+    starts, window = session.drafting_window(offsets[-1])
     rows = session.rows[:, None]
     states = {offset: kept[rows, window.slots] for offset, kept in session.draft_states.items()}
-    return _RecomputeSpan(window, states, lengths - 1 - starts)
+    return _RecomputeSpan(window, states, session.lengths - 1 - starts)

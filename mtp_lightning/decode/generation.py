@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mtp_lightning.decode.adaptive import AdaptiveLength, step_costs
-from mtp_lightning.decode.sampling import Sampling
+from mtp_lightning.decode.sampling import DrawnNoise, Sampling
 from mtp_lightning.decode.settings import (
     ADAPTIVE,
     Decoder,
@@ -21,26 +21,15 @@ from mtp_lightning.decode.settings import (
     resolve_draft_length,
 )
 from mtp_lightning.decode.state import DecodeState, prefill
+from mtp_lightning.decode.static import StaticStep, check_compilable, fixed_capacity
 from mtp_lightning.decode.statistics import Statistics
-from mtp_lightning.decode.steps import ChainDecoding, Decoding, ForcedDrafts, TreeDecoding
+from mtp_lightning.decode.steps import ChainDecoding, Decoding, ForcedDrafts, Step, TreeDecoding
 from mtp_lightning.decode.stopping import Stopping
 from mtp_lightning.model.mtp_model import MtpModel
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Attention of decoding on a GPU, without cuDNN: torch 2.11 to 2.13 prefer it on Hopper, where it plans anew for every
 length of the past (0.4 s, modelscope/FunASR#3704), and wrong with few key heads on Blackwell (pytorch#193893)."""
-
-
-@final
-@dataclass(frozen=True)
-class Step:
-    """What one forward gave, for every row."""
-
-    drafts: Tensor  # (B, K) proposed tokens; a tree's nodes in its order
-    accepted: Tensor  # (B,) how many were kept
-    block: Tensor  # (B, K+1) kept drafts and the token after them, then nothing of meaning
-    kept: Tensor  # (B,) tokens of the block that are part of the text; fewer than accepted + 1 at its end
-    is_active: Tensor  # (B,) rows that had not ended before
 
 
 @final
@@ -72,7 +61,8 @@ def generate(
         model: The model, on the device and in the precision to use.
         prompts: Token ids of each prompt.
         settings: How to generate.
-        forced_drafts: Drafts to use in place of the heads' own, to see what a given acceptance is worth.
+        forced_drafts: Drafts to use in place of the heads' own, to see what a given acceptance is worth; with
+            `compile` their code is compiled, too.
         options: Fields of `Settings`, instead of `settings`.
 
     Raises:
@@ -102,17 +92,25 @@ def stream(
     """Check the request, then yield a step for every forward, the prompts' own first. As `generate` otherwise."""
     decoder = resolve_decoder(model, settings.decoder)
     check_settings(model, decoder, settings)
+    if settings.compile:
+        check_compilable(model)
     longest = resolve_draft_length(model, decoder, settings)
     prompts = [list(prompt) for prompt in prompts]
     check_prompts(model, prompts, settings.max_new_tokens)
     if decoder != "tree" or settings.tree is None:
-        remaining = settings.max_new_tokens + 2 * (longest + 1)
+        remaining = _room(settings, prompts, settings.max_new_tokens + 2 * (longest + 1))
         session = DecodeState(model, prompts, max_drafts=longest, remaining=remaining, seed=settings.seed)
         return _steps(ChainDecoding(session, settings, decoder, forced_drafts), session, settings, prompts, longest)
     deepest = len(settings.tree.breadths)
-    remaining = settings.max_new_tokens + deepest + settings.tree.num_drafts + 2
+    remaining = _room(settings, prompts, settings.max_new_tokens + deepest + settings.tree.num_drafts + 2)
     session = DecodeState(model, prompts, max_drafts=deepest, remaining=remaining, seed=settings.seed)
     return _steps(TreeDecoding(session, settings, settings.tree), session, settings, prompts, deepest)
+
+
+def _room(settings: Settings, prompts: Sequence[Sequence[int]], remaining: int) -> int:
+    """Positions to hold behind the longest prompt: with fixed shapes so many that other texts have as many in all."""
+    longest = max(map(len, prompts))
+    return fixed_capacity(longest + remaining + 1) - longest - 1 if settings.compile else remaining
 
 
 @torch.inference_mode()
@@ -128,6 +126,9 @@ def _steps(
     first = _first_tokens(scores, settings.sampling, session.generator)
     session.tokens.scatter_(1, session.lengths[:, None], first)
     yield _end_step(session, stopping, first[:, :0], torch.zeros_like(session.lengths), first)[0]
+    if settings.compile:
+        yield from _static_steps(decoding, session, stopping, longest)
+        return
     while not session.all_finished:
         num_drafts = adaptive.choose() if adaptive else longest
         with sdpa_kernel(KERNELS):
@@ -136,6 +137,22 @@ def _steps(
         if adaptive is not None:
             adaptive.observe(num_drafts, accepted)
         yield step
+
+
+def _static_steps(decoding: Decoding, session: DecodeState, stopping: Stopping, num_drafts: int) -> Iterator[Step]:
+    """Take the first step as usual, in which heads read the prompts, and all others with fixed shapes."""
+    noise = DrawnNoise(session.generator)
+    decoding.generator = noise
+    if not session.all_finished:
+        with sdpa_kernel(KERNELS):
+            drafts, result = decoding.step(num_drafts)
+        yield _end_step(session, stopping, drafts, result.accepted, result.block)[0]
+    if not session.all_finished:
+        static = StaticStep(decoding, session, stopping, noise, num_drafts)
+        while not session.all_finished:
+            with sdpa_kernel(KERNELS):
+                step = static.take()
+            yield step
 
 
 def _first_tokens(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -55,7 +55,7 @@ class Sampling:
         likeliest, tokens = self._likeliest(logits)
         return likeliest.new_zeros(logits.shape).scatter(-1, tokens, likeliest)
 
-    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, logits: Tensor, generator: "Generator") -> Tensor:
         """Draw one token of the law of `probabilities`: (..., V) -> (...)."""
         if not self._leaves_out(logits):
             return draw(self._softmax(logits), generator)
@@ -84,19 +84,64 @@ class Sampling:
         return probabilities, tokens
 
 
-def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+@final
+class DrawnNoise:
+    """Random numbers of a step, drawn before it: a compiled step has no generator, but reads them where they stay.
+
+    The first step that asks for them is recorded: it makes a buffer for each. `refill` draws for the next step, in the
+    order and the shapes of the first, so that a seed gives the text that it gives without this.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.buffers: list[tuple[bool, Tensor]] = []
+        self.is_recording = True
+        self.num_read = 0
+
+    def read(self, like: Tensor, *, is_uniform: bool) -> Tensor:
+        """Give the next numbers of the step: between 0 and 1, or exponential."""
+        if self.is_recording:
+            self.buffers.append((is_uniform, _filled(torch.empty_like(like), self.generator, is_uniform=is_uniform)))
+        self.num_read += 1
+        return self.buffers[self.num_read - 1][1]
+
+    def refill(self) -> None:
+        """Draw for the next step."""
+        self.is_recording, self.num_read = False, 0
+        for is_uniform, buffer in self.buffers:
+            _filled(buffer, self.generator, is_uniform=is_uniform)
+
+
+Generator = torch.Generator | DrawnNoise
+"""What chance comes from."""
+
+
+def _filled(empty: Tensor, generator: torch.Generator, *, is_uniform: bool) -> Tensor:
+    return empty.uniform_(generator=generator) if is_uniform else empty.exponential_(1, generator=generator)
+
+
+def uniform(like: Tensor, generator: Generator) -> Tensor:
+    """Draw numbers from 0 to below 1, as many as there are."""
+    if isinstance(generator, DrawnNoise):
+        return generator.read(like, is_uniform=True)
+    return torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def draw(weights: Tensor, generator: Generator) -> Tensor:
     """Draw one token by weights that need not sum to one: (..., V) -> (...)."""
-    if weights.is_cuda:
+    if weights.is_cuda or isinstance(generator, DrawnNoise):
         return race(weights, generator)
     drawn = torch.multinomial(weights.reshape(-1, weights.shape[-1]), 1, generator=generator)
     return drawn.view(weights.shape[:-1])
 
 
-def race(weights: Tensor, generator: torch.Generator) -> Tensor:
+def race(weights: Tensor, generator: Generator) -> Tensor:
     """Draw as `torch.multinomial` does, the same tokens, without its checks: (..., V) -> (...).
 
     The first of independent exponential clocks with the weights as their rates. On a GPU the host would wait for the
     checks twice.
     """
+    if isinstance(generator, DrawnNoise):
+        return (weights / generator.read(weights, is_uniform=False)).argmax(-1)
     clocks = torch.empty_like(weights).exponential_(1, generator=generator)
     return (weights / clocks).argmax(-1)

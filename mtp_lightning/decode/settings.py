@@ -34,6 +34,7 @@ class Settings:
     typical: bool = False  # LOSSY: keep drafts that are likely enough; the text loses the model's law
     typical_epsilon: float = 0.09  # likely enough whatever the entropy [Medusa's generation defaults]
     typical_delta: float = 0.3  # share of exp(-entropy) that is likely enough
+    compile: bool = False  # steps of fixed shapes, compiled; on a GPU, replayed as a CUDA graph (`static.py`)
     seed: int = 0
     stop_tokens: Sequence[int] = ()  # end a text, and are its last token
     stop_strings: Sequence[bytes] = ()  # end a text with the token that completes one
@@ -167,6 +168,12 @@ def check_settings(model: MtpModel, decoder: Decoder, settings: Settings) -> Non
             "an empty one",
             all(settings.stop_strings),
             "Give the text to end at, or leave it away to go on to the end of the text",
+        ),
+        (
+            "compiled steps must all have as many drafts",
+            f"draft_length {ADAPTIVE}",
+            not settings.compile or settings.draft_length != ADAPTIVE,
+            "Give draft_length a number, or leave it away to draft with every head",
         ),
         (
             "decoder tree needs a tree, and no draft_length",

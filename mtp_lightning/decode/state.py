@@ -50,6 +50,7 @@ class DecodeState:
         self.catches_up = any(has_layers(model, offset) for offset in self.drafting)
         self.valid = {offset: torch.zeros_like(self.cache.lengths) for offset in self.drafting}
         self.spans: dict[int, tuple[int, int, int]] = {}  # first and last of `valid`, and the most rows that are not
+        self.fixed_width: int | None = None  # see `fix_shapes`
         unembedding = model.unembedding
         self.vocabulary = unembedding.drafts  # of drafts; None for all V
         scored = {unembedding.matrix_index(offset) for offset in drafting} if self.vocabulary is not None else set()
@@ -95,6 +96,33 @@ class DecodeState:
         index = (self.cache.row_starts + slots).flatten()
         for offset, kept in self.draft_states.items():
             kept.view(-1, kept.shape[-1]).index_copy_(0, index, states[offset].flatten(0, 1))
+
+    def fix_shapes(self, most_behind: int) -> None:
+        """Let windows be as wide and reach as far from now on, whatever the lengths: of all slots, under a mask.
+
+        Where drafting begins is not kept in mind any more: as far back as it may have to.
+
+        Args:
+            most_behind: Most positions that drafting may find not valid.
+        """
+        self.fixed_width = most_behind if self.catches_up else 1
+        self.shortest, self.longest = 0, self.cache.capacity
+
+    def drafting_window(self, deepest: int) -> tuple[Tensor, Window]:
+        """Open the window from the first row of an offset that is not valid to the last committed position.
+
+        Returns:
+            (B,) where it begins, and the window.
+        """
+        if self.fixed_width is not None:
+            starts = (self.lengths - self.fixed_width).clamp_(min=0)
+            return starts, self.cache.window(starts, self.fixed_width, reach=self.cache.capacity, aligned=False)
+        if self.catches_up:
+            starts = self.valid[deepest]  # deeper offsets are never ahead of shallower ones
+            first, last, width = self.spans[deepest]
+        else:
+            starts, first, last, width = self.lengths - 1, self.shortest - 1, self.longest - 1, 1
+        return starts, self.cache.window(starts, width, reach=last + width, aligned=first == last)
 
     def commit(self, block: Tensor, accepted: Tensor) -> None:
         """Append accepted drafts and the token after them to every row that is not finished: (B, K+1), (B,)."""

@@ -1,13 +1,14 @@
 """One step of a decoder: draft, verify in one forward of the trunk, accept, commit."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
 from mtp_lightning.decode.drafting import Draft, draft_blockwise, draft_chain, head_scores
-from mtp_lightning.decode.sampling import draw
+from mtp_lightning.decode.sampling import Generator, draw
 from mtp_lightning.decode.settings import Decoder, Settings
 from mtp_lightning.decode.state import DecodeState, keep_path, verify, verify_tree
 from mtp_lightning.decode.tree import Tree, TreeTables, accept_tree_greedy, accept_tree_sampled
@@ -17,11 +18,28 @@ ForcedDrafts = Callable[[Tensor, int], Tensor]
 """Says what to draft in place of the heads' own drafts, which are computed all the same: lengths (B,), K -> (B, K)."""
 
 
+@final
+@dataclass(frozen=True)
+class Step:
+    """What one forward gave, for every row."""
+
+    drafts: Tensor  # (B, K) proposed tokens; a tree's nodes in its order
+    accepted: Tensor  # (B,) how many were kept
+    block: Tensor  # (B, K+1) kept drafts and the token after them, then nothing of meaning
+    kept: Tensor  # (B,) tokens of the block that are part of the text; fewer than accepted + 1 at its end
+    is_active: Tensor  # (B,) rows that had not ended before
+
+
 class Decoding(Protocol):
     """A decoder at work on a session."""
 
+    generator: Generator
+
     def step(self, num_drafts: int) -> tuple[Tensor, AcceptResult]:
         """Draft, verify and commit; return the (B, K) drafts and what became of them."""
+
+    def most_behind(self, num_drafts: int) -> int:
+        """Count the positions that a draft may have to recompute, after a step with as many drafts."""
 
 
 @final
@@ -35,7 +53,7 @@ class ChainDecoding:
         self.settings = settings
         self.draft = draft_chain if decoder == "chain" else draft_blockwise
         self.forced_drafts = forced_drafts
-        self.generator = session.generator
+        self.generator: Generator = session.generator
 
     def step(self, num_drafts: int) -> tuple[Tensor, AcceptResult]:
         """Take one step; see `Decoding`."""
@@ -43,6 +61,11 @@ class ChainDecoding:
         result = self._accept(verify(self.session, drafts.tokens), drafts)
         self.session.commit(result.block, result.accepted)
         return drafts.tokens, result
+
+    def most_behind(self, num_drafts: int) -> int:
+        """Count positions; see `Decoding`. Modules that read tokens have guessed those of the last ones."""
+        guessed = num_drafts - 1 if self.draft is draft_chain else 0
+        return num_drafts + 1 + guessed
 
     def _drafts(self, num_drafts: int) -> Draft:
         if num_drafts == 0:
@@ -78,7 +101,7 @@ class TreeDecoding:
         self.session = session
         self.sampling = settings.sampling
         self.tables = TreeTables(tree, session.device)
-        self.generator = session.generator
+        self.generator: Generator = session.generator
 
     def step(self, num_drafts: int) -> tuple[Tensor, AcceptResult]:
         """Take one step; see `Decoding`. The tree says how many drafts there are."""
@@ -94,3 +117,7 @@ class TreeDecoding:
         keep_path(session, states, path)
         session.commit(result.block, result.accepted)
         return drafts, result
+
+    def most_behind(self, num_drafts: int) -> int:
+        """Count positions; see `Decoding`."""
+        return num_drafts + 1

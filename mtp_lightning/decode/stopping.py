@@ -28,10 +28,24 @@ class Stopping:
     def cut(self, block: Tensor, num_new: Tensor, is_finished: Tensor) -> tuple[Tensor, Tensor]:
         """Say how many tokens of a block belong to each text, and which texts end with it.
 
+        Arguments and result as of `cut_at_tokens`, whose work this does, and that of `cut_at_strings`.
+        """
+        kept, ends = self.cut_at_tokens(block, num_new, is_finished)
+        if not self.texts:
+            return kept, ends
+        kept, completes = self.cut_at_strings(block, kept)
+        return kept, ends | completes
+
+    def cut_at_tokens(self, block: Tensor, num_new: Tensor, is_finished: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut at stop tokens and at the longest length, on the device and in place.
+
         Args:
             block: (B, T) new tokens.
             num_new: (B,) how many of them were decoded.
             is_finished: (B,) texts that ended before.
+
+        Returns:
+            (B,) tokens that are part of the text, and (B,) texts that have ended.
         """
         remaining = self.settings.max_new_tokens - self.emitted
         kept = torch.where(is_finished, 0, torch.minimum(num_new, remaining))
@@ -41,14 +55,14 @@ class Stopping:
             is_stop = torch.isin(block, self.stop_tokens) & (places < kept[:, None])
             has_stop, first = is_stop.max(1)
             kept, ends = torch.where(has_stop, first + 1, kept), ends | has_stop
-        if self.texts:
-            kept, completes = self._cut_at_strings(block, kept)
-            ends = ends | completes
-        self.emitted = self.emitted + kept
+        self.emitted += kept
         return kept, ends | (self.emitted >= self.settings.max_new_tokens)
 
-    def _cut_at_strings(self, block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode the rows on the host, one token after the other; only texts that may end at a string pay for this."""
+    def cut_at_strings(self, block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut what is kept of blocks, (B, T) and (B,), at stop strings; say which texts end there: two (B,).
+
+        Rows are decoded on the host, one token after the other; only texts that may end at a string pay for this.
+        """
         counts = kept.tolist()
         for row, (text, tokens) in enumerate(zip(self.texts, block.tolist(), strict=True)):
             for place, token in enumerate(tokens[: counts[row]], 1):

@@ -15,7 +15,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_lightning.decode.sampling import Sampling, draw
+from mtp_lightning.decode.sampling import Generator, Sampling, draw, uniform
 from mtp_lightning.decode.verify import AcceptResult
 from mtp_lightning.errors import DecodingError
 from mtp_lightning.files.untrusted import read_object
@@ -174,7 +174,7 @@ def accept_tree_greedy(logits: Tensor, nodes: Tensor, tables: TreeTables) -> tup
 
 
 def accept_tree_sampled(
-    logits: Tensor, nodes: Tensor, tables: TreeTables, sampling: Sampling, generator: torch.Generator
+    logits: Tensor, nodes: Tensor, tables: TreeTables, sampling: Sampling, generator: Generator
 ) -> tuple[AcceptResult, Tensor]:
     """Walk down from the root, sibling by sibling: keep x with probability p(x), else remove x from p, renormalise.
 
@@ -194,8 +194,7 @@ def accept_tree_sampled(
             is_tried = is_moving & ~has_moved & (child > 0)
             token = nodes[rows, child][:, None]  # (B, 1)
             chance = left.gather(1, token)[:, 0] / left.sum(1)
-            uniform = torch.rand(chance.shape, generator=generator, dtype=chance.dtype, device=chance.device)
-            is_kept = is_tried & (uniform < chance)
+            is_kept = is_tried & (uniform(chance, generator) < chance)
             node = torch.where(is_kept, child, node)
             has_moved |= is_kept
             failed = torch.where(is_tried & ~is_kept, 0, left.gather(1, token)[:, 0])

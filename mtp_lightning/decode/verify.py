@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_lightning.decode.sampling import Sampling, draw
+from mtp_lightning.decode.sampling import Generator, Sampling, draw, uniform
 
 
 class AcceptResult(NamedTuple):
@@ -25,7 +25,7 @@ def accept_greedy(logits: Tensor, drafts: Tensor) -> AcceptResult:
     return AcceptResult(_leading(drafts == choices[:, :-1]), choices)
 
 
-def accept_point_mass(logits: Tensor, drafts: Tensor, sampling: Sampling, generator: torch.Generator) -> AcceptResult:
+def accept_point_mass(logits: Tensor, drafts: Tensor, sampling: Sampling, generator: Generator) -> AcceptResult:
     """Keep draft x with probability p(x); where one fails, draw from p without x, renormalised.
 
     The text has the law of plain sampling: x comes out with probability p(x), any other y with
@@ -37,7 +37,7 @@ def accept_point_mass(logits: Tensor, drafts: Tensor, sampling: Sampling, genera
         )
     probs = sampling.probabilities(logits)  # (B, K+1, V)
     chance = probs[:, :-1].gather(2, drafts[:, :, None])[:, :, 0]  # (B, K)
-    accepted = _leading(_uniform(chance, generator) < chance)
+    accepted = _leading(uniform(chance, generator) < chance)
     rest = _at(probs, accepted)  # (B, V)
     failed = drafts.gather(1, accepted.clamp(max=drafts.shape[1] - 1)[:, None])  # (B, 1)
     is_failed = (accepted < drafts.shape[1])[:, None]
@@ -46,7 +46,7 @@ def accept_point_mass(logits: Tensor, drafts: Tensor, sampling: Sampling, genera
 
 
 def rejection_sample(
-    logits: Tensor, drafts: Tensor, drafted_from: Tensor, sampling: Sampling, generator: torch.Generator
+    logits: Tensor, drafts: Tensor, drafted_from: Tensor, sampling: Sampling, generator: Generator
 ) -> AcceptResult:
     """Keep draft x, drawn from q, with probability min(1, p(x)/q(x)); else draw from max(p - q, 0), renormalised.
 
@@ -61,7 +61,7 @@ def rejection_sample(
     """
     probs = sampling.probabilities(logits)  # (B, K+1, V)
     mine, theirs = (x[:, : drafts.shape[1]].gather(2, drafts[:, :, None])[:, :, 0] for x in (probs, drafted_from))
-    accepted = _leading(_uniform(mine, generator) * theirs < mine)
+    accepted = _leading(uniform(mine, generator) * theirs < mine)
     q = torch.nn.functional.pad(drafted_from, (0, 0, 0, 1))  # (B, K+1, V); nothing is drafted after the last
     left = (_at(probs, accepted) - _at(q, accepted)).clamp(min=0)  # (B, V)
     # Where p = q up to rounding, nothing is left, and a draft that failed by rounding may as well come from p.
@@ -70,7 +70,7 @@ def rejection_sample(
 
 
 def accept_typical(
-    logits: Tensor, drafts: Tensor, sampling: Sampling, generator: torch.Generator, *, epsilon: float, delta: float
+    logits: Tensor, drafts: Tensor, sampling: Sampling, generator: Generator, *, epsilon: float, delta: float
 ) -> AcceptResult:
     """Keep draft x if p(x) > min(epsilon, delta exp(-H(p))) [Medusa]. LOSSY: the text does not have the model's law."""
     probs = sampling.probabilities(logits)  # (B, K+1, V)
@@ -84,10 +84,6 @@ def accept_typical(
 def _leading(passes: Tensor) -> Tensor:
     """Count the trues before the first false: (B, K) -> (B,)."""
     return passes.cumprod(1).sum(1)
-
-
-def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:
