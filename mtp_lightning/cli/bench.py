@@ -31,6 +31,9 @@ def decode(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, at most.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate after each.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds to measure.")] = 3,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Measure compiled steps, too; each way takes a minute or so to compile.")
+    ] = False,
     json: JsonOption = None,
     png: Annotated[
         Path | None, typer.Option("--png", metavar="FILE", callback=check_picture, help="Draw the figures here.")
@@ -44,7 +47,7 @@ def decode(
     from mtp_lightning.bench.decoding.compare import bench_decode
     from mtp_lightning.bench.decoding.report import DecodePlan
 
-    plan = DecodePlan(batches=sizes, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds)
+    plan = DecodePlan(batches=sizes, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, compile=compile)
     bench_decode(
         path, plan, prompts=texts, device=device_of(device), dtype=dtype_of(dtype), json_path=json, png_path=png
     )

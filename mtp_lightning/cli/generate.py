@@ -101,12 +101,18 @@ DecoderOption = Annotated[
 DraftLengthOption = Annotated[
     str | None,
     typer.Option(
-        metavar="K|adaptive", help="Drafts per step; as many as pay (adaptive) unless given.", show_default=False
+        metavar="K|adaptive",
+        help="Drafts per step; as many as pay (adaptive) unless given, all with --compile.",
+        show_default=False,
     ),
 ]
 StopOption = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End where this text is complete.")]
 ShowDraftsOption = Annotated[
     bool, typer.Option("--show-drafts", help="Colour drafts: kept ones green, rejected ones red.")
+]
+CompileOption = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile steps of fixed shapes (a minute or so); on a GPU, replay them as a graph."),
 ]
 CompareOption = Annotated[
     bool, typer.Option("--compare", help="Decode without drafts too, and say how much faster this was.")
@@ -131,6 +137,7 @@ def generate(
     typical: Annotated[bool, typer.Option("--typical", help="LOSSY: keep drafts that are likely enough.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
     stop: StopOption = None,
+    compile: CompileOption = False,
     show_drafts: ShowDraftsOption = False,
     compare: CompareOption = False,
     device: DeviceOption = DeviceName.auto,
@@ -163,12 +170,13 @@ def generate(
     settings = Settings(
         max_new_tokens=max_new_tokens,
         decoder=way,
-        draft_length=default_draft_length(model, way) if length is None else length,
+        draft_length=default_draft_length(model, way) if length is None and not compile else length,
         tree=known_tree,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         typical=typical,
+        compile=compile,
         seed=seed,
         stop_tokens=all_end_ids(recipe, tokenizer.end_of_document, path),
         stop_strings=texts_of(stop or [], what="stop string"),

@@ -44,6 +44,12 @@ DECODERS = {
         {"decoder": "chain", "draft_length": 2, "temperature": 0.8, "top_k": 50, "sample_drafts": True},
     ),
     "tree": ("parallel", {"decoder": "tree"}),
+    "greedy, fixed shapes": ("parallel", {"decoder": "greedy", "compile": True}),
+    "blockwise, fixed shapes": ("parallel", {"decoder": "blockwise", "draft_length": 2, "compile": True}),
+    "chain, fixed shapes, drawn": (
+        "sequential",
+        {"decoder": "chain", "draft_length": 2, "compile": True, "temperature": 0.8, "sample_drafts": True},
+    ),
     "tree, drawn": ("parallel", {"decoder": "tree", "temperature": 0.8}),
 }
 
@@ -76,5 +82,6 @@ def test_a_training_step_launches_no_more_than_is_recorded(gpu, name):
 def test_a_step_of_decoding_launches_no_more_than_is_recorded_and_waits_once(gpu, name):
     recipe, settings = DECODERS[name]
     books = gpu("decode", path=str(ROOT / f"recipes/debug/{recipe}.yaml"), overrides=SHAPE, **settings)
-    assert books["waits"] == {"copy to cpu decode/state.py note_progress": 1}
+    waits = "decode/static.py take" if settings.get("compile") else "decode/state.py note_progress"
+    assert books["waits"] == {f"copy to cpu {waits}": 1}
     check("decoding", name, books)

@@ -32,6 +32,7 @@ from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.console.tables import console, write_json
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.decode.packed_linear import pack_linear_maps
+from mtp_lightning.decode.static import check_compilable
 from mtp_lightning.recipe.schema.root import Recipe
 
 TREE_DRAFTS = 16
@@ -59,11 +60,20 @@ def bench_decode(
         png_path: File for the picture.
     """
     recipe, model = load_model(path, device=device, dtype=dtype)
+    pack_linear_maps(model)
+    if plan.compile:
+        check_compilable(model)
     machine = describe_machine(device)
     encoded = _encoded(recipe, prompts, plan)
     tree = held_out_tree(recipe, model, TREE_DRAFTS) if prompts is None else None
     timings = time_variants(
-        pack_linear_maps(model), encoded, tree, plan.batches, new_tokens=plan.new_tokens, rounds=plan.rounds
+        model,
+        encoded,
+        tree,
+        plan.batches,
+        new_tokens=plan.new_tokens,
+        rounds=plan.rounds,
+        compiled=plan.compile,
     )
     figures = [decode_figure(variant, batch, timings) for batch, variant in timings]
     screen = console()
@@ -112,6 +122,7 @@ def decode_figure(
         decoder=variant.decoder,
         draft_length=variant.draft_length,
         is_ceiling=variant.is_ceiling,
+        is_compiled=variant.is_compiled,
         tokens_per_s=(statistics.num_emitted_tokens - statistics.num_prompts) / median(mine.decode_s),
         speedup=speedup,
         mean_acceptance_length=statistics.mean_acceptance_length,

@@ -27,6 +27,7 @@ class DecodeFigure:
     decoder: str
     draft_length: int | str | None
     is_ceiling: bool  # drafts were written down from the plain text: all are right
+    is_compiled: bool  # steps had fixed shapes and were compiled
     tokens_per_s: float  # of all rows together, without prefill
     speedup: float  # over plain greedy, median of the ratios within rounds
     mean_acceptance_length: float
@@ -51,6 +52,7 @@ class DecodePlan:
     prompt_tokens: int = 64
     new_tokens: int = 128
     rounds: int = 3
+    compile: bool = False
 
 
 def decode_table(figures: list[DecodeFigure]) -> Table:
@@ -65,7 +67,7 @@ def decode_table(figures: list[DecodeFigure]) -> Table:
 def _row(figure: DecodeFigure) -> list[str]:
     return [
         str(figure.batch),
-        "ceiling" if figure.is_ceiling else figure.decoder,
+        ("ceiling" if figure.is_ceiling else figure.decoder) + "*" * figure.is_compiled,
         "-" if figure.draft_length is None else str(figure.draft_length),
         number(figure.tokens_per_s, ",.0f"),
         number(figure.speedup, ".2f"),
@@ -98,6 +100,8 @@ def table_notes(machine: Machine, figures: list[DecodeFigure]) -> list[str]:
         "ceiling: drafts copied from the plain text, so that all are right; the heads run all the same.",
         f"Measured on {machine}.",
     ]
+    if any(figure.is_compiled for figure in figures):
+        lines.insert(3, "*: steps of fixed shapes, compiled (--compile); compiling is not in the times.")
     if machine.device == "cpu" and machine.load >= BUSY_LOAD:
         lines.append(f"Others kept {machine.load:.0%} of the cores busy when this began: expect noise.")
     if any(figure.same_texts < 1 for figure in figures):
@@ -128,9 +132,9 @@ def draw_figures(figures: list[DecodeFigure], path: Path, *, title: str) -> None
 
 def _draw_speedups(axes: Any, figures: list[DecodeFigure]) -> None:
     chains = [f for f in figures if isinstance(f.draft_length, int) and not f.is_ceiling]
-    lines = list(dict.fromkeys((f.decoder, f.batch) for f in chains))
+    lines = list(dict.fromkeys((f.decoder + "*" * f.is_compiled, f.batch) for f in chains))
     for index, (decoder, batch) in enumerate(lines):
-        mine = [f for f in chains if (f.decoder, f.batch) == (decoder, batch)]
+        mine = [f for f in chains if (f.decoder + "*" * f.is_compiled, f.batch) == (decoder, batch)]
         places, colour = [f.draft_length for f in mine], COLOURS[index % len(COLOURS)]
         axes.plot(places, [f.speedup for f in mine], "o-", color=colour, label=f"{decoder}, batch {batch}")
     widest = {f.draft_length: f.mean_acceptance_length for f in chains}
@@ -144,7 +148,9 @@ def _draw_speedups(axes: Any, figures: list[DecodeFigure]) -> None:
 
 def _draw_acceptance(axes: Any, figures: list[DecodeFigure]) -> None:
     measured = [
-        f for f in figures if f.acceptance_rate_per_position and not f.is_ceiling and f.draft_length != "adaptive"
+        f
+        for f in figures
+        if f.acceptance_rate_per_position and not f.is_ceiling and f.draft_length != "adaptive" and not f.is_compiled
     ]
     longest = max((len(f.acceptance_rate_per_position) for f in measured), default=0)
     by_decoder = {f.decoder: f for f in measured if len(f.acceptance_rate_per_position) == longest}

@@ -57,6 +57,7 @@ class DecodeVariant:
     decoder: Decoder
     draft_length: int | Literal["adaptive"] | None
     is_ceiling: bool = False
+    is_compiled: bool = False
 
 
 @dataclass
@@ -83,8 +84,11 @@ class WrittenDrafts:
         return self.texts.gather(1, slots.clamp(max=self.texts.shape[1] - 1))
 
 
-def ways_of(model: MtpModel, tree: Tree | None) -> list[DecodeVariant]:
-    """List plain greedy, every decoder that fits at every length of drafts, a tree if there is one, and the ceiling."""
+def ways_of(model: MtpModel, tree: Tree | None, *, compiled: bool = False) -> list[DecodeVariant]:
+    """List plain greedy, every decoder that fits at every length of drafts, a tree if there is one, and the ceiling.
+
+    With `compiled`, all of them but the ceiling that draft as many tokens in every step are listed once more.
+    """
     variants = [DecodeVariant("greedy", None)]
     drafting = [decoder for decoder in applicable_decoders(model) if decoder not in ("greedy", "tree")]
     for decoder in drafting:
@@ -94,7 +98,8 @@ def ways_of(model: MtpModel, tree: Tree | None) -> list[DecodeVariant]:
         if tree is not None and "tree" in applicable_decoders(model):
             variants.append(DecodeVariant("tree", None))
         variants.append(DecodeVariant(drafting[0], model.num_offsets - 1, is_ceiling=True))
-    return variants
+    fixed = [own for own in variants if own.draft_length != ADAPTIVE and not own.is_ceiling]
+    return variants + [replace(own, is_compiled=True) for own in fixed] * compiled
 
 
 def time_variants(
@@ -105,9 +110,10 @@ def time_variants(
     *,
     new_tokens: int,
     rounds: int,
+    compiled: bool = False,
 ) -> dict[tuple[int, DecodeVariant], VariantTimings]:
     """Measure all ways at all batches; every other round in reverse order, after one that is not timed."""
-    cells = [(batch, variant) for batch in batches for variant in ways_of(model, tree)]
+    cells = [(batch, variant) for batch in batches for variant in ways_of(model, tree, compiled=compiled)]
     timings = {cell: VariantTimings() for cell in cells}
     settings = Settings(max_new_tokens=new_tokens, tree=tree)
     forced_drafts_by_batch = {batch: _script(model, prompts[:batch], settings) for batch in batches}
@@ -115,9 +121,15 @@ def time_variants(
         for number in range(1 + rounds):
             for index, (batch, variant) in enumerate(cells[:: -1 if number % 2 else 1]):
                 report(
-                    f"batch {batch}, {variant.decoder} {variant.draft_length or ''}", done=number * len(cells) + index
+                    f"batch {batch}, {variant.decoder} {variant.draft_length or ''}{'*' * variant.is_compiled}",
+                    done=number * len(cells) + index,
                 )
-                chosen = replace(settings, decoder=variant.decoder, draft_length=variant.draft_length)
+                chosen = replace(
+                    settings,
+                    decoder=variant.decoder,
+                    draft_length=variant.draft_length,
+                    compile=variant.is_compiled,
+                )
                 forced_drafts = forced_drafts_by_batch[batch] if variant.is_ceiling else None
                 made = generate(model, prompts[:batch], chosen, forced_drafts=forced_drafts)
                 if number:

@@ -9,14 +9,14 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mtp_lightning.decode import generation
+from mtp_lightning.decode import generation, static
 from mtp_lightning.decode.settings import Settings
 from mtp_lightning.decode.state import DecodeState
 from mtp_lightning.decode.tree import Tree
 from mtp_lightning.recipe import Recipe
 from tests.support.fake_cuda.fits import on_device
 from tests.support.fake_cuda.ledger import Ledger
-from tests.support.fake_cuda.patches import operators, torch_cuda
+from tests.support.fake_cuda.patches import Nothing, operators, torch_cuda
 
 GENERATOR, NOTE = torch.Generator, DecodeState.note_progress
 NUM_PROMPT_TOKENS = 64
@@ -25,6 +25,8 @@ TREE = Tree(parents=(0, 0, 1), ranks=(0, 1, 0))
 
 def run_decoding(guard: ctypes.CDLL, recipe: Recipe, *, rows: int = 1, **settings: Any) -> dict[str, Any]:
     """Decode until the caches are as in the middle of a text, and book the next step.
+
+    With `compile` that is the step which is captured, of the same shapes as a compiled one, but not compiled.
 
     Args:
         guard: of this process.
@@ -43,7 +45,8 @@ def run_decoding(guard: ctypes.CDLL, recipe: Recipe, *, rows: int = 1, **setting
         model = on_device(recipe, dtype=torch.bfloat16).eval()
         prompts = [[1] * NUM_PROMPT_TOKENS] * rows
         steps = iter(generation.stream(model, prompts, Settings(max_new_tokens=64, **settings)))
-        next(steps), next(steps)
+        for _ in range(2 + (static.WARM_UPS if settings.get("compile") else 0)):
+            next(steps)
         ledger.reset()
         next(steps)
         return {"launches": dict(ledger.launches), "moved": dict(ledger.moved), "waits": dict(ledger.waits)}
@@ -63,6 +66,9 @@ def _of_decoding() -> Iterator[Any]:
 
     yield mock.patch.object(DecodeState, "note_progress", note_progress)
     yield mock.patch("torch.Generator", _generator)
+    yield mock.patch.object(static, "_compiled", static._step)
+    for name in ("CUDAGraph", "graph"):
+        yield mock.patch(f"torch.cuda.{name}", Nothing)
     undecorated = generation._steps.__wrapped__  # type: ignore[attr-defined]
     yield mock.patch.object(generation, "_steps", undecorated)  # in inference mode nothing is taken apart
 

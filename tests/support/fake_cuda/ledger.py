@@ -97,7 +97,7 @@ class Ledger(TorchDispatchMode):
             return source.new_empty(shape, dtype=torch.int64)
         if name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
             args = (args[0], [_chosen(i) for i in args[1]])
-        if name == "aten::exponential_":
+        if name in ("aten::exponential_", "aten::uniform_"):
             kwargs = {}  # there is no rule for generators
         # a sum made inside the product has no kernel for tensors without memory
         result = kwargs["out"] if func is aten.addmm.dtype_out else func(*args, **kwargs)
