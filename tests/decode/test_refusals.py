@@ -51,6 +51,12 @@ CHAIN = Tree((0, 1), (0, 0))
         ("parallel", [[1]], {"typical": True}, "typical acceptance needs a temperature"),
         ("parallel", [[1]], {"sample_drafts": True}, "drawing drafts needs a temperature"),
         ("parallel", [[1]], {"temperature": 1.0, "typical": True, "sample_drafts": True}, "verified losslessly"),
+        (
+            "parallel",
+            [[1]],
+            {"compile": True, "draft_length": "adaptive"},
+            "have as many drafts; found draft_length adap",
+        ),
         ("parallel", [[1]], {"stop_strings": [b"x"]}, "stop strings need `detokenize`"),
         ("parallel", [[1]], {"stop_strings": [b""], "detokenize": bytes}, "must hold a character; found an empty one"),
     ],

@@ -11,8 +11,10 @@ from torch.utils._pytree import tree_flatten
 
 from mtp_lightning.decode import Settings, generate, static
 from mtp_lightning.decode.generation import stream
+from mtp_lightning.decode.packed_linear import PackedLinear, pack_linear_maps
 from mtp_lightning.errors import DecodingError
 from tests.decode.oracles import DECODED_KINDS, LENGTH, PROMPTS, TREE, WrittenDrafts, model_of
+from tests.support.architectures import architecture_recipe
 from tests.support.tiny import tiny_model, tiny_recipe
 
 SAMPLED = {"temperature": 0.9, "seed": 5}
@@ -189,6 +191,26 @@ def test_compiled_steps_say_what_eager_steps_say(place, kind):
     assert_alike(model, PROMPTS[:num_rows], chosen(num_drafts, stop_tokens=(7,)))
     assert num_graphs() == before + 1
     torch._dynamo.reset()
+
+
+def packed_model():
+    return pack_linear_maps(tiny_model(tiny_recipe(), torch.bfloat16).requires_grad_(requires_grad=False))
+
+
+def foreign_model():
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'mtp_lightning[transformers]'")
+    return tiny_model(architecture_recipe("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("build", "says"), [(packed_model, "maps are packed.*--dtype fp32"), (foreign_model, "model.family transformers")]
+)
+def test_models_that_cannot_be_compiled_are_refused(build, says):
+    model = build()
+    if build is packed_model and not any(isinstance(module, PackedLinear) for module in model.modules()):
+        pytest.skip("this processor has no kernels for packed maps")
+    with pytest.raises(DecodingError, match=says):
+        generate(model, [[1]], compile=True)
 
 
 def test_what_cannot_be_traced_is_refused():
