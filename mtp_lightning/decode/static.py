@@ -44,7 +44,7 @@ def check_compilable(model: MtpModel) -> None:
     eager = "leave compile away"
     if model.section.is_foreign:
         raise DecodingError(
-            "compiled steps need layers of our own (model.family llama or neox)",
+            "compiled steps need layers of our own",
             f"model.family {model.section.family}, whose own forward prepares the calls of its layers",
             eager.capitalize(),
         )
