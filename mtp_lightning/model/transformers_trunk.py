@@ -64,7 +64,8 @@ class ForeignModules(nn.Module):
     """Modules of transformers, whose constants stay right whatever becomes of the model.
 
     Buffers that are not saved (rotary frequencies, scales) keep their values and types when the model is moved, cast or
-    given memory. Those that are saved become parameters that are never trained.
+    given memory. Those that are saved become parameters that are never trained, as are parameters that the class itself
+    takes no gradient of.
     """
 
     def __init__(self) -> None:
@@ -75,6 +76,7 @@ class ForeignModules(nn.Module):
     def keep_constants(self, architecture: Architecture) -> None:
         """Compute all buffers of the children and keep them; call it once, when everything is built."""
         saved = self.state_dict(keep_vars=True).keys()
+        self.untrained.update(name for name, one in self.named_parameters() if not one.requires_grad)
         for module_name, module in self.named_modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if (full := f"{module_name}.{name}") in saved:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.model.transformers_architecture import Architecture
 from mtp_lightning.recipe.schema.root import Recipe
@@ -93,6 +94,23 @@ def test_layers_that_are_not_built_of_settings_and_a_number_leave_heads_without_
 def test_states_that_are_carried_on_cannot_be_kept_inside_a_document() -> None:
     with pytest.raises(CheckpointError, match=r"data\.document_mask must be false"), torch.device("meta"):
         MtpModel(architecture_recipe("qwen3_next", data={"document_mask": True}))
+
+
+@pytest.mark.parametrize("name", ["afmoe", "deepseek_v3", "llama"])
+def test_what_its_class_takes_no_gradient_of_is_never_trained(name: str) -> None:
+    """A bias that chooses experts is a buffer of some classes, and of others a parameter without a gradient."""
+    recipe = architecture_recipe(name)
+    with torch.device("meta"):
+        model = MtpModel(recipe)
+    freeze(model, recipe)
+    trained = {
+        name
+        for name, parameter in Architecture(recipe.model.hf_config or {}).model.named_parameters()
+        if parameter.requires_grad
+    }
+    own = {name for name, parameter in model.trunk.decoder.named_parameters() if parameter.requires_grad}
+    assert {f"model.{name}" for name in own} == {name for name in trained if "model.layers" in name or "embed" in name}
+    assert not any(p.requires_grad for name, p in model.heads.named_parameters() if "bias" in name and "expert" in name)
 
 
 def test_a_field_that_transformers_reads_otherwise_is_refused() -> None:

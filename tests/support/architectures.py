@@ -46,6 +46,8 @@ LATENT = {
 SLIDING = {"sliding_window": 5}
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "afmoe": EXPERTS | SLIDING | {"head_dim": 8, "num_dense_layers": 1, "global_attn_every_n_layers": 2},
+    "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "gemma": {"head_dim": 8},
     "gemma2": SLIDING
     | {
