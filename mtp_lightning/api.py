@@ -118,7 +118,13 @@ def generate(
     source = _text_model(model)
     tokenizer = source.tokenizer
 
-    prompts = [_encoded(tokenizer, text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+    given = [prompt] if isinstance(prompt, str) else prompt
+    if not (isinstance(given, Sequence) and all(isinstance(text, str) for text in given)):
+        kinds = {type(text).__name__: None for text in given} if isinstance(given, list | tuple) else {}
+        found = " of ".join([f"a {type(given).__name__}", *([", ".join(kinds)] if kinds else [])])
+        hint = "Give a str, or a list of them; ids of tokens go to mtp_lightning.decode.generate(model.model, ids, ...)"
+        raise DecodingError("a prompt must be a text, or several", found, hint)
+    prompts = [_encoded(tokenizer, text) for text in given]
     stops = [text.encode() for text in stop]
     ends = all_end_ids(source.recipe, tokenizer.end_of_document, source.folder)
     settings = Settings(stop_tokens=ends, stop_strings=stops, detokenize=detokenizer(tokenizer), **options)
@@ -146,9 +152,9 @@ def save_model(module: MtpLightningModule, folder: str | Path) -> None:
     Under DDP call it on one rank, e.g. `if trainer.is_global_zero`.
 
     Raises:
-        CheckpointError: The folder is not new or empty, or cannot be written.
+        CheckpointError: The folder is not new or empty, or cannot be written; or there is no model yet.
     """
-    weights, out = _Weights(dict(module.model.named_parameters())), Path(folder)
+    weights, out = _Weights(dict(_model_of(module).named_parameters())), Path(folder)
     check_target(out)
     dtype = next(module.model.parameters()).dtype
     size_bytes = sum(parameter.nbytes for parameter in weights.parameters.values())
@@ -159,7 +165,7 @@ def save_model(module: MtpLightningModule, folder: str | Path) -> None:
             RECIPE_NAME: write_durably(staging / RECIPE_NAME, text),
         }
         copy_files(files_of_model(module.recipe), staging)
-        step = module.trainer.global_step
+        step = module.loaded_step if module._trainer is None else module.trainer.global_step
         provenance = Provenance(step, tokens_after(module.recipe, step), hashlib.sha256(text).hexdigest())
         write_config(staging, module.recipe, provenance, files, dtype=name_of(dtype))
 
@@ -188,5 +194,15 @@ def _text_model(model: TextModel | MtpLightningModule | str | Path) -> TextModel
     if isinstance(model, TextModel):
         return model
     if isinstance(model, MtpLightningModule):
-        return TextModel(model.recipe, model.model, recipe_tokenizer(model.recipe))
+        return TextModel(model.recipe, _model_of(model), recipe_tokenizer(model.recipe))
     return load_model(model)
+
+
+def _model_of(module: MtpLightningModule) -> MtpModel:
+    if not hasattr(module, "model"):
+        raise CheckpointError(
+            "a module must have its model, which is built when a Trainer begins",
+            "a module before Trainer.fit",
+            "Fit it, or take MtpLightningModule.load_from_checkpoint(PATH); for a saved model load_model(FOLDER)",
+        )
+    return module.model

@@ -70,6 +70,11 @@ class RecipeError(MtpError):
             "Correct each as listed",
         )
 
+    def __str__(self) -> str:
+        """Tell all faults, as a traceback or a notebook shows them."""
+        told = (f"{one.path} {one.expected}; found {one.found} ({one.origin}). {one.hint}" for one in self.faults)
+        return "\n".join((super().__str__(), *told))
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Cross process borders with all faults."""
         return type(self), (self.faults,)

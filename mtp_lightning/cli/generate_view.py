@@ -35,8 +35,10 @@ def print_generations(
     """Continue the prompts one after the other, each streamed; the figures of each go to stderr."""
     from mtp_lightning.decode import stream
     from mtp_lightning.decode.generation import count
+    from mtp_lightning.decode.settings import check_each_prompt
     from mtp_lightning.decode.text_stream import detokenizer, text_stream
 
+    check_each_prompt(model, [prompt.tokens for prompt in prompts], settings.max_new_tokens)  # all before any is written
     settings = replace(settings, detokenize=detokenizer(tokenizer))
     err = screen(stderr=True)
     for prompt in prompts:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -126,7 +127,7 @@ def _template_of(recipe: "Recipe") -> "ChatTemplate":
 def _lines(path: Path) -> list[tuple[int, bytes]]:
     """Read the lines of a file that are not empty, each with its number."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(BOM_UTF8).splitlines()
     except OSError as error:
         raise DecodingError(
             "the file of prompts must be readable", f"{path}: {error.strerror}", "Name another"

@@ -100,6 +100,8 @@ def hand_in(
     from mtp_lightning.launch.site import load_site
     from mtp_lightning.launch.submission import prepare, split_command
 
+    if options.after is not None:
+        scheduler.check_job(options.after)  # before anything is printed or written
     described = load_site(options.site, options.of_site)
     for command in options.then:
         _check_verb(split_command(command), options.mtp)

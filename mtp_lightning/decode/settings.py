@@ -208,7 +208,6 @@ def check_prompts(model: MtpModel, prompts: Sequence[Sequence[int]], max_new_tok
     Raises:
         DecodingError: There are none, one is empty, too long for the context, or holds an unknown token.
     """
-    vocab_size, context = model.section.vocab_size, model.section.max_position_embeddings
     if prompts:
         _check_crossing(model, prompts, max_new_tokens)
     if is_recurrent(model) and len({len(prompt) for prompt in prompts}) > 1:
@@ -219,6 +218,16 @@ def check_prompts(model: MtpModel, prompts: Sequence[Sequence[int]], max_new_tok
         )
     if not prompts:
         raise DecodingError("there must be a prompt", "none", "Give one or more, as lists of token ids")
+    check_each_prompt(model, prompts, max_new_tokens)
+
+
+def check_each_prompt(model: MtpModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Refuse a prompt that the model cannot go on from, whatever batch it is in.
+
+    Raises:
+        DecodingError: One is empty, too long for the context, or holds an unknown token.
+    """
+    vocab_size, context = model.section.vocab_size, model.section.max_position_embeddings
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise DecodingError(

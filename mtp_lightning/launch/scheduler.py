@@ -26,8 +26,7 @@ def submit(script: Path, *, after: str | None = None, per_task: bool = False, is
     """
     options = ["--test-only"] if is_test else ["--parsable"]
     if after is not None:
-        if not _JOB.fullmatch(after):
-            raise LaunchError("--after must be the number of a job", repr(after), "Take it from squeue")
+        check_job(after)
         options += [f"--dependency={'aftercorr' if per_task else 'afterok'}:{after}", "--kill-on-invalid-dep=yes"]
     done = _run(["sbatch", *options, str(script)], ANSWER_S)
     said = (done.stdout + done.stderr).strip()
@@ -38,6 +37,16 @@ def submit(script: Path, *, after: str | None = None, per_task: bool = False, is
             "Correct partition, nodes, account or time: site.KEY=VALUE changes the site for one submission",
         )
     return said if is_test else done.stdout.strip().partition(";")[0]
+
+
+def check_job(after: str) -> None:
+    """Check what is to be waited for.
+
+    Raises:
+        LaunchError: It is not the number of a job.
+    """
+    if not _JOB.fullmatch(after):
+        raise LaunchError("--after must be the number of a job", repr(after), "Take it from squeue")
 
 
 def job_states(ids: Collection[str]) -> dict[str, str]:

@@ -109,7 +109,8 @@ class Attention(nn.Module):
             return self._attend_by_group(query, key, value, mask)
         if num_positions == 1 and query.dtype == torch.bfloat16 and query.device.type == "cpu":
             twice = torch.cat([query, query], 2)  # torch's kernel takes three times as long for one row as for two
-            return F.scaled_dot_product_attention(twice, key, value, attn_mask=mask)[:, :, :1]
+            mixed = F.scaled_dot_product_attention(twice, key, value, attn_mask=mask, enable_gqa=self.is_grouped)
+            return mixed[:, :, :1]
         return F.scaled_dot_product_attention(
             query,
             key,

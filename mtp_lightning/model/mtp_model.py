@@ -76,7 +76,7 @@ class MtpModel(nn.Module):
 
     @property
     def untrained(self) -> set[str]:
-        """Names of parameters that no gradient reaches by design: what transformers saves as buffers."""
+        """Names of parameters that no gradient reaches by design: saved buffers of transformers, what it freezes."""
         modules = [(path, module) for path, module in self.named_modules() if isinstance(module, ForeignModules)]
         return {f"{path}.{name}" for path, module in modules for name in module.untrained}
 

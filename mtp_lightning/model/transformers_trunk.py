@@ -60,11 +60,27 @@ class LayerInputs:
         return state
 
 
+def computes_without_gradient(kind: type[nn.Module]) -> bool:
+    """Say whether the forward of a class is under `torch.no_grad`, as that of what chooses keys for sparse attention.
+
+    >>> computes_without_gradient(nn.Linear)
+    False
+    """
+    forward: Any = kind.forward
+    while hasattr(forward, "__wrapped__"):  # by functools.wraps, here and in the decorator of torch 2.13
+        held = (getattr(cell.cell_contents, "__self__", None) for cell in forward.__closure__ or ())
+        if any(isinstance(one, torch.no_grad | torch.inference_mode) for one in held):
+            return True
+        forward = forward.__wrapped__
+    return False
+
+
 class ForeignModules(nn.Module):
     """Modules of transformers, whose constants stay right whatever becomes of the model.
 
     Buffers that are not saved (rotary frequencies, scales) keep their values and types when the model is moved, cast or
-    given memory. Those that are saved become parameters that are never trained.
+    given memory. Those that are saved become parameters that are never trained, as are parameters that the class itself
+    takes no gradient of, or computes with under `torch.no_grad`.
     """
 
     def __init__(self) -> None:
@@ -75,7 +91,10 @@ class ForeignModules(nn.Module):
     def keep_constants(self, architecture: Architecture) -> None:
         """Compute all buffers of the children and keep them; call it once, when everything is built."""
         saved = self.state_dict(keep_vars=True).keys()
+        self.untrained.update(name for name, one in self.named_parameters() if not one.requires_grad)
         for module_name, module in self.named_modules():
+            if computes_without_gradient(type(module)):
+                self.untrained.update(f"{module_name}.{name}" for name, _ in module.named_parameters())
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if (full := f"{module_name}.{name}") in saved:
                     delattr(module, name)

@@ -23,7 +23,7 @@ from mtp_lightning.errors import TrainingError
 from mtp_lightning.losses.target_checks import ORACLE_STEPS, TargetCountCheck, check_targets
 from mtp_lightning.model.freezing import check_trained, freeze
 from mtp_lightning.model.kept_states import KeptStates, trunk_digest
-from mtp_lightning.model.mtp_model import MtpModel
+from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.planner.flops import flops_per_position, tokens_after
 from mtp_lightning.planner.hardware import peak_flops_per_s
 from mtp_lightning.recipe.learning_rate import learning_rate
@@ -64,7 +64,7 @@ class MtpLightningModule(L.LightningModule):
     model: MtpModel
 
     def __init__(self, recipe: RecipeLike) -> None:
-        """Take a recipe, or the path of one."""
+        """Take a recipe, the path of one, or its plain values, as `Recipe.model_dump` gives them."""
         super().__init__()
         recipe = as_recipe(recipe)
         self.automatic_optimization = False
@@ -72,6 +72,7 @@ class MtpLightningModule(L.LightningModule):
         self.recipe = recipe
         self.metrics: dict[str, float] = {}
         self.skipped_steps = SkippedSteps(recipe.health.nonfinite)
+        self.loaded_step = 0
 
     def configure_callbacks(self) -> list[Callback]:
         """Refuse a trainer of the user's own that would not do what the recipe says; add nothing."""
@@ -88,7 +89,8 @@ class MtpLightningModule(L.LightningModule):
         """Build the model once, as the strategy wants it."""
         if not hasattr(self, "model"):
             self.recipe = with_draft_vocabulary(self.recipe)  # under a Trainer of the user's own it has not been chosen
-            self.model = self.strategy.build_model(self.recipe)
+            build = build_model if self._trainer is None else self.strategy.build_model  # by `load_from_checkpoint`
+            self.model = build(self.recipe)
             freeze(self.model, self.recipe)
             if self.recipe.memory.compile:
                 self.model.compile_parts()
@@ -205,8 +207,26 @@ class MtpLightningModule(L.LightningModule):
         if self.trainer.training:
             self.times.begin()
 
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """Refuse a call: what it would return is one of several things, each of which has a function of its own.
+
+        Raises:
+            TrainingError: Always.
+        """
+        raise TrainingError(
+            "MtpLightningModule is trained and validated, not called (nor given to Trainer.predict)",
+            "a call of the module",
+            "For texts use mtp_lightning.generate(module, prompts); for states and scores module.model.hidden_states "
+            "and module.model.unembedding.logits",
+        )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what has been measured since the last logged step, so that a resumed run logs the same figures."""
+        """Keep what has been measured since the last logged step, so that a resumed run logs the same figures.
+
+        A checkpoint of Lightning's own holds the recipe, for `load_from_checkpoint`.
+        """
+        if isinstance(self.strategy, OwnTrainerStrategy):
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {"recipe": self.recipe.model_dump(mode="json")}
         ranks, state = self.strategy.ranks, self.measured.train.metric_state
         sums = {name: ranks.sum(value) for name, value in state.items() if isinstance(value, Tensor)}
         checkpoint["train_metrics"] = {name: value.cpu() for name, value in sums.items()}
@@ -214,6 +234,9 @@ class MtpLightningModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on measuring where the checkpoint was taken; what all ranks had measured, the first goes on with."""
+        self.loaded_step = checkpoint["global_step"]
+        if self._trainer is None:  # by `load_from_checkpoint`
+            return
         for name, value in checkpoint["train_metrics"].items():
             own = value if self.strategy.ranks.is_first else torch.zeros_like(value)
             setattr(self.measured.train, name, own.to(self.strategy.device))

@@ -110,6 +110,7 @@ def test_a_preflight_comes_first(tmp_path: Path) -> None:
         (("--site", "nowhere"), ["--site must be", "Known sites: generic-a100"]),
         (("--site", "local", "site.colour=red"), ["known keys only", "Valid keys: description, gpu"]),
         (("--site", "local", "--after", "$(x)"), ["--after must be the number of a job"]),
+        (("--site", "local", "--dry-run", "--after", "afterok:1"), ["--after must be the number of a job"]),
         (("--site", "local", "strategy.num_nodes=0"), ["strategy.num_nodes"]),
         (("--site", "generic-h100", "strategy.ranks_per_node=16"), ["8 GPUs of a node", "ranks_per_node=8"]),
         (("--site", "local", "run.restart=true"), ["start it over"]),

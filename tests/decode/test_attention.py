@@ -9,20 +9,20 @@ from mtp_lightning.model.layers import Attention
 from mtp_lightning.recipe import Recipe
 
 CASES = [
-    (heads, shared, positions, is_masked, dtype)
+    (heads, shared, positions, reach, is_masked, dtype)
     for heads, shared in ((6, 2), (4, 1), (3, 3))
-    for positions in (1, 2, 5)
+    for positions, reach in ((1, 11), (2, 11), (5, 11), (1, 1), (5, 5))
     for is_masked in (True, False)
     for dtype in (torch.float32, torch.bfloat16)
 ]
 
 
-@pytest.mark.parametrize(("heads", "shared", "positions", "is_masked", "dtype"), CASES)
+@pytest.mark.parametrize(("heads", "shared", "positions", "reach", "is_masked", "dtype"), CASES)
 def test_positions_attend_to_what_is_kept(
-    heads: int, shared: int, positions: int, is_masked: bool, dtype: torch.dtype
+    heads: int, shared: int, positions: int, reach: int, is_masked: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    rows, reach, width = 3, 11, 8
+    rows, width = 3, 8
     attention = Attention(
         Recipe.model_validate(
             {"model": {"hidden_size": heads * width, "num_attention_heads": heads, "num_key_value_heads": shared}}
@@ -31,7 +31,7 @@ def test_positions_attend_to_what_is_kept(
     query = torch.randn(rows, heads, positions, width).to(dtype)
     key, value = torch.randn(2, rows, shared, reach, width).to(dtype)
     is_seen = torch.ones(positions, reach, dtype=torch.bool).tril(reach - positions).expand(rows, 1, -1, -1)
-    if is_masked:  # rows of different lengths, whose first slots hold nothing
+    if is_masked and reach > positions:  # rows of different lengths, whose first slots hold nothing
         is_seen = is_seen & (torch.arange(reach) >= torch.tensor([0, 2, 5])[:, None, None, None])
     found = attention._attend(query, key, value, is_seen if is_masked else None)
     torch.testing.assert_close(

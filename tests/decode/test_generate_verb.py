@@ -53,12 +53,14 @@ def test_text_is_that_of_the_python_api(run, decoder):
 
 def test_prompts_come_from_files(run, tmp_path):
     (tmp_path / "lines.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "notepad.txt").write_text("one\r\n\r\ntwo\r\n", encoding="utf-8-sig")
+    (tmp_path / "notepad.jsonl").write_text('{"prompt": "one"}\n{"text": "two"}', encoding="utf-8-sig")
     (tmp_path / "lines.jsonl").write_text(json.dumps({"prompt": "one"}) + "\n" + json.dumps({"text": "two"}) + "\n")
     shown = [
         mtp(run, "--prompts", tmp_path / name, "--max-new-tokens", NEW_TOKENS).stdout
-        for name in ("lines.txt", "lines.jsonl")
+        for name in ("lines.txt", "lines.jsonl", "notepad.txt", "notepad.jsonl")
     ]
-    assert shown[0] == shown[1] == "".join(expected_text(run, prompt) + "\n" for prompt in (b"one", b"two"))
+    assert {*shown} == {"".join(expected_text(run, prompt) + "\n" for prompt in (b"one", b"two"))}
 
 
 def test_drafting_is_compared_with_plain_decoding(run):
@@ -153,6 +155,7 @@ def test_steps_are_written_as_they_come(run):
     ("arguments", "code", "says"),
     [
         (["--prompt", ""], 7, "a prompt must hold a token"),
+        (["--prompt", "x", "--prompt", ""], 7, "found prompt 2 of 2, which is empty"),
         (["--prompt", "x" * 5000], 7, "must fit the context, model.max_position_embeddings = 4,096"),
         (["--prompt", "x", "--draft-length", "4"], 7, "draft_length must lie in 1 to n - 1 = 3"),
         (["--prompt", "x", "--decoder", "chain"], 7, "decoder chain must fit the model's heads"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mtp_lightning.errors import CheckpointError
+from mtp_lightning.model.freezing import freeze
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.model.transformers_architecture import Architecture
 from mtp_lightning.recipe.schema.root import Recipe
@@ -93,6 +94,29 @@ def test_layers_that_are_not_built_of_settings_and_a_number_leave_heads_without_
 def test_states_that_are_carried_on_cannot_be_kept_inside_a_document() -> None:
     with pytest.raises(CheckpointError, match=r"data\.document_mask must be false"), torch.device("meta"):
         MtpModel(architecture_recipe("qwen3_next", data={"document_mask": True}))
+
+
+BIAS, INDEXER = "e_score_correction_bias", ".indexer."
+UNTRAINED = {"afmoe": ("expert_bias",), "deepseek_v3": (BIAS,), "deepseek_v32": (BIAS, INDEXER), "llama": ()}
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_what_its_class_takes_no_gradient_of_is_never_trained(name: str) -> None:
+    """What chooses experts or keys has no gradient: a buffer, a frozen parameter, a module under `no_grad`."""
+    recipe = architecture_recipe(name)
+    model = build_model(recipe)
+    freeze(model, recipe)
+    tokens = tokens_of(model)
+    hidden = model.hidden_states(tokens, torch.zeros_like(tokens))
+    sum(state.square().sum() for state in hidden.values()).backward()  # type: ignore[union-attr]
+    parts = {**dict(model.trunk.named_parameters()), **dict(model.heads.named_parameters())}
+    trained = {name for name, one in parts.items() if one.requires_grad}
+    assert {name for name, one in parts.items() if one.grad is not None} == trained
+    fixed = {*parts} - trained
+    assert [one for one in fixed if not any(part in one for part in UNTRAINED[name])] == []
+    assert [
+        part for part in UNTRAINED[name] if not any(part in one and one.startswith("blocks") for one in fixed)
+    ] == []
 
 
 def test_a_field_that_transformers_reads_otherwise_is_refused() -> None:

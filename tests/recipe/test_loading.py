@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
 from mtp_lightning.errors import RecipeError
 from mtp_lightning.recipe import Recipe, load_recipe
 from mtp_lightning.recipe.diff import leaves
+from mtp_lightning.recipe.loading.parse import parse_yaml
 from mtp_lightning.recipe.schema.objective import ConstantWeights, DecayWeights
 
 Write = Callable[..., str]
@@ -136,6 +138,20 @@ def test_every_field_has_an_origin(write: Write) -> None:
         "optimizer.lr_scale": "base.yaml:3, child.yaml:5",
         "run.seed": "base.yaml:5",
     }
+
+
+MERGES = (
+    "a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  y: 3\n",
+    "a: &a {x: 1}\nb: {y: 3, <<: *a}\n",
+    "a: &a {x: 1}\nc: &c {x: 2, z: 5}\nb:\n  <<: [*a, *c]\n",
+    "a: &a {x: {p: 1, q: 2}}\nb:\n  <<: *a\n  x: {q: 3}\n",
+    "a: &a {x: 1}\nb: &b\n  <<: *a\n  y: 2\nc: {<<: *b, z: 3}\n",
+)
+
+
+@pytest.mark.parametrize("text", MERGES)
+def test_merge_keys_are_read_as_by_the_library(text: str) -> None:
+    assert parse_yaml(text) == YAML(typ="safe", pure=True).load(text)
 
 
 def test_aliases_are_read(write: Write) -> None:

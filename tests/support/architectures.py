@@ -46,6 +46,8 @@ LATENT = {
 SLIDING = {"sliding_window": 5}
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "afmoe": EXPERTS | SLIDING | {"head_dim": 8, "num_dense_layers": 1, "global_attn_every_n_layers": 2},
+    "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "gemma": {"head_dim": 8},
     "gemma2": SLIDING
     | {
@@ -121,6 +123,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.5},
 }
 """Settings by model type, beside those that are common."""
+SPARSE = {"deepseek_v32": LATENT | {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 4}}
+"""Settings of decoders whose layers keep more than keys and values: they are trained, and not decoded here."""
 WHOLE = ("gpt2", "gptj", "opt", "bloom", "mpt", "ctrl")
 """Those whose settings have names of their own."""
 
@@ -128,7 +132,7 @@ WHOLE = ("gpt2", "gptj", "opt", "bloom", "mpt", "ctrl")
 def settings_of(name: str, **changed: Any) -> dict[str, Any]:
     """Return the settings of a tiny decoder, as its config.json would say them."""
     common = {} if name in WHOLE else COMMON
-    return {"model_type": name, **common, **SETTINGS[name], **changed}
+    return {"model_type": name, **common, **(SETTINGS | SPARSE)[name], **changed}
 
 
 def architecture_recipe(name: str, **sections: Any) -> Recipe:

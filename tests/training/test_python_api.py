@@ -1,6 +1,8 @@
 """The Python API: fit, generate and save with a Trainer of the user's own, and what such a Trainer is refused for."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -24,7 +26,7 @@ from mtp_lightning import (
     save_model,
 )
 from mtp_lightning.diagnostics.parity import TOLERANCE
-from mtp_lightning.errors import CheckpointError, RecipeError, TrainingError
+from mtp_lightning.errors import CheckpointError, DecodingError, RecipeError, TrainingError
 from mtp_lightning.training.fit import train
 from mtp_lightning.training.step.times import PARTS
 from tests.support import warm
@@ -106,6 +108,22 @@ def test_a_recipe_may_be_a_path():
     assert MtpLightningModule(path).recipe == MtpDataModule(str(path)).recipe == load_recipe(path).recipe
     with pytest.raises(RecipeError):
         MtpLightningModule(ROOT / "recipes/nowhere.yaml")
+    assert MtpLightningModule({"run": {"steps": 7}}).recipe == Recipe.model_validate({"run": {"steps": 7}})
+    assert MtpLightningModule(load_recipe(path).recipe.model_dump(mode="json")).recipe == load_recipe(path).recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"run": {"stepz": 7}}, "run.stepz must be a field of run; found the unknown name stepz (given in Python)"),
+        ({"heads": {"num_offsets": 4}, "model": {"num_hidden_layers": 2}}, "model.num_hidden_layers must"),
+        (5, "recipe must be a recipe, the path of one, or a mapping of its sections; found a int"),
+    ],
+)
+def test_faults_of_what_is_no_recipe_are_told_in_python_too(given, told):
+    with pytest.raises(RecipeError) as caught:
+        MtpLightningModule(given)
+    assert told in str(caught.value)
 
 
 def test_a_checkpoint_of_lightning_resumes_exactly(recipe_of, tmp_path):
@@ -116,6 +134,30 @@ def test_a_checkpoint_of_lightning_resumes_exactly(recipe_of, tmp_path):
     resumed = fit(loaded, tmp_path, ckpt_path=saving.best_model_path, enable_checkpointing=True, callbacks=[saving])
     assert_equal(weights_of(resumed.model), weights_of(whole.model))
     assert resumed.trainer.datamodule.rows_consumed == 5 * 8
+    resumed.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for given in ({}, {"recipe": loaded}):
+        read = MtpLightningModule.load_from_checkpoint(tmp_path / "last.ckpt", **given)
+        save_model(read, tmp_path / f"saved_{len(given)}")
+        assert load_model(tmp_path / f"saved_{len(given)}").recipe == whole.recipe
+        assert read.recipe == resumed.recipe
+        assert_equal(weights_of(read.model), weights_of(whole.model))
+
+
+def test_a_module_is_copied_and_pickled_and_not_called(recipe_of, tmp_path):
+    module = fit(recipe_of(), tmp_path)
+    for made in (MtpLightningModule(recipe_of()), copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        own_trainer(tmp_path, max_steps=5).fit(made, datamodule=MtpDataModule(made.recipe))
+        assert made.step_vote.ballot() == [1, *[0] * (made.step_vote.size - 1)]
+    with pytest.raises(TrainingError, match=r"mtp_lightning\.generate"):
+        module(torch.zeros(1, 8, dtype=torch.long))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`")
+@pytest.mark.parametrize("compiled", [torch.compile, lambda module: module.compile() or module])
+def test_a_module_that_was_compiled_is_refused(recipe_of, tmp_path, compiled):
+    loaded = recipe_of()
+    with pytest.raises(TrainingError, match=r"memory\.compile=true"):
+        own_trainer(tmp_path).fit(compiled(MtpLightningModule(loaded)), datamodule=MtpDataModule(loaded))
 
 
 def test_a_monitored_figure_chooses_checkpoints(recipe_of, tmp_path):
@@ -214,6 +256,23 @@ def test_generation_from_a_module_a_folder_and_a_loaded_model(recipe_of, tmp_pat
     several = generate(model, ["def f(", "import"], max_new_tokens=7, stop=["\n"])
     assert [len(own.tokens) <= 7 for own in several] == [True, True]
     assert several[0].statistics.num_prompts == 2
+
+
+@pytest.mark.parametrize("prompt", [5, b"a", [1, 2], [b"a"], {"a": 1}, None])
+def test_prompts_that_are_no_texts_are_refused(recipe_of, prompt):
+    module = MtpLightningModule(recipe_of())
+    module.configure_model()
+    with pytest.raises(DecodingError, match="a prompt must be a text, or several"):
+        generate(module, prompt)
+
+
+def test_what_is_no_model_here_is_refused_with_the_way_to_one(recipe_of, tmp_path):
+    for use in (lambda module: generate(module, "a"), lambda module: save_model(module, tmp_path / "saved")):
+        with pytest.raises(CheckpointError, match="a module before Trainer.fit"):
+            use(MtpLightningModule(recipe_of()))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(CheckpointError, match="mtp import"):
+        load_model(tmp_path)
 
 
 def refusal(loaded, trainer):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mtp_lightning import __version__
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.durable import FileRecord, write_durably
-from mtp_lightning.files.untrusted import read_json
+from mtp_lightning.files.untrusted import OddFileError, read_json, read_object
 from mtp_lightning.recipe import Recipe, num_head_layers, num_trunk_layers, recipe_hash
 
 MANIFEST_NAME = "MANIFEST.json"
@@ -155,6 +155,7 @@ def read_config(folder: Path) -> ExportConfig:
 
     Raises:
         DamagedCheckpointError: it is missing, or is not one of this format.
+        CheckpointError: it is that of a model of transformers.
     """
     path = folder / CONFIG_NAME
     try:
@@ -164,11 +165,26 @@ def read_config(folder: Path) -> ExportConfig:
     except ValidationError as error:
         first = error.errors()[0]
         found = f"{'.'.join(map(str, first['loc'])) or 'its text'}: {first['msg']}, in {path}"
+        if _is_transformers(path):
+            raise CheckpointError(
+                "the model must be one of mtp_lightning",
+                f"a folder as transformers writes it, {folder}",
+                f"Import it first: mtp import {folder} --out NEW",
+            ) from None
     raise DamagedCheckpointError(
         "an exported folder must have a config.json of mtp_lightning's consolidated format, version 1",
         found,
         "Export it again: mtp export CHECKPOINT --out FOLDER",
     )
+
+
+def _is_transformers(path: Path) -> bool:
+    """Say whether settings are those of a model of transformers."""
+    try:
+        values = read_object(path)
+    except (OSError, OddFileError):
+        return False
+    return "format" not in values and any(name in values for name in ("model_type", "architectures"))
 
 
 class Provenance(NamedTuple):

@@ -149,7 +149,7 @@ class TensorLayout(NamedTuple):
 
     def stored_shape(self, part: Sequence[int]) -> tuple[int, ...]:
         """Shape of the stored tensor, from that of one part."""
-        return (self.num_parts * part[0], *part[1:])
+        return (self.num_parts * part[0], *part[1:]) if part else ()
 
 
 class TensorSource(NamedTuple):

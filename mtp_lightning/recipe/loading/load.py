@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from mtp_lightning.errors import Fault, RecipeError
 from mtp_lightning.files.paths import expanded, leads_to, remedy_for
@@ -17,7 +18,7 @@ from mtp_lightning.recipe.rules.all import check_rules
 from mtp_lightning.recipe.schema.describe import found
 from mtp_lightning.recipe.schema.field_types import changes_kind, place_at
 from mtp_lightning.recipe.schema.root import Recipe
-from mtp_lightning.recipe.tree import Node, merge
+from mtp_lightning.recipe.tree import COMMAND_LINE, Node, merge, node_of
 
 Chain = tuple[Path, ...]
 MOST_CHARACTERS = 2**22
@@ -43,6 +44,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         tree = merge(tree, read_recipe_files(Path(laid), faults), replaces=changes_kind)
     is_whole = all(place_at(fault.path.split(".")) for fault in faults)  # else a file is missing: rules would mislead
     written = read_overrides([override for override in overrides if not is_recipe_path(override)], faults)
+    return _whole(tree, written, faults, is_whole=is_whole)
+
+
+def _whole(tree: Node, written: Node, faults: list[Fault], *, is_whole: bool) -> LoadedRecipe:
+    """Check values with overrides over them, and everything that rules say of them; `faults` are known already."""
     suspects = {fault.path for fault in faults}
     tree, checked = _checked(tree, written)
     origins = origins_of(checked.recipe, tree)
@@ -55,18 +61,32 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     return LoadedRecipe(checked.recipe, origins)
 
 
-RecipeLike = Recipe | LoadedRecipe | str | Path
+RecipeLike = Recipe | LoadedRecipe | str | Path | Mapping[str, Any]
+IN_PYTHON = "given in Python"  # as an origin
 
 
 def as_recipe(recipe: RecipeLike) -> Recipe:
-    """Return the recipe of a recipe, of a loaded one, or of a recipe file's path.
+    """Return the recipe of a recipe, of a loaded one, of a recipe file's path, or of plain values.
 
     Raises:
-        RecipeError: The file has faults.
+        RecipeError: The file or the values have faults, or it is something else.
     """
     if isinstance(recipe, Recipe):
         return recipe
-    return (recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe)).recipe
+    if isinstance(recipe, LoadedRecipe):
+        return recipe.recipe
+    if isinstance(recipe, str | Path):
+        return load_recipe(recipe).recipe
+    if isinstance(recipe, Mapping):
+        return _whole(node_of(dict(recipe), IN_PYTHON), Node({}, COMMAND_LINE), [], is_whole=True).recipe
+    fault = Fault(
+        path="recipe",
+        expected="must be a recipe, the path of one, or a mapping of its sections",
+        found=f"a {type(recipe).__name__}",
+        origin=IN_PYTHON,
+        hint='Give load_recipe("recipes/quickstart.yaml", ["run.steps=20"]), from mtp_lightning.',
+    )
+    raise RecipeError([fault])
 
 
 def read_recipe_files(path: Path, faults: list[Fault], children: Chain = ()) -> Node:

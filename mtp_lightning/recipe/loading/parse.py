@@ -57,12 +57,14 @@ def _refuse(path: str, expected: str, found: str, hint: str, faults: list[Fault]
 
 
 FAULTY = object()
+MERGE = f"{TAG_PREFIX}merge"
 PLAIN_TAGS = (f"{TAG_PREFIX}map", f"{TAG_PREFIX}seq")
 MOST_VALUES = 50_000
 LONGEST_NUMBER = 1000
 _LONE = re.compile(r"[\ud800-\udfff]")
 ENDLESS = "brackets nested without end"
 FILE_REMEDY = "Check the indentation (spaces, no tabs), the space after each colon, and open quotes or brackets."
+ONE_DOCUMENT = "Keep one of them; put the others into files of their own."
 PLAIN_PROBLEMS = (
     (r"maximum depth of data structure exceeded .*", ENDLESS),
     (r"found character '\\t' that cannot start any token", "a tab, where only spaces may indent"),
@@ -97,7 +99,7 @@ def read_yaml(
         found, line = ENDLESS, 1
     except _Flood as flood:
         found, line = flood.args
-    origin = where(line)
+    origin, hint = where(line), ONE_DOCUMENT if found.startswith("a second document") else hint
     faults.append(Fault(path=name, expected="must be well-formed YAML", found=found, origin=origin, hint=hint))
     return None
 
@@ -191,8 +193,12 @@ class _TreeBuilder:
         return FAULTY
 
     def mapping(self, node: MappingNode, path: Names) -> dict[str, Node]:
-        """Build the entries of a mapping; of a key given twice the first entry is kept."""
+        """Build the entries of a mapping; of a key given twice the first entry is kept.
+
+        Entries that a key `<<` merges come after those that stand there [yaml.org/type/merge.html].
+        """
         entries: dict[str, Node] = {}
+        merged: dict[str, Node] = {}
         lines: dict[str, int] = {}
         for key, value in node.value:
             name = _LONE.sub("?", str(key.value)) if isinstance(key, ScalarNode) else "?"
@@ -201,9 +207,21 @@ class _TreeBuilder:
                 found = f"a second entry (the first: {self.where(line)})"
                 here = self.where(key.start_mark.line + 1)
                 self.note((*path, name), here, "must be given once", found, "Keep one of the two.")
+            elif key.tag == MERGE:
+                merged = self.merged(value, path, line)
             elif built := self.build(value, (*path, name), line):
                 entries[name] = built
-        return entries
+        return {**merged, **entries}
+
+    def merged(self, node: YamlNode, path: Names, line: int) -> dict[str, Node]:
+        """Build the entries of the mapping, or of the list of mappings, that a merge key names; the first one holds."""
+        sources = node.value if isinstance(node, SequenceNode) else [node]
+        if not all(isinstance(source, MappingNode) for source in sources):
+            found, hint = "another value", "Name one with an alias: `<<: *common`."
+            self.note((*path, "<<"), self.where(line), "must merge a mapping, or a list of mappings", found, hint)
+            return {}
+        built = [self.build(source, path, line) for source in sources]
+        return {name: entry for one in reversed(built) if one for name, entry in one.value.items()}
 
     def note(self, path: Names, origin: str, expected: str, found: str, hint: str) -> None:
         """Note a fault."""

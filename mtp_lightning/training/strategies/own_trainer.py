@@ -223,6 +223,14 @@ def _recipe_checks(trainer: L.Trainer, recipe: Recipe) -> Iterator[_Check]:
         f"debug.profile_steps={recipe.debug.profile_steps}",
         "Set debug.profile_steps=null and give the Trainer one of Lightning's profilers, or run `mtp train`.",
     )
+    module = getattr(trainer, "lightning_module", None)
+    is_compiled = any(getattr(module, name, None) for name in ("_compiler_ctx", "_compiled_call_impl"))
+    yield _Check(
+        not is_compiled,
+        "parts of the model are compiled by the module: a whole step, with its checks and backward passes, cannot be",
+        "a module that was given to torch.compile",
+        "Give the module as it is, and set memory.compile=true in the recipe.",
+    )
     provided = {getattr(callback, "recipe_field", None) for callback in getattr(trainer, "callbacks", [])}
     wanted = {
         "init.path": recipe.init.path is not None,
