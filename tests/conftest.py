@@ -48,7 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.relative_to(item.config.rootpath).parts[1] not in LONGEST)
     for item in items:
         if not any(item.iter_markers("xdist_group")) and not any(item.iter_markers("slow")):
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+def group_of(item: pytest.Item) -> str:
+    """Name the tests that stay together: those of a file, and those that ask one process with a pretended GPU."""
+    path = item.path.relative_to(item.config.rootpath).as_posix()
+    return "a pretended GPU" if path.startswith("tests/laws/test_cuda_") else path
 
 
 def pytest_collection_finish() -> None:
