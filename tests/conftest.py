@@ -1,7 +1,8 @@
 """What all tests need of their process.
 
 One thread per process: tiny tensors gain nothing from more, and tests share the machine. And SIGHUP as a terminal gives
-it, also where the tests were started with nohup: what they start would ignore it as well.
+it, also where the tests were started with nohup: what they start would ignore it as well. Their folders lie in memory
+where there is room: a short run waits for the disk some thirty times.
 """
 
 import gc
@@ -12,6 +13,25 @@ import threading
 os.environ["OMP_NUM_THREADS"] = "1"
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGHUP, lambda *_: None)  # a handler, which what is started does not inherit
+
+MEMORY = "/dev/shm"
+ROOM_BYTES = 4 * 2**30  # several times what all tests write
+
+
+def has_room() -> bool:
+    """Whether folders of tests may lie in memory: much of it is free, and programs may be run there."""
+    try:
+        there = os.statvfs(MEMORY)
+        with open("/proc/meminfo") as file:  # noqa: PTH123
+            free = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in file}
+    except OSError:
+        return False
+    may_run = not there.f_flag & os.ST_NOEXEC and os.access(MEMORY, os.W_OK)
+    return may_run and min(there.f_bavail * there.f_frsize, free["MemAvailable"] / 2) >= ROOM_BYTES
+
+
+if has_room():
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
 
 gc.disable()  # until the tests begin: what is imported stays, and need not be looked through again and again
 
@@ -48,7 +68,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.relative_to(item.config.rootpath).parts[1] not in LONGEST)
     for item in items:
         if not any(item.iter_markers("xdist_group")) and not any(item.iter_markers("slow")):
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+def group_of(item: pytest.Item) -> str:
+    """Name the tests that stay together: those of a file, and those that ask one process with a pretended GPU."""
+    path = item.path.relative_to(item.config.rootpath).as_posix()
+    return "a pretended GPU" if path.startswith("tests/laws/test_cuda_") else path
 
 
 def pytest_collection_finish() -> None:

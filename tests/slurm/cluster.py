@@ -1,6 +1,5 @@
 """A real Slurm on this machine, and what tests ask of it."""
 
-import json
 import os
 import re
 import shutil
@@ -103,8 +102,3 @@ def output_of(run: Path) -> str:
 def attempts_of(run: Path) -> int:
     """Count the starts of a run that came as far as its folder."""
     return len(list(run.glob("logs/attempt_*")))
-
-
-def job_of(run: Path) -> str:
-    """Return the job that a run belongs to."""
-    return str(json.loads((run / "logs/job.json").read_text())["job"])

@@ -29,6 +29,7 @@ SHRINK = (
     "run.validate_every_steps=2",
     "checkpoint.every_steps=2",
     "logging.every_steps=1",
+    "logging.curves=false",
     "run.device=cpu",
     "run.threads=1",
     "strategy.kind=single",

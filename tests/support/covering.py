@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from heapq import heapify, heapreplace
 from itertools import combinations, count, product
 from typing import Any
 
@@ -18,12 +19,17 @@ def covering_array(allowed: Callable[..., bool] | None = None, **dimensions: Ite
 def chosen(cells: Cells, number: int) -> Cells:
     """Choose until all so many values have met that meet in any of the cells: each time the one with most new ones."""
     numbers = defaultdict[Any, int](count().__next__)
-    masks = {cell: sum(1 << numbers[met] for met in combinations(enumerate(cell), number)) for cell in cells}
+    masks = [sum(1 << numbers[met] for met in combinations(enumerate(cell), number)) for cell in cells]
     missing, found = (1 << len(numbers)) - 1, []
+    most_new = [(-mask.bit_count(), place) for place, mask in enumerate(masks)]  # later ones have as many at most
+    heapify(most_new)
     while missing:
-        best = max(masks, key=lambda cell: (masks[cell] & missing).bit_count())
-        missing &= ~masks.pop(best)
-        found.append(best)
+        at_most, place = most_new[0]
+        new = (masks[place] & missing).bit_count()
+        heapreplace(most_new, (-new, place))
+        if new == -at_most:
+            missing &= ~masks[place]
+            found.append(cells[place])
     return found
 
 

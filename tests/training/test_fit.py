@@ -36,7 +36,7 @@ def run(tmp_path, cache, monkeypatch):
 
 
 def test_steps_checkpoints_and_validations_fall_where_they_should(run, tmp_path):
-    assert run("logging.every_steps=2") == 0
+    assert run("logging.every_steps=2", "logging.curves=true") == 0
     rows = figures(tmp_path / "run/metrics.csv")
     assert [int(row["step"]) for row in rows] == [2, 4, 5, 6, 8, 10, 11]
     assert [int(row["step"]) for row in rows if row["val/loss_1"]] == [5, 10, 11]
@@ -50,6 +50,8 @@ def test_steps_checkpoints_and_validations_fall_where_they_should(run, tmp_path)
 
 def test_the_written_recipe_is_the_run(run, tmp_path, capsys):
     run("run.steps=2")
+    assert "run/summary.json, metrics.csv" in capsys.readouterr().out
+    assert not (tmp_path / "run/curves.png").exists()  # which recipes for debugging do not ask for
     assert train(load_recipe(tmp_path / "run/recipe.yaml")) == 0
     assert "is finished: 2 of 2 steps" in capsys.readouterr().out
 

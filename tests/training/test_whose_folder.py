@@ -27,7 +27,8 @@ def cache(tmp_path_factory):
 def trained(tmp_path_factory, cache):
     """A finished run, never written to."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    assert train(load_recipe(RECIPE, [*SHORT, f"run.dir={folder}", f"run.cache={cache}"])) == 0
+    own = ("logging.curves=true", f"run.dir={folder}", f"run.cache={cache}")
+    assert train(load_recipe(RECIPE, [*SHORT, *own])) == 0
     return folder
 
 

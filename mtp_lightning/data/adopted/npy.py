@@ -15,7 +15,6 @@ from mtp_lightning.data.shards.arrays import header_of
 
 MAGIC = b"\x93NUMPY"
 MOST_HEADER_BYTES = 1 << 16
-LOOKED_AT_WORDS = 1 << 16
 BLOCK_LINES = 1 << 20
 
 

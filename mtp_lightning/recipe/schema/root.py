@@ -222,6 +222,8 @@ class LoggingSection(Section):
 
     every_steps: PositiveInt = 10
     """Steps between rows of metrics."""
+    curves: bool = True
+    """Draw curves.png when the run ends; its figures are in metrics.csv whether it is drawn or not."""
     loggers: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] = Field(default=["csv", "tensorboard"])
     """Any of csv (metrics.csv, written whether listed or not: summary and reports read it), tensorboard, wandb (Weights
     & Biases) and mlflow; the last two need an extra of their name."""

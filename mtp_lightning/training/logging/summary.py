@@ -29,7 +29,7 @@ from mtp_lightning.training.saving.save_checkpoints import Checkpoints
 
 @final
 class Summary(Callback):
-    """Write summary.json and curves.png, and print a table, when training ends or is interrupted.
+    """Write summary.json, draw curves.png where asked for, and print a table, when training ends or is interrupted.
 
     The figures are those of metrics.csv, so they are there after a resume as well. The clock of an attempt starts
     when the callback is made.
@@ -78,18 +78,22 @@ class Summary(Callback):
     def _summarise(self, step: int) -> None:
         content = self._content(step)
         self._write(content)
-        losses_in = f"nats per {bits_unit(self._recipe).removeprefix('bits/')}"
-        title = (
-            f"{label_of(self._recipe.name)}: n = {self._recipe.heads.num_offsets}, {count(content['tokens'])} tokens"
-        )
-        csv_path, png_path = self._run_folder / "metrics.csv", self._run_folder / "curves.png"
-        draw_training_curves(csv_path, png_path, title=title, unit=losses_in)
+        is_drawn = self._recipe.logging.curves
+        if is_drawn:
+            self._draw(content["tokens"])
         console = self._console or Screen()
         console.print(summary_view(content))
         console.print(
-            f"files  {self._run_folder}/summary.json, curves.png, metrics.csv",
+            f"files  {self._run_folder}/summary.json, {'curves.png, ' if is_drawn else ''}metrics.csv",
             soft_wrap=True,
         )
+
+    def _draw(self, num_tokens: int) -> None:
+        recipe = self._recipe
+        losses_in = f"nats per {bits_unit(recipe).removeprefix('bits/')}"
+        title = f"{label_of(recipe.name)}: n = {recipe.heads.num_offsets}, {count(num_tokens)} tokens"
+        csv_path, png_path = self._run_folder / "metrics.csv", self._run_folder / "curves.png"
+        draw_training_curves(csv_path, png_path, title=title, unit=losses_in)
 
     def _content(self, step: int) -> dict[str, Any]:
         recipe, checkpoints = self._recipe, self._checkpoints

@@ -4,6 +4,7 @@
 import os
 import secrets
 import socket
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,17 +36,23 @@ def sandbox():
         pytest.skip(f"this kernel permits no sandbox: {refused.found}")
 
 
-def test_packages_may_lie_in_the_folder_of_temporary_files(sandbox, tmp_path, monkeypatch):
+@pytest.fixture
+def under_tmp():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_packages_may_lie_in_the_folder_of_temporary_files(sandbox, under_tmp, monkeypatch):
     """As those of a virtual environment under /tmp do: they can be read, and nothing beside them, nor written to."""
-    packages = tmp_path / "packages"
+    packages = under_tmp / "packages"
     packages.mkdir()
     (packages / "one.py").write_text("two = 2\n")
-    (tmp_path / "secret").write_text("2")
+    (under_tmp / "secret").write_text("2")
     monkeypatch.setattr(sandbox_of_code, "_libraries", lambda: [*LIBRARIES(), str(packages)])
     asks = Calls("assert f() == 2", ["f"])
     reads = f"import sys\nsys.path.append({str(packages)!r})\ndef f():\n    import one\n    return one.two"
     assert sandbox.run(reads, asks, seconds=3.0).outcome == "passed"
-    beside = f"def f(): return int(open({str(tmp_path / 'secret')!r}).read())"
+    beside = f"def f(): return int(open({str(under_tmp / 'secret')!r}).read())"
     assert sandbox.run(beside, asks).outcome == "failed"
     writes = f"def f(): return open({str(packages / 'two.py')!r}, 'w') and 2"
     assert sandbox.run(writes, asks).outcome == "failed"
