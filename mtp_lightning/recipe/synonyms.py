@@ -99,6 +99,8 @@ SPELLINGS: Mapping[str, str] = {
     "memory.cache_hidden_states": "train_hidden_states_path hidden_states_path offline_hidden_states",
     "strategy.reduce_dtype": "communication_data_type mixed_precision_reduce training.mixed_precision_reduce "
     "grad_reduce_in_fp32 grad_reduce_in_bf16 accumulate_allreduce_grads_in_fp32",
+    "memory.loss_kernel": "use_liger_kernel use_liger liger_kernel liger_fused_linear_cross_entropy cut_cross_entropy "
+    "use_fused_linear_cross_entropy fused_linear_ce_loss cross_entropy_loss_fusion loss_backend",
     "memory.compile": "torch_compile compile.enable compile_model compile_config",
     "data.corpus": "dataset datasets dataset_path dataset_name train_data_path",
     "data.shards": "data_path data_cache_path",

@@ -46,6 +46,7 @@ from mtp_lightning.training.step.skipped_steps import SkippedSteps
 from mtp_lightning.training.step.times import StepTimes
 from mtp_lightning.training.step.vote import AgreedCounts, StepVote, agree_on_step
 from mtp_lightning.training.strategies.base import RunStrategy
+from mtp_lightning.training.strategies.device import loss_kernel_on
 from mtp_lightning.training.strategies.own_trainer import OwnTrainerStrategy, check_trainer
 from mtp_lightning.training.strategies.param_shards import gradient_norms
 
@@ -90,6 +91,7 @@ class MtpLightningModule(L.LightningModule):
             self.recipe = with_draft_vocabulary(self.recipe)  # under a Trainer of the user's own it has not been chosen
             self.model = self.strategy.build_model(self.recipe)
             freeze(self.model, self.recipe)
+            self.model.loss_kernel = loss_kernel_on(self.recipe, self.strategy.root_device)
             if self.recipe.memory.compile:
                 self.model.compile_parts()
 
