@@ -149,6 +149,7 @@ SPELLINGS: Mapping[str, str] = {
     "run.dir": "output_dir out_dir save_folder dump_folder checkpoint.folder default_root_dir save",
     "run.steps": "max_steps train_iters max_iters max_duration total_num_steps num_train_steps "
     "num_train_epochs num_epochs max_tokens train_samples",
+    "run.deterministic": "full_determinism use_deterministic_algorithms deterministic_mode cudnn_deterministic",
     "run.seed": "data_seed init_seed",
     "run.precision": "bf16 fp16 bf16.enabled fp16.enabled torch_dtype dtype mixed_precision mixed_precision_param",
     "run.restart": "overwrite_output_dir",

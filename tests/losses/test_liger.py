@@ -1,7 +1,7 @@
 """Liger Kernel's cross-entropy against ours: losses, gradients and what is measured.
 
 Its real kernels run here, on a CPU by Triton's interpreter, where they are installed:
-`pip install liger-kernel triton`, then `TRITON_INTERPRET=1 pytest tests/losses/test_liger.py`. Triton reads the variable
+`pip install liger-kernel triton`, then `TRITON_INTERPRET=1 pytest tests/losses/test_liger.py`: Triton reads it
 when it is first imported.
 """
 
