@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.losses.distillation import Distillation, LogitGrad
+from mtp_lightning.losses.liger import liger_loss
 from mtp_lightning.losses.logit_map import LogitMap
-from mtp_lightning.losses.row_losses import RowLoss
+from mtp_lightning.losses.row_losses import CrossEntropy, RowLoss
+from mtp_lightning.losses.targets import IGNORE
 
 Grad = Tensor | None  # buffer of a gradient, where one is wanted
 HALF_RANGE = 2.0**15  # a value that fp16 holds with room to spare
@@ -245,6 +247,9 @@ def _compute_dtype(matrix: Tensor) -> torch.dtype:
 
 def _run_term(plan: _Plan, term: Term, operand: _LinearOperand, teacher: _LinearOperand | None) -> Tensor:
     """Run one term: fill the gradient of its hidden states, add to that of its matrix, return the weighted loss sum."""
+    if isinstance(term.row_loss, CrossEntropy) and term.row_loss.kernel == "liger":
+        _run_liger(plan, term, term.row_loss, operand)
+        return term.coefficient * term.total()
     if term.count is None:
         _run_chunks(plan, term, operand, teacher, term.coefficient)
         return term.coefficient * term.total()
@@ -263,6 +268,39 @@ def _run_term(plan: _Plan, term: Term, operand: _LinearOperand, teacher: _Linear
         if whole is not None and part is not None:
             whole.add_(part.mul_(factor))
     return factor * term.loss_sum
+
+
+def _run_liger(plan: _Plan, term: Term, cross_entropy: CrossEntropy, operand: _LinearOperand) -> None:
+    """Score one term in Liger's kernel; recipes that ask more of a loss than it knows are refused when they are read.
+
+    It predicts nothing where there is no target; of these few rows the predictions are made here.
+    """
+    applied = operand.logit_map or LogitMap()
+    hidden = operand.hidden if applied.scale == 1 else operand.hidden * applied.scale
+    targets, predictions = cross_entropy.targets, cross_entropy.predictions
+    found = liger_loss(
+        hidden.contiguous(),
+        operand.matrix,
+        targets,
+        bias=None if operand.bias is None else operand.bias.to(operand.matrix.dtype),
+        smoothing=cross_entropy.smoothing,
+        z_loss=cross_entropy.z_loss,
+        cap=applied.cap,
+        predicts=predictions is not None,
+        wants=(operand.grad is not None, operand.matrix_grad is not None or operand.bias_grad is not None),
+        chunk_bytes=plan.chunk_bytes,
+    )
+    term.loss_sum, cross_entropy.nll_sum = found.loss_sum, found.nll_sum
+    if predictions is not None and found.predictions is not None:
+        predictions.copy_(found.predictions)
+        (others,) = (targets == IGNORE).nonzero(as_tuple=True)
+        if len(others):
+            predictions[others] = chunked_argmax(hidden[others], operand.matrix, plan.chunk_bytes, operand.bias)
+    if operand.grad is not None and found.hidden_grad is not None:
+        operand.grad.add_(found.hidden_grad * (applied.scale * term.coefficient))
+    for into, part in ((operand.matrix_grad, found.matrix_grad), (operand.bias_grad, found.bias_grad)):
+        if into is not None and part is not None:
+            into.addcmul_(part, term.coefficient.to(part.dtype))
 
 
 def _run_chunks(

@@ -7,12 +7,14 @@ factor to the matrix products that follow saves a pass over the (C, V) chunk, wh
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtp_lightning.losses.targets import IGNORE
+
+LossKernel = Literal["own", "liger"]
 
 
 class RowLoss(ABC):
@@ -52,6 +54,7 @@ class CrossEntropy(RowLoss):
         predicts: bool,
         learns: Tensor | None = None,
         compiles: bool = False,
+        kernel: LossKernel = "own",
     ) -> None:
         self.targets = targets  # (P,)
         self.learns = learns  # (P,) rows that have a loss and a gradient, None for all; others are measured alone
@@ -60,6 +63,7 @@ class CrossEntropy(RowLoss):
         self.nll_sum: Tensor | float = 0.0
         self.predictions = torch.empty_like(targets) if predicts else None  # (P,)
         self.rule = _compiled_rule() if compiles else _in_place
+        self.kernel = kernel  # what runs it: this rule, chunk by chunk, or one fused with the products
 
     def __call__(self, logits: Tensor, rows: slice, dtype: torch.dtype) -> RowLosses:
         """Compute a chunk; see `RowLoss`."""

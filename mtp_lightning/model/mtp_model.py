@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.losses.row_losses import LossKernel
 from mtp_lightning.model.heads import TRUNK, HeadContext, head_class
 from mtp_lightning.model.layers import Geometry, LayerStack, Mlp, build_trunk, layers_of
 from mtp_lightning.model.lora import add_updates, initialise_update
@@ -35,6 +36,7 @@ class MtpModel(nn.Module):
         kept_states: gives the last states of a frozen trunk, (B, T, D), for all that it reads of rows, (B, ...)
             integers, and computes them by what it is given where it has none; None: the trunk runs on all rows.
         is_compiled: whether its layers are, and the cross-entropy of its scores is to be.
+        loss_kernel: what computes the cross-entropy of its scores in training.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -43,6 +45,7 @@ class MtpModel(nn.Module):
         self.num_offsets = recipe.heads.num_offsets
         self.kept_states: KeptStates | None = None
         self.is_compiled = False
+        self.loss_kernel: LossKernel = "own"
         self.attends_in_document = recipe.data.document_mask
         if recipe.model.is_foreign and recipe.data.document_mask:
             check_masks(recipe.model)

@@ -73,6 +73,7 @@ class Layout:
     recomputes_trunk: bool = False
     recomputes_heads: bool = False
     compiles_loss: bool = False  # its passes over scores, fused
+    uses_liger: bool = False  # in place of the package's own loss
     mlp_tile: int | None = None  # positions of a row that feed-forwards run on at a time; None: all of a GPU's
     offloads_activations: bool = False  # of recomputed layers, to the host
     offload_optimizer: str = "none"
@@ -140,6 +141,7 @@ def layout_of(recipe: Recipe, num_gpus: int | None = None) -> Layout:
         backward_order=objective.backward_order,
         chunk_bytes=objective.chunk_bytes("cpu" if recipe.run.device == "cpu" else "cuda"),
         compiles_loss=memory.compile and objective.backward_order != "joint",
+        uses_liger=memory.loss_kernel == "liger",
         recomputes_trunk=memory.recompute_trunk,
         recomputes_heads=recipe.recomputes_heads,
         mlp_tile=_tile(memory.mlp_tile, recipe.data.seq_len // strategy.sequence_parallel),

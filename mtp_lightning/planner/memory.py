@@ -175,6 +175,9 @@ def _logits(shape: Shape, layout: Layout) -> float:
     positions, passes = positions_of(shape, layout), shape.passes
     if layout.backward_order == "joint":
         return float(positions * ((passes.num_scored + 3 * shape.vocab_size) * FP32 + low * shape.vocab_size))
+    if layout.uses_liger:  # one chunk in the type of the products, of at least as many entries as the states have
+        least = positions * shape.layer.width * layout.compute_bytes
+        return float(min(max(layout.chunk_bytes, least), positions * passes.most_scored * layout.compute_bytes))
     return min(layout.chunk_bytes, float(positions * passes.most_scored * (FP32 + 2 * low)))
 
 
@@ -182,6 +185,7 @@ def _buffers(shape: Shape, layout: Layout) -> dict[str, float]:
     total, summed = shape.parameters.total, shape.passes.num_matrix_gradients
     together = summed if _all_heads_alive(shape, layout) else min(summed, 1)
     beside_sum = 0 if layout.compute_bytes == FP32 else 2 * BF16  # a chunk's product, and the matrix or gradient cast
+    beside_sum += FP32 if layout.uses_liger else 0  # the gradient of one term, which is then added
     cast = BF16 if layout.is_autocast else 0
     is_sharded = layout.stage == 3 and (layout.num_gpus > 1 or layout.offload_parameters != "none")
     live = min(total, max(layout.live_entries, 2 * shape.layer.matrices + shape.matrix))

@@ -29,6 +29,7 @@ BACKWARD_PASSES = 3  # read, its gradient written and read
 RECOMPUTE_PASSES = 2
 LOGIT_BYTES = 30  # per entry, beside products: largest (4), minus it (8), exponential (8), sum (4), rounded (6)
 COMPILED_LOGIT_BYTES = 14  # read for the largest, the sum and the gradient, which is written rounded
+LIGER_LOGIT_PASSES = 3  # over scores as products make them: read twice, its gradient written in its place
 TEACHER_BYTES = 14  # per entry of the main head's scores: out of the product, to fp32, once more through top-k
 COMPARED_BYTES = 80  # per entry that is compared: ten tensors written and read (`losses/chunked.py`)
 UPDATE_BYTES = 30  # per parameter: master, two moments and gradient read, three written back, weight written
@@ -120,7 +121,8 @@ def _memory_bound_s(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     again, _ = _recomputed(shape, layout)
     work = shape.passes.all
     passes = FORWARD_PASSES * work.layers + BACKWARD_PASSES * work.layers_back + RECOMPUTE_PASSES * again
-    logits = (COMPILED_LOGIT_BYTES if layout.compiles_loss else LOGIT_BYTES) * shape.passes.num_scored
+    entry = COMPILED_LOGIT_BYTES if layout.compiles_loss else LOGIT_BYTES
+    logits = (LIGER_LOGIT_PASSES * layout.compute_bytes if layout.uses_liger else entry) * shape.passes.num_scored
     compared = COMPARED_BYTES * shape.passes.num_compared_entries
     if layout.backward_order != "joint":
         compared += TEACHER_BYTES * shape.passes.num_teacher_scores

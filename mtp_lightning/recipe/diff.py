@@ -63,6 +63,8 @@ NOTED: dict[str, str] = {
     "memory.recompute_heads": REORDERED,
     "memory.mlp_tile": REORDERED,
     "memory.compile": REORDERED,
+    "memory.loss_kernel": REORDERED,
+    "run.deterministic": REORDERED,
     "data.shards": "the shards may have moved; their fingerprint is compared instead",
     "data.mixture": "the shards may have moved; their fingerprints and shares are compared instead",
     "data.tokenizer": "the file may have moved; its hash is compared with that of the shards instead",

@@ -99,6 +99,8 @@ SPELLINGS: Mapping[str, str] = {
     "memory.cache_hidden_states": "train_hidden_states_path hidden_states_path offline_hidden_states",
     "strategy.reduce_dtype": "communication_data_type mixed_precision_reduce training.mixed_precision_reduce "
     "grad_reduce_in_fp32 grad_reduce_in_bf16 accumulate_allreduce_grads_in_fp32",
+    "memory.loss_kernel": "use_liger_kernel use_liger liger_kernel liger_fused_linear_cross_entropy cut_cross_entropy "
+    "use_fused_linear_cross_entropy fused_linear_ce_loss cross_entropy_loss_fusion loss_backend",
     "memory.compile": "torch_compile compile.enable compile_model compile_config",
     "data.corpus": "dataset datasets dataset_path dataset_name train_data_path",
     "data.shards": "data_path data_cache_path",
@@ -147,6 +149,7 @@ SPELLINGS: Mapping[str, str] = {
     "run.dir": "output_dir out_dir save_folder dump_folder checkpoint.folder default_root_dir save",
     "run.steps": "max_steps train_iters max_iters max_duration total_num_steps num_train_steps "
     "num_train_epochs num_epochs max_tokens train_samples",
+    "run.deterministic": "full_determinism use_deterministic_algorithms deterministic_mode cudnn_deterministic",
     "run.seed": "data_seed init_seed",
     "run.precision": "bf16 fp16 bf16.enabled fp16.enabled torch_dtype dtype mixed_precision mixed_precision_param",
     "run.restart": "overwrite_output_dir",

@@ -30,6 +30,7 @@ from mtp_lightning.training.logging.loggers import LoggedRun, build_loggers
 from mtp_lightning.training.phases import train_phases
 from mtp_lightning.training.run_folder import Opened, opened_run_folder
 from mtp_lightning.training.step.skipped_steps import NonFiniteStreak
+from mtp_lightning.training.strategies.deterministic import deterministic_kernels
 from mtp_lightning.training.strategies.device import check_memory, prepare_device
 from mtp_lightning.training.strategies.process_group import process_group
 from mtp_lightning.training.strategies.zero import build_strategy
@@ -45,11 +46,12 @@ def train(loaded: LoadedRecipe, stop: StopRequest | None = None) -> int:
         stop: where signals ask to stop; whoever makes it handles them (`stop_on_signals`).
     """
     recipe, stop = loaded.recipe, stop or StopRequest()
-    check_memory(recipe, prepare_device(recipe))
-    with process_group(recipe):
-        if recipe.phases:
-            return train_phases(recipe, partial(_train_run, stop=stop))
-        return _train_run(recipe, LoggedRun(recipe, Path(recipe.run.dir)), stop)
+    with deterministic_kernels(recipe):
+        check_memory(recipe, prepare_device(recipe))
+        with process_group(recipe):
+            if recipe.phases:
+                return train_phases(recipe, partial(_train_run, stop=stop))
+            return _train_run(recipe, LoggedRun(recipe, Path(recipe.run.dir)), stop)
 
 
 def _train_run(recipe: Recipe, logged: LoggedRun, stop: StopRequest) -> int:

@@ -46,6 +46,8 @@ from mtp_lightning.training.step.skipped_steps import SkippedSteps
 from mtp_lightning.training.step.times import StepTimes
 from mtp_lightning.training.step.vote import AgreedCounts, StepVote, agree_on_step
 from mtp_lightning.training.strategies.base import RunStrategy
+from mtp_lightning.training.strategies.deterministic import DeterministicKernels
+from mtp_lightning.training.strategies.device import loss_kernel_on
 from mtp_lightning.training.strategies.own_trainer import OwnTrainerStrategy, check_trainer
 from mtp_lightning.training.strategies.param_shards import gradient_norms
 
@@ -75,9 +77,10 @@ class MtpLightningModule(L.LightningModule):
         self.loaded_step = 0
 
     def configure_callbacks(self) -> list[Callback]:
-        """Refuse a trainer of the user's own that would not do what the recipe says; add nothing."""
+        """Refuse a trainer of the user's own that would not do what the recipe says; add what is torch-wide."""
         if not isinstance(self.trainer.strategy, RunStrategy):
             check_trainer(self.trainer, self.recipe)
+            return [DeterministicKernels(self.recipe)] if self.recipe.run.deterministic else []
         return []
 
     def setup(self, stage: str) -> None:
@@ -92,6 +95,7 @@ class MtpLightningModule(L.LightningModule):
             build = build_model if self._trainer is None else self.strategy.build_model  # by `load_from_checkpoint`
             self.model = build(self.recipe)
             freeze(self.model, self.recipe)
+            self.model.loss_kernel = loss_kernel_on(self.recipe, self.strategy.device)
             if self.recipe.memory.compile:
                 self.model.compile_parts()
 

@@ -7,9 +7,11 @@ import pytest
 from mtp_lightning.planner.flops import flops_per_position
 from mtp_lightning.planner.hardware import hardware, known_hardware
 from mtp_lightning.planner.layout import layout_of
+from mtp_lightning.planner.memory import memory
 from mtp_lightning.planner.shape import shape_of
 from mtp_lightning.planner.throughput import (
     COMPILED_LOGIT_BYTES,
+    LIGER_LOGIT_PASSES,
     LOGIT_BYTES,
     MEMORY_EFFICIENCY,
     communication_bytes,
@@ -136,3 +138,16 @@ def test_a_compiled_loss_moves_fewer_bytes() -> None:
     saved = entries * (LOGIT_BYTES - COMPILED_LOGIT_BYTES) / (H100.memory_bytes_per_s * MEMORY_EFFICIENCY)
     assert plain.memory_bound_s - compiled.memory_bound_s == pytest.approx(saved)
     assert plain.products_s == compiled.products_s
+
+
+def test_liger_passes_over_scores_three_times_and_keeps_a_gradient_of_its_own() -> None:
+    """A third of the bytes in the type of the products; and V x D of fp32 that our own loss adds up in place."""
+    path = ROOT / "recipes/paper/1.3b_n4.yaml"
+    recipe, other = (load_recipe(path, [f"memory.loss_kernel={kernel}"]).recipe for kernel in ("own", "liger"))
+    shape, own, layout = shape_of(recipe), layout_of(recipe), layout_of(other)
+    seconds = step_time(shape, own, H100).memory_bound_s - step_time(shape, layout, H100).memory_bound_s
+    entries = layout.num_micro_batches * layout.micro_batch_size * shape.seq_len * shape.passes.num_scored
+    saved = entries * (LOGIT_BYTES - LIGER_LOGIT_PASSES * 2) / (H100.memory_bytes_per_s * MEMORY_EFFICIENCY)
+    assert seconds == pytest.approx(saved)
+    more = memory(shape, layout).unembedding_gradient - memory(shape, own).unembedding_gradient
+    assert more == shape.matrix * 4

@@ -341,6 +341,11 @@ RULES = (
         GPT2,
     ),
     _broken("tiles_of_a_foreign_model", *FOREIGN, GPT2, "memory.mlp_tile=512"),
+    _broken("liger_in_the_joint_order", "memory.loss_kernel=liger", "objective.backward_order=joint"),
+    _broken("liger_with_balance", "memory.loss_kernel=liger", "objective.balance=rms"),
+    _broken("liger_with_a_teacher", "memory.loss_kernel=liger", "objective.distill={}"),
+    _broken("liger_with_a_rollout", "memory.loss_kernel=liger", "heads.kind=sequential", "objective.rollout={}"),
+    _broken("liger_in_fp16", "memory.loss_kernel=liger", "run.precision=fp16", "strategy.kind=zero2"),
     _broken("family_transformers_without_settings", *FOREIGN),
     _broken(
         "settings_without_a_size",

@@ -18,6 +18,7 @@ from mtp_lightning.console.tables import add_rows, build_table, console, number,
 from mtp_lightning.planner.flops import flop_ratio, flops_per_step, tokens_per_step
 from mtp_lightning.planner.hardware import peak_flops_per_s
 from mtp_lightning.recipe.schema.root import Recipe
+from mtp_lightning.training.strategies.deterministic import deterministic_kernels
 from mtp_lightning.training.strategies.device import prepare_device
 
 ROUNDS = 5
@@ -48,12 +49,13 @@ def bench_train(
     recipe: Recipe, *, offsets: list[int], backward_orders: list[str], json_path: Path | None, rounds: int = ROUNDS
 ) -> None:
     """Measure every cell, print a table with ratios, and write the figures as JSON where a path is given."""
-    device = prepare_device(recipe)
-    machine = describe_machine(device)
-    cells = build_cells(recipe, offsets, backward_orders)
-    possible = [cell for cell in cells if cell.obstacle is None]
-    timings = time_rounds(possible, device, rounds) if possible else Timings()
-    peak = _peak_flops_per_s(machine, timings, recipe.run.precision)
+    with deterministic_kernels(recipe):
+        device = prepare_device(recipe)
+        machine = describe_machine(device)
+        cells = build_cells(recipe, offsets, backward_orders)
+        possible = [cell for cell in cells if cell.obstacle is None]
+        timings = time_rounds(possible, device, rounds) if possible else Timings()
+        peak = _peak_flops_per_s(machine, timings, recipe.run.precision)
     figures = [speed_figure(cell, timings, peak) for cell in possible]
     screen = console()
     screen.print(f"Speed of a training step: {recipe.name}", style="bold")

@@ -22,6 +22,7 @@ from mtp_lightning.training.step.batch import MicroBatch
 from mtp_lightning.training.step.objective import Objective
 from mtp_lightning.training.step.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from mtp_lightning.training.step.rollout import RolloutDraw
+from mtp_lightning.training.strategies.device import loss_kernel_on
 from mtp_lightning.training.strategies.param_shards import gradient_norms, whole_shards
 
 
@@ -37,6 +38,7 @@ class TrainingStep:
         self.recipe, self.device = recipe, device
         self.model = build_model(recipe, device)
         freeze(self.model, recipe)
+        self.model.loss_kernel = loss_kernel_on(recipe, device)
         if recipe.memory.compile:
             self.model.compile_parts()
         self.optimizer = build_optimizer(self.model, recipe.optimizer)

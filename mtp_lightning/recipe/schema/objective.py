@@ -198,6 +198,9 @@ class MemorySection(Section):
     """Keep the inputs of recomputed layers in the host's memory until the backward pass [ALST]."""
     compile: bool = False
     """Compile trunk layers, head blocks and the cross-entropy of their scores with torch.compile."""
+    loss_kernel: Literal["own", "liger"] = "own"
+    """What computes the cross-entropy of each offset's scores: this package, or Liger Kernel's fused Triton kernel, an
+    extra (`pip install mtp_lightning[liger]`) for GPUs, with which numbers change by rounding."""
     cache_hidden_states: LocalPath | None = None
     """Folder for the last hidden states of a frozen trunk, written when a row is first read and read instead of running
     the trunk in later epochs and runs; may be shared by runs and ranks. null: the trunk runs on every row."""

@@ -169,6 +169,9 @@ class RunSection(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32; bf16: autocast over fp32 weights on one device, bf16 weights beside an fp32 master under ZeRO; fp16: under
     ZeRO on GPUs only, with loss scaling."""
+    deterministic: bool = False
+    """Take kernels that give the same bits for the same input, at some cost in time, and stop at an operation that has
+    none. On a CPU kernels are so anyway."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads for tensor work; null leaves torch's choice."""
     validate_every_steps: PositiveInt = 200

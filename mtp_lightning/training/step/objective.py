@@ -129,6 +129,7 @@ class LossTerms:
             predicts=self.objective.predicts or self.wants_draft(offset),
             learns=learns,
             compiles=self.model.is_compiled,
+            kernel=self.model.loss_kernel,
         )
         self.cross_entropies[offset] = cross_entropy
         count = None

@@ -8,6 +8,8 @@ import torch
 
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.launch.rank_env import rank_from_env
+from mtp_lightning.losses.liger import check_liger
+from mtp_lightning.losses.row_losses import LossKernel
 from mtp_lightning.planner.machine_memory import host_bytes, least_bytes
 from mtp_lightning.planner.memory import GIB
 from mtp_lightning.ranks import Ranks
@@ -35,6 +37,7 @@ def prepare_device(recipe: Recipe) -> torch.device:
     if not is_cuda:
         _check_cpu(recipe)
     _check_nvme(recipe)
+    loss_kernel_on(recipe, torch.device("cuda" if is_cuda else "cpu"))
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     if not is_cuda:
@@ -44,6 +47,17 @@ def prepare_device(recipe: Recipe) -> torch.device:
     torch.backends.cuda.enable_cudnn_sdp(not _may_mask(recipe))
     torch.cuda.set_device(device)  # else NCCL, and whoever asks for "cuda", would take the first on every rank
     return device
+
+
+def loss_kernel_on(recipe: Recipe, device: torch.device) -> LossKernel:
+    """Return what computes the losses of a run on a device.
+
+    Raises:
+        TrainingError: It is not installed, or does not run there.
+    """
+    if recipe.memory.loss_kernel == "liger":
+        check_liger(device)
+    return recipe.memory.loss_kernel
 
 
 def _may_mask(recipe: Recipe) -> bool:

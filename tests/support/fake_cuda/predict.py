@@ -10,6 +10,7 @@ planner says. What ranks exchange and the optimizer are not in it (`mtp plan` ha
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from mtp_lightning.planner.counts import parameter_counts
 from mtp_lightning.planner.flops import flops_per_position
@@ -24,12 +25,19 @@ FIELDS = ["data.shards=none", "run.steps=2", "logging.every_steps=9", "run.valid
 FORWARD_BYTES, BACKWARD_BYTES = 55.6, 99.3  # of a compiled layer, per position and channel: `compiled_layer`
 
 
-def predict(ask: FakeCuda, path: str, overrides: list[str]) -> tuple[Recipe, Counter[str], Counter[str], int]:
-    """Return the recipe, seconds of a micro-batch by kind (losses apart) and by line, and its launches."""
+def micro_batch(ask: FakeCuda, path: str, overrides: list[str]) -> tuple[Recipe, dict[str, Any]]:
+    """Return the recipe and what is in the books of a step of one micro-batch."""
     recipe = load_recipe(Path(path), [*FIELDS, *overrides]).recipe
     rows = recipe.batch.micro_batch_size * recipe.strategy.num_ranks
     fields = [*FIELDS, *overrides, f"batch.global_batch_size={rows}"]
-    books = ask("fit", path=str(Path(path).resolve()), overrides=fields, checks_first_step=False, breaks_off=True)
+    return recipe, ask(
+        "fit", path=str(Path(path).resolve()), overrides=fields, checks_first_step=False, breaks_off=True
+    )
+
+
+def predict(ask: FakeCuda, path: str, overrides: list[str]) -> tuple[Recipe, Counter[str], Counter[str], int]:
+    """Return the recipe, seconds of a micro-batch by kind (losses apart) and by line, and its launches."""
+    recipe, books = micro_batch(ask, path, overrides)
     by_kind, by_line = Counter[str](), Counter[str]()
     for name, seconds in books["seconds"][0].items():
         kind, _, line = name.partition(" ")
