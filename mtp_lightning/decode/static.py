@@ -122,7 +122,7 @@ class StaticStep:
             with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED, accumulated_recompile_limit=MOST_COMPILED):
                 return self.run()
         except TorchDynamoException as error:
-            reason = next(line for line in str(error).splitlines() if line.strip())
+            reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
             raise DecodingError(
                 "torch.compile must be able to compile a step of the decoder",
                 f"{type(error).__name__}: {reason}",

@@ -180,6 +180,7 @@ def test_more_shapes_than_torch_compiles_by_itself():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, in its compiler
 @pytest.mark.parametrize(("place", "kind"), [*enumerate(RECIPES)])
 def test_compiled_steps_say_what_eager_steps_say(place, kind):
     """By inductor, in fp32."""
