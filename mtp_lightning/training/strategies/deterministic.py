@@ -35,7 +35,7 @@ def deterministic_kernels(recipe: Recipe) -> Iterator[None]:
         raise TrainingError(
             f"{VARIABLE} must be {' or '.join(FIXED)} for run.deterministic=true", variable, f"Unset {VARIABLE}."
         )
-    if variable is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if variable is None and _has_cuda_started():
         raise TrainingError(
             f"{VARIABLE} must be set before CUDA starts, for run.deterministic=true", "CUDA started without it", WAIT
         )
@@ -50,11 +50,15 @@ def deterministic_kernels(recipe: Recipe) -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = True, False
         yield
     finally:
-        if variable is None:
+        if variable is None and not _has_cuda_started():  # else cuBLAS has read it, and the next such run may begin
             os.environ.pop(VARIABLE, None)
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = fills
         cudnn.deterministic, cudnn.benchmark = before_cudnn
+
+
+def _has_cuda_started() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 class DeterministicKernels(Callback):
