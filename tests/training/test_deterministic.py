@@ -25,7 +25,8 @@ asked = tiny_recipe(run={"deterministic": True})
 
 @pytest.fixture(autouse=True)
 def no_variable(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that what a test leaves is taken back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
 
 
 def test_flags_hold_in_the_body_and_what_was_set_before_comes_back():
@@ -59,6 +60,14 @@ def test_a_variable_of_the_users_own_stays_or_is_refused(monkeypatch):
     with pytest.raises(TrainingError, match="before CUDA starts"), deterministic_kernels(asked):
         pass
     assert in_force() == OFF
+
+
+def test_one_run_follows_another_where_cuda_has_started_in_the_first(monkeypatch):
+    with deterministic_kernels(asked):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert in_force() == [*OFF[:3], ":4096:8"]
+    with deterministic_kernels(asked):
+        assert in_force() == ON
 
 
 @pytest.mark.slow

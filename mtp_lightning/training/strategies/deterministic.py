@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -34,25 +35,30 @@ def deterministic_kernels(recipe: Recipe) -> Iterator[None]:
         raise TrainingError(
             f"{VARIABLE} must be {' or '.join(FIXED)} for run.deterministic=true", variable, f"Unset {VARIABLE}."
         )
-    if variable is None and torch.cuda.is_initialized():
+    if variable is None and _has_cuda_started():
         raise TrainingError(
             f"{VARIABLE} must be set before CUDA starts, for run.deterministic=true", "CUDA started without it", WAIT
         )
-    cudnn, fills = torch.backends.cudnn, torch.utils.deterministic.fill_uninitialized_memory
+    cudnn, memory = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
+    fills = memory.fill_uninitialized_memory
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     before_cudnn = (cudnn.deterministic, cudnn.benchmark)
     try:
         os.environ[VARIABLE] = variable or FIXED[0]
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any, and ZeRO makes much
+        memory.fill_uninitialized_memory = False  # nothing here reads any, and ZeRO makes much
         cudnn.deterministic, cudnn.benchmark = True, False
         yield
     finally:
-        if variable is None:
+        if variable is None and not _has_cuda_started():  # else cuBLAS has read it, and the next such run may begin
             os.environ.pop(VARIABLE, None)
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        memory.fill_uninitialized_memory = fills
         cudnn.deterministic, cudnn.benchmark = before_cudnn
+
+
+def _has_cuda_started() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 class DeterministicKernels(Callback):
