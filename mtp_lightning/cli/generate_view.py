@@ -38,7 +38,7 @@ def print_generations(
     from mtp_lightning.decode.settings import check_each_prompt
     from mtp_lightning.decode.text_stream import detokenizer, text_stream
 
-    check_each_prompt(model, [prompt.tokens for prompt in prompts], settings.max_new_tokens)  # all before any is written
+    check_each_prompt(model, [prompt.tokens for prompt in prompts], settings.max_new_tokens)
     settings = replace(settings, detokenize=detokenizer(tokenizer))
     err = screen(stderr=True)
     for prompt in prompts:

@@ -29,6 +29,8 @@ TOLERANCE = 1e-5
 RANDOM_ZEROS = ("dropout", "_pdrop", "layerdrop", "layer_drop")
 """Ends of the settings that draw random numbers in training: 0 here, as the three backward orders must agree."""
 NOT_SETTINGS = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "quantization_config")
+LAYER_TYPES = ("layers_block_type", "layer_types")
+"""Settings that list the type of each layer."""
 TOKEN_SETTINGS = ("pad_token_id", "bos_token_id", "eos_token_id")
 HINT = "Choose another model, or report it; `family: llama` and its kin have trunks of their own"
 
@@ -128,13 +130,18 @@ class Architecture:
         """Build one more layer like the one of an index.
 
         Raises:
-            CheckpointError: Layers of this class need more than settings and a number.
+            CheckpointError: Layers of this class need more than settings, a number and a type.
         """
         kind = type(self.layers[index])
         further = [name for name in inspect.signature(kind.__init__).parameters if name not in ("self", "config")]
+        types = next((told for name in LAYER_TYPES if (told := getattr(self.config, name, None))), None)
+        typed = {name: types[index] for name in ("layer_type", "block_type") if types and name in further[1:]}
         try:
             with self.quietly():
-                return kind(self.config, *([index] if further else []))
+                layer = kind(self.config, *([index] if further else []), **typed)
+            if layer.state_dict().keys() != self.layers[index].state_dict().keys():
+                raise TypeError(f"built by itself, layer {index} has other tensors")
+            return layer
         except Exception as error:
             raise CheckpointError(
                 "heads.kind must be one without layers for a model whose layers are not built of settings and a number",

@@ -74,7 +74,14 @@ def test_shards_and_half_precision_keep_their_bits(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("gemma2", "parallel"), ("mixtral", "recursive"), ("gpt2", "chained"), ("falcon", "medusa")]
+    ("name", "kind"),
+    [
+        ("gemma2", "parallel"),
+        ("bamba", "parallel"),
+        ("mixtral", "recursive"),
+        ("gpt2", "chained"),
+        ("falcon", "medusa"),
+    ],
 )
 def test_heads_start_as_copies_of_the_last_layer_of_any_class(name, kind, tmp_path):
     with torch.no_grad():

@@ -123,8 +123,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.5},
 }
 """Settings by model type, beside those that are common."""
-SPARSE = {"deepseek_v32": LATENT | {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 4}}
-"""Settings of decoders whose layers keep more than keys and values: they are trained, and not decoded here."""
+FURTHER = {
+    "deepseek_v32": LATENT | {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 4},
+    "bamba": {"attn_layer_indices": [1, 2], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
+}
+"""Settings of decoders whose layers keep more than keys and values."""
 WHOLE = ("gpt2", "gptj", "opt", "bloom", "mpt", "ctrl")
 """Those whose settings have names of their own."""
 
@@ -132,7 +135,7 @@ WHOLE = ("gpt2", "gptj", "opt", "bloom", "mpt", "ctrl")
 def settings_of(name: str, **changed: Any) -> dict[str, Any]:
     """Return the settings of a tiny decoder, as its config.json would say them."""
     common = {} if name in WHOLE else COMMON
-    return {"model_type": name, **common, **(SETTINGS | SPARSE)[name], **changed}
+    return {"model_type": name, **common, **(SETTINGS | FURTHER)[name], **changed}
 
 
 def architecture_recipe(name: str, **sections: Any) -> Recipe:
