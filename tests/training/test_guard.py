@@ -107,7 +107,7 @@ def run(folder, name, *overrides):
 
 @pytest.fixture(scope="module")
 def start(folder):
-    run(folder, "start", "run.steps=40", "checkpoint.every_steps=40", "run.validate_every_steps=40")
+    run(folder, "start", "run.steps=100", "checkpoint.every_steps=100", "run.validate_every_steps=100")
     return f"init.path={folder / 'start'}"
 
 
