@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import tokenizers
 
 from mtp_lightning.data.loading.factory import open_data
+from mtp_lightning.data.shards import build
 from mtp_lightning.data.shards.build import BuildOptions, build_shards
 from mtp_lightning.data.shards.manifest import load_manifest
 from mtp_lightning.data.shards.mapped import ShardMaps
@@ -163,6 +165,28 @@ def test_two_builds_are_equal_though_the_tokenizer_draws_lots(tmp_path: Path, lo
     content["model"] |= lots
     file.write_text(json.dumps(content))
     assert [ids for ids, _ in built(folder, [{"text": text} for text in TEXTS], tmp_path / "lots")] == plain
+
+
+def test_a_tokenizer_that_took_the_place_of_another_is_read_anew(tmp_path: Path) -> None:
+    place, records, kinds = tmp_path / "folder", [{"text": text} for text in TEXTS], ["metaspace", "unigram"]
+    apart = [built(write_folder(tmp_path / kind, kind), records, tmp_path / f"{kind} out") for kind in kinds]
+    for number, kind in enumerate(kinds):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(tmp_path / kind, place)
+        assert built(place, records, tmp_path / str(number)) == apart[number]
+
+
+def test_a_tokenizer_may_not_change_while_shards_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "folder", "metaspace")
+    cut = build.units.cut_into_blocks
+
+    def changing(*args: Any) -> Any:
+        shutil.copy(write_folder(tmp_path / "other", "unigram") / "tokenizer.json", folder)
+        yield from cut(*args)
+
+    monkeypatch.setattr(build.units, "cut_into_blocks", changing)
+    with pytest.raises(DataError, match="must stay as they are while shards are built"):
+        built(folder, [{"text": text} for text in TEXTS], tmp_path / "out")
 
 
 def test_what_a_tokenizer_loses_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

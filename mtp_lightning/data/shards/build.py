@@ -229,10 +229,12 @@ class ShardBuild:
         """Tokenize files and write their documents."""
         settings = Settings(
             tokenizer=self._options.tokenizer,
+            tokenizer_hash=self._tokenizer.fingerprint(),
             end_of_document=self._options.end_of_document,
             parse_special_tokens=self._options.parse_special_tokens,
             add_special_tokens=self._options.add_special_tokens,
             chat_template=self._options.chat_template,
+            template_hash=self._template,
             validation_fraction=self._options.validation_fraction,
             deduplicate=self._options.deduplicate,
             reading=self._options.reading,

@@ -41,10 +41,12 @@ class Settings:
     """What decides the tokens of a document besides its text."""
 
     tokenizer: str
+    tokenizer_hash: str
     end_of_document: int | None
     parse_special_tokens: bool
     add_special_tokens: bool
     chat_template: str | None
+    template_hash: str | None
     validation_fraction: float
     deduplicate: bool
     reading: Reading = AS_KNOWN
@@ -214,7 +216,15 @@ def _opened(settings: Settings) -> tuple[Tokenizer, ChatTemplate | None]:
         parse_special_tokens=settings.parse_special_tokens,
         add_special_tokens=settings.add_special_tokens,
     )
-    return tokenizer, open_chat_template(settings.tokenizer, settings.chat_template)
+    template = open_chat_template(settings.tokenizer, settings.chat_template)
+    hashes = tokenizer.fingerprint(), None if template is None else template.fingerprint()
+    if hashes != (settings.tokenizer_hash, settings.template_hash):
+        raise DataError(
+            "tokenizer and chat template must stay as they are while shards are built",
+            f"other contents of {settings.tokenizer} than when the build began",
+            "Build again, when nothing writes there",
+        )
+    return tokenizer, template
 
 
 @contextmanager
