@@ -90,14 +90,15 @@ class MtpLightningModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Build the model once, as the strategy wants it."""
+        trains = self._trainer is not None  # else it is built by `load_from_checkpoint`
         if not hasattr(self, "model"):
             self.recipe = with_draft_vocabulary(self.recipe)  # under a Trainer of the user's own it has not been chosen
-            build = build_model if self._trainer is None else self.strategy.build_model  # by `load_from_checkpoint`
-            self.model = build(self.recipe)
+            self.model = (self.strategy.build_model if trains else build_model)(self.recipe)
             freeze(self.model, self.recipe)
-            self.model.loss_kernel = loss_kernel_on(self.recipe, self.strategy.device)
             if self.recipe.memory.compile:
                 self.model.compile_parts()
+        if trains:
+            self.model.loss_kernel = loss_kernel_on(self.recipe, self.strategy.device)
 
     @property
     def strategy(self) -> RunStrategy:
