@@ -52,9 +52,10 @@ class Stopping:
         ends = is_finished
         if len(self.stop_tokens):
             places = torch.arange(block.shape[1], device=block.device)
-            is_stop = torch.isin(block, self.stop_tokens) & (places < kept[:, None])
+            # in numbers: torch 2.13 compiles any() over a comparison to C++ that is none
+            is_stop = (block[..., None] == self.stop_tokens).sum(-1).clamp(max=1) * (places < kept[:, None])
             has_stop, first = is_stop.max(1)
-            kept, ends = torch.where(has_stop, first + 1, kept), ends | has_stop
+            kept, ends = torch.where(has_stop > 0, first + 1, kept), ends | (has_stop > 0)
         self.emitted += kept
         return kept, ends | (self.emitted >= self.settings.max_new_tokens)
 
