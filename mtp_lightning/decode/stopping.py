@@ -15,8 +15,7 @@ class Stopping:
     """Cuts blocks of new tokens where their texts end."""
 
     def __init__(self, settings: Settings, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
-        self.settings = settings
-        self.emitted = torch.zeros(len(prompts), dtype=torch.long, device=device)  # (B,) new tokens so far
+        self.remaining = torch.full((len(prompts),), settings.max_new_tokens, device=device)  # (B,) at most
         self.stop_tokens = torch.tensor(list(settings.stop_tokens), dtype=torch.long, device=device)
         detokenize, strings = settings.detokenize, settings.stop_strings
         self.texts = (
@@ -47,8 +46,7 @@ class Stopping:
         Returns:
             (B,) tokens that are part of the text, and (B,) texts that have ended.
         """
-        remaining = self.settings.max_new_tokens - self.emitted
-        kept = torch.where(is_finished, 0, torch.minimum(num_new, remaining))
+        kept = torch.where(is_finished, 0, torch.minimum(num_new, self.remaining))
         ends = is_finished
         if len(self.stop_tokens):
             places = torch.arange(block.shape[1], device=block.device)
@@ -56,8 +54,8 @@ class Stopping:
             is_stop = (block[..., None] == self.stop_tokens).sum(-1).clamp(max=1) * (places < kept[:, None])
             has_stop, first = is_stop.max(1)
             kept, ends = torch.where(has_stop > 0, first + 1, kept), ends | (has_stop > 0)
-        self.emitted += kept
-        return kept, ends | (self.emitted >= self.settings.max_new_tokens)
+        self.remaining -= kept
+        return kept, ends | (self.remaining <= 0)
 
     def cut_at_strings(self, block: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Cut what is kept of blocks, (B, T) and (B,), at stop strings; say which texts end there: two (B,).

@@ -164,6 +164,7 @@ def test_one_compilation_serves_a_text_that_grows_and_other_texts():
     assert_alike(model, PROMPTS[:2], settings)
     assert num_graphs() == before + 1
     assert_alike(model, PROMPTS[2:4], settings)  # of other lengths
+    assert_alike(model, PROMPTS[2:4], dataclasses.replace(settings, max_new_tokens=settings.max_new_tokens + 5))
     assert num_graphs() == before + 1
     assert_alike(model, PROMPTS[:1], settings)
     assert num_graphs() == before + 2
