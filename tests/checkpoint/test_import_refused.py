@@ -382,3 +382,12 @@ def test_nothing_of_a_module_is_left_out():
     name, unknown = "heads.blocks.0.update", Parameter("modules.0.layers.0.mlp.up_proj.update", (2, 2), "offset 2")
     with pytest.raises(CheckpointError, match=f"none for {name}"):
         sources_of(recipe, parameters | {name: unknown}, "llama", DEEPSEEK)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "vocab.txt", "tiktoken.model"])
+def test_a_tokenizer_of_other_files_is_named_with_the_command_that_converts_it(name, tmp_path, capsys):
+    write_folder(tmp_path / "hf", llama_tensors())
+    (tmp_path / "hf" / name).write_text("{}")
+    import_folder(tmp_path / "hf", tmp_path / "out", Wanted())
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"has {name}, and no tokenizer.json. Write a tokenizer.json once, with transformers: python -c" in said

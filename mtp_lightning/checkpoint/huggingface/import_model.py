@@ -33,7 +33,8 @@ from mtp_lightning.checkpoint.huggingface.vocabulary import with_rows
 from mtp_lightning.checkpoint.huggingface.weight_files import find_snapshot
 from mtp_lightning.checkpoint.huggingface.weights import IncomingWeights
 from mtp_lightning.console.progress import say, watched
-from mtp_lightning.data.tokenizers.open import open_tokenizer
+from mtp_lightning.data.tokenizers.files import CONVERT
+from mtp_lightning.data.tokenizers.open import open_tokenizer, other_files
 from mtp_lightning.errors import CheckpointError, DataError, RecipeError, visible
 from mtp_lightning.files.atomic_folder import atomic_folder
 from mtp_lightning.files.durable import write_durably
@@ -171,8 +172,14 @@ def _import(path: Path, out: Path, wanted: Wanted, made: Path) -> None:
     for line in (*weights.plan.report(), *notes):
         say(visible(line))
     if recipe.data.tokenizer == Recipe().data.tokenizer:
-        say(visible(f"No tokenizer in {path}: give data.tokenizer, or shards whose ids are this model's"))
+        say(visible(_no_tokenizer(path)))
     say(f"Train it: mtp train {out / RECIPE_NAME}")
+
+
+def _no_tokenizer(path: Path) -> str:
+    if names := other_files(path):
+        return f"{path} has {', '.join(names)}, and no tokenizer.json. {CONVERT.format(path)}; then import again"
+    return f"No tokenizer in {path}: give data.tokenizer, or shards whose ids are this model's"
 
 
 def _opened(path: Path, wanted: Wanted, made: Path) -> HFCheckpoint:

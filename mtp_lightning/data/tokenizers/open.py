@@ -13,6 +13,8 @@ from mtp_lightning.files.untrusted import shown
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"byte": ByteTokenizer}
 
+OTHER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model", "spiece.model")
+
 
 def open_tokenizer(
     spec: str,
@@ -90,9 +92,13 @@ def open_chat_template(tokenizer: str, chosen: str | None = None) -> ChatTemplat
 def _file_of(folder: Path) -> Path:
     if (folder / NAME).is_file():
         return folder / NAME
-    files = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model", "spiece.model")
-    found = ", ".join(name for name in files if (folder / name).exists()) or "none of the usual files"
+    found = ", ".join(other_files(folder)) or "none of the usual files"
     raise DataError(f"a folder of a tokenizer must have a {NAME}", f"{found} in {folder}", CONVERT.format(folder))
+
+
+def other_files(folder: Path) -> list[str]:
+    """List the files of a folder that transformers would make a `tokenizer.json` from."""
+    return [name for name in OTHER_FILES if (folder / name).exists()]
 
 
 def _with_own_end(tokenizer: Tokenizer, end_of_document: int | None) -> Tokenizer:
