@@ -4,6 +4,7 @@ import codecs
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 STYLES = {"prompt": "dim", "kept": "green", "rejected": "red strike", "own": ""}
 MARKS = {"kept": ("{", "}"), "rejected": ("~", "~")}  # around drafts, where nothing can be coloured
 EMPTY = ("", "")
+UP_TO_COMPILED = 3  # steps: that of the prompt, one eager, one of fixed shapes
 
 
 def print_generations(
@@ -42,6 +44,8 @@ def print_generations(
     settings = replace(settings, detokenize=detokenizer(tokenizer))
     err = screen(stderr=True)
     for prompt in prompts:
+        if settings.compile:
+            compile_steps(model, prompt.tokens, settings, err)
         began_at = time.perf_counter()
         steps = stream(model, [prompt.tokens], settings)  # refuses what does not fit before anything is printed
         text = text_stream(tokenizer, prompt.tokens, stop_strings=settings.stop_strings, left_out=settings.stop_tokens)
@@ -54,6 +58,16 @@ def print_generations(
         err.print(figures(count(done), time.perf_counter() - began_at))
         if compare:
             err.print(comparison(model, prompt.tokens, settings))
+
+
+def compile_steps(model: "MtpModel", prompt: Sequence[int], settings: "Settings", err: Console) -> None:
+    """Take the first steps for nothing, so that the compiler's time is no part of the text's; say how long it took."""
+    from mtp_lightning.decode import stream
+
+    err.print("compiling steps, unless they are known already ...")
+    began_at = time.perf_counter()
+    list(islice(stream(model, [prompt], settings), UP_TO_COMPILED))
+    err.print(f"compiled in {time.perf_counter() - began_at:.1f} s, which is not in the figures below")
 
 
 class Writer:

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import time
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.cli.app import app
 from mtp_lightning.cli.generate_view import Writer
 from mtp_lightning.data.tokenizers.base import ByteTokenizer
-from mtp_lightning.decode import Settings, generate, stream
+from mtp_lightning.decode import Settings, generate, static, stream
 from mtp_lightning.decode.text_stream import text_stream
 from mtp_lightning.errors import DecodingError
 from tests.checkpoint.runs import save_run
@@ -67,6 +69,21 @@ def test_drafting_is_compared_with_plain_decoding(run):
     shown = mtp(run, "--prompt", "x", "--max-new-tokens", NEW_TOKENS, "--compare").stderr
     gain = r"printing nothing, [\d,]+ and [\d,]+ tokens/s; drafting is \d+\.\d\d times as fast"
     assert re.search(r"without drafts: the same text; " + gain, shown)
+
+
+def test_the_time_of_the_compiler_is_told_apart(run):
+    waits = [1.5]
+
+    def compiled(*arguments):
+        time.sleep(waits.pop() if waits else 0)
+        return static._step(*arguments)
+
+    with mock.patch.object(static, "_compiled", compiled):
+        shown = mtp(run, "--prompt", "def", "--compile", "--compare")
+    plain = mtp(run, "--prompt", "def")
+    assert (shown.exit_code, shown.stdout) == (0, plain.stdout)
+    assert float(re.search(r"compiled in ([0-9.]+) s", shown.stderr)[1]) >= 1.5
+    assert float(re.search(r"tokens in ([0-9.]+) s", shown.stderr)[1]) < 1.5
 
 
 def test_sampling_follows_the_seed(run):
