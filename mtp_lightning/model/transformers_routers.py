@@ -62,13 +62,19 @@ class RouterLoss:
 
 
 def router_loss_of(architecture: Architecture, layers: nn.Module) -> RouterLoss | None:
-    """Return the loss of an architecture whose settings ask for one (`output_router_logits`), else None."""
+    """Return the loss of an architecture whose settings ask for one (`output_router_logits`), else None.
+
+    Nor has a trunk one that kept dense layers only, where the sparse ones went to a head.
+    """
     model = architecture.model
     is_asked = bool(getattr(architecture.config, "output_router_logits", False))
     can = hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
     if not (is_asked and can and all(hasattr(model, name) for name in NEEDED)):
         return None
-    return RouterLoss(architecture, layers) if _recorder_of(architecture) is not None else None
+    recorder = _recorder_of(architecture)
+    if recorder is None or not any(isinstance(module, recorder.target_class) for module in layers.modules()):
+        return None
+    return RouterLoss(architecture, layers)
 
 
 def _recorder_of(architecture: Architecture) -> Any:

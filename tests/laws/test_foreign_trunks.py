@@ -95,6 +95,16 @@ def test_the_loss_of_routers_is_that_of_transformers(name: str) -> None:
         torch.testing.assert_close(gradient, theirs[names.theirs(key)], rtol=1e-4, atol=1e-6)
 
 
+def test_a_trunk_that_kept_dense_layers_only_has_no_loss_of_routers() -> None:
+    """Qwen2-MoE routes in every other layer, and the last layers of a trunk can become heads."""
+    recipe = architecture_recipe("qwen2_moe", heads=HEAD_KINDS["parallel_two_layers"])
+    model = build_model(recipe)
+    assert len(model.trunk.layers) == 1
+    tokens, documents, _ = tiny_rows(recipe, 2)
+    losses, _ = gradients_of(model, recipe, (tokens, documents, None))
+    assert losses[0].router_loss is None
+
+
 @pytest.mark.parametrize("name", some_of(["gemma2", "phi3", "falcon", "deepseek_v3", "bloom"], one_in=2))
 def test_backward_orders_agree_with_low_rank_updates(name: str) -> None:
     lora = {"lora": {"rank": 2, "targets": ["q", "v", "o"], "in_heads": True}}

@@ -63,6 +63,9 @@ def _modules_of_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     transformers.logging.disable_progress_bar()
+    yield
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        del sys.modules[name]  # kept, the next test's copy would name this one's file as its source
 
 
 @pytest.mark.parametrize(("kind", "family", "num_drafts"), [*over_all()])
