@@ -218,9 +218,11 @@ class LayerStack(nn.ModuleList):
 
     def walk(self, hidden: Tensor, geometry: AttentionInputs) -> Iterator[Tensor]:
         """Run every layer on the output of the one before, (B, T, D), and yield the output of each."""
+        again = self.recompute and torch.is_grad_enabled()
+        draws = again and any(getattr(part, "dropout", 0.0) for part in self.modules())  # updates of low rank may
         for layer in self:
-            if self.recompute and torch.is_grad_enabled():
-                hidden = recomputed(layer, hidden, geometry, on_host=self.on_host)
+            if again:
+                hidden = recomputed(layer, hidden, geometry, on_host=self.on_host, draws=draws)
             else:
                 hidden = layer(hidden, geometry)
             yield hidden

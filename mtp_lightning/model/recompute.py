@@ -10,10 +10,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(run: Callable[..., Tensor], *inputs: Any, on_host: bool = False) -> Tensor:
-    """Call `run`; only its inputs are kept for the backward pass, or copies of them in the host's memory."""
+def recomputed(run: Callable[..., Tensor], *inputs: Any, on_host: bool = False, draws: bool = True) -> Tensor:
+    """Call `run`; only its inputs are kept for the backward pass, or copies of them in the host's memory.
+
+    With `draws` the random generators are read and put back too, so that `run` draws the same again.
+    """
     with saved_tensors_hooks(_to_host, _from_host) if on_host else nullcontext():
-        output: Tensor = checkpoint(run, *inputs, use_reentrant=False)
+        output: Tensor = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=draws)
     return output
 
 

@@ -14,6 +14,7 @@ from tests.support.live_tensors import count_schedule
 from tests.support.tiny import HEAD_KINDS, NEOX, gradients_of, relative_error, tiny_model, tiny_recipe, tiny_rows
 
 ADAPTED = {"none": {}, "updated": {"adapt": {"lora": {"rank": 2, "dropout": 0.3, "targets": ["up", "q"]}}}}
+SET_RNG_STATE = torch.random.set_rng_state
 MEMORY = {
     "tiles": {"mlp_tile": 4},
     "recomputed tiles": {"mlp_tile": 2, "recompute_trunk": True, "recompute_heads": True},
@@ -47,6 +48,23 @@ def test_gradients_are_those_without(kind, saving, backward_order, model, adapte
     for own, other in zip(losses, again, strict=True):
         torch.testing.assert_close(own.nll_sums, other.nll_sums, rtol=1e-12, atol=0, equal_nan=True)
     assert plain.keys() == saved.keys() != set()
+    assert max(relative_error(saved[name], plain[name]) for name in plain) <= 1e-10
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_that_are_run_again_draw_the_same_again_and_read_no_generator_where_none_draws(dropout, monkeypatch):
+    read = []
+    monkeypatch.setattr(torch.random, "set_rng_state", lambda state: (read.append(0), SET_RNG_STATE(state)))
+    monkeypatch.setattr(torch, "set_rng_state", torch.random.set_rng_state)
+    found = []
+    for again in (False, True):
+        adapt = {"lora": {"rank": 2, "dropout": dropout, "targets": ["up", "q"]}}
+        recipe = tiny_recipe(memory={"recompute_trunk": again}, heads={"kind": "linear"}, adapt=adapt)
+        model = tiny_model(recipe).train()
+        torch.manual_seed(0)
+        found.append(gradients_of(model, recipe, tiny_rows(recipe, 2))[1])
+    assert bool(read) == bool(dropout)
+    plain, saved = found
     assert max(relative_error(saved[name], plain[name]) for name in plain) <= 1e-10
 
 

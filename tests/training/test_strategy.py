@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_lightning.errors import TrainingError
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.layer_counts import num_trunk_layers
-from mtp_lightning.training.step.gradient_checks import GradientChecksum, _project
-from mtp_lightning.training.strategies.param_shards import whole_shards
+from mtp_lightning.training.step.gradient_checks import PROJECTED_ENTRIES, GradientChecksum, _project
+from mtp_lightning.training.strategies.param_shards import ParamShard, steps_of, whole_shards
 from mtp_lightning.training.strategies.zero import ZeroStrategy
 from tests.support.covering import some_of
 from tests.support.ranked import on_ranks
@@ -132,6 +133,23 @@ def test_rounding_to_bf16_is_no_loss():
     watch.compare(shards(model))
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations, and scalars that the host reads one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = self.scalars_read = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        self.scalars_read += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+def shard_of_step(step):
+    return ParamShard("name", torch.Size([1]), 0, torch.ones(1), None, {}, step, is_trainable=True)
+
+
 def test_a_skipped_step_does_not_count():
     model, watch = after_a_step()
     watch.forget()
@@ -148,11 +166,26 @@ def test_a_skipped_step_does_not_count():
 def test_projections_of_shards_add_up(monkeypatch):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     whole = _project("name", values, 0)
-    monkeypatch.setattr("mtp_lightning.training.step.gradient_checks.PROJECTED_ENTRIES", 64)
+    monkeypatch.setitem(PROJECTED_ENTRIES, "cpu", 64)
     parts = [_project("name", values[start:stop], start) for start, stop in ((0, 333), (333, 334), (334, 1000))]
     torch.testing.assert_close(sum(parts), whole)
     assert whole[2] == pytest.approx(float(values.square().sum()))
     assert not torch.allclose(_project("other", values, 0)[:2], whole[:2])
+
+
+def test_a_projection_on_a_device_takes_few_launches():
+    """Those of the paper's 13 B model, whose largest matrix has 164 M entries, took half a million (meta: a device)."""
+    with Launches() as launches:
+        _project("name", torch.empty(5120 * 32_000, device="meta"), 0)
+    assert launches.number <= 15 * 40
+
+
+def test_steps_of_shards_are_read_at_once():
+    steps = [torch.tensor(3.0), None, torch.tensor(5.0), torch.tensor(7.0, dtype=torch.float64)]
+    shards = [shard_of_step(step) for step in steps]
+    with Launches() as launches:
+        assert steps_of(shards) == [3.0, None, 5.0, 7.0]
+    assert not launches.scalars_read
 
 
 def test_the_peak_model_has_this_layer():

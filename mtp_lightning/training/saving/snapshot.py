@@ -16,6 +16,7 @@ from mtp_lightning.checkpoint.format.write_shards import write_pieces
 from mtp_lightning.files.durable import FileRecord
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.training.strategies.base import RunStrategy
+from mtp_lightning.training.strategies.param_shards import steps_of
 
 
 def rng_state() -> dict[str, Any]:
@@ -50,7 +51,9 @@ class Snapshot:
             copied: take copies in host memory, so that training may go on before they are written.
         """
         self._rank, self._num_ranks = strategy.ranks.rank, strategy.ranks.size
-        self._pieces = [shard.piece(copied=copied) for shard in strategy.saved_shards()]
+        shards = [*strategy.saved_shards()]
+        steps = steps_of(shards)
+        self._pieces = [shard.piece(step, copied=copied) for shard, step in zip(shards, steps, strict=True)]
         self._state = copy.deepcopy(strategy.captured) if copied else strategy.captured
 
     def write(self, folder: Path) -> dict[str, FileRecord]:

@@ -30,7 +30,8 @@ ZERO_LOOKS = 6  # at a gradient of zero, over 2^6 steps, where a matrix of zeros
 SEEN_GRADIENT = 1e-6  # far above the eps that Adam adds to a gradient's size
 SHOWN_ULPS = 4  # a rate of so many units in the last place shows in any step of Adam whose gradients agree
 LEAST_UPDATE = 1e-2  # of Adafactor where a gradient is largest: that of a row and a column that are large all over
-PROJECTED_ENTRIES = 2**18  # of a gradient that are projected at a time
+PROJECTED_ENTRIES = {"cpu": 2**18}  # of a gradient that are projected at a time: what its cache holds
+PROJECTED_ON_DEVICES = 2**22  # elsewhere, where each launch costs: 128 MiB, and 28,000 launches for 13 B entries
 ROUNDING, COARSE_ROUNDING = 1e-2, 5e-2  # of a gradient's norm: how far sums may lie apart; coarse below fp32
 
 
@@ -295,8 +296,9 @@ def _project(name: str, values: Tensor, start: int) -> Tensor:
     """Project flat entries of a parameter, from `start` on, on its cosine, its sine and themselves: (3,)."""
     frequency = 0.5 + 2 * int.from_bytes(sha256(name.encode()).digest()[:6], "big") / 2**48
     products = torch.zeros(3, dtype=torch.float64, device=values.device)
-    for first in range(0, values.numel(), PROJECTED_ENTRIES):
-        part = values[first : first + PROJECTED_ENTRIES].double()
+    at_a_time = PROJECTED_ENTRIES.get(values.device.type, PROJECTED_ON_DEVICES)
+    for first in range(0, values.numel(), at_a_time):
+        part = values[first : first + at_a_time].double()
         begin = start + first
         angles = frequency * torch.arange(begin, begin + len(part), dtype=torch.float64, device=part.device)
         products += torch.stack((part @ angles.cos(), part @ angles.sin(), part @ part))

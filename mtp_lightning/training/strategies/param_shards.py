@@ -1,6 +1,6 @@
 """A rank's shard of every parameter: the one view that checks, norms and checkpoints take of a strategy."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,13 +48,27 @@ class ParamShard(NamedTuple):
         if self.step is not None:
             self.step.fill_(max(float(self.step), reader.step(self.name) or 0.0))
 
-    def piece(self, *, copied: bool) -> Piece:
-        """What a checkpoint keeps of this; `copied` takes it out of the way of the next optimizer step."""
+    def piece(self, step: float | None, *, copied: bool) -> Piece:
+        """What a checkpoint keeps of this, and of its step count in numbers (`steps_of`).
+
+        With `copied` it is out of the way of the next optimizer step.
+        """
         weight, moments, factors = self.weight, self.moments, self.factors
         if copied:
             weight, moments, factors = weight.to("cpu", copy=True), _copied(moments), _copied(factors)
-        step = None if self.step is None else float(self.step)
         return Piece(self.name, tuple(self.shape), self.start, weight, moments, step, factors)
+
+
+def steps_of(shards: Sequence[ParamShard]) -> list[float | None]:
+    """Read the step count of each shard, in one transfer from each device that has some."""
+    steps = {number: shard.step for number, shard in enumerate(shards) if shard.step is not None}
+    found: list[float | None] = [None] * len(shards)
+    for device in {step.device for step in steps.values()}:
+        there = {number: step for number, step in steps.items() if step.device == device}
+        values = torch.stack([step.detach().double() for step in there.values()]).tolist()
+        for number, value in zip(there, values, strict=True):
+            found[number] = value
+    return found
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
