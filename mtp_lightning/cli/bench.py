@@ -120,6 +120,21 @@ def train(
 
 
 @app.command()
+def plain(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of steps, one of each loop.")] = 6,
+    json: JsonOption = None,
+) -> None:
+    """Measure a training step against a plain loop over transformers' own model, at one offset."""
+    loaded = open_recipe(recipe, overrides)
+    from mtp_lightning.bench.training.plain import bench_plain
+
+    bench_plain(loaded.recipe, pairs=pairs, json_path=json)
+
+
+@app.command()
 def overhead(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,

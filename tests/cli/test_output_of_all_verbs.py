@@ -54,6 +54,7 @@ WORDS = {
     "recipe diff": f"{RECIPE} {ROOT}/recipes/debug/sequential.yaml",
     "bench memory": f"{RECIPE} --offsets 1 --backward-orders joint --json NEW {SMALL}",
     "bench train": f"{RECIPE} --offsets 1 --backward-orders joint --json NEW {SMALL}",
+    "bench plain": f"{RECIPE} --pairs 1 --json NEW {SMALL}",
     "bench overhead": f"{RECIPE} --pairs 2 --round-steps 2 --json NEW run.cache=CACHE",
     "bench decode": "RUN --batches 1 --prompt-tokens 4 --new-tokens 4 --rounds 1 --json NEW --png NEW.png",
     "bench tree": "RUN --out NEW --drafts 2",

@@ -7,6 +7,7 @@ reverse order; ratios are taken within a round and only then their median.
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,13 +106,18 @@ def _sample_step(step: TrainingStep, cell: Cell, timings: Timings) -> None:
 
 
 def step_seconds(step: TrainingStep, backward_order: str) -> float:
-    """Time of one optimizer step, over as many as fill `SAMPLE_S`."""
-    _synchronize(step.device)
+    """Time of one optimizer step in a backward order."""
+    return seconds_of(lambda: step.run(backward_order, predicts=False), step.device)
+
+
+def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+    """Time of one call, over as many as fill `SAMPLE_S`."""
+    _synchronize(device)
     began_at = time.perf_counter()
     num_steps, elapsed_s = 0, 0.0
     while elapsed_s < SAMPLE_S:
-        step.run(backward_order, predicts=False)
-        _synchronize(step.device)
+        step()
+        _synchronize(device)
         num_steps, elapsed_s = num_steps + 1, time.perf_counter() - began_at
     return elapsed_s / num_steps
 
