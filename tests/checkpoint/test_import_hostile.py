@@ -27,18 +27,26 @@ def loaded_library(tmp_path_factory):
 
 
 def refusal(folder, error=CheckpointError, **wanted):
-    """Import a folder in vain, without taking much memory."""
+    """Import a folder in vain, without taking much memory; what a process loads once, it does not load again."""
+    failure, peak = refused(folder, error, wanted)
+    if peak >= MOST_BYTES:
+        failure, peak = refused(folder, error, wanted)
+    assert peak < MOST_BYTES
+    assert not (folder.parent / "ours").exists()
+    assert all((failure.expected, failure.found, failure.hint))
+    assert len(str(failure)) < 2000
+    return failure
+
+
+def refused(folder, error, wanted):
+    """The error, and the most bytes that Python held."""
     tracemalloc.start()
     try:
         with pytest.raises(error) as failure:
             import_folder(folder, folder.parent / "ours", Wanted(**wanted))
-        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+        return failure.value, tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert not (folder.parent / "ours").exists()
-    assert all((failure.value.expected, failure.value.found, failure.value.hint))
-    assert len(str(failure.value)) < 2000
-    return failure.value
 
 
 NUMBERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
