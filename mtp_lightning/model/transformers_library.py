@@ -22,7 +22,7 @@ def library() -> ModuleType:
             setattr(transformers, part, importlib.import_module(f"transformers.{part}"))
     except ImportError as error:
         raise CheckpointError(
-            "the library transformers, 5.23 or newer, must be installed for a model of model.family: transformers",
+            "the library transformers, 5.23 or newer, must be installed for models of its classes",
             str(error),
             "Install it: pip install 'mtp_lightning[transformers]'",
         ) from error

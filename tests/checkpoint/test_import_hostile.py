@@ -27,7 +27,11 @@ def loaded_library(tmp_path_factory):
 
 
 def refusal(folder, error=CheckpointError, **wanted):
-    """Import a folder in vain, without taking much memory; what a process loads once, it does not load again."""
+    """Import a folder in vain, without taking much memory.
+
+    A peak above the bound is measured again, as `tracemalloc` counts every thread of the process, and what is imported
+    on the way; what an import of a folder takes, it takes each time.
+    """
     failure, peak = refused(folder, error, wanted)
     if peak >= MOST_BYTES:
         failure, peak = refused(folder, error, wanted)

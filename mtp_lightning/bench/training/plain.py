@@ -6,6 +6,7 @@ attention are the same calls in both, so they bound what can be gained: the more
 ratio is to one.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from mtp_lightning.bench.training.rounds import seconds_of
 from mtp_lightning.bench.training.step import TrainingStep
 from mtp_lightning.checkpoint.huggingface.families import settings_of
 from mtp_lightning.console.tables import console, watched, write_json
-from mtp_lightning.errors import Fault, RecipeError
+from mtp_lightning.errors import CheckpointError, Fault, RecipeError
 from mtp_lightning.model.transformers_library import library
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.strategies.device import prepare_device
@@ -69,7 +70,14 @@ def plain_model(recipe: Recipe) -> torch.nn.Module:
     Raises:
         CheckpointError: No family of transformers has it, or transformers is not installed.
     """
-    family, settings = settings_of(recipe.model)
+    try:
+        family, settings = settings_of(recipe.model)
+    except CheckpointError as error:
+        raise CheckpointError(
+            "a model beside a plain loop must be one that a family of transformers can be",
+            error.found,
+            "Name a recipe whose model `mtp export --format trunk` can write.",
+        ) from error
     settings["use_cache"] = False
     kind = settings.pop("model_type", family)
     model: torch.nn.Module = library().AutoModelForCausalLM.from_config(
@@ -120,21 +128,21 @@ def measured(own: TrainingStep, pairs: int) -> PlainFigures:
 
 
 def _check(recipe: Recipe) -> None:
-    asked = {
-        "optimizer.kind": (recipe.optimizer.kind, recipe.optimizer.kind != "adamw"),
-        "adapt.lora": (recipe.adapt.lora, recipe.adapt.lora is not None),
-        "freeze": (recipe.freeze, bool(recipe.freeze)),
+    asked: dict[str, tuple[object, object]] = {
+        "optimizer.kind": (recipe.optimizer.kind, "adamw"),
+        "adapt.lora": (recipe.adapt.lora, None),
+        "freeze": (recipe.freeze, []),
     }
     faults = [
         Fault(
             path=field,
-            expected="must be what a plain loop does: every weight trained with AdamW",
+            expected=f"must be {json.dumps(wanted)} beside a plain loop, which trains every weight with AdamW",
             found=str(value),
             origin="mtp bench plain",
-            hint=f"Remove {field}, or name a recipe without it.",
+            hint=f"Set {field}={json.dumps(wanted)}",
         )
-        for field, (value, is_asked) in asked.items()
-        if is_asked
+        for field, (value, wanted) in asked.items()
+        if value != wanted
     ]
     if faults:
         raise RecipeError(faults)
