@@ -8,6 +8,7 @@ where there is room: a short run waits for the disk some thirty times.
 import gc
 import os
 import signal
+import sys
 import threading
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -41,6 +42,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support import warm
 from tests.support.fatal import small_file_system
 
 torch.set_num_threads(1)
@@ -49,6 +51,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def warm_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the ranks that this process starts be forked from a process that has imported everything."""
+    monkeypatch.setattr(sys, "executable", str(warm.server().python))
 
 
 @pytest.fixture

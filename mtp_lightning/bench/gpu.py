@@ -7,6 +7,7 @@ Every part runs in a process of its own, so that what stops one, and what one ho
     training     step time, MFU and peak memory of the largest shape that fits, n = 1 and 4, beside `mtp plan`; launches
                  and host waits of one step
     decoding     plain greedy and drafting, batch 1, of the same shape with random weights
+    compiled     the same with compiled steps, on a GPU replayed as a graph; are the texts those of eager steps?
 
 The figures go into one file of JSON, to be compared or sent.
 """
@@ -28,10 +29,11 @@ from mtp_lightning.bench.machine import describe_machine
 from mtp_lightning.bench.training.cells import build_cells
 from mtp_lightning.bench.training.rounds import Timings, time_rounds
 from mtp_lightning.bench.training.step import TrainingStep
+from mtp_lightning.decode import Settings, generate
 from mtp_lightning.diagnostics.parity import compare_strategies
 from mtp_lightning.diagnostics.parity_matrix import sample
 from mtp_lightning.errors import TrainingError
-from mtp_lightning.model.mtp_model import build_model
+from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.planner.flops import flops_per_step, tokens_per_step
 from mtp_lightning.planner.hardware import hardware, known_hardware, peak_flops_per_s
 from mtp_lightning.planner.layout import layout_of
@@ -44,6 +46,7 @@ PART_LIMIT_S = 240.0
 ROUNDS = 3
 REPEATS = 20
 NUM_LAUNCHES = 1_000
+NEW_TOKENS = 48
 OFFSETS = [1, 4]
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
@@ -214,10 +217,8 @@ def count_launches(recipe: Recipe, device: torch.device) -> dict[str, int]:
 
 def measure_decoding(device: torch.device) -> dict[str, Any]:
     """Tokens per second of plain greedy, and of drafting when nothing and when everything is accepted; batch 1."""
-    recipe = _fitting(device)
-    model = build_model(recipe, device).to(torch.bfloat16).eval()
-    prompt = torch.randint(recipe.model.vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    timings = time_variants(model, [prompt], None, [1], new_tokens=48, rounds=ROUNDS)
+    recipe, model, prompt = _decodable(device)
+    timings = time_variants(model, [prompt], None, [1], new_tokens=NEW_TOKENS, rounds=ROUNDS)
     read_bytes = sum(parameter.nbytes for parameter in model.parameters()) - model.trunk.embed_tokens.weight.nbytes
     ways = [
         {
@@ -229,6 +230,45 @@ def measure_decoding(device: torch.device) -> dict[str, Any]:
         for (_, variant), taken in timings.items()
     ]
     return {"shape": recipe.name, "weight_bytes": read_bytes, "ways": ways}
+
+
+def measure_compiled(device: torch.device) -> dict[str, Any]:
+    """Tokens per second of plain greedy and of the longest drafts, eager and compiled; batch 1.
+
+    All drafts but chance ones are refused: the weights are random.
+    """
+    recipe, model, prompt = _decodable(device)
+    ways = []
+    for settings in (
+        Settings(decoder="greedy", max_new_tokens=NEW_TOKENS),
+        Settings(decoder="blockwise", draft_length=model.num_offsets - 1, max_new_tokens=NEW_TOKENS),
+    ):
+        texts = []
+        for chosen in (settings, replace(settings, compile=True)):
+            began_at = time.perf_counter()
+            generate(model, [prompt], chosen)
+            first_s = time.perf_counter() - began_at
+            made = [generate(model, [prompt], chosen) for _ in range(ROUNDS)]
+            texts.append(made[-1].tokens)
+            ways.append(
+                {
+                    "decoder": chosen.decoder,
+                    "draft_length": chosen.draft_length,
+                    "compiled": chosen.compile,
+                    "first_s": first_s,
+                    "tokens_per_s": (NEW_TOKENS - 1) / median(own.decode_s for own in made),
+                    "same_text": texts[-1] == texts[0],
+                }
+            )
+    return {"shape": recipe.name, "ways": ways}
+
+
+def _decodable(device: torch.device) -> tuple[Recipe, MtpModel, list[int]]:
+    """Return the largest shape that fits, a model of it with random weights in bf16, and a prompt."""
+    recipe = _fitting(device)
+    model = build_model(recipe, device).to(torch.bfloat16).eval()
+    prompt = torch.randint(recipe.model.vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    return recipe, model, prompt
 
 
 def _fitting(device: torch.device) -> Recipe:
@@ -248,6 +288,7 @@ PARTS: dict[str, Callable[[torch.device], dict[str, Any]]] = {
     "strategies": measure_strategies,
     "training": measure_training,
     "decoding": measure_decoding,
+    "compiled": measure_compiled,
 }
 
 

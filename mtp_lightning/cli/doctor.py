@@ -166,11 +166,21 @@ def _decoding_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _compiled_lines(found: dict[str, Any]) -> list[str]:
+    return [
+        f"{way['decoder']} {way['draft_length'] or ''}{' compiled' if way['compiled'] else ' eager'}: "
+        f"{way['tokens_per_s']:,.1f} tokens/s, the first text in {way['first_s']:.1f} s"
+        f"{'' if way['same_text'] else '; another text than eager steps: a near tie, or an error'}"
+        for way in found["ways"]
+    ]
+
+
 LINES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "device": _device_lines,
     "strategies": _strategies_lines,
     "training": _training_lines,
     "decoding": _decoding_lines,
+    "compiled": _compiled_lines,
 }
 
 

@@ -23,7 +23,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in gpu.PARTS])
-def test_a_part_measures_and_is_told(name):
+def test_a_part_measures_and_is_told(warm_ranks, name):
     found = gpu.run_part(name, "cpu", 300)
     assert "failure" not in found, found
     assert all(isinstance(line, str) and line for line in doctor.LINES[name](found))
@@ -38,6 +38,9 @@ def test_a_part_measures_and_is_told(name):
         assert all(row["step_s"] > 0 for row in found["figures"])
     if name == "decoding":
         assert sum(way["all_accepted"] for way in found["ways"]) == 1
+    if name == "compiled":
+        assert [way["compiled"] for way in found["ways"]] == [False, True] * 2
+        assert all(way["same_text"] and way["tokens_per_s"] > 0 for way in found["ways"])
 
 
 def test_a_part_that_stops_or_hangs_is_a_reason(monkeypatch, tmp_path, capsys):

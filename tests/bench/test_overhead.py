@@ -29,9 +29,9 @@ def test_rounds_are_compared_with_their_neighbours():
 @pytest.mark.parametrize("ranks", [(), ("strategy.kind=zero2", "strategy.ranks_per_node=2")], ids=["single", "two"])
 def test_the_verb_measures_real_steps(tmp_path, ranks):
     """How much it is, the bench says: a busy machine must not fail a test."""
-    fields = ("batch.micro_batch_size=8", "run.cache=cache", "run.threads=1")
+    fields = ("batch.micro_batch_size=4", "run.cache=cache", "run.threads=1")
     options = ("--pairs", "3", "--round-steps", "5", "--json", "figures.json")
-    done = mtp("bench", "overhead", str(ROOT / "recipes/quickstart.yaml"), *fields, *ranks, *options, cwd=tmp_path)
+    done = mtp("bench", "overhead", str(ROOT / "recipes/debug/parallel.yaml"), *fields, *ranks, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "with them against steps without" in done.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())

@@ -71,6 +71,7 @@ def test_drafting_is_compared_with_plain_decoding(run):
     assert re.search(r"without drafts: the same text; " + gain, shown)
 
 
+@pytest.mark.slow
 def test_the_time_of_the_compiler_is_told_apart(run):
     waits = [1.5]
 

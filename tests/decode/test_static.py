@@ -170,6 +170,7 @@ def test_one_compilation_serves_a_text_that_grows_and_other_texts():
     assert num_graphs() == before + 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_more_shapes_than_torch_compiles_by_itself():
     before = num_graphs()

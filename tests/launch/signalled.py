@@ -11,9 +11,9 @@ from tests.support.runs import last_step
 Moment = Callable[[Path], bool]
 
 
-def start(*arguments: str, cwd: Path) -> warm.WarmProcess:
-    """Start `mtp` in a process group of its own."""
-    return warm.start(*arguments, cwd=cwd, merged=True)
+def start(*arguments: str, cwd: Path, warm_ranks: bool = False) -> warm.WarmProcess:
+    """Start `mtp` in a process group of its own; with `warm_ranks` there is a process between it and each rank."""
+    return warm.start(*arguments, cwd=cwd, merged=True, warm_ranks=warm_ranks)
 
 
 def signalled(process: warm.WarmProcess, run: Path, moment: Moment, *signals: int) -> tuple[int, str]:

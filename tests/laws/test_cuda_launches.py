@@ -31,7 +31,7 @@ STEPS = {
     "zero2": ("parallel", ["strategy.kind=zero2", *RANKS]),
     "zero3": ("parallel", ["strategy.kind=zero3", *RANKS]),
 }
-DAILY = ("single", "zero2")
+DAILY = ("single",)
 DECODERS = {
     "greedy": ("parallel", {"decoder": "greedy"}),
     "blockwise": ("parallel", {"decoder": "blockwise", "draft_length": 2}),

@@ -3,7 +3,7 @@
 import pytest
 
 from mtp_lightning.planner.layout import with_backward_order, with_offsets
-from tests.laws.test_memory import KINDS, MOST_GROWTH, counted, counted_peak, full_recipe, measured_peak
+from tests.laws.test_memory import KINDS, MEASURED, MOST_GROWTH, counted, counted_peak, full_recipe, measured_peak
 from tests.support.live_tensors import count_schedule
 
 MOST_OVERHEAD = 1.25
@@ -33,6 +33,7 @@ def test_a_rollout_makes_no_tensor_of_all_logits(where):
     "fields", [{}, {"detach_teacher": False}, {"alpha": [0.0], "top_k": "all"}, {"divergence": "lk_lambda"}]
 )
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.xdist_group("counted peaks")
 def test_every_kind(kind, fields):
     recipe = full_recipe(KINDS[kind], {"distill": fields})
     peak = counted_peak(recipe)
@@ -50,6 +51,7 @@ def test_bridged(precision):
     assert counted_peak(recipe) <= MOST_OVERHEAD * counted_peak(alone)
 
 
+@MEASURED
 @pytest.mark.slow
 def test_measured_peak_at_the_full_shape():
     recipe = full_recipe(KINDS["parallel"], DISTILLED)

@@ -23,7 +23,9 @@ KINDS = {
     "recursive": {"kind": "recursive"},
     "medusa": {"kind": "medusa"},
 }
-_SLOW = (pytest.mark.slow, pytest.mark.xdist_group("counted peaks"))  # one worker, which counts each once
+COUNTED = pytest.mark.xdist_group("counted peaks")  # one worker, which counts each once
+MEASURED = pytest.mark.xdist_group("measured peaks")
+_SLOW = (pytest.mark.slow, COUNTED)
 SOME_KINDS = [kind if kind in ("parallel", "sequential") else pytest.param(kind, marks=_SLOW) for kind in KINDS]
 CHAINED = ("causal", "anticausal", "sequential", "recursive")
 OBJECTIVES = {
@@ -81,7 +83,13 @@ def counted_peak(recipe):
 
 
 def measured_peak(recipe):
-    result = run_probe(recipe)
+    return _measured(recipe.model_dump_json())
+
+
+@functools.cache
+def _measured(text):
+    """Several tests compare with one another what takes half a minute to measure."""
+    result = run_probe(Recipe.model_validate_json(text))
     assert "failure" not in result, result
     return result["peak_bytes"]
 
@@ -137,12 +145,9 @@ def test_measured_peak_is_the_counted_one_for_every_kind(kind):
     assert measured_peak(recipe) == pytest.approx(counted_peak(recipe), abs=WORKSPACE_BYTES)
 
 
+@MEASURED
 @pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=pytest.mark.slow if kind in ("parallel", "anticausal") else pytest.mark.matrix)
-        for kind in KINDS
-    ],
+    "kind", [pytest.param(kind, marks=(pytest.mark.matrix, pytest.mark.slow)[kind == "parallel"]) for kind in KINDS]
 )
 def test_measured_peak_at_the_full_shape(kind):
     recipe = full_recipe(KINDS[kind])
@@ -151,6 +156,7 @@ def test_measured_peak_at_the_full_shape(kind):
     assert eight == pytest.approx(counted_peak(recipe), rel=0.05)
 
 
+@MEASURED
 @pytest.mark.slow
 def test_measured_peak_stays_far_below_joint_at_the_full_shape():
     recipe = full_recipe({})

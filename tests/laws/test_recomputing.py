@@ -92,6 +92,7 @@ def peaks_bytes(**memory_fields):
     return live.peak_bytes, planned.total - planned.overhead - planned.weights - planned.optimizer
 
 
+@pytest.mark.slow
 def test_of_a_feed_forward_s_inner_states_one_tile_exists_at_once_as_planned():
     whole, planned = peaks_bytes()
     tiled, planned_tiled = peaks_bytes(mlp_tile=TILE)

@@ -1,5 +1,6 @@
 """Covering arrays: fewer cases than a full product, in which all the same every two values meet that can."""
 
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from heapq import heapify, heapreplace
@@ -14,6 +15,13 @@ Cells = list[tuple[Any, ...]]
 def covering_array(allowed: Callable[..., bool] | None = None, **dimensions: Iterable[Any]) -> Cells:
     """Choose cells until all pairs of values have met that meet in any allowed cell."""
     return chosen(full_product(allowed, **dimensions), 2)
+
+
+def drawn_array(allowed: Callable[..., bool], *, number: int, **dimensions: Iterable[Any]) -> Cells:
+    """As `covering_array`, from so many cells drawn at random: for dimensions whose full product is too large."""
+    draw, values = random.Random(0), [list(dimension) for dimension in dimensions.values()]
+    cells = [tuple(map(draw.choice, values)) for _ in range(number)]
+    return chosen([cell for cell in cells if allowed(**dict(zip(dimensions, cell, strict=True)))], 2)
 
 
 def chosen(cells: Cells, number: int) -> Cells:

@@ -91,6 +91,7 @@ def csv_history(folder, name="train/loss_1"):
     return [(int(row["step"]), float(row[name])) for row in figures(folder / "metrics.csv") if row[name]]
 
 
+@pytest.mark.slow
 def test_several_loggers_at_once_get_every_row_and_a_longer_run_goes_on_in_the_same_one(run, tmp_path):
     folder = run()
     expected = csv_history(folder)

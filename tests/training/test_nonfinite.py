@@ -179,7 +179,7 @@ CELLS = [f"{kind}:{precision}" for kind in ("zero1", "zero2", "zero3") for preci
 @pytest.mark.parametrize(
     ("num_ranks", "cells"),
     [
-        (1, ["single:fp32", "single:bf16", "zero2:bf16"]),
+        pytest.param(1, ["single:fp32", "single:bf16", "zero2:bf16"], marks=pytest.mark.slow),
         pytest.param(1, CELLS, marks=pytest.mark.slow),
         pytest.param(2, CELLS, marks=pytest.mark.slow),
     ],

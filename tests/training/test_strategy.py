@@ -29,7 +29,7 @@ def broken(num_ranks):
     return {name: {tuple(cell): (failure, error) for *cell, failure, error in cells} for name, cells in by_breakage}
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2)])
 def found(request):
     return broken(request.param)
 

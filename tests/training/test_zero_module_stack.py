@@ -1,11 +1,8 @@
 """DeepSpeed's stack of modules does not grow with the steps where layers are recomputed."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
+from tests.support import warm
 from tests.support.runs import ROOT
 
 RANK = """
@@ -38,9 +35,7 @@ print("lengths", *lengths)
 
 @pytest.mark.slow
 def test_recomputed_layers_leave_nothing_behind_from_step_to_step():
-    done = subprocess.run(
-        [sys.executable, "-c", RANK], capture_output=True, text=True, cwd=ROOT, env=os.environ, check=False
-    )
+    done = warm.run(cwd=ROOT, code=RANK, trains=True)
     assert done.returncode == 0, done.stderr
     lengths = next(line for line in done.stdout.splitlines() if line.startswith("lengths")).split()[1:]
     assert len(lengths) == 3

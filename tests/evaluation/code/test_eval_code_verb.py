@@ -95,6 +95,7 @@ def test_samples_are_those_without_drafts_and_are_scored_later(here, tmp_path, n
     assert "66.7%" in scored.output
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_that_is_taken_up_gives_the_same(here, tmp_path, needs_sandbox):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert called(*words(here, whole, *SAMPLING)).exit_code == 0

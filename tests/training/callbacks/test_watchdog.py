@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -136,7 +134,7 @@ def test_slow_ranks_are_those_far_from_the_median() -> None:
 
 
 SLOW_READER = """
-import os, sys, time
+import os, time
 from mtp_lightning.cli.app import main
 from mtp_lightning.data.loading import dataset
 
@@ -148,7 +146,6 @@ def read_slowly(self, samples):
 
 if os.environ["RANK"] == "1":
     dataset.SampleDataset.read = read_slowly
-sys.argv = ["mtp", *sys.argv[1:]]
 main()
 """
 
@@ -157,16 +154,15 @@ main()
 @pytest.mark.timeout(200)
 def test_a_rank_whose_storage_is_slow_is_named(tmp_path: Path) -> None:
     fields = ("strategy.kind=zero2", "strategy.ranks_per_node=2", "run.steps=12", "logging.every_steps=2")
-    command = [sys.executable, "-c", SLOW_READER, "train", str(ROOT / "recipes/debug/parallel.yaml"), *fields]
+    arguments = ("train", str(ROOT / "recipes/debug/parallel.yaml"), *fields, "run.dir=run", "run.cache=cache")
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
-        subprocess.Popen(
-            [*command, "run.dir=run", "run.cache=cache"],
+        warm.start(
+            *arguments,
             cwd=tmp_path,
-            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            code=SLOW_READER,
+            environment=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            merged=True,
         )
         for rank in range(2)
     ]
