@@ -122,7 +122,7 @@ class Architecture:
             decoder = type(self.decoder)(self.config)
         layers = decoder.get_submodule(self.names.layers)
         setattr(decoder, self.names.layers, nn.ModuleList(list(layers)[:num_layers]))  # type: ignore[call-overload]
-        if self.names.norm is not None:
+        if self.names.norm is not None and has_weights(self.norm):
             setattr(decoder, self.names.norm, nn.Identity())
         return decoder
 
@@ -261,6 +261,10 @@ def _names_of(model: Any, config: Any) -> Names:
     path = modules.get(id(embedding), "")
     if not owner or not path.startswith(f"{owner}.") or not isinstance(head, nn.Linear):
         raise refused(name, "no decoder with an embedding, or no linear unembedding after it")
+    if per_layer := getattr(config, "hidden_size_per_layer_input", None):
+        raise refused(
+            name, f"layers that read the tokens besides the states (hidden_size_per_layer_input: {per_layer})"
+        )
     if (embedding.weight.shape[1], head.in_features) != (config.hidden_size, config.hidden_size):
         raise refused(name, f"an embedding or unembedding that is not as wide as the states, {config.hidden_size}")
     return Names(owner, layers, norms[-1] if norms else None, path.removeprefix(f"{owner}."), modules[id(head)])
@@ -322,7 +326,7 @@ def _ours(decoder: nn.Module, names: Names, embedded: Tensor, positions: Tensor,
     """Compute the last state of trial layers our way."""
     layers = cast(nn.ModuleList, decoder.get_submodule(names.layers))
     as_given, norms = embedded.clone(), {}
-    if names.norm is not None:
+    if names.norm is not None and has_weights(decoder.get_submodule(names.norm)):
         norms = {names.norm: decoder.get_submodule(names.norm)}
         decoder._modules[names.norm] = nn.Identity()  # as in a trunk: some norm embedded tokens with it, too
     first, calls = probe(decoder, {names.layers: layers}, embedded, positions, output=output)
@@ -335,6 +339,11 @@ def _ours(decoder: nn.Module, names: Names, embedded: Tensor, positions: Tensor,
     seen = [mask for mask in masks if isinstance(mask, Tensor) and mask.dim() == 4]
     hides = bool(seen) and seen[0].dtype == torch.bool and bool(seen[0][0, 0, 0, -1])
     return hidden, Trial(len(seen) == len(masks), reads_embedding, hides)
+
+
+def has_weights(norm: nn.Module | None) -> bool:
+    """Tell whether a norm has weights, which the unembedding owns; one without may norm embedded tokens as well."""
+    return norm is not None and next(norm.parameters(), None) is not None
 
 
 def _scale(wanted: Tensor, scores: Tensor, cap: float | None, config: Any) -> float:

@@ -78,6 +78,7 @@ def test_shards_and_half_precision_keep_their_bits(name, tmp_path):
     [
         ("gemma2", "parallel"),
         ("bamba", "parallel"),
+        ("nemotron_h", "parallel"),
         ("mixtral", "recursive"),
         ("gpt2", "chained"),
         ("falcon", "medusa"),

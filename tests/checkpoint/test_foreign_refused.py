@@ -27,6 +27,11 @@ DECODER = "must be a causal decoder"
             "parts can be told apart",
             "no num_attention_heads",
         ),
+        (
+            {"model_type": "gemma4_text", "hidden_size_per_layer_input": 16},
+            "parts can be told apart",
+            "hidden_size_per_layer_input: 16",
+        ),
         ({"model_type": "xlnet"}, "possible ones", "xlnet"),
         ({"model_type": "cwm", "bos_token_id": "none"}, "possible ones", "bos_token_id"),
         ({"model_type": "nowhere"}, f"transformers ({transformers.__version__}) must know", "'nowhere'"),

@@ -116,6 +116,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "phimoe": EXPERTS | ROUTED | SLIDING | {"attention_bias": True, "lm_head_bias": True},
     "stablelm": {"partial_rotary_factor": 0.5, "use_parallel_residual": True, "qk_layernorm": True},
     "nemotron": {"partial_rotary_factor": 0.5, "head_dim": 8},
+    "nanochat": {"head_dim": 8, "final_logit_softcapping": 3.0},
+    "gemma4_text": SLIDING
+    | {
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+    },
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": SLIDING,
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5},
@@ -125,6 +136,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Settings by model type, beside those that are common."""
 FURTHER = {
     "deepseek_v32": LATENT | {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 4},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention"],  # which say how many there are
+        "head_dim": 8,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+        "moe_latent_size": None,
+        "num_nextn_predict_layers": 0,
+    },
     "bamba": {"attn_layer_indices": [1, 2], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
 }
 """Settings of decoders whose layers keep more than keys and values."""

@@ -15,9 +15,9 @@ from mtp_lightning.checkpoint.huggingface.conversions import Conversion, incomin
 from mtp_lightning.checkpoint.huggingface.modules import Native, declared_modules, layout_of, native_modules
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.files.untrusted import described
-from mtp_lightning.model.transformers_architecture import Architecture, architecture_of
+from mtp_lightning.model.transformers_architecture import COMPARED, Architecture, architecture_of
 from mtp_lightning.model.transformers_library import library
-from mtp_lightning.recipe.schema.model import ModelSection
+from mtp_lightning.recipe.schema.model import SETTLED, ModelSection, settled_by
 
 COUNTS = re.compile(r"(num_.*layers|n_layers?|depth|.*_depth|num_.*experts|n_.*experts|num_hidden_groups)")
 """Names of settings that say how often something is built."""
@@ -207,8 +207,11 @@ def _check_class(config: Config, settings: dict[str, Any]) -> None:
 
 
 def _settings_of(text: Any) -> dict[str, Any]:
-    """Write settings out, those that the folder leaves to their defaults included."""
+    """Write settings out, those included that the folder leaves to their defaults, or to be computed of others."""
     told: dict[str, Any] = json.loads(json.dumps(text._encode_special_floats(text.to_dict()), default=str))
+    settled = settled_by(told)
+    computed = {name: getattr(text, name, None) for name in COMPARED if name not in settled}
+    told |= {name: value for name, value in computed.items() if type(value) is SETTLED[name][0]}
     return {name: value for name, value in told.items() if name not in (*NOT_OF_THE_MODEL, *GENERIC)}
 
 
