@@ -264,9 +264,10 @@ def measure_compiled(device: torch.device) -> dict[str, Any]:
 
 
 def _decodable(device: torch.device) -> tuple[Recipe, MtpModel, list[int]]:
-    """Return the largest shape that fits, a model of it with random weights in bf16, and a prompt."""
+    """Return the largest shape that fits, a model of it with random weights, in bf16 on a GPU, and a prompt."""
     recipe = _fitting(device)
-    model = build_model(recipe, device).to(torch.bfloat16).eval()
+    model = build_model(recipe, device).eval()
+    model = model.to(torch.bfloat16) if device.type == "cuda" else model
     prompt = torch.randint(recipe.model.vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     return recipe, model, prompt
 

@@ -18,7 +18,6 @@ from mtp_lightning.launch.rank_env import free_port, local_rank_info, started_ra
 from mtp_lightning.recipe.loading.load import load_recipe
 from mtp_lightning.training.strategies.process_group import _joined_by_all
 from tests.laws.test_zero_resume import ELASTIC_TOLERANCE, assert_near, assert_nobody_stays, read_or_nothing
-from tests.support import warm
 from tests.support.runs import ROOT, figures, last_step, mtp
 
 STEPS, SHORT = 160, 40
@@ -61,12 +60,7 @@ def agent(folder, port, *, is_host="true", num_nodes="1:2", num_ranks=1, run=())
                 *("-m", "mtp_lightning", *(run or RUN), *elastic),
             ],
             cwd=folder.parent,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-                "PYTHON_EXEC": str(warm.server().python),
-            },
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
             stdout=log,
             stderr=log,
         )

@@ -1,8 +1,7 @@
 """Stands for a Python that runs a module, without its imports: the server of `warm` forks a process that is it.
 
 Arguments: the server's socket, the real Python, and what that would be given. Signals are passed on, this process ends
-as the other does, and the other is killed when this one is. Whatever is not `-m MODULE`, after `-u` or not, is left to
-the real Python.
+as the other does, and the other is killed when this one is. Whatever is not `-m MODULE` is left to the real Python.
 """
 
 import json
@@ -17,8 +16,6 @@ RUN_MODULE = "import runpy, sys; sys.argv[0] = {0!r}; runpy.run_module({0!r}, ru
 
 def main(door: str, python: str, *arguments: str) -> None:
     """Have a module run, and end as it does."""
-    if arguments[:1] == ("-u",):  # of torchrun; nothing of a module's is lost, for it flushes as it ends
-        arguments = arguments[1:]
     if arguments[:1] != ("-m",):
         os.execv(python, [python, *arguments])
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)

@@ -173,7 +173,7 @@ def test_a_damaged_run_goes_on_or_says_why_not(seed, place, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(len(DAMAGES), marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.matrix)]
+    "number", [pytest.param(30, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.matrix)]
 )
 def test_many_damaged_runs_go_on_or_say_why_not(number, place, monkeypatch):
     outcomes = {seed: goes_on_or_says_why_not(place, monkeypatch, seed) for seed in range(100, 100 + number)}
