@@ -260,6 +260,7 @@ def test_in_every_two_changes_of_a_recipe_a_step_is_taken(gpu, kind):
         if own == kind:
             changes = [field for name, fields in zip(names, CHANGES.values(), strict=True) for field in fields[name]]
             changes += ["run.steps=2", "run.validate_every_steps=2", "objective.weights.kind=constant"]
+            changes.append("batch.global_batch_size=8")  # a micro-batch each
             try:
                 check(fit(gpu, kind, *changes), kind, names[0])
             except (FakeCudaError, AssertionError) as error:
