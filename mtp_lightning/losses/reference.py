@@ -17,22 +17,23 @@ def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float, z_loss: flo
 
 
 def token_order(logits: Tensor, tokens: Tensor, documents: Tensor, window: int) -> Tensor:
-    """Token-order loss of each position of one row [arXiv 2508.19228]: (T, V), (T+n,), (T+n,) -> (T,).
+    """Token-order loss of each position [arXiv 2508.19228]: (B, T, V), (B, T+n), (B, T+n) -> (B, T).
 
     The score of token v is `window` minus the distance to its nearest future occurrence (0 for the next token)
     and minus infinity for tokens that do not occur; the target is the softmax of the scores. Positions with no
     future token in their document and window have loss 0.
     """
-    losses = []
-    for position, row in enumerate(logits):
-        scores = torch.full_like(row, -torch.inf)
-        for distance in reversed(range(window)):
-            there = position + 1 + distance
-            if there < len(tokens) and documents[there] == documents[position]:
-                scores[tokens[there]] = window - distance
-        has_future = bool(torch.isfinite(scores).any())
-        losses.append(-(scores.softmax(0) * row.log_softmax(0)).sum() if has_future else 0 * row.sum())
-    return torch.stack(losses)
+    scores = torch.full_like(logits, -torch.inf)
+    places = torch.arange(logits.shape[1], device=logits.device)
+    for distance in reversed(range(window)):  # the nearest last, over what is further away
+        there = places + 1 + distance
+        clamped = there.clamp(max=tokens.shape[1] - 1)
+        is_future = (there < tokens.shape[1]) & (documents[:, clamped] == documents[:, places])
+        own = tokens[:, clamped, None]
+        scores.scatter_(2, own, torch.where(is_future[..., None], window - distance, scores.gather(2, own)))
+    has_future = torch.isfinite(scores).any(2)
+    targets = torch.where(has_future[..., None], scores, 0).softmax(2)
+    return -(targets * logits.log_softmax(2)).sum(2) * has_future
 
 
 def distillation(teacher: Tensor, student: Tensor, section: DistillSection) -> Tensor:

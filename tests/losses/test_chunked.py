@@ -127,6 +127,18 @@ def test_a_second_backward_is_refused_rather_than_wrong():
         loss.backward()
 
 
+def token_order_at(row, tokens, documents, position, window):
+    """The definition, token by token: a softmax of how near each token's next occurrence in the document is."""
+    scores = {}
+    for distance, place in enumerate(range(position + 1, min(position + 1 + window, len(tokens)))):
+        if documents[place] == documents[position]:
+            scores.setdefault(int(tokens[place]), float(window - distance))
+    if not scores:
+        return torch.zeros(())
+    shares = torch.tensor([*scores.values()], dtype=torch.float64).softmax(0)
+    return -(shares * row.log_softmax(0)[[*scores]]).sum()
+
+
 @pytest.mark.parametrize("window", [1, 3, 50])
 @pytest.mark.parametrize("chunk_bytes", [1, 400, 10**6])
 def test_token_order_is_the_definition(window, chunk_bytes):
@@ -139,8 +151,14 @@ def test_token_order_is_the_definition(window, chunk_bytes):
     hidden = logits.flatten(0, 1).requires_grad_()
     term = Term(0, TokenOrder(tokens, documents, num_offsets, window), torch.tensor(1.0, dtype=torch.float64))
     loss = chunked_loss([hidden], {0: matrix}, [term], chunk_bytes=chunk_bytes)
-    rows = zip(hidden.view(2, 7, 6), tokens, documents, strict=True)
-    expected = torch.stack([reference.token_order(*row, window).sum() for row in rows]).sum()
+    scored = hidden.view(2, 7, 6)
+    expected = reference.token_order(scored, tokens, documents, window).sum()
+    one_by_one = [
+        token_order_at(row, tokens[number], documents[number], position, window)
+        for number in (0, 1)
+        for position, row in enumerate(scored[number])
+    ]
+    torch.testing.assert_close(expected, sum(one_by_one), rtol=1e-12, atol=0)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (loss, expected)), rtol=1e-10, atol=1e-14)
 

@@ -359,9 +359,8 @@ def _joint_token_order(model: MtpModel, batch: MicroBatch, objective: Objective,
     assert section is not None
     assert matrix is not None
     logits = matrix(model.unembedding.normalize(1, hidden)).to(objective.coefficients.dtype)
-    rows = zip(logits, batch.tokens, batch.documents, strict=True)
-    losses = [reference.token_order(*row, section.window_size).sum() for row in rows]
-    return objective.token_order_coefficient * torch.stack(losses).sum()
+    losses = reference.token_order(logits, batch.tokens, batch.documents, section.window_size)
+    return objective.token_order_coefficient * losses.sum()
 
 
 BACKWARD_ORDERS = {"sequential": sequential, "bridged": bridged, "joint": joint}
