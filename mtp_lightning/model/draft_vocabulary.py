@@ -1,6 +1,5 @@
 """The ids that offsets beyond the first score, as tensors: from the vocabulary of V ids to that of V', and back."""
 
-import functools
 from typing import NamedTuple, final
 
 import torch
@@ -69,11 +68,6 @@ class DraftVocabulary:
         return whole.index_copy(-1, self.on(values.device).ids, values)
 
 
-@functools.lru_cache(maxsize=8)
-def _vocabulary(packed: str, vocab_size: int) -> DraftVocabulary:
-    return DraftVocabulary(unpacked_ids(packed), vocab_size)
-
-
 def draft_vocabulary_of(recipe: Recipe) -> DraftVocabulary | None:
     """Return a recipe's draft vocabulary; None where every offset scores all V.
 
@@ -96,4 +90,4 @@ def draft_vocabulary_of(recipe: Recipe) -> DraftVocabulary | None:
                 )
             ]
         )
-    return _vocabulary(packed, recipe.model.vocab_size)
+    return DraftVocabulary(unpacked_ids(packed), recipe.model.vocab_size)

@@ -212,6 +212,8 @@ CHANGES = {
     "objective": {
         "cross-entropy": [],
         "distilled": ["objective.distill={}"],
+        "distilled, main head learns": ["objective.distill={detach_teacher: false}"],
+        "rollout": ["objective.rollout={}"],
         "token order": ["objective.token_order={}"],
         "balanced": ["objective.balance=rms"],
         "z-loss": ["objective.z_loss=1e-4"],
@@ -230,6 +232,7 @@ CHANGES = {
         "grouped queries, normed": ["model.num_key_value_heads=2", "model.qk_norm=true"],
         "tied": ["model.tie_word_embeddings=true"],
     },
+    "draft vocabulary": {"whole": [], "part": ["heads.draft_vocabulary=100"]},
     "unembedding": {name: [f"heads.unembedding={name}"] for name in ("shared", "replicated")},
     "attention": {"window": [], "documents": ["data.document_mask=true"]},
     "memory": {"kept": [], "recomputed": ["memory.recompute_trunk=true", "memory.recompute_heads=true"]},
@@ -238,12 +241,14 @@ CHANGES = {
 
 def is_recipe(*, kind, precision, heads, objective, adaptation, model, unembedding, **_):
     """What the schema of recipes does not refuse."""
-    one_unembedding = heads in ("sequential", "recursive") or model == "tied"
+    reads_tokens = heads in ("sequential", "recursive")
+    one_unembedding = reads_tokens or model == "tied"
     all_heads_learn = heads == "anticausal" or objective == "token order"
     return not (
         (kind == "single" and precision == "fp16")
         or (unembedding == "replicated" and one_unembedding)
         or (adaptation == "later offsets alone" and all_heads_learn)
+        or (objective == "rollout" and not reads_tokens)
     )
 
 

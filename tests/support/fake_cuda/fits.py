@@ -24,6 +24,7 @@ from mtp_lightning.launch.rank_env import local_rank_info
 from mtp_lightning.model.mtp_model import MtpModel
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe
+from mtp_lightning.recipe.draft_vocabulary import with_first_ids
 from mtp_lightning.training import fit
 from mtp_lightning.training.health.drift import DriftMonitor
 from mtp_lightning.training.health.stragglers import Stragglers
@@ -87,7 +88,7 @@ def run_fit(
         without: name of a mend to take out.
         breaks_off: end after the first step, without a validation.
     """
-    ledger, books = Ledger(watch_bytes), Books()
+    recipe, ledger, books = with_first_ids(recipe), Ledger(watch_bytes), Books()
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         machine = (*torch_cuda(guard, visible_gpus), *operators(), *_of_lightning())
         for patch in (*machine, *of_package(ledger, recipe, rank), *(BREAKAGES[without]() if without else ())):
