@@ -31,6 +31,7 @@ TEXT_TYPES = {
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text"), "qwen2"),
     **dict.fromkeys(("qwen3_vl_text", "qwen3_omni_moe_text"), "qwen3"),
     "qwen3_vl_moe_text": "qwen3_moe",
+    "emu3_text_model": "llama",
 }
 """Text decoders without a class of their own, and what computes the same for text alone."""
 EXISTS = "Choose a decoder that predicts the next token (LlamaForCausalLM, Gemma3ForCausalLM, MixtralForCausalLM, …)"
