@@ -9,12 +9,15 @@ from torch import nn
 from mtp_lightning.errors import CheckpointError
 
 HINT = "Choose another model, or report it; `family: llama` and its kin have trunks of their own"
-MORE_THAN_STATES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "hidden_size_per_layer_input": (bool, "the tokens"),
-    "num_kv_shared_layers": (bool, "keys and values of other layers"),
-    "indexer_types": (lambda kinds: "shared" in (kinds or ()), "which positions an earlier layer chose"),
+Differs = Callable[[Any], bool]
+MORE_THAN_A_STATE: dict[str, tuple[Differs, str]] = {
+    "hidden_size_per_layer_input": (bool, "layers that read the tokens besides the states"),
+    "num_kv_shared_layers": (bool, "layers that read keys and values of other layers"),
+    "indexer_types": (lambda kinds: "shared" in (kinds or ()), "layers that read which positions an earlier one chose"),
+    "hc_mult": (lambda count: (count or 1) > 1, "layers that mix several states of each position"),
+    "hc_count": (lambda count: (count or 1) > 1, "layers that mix several states of each position"),
 }
-"""Settings by which layers read more than the state of the layer before: when they do, and what."""
+"""Settings by which layers go on from more than the state of the layer before: when they do, and what that is."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,9 @@ def refused(name: str, found: str) -> CheckpointError:
 def names_of(model: Any, config: Any) -> Names:
     """Find the parts of a causal model: layers by their number, the final norm as the last norm beside them."""
     name = type(model).__name__
-    for setting, (differs, words) in MORE_THAN_STATES.items():
+    for setting, (differs, words) in MORE_THAN_A_STATE.items():
         if differs(value := getattr(config, setting, None)):
-            raise refused(name, f"layers that read {words} besides the states ({setting}: {value})")
+            raise refused(name, f"{words} ({setting}: {value})")
     modules = {id(module): path for path, module in model.named_modules()}
     lists = [
         (path.rpartition("."), module)

@@ -78,11 +78,9 @@ def open_text_decoder(config: Config, entries: Mapping[str, Entry]) -> TextDecod
     with understood(config):
         text = whole.get_text_config(decoder=True)
         settings = _settings_of(text)
+    settings["model_type"] = TEXT_TYPES.get(text.model_type, text.model_type)
     if text is not whole:
-        settings |= {
-            "model_type": TEXT_TYPES.get(text.model_type, text.model_type),
-            "tie_word_embeddings": whole.tie_word_embeddings,
-        }
+        settings["tie_word_embeddings"] = whole.tie_word_embeddings
         settings.get("rope_parameters", {}).pop("mrope_section", None)  # positions of a text are the same on all axes
     _check_class(config, settings)
     with understood(config):
