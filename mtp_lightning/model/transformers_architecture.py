@@ -279,6 +279,8 @@ def _checked(config: Any, names: Names, *, attention: str | None = None) -> tupl
         logit_map = LogitMap(_scale(wanted, scores, cap, config), cap)
         difference = (logit_map(scores) - wanted).abs().max() / wanted.abs().max()
         if difference <= TOLERANCE:
+            if _reads_tokens(decoder, names, embedding(tokens), positions, output):
+                raise refused(name, "layers that read embedded tokens besides the state of the layer before")
             return output, logit_map, trial._replace(unread=_unread(decoder, names, tokens, positions, output))
         failures.append(f"scores that differ from transformers' own by {float(difference):.1e} of the largest")
     raise refused(name, (failures[-1] if "differ" in failures[-1] else failures[0]) + further_parts(model, names))
@@ -315,6 +317,17 @@ def _ours(
     seen = [mask for mask in masks if isinstance(mask, Tensor) and mask.dim() == 4]
     hides = bool(seen) and seen[0].dtype == torch.bool and bool(seen[0][0, 0, 0, -1])
     return hidden, Trial(len(seen) == len(masks), reads_embedding, hides, scale)
+
+
+@torch.no_grad()
+def _reads_tokens(decoder: nn.Module, names: Names, embedded: Tensor, positions: Tensor, output: int) -> bool:
+    """Tell whether what layers are given beside their state depends on the tokens: a trunk prepares it without them."""
+    layers = {names.layers: cast(nn.ModuleList, decoder.get_submodule(names.layers))}
+    given = [
+        [*floats(value for call in probe(decoder, layers, one, positions, output=output)[1] for value in call.values())]
+        for one in (embedded.clone(), torch.zeros_like(embedded))
+    ]
+    return not all(map(torch.equal, *given))
 
 
 @torch.enable_grad()

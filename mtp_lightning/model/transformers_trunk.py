@@ -185,7 +185,7 @@ class TransformersTrunk(ForeignModules):
         self.keep_constants(self.architecture)
         for name in self.architecture.unread:
             self.untrained.add(f"decoder.{name}")
-            self.decoder.get_parameter(name).requires_grad_(requires_grad=False)
+            self.decoder.get_parameter(name).requires_grad_(False)
         self.router_loss = router_loss_of(self.architecture, self.layers)
 
     @property

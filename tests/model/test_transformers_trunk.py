@@ -71,6 +71,7 @@ REFUSED = {
         {"indexer_types": ["full", "shared", "full"], "n_routed_experts": 4},
         r"which positions an earlier one chose \(indexer_types: \['full', 'shared', 'full'\]\)",
     ),
+    "layers that read the tokens again": ("zamba", {}, "read embedded tokens besides the state"),
     "no stack of layers": ("bert", {}, "BertLMHeadModel is none"),
     "an encoder and a decoder": ("bart", {}, "BartForCausalLM is none"),
     "no decoder that predicts": ("t5", {}, "T5Config is none"),
