@@ -168,9 +168,20 @@ def _measured(trunk: TransformersTrunk, context: int) -> list[Span | None]:
     for layer in trunk.layers:
         _check_tables(trunk, layer)
     return [
-        _span(trunk, last, skips=first.get(MASK) is None, context=context)
-        for first, last in zip(near, far, strict=True)
+        None if more else _span(trunk, last, skips=first.get(MASK) is None, context=context)
+        for first, last, more in zip(near, far, _keep_more(trunk), strict=True)
     ]
+
+
+def _keep_more(trunk: TransformersTrunk) -> list[bool]:
+    """Say of each layer whether transformers keeps more for it than keys and values: a state, or what chooses keys."""
+    num_layers, caches = len(trunk.architecture.layers), library().cache_utils
+    try:
+        kept = caches.DynamicCache(config=trunk.architecture.config).layers
+    except Exception:  # settings that its general cache knows nothing of: layers say themselves what they ask for
+        return [False] * num_layers
+    plain = (caches.DynamicLayer, caches.DynamicSlidingWindowLayer, caches.DummyLayer)
+    return [type(one) not in plain for one in kept] if len(kept) == num_layers else [False] * num_layers
 
 
 def _is_alike(first: Any, second: Any) -> bool:

@@ -11,7 +11,6 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,47 +18,25 @@ from torch import Tensor, nn
 
 from mtp_lightning.errors import CheckpointError
 from mtp_lightning.losses.logit_map import LogitMap
+from mtp_lightning.model.transformers_constants import constants_of, restore_constants
 from mtp_lightning.model.transformers_library import library
-from mtp_lightning.model.transformers_probe import TrialLayer, probe
+from mtp_lightning.model.transformers_names import Names, further_parts, names_of, refused
+from mtp_lightning.model.transformers_probe import TrialLayer, floats, probe
 from mtp_lightning.recipe.schema.model import ModelSection
 
-COMPARED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "tie_word_embeddings")
+NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings")
+COMPARED = (*NEEDED, "num_attention_heads")
+"""Fields that transformers reads as the recipe does; layers that carry a state need no heads."""
 SMALL_VOCABULARY = 16
 TOLERANCE = 1e-5
 RANDOM_ZEROS = ("dropout", "_pdrop", "layerdrop", "layer_drop")
 """Ends of the settings that draw random numbers in training: 0 here, as the three backward orders must agree."""
 NOT_SETTINGS = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "quantization_config")
+CAPS = ("final_logit_softcapping", "logits_soft_cap")
+"""Settings that say what scores are softly capped by."""
 LAYER_TYPES = ("layers_block_type", "layer_types")
 """Settings that list the type of each layer."""
 TOKEN_SETTINGS = ("pad_token_id", "bos_token_id", "eos_token_id")
-HINT = "Choose another model, or report it; `family: llama` and its kin have trunks of their own"
-
-
-@dataclass(frozen=True)
-class Names:
-    """Where the parts of a causal model lie in it, by the names of transformers."""
-
-    decoder: str  # "model"
-    layers: str  # "layers", inside of the decoder
-    norm: str | None  # "norm", inside of the decoder
-    embedding: str  # "embed_tokens", inside of the decoder
-    lm_head: str  # "lm_head"
-
-    def theirs(self, name: str) -> str | None:
-        """Name in the causal model of a parameter of ours; None for what it does not have (heads).
-
-        >>> Names("model", "layers", "norm", "embed_tokens", "lm_head").theirs("unembedding.norms.0.weight")
-        'model.norm.weight'
-        """
-        norm = "" if self.norm is None else f"{self.decoder}.{self.norm}."
-        for ours, theirs in (
-            ("trunk.decoder.", f"{self.decoder}."),
-            ("unembedding.norms.0.", norm),
-            ("unembedding.lm_heads.0.", f"{self.lm_head}."),
-        ):
-            if name.startswith(ours):
-                return theirs + name.removeprefix(ours)
-        return None
 
 
 class Architecture:
@@ -74,21 +51,22 @@ class Architecture:
         masks_documents: whether what each layer attends to can be kept inside a document.
         hides_by_true: whether a mask of truth values says what is hidden, not what is seen.
         lacks_masks: whether that is so although layers are not told of them, as all of them mix positions by a softmax.
-        reads_embedding: whether the first layer reads embedded tokens as they are.
+        embedding_scale: what embedded tokens are multiplied by before the decoder's own forward takes them.
+        unread: parameters of the decoder that a text does not reach, as those that read images.
+        reads_embedding: whether the first layer then reads them as they are.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.config = _config_of(settings)
         self.model = _on_meta(self.config)
-        if absent := [field for field in COMPARED if not hasattr(self.config, field)]:
-            raise refused(
-                self.name, f"no {absent[0]}: layers without attention carry a state instead of keys and values"
-            )
-        self.names = _names_of(self.model, self.config)
+        if absent := [field for field in NEEDED if not hasattr(self.config, field)]:
+            raise refused(self.name, f"{type(self.config).__name__} without {absent[0]}")
+        self.names = names_of(self.model, self.config)
         with torch.device("cpu"):
             self.output, self.logit_map, trial = _checked(self.config, self.names)
             eager = trial if trial.has_masks else _checked(self.config, self.names, attention="eager")[2]
         self.reads_embedding, self.hides_by_true = trial.reads_embedding, trial.hides_by_true
+        self.embedding_scale, self.unread = trial.embedding_scale, trial.unread
         self.masks_documents, self.lacks_masks = eager.has_masks, not trial.has_masks
 
     @property
@@ -141,6 +119,7 @@ class Architecture:
                 layer = kind(self.config, *([index] if further else []), **typed)
             if layer.state_dict().keys() != self.layers[index].state_dict().keys():
                 raise TypeError(f"built by itself, layer {index} has other tensors")
+            self._add_constants(layer, index)
             return layer
         except Exception as error:
             raise CheckpointError(
@@ -148,6 +127,22 @@ class Architecture:
                 f"{kind.__name__} of {self.name}: {type(error).__name__}: {error}",
                 "Choose heads.kind=medusa, or linear (mtp import --kind medusa)",
             ) from error
+
+    def _add_constants(self, layer: nn.Module, index: int) -> None:
+        """Give a layer the buffers that the decoder gives to its own."""
+        own = dict(layer.named_buffers())
+        for path, _ in self.layers[index].named_buffers():
+            if path not in own:
+                owner, _, name = path.rpartition(".")
+                value = self.constants[f"{self.names.layers}.{index}.{path}"]
+                layer.get_submodule(owner).register_buffer(name, value.clone(), persistent=False)
+
+    @functools.cached_property
+    def constants(self) -> dict[str, Tensor]:
+        """All buffers of the decoder, by name; NaN where no rule of transformers sets one."""
+        with torch.device("meta"), self.quietly():
+            decoder = type(self.decoder)(self.config)
+        return constants_of(self.model, decoder)
 
     def build_norm(self) -> nn.Module:
         """Build one more norm like the final one."""
@@ -170,7 +165,8 @@ def architecture_of(section: ModelSection) -> Architecture:
     """
     architecture = _architecture(json.dumps(section.hf_config, sort_keys=True))
     for field in COMPARED:
-        given, read = getattr(section, field), getattr(architecture.config, field)
+        given = getattr(section, field)
+        read = getattr(architecture.config, field, given)
         if given != read:
             raise CheckpointError(
                 f"model.{field} must be what transformers reads out of model.hf_config",
@@ -183,16 +179,6 @@ def architecture_of(section: ModelSection) -> Architecture:
 @functools.lru_cache(maxsize=8)
 def _architecture(settings: str) -> Architecture:
     return Architecture(json.loads(settings))
-
-
-def refused(name: str, found: str) -> CheckpointError:
-    """Build the error for a model that cannot be a trunk."""
-    return CheckpointError(
-        f"model.hf_config must be of a decoder whose parts can be told apart and whose scores can be computed; {name} "
-        "is none",
-        found,
-        HINT,
-    )
 
 
 def _config_of(settings: Mapping[str, Any]) -> Any:
@@ -242,40 +228,14 @@ def _on_meta(config: Any, attention: str | None = None) -> Any:
         raise refused(kind.__name__, f"{type(error).__name__}: {error}") from error
 
 
-def _names_of(model: Any, config: Any) -> Names:
-    """Find the parts of a causal model: layers by their number, the final norm as the last norm beside them."""
-    name = type(model).__name__
-    modules = {id(module): path for path, module in model.named_modules()}
-    lists = [
-        (path.rpartition("."), module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == getattr(config, "num_hidden_layers", -1)
-    ]
-    owners = [owner for (owner, _, _), _ in lists]
-    if getattr(config, "is_encoder_decoder", False) or not lists or len(set(owners)) != len(owners):
-        raise refused(name, "no single list of layers that a text passes one after the other")
-    (owner, _, layers), _ = min(lists, key=lambda entry: entry[0][0].count("."))
-    decoder = model.get_submodule(owner)
-    norms = [child for child, module in decoder.named_children() if "norm" in type(module).__name__.lower()]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    path = modules.get(id(embedding), "")
-    if not owner or not path.startswith(f"{owner}.") or not isinstance(head, nn.Linear):
-        raise refused(name, "no decoder with an embedding, or no linear unembedding after it")
-    if per_layer := getattr(config, "hidden_size_per_layer_input", None):
-        raise refused(
-            name, f"layers that read the tokens besides the states (hidden_size_per_layer_input: {per_layer})"
-        )
-    if (embedding.weight.shape[1], head.in_features) != (config.hidden_size, config.hidden_size):
-        raise refused(name, f"an embedding or unembedding that is not as wide as the states, {config.hidden_size}")
-    return Names(owner, layers, norms[-1] if norms else None, path.removeprefix(f"{owner}."), modules[id(head)])
-
-
 class Trial(NamedTuple):
     """What the decoder's own forward hands to its layers."""
 
     has_masks: bool  # for each layer a mask of (B, 1, T, T)
     reads_embedding: bool
     hides_by_true: bool
+    embedding_scale: float
+    unread: frozenset[str] = frozenset()  # parameters of the decoder that a text does not reach
 
 
 def _checked(config: Any, names: Names, *, attention: str | None = None) -> tuple[int, LogitMap, Trial]:
@@ -303,26 +263,44 @@ def _checked(config: Any, names: Names, *, attention: str | None = None) -> tupl
         try:
             with torch.no_grad():
                 wanted = model(input_ids=tokens, use_cache=False).logits
-                ours, trial = _ours(decoder, names, embedding(tokens), positions, output)
+                embedded, first = embedding(tokens), calls[0][""]
+                scale = _embedding_scale(decoder, names, embedded, positions, first, output=output)
+                ours, trial = _ours(decoder, names, embedded * scale, positions, output, scale=scale)
                 scores = model.get_submodule(names.lm_head)(
                     ours if names.norm is None else decoder.get_submodule(names.norm)(ours)
                 )
         except Exception as error:  # a layer's output of the wrong kind, or whatever else this model cannot do
-            failures.append(f"{type(error).__name__}: {error}")
+            failures.append(f"with stand-ins in place of its layers, {type(error).__name__}: {error}")
             continue
         if wanted.shape != scores.shape:
             failures.append(f"scores of the shape {list(wanted.shape)} where ours are {list(scores.shape)}")
             continue
-        cap = getattr(config, "final_logit_softcapping", None)
+        cap = next((cap for name in CAPS if (cap := getattr(config, name, None))), None)
         logit_map = LogitMap(_scale(wanted, scores, cap, config), cap)
         difference = (logit_map(scores) - wanted).abs().max() / wanted.abs().max()
         if difference <= TOLERANCE:
-            return output, logit_map, trial
+            if _reads_tokens(decoder, names, embedding(tokens), positions, output):
+                raise refused(name, "layers that read embedded tokens besides the state of the layer before")
+            return output, logit_map, trial._replace(unread=_unread(decoder, names, tokens, positions, output))
         failures.append(f"scores that differ from transformers' own by {float(difference):.1e} of the largest")
-    raise refused(name, failures[-1] if "differ" in failures[-1] else failures[0])
+    raise refused(name, (failures[-1] if "differ" in failures[-1] else failures[0]) + further_parts(model, names))
 
 
-def _ours(decoder: nn.Module, names: Names, embedded: Tensor, positions: Tensor, output: int) -> tuple[Tensor, Trial]:
+def _embedding_scale(
+    decoder: nn.Module, names: Names, embedded: Tensor, positions: Tensor, wanted: Tensor, *, output: int
+) -> float:
+    """Measure what embedded tokens are multiplied by if the decoder embeds them itself."""
+    layers = {names.layers: cast(nn.ModuleList, decoder.get_submodule(names.layers))}
+    first, _ = probe(decoder, layers, embedded.clone(), positions, output=output)
+    if first.shape != wanted.shape or torch.equal(first, wanted):
+        return 1.0
+    scale = _meant(float((wanted * first).sum() / first.square().sum()), decoder.config)
+    return scale if torch.allclose(scale * first, wanted) else 1.0
+
+
+def _ours(
+    decoder: nn.Module, names: Names, embedded: Tensor, positions: Tensor, output: int, *, scale: float
+) -> tuple[Tensor, Trial]:
     """Compute the last state of trial layers our way."""
     layers = cast(nn.ModuleList, decoder.get_submodule(names.layers))
     as_given, norms = embedded.clone(), {}
@@ -338,7 +316,30 @@ def _ours(decoder: nn.Module, names: Names, embedded: Tensor, positions: Tensor,
     masks = [call.get("attention_mask") for call in packed]
     seen = [mask for mask in masks if isinstance(mask, Tensor) and mask.dim() == 4]
     hides = bool(seen) and seen[0].dtype == torch.bool and bool(seen[0][0, 0, 0, -1])
-    return hidden, Trial(len(seen) == len(masks), reads_embedding, hides)
+    return hidden, Trial(len(seen) == len(masks), reads_embedding, hides, scale)
+
+
+@torch.no_grad()
+def _reads_tokens(decoder: nn.Module, names: Names, embedded: Tensor, positions: Tensor, output: int) -> bool:
+    """Tell whether what layers are given beside their state depends on the tokens: a trunk prepares it without them."""
+    layers = {names.layers: cast(nn.ModuleList, decoder.get_submodule(names.layers))}
+    given = [
+        [*floats(value for call in probe(decoder, layers, one, positions, output=output)[1] for value in call.values())]
+        for one in (embedded.clone(), torch.zeros_like(embedded))
+    ]
+    return not all(map(torch.equal, *given))
+
+
+@torch.enable_grad()
+def _unread(decoder: nn.Module, names: Names, tokens: Tensor, positions: Tensor, output: int) -> frozenset[str]:
+    """Name the parameters that nothing depends on which layers are given, as those that read images."""
+    layers = {names.layers: cast(nn.ModuleList, decoder.get_submodule(names.layers))}
+    first, calls = probe(decoder, layers, decoder.get_submodule(names.embedding)(tokens), positions, output=output)
+    total = sum((one.sum() for one in floats(value for call in calls for value in call.values())), start=first.sum())
+    norm = "" if names.norm is None else f"{names.norm}."
+    named = [(name, one) for name, one in decoder.named_parameters() if not norm or not name.startswith(norm)]
+    reached = torch.autograd.grad(total, [one for _, one in named], allow_unused=True)
+    return frozenset(name for (name, _), gradient in zip(named, reached, strict=True) if gradient is None)
 
 
 def has_weights(norm: nn.Module | None) -> bool:
@@ -350,7 +351,10 @@ def _scale(wanted: Tensor, scores: Tensor, cap: float | None, config: Any) -> fl
     """Measure what scores are multiplied by; a setting of that size, or one over it, is what is meant."""
     if cap is not None:
         wanted = cap * torch.atanh(wanted / cap)
-    measured = float((wanted * scores).sum() / scores.square().sum())
+    return _meant(float((wanted * scores).sum() / scores.square().sum()), config)
+
+
+def _meant(measured: float, config: Any) -> float:
     settings = [float(value) for value in vars(config).values() if isinstance(value, int | float) and value > 0]
     meant = [1.0, *settings, *(1 / value for value in settings)]
     return next((value for value in meant if abs(measured / value - 1) < TOLERANCE), measured)
@@ -365,10 +369,3 @@ def fill_trial(model: Any) -> None:
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
     model.get_output_embeddings().weight.mul_(0.5 / model.config.hidden_size**0.5)  # far from where a cap is flat
-
-
-def restore_constants(model: Any, part: nn.Module) -> None:
-    """Compute the buffers of a part anew by transformers' own rules; their module's weights are drawn again, too."""
-    for module in part.modules():
-        if next(module.buffers(recurse=False), None) is not None:
-            model._init_weights(module)

@@ -5,7 +5,7 @@ from types import ModuleType
 
 from mtp_lightning.errors import CheckpointError
 
-PARTS = ("conversion_mapping", "core_model_loading", "initialization")
+PARTS = ("cache_utils", "conversion_mapping", "core_model_loading", "initialization")
 """Modules of it that are used; importing the library alone does not load them."""
 
 

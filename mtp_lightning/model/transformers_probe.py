@@ -46,17 +46,18 @@ class TrialLayer(Probe):
     def change(self, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
         """Return the state that goes on to the next layer."""
         given = sum(
-            (torch.nan_to_num(value).clamp(-1, 1).mean() for value in _floats(call.values())), start=torch.zeros(())
+            (torch.nan_to_num(value).clamp(-1, 1).mean() for value in floats(call.values())), start=torch.zeros(())
         )
         return hidden + 0.1 * (self.number + 1) * torch.tanh(hidden) + 0.01 * given
 
 
-def _floats(values: Any) -> Iterator[Tensor]:
+def floats(values: Any) -> Iterator[Tensor]:
+    """Find the tensors of floating-point numbers among values, in lists and tuples, too."""
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point():
             yield value
         elif isinstance(value, tuple | list):
-            yield from _floats(value)
+            yield from floats(value)
 
 
 @functools.cache

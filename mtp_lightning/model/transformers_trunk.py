@@ -17,7 +17,9 @@ from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.positions import KVCache
 from mtp_lightning.model.recompute import recomputed
 from mtp_lightning.model.scalar_mix import Sums
-from mtp_lightning.model.transformers_architecture import Architecture, architecture_of, restore_constants
+from mtp_lightning.model.transformers_architecture import Architecture, architecture_of
+from mtp_lightning.model.transformers_constants import restore_constants, unset_like
+from mtp_lightning.model.transformers_names import refused
 from mtp_lightning.model.transformers_past import PAST, LayerPast, PastLength
 from mtp_lightning.model.transformers_probe import probe
 from mtp_lightning.model.transformers_routers import router_loss_of
@@ -102,11 +104,21 @@ class ForeignModules(nn.Module):
                     module.register_parameter(name, nn.Parameter(kept, requires_grad=False))
                     self.untrained.add(full)
                 elif buffer.is_meta:
-                    module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+                    module.register_buffer(name, unset_like(buffer), persistent=False)
         if self._has_meta_parameters():
             with torch.no_grad(), torch.device("cpu"):
                 restore_constants(architecture.model, self)
+                self._set_by_others(architecture)
         self._constants = {name: buffer.cpu() for name, buffer in self.named_buffers()}
+
+    def _set_by_others(self, architecture: Architecture) -> None:
+        """Fill the buffers that no rule of their own module has set: the decoder may set those of its layers."""
+        for full, buffer in self.named_buffers():
+            if buffer.is_floating_point() and buffer.isnan().any():
+                value = architecture.constants.get(full.removeprefix("decoder."))
+                if value is None or value.isnan().any():
+                    raise refused(architecture.name, f"a buffer {full} that no rule of its class sets")
+                buffer.copy_(value)
 
     def _has_meta_parameters(self) -> bool:
         return any(parameter.is_meta for parameter in self.parameters())
@@ -171,6 +183,9 @@ class TransformersTrunk(ForeignModules):
         for number, layer in enumerate(self.layers):
             layer.like_layer = number  # type: ignore[assignment]
         self.keep_constants(self.architecture)
+        for name in self.architecture.unread:
+            self.untrained.add(f"decoder.{name}")
+            self.decoder.get_parameter(name).requires_grad_(False)
         self.router_loss = router_loss_of(self.architecture, self.layers)
 
     @property
@@ -204,9 +219,10 @@ class TransformersTrunk(ForeignModules):
 
     def forward(self, embedded: Tensor, inputs: LayerInputs, *, sums: Sums | None = None) -> tuple[Tensor, ...]:
         """Run the layers on embedded tokens: (B, T, D) -> the last state, then those of `sums`, (B, T, D) each."""
-        hidden = embedded
+        scale = self.architecture.embedding_scale
+        hidden = embedded if scale == 1.0 else embedded * scale
         if not self.architecture.reads_embedding:  # scaled, or with positions added
-            hidden, _ = self._probe(embedded.clone(), inputs.positions)
+            hidden, _ = self._probe(hidden.clone(), inputs.positions)
         with nullcontext() if self.router_loss is None else self.router_loss.gathering():
             for number, output in enumerate(
                 walk(self.layers, hidden, inputs, recompute=self.recompute, on_host=self.on_host)

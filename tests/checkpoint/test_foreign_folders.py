@@ -8,9 +8,10 @@ import torch
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
+from mtp_lightning.errors import CheckpointError
 from mtp_lightning.model.transformers_library import library
 from tests.checkpoint.runs import assert_same_tensors, stored
-from tests.support.architectures import SETTINGS, settings_of
+from tests.support.architectures import COMMON, SETTINGS, settings_of
 from tests.support.covering import some_of
 
 transformers = pytest.importorskip(
@@ -79,6 +80,9 @@ def test_shards_and_half_precision_keep_their_bits(name, tmp_path):
         ("gemma2", "parallel"),
         ("bamba", "parallel"),
         ("nemotron_h", "parallel"),
+        ("falcon_h1", "parallel"),
+        ("mamba2", "recursive"),
+        ("recurrent_gemma", "parallel"),
         ("mixtral", "recursive"),
         ("gpt2", "chained"),
         ("falcon", "medusa"),
@@ -129,6 +133,28 @@ def test_code_in_a_folder_of_a_known_type_is_not_run_and_it_is_said(name, family
     assert f"(auto_map) is not run: what is known here of model_type {name} is what counts" in notes[0]
     assert not (tmp_path / "run").exists()
     assert "auto_map" not in (tmp_path / "ours/recipe.yaml").read_text()
+
+
+def test_a_text_part_that_is_saved_alone_comes_in_as_what_computes_the_same(tmp_path):
+    """Emu3's type of text has no class of its own among those that transformers finds by a folder's type."""
+    text = COMMON | {"pad_token_id": 0}
+    seeing = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "hidden_size": 32}
+    settings = {"model_type": "emu3", "text_config": text, "vq_config": seeing, "vocabulary_map": {"<image>": 60}}
+    with torch.no_grad():
+        expected = saved(tmp_path / "hf", settings)(TOKENS).logits
+    assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "emu3_text_model"
+    import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(num_offsets=2))
+    torch.testing.assert_close(scores(tmp_path / "ours"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_for_each_layer_are_settings_and_what_is_refused_is_said(tmp_path):
+    """Gemma 3n lists its inner widths; it is refused for what its layers read."""
+    settings = COMMON | {"head_dim": 8, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+    settings |= {"model_type": "gemma3n_text", "vocab_size_per_layer_input": 61, "sliding_window": 8}
+    saved(tmp_path / "hf", settings)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["intermediate_size"] == [48, 48, 48]
+    with pytest.raises(CheckpointError, match=r"read the tokens besides the states \(hidden_size_per_layer_input: 8\)"):
+        import_folder(tmp_path / "hf", tmp_path / "ours", Wanted(num_offsets=2))
 
 
 SMALL = {

@@ -199,6 +199,17 @@ def test_layers_with_a_state_take_no_drafts(name):
         generate(model_of(name, "anticausal", **last_has_a_state), PROMPTS[:1], max_new_tokens=LENGTH)
 
 
+@pytest.mark.parametrize("name", ["falcon_h1", "deepseek_v32", "mamba2"])
+def test_what_is_kept_beside_keys_and_values_is_kept_by_transformers(name):
+    """A state in the same layer, keys by which sparse attention chooses, and a state alone."""
+    model = model_of(name)
+    judge = judge_of(model)
+    for prompt in PROMPTS[:2]:
+        expected = said_by(judge, prompt)
+        assert generate(model, [prompt], max_new_tokens=LENGTH).tokens == [expected]
+    assert len({*expected}) > 4
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [*((name, {}) for name in BY_SLOT), ("falcon", {"alibi": True, "new_decoder_architecture": False})],

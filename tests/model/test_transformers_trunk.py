@@ -56,7 +56,22 @@ def test_documents_do_not_see_each_other(name: str) -> None:
 
 
 REFUSED = {
-    "norms tokens with the final norm, too": ("nanochat", {}, "NanoChatForCausalLM is none"),
+    "a part between the last norm and the unembedding": (
+        "modernbert-decoder",
+        {"pad_token_id": 0},
+        r"it has lm_head \(ModernBertDecoderPredictionHead\)",
+    ),
+    "layers that are two each": (
+        "longcat_flash",
+        {"num_layers": 2, "num_hidden_layers": 4, "head_dim": 4, "qk_rope_head_dim": 4, "zero_expert_num": 2},
+        r"num_hidden_layers is 4, and its lists are model\.layers of 2",
+    ),
+    "layers that go by an earlier one's choice": (
+        "glm_moe_dsa",
+        {"indexer_types": ["full", "shared", "full"], "n_routed_experts": 4},
+        r"which positions an earlier one chose \(indexer_types: \['full', 'shared', 'full'\]\)",
+    ),
+    "layers that read the tokens again": ("zamba", {}, "read embedded tokens besides the state"),
     "no stack of layers": ("bert", {}, "BertLMHeadModel is none"),
     "an encoder and a decoder": ("bart", {}, "BartForCausalLM is none"),
     "no decoder that predicts": ("t5", {}, "T5Config is none"),
@@ -117,6 +132,27 @@ def test_what_its_class_takes_no_gradient_of_is_never_trained(name: str) -> None
     assert [
         part for part in UNTRAINED[name] if not any(part in one and one.startswith("blocks") for one in fixed)
     ] == []
+
+
+def test_what_reads_images_and_sounds_is_never_trained() -> None:
+    """Of Phi-4-multimodal a text reaches the embedding and the layers."""
+    seeing = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    image = {"num_hidden_layers": 1, "image_size": 28, "crop_size": 28, "image_token_id": 50}
+    sound = {"num_blocks": 1, "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "input_size": 16}
+    settings = COMMON | {"model_type": "phi4_multimodal", "pad_token_id": 0, "vision_config": seeing | image}
+    settings["audio_config"] = seeing | sound | {"nemo_conv_channels": 16, "audio_token_id": 51}
+    heads = {"num_offsets": 2, "kind": "medusa", "layers_from_trunk": False}
+    recipe = Recipe.model_validate({"model": {"family": "transformers", "hf_config": settings}, "heads": heads})
+    model = build_model(recipe)
+    freeze(model, recipe)
+    tokens = tokens_of(model)
+    hidden = model.hidden_states(tokens, torch.zeros_like(tokens))
+    sum(state.square().sum() for state in hidden.values()).backward()  # type: ignore[union-attr]
+    parts = dict(model.trunk.named_parameters())
+    assert {name for name, one in parts.items() if one.grad is None} == {
+        name for name, one in parts.items() if not one.requires_grad
+    }
+    assert {name.split(".")[1] for name, one in parts.items() if not one.requires_grad} == {"embed_tokens_extend"}
 
 
 def test_a_field_that_transformers_reads_otherwise_is_refused() -> None:

@@ -151,15 +151,29 @@ FURTHER = {
         "num_nextn_predict_layers": 0,
     },
     "bamba": {"attn_layer_indices": [1, 2], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
+    "falcon_h1": {  # multiplies embedded tokens itself, sets buffers of its layers, and keeps two pasts for each
+        "head_dim": 8,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "embedding_multiplier": 2.0,
+        "lm_head_multiplier": 0.5,
+        "ssm_multipliers": [1.1, 0.9, 1.2, 0.8, 1.0],
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},  # and no attention heads
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "head_dim": 8, "logits_soft_cap": 3.0},
 }
 """Settings of decoders whose layers keep more than keys and values."""
+NOT_IN = {"mamba2": ("num_attention_heads", "num_key_value_heads", "intermediate_size", "max_position_embeddings")}
+"""Common settings that a decoder does not have."""
 WHOLE = ("gpt2", "gptj", "opt", "bloom", "mpt", "ctrl")
 """Those whose settings have names of their own."""
 
 
 def settings_of(name: str, **changed: Any) -> dict[str, Any]:
     """Return the settings of a tiny decoder, as its config.json would say them."""
-    common = {} if name in WHOLE else COMMON
+    common = {} if name in WHOLE else {key: one for key, one in COMMON.items() if key not in NOT_IN.get(name, ())}
     return {"model_type": name, **common, **(SETTINGS | FURTHER)[name], **changed}
 
 

@@ -31,6 +31,7 @@ TEXT_TYPES = {
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text"), "qwen2"),
     **dict.fromkeys(("qwen3_vl_text", "qwen3_omni_moe_text"), "qwen3"),
     "qwen3_vl_moe_text": "qwen3_moe",
+    "emu3_text_model": "llama",
 }
 """Text decoders without a class of their own, and what computes the same for text alone."""
 EXISTS = "Choose a decoder that predicts the next token (LlamaForCausalLM, Gemma3ForCausalLM, MixtralForCausalLM, …)"
@@ -77,11 +78,9 @@ def open_text_decoder(config: Config, entries: Mapping[str, Entry]) -> TextDecod
     with understood(config):
         text = whole.get_text_config(decoder=True)
         settings = _settings_of(text)
+    settings["model_type"] = TEXT_TYPES.get(text.model_type, text.model_type)
     if text is not whole:
-        settings |= {
-            "model_type": TEXT_TYPES.get(text.model_type, text.model_type),
-            "tie_word_embeddings": whole.tie_word_embeddings,
-        }
+        settings["tie_word_embeddings"] = whole.tie_word_embeddings
         settings.get("rope_parameters", {}).pop("mrope_section", None)  # positions of a text are the same on all axes
     _check_class(config, settings)
     with understood(config):

@@ -4,7 +4,7 @@ from mtp_lightning.recipe.rules.base import Rule, value_at
 from mtp_lightning.recipe.schema.model import OWN_ONLY, SETTLED, ModelSection, settled_by
 from mtp_lightning.recipe.schema.root import Recipe
 
-NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 
 def _is_settled(recipe: Recipe) -> bool:
@@ -46,7 +46,7 @@ FOREIGN_RULES: tuple[Rule, ...] = (
     Rule(
         fields=("model.hf_config",),
         holds=lambda recipe: recipe.model.hf_config is None or _is_settled(recipe),
-        expected="must say how wide the model is, how many layers and heads it has, and how large its vocabulary is",
+        expected="must say how wide the model is, how many layers it has, and how large its vocabulary is",
         hint=f"Write the whole config.json, with {', '.join(NEEDED)} or what they are called there.",
     ),
     *map(_agrees, SETTLED),
