@@ -21,12 +21,6 @@ DECODER = "must be a causal decoder"
         ({"model_type": "vit"}, DECODER, "no class that predicts the next token"),
         ({"model_type": "bert"}, "parts can be told apart", ""),
         ({"model_type": "rwkv"}, "parts can be told apart", ""),
-        ({"model_type": "mamba", "num_attention_heads": None}, "parts can be told apart", "no num_attention_heads"),
-        (
-            {"model_type": "falcon_mamba", "num_attention_heads": None},
-            "parts can be told apart",
-            "no num_attention_heads",
-        ),
         (
             {"model_type": "gemma4_text", "hidden_size_per_layer_input": 16},
             "parts can be told apart",
