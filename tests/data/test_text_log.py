@@ -1,11 +1,13 @@
 """Texts that have been appended are there again, whatever became of the one that was being written."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from mtp_lightning.data.generated.log import LOG_NAME, TextLog, Texts, check_request
 from mtp_lightning.errors import DataError
+from mtp_lightning.evaluation.code.samples import SAMPLE, LineLog
 
 BATCHES: list[Texts] = [[[1, 2, 3], [4]], [[70_000], [5, 6]], [[7] * 20]]
 REQUEST = {"--seed": 3, "--top-k": None, "MODEL": "step-00000001 of sha256 abc"}
@@ -100,3 +102,15 @@ def test_another_request_is_refused_by_name(tmp_path: Path) -> None:
     written(tmp_path, BATCHES)
     with pytest.raises(DataError, match=r"found --seed 4, begun with 3; --rows 2, begun with not given\. Give those"):
         TextLog(tmp_path, {**REQUEST, "--seed": 4, "--rows": 2})
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_logs_are_for_whom_the_umask_leaves_them(tmp_path, umask):
+    """A group that shares a folder goes on with what one of it has begun."""
+    former = os.umask(umask)
+    try:
+        with TextLog(tmp_path, REQUEST), LineLog(tmp_path / "samples.jsonl", SAMPLE):
+            pass
+    finally:
+        os.umask(former)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}

@@ -35,7 +35,7 @@ class TextLog:
             DataError: It was begun for another request.
         """
         check_request(folder, request)
-        descriptor = os.open(folder / LOG_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / LOG_NAME, os.O_RDWR | os.O_CREAT, 0o666)
         self._file: BinaryIO = os.fdopen(descriptor, "r+b")
         self.num_texts = 0
         if self._next("request") is None:

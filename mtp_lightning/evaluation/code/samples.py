@@ -44,7 +44,7 @@ class LineLog:
         Raises:
             DataError: A line that is not the last one is something else.
         """
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         sync(path.parent)
         self.lines: list[Line] = []
         self._ends = [0]
