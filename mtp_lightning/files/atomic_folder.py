@@ -6,14 +6,16 @@ A process killed before the rename leaves a staging folder, whose name says that
 target. A folder that is replaced or deleted is renamed `.removed` first: half of one never bears its name either.
 """
 
+import os
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mtp_lightning.errors import MtpError
 from mtp_lightning.files.durable import sync
+from mtp_lightning.files.lock import holder_of, is_file_at, try_lock
 
 STAGING_SUFFIX = ".partial"
 ASIDE_SUFFIX = ".removed"
@@ -26,15 +28,17 @@ def atomic_folder(target: Path, error: type[MtpError], *, size_bytes: int = 0) -
     The body forces its files to disk. What an earlier process left in the staging folder is removed.
 
     Raises:
-        MtpError: of type `error`: the file system refuses a write, or has less than `size_bytes` free.
+        MtpError: of type `error`: the file system refuses a write, or has less than `size_bytes` free, or another
+            process writes the same folder.
     """
     target = target.resolve()
     staging = staging_path(target)
     try:
         if target.is_mount():
             raise OSError("it is a mount point, and the folder is made beside it and renamed; name one in it")
-        with removed_on_error(staging):
-            make_empty(staging)
+        with _held(staging, target, error), removed_on_error(staging):
+            for left in staging.iterdir():
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             if (free_bytes := shutil.disk_usage(staging).free) < size_bytes:
                 raise OSError(f"{free_bytes / 2**20:,.0f} MiB free of {size_bytes / 2**20:,.0f} MiB needed")
             yield staging
@@ -43,6 +47,25 @@ def atomic_folder(target: Path, error: type[MtpError], *, size_bytes: int = 0) -
         raise error(
             f"the folder must be written to {target}", str(refusal), "Make room or repair access, or name another"
         ) from refusal
+
+
+@contextmanager
+def _held(staging: Path, target: Path, error: type[MtpError]) -> Iterator[None]:
+    """Make a staging folder unless it is there, and keep other processes out of it."""
+    with ExitStack() as stack:
+        while True:
+            staging.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            stack.callback(os.close, descriptor)
+            if not try_lock(descriptor):
+                raise error(
+                    f"one process at a time may write {target}",
+                    f"{holder_of(descriptor)} is at it",
+                    "Wait for it to end, or name another folder",
+                )
+            if is_file_at(descriptor, staging):  # else the one that held it has given it its name, or removed it
+                break
+        yield
 
 
 def check_new_folder(target: Path, error: type[MtpError]) -> None:

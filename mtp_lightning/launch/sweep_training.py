@@ -42,6 +42,8 @@ def train_members(members: Sequence[Member]) -> None:
             elif state in DUE:
                 print(f"{place}, {state}, in {member.folder}", flush=True)
                 failure, state = _train(member, current, heard), "trained"
+                if failure and (now := state_of(member)) not in DUE:  # another sweep was the first to take it
+                    failure, state = None, now
             print(f"{place}: {f'failed: {failure}' if failure else state}", flush=True)
             if failure:
                 failures[member.name] = failure

@@ -131,3 +131,54 @@ def test_a_folder_is_replaced_only_when_asked_to(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["old", "new"]
     remove_folder(tmp_path / "old")
     assert not list(tmp_path.iterdir())
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mtp_lightning.errors import DataError
+from mtp_lightning.files.atomic_folder import atomic_folder
+
+with atomic_folder(Path(sys.argv[1]), DataError) as staging:
+    (staging / "weights").write_text("first")
+    print("begun", flush=True)
+    sys.stdin.readline()
+    (staging / "config").write_text("first")
+"""
+
+
+@pytest.mark.parametrize("ends", ["well", "killed"])
+def test_two_writers_of_a_folder_never_mix_their_files(tmp_path, ends):
+    """The second is refused while the first is at it, and comes in where the first was killed."""
+    target = tmp_path / "out"
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with first:
+        assert first.stdout.readline() == "begun\n"
+        with (
+            pytest.raises(DataError, match="one process at a time may write") as refused,
+            atomic_folder(target, DataError),
+        ):
+            pass
+        assert f"process {first.pid} " in refused.value.found
+        if ends == "killed":
+            first.kill()
+        else:
+            print(file=first.stdin, flush=True)
+    if ends == "killed":
+        with atomic_folder(target, DataError) as staging:
+            (staging / "config").write_text("second")
+        assert contents(target) == {"config": b"second"}
+    else:
+        assert contents(target) == {"weights": b"first", "config": b"first"}
+    assert [*tmp_path.iterdir()] == [target]
+
+
+def test_what_a_link_of_the_staging_name_leads_to_is_left_alone(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/file").write_text("theirs")
+    staging_path(tmp_path / "out").symlink_to(tmp_path / "theirs")
+    with pytest.raises(DataError, match="must be written to"), atomic_folder(tmp_path / "out", DataError):
+        pass
+    assert contents(tmp_path / "theirs") == {"file": b"theirs"}
