@@ -146,8 +146,8 @@ def test_tasks_have_the_figures_of_transformers(both, num_fewshot, tmp_path):
         model=judge, tasks=tasks, task_manager=manager, num_fewshot=num_fewshot, bootstrap_iters=0
     )
     assert found["results"].keys() == TASKS.keys()
-    assert found["results"]["answers"]["rougeL,none"] > 0
-    if num_fewshot == 0:
+    if num_fewshot == 0:  # else what a random model of a tokenizer trained by threads writes is chance
+        assert found["results"]["answers"]["rougeL,none"] > 0
         assert found["results"]["answers"]["exact_match,none"] >= 0.5
     for name, figures in expected["results"].items():
         own = {key: value for key, value in figures.items() if not isinstance(value, str)}
