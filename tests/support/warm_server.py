@@ -66,10 +66,12 @@ def serve(*channels: socket.socket) -> None:
 
 @cache
 def import_deepspeed() -> None:
-    """Import what ranks need besides, once there are any, without what it logs."""
+    """Import what ranks need besides, once there are any, without what it logs; and do what every engine does once."""
     logging.disable(logging.WARNING)
-    import deepspeed  # noqa: F401
+    import deepspeed.ops
+    import deepspeed.runtime.zero.muon.muon_optimizer  # much of inductor comes with it
 
+    _ = deepspeed.ops.__compatible_ops__  # asked of the compiler, and remembered
     logging.disable(logging.NOTSET)
     gc.freeze()
 
