@@ -26,6 +26,7 @@ import socket
 import sys
 import threading
 import types
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ MOST_BYTES = 2**20
 def serve(*channels: socket.socket) -> None:
     """Fork for every request until the tests have ended, and return in a child once its program has."""
     gc.freeze()  # else the first collection of every child copies all pages
+    for of_imports in weakref.finalize._registry:  # type: ignore[attr-defined]
+        of_imports.atexit = False  # torch would take its operators back one by one
     while True:
         ready, _, _ = select.select(channels, [], [])
         packet, descriptors, _, _ = socket.recv_fds(ready[0], MOST_BYTES, 4)
