@@ -26,6 +26,7 @@ import socket
 import sys
 import threading
 import types
+import warnings
 import weakref
 from functools import cache
 from pathlib import Path
@@ -69,12 +70,13 @@ def serve(*channels: socket.socket) -> None:
 
 @cache
 def import_deepspeed() -> None:
-    """Import what ranks need besides, once there are any, without what it logs; and do what every engine does once."""
+    """Import what ranks need besides, once there are any, without what it says; and do what every engine does once."""
     logging.disable(logging.WARNING)
-    import deepspeed.ops
-    import deepspeed.runtime.zero.muon.muon_optimizer  # much of inductor comes with it
+    with warnings.catch_warnings(action="ignore"):
+        import deepspeed.ops
+        import deepspeed.runtime.zero.muon.muon_optimizer  # much of inductor comes with it
 
-    _ = deepspeed.ops.__compatible_ops__  # asked of the compiler, and remembered
+        _ = deepspeed.ops.__compatible_ops__  # asked of the compiler, and remembered
     logging.disable(logging.NOTSET)
     gc.freeze()
 
