@@ -65,8 +65,8 @@ def harness(
         limit=limit,
         num_fewshot=num_fewshot,
         system_instruction=system,
+        tell=lambda results: say(tables_of(results)),
     )
-    say(tables_of(results))
     if (drafting := model.drafting()) is not None:
         say(f"{drafting:.2f} tokens per forward, by drafts that change no text")
     write_json(json_path, plain(results))

@@ -1,14 +1,20 @@
 """Writes that are on disk when the function returns, described without a second read."""
 
+import contextlib
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, final
 
 from pydantic import BaseModel, ConfigDict
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Refusals of writes, and of nothing else."""
 
 
 class FileRecord(BaseModel):
@@ -50,10 +56,33 @@ def describe_file(path: Path, *, is_synced: bool) -> FileRecord:
 @contextmanager
 def durable_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing and force it to disk at the end; its name is durable once the folder is synced too."""
-    with path.open("wb") as file:
-        yield file
-        file.flush()
-        force(file.fileno())
+    try:
+        with path.open("wb") as file:
+            yield file
+            file.flush()
+            force(file.fileno())
+    except OSError as error:
+        if error.filename is None and error.errno in NO_ROOM:
+            error.filename = str(path)  # which the system does not say of what is open
+        raise
+
+
+@contextmanager
+def finished_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing under a name of this process's own; it gets its name when the body ends, on disk.
+
+    Where the body raises, or the system refuses a write, nothing of it is left. Folders above it are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with durable_file(unfinished) as file:
+            yield file
+        unfinished.rename(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def write_durably(path: Path, content: bytes) -> FileRecord:
@@ -65,12 +94,44 @@ def write_durably(path: Path, content: bytes) -> FileRecord:
 
 def replace_durably(path: Path, content: bytes) -> None:
     """Give a file new content at once: readers see the old or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+    _replace(path, content, path.with_name(path.name + ".tmp"))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that somebody named, and the folders above it: an old one is replaced at once, or stays as it was.
+
+    A link is followed, and an old file keeps its mode. What is there and is no file, as a pipe or a device, takes the
+    content as it comes, and so does a file whose folder takes no other.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parts[:2] in (("/", "dev"), ("/", "proc")) or (path.exists() and not path.is_file()):
+        path.write_bytes(content)
+        return
+    target = path.resolve()
+    try:
+        _replace(target, content, target.with_name(f".mtp-{os.getpid()}.tmp"))
+    except OSError as error:
+        if error.errno not in CLOSED_FOLDER or not target.exists():
+            raise
+        target.write_bytes(content)
+
+
+CLOSED_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
+"""Answers of a folder in which nothing can be renamed; the last is that of a file which is mounted by itself."""
+
+
+def _replace(path: Path, content: bytes, temporary: Path) -> None:
     try:
         write_durably(temporary, content)
+        if path.exists():
+            shutil.copymode(path, temporary)
         temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
     sync(path.parent)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mtp_lightning.checkpoint.format.folder import CheckpointFolder, newest_complete
 from mtp_lightning.console.progress import say
-from mtp_lightning.errors import CheckpointError, RunFolderError
+from mtp_lightning.errors import CheckpointError, RunFolderError, refusal_of
 from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.files.lock import ANOTHER, try_lock
 from mtp_lightning.launch.run_marker import MARKER, SAVED, check_may_be_run, claim, is_run, mark, read_marker
@@ -78,7 +78,7 @@ def _opened(recipe: Recipe) -> Iterator[Opened]:
         except OSError as error:
             raise RunFolderError(
                 "run.dir must be a folder that can be written to",
-                f"{error.filename or folder}: {error.strerror or error}",
+                refusal_of(error, folder),
                 "Make room or repair access there, or give another run.dir; checkpoints have not been touched.",
             ) from error
         yield opened

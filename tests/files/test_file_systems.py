@@ -106,7 +106,8 @@ def test_a_write_that_is_lost_is_an_error_in_three_parts(reason, tmp_path, monke
         write_durably(own / "a", b"content")
     assert list(tmp_path.iterdir()) == []
     told = file_system_error(OSError(reason, os.strerror(reason), "a/b"))
-    assert (told.found, isinstance(told, FileSystemError)) == (f"a/b: {os.strerror(reason)}", True)
+    assert told.found.startswith(f"a/b: {os.strerror(reason)}")
+    assert isinstance(told, FileSystemError)
 
 
 def test_a_link_to_an_empty_folder_elsewhere_is_followed(tmp_path, tiny_disk):

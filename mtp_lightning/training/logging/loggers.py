@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, final
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from mtp_lightning.console.progress import say
-from mtp_lightning.errors import LoggingError, MtpError, RunFolderError
+from mtp_lightning.errors import LoggingError, MtpError, RunFolderError, refusal_of
 from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.files.untrusted import read_json
 from mtp_lightning.recipe import Recipe
@@ -168,8 +168,9 @@ def _opened(name: str, open_it: Callable[[], Any]) -> Any:
             f"Install them: pip install 'mtp_lightning[{name}]', or leave {name} out of logging.loggers.",
         ) from error
     except Exception as error:  # each library has exceptions of its own, and of those below it
+        found = refusal_of(error) if isinstance(error, OSError) else str(error)
         raise LoggingError(
-            f"{name} must be ready to log to", f"{type(error).__name__}: {error}", REMEDIES[name]
+            f"{name} must be ready to log to", f"{type(error).__name__}: {found}", REMEDIES[name]
         ) from error
 
 
