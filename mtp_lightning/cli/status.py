@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtp_lightning.cli.targets import check_page
-from mtp_lightning.console.errors import screen
+from mtp_lightning.console.errors import end_without_output, guard_output, screen
 from mtp_lightning.errors import visible
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def status(
     if not watch:
         console.print(status_page(runs), *([] if html is None else [f"written: {html}"]), sep="\n")
         return
+    guard_output(end_without_output)  # also with a page: nobody is there any more to end it
     with Live(status_page(runs), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(every)

@@ -12,7 +12,6 @@ from typing import BinaryIO, final
 
 from pydantic import BaseModel, ConfigDict
 
-
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Refusals of writes, and of nothing else."""
 

@@ -95,7 +95,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunFolderError(
-            "every row of figures must be written to metrics.csv",
+            f"metrics must be written to {path}",
             refusal_of(error, path),
             "Make room or repair access, then run the same command again: complete checkpoints are untouched",
         ) from error
