@@ -139,7 +139,7 @@ def _left_at(place: Path) -> str:
     except (OSError, StopIteration):
         return ""
     if at.f_files and not at.f_favail:
-        return f" (no file more than the {at.f_files:,} there, whatever their sizes: no inode is free)"
+        return f" (no inode is free there: it holds {at.f_files:,} files and folders, and takes no other)"
     return f" ({at.f_bavail * at.f_frsize / 2**20:,.1f} MiB free there)"
 
 

@@ -70,7 +70,8 @@ def evaluate_tasks(
     if chat:
         _ = model.text.template  # is there one?
     if out is not None:
-        _make(out)
+        with _written(out):
+            out.mkdir(parents=True, exist_ok=True)
     manager, loaded = load_tasks(tasks, include_path)
     tracker = lm_eval.loggers.EvaluationTracker(output_path=str(out)) if out is not None else None
     results: dict[str, Any] = lm_eval.simple_evaluate(
@@ -99,18 +100,20 @@ def _save(tracker: Any, results: dict[str, Any], samples: Mapping[str, Any], out
     Raises:
         RunFolderError: One cannot be written.
     """
-    try:
-        with TemporaryDirectory(prefix=".partial-", dir=out) as staging, _raised(lm_eval.loggers.evaluation_tracker):
-            tracker.output_path = staging
-            tracker.save_results_aggregated(results=results, samples=samples)
-            for name, own in samples.items():
-                tracker.save_results_samples(task_name=name, samples=own)
-            for path in filter(Path.is_file, Path(staging).rglob("*")):
-                target = out / path.relative_to(staging)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                path.rename(target)
-    except OSError as error:
-        raise _unwritable(out, error) from error
+    with (
+        _written(out),
+        TemporaryDirectory(prefix=".partial-", dir=out) as staging,
+        _written(out),  # told before what is there is removed: there is room again afterwards
+        _raised(lm_eval.loggers.evaluation_tracker),
+    ):
+        tracker.output_path = staging
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for name, own in samples.items():
+            tracker.save_results_samples(task_name=name, samples=own)
+        for path in filter(Path.is_file, Path(staging).rglob("*")):
+            target = out / path.relative_to(staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
 
 
 @contextmanager
@@ -213,15 +216,13 @@ def _check_task(task: Any) -> None:
     raise DataError("tasks must be texts, with metrics that can be computed here", found, hint)
 
 
-def _make(folder: Path) -> None:
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise _unwritable(folder, error) from None
-
-
-def _unwritable(folder: Path, error: OSError) -> RunFolderError:
-    return RunFolderError("the folder for --out must be writable", refusal_of(error, folder), remedy_of(error, "--out"))
+        found, hint = refusal_of(error, folder), remedy_of(error, "--out")
+        raise RunFolderError("the folder for --out must be writable", found, hint) from error
 
 
 def parse_gen_kwargs(text: str | None) -> dict[str, Any]:

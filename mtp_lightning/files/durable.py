@@ -106,7 +106,7 @@ def write_whole(path: Path, content: bytes) -> None:
         OSError: It cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.parts[:2] in (("/", "dev"), ("/", "proc")) or (path.exists() and not path.is_file()):
+    if _is_descriptor(path) or (path.exists() and not path.is_file()):
         path.write_bytes(content)
         return
     target = path.resolve()
@@ -116,6 +116,20 @@ def write_whole(path: Path, content: bytes) -> None:
         if error.errno not in CLOSED_FOLDER or not target.exists():
             raise
         target.write_bytes(content)
+
+
+def _is_descriptor(path: Path) -> bool:
+    """Tell whether a path is another name of a file that a process has open, as /dev/stdout and /dev/fd/3 are."""
+    for _ in range(MOST_LINKS):
+        if not path.is_symlink():
+            break
+        if path.parent.resolve().is_relative_to("/proc"):
+            return True
+        path = path.parent / path.readlink()
+    return False
+
+
+MOST_LINKS = 40  # one behind the other, as Linux has it
 
 
 CLOSED_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
@@ -128,9 +142,11 @@ def _replace(path: Path, content: bytes, temporary: Path) -> None:
         if path.exists():
             shutil.copymode(path, temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)  # the name that the reader of the message knows
         raise
     sync(path.parent)
 

@@ -125,7 +125,10 @@ def _commit(partial: Path, point: SavePoint, metadata: RunMetadata, records: Map
 
 def _unwritable(folder: Path, step: int, error: OSError) -> CheckpointError:
     complete = complete_checkpoints(folder)
-    survivor = f"{complete[-1].path.name} is complete" if complete else "there is no earlier checkpoint"
+    survivor = "there is no earlier checkpoint"
+    if complete:
+        size_bytes = sum(record.size_bytes for record in complete[-1].manifest.files.values())
+        survivor = f"{complete[-1].path.name} is complete, and takes {size_bytes / 2**20:,.1f} MiB"
     return CheckpointError(
         f"the checkpoint of step {step} must be written to {folder}",
         refusal_of(error, folder),
