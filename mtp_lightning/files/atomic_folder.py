@@ -40,7 +40,7 @@ def atomic_folder(target: Path, error: type[MtpError], *, size_bytes: int = 0) -
             for left in staging.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             if (free_bytes := shutil.disk_usage(staging).free) < size_bytes:
-                raise OSError(f"{free_bytes / 2**20:,.0f} MiB free of {size_bytes / 2**20:,.0f} MiB needed")
+                raise OSError(f"{free_bytes / 2**20:,.1f} MiB free there of {size_bytes / 2**20:,.1f} MiB needed")
             try:
                 yield staging
                 publish(staging, target)

@@ -53,17 +53,23 @@ def describe_file(path: Path, *, is_synced: bool) -> FileRecord:
 
 
 @contextmanager
-def durable_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing and force it to disk at the end; its name is durable once the folder is synced too."""
+def naming(path: Path) -> Iterator[None]:
+    """Let a refusal to write to a file that is open name it, which the system does not do."""
     try:
-        with path.open("wb") as file:
-            yield file
-            file.flush()
-            force(file.fileno())
+        yield
     except OSError as error:
         if error.filename is None and error.errno in NO_ROOM:
-            error.filename = str(path)  # which the system does not say of what is open
+            error.filename = str(path)
         raise
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing and force it to disk at the end; its name is durable once the folder is synced too."""
+    with naming(path), path.open("wb") as file:
+        yield file
+        file.flush()
+        force(file.fileno())
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mtp_lightning import __version__
 from mtp_lightning.errors import RunFolderError
+from mtp_lightning.files.durable import naming
 
 MARKER = ".mtp_run.json"
 SAVED = "first_checkpoint"  # in the marker: step of the first checkpoint that was committed
@@ -50,7 +51,7 @@ def mark(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     note = {"made_by": f"mtp_lightning {__version__}", "made_at": datetime.now(UTC).isoformat(timespec="microseconds")}
     marker = folder / MARKER
-    with suppress(FileExistsError), marker.open("x", encoding="utf-8") as file:
+    with suppress(FileExistsError), naming(marker), marker.open("x", encoding="utf-8") as file:
         try:
             file.write(json.dumps(note) + "\n")
             file.flush()
