@@ -79,10 +79,16 @@ def finished_file(path: Path) -> Iterator[BinaryIO]:
     Where the body raises, or the system refuses a write, nothing of it is left. Folders above it are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    with finished_name(path) as unfinished, durable_file(unfinished) as file:
+        yield file
+
+
+@contextmanager
+def finished_name(path: Path) -> Iterator[Path]:
+    """Yield a name, with the same ending, for a file that somebody else writes; it gets its own when the body ends."""
+    unfinished = path.with_name(f"{os.getpid()}.{path.name}")
     try:
-        with durable_file(unfinished) as file:
-            yield file
+        yield unfinished
         unfinished.rename(path)
     except BaseException:
         with contextlib.suppress(OSError):

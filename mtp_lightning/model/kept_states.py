@@ -108,7 +108,7 @@ class KeptStates:
         self._look()
         missing = max(0, self._num_rows - len(self)) * self._record_bytes
         if (free := shutil.disk_usage(self.folder).free) < missing:
-            raise OSError(f"{free / 2**30:,.1f} GiB free where {missing / 2**30:,.1f} GiB may be needed")
+            raise OSError(f"{free / 2**20:,.1f} MiB free where {missing / 2**20:,.1f} MiB may be needed")
         if self._ranks.is_first:
             say(f"states of {len(self):,} rows are kept in {self.folder}; {missing / 2**30:,.2f} GiB may be added")
 

@@ -75,7 +75,8 @@ def test_a_job_that_cannot_be_noted_is_named_and_one_that_cannot_be_shown_is_not
     for place, code in (("> /dev/full", 1), ("| true", 141)):
         words = " ".join(("submit", RECIPE, *SMALL, "--site", "local", f"run.dir={tmp_path}/other"))
         command = f"set -o pipefail; {sys.executable} -m mtp_lightning {words} {place}"
-        assert subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True).returncode == code
+        buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+        assert subprocess.run(["bash", "-c", command], cwd=ROOT, env=buffered, capture_output=True).returncode == code
     assert not arguments.exists()
 
 
