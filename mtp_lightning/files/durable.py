@@ -87,12 +87,21 @@ def finished_file(path: Path) -> Iterator[BinaryIO]:
 def finished_name(path: Path) -> Iterator[Path]:
     """Yield a name, with the same ending, for a file that somebody else writes; it gets its own when the body ends."""
     unfinished = path.with_name(f"{os.getpid()}.{path.name}")
-    try:
+    with removed_on_refusal(unfinished, path):
         yield unfinished
         unfinished.rename(path)
-    except BaseException:
+
+
+@contextmanager
+def removed_on_refusal(unfinished: Path, path: Path) -> Iterator[None]:
+    """Remove an unfinished file when the body raises; a refusal names the file that it was to be."""
+    try:
+        yield
+    except BaseException as error:
         with contextlib.suppress(OSError):
             unfinished.unlink()
+        if isinstance(error, OSError) and error.filename == str(unfinished):
+            error.filename = str(path)
         raise
 
 
@@ -149,17 +158,11 @@ CLOSED_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
 
 
 def _replace(path: Path, content: bytes, temporary: Path) -> None:
-    try:
+    with removed_on_refusal(temporary, path):
         write_durably(temporary, content)
         if path.exists():
             shutil.copymode(path, temporary)
         temporary.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError) and error.filename == str(temporary):
-            error.filename = str(path)  # the name that the reader of the message knows
-        raise
     sync(path.parent)
 
 

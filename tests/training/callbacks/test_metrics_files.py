@@ -199,7 +199,7 @@ def test_remarks_of_libraries_on_a_full_disk_are_given_up_in_one_line(
     (tmp_path / "lightning.log").symlink_to("/dev/full")
     with redirect_library_logs(tmp_path / "lightning.log"):
         for remark in ("one", "two"):
-            logging.getLogger("lightning.pytorch").warning(remark)
+            logging.getLogger("lightning.pytorch").critical(remark)
     said = capsys.readouterr().err
     assert said.startswith("remarks of libraries are not kept: ")
     assert said.count("\n") == said.count("No space left on device") == 1
