@@ -135,6 +135,8 @@ def refusal_of(error: OSError, place: Path | None = None) -> str:
 def _left_at(place: Path) -> str:
     """Say what is left where a file was to be written: bytes, or names of files, which can be used up before them."""
     try:
+        if place.exists() and not place.is_file() and not place.is_dir():
+            return ""  # a device or a pipe
         at = os.statvfs(next(folder for folder in (place, *place.absolute().parents) if folder.is_dir()))
     except (OSError, StopIteration):
         return ""

@@ -1,12 +1,13 @@
 """`mtp status`."""
 
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -53,12 +54,22 @@ def status(
         console.print(status_page(runs), *([] if html is None else [f"written: {html}"]), sep="\n")
         return
     guard_output(end_without_output)  # also with a page: nobody is there any more to end it
-    with Live(status_page(runs), console=console, auto_refresh=False) as live:
+    for shown in _shown(screen()):
+        shown(status_page(runs))
+        time.sleep(every)
+        runs = statuses(places)
+        if html is not None and runs:
+            _write_page(runs, html)
+
+
+def _shown(console: Console) -> Iterator[Callable[[Group], None]]:
+    """Yield again and again what shows a page: over the one before on a terminal, else below it."""
+    if not console.is_terminal:
         while True:
-            time.sleep(every)
-            live.update(status_page(runs := statuses(places)), refresh=True)
-            if html is not None and runs:
-                _write_page(runs, html)
+            yield console.print
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            yield lambda page: live.update(page, refresh=True)
 
 
 def _write_page(runs: "list[RunStatus]", html: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mtp_lightning.cli.app import app
+from mtp_lightning.console.errors import BROKEN_PIPE
 from mtp_lightning.launch.status import RunStatus, find_runs, statuses
 from mtp_lightning.recipe import Recipe, recipe_to_yaml
 
@@ -245,3 +246,11 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert os.times().children_user - used_s < 1
     assert len(done.stdout.splitlines()) == 22
+
+
+def test_watching_in_a_pipe_shows_every_look_and_ends_with_its_reader(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", rows=ROWS)
+    command = f'"$0" -m mtp_lightning status {tmp_path} --watch --every 0.2 | head -5; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command, sys.executable], capture_output=True, text=True, timeout=60)
+    assert done.returncode == BROKEN_PIPE, done.stderr
+    assert done.stdout.count("checkpoint") == 2
