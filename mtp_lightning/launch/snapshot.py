@@ -64,6 +64,18 @@ def code_version(source: Path) -> tuple[str | None, str]:
     )
 
 
+def revision_of(source: Path) -> str | None:
+    """Return the git revision of a source tree, `-dirty` behind it where files differ; None where there is none.
+
+    In place of `git describe --dirty`, which writes to the repository: a lock of its own stays there where the system
+    ends it at a limit (`ulimit -f`), and keeps everybody else out.
+    """
+    found = _git(source, "describe", "--always", "--abbrev=40")
+    if found is None:
+        return None
+    return found.strip() + ("" if _git(source, "diff", "--quiet", "HEAD") is not None else "-dirty")
+
+
 def _git(source: Path, *arguments: str) -> str | None:
     command = ["git", "-C", str(source), *arguments]
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}

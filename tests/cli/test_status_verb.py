@@ -250,7 +250,10 @@ finally:
 
 def test_watching_in_a_pipe_shows_every_look_and_ends_with_its_reader(tmp_path: Path) -> None:
     make_run(tmp_path / "a", rows=ROWS)
-    command = f'"$0" -m mtp_lightning status {tmp_path} --watch --every 0.2 | head -5; exit ${{PIPESTATUS[0]}}'
-    done = subprocess.run(["bash", "-c", command, sys.executable], capture_output=True, text=True, timeout=60)
-    assert done.returncode == BROKEN_PIPE, done.stderr
-    assert done.stdout.count("checkpoint") == 2
+    command = [sys.executable, "-m", "mtp_lightning", "status", str(tmp_path), "--watch", "--every", "0.2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        lines = [watching.stdout.readline() for _ in range(5)]
+        watching.stdout.close()
+        assert watching.wait(30) == BROKEN_PIPE
+    assert sum("checkpoint" in line for line in lines) == 2

@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,3 +177,20 @@ def test_a_place_that_takes_no_folder_is_refused_before_the_first_step(field, pl
         train(load_recipe(RECIPE, [*SMALL, "run.dir=r", f"{field}={place}"]))
     assert place.removesuffix("/x") in caught.value.found
     assert not Path("r/checkpoints").exists()
+
+
+def test_a_repository_is_read_without_a_lock_that_a_limit_could_leave(tmp_path):
+    """A process that git starts dies of what Python itself ignores: a file beyond `ulimit -f`."""
+    git = lambda *words: subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)  # noqa: E731
+    git("init")
+    (tmp_path / "file").write_text("text")
+    git("add", "file")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "one")
+    os.utime(tmp_path / "file", (1, 1))  # git wants to note that it is the same all the same
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+    code = f"{limit}from mtp_lightning.launch.snapshot import revision_of\nprint(len(revision_of({str(tmp_path)!r})))"
+    pipe = {"capture_output": True, "text": True, "cwd": ROOT}
+    assert subprocess.run([sys.executable, "-c", code], **pipe).stdout == "40\n"
+    assert not (tmp_path / ".git/index.lock").exists()
+    (tmp_path / "file").write_text("other")
+    assert subprocess.run([sys.executable, "-c", code], **pipe).stdout == f"{len('-dirty') + 40}\n"
