@@ -73,7 +73,7 @@ def revision_of(source: Path) -> str | None:
     found = _git(source, "describe", "--always", "--abbrev=40")
     if found is None:
         return None
-    return found.strip() + ("" if _git(source, "diff", "--quiet", "HEAD") is not None else "-dirty")
+    return found.strip() + ("-dirty" if _git(source, "status", "--porcelain", "--untracked-files=no") else "")
 
 
 def _git(source: Path, *arguments: str) -> str | None:
