@@ -48,7 +48,7 @@ def redirect_library_logs(path: Path) -> Iterator[None]:
     """Keep Lightning's remarks out of the live view: they go to the attempt's log."""
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
     former = [(logger.handlers, logger.propagate) for logger in loggers]
-    handler = _LibraryLog(path)
+    handler, logging.raiseExceptions = _LibraryLog(path), False  # nor a traceback where another's log takes nothing
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
     with ignore_known_warnings():
@@ -57,5 +57,6 @@ def redirect_library_logs(path: Path) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):  # what it still holds has been said to be lost
                 handler.close()
+            logging.raiseExceptions = True
             for logger, (handlers, propagate) in zip(loggers, former, strict=True):
                 logger.handlers, logger.propagate = handlers, propagate
