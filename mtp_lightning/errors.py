@@ -1,8 +1,11 @@
 """The vocabulary of failure: every error says what must hold, what was found, and what to do."""
 
 import errno
+import os
 import re
+import resource
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -86,9 +89,12 @@ class FileSystemError(MtpError):
     exit_code = 10
 
 
+_CURES = {
+    errno.ENOSPC: "Make room there",
+    errno.EDQUOT: "Make room within your quota",
+    errno.EFBIG: "Raise the limit of this shell (ulimit -f)",
+}
 _REMEDIES = {
-    errno.ENOSPC: "Make room there, or name another place",
-    errno.EDQUOT: "Make room within your quota, or name another place",
     errno.EIO: "The storage fails: look at the kernel's log, and name another place",
     errno.ESTALE: "The network file system has lost it: start again where it is mounted afresh",
 }
@@ -97,12 +103,46 @@ _REMEDIES = {
 def file_system_error(error: OSError) -> FileSystemError:
     """Say what a refusal of the system means, wherever it came from.
 
-    >>> print(file_system_error(OSError(errno.ENOSPC, "No space left on device", "runs/a")))
-    files must be readable and writable; found runs/a: No space left on device. Make room there, or name another place
+    >>> file_system_error(OSError(errno.EDQUOT, "Disk quota exceeded", "runs/a")).hint
+    'Make room within your quota, or name another place'
     """
-    place = "".join(f"{name}: " for name in (error.filename,) if name is not None)
-    remedy = _REMEDIES.get(error.errno or 0, "Repair access to it, or name another place")
-    return FileSystemError("files must be readable and writable", f"{place}{error.strerror or error}", remedy)
+    cure = _CURES.get(error.errno or 0, "Repair access to it")
+    remedy = _REMEDIES.get(error.errno or 0, f"{cure}, or name another place")
+    return FileSystemError("files must be readable and writable", refusal_of(error), remedy)
+
+
+def remedy_of(error: OSError, option: str) -> str:
+    """Say what to do about a file that an option names and the system refuses."""
+    cure = _CURES.get(error.errno or 0)
+    return f"{f'{cure}, or give' if cure else 'Give'} another path to {option}"
+
+
+def refusal_of(error: OSError, place: Path | None = None) -> str:
+    """Say what the system refused, where, and of a place that is full what is left there.
+
+    Args:
+        error: the refusal.
+        place: where it was written to, if the refusal does not name a file itself.
+    """
+    names = (error.filename2, error.filename, place)  # the second is a number where a descriptor was written to
+    where = next((os.fsdecode(name) for name in names if isinstance(name, str | bytes | Path)), None)
+    left = _left_at(Path(where)) if where is not None and error.errno == errno.ENOSPC else ""
+    if error.errno == errno.EFBIG and (limit := resource.getrlimit(resource.RLIMIT_FSIZE)[0]) != resource.RLIM_INFINITY:
+        left = f" (a file may have at most {limit:,} bytes, by ulimit -f)"
+    return f"{'' if where is None else f'{where}: '}{error.strerror or error}{left}"
+
+
+def _left_at(place: Path) -> str:
+    """Say what is left where a file was to be written: bytes, or names of files, which can be used up before them."""
+    try:
+        if place.exists() and not place.is_file() and not place.is_dir():
+            return ""  # a device or a pipe
+        at = os.statvfs(next(folder for folder in (place, *place.absolute().parents) if folder.is_dir()))
+    except (OSError, StopIteration):
+        return ""
+    if at.f_files and not at.f_favail:
+        return f" (no inode is free there: it holds {at.f_files:,} files and folders, and takes no other)"
+    return f" ({at.f_bavail * at.f_frsize / 2**20:,.1f} MiB free there)"
 
 
 class DataError(MtpError):

@@ -12,7 +12,14 @@ from mtp_lightning import __version__
 from mtp_lightning.cli import bench, data, doctor, eval, generate, models, plan, recipe, report, status, submit, sweep
 from mtp_lightning.cli.places import expand_places
 from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
-from mtp_lightning.console.errors import end_without_output, go_on_without_output, guard_output, print_error, screen
+from mtp_lightning.console.errors import (
+    end_of_lost_output,
+    end_without_output,
+    go_on_without_output,
+    guard_output,
+    print_error,
+    screen,
+)
 from mtp_lightning.errors import LaunchError, MtpError, file_system_error
 from mtp_lightning.launch.rank_env import check_rank_variables
 
@@ -157,9 +164,11 @@ def _run() -> None:
     """Run a verb, and write out all that it has printed while a failure to do so can still be answered."""
     try:
         app()
-    except SystemExit:
+    except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
+        if not end.code:
+            end_of_lost_output()
         raise
 
 

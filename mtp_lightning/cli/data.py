@@ -10,6 +10,7 @@ from mtp_lightning.cli import data_probe
 from mtp_lightning.cli import self_generated as own_text_verbs
 from mtp_lightning.cli.recipe_argument import OverridesArgument, RecipeArgument, open_recipe
 from mtp_lightning.cli.targets import check_picture
+from mtp_lightning.console.errors import finish_without_output
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -105,6 +106,7 @@ def build(
     """Build shards: of a recipe's corpus into its cache, or of any texts into a folder."""
     if not inputs:
         raise typer.BadParameter("give a recipe, or texts", param_hint="PATH")
+    finish_without_output()
     if out is None:
         given = (
             validation_fraction,
@@ -194,6 +196,7 @@ def adopt(
     ] = None,
 ) -> None:
     """Read tokens of Megatron, litdata or OLMo in place, as shards: nothing is copied."""
+    finish_without_output()
     if (documents == "bos") != (begin_of_document is not None):
         raise typer.BadParameter("goes with --documents bos, and only with it", param_hint="--begin-of-document")
     if tokenizer is not None and vocab_size is not None:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from mtp_lightning.console.errors import finish_without_output
+
 app = typer.Typer(no_args_is_help=True, help="Write a synthetic task: documents to train on, problems to test with.")
 
 OutArgument = Annotated[
@@ -33,6 +35,7 @@ def induction(
     from mtp_lightning.data.probes.stories import stories, tokenizer_json
     from mtp_lightning.data.probes.write import write_probe
 
+    finish_without_output()
     write_probe(
         out,
         train=(documents, stories(documents, seed, is_test=False)),
@@ -64,6 +67,7 @@ def polynomial(
 
     num_tested = test * 2 * operations
     drawn = partial(problems, seed=seed, num_pauses=pause_tokens, most_operations=operations)
+    finish_without_output()
     write_probe(
         out,
         train=(documents, drawn(documents, is_test=False)),

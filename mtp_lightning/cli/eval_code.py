@@ -28,7 +28,7 @@ from mtp_lightning.cli.generate import (
 )
 from mtp_lightning.cli.prompts import encode_prompts
 from mtp_lightning.cli.targets import JsonOption
-from mtp_lightning.console.errors import screen, table_of
+from mtp_lightning.console.errors import finish_without_output, screen, table_of
 from mtp_lightning.console.progress import counted, say
 from mtp_lightning.console.tables import write_json
 from mtp_lightning.files.durable import describe_file, replace_durably
@@ -88,6 +88,7 @@ def code(
     """Let a model write programs, its heads drafting, and count how many pass their tests: pass@k."""
     if weak_sandbox and not execute:
         raise typer.BadParameter("needs --execute", param_hint="--weak-sandbox")
+    finish_without_output()
     kinds, heats, counts = _tasks(tasks, data), _temperatures(temperatures, samples), _counts(k, samples)
 
     from mtp_lightning.checkpoint.format.folder import open_checkpoint

@@ -7,6 +7,7 @@ import typer
 
 from mtp_lightning.cli.generate import DeviceName, DeviceOption, DtypeName, DtypeOption, ModelArgument
 from mtp_lightning.cli.targets import JsonOption
+from mtp_lightning.console.errors import finish_without_output
 
 
 def harness(
@@ -46,6 +47,8 @@ def harness(
 ) -> None:
     """Run tasks of lm-evaluation-harness (extra eval); the heads draft, and figures are those of its own classes."""
     rows = _batch_size(batch_size)
+    if out is not None:
+        finish_without_output()
 
     from mtp_lightning.cli.generate import device_of, dtype_of
     from mtp_lightning.console.progress import say
@@ -65,8 +68,8 @@ def harness(
         limit=limit,
         num_fewshot=num_fewshot,
         system_instruction=system,
+        tell=lambda results: say(tables_of(results)),
     )
-    say(tables_of(results))
     if (drafting := model.drafting()) is not None:
         say(f"{drafting:.2f} tokens per forward, by drafts that change no text")
     write_json(json_path, plain(results))

@@ -8,6 +8,7 @@ import typer
 
 from mtp_lightning.checkpoint.export.names import FormatName, format_named
 from mtp_lightning.cli.generate import WeightsName, WeightsOption
+from mtp_lightning.console.errors import finish_without_output
 
 if TYPE_CHECKING:
     from mtp_lightning.checkpoint.export.write import Check
@@ -38,6 +39,7 @@ def extend(
     """Give a trained model more heads by copying its own, ready to be trained with everything else frozen."""
     from mtp_lightning.checkpoint.convert.add_heads import extend_checkpoint
 
+    finish_without_output()
     extend_checkpoint(path, out, to, group=group, train_free=train_free)
 
 
@@ -103,6 +105,7 @@ def export(
         raise typer.BadParameter(
             "--merge-into keeps the format and the type of its folder: leave --format, --dtype out"
         )
+    finish_without_output()
     check: Check | None = None
     if verify:
         from mtp_lightning.evaluation.export_parity import check_parity
@@ -268,6 +271,7 @@ def import_model(
     """Put heads on a pretrained model: a folder and a recipe that `mtp train` starts from; needs no GPU."""
     from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 
+    finish_without_output()
     wanted = Wanted(
         num_offsets=offsets,
         kind=kind.value if kind else None,

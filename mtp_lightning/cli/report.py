@@ -131,16 +131,18 @@ def mixture(
     ] = None,
 ) -> None:
     """Show what each head has learnt to read of the trunk's layers (adapt.layer_mix)."""
-    from mtp_lightning.console.errors import screen, table_of
+    from mtp_lightning.console.errors import finish_without_output, screen, table_of
     from mtp_lightning.evaluation.lens import draw, read_mixtures
 
+    picture = plot or (run / "mixture.png" if (run / "recipe.yaml").is_file() else None)
+    if picture is not None:
+        finish_without_output()
     mixtures = read_mixtures(run)
     layers = (f"layer {number}" for number in range(1, len(mixtures[0].shares) + 1))
     table = table_of(["offset", "mean layer", *layers])
     for own in mixtures:
         table.add_row(str(own.offset), f"{own.depth:.2f}", *(f"{share:.1%}" for share in own.shares))
     screen().print(table)
-    picture = plot or (run / "mixture.png" if (run / "recipe.yaml").is_file() else None)
     if picture is not None:
         draw(mixtures, picture)
         screen().print(f"drawn: {picture}")

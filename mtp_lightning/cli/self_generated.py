@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from mtp_lightning.cli.generate import ChatOption, DeviceName, SpecialTokensOption, SystemOption, device_of
+from mtp_lightning.console.errors import finish_without_output
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -68,6 +69,7 @@ def generate(
     from mtp_lightning.decode import Settings
     from mtp_lightning.decode.self_generated import OwnText
 
+    finish_without_output()
     folder = open_checkpoint(model, verify=False)  # in full before it is loaded: all may be there already
     tokenizer = recipe_tokenizer(folder.recipe)
     reading = _Reading(chat=chat, system=system, special_tokens=special_tokens, num_tokens=prompt_tokens)

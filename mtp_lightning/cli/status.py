@@ -1,18 +1,19 @@
 """`mtp status`."""
 
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from mtp_lightning.cli.targets import check_page
-from mtp_lightning.console.errors import screen
+from mtp_lightning.console.errors import end_without_output, guard_output, screen
 from mtp_lightning.errors import visible
 
 if TYPE_CHECKING:
@@ -52,12 +53,23 @@ def status(
     if not watch:
         console.print(status_page(runs), *([] if html is None else [f"written: {html}"]), sep="\n")
         return
-    with Live(status_page(runs), console=console, auto_refresh=False) as live:
+    guard_output(end_without_output)  # also with a page: nobody is there any more to end it
+    for shown in _shown(screen()):
+        shown(status_page(runs))
+        time.sleep(every)
+        runs = statuses(places)
+        if html is not None and runs:
+            _write_page(runs, html)
+
+
+def _shown(console: Console) -> Iterator[Callable[[Group], None]]:
+    """Yield again and again what shows a page: over the one before on a terminal, else below it."""
+    if not console.is_terminal:
         while True:
-            time.sleep(every)
-            live.update(status_page(runs := statuses(places)), refresh=True)
-            if html is not None and runs:
-                _write_page(runs, html)
+            yield console.print
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            yield lambda page: live.update(page, refresh=True)
 
 
 def _write_page(runs: "list[RunStatus]", html: Path) -> None:

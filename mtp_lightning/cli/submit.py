@@ -118,6 +118,7 @@ def hand_in(
     print(submission.script, end="")
     if submission.follow_script is not None:
         print("\n" + submission.follow_script, end="")
+    sys.stdout.flush()  # what cannot be printed is not submitted either: who is told of a failure tries again
     if options.is_dry_run:
         return
     out = screen(stderr=True)

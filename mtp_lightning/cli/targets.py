@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mtp_lightning.console.errors import finish_without_output
 from mtp_lightning.console.tables import STDOUT
 from mtp_lightning.errors import RunFolderError
 
@@ -28,6 +29,7 @@ def check_file(option: typer.CallbackParam, path: Path | None) -> Path | None:
     if found is not None:
         name = option.opts[-1]
         raise RunFolderError(f"the file for {name} must be writable", found, f"Give another path to {name}")
+    finish_without_output()
     return path
 
 

@@ -76,14 +76,33 @@ def guard_output(answer: Callable[[OSError], object]) -> None:
     sys.stderr = _guarded(sys.stderr, 2, lambda error: None)
 
 
-def end_without_output(error: OSError) -> NoReturn:
+def end_without_output(error: OSError, done: str | None = None) -> NoReturn:
     """End a command that is run for what it prints: quietly when its reader has gone, else saying why not."""
     if isinstance(error, BrokenPipeError):
         raise SystemExit(BROKEN_PIPE)
+    hint = f"{done}; send the text" if done else "Send it"
     screen(stderr=True).print(
-        f"error: stdout must take what is printed; found {error.strerror}. Send it where there is room for it."
+        f"error: stdout must take what is printed; found {error.strerror}. {hint} where there is room for it."
     )
     raise SystemExit(MtpError.exit_code)
+
+
+_LOST: list[OSError] = []
+"""Why stdout took nothing any more, while a verb went on."""
+
+
+def finish_without_output() -> None:
+    """Let a verb that writes files do its work to the end when its screen goes away; then it ends as others do at once.
+
+    It is called where it is known that there will be files, before anything is printed.
+    """
+    guard_output(_LOST.append)
+
+
+def end_of_lost_output() -> None:
+    """End, as `end_without_output` does, a verb that has done its work and could not print all of it."""
+    if _LOST:
+        end_without_output(_LOST[0], "The files are written")
 
 
 def go_on_without_output(error: OSError) -> None:

@@ -1,11 +1,13 @@
 """Pictures on the disk, and lines drawn with characters."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtp_lightning.errors import RunFolderError, visible
+from mtp_lightning.errors import RunFolderError, refusal_of, remedy_of, visible
+from mtp_lightning.files.durable import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,9 +49,15 @@ def save_picture(figure: "Figure", path: Path, option: str) -> None:
         RunFolderError: It cannot be written there.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        write_whole(path, picture_of(figure, path))
     except OSError as error:
         raise RunFolderError(
-            "the file for the picture must be writable", f"{path}: {error.strerror}", f"Give another path to {option}."
+            "the file for the picture must be writable", refusal_of(error, path), remedy_of(error, option)
         ) from error
+
+
+def picture_of(figure: "Figure", path: Path) -> bytes:
+    """Draw a figure, of the kind that the ending of a path names."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix(".").lower())
+    return drawn.getvalue()

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from mtp_lightning.console.screen import Screen
-from mtp_lightning.errors import RunFolderError
+from mtp_lightning.errors import RunFolderError, refusal_of, remedy_of
+from mtp_lightning.files.durable import write_whole
 
 BLANK = "-"
 STDOUT = Path("-")  # in place of a file, as other programs have it
@@ -107,10 +108,9 @@ def write_json(path: Path | None, figures: Any) -> None:
         print(json.dumps(figures, indent=2))
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=2) + "\n")
+        write_whole(path, json.dumps(figures, indent=2).encode() + b"\n")
     except OSError as error:
         raise RunFolderError(
-            "the file for the figures must be writable", f"{path}: {error.strerror}", "Give another path to --json."
+            "the file for the figures must be writable", refusal_of(error, path), remedy_of(error, "--json")
         ) from error
     console().print(f"Figures written to {path}", soft_wrap=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mtp_lightning.decode.sampling import Generator, Sampling, draw, uniform
 from mtp_lightning.decode.verify import AcceptResult
-from mtp_lightning.errors import DecodingError
+from mtp_lightning.errors import DecodingError, refusal_of, remedy_of
+from mtp_lightning.files.durable import write_whole
 from mtp_lightning.files.untrusted import read_object
 from mtp_lightning.model.mtp_model import MtpModel
 
@@ -234,11 +235,10 @@ def write_tree(path: Path, tree: Tree, shares: Sequence[Sequence[float]]) -> Non
     """
     document = {"parents": tree.parents, "ranks": tree.ranks, "shares": shares}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document) + "\n")
+        write_whole(path, json.dumps(document).encode() + b"\n")
     except OSError as error:
         raise DecodingError(
-            "the file for a tree must be writable", f"{path}: {error.strerror}", "Name another"
+            "the file for a tree must be writable", refusal_of(error, path), remedy_of(error, "--out")
         ) from None
 
 

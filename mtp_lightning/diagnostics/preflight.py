@@ -20,7 +20,7 @@ from mtp_lightning.diagnostics.preflight_trial import (
     run_check,
     train_twice,
 )
-from mtp_lightning.files.durable import force
+from mtp_lightning.files.durable import finished_file
 from mtp_lightning.launch.run_marker import claim
 from mtp_lightning.planner.counts import disk_use, kept_state_bytes
 from mtp_lightning.planner.layout import layout_of
@@ -46,7 +46,11 @@ def preflight(recipe: Recipe) -> int:
         for name, check in CHECKS.items():
             lines.append(run_check(name, check, recipe, device))
         folder = Path(Ranks().broadcast(str(Path(recipe.run.dir).absolute() / f"logs/preflight-{time.time_ns()}")))
-    codes = train_twice(recipe, folder) if all(line.hint is None for line in lines) else None
+    try:
+        codes = train_twice(recipe, folder) if all(line.hint is None for line in lines) else None
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     with process_group(recipe):
         if codes is not None:
             gathered = Ranks().gather(codes)
@@ -119,10 +123,8 @@ def _written_bytes_per_s(path: Path) -> float:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = os.urandom(WRITTEN_BYTES)
     began_at = time.monotonic()
-    with path.open("wb") as file:
+    with finished_file(path) as file:
         file.write(content)
-        file.flush()
-        force(file.fileno())
     return WRITTEN_BYTES / (time.monotonic() - began_at)
 
 

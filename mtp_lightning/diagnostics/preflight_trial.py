@@ -17,7 +17,7 @@ import torch
 from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.checkpoint.format.folder import complete_checkpoints
 from mtp_lightning.decode import generate
-from mtp_lightning.errors import MtpError
+from mtp_lightning.errors import MtpError, file_system_error
 from mtp_lightning.launch.rank_env import rank_from_env
 from mtp_lightning.planner.counts import parameter_counts
 from mtp_lightning.ranks import Ranks
@@ -62,7 +62,8 @@ def run_check(name: str, check: Check, recipe: Recipe, device: torch.device) -> 
     except MtpError as error:
         line = Line(name, f"{error.expected}; found {error.found}", error.hint)
     except OSError as error:
-        line = Line(name, f"{error.strerror}: {error.filename}", "Repair access")
+        told = file_system_error(error)
+        line = Line(name, told.found, told.hint)
     except RuntimeError as error:  # CUDA, NCCL and gloo
         traceback.print_exc()
         line = Line(name, f"{type(error).__name__}: {str(error).splitlines()[0]}", "Look at the traceback of this rank")

@@ -2,14 +2,18 @@
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from mtp_lightning.errors import DataError, DecodingError, RunFolderError
+from mtp_lightning.errors import DataError, DecodingError, RunFolderError, refusal_of, remedy_of
 from mtp_lightning.evaluation.harness import HarnessModel, lm_eval
 
 TASKS_HINT = "See docs/howto/evaluate.md for task files and metrics that need no network"
@@ -41,6 +45,7 @@ def evaluate_tasks(
     out: Path | None = None,
     chat: bool = False,
     gen_kwargs: Mapping[str, Any] | None = None,
+    tell: Callable[[Mapping[str, Any]], object] = lambda results: None,
     **options: Any,
 ) -> dict[str, Any]:
     """Run tasks with `lm_eval.simple_evaluate`, once all of them are known to be there and to be ours to run.
@@ -51,6 +56,7 @@ def evaluate_tasks(
         include_path: folder of task files; those of lm-evaluation-harness are looked at for what is not there.
         out: folder for lm-evaluation-harness's own files of results and samples.
         chat: whether contexts are turns of a chat.
+        tell: called with the results before files of them are written.
         gen_kwargs: settings that go before the tasks' own generation_kwargs.
         options: further arguments of `simple_evaluate`: limit, num_fewshot, system_instruction, bootstrap_iters.
 
@@ -59,11 +65,13 @@ def evaluate_tasks(
 
     Raises:
         DataError: A task is not known, is wrong, needs data that are not there, or would run generated code.
+        RunFolderError: The files cannot be written.
     """
     if chat:
         _ = model.text.template  # is there one?
     if out is not None:
-        _make(out)
+        with _written(out):
+            out.mkdir(parents=True, exist_ok=True)
     manager, loaded = load_tasks(tasks, include_path)
     tracker = lm_eval.loggers.EvaluationTracker(output_path=str(out)) if out is not None else None
     results: dict[str, Any] = lm_eval.simple_evaluate(
@@ -79,12 +87,49 @@ def evaluate_tasks(
         log_samples=tracker is not None,
         **options,
     )
-    if tracker is not None:
-        samples = results.pop("samples")
+    samples = results.pop("samples", {})
+    tell(results)
+    if tracker is not None and out is not None:
+        _save(tracker, results, samples, out)
+    return results
+
+
+def _save(tracker: Any, results: dict[str, Any], samples: Mapping[str, Any], out: Path) -> None:
+    """Write lm-evaluation-harness's files, all of them or none: it goes on where one cannot be written.
+
+    Raises:
+        RunFolderError: One cannot be written.
+    """
+    with (
+        _written(out),
+        TemporaryDirectory(prefix=".partial-", dir=out) as staging,
+        _written(out),  # told before what is there is removed: there is room again afterwards
+        _raised(lm_eval.loggers.evaluation_tracker),
+    ):
+        tracker.output_path = staging
         tracker.save_results_aggregated(results=results, samples=samples)
         for name, own in samples.items():
             tracker.save_results_samples(task_name=name, samples=own)
-    return results
+        for path in filter(Path.is_file, Path(staging).rglob("*")):
+            target = out / path.relative_to(staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+
+
+@contextmanager
+def _raised(module: Any) -> Iterator[None]:
+    """Raise in the body what a module of lm-evaluation-harness (0.4) only warns of. Can go when it raises it itself."""
+
+    def look(record: logging.LogRecord) -> bool:
+        if (error := sys.exc_info()[1]) is not None:  # logged in its `except`
+            raise error
+        return True
+
+    module.eval_logger.addFilter(look)
+    try:
+        yield
+    finally:
+        module.eval_logger.removeFilter(look)
 
 
 def load_tasks(names: Sequence[str], include_path: Path | None = None) -> tuple[Any, list[Any]]:
@@ -171,12 +216,13 @@ def _check_task(task: Any) -> None:
     raise DataError("tasks must be texts, with metrics that can be computed here", found, hint)
 
 
-def _make(folder: Path) -> None:
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        found = f"{folder}: {error.strerror}"
-        raise RunFolderError("the folder for --out must be writable", found, "Give another path to --out") from None
+        found, hint = refusal_of(error, folder), remedy_of(error, "--out")
+        raise RunFolderError("the folder for --out must be writable", found, hint) from error
 
 
 def parse_gen_kwargs(text: str | None) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from mtp_lightning.checkpoint.format.folder import open_checkpoint
 from mtp_lightning.checkpoint.format.manifest import MANIFEST_NAME
-from mtp_lightning.errors import RunFolderError
+from mtp_lightning.console.progress import say
+from mtp_lightning.errors import RunFolderError, refusal_of
 from mtp_lightning.evaluation.marginal import MarginalReport
 from mtp_lightning.evaluation.probes import PROBES, ProbeReport
 from mtp_lightning.files.durable import replace_durably
@@ -48,8 +49,15 @@ class Keeper(Generic[Report]):
         digest, kept = _digest_of(path), self._read(path)
         if kept is None or (kept.manifest_sha256, kept.settings) != (digest, settings):
             kept = Kept(digest, dict(settings), measure())
-            replace_durably(path / self.file_name, self.format.dump_json(kept, indent=2) + b"\n")
+            self._keep(path / self.file_name, self.format.dump_json(kept, indent=2) + b"\n")
         return kept.report
+
+    def _keep(self, path: Path, content: bytes) -> None:
+        """Write a report; where that cannot be it is said, for what was measured can still be shown."""
+        try:
+            replace_durably(path, content)
+        except OSError as error:
+            say(f"mtp report compare will not show these figures: {refusal_of(error, path)}", stderr=True)
 
     def read(self, run: Path) -> Report | None:
         """Read what was measured of a run; None where nothing was.

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from mtp_lightning.errors import MtpError
+from mtp_lightning.errors import MtpError, refusal_of
 from mtp_lightning.files.durable import sync
 from mtp_lightning.files.lock import holder_of, is_file_at, try_lock
 
@@ -40,13 +40,19 @@ def atomic_folder(target: Path, error: type[MtpError], *, size_bytes: int = 0) -
             for left in staging.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             if (free_bytes := shutil.disk_usage(staging).free) < size_bytes:
-                raise OSError(f"{free_bytes / 2**20:,.0f} MiB free of {size_bytes / 2**20:,.0f} MiB needed")
-            yield staging
-            publish(staging, target)
+                raise OSError(f"{free_bytes / 2**20:,.1f} MiB free there of {size_bytes / 2**20:,.1f} MiB needed")
+            try:
+                yield staging
+                publish(staging, target)
+            except OSError as refusal:  # told before what was written is removed: there is room again afterwards
+                raise _unwritable(target, refusal, error) from refusal
     except OSError as refusal:
-        raise error(
-            f"the folder must be written to {target}", str(refusal), "Make room or repair access, or name another"
-        ) from refusal
+        raise _unwritable(target, refusal, error) from refusal
+
+
+def _unwritable(target: Path, refusal: OSError, error: type[MtpError]) -> MtpError:
+    found = str(refusal) if refusal.errno is None else refusal_of(refusal, target)
+    return error(f"the folder must be written to {target}", found, "Make room or repair access, or name another")
 
 
 @contextmanager

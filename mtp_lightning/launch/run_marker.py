@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mtp_lightning import __version__
 from mtp_lightning.errors import RunFolderError
+from mtp_lightning.files.durable import naming
 
 MARKER = ".mtp_run.json"
 SAVED = "first_checkpoint"  # in the marker: step of the first checkpoint that was committed
@@ -51,8 +52,14 @@ def mark(folder: Path) -> None:
     """Put the marker of a run into a folder that is known to be one's own."""
     folder.mkdir(parents=True, exist_ok=True)
     note = {"made_by": f"mtp_lightning {__version__}", "made_at": datetime.now(UTC).isoformat(timespec="microseconds")}
-    with suppress(FileExistsError), (folder / MARKER).open("x", encoding="utf-8") as file:
-        file.write(json.dumps(note) + "\n")
+    marker = folder / MARKER
+    with suppress(FileExistsError), naming(marker), marker.open("x", encoding="utf-8") as file:
+        try:
+            file.write(json.dumps(note) + "\n")
+            file.flush()
+        except OSError:
+            marker.unlink()  # an empty one would not say when the run was made
+            raise
 
 
 def read_marker(folder: Path) -> dict[str, object]:

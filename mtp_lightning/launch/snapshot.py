@@ -12,7 +12,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.errors import RunFolderError
+from mtp_lightning.errors import RunFolderError, refusal_of, remedy_of
+from mtp_lightning.files.atomic_folder import removed_on_error
 
 SUBMISSION = re.compile(r"submit_[0-9]{1,9}\Z")
 MOST_DIFF_BYTES = 20_000_000
@@ -45,12 +46,13 @@ def freeze(folder: Path, files: Mapping[Path, str], facts: Mapping[str, Any]) ->
     content = {"environment.json": json.dumps(environment, indent=2) + "\n"} | ({"changes.diff": diff} if diff else {})
     try:
         folder.mkdir(parents=True)
-        for path, text in {**files, **{folder / name: text for name, text in content.items()}}.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8", errors="surrogateescape")
+        with removed_on_error(folder):
+            for path, text in {**files, **{folder / name: text for name, text in content.items()}}.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise RunFolderError(
-            "a submission must be written into the run folder", f"{folder}: {error.strerror}", "Give another run.dir"
+            "a submission must be written into the run folder", refusal_of(error, folder), remedy_of(error, "run.dir")
         ) from None
 
 
@@ -60,6 +62,18 @@ def code_version(source: Path) -> tuple[str | None, str]:
     return (
         (None, "") if revision is None else (revision.strip(), (_git(source, "diff", "HEAD") or "")[:MOST_DIFF_BYTES])
     )
+
+
+def revision_of(source: Path) -> str | None:
+    """Return the git revision of a source tree, `-dirty` behind it where files differ; None where there is none.
+
+    In place of `git describe --dirty`, which writes to the repository: a lock of its own stays there where the system
+    ends it at a limit (`ulimit -f`), and keeps everybody else out.
+    """
+    found = _git(source, "describe", "--always", "--abbrev=40")
+    if found is None:
+        return None
+    return found.strip() + ("-dirty" if _git(source, "status", "--porcelain", "--untracked-files=no") else "")
 
 
 def _git(source: Path, *arguments: str) -> str | None:

@@ -3,11 +3,12 @@
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mtp_lightning.errors import LaunchError
+from mtp_lightning.errors import LaunchError, RunFolderError, refusal_of
+from mtp_lightning.files.durable import write_whole
 from mtp_lightning.launch.run_marker import check_may_be_run, claim
 from mtp_lightning.launch.sbatch import Job, Task, render
 from mtp_lightning.launch.scheduler import submit
@@ -54,12 +55,26 @@ class Submission:
         is_array = len(self.job.tasks) > 1
         for index, task in enumerate(self.job.tasks):
             record = {"job": f"{job_id}_{index}" if is_array else job_id, "submission": str(self.folder)}
-            path = task.run / "logs/job.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            _note(task.run / "logs/job.json", record, job_id)
         if self.follow_script is not None:
             follow_id = submit(self._follow_path, after=job_id, per_task=is_array)
         return job_id, follow_id
+
+
+def _note(path: Path, record: Mapping[str, str], job_id: str) -> None:
+    """Write down which job a run was given to, for `mtp status`.
+
+    Raises:
+        RunFolderError: It cannot be written; names the job, which Slurm has by now.
+    """
+    try:
+        write_whole(path, json.dumps(record).encode() + b"\n")
+    except OSError as error:
+        raise RunFolderError(
+            f"job {job_id}, which is submitted, must be noted in its run's folder",
+            refusal_of(error, path),
+            f"Do not submit it again: it will run. Or take it back (scancel {job_id}), make room and submit anew",
+        ) from error
 
 
 def prepare(

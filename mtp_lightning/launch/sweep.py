@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mtp_lightning.errors import Fault, LaunchError, RecipeError, RunFolderError
+from mtp_lightning.errors import Fault, LaunchError, RecipeError, RunFolderError, refusal_of, remedy_of
+from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.files.lock import wait_for_lock
 from mtp_lightning.files.paths import expanded, leads_to
 from mtp_lightning.launch.run_marker import check_may_be_run, claim, is_run, read_marker
@@ -171,12 +172,10 @@ def begin_sweep(out: Path, members: Sequence[Member]) -> None:
         with _alone_in(out):  # another sweep that begins here has made none of its runs, or all
             for member in _new_in(out, members):
                 claim(member.folder)
-                staged = member.folder / f".{RECIPE}"
-                staged.write_text(recipe_to_yaml(member.recipe), encoding="utf-8")
-                staged.replace(member.folder / RECIPE)
+                replace_durably(member.folder / RECIPE, recipe_to_yaml(member.recipe).encode())
     except OSError as error:
         expected = "--out must be a folder that can be written to"
-        raise RunFolderError(expected, f"{error.filename}: {error.strerror}", "Give another") from None
+        raise RunFolderError(expected, refusal_of(error, out), remedy_of(error, "--out")) from None
 
 
 @contextmanager

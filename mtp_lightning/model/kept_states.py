@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.console.progress import say
-from mtp_lightning.errors import TrainingError
+from mtp_lightning.errors import TrainingError, refusal_of
 from mtp_lightning.model.mtp_model import MtpModel, Whole
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
@@ -78,7 +78,7 @@ class KeptStates:
                 except OSError as error:
                     raise TrainingError(
                         f"the trunk's states must be written to {self.folder}",
-                        str(error),
+                        refusal_of(error, self.folder),
                         "Make room or repair access, or set memory.cache_hidden_states to another folder, or to null",
                     ) from error
             return computed
@@ -108,7 +108,7 @@ class KeptStates:
         self._look()
         missing = max(0, self._num_rows - len(self)) * self._record_bytes
         if (free := shutil.disk_usage(self.folder).free) < missing:
-            raise OSError(f"{free / 2**30:,.1f} GiB free where {missing / 2**30:,.1f} GiB may be needed")
+            raise OSError(f"{free / 2**20:,.1f} MiB free where {missing / 2**20:,.1f} MiB may be needed")
         if self._ranks.is_first:
             say(f"states of {len(self):,} rows are kept in {self.folder}; {missing / 2**30:,.2f} GiB may be added")
 

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
+from mtp_lightning.checkpoint.format.folder import CheckpointFolder
 from mtp_lightning.console.progress import say
 from mtp_lightning.data.loading.datamodule import MtpDataModule
 from mtp_lightning.errors import MtpError
@@ -27,6 +28,7 @@ from mtp_lightning.training.health.rollback import roll_back
 from mtp_lightning.training.lightning_module import MtpLightningModule
 from mtp_lightning.training.logging.log_routing import redirect_library_logs
 from mtp_lightning.training.logging.loggers import LoggedRun, build_loggers
+from mtp_lightning.training.logging.summary import complete_ending
 from mtp_lightning.training.phases import train_phases
 from mtp_lightning.training.run_folder import Opened, opened_run_folder
 from mtp_lightning.training.step.skipped_steps import NonFiniteStreak
@@ -59,7 +61,7 @@ def _train_run(recipe: Recipe, logged: LoggedRun, stop: StopRequest) -> int:
     with opened_run_folder(recipe, Ranks()) as opened:
         recipe = opened.recipe
         if opened.checkpoint is not None and is_over(recipe, opened.checkpoint):
-            _say_finished(opened, recipe)
+            _end(opened, recipe, opened.checkpoint)
             return 0
         return _fit_with_rollbacks(recipe, opened, logged, stop)
 
@@ -90,11 +92,15 @@ def _let_go() -> None:
         torch.cuda.empty_cache()
 
 
-def _say_finished(opened: Opened, recipe: Recipe) -> None:
-    if Ranks().is_first and opened.checkpoint is not None:
+def _end(opened: Opened, recipe: Recipe, checkpoint: CheckpointFolder) -> None:
+    """Say that a run is finished, and write what it could not write when it ended."""
+    with Ranks().raise_on_all_ranks():
+        if not Ranks().is_first:
+            return
+        complete_ending(recipe, opened.path, checkpoint)
         say(
-            f"{opened.path} is finished: {opened.checkpoint.step} of {recipe.run.steps} steps. Raise "
-            f"{'run.steps' if opened.checkpoint.step >= recipe.run.steps else 'run.early_stop.validations'} to go on, "
+            f"{opened.path} is finished: {checkpoint.step} of {recipe.run.steps} steps. Raise "
+            f"{'run.steps' if checkpoint.step >= recipe.run.steps else 'run.early_stop.validations'} to go on, "
             "or start over with run.restart=true.",
         )
 

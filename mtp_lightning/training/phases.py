@@ -17,6 +17,7 @@ from mtp_lightning.recipe.loading.phases import Phase, phases_of
 from mtp_lightning.training.draft_vocabulary import with_draft_vocabulary
 from mtp_lightning.training.health.early_stop import is_over
 from mtp_lightning.training.logging.loggers import LoggedRun
+from mtp_lightning.training.logging.summary import complete_ending
 from mtp_lightning.training.run_folder import check_changes, opened_run_folder
 
 
@@ -51,11 +52,14 @@ def train_phases(recipe: Recipe, train_one: Callable[[Recipe, LoggedRun], int]) 
 
 
 def _is_finished(phase: Phase) -> bool:
+    """Tell whether a phase has ended; what it could not write when it ended is written."""
     folder = Path(phase.recipe.run.dir)
     newest = newest_complete(folder / "checkpoints")
     if newest is None or not is_over(phase.recipe, newest):
         return False
-    check_changes(folder, with_draft_vocabulary(phase.recipe, folder / "recipe.yaml"))
+    recipe = with_draft_vocabulary(phase.recipe, folder / "recipe.yaml")
+    check_changes(folder, recipe)
+    complete_ending(recipe, folder, newest)
     return True
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +20,11 @@ from pathlib import Path
 
 from mtp_lightning.checkpoint.format.folder import CheckpointFolder, newest_complete
 from mtp_lightning.console.progress import say
-from mtp_lightning.errors import CheckpointError, RunFolderError
+from mtp_lightning.errors import CheckpointError, RunFolderError, refusal_of
 from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.files.lock import ANOTHER, try_lock
 from mtp_lightning.launch.run_marker import MARKER, SAVED, check_may_be_run, claim, is_run, mark, read_marker
+from mtp_lightning.launch.snapshot import revision_of
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe import Recipe, changed_fields, load_recipe, recipe_to_yaml
 from mtp_lightning.recipe.loading.phases import phases_of
@@ -78,7 +78,7 @@ def _opened(recipe: Recipe) -> Iterator[Opened]:
         except OSError as error:
             raise RunFolderError(
                 "run.dir must be a folder that can be written to",
-                f"{error.filename or folder}: {error.strerror or error}",
+                refusal_of(error, folder),
                 "Make room or repair access there, or give another run.dir; checkpoints have not been touched.",
             ) from error
         yield opened
@@ -242,7 +242,7 @@ def _environment() -> dict[str, object]:
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "packages": {name: _version_of(name) for name in PACKAGES},
-        "git_revision": _git_revision(),
+        "git_revision": revision_of(Path(__file__).parent),
     }
 
 
@@ -251,13 +251,3 @@ def _version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _git_revision() -> str | None:
-    """Revision of the source tree that this package runs from, if it is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

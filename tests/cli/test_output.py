@@ -1,5 +1,6 @@
 """Stdout and stderr that are closed, full or no longer read: real pipes, /dev/full and processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from tests.support.runs import ROOT, figures
 
 RECIPE = str(ROOT / "recipes/debug/parallel.yaml")
 FULL = "error: stdout must take what is printed; found No space left on device. Send it where there is room for it.\n"
+DONE = FULL.replace("Send it", "The files are written; send the text")
 CLOSED = FULL.replace("No space left on device", "Bad file descriptor")
 
 
@@ -86,6 +88,13 @@ def test_ranks_that_a_verb_does_not_need_do_not_matter(place, tmp_path):
     environment = os.environ | {"LOCAL_RANK": "0", "MASTER_PORT": "abc"} | place
     done = warm.run("recipe", "check", RECIPE, cwd=tmp_path, environment=environment, trains=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("redirection", "exit_code", "said"), [("| true", BROKEN_PIPE, ""), ("> /dev/full", 1, DONE)])
+def test_a_verb_that_writes_a_file_does_so_though_nobody_sees_it(tmp_path, redirection, exit_code, said):
+    words = f"plan {RECIPE} --json {tmp_path}/figures"
+    assert shell(words, redirection, PYTHONUNBUFFERED="1") == (exit_code, "", said)
+    assert json.loads((tmp_path / "figures").read_text())["recipe"]["name"] == "debug-parallel"
 
 
 STEPS = "run.steps=12 logging.every_steps=1 checkpoint.every_steps=100 run.validate_every_steps=6"

@@ -1,8 +1,11 @@
 """Every verb, as the command line lists them: stdout full, gone or closed, no stderr, ASCII only; targets that fail."""
 
 import json
+import re
 import shlex
+import subprocess
 from pathlib import Path
+from shutil import disk_usage
 
 import pytest
 from typer.testing import CliRunner
@@ -12,6 +15,7 @@ from mtp_lightning.console.errors import BROKEN_PIPE
 from mtp_lightning.errors import RunFolderError
 from tests.cli.verbs import commands
 from tests.support import warm
+from tests.support.fatal import small_file_system
 from tests.support.runs import ROOT, mtp
 
 VERBS = sorted(commands())
@@ -181,6 +185,38 @@ def test_every_verb_at_work_without_an_output(output: str, places: dict[str, str
         code, said = run(output, *words, cwd=tmp_path)
         if code != (0 if verb in GO_ON else ENDS[output]):
             wrong[verb] = (code, said[-1000:])
+    assert not wrong
+
+
+FILES = re.compile(r"(?:--(?:json|png|plot|picture|html)|bench tree .* --out) (NEW\S*)")
+"""What a command line of the table writes that is one file."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("turn", "limit"), [(0, "size=64k"), (1, "size=64k"), (0, "nr_inodes"), (1, "nr_inodes")])
+def test_every_verb_at_work_on_a_full_disk(turn: int, limit: str, places: dict[str, str], tmp_path: Path) -> None:
+    """It says what is full, in three parts, leaves nothing of its own, and old files as they are."""
+    wrong = {}
+    for number, verb in enumerate(VERBS[turn::2]):
+        line = f"{verb} {WORDS[verb]}"
+        with small_file_system(tmp_path / str(number), "64k") as disk:
+            for name in FILES.findall(line):
+                (disk / name).write_bytes(b"old")
+            (disk / "filler").write_bytes(bytes(disk_usage(disk).free) if limit == "size=64k" else b"")
+            before = {path: path.read_bytes() for path in disk.iterdir()}
+            if limit == "nr_inodes":
+                subprocess.run(["mount", "-o", f"remount,nr_inodes={len(before) + 1}", disk], check=True)
+            done = mtp(*filled(line, {**places, "NEW": str(disk / "NEW")}), cwd=tmp_path, timeout=300)
+            heads = [row.split()[0] for row in done.stderr.splitlines() if row.strip()]
+            told = done.stdout if verb == "preflight" else done.stderr
+            is_whole = all(path.read_bytes() == content for path, content in before.items())
+            left = [path for path in disk.rglob("*") if path.is_file() and path not in before and path.stat().st_size]
+        is_told = "free there" in told and "Traceback" not in done.stderr
+        is_told &= verb == "preflight" or (heads.count("error:"), heads[-2:]) == (1, ["found", "hint"])
+        writes = "NEW" in line and "--dry-run" not in line
+        if (not is_whole) or left or (is_told, done.returncode != 0) != (writes, writes):
+            wrong[verb] = (done.returncode, is_whole, left, done.stderr[-1000:])
     assert not wrong
 
 

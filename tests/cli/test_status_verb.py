@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mtp_lightning.cli.app import app
+from mtp_lightning.console.errors import BROKEN_PIPE
 from mtp_lightning.launch.status import RunStatus, find_runs, statuses
 from mtp_lightning.recipe import Recipe, recipe_to_yaml
 
@@ -245,3 +246,14 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert os.times().children_user - used_s < 1
     assert len(done.stdout.splitlines()) == 22
+
+
+def test_watching_in_a_pipe_shows_every_look_and_ends_with_its_reader(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", rows=ROWS)
+    command = [sys.executable, "-m", "mtp_lightning", "status", str(tmp_path), "--watch", "--every", "0.2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        lines = [watching.stdout.readline() for _ in range(5)]
+        watching.stdout.close()
+        assert watching.wait(30) == BROKEN_PIPE
+    assert sum("checkpoint" in line for line in lines) == 2

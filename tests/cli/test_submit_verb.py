@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mtp_lightning.cli.app import app
+from mtp_lightning.errors import RunFolderError
 from mtp_lightning.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +61,23 @@ finally:
     used_s = os.times().children_user
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     assert os.times().children_user - used_s < 1, time.monotonic() - began_s
+
+
+def test_a_job_that_cannot_be_noted_is_named_and_one_that_cannot_be_shown_is_not_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = pretend_sbatch(tmp_path, monkeypatch, f"mkdir {tmp_path}/run/logs/job.json; echo '17;cluster'")
+    result = submit(*SMALL, "--site", "local", f"run.dir={tmp_path}/run")
+    assert result.exit_code == RunFolderError.exit_code
+    assert "job 17, which is submitted" in result.stderr
+    assert "scancel 17" in result.stderr
+    arguments.unlink()
+    for place, code in (("> /dev/full", 1), ("| true", 141)):
+        words = " ".join(("submit", RECIPE, *SMALL, "--site", "local", f"run.dir={tmp_path}/other"))
+        command = f"set -o pipefail; {sys.executable} -m mtp_lightning {words} {place}"
+        buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+        assert subprocess.run(["bash", "-c", command], cwd=ROOT, env=buffered, capture_output=True).returncode == code
+    assert not arguments.exists()
 
 
 def test_a_submission_is_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

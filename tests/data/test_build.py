@@ -131,7 +131,7 @@ def test_disk_that_refuses_leaves_nothing_behind(tmp_path: Path, corpus: Path) -
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"writable; found \[Errno 27\] File too large"):
+        with pytest.raises(DataError, match=r"writable; found .*/shards: File too large"):
             build_tiny([str(corpus)], tmp_path / "shards")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

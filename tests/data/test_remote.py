@@ -318,7 +318,7 @@ def test_full_disk_is_named_with_what_is_needed(tmp_path: Path, server: Any, sma
     (small_disk / "filler").write_bytes(bytes(1496 * 1024))
     cache = ShardCache(server.url, small_disk / "shards", limit_bytes=BIG)
     wanted = rf"{small_disk}/shards must have room for {shards[0].num_bytes:,} bytes of {server.url}/{shards[0].name}"
-    with pytest.raises(DataError, match=wanted + r"; found .*\d bytes free there\)\. Make room, lower data\.cache_gib"):
+    with pytest.raises(DataError, match=wanted + r"; found .*\d MiB free there\)\. Make room, lower data\.cache_gib"):
         cache.open(shards[0])
     (small_disk / "filler").unlink()
     cache.open(shards[0]).close()

@@ -1,11 +1,12 @@
 """Figures of tasks are those of lm-evaluation-harness's own class for transformers, on the folder that we export."""
 
 import json
+import subprocess
 
 import pytest
 import torch
 
-from mtp_lightning.errors import DataError, DecodingError
+from mtp_lightning.errors import DataError, DecodingError, RunFolderError
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'mtp_lightning[eval]'")
 transformers = pytest.importorskip(
@@ -29,6 +30,7 @@ from tests.evaluation.harness_models import (  # noqa: E402
     write_model,
     write_tasks,
 )
+from tests.support.fatal import small_file_system  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore:.*:UserWarning"
@@ -153,6 +155,22 @@ def test_tasks_have_the_figures_of_transformers(both, num_fewshot, tmp_path):
         own = {key: value for key, value in figures.items() if not isinstance(value, str)}
         assert {key: found["results"][name][key] for key in own} == pytest.approx(own, abs=1e-4, rel=1e-4), name
     assert found["n-shot"] == expected["n-shot"]
+
+
+def test_files_of_results_are_all_written_or_none_and_figures_are_told_before(model, tmp_path):
+    """The harness itself goes on where one cannot be written."""
+    tasks, told = write_tasks(tmp_path / "tasks", documents()[:2]), []
+    options = {"include_path": tasks, "bootstrap_iters": 0, "tell": told.append}
+    with small_file_system(tmp_path / "disk", "8k") as disk:
+        with pytest.raises(RunFolderError, match=r"No space left on device \(0.0 MiB free"):
+            evaluate_tasks(model, ["*"], out=disk / "out", **options)
+        assert list((disk / "out").iterdir()) == []
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        evaluate_tasks(model, ["*"], out=disk / "out", **options)
+        kinds = {path.name.partition("_")[0] for path in (disk / "out").rglob("*") if path.is_file()}
+        assert kinds == {"results", "samples"}
+        assert len(list((disk / "out").glob("*/samples_*.jsonl"))) == len(told[1]["results"])
+    assert told[0]["results"] == told[1]["results"]
 
 
 def test_chats_are_written_as_by_transformers(both):

@@ -118,7 +118,7 @@ def test_the_interval_is_that_of_wilson_and_wider_when_rows_differ():
     assert none.low == 0 < none.high < one.high < 1
 
 
-def test_what_is_measured_of_a_run_is_kept(polynomial):
+def test_what_is_measured_of_a_run_is_kept(polynomial, capsys):
     run, file = polynomial
     calls = []
     keeper, report = OF_PROBES["polynomial"], measure_probe("polynomial", run, file)
@@ -126,6 +126,10 @@ def test_what_is_measured_of_a_run_is_kept(polynomial):
         assert keeper.measured(run, settings, lambda: calls.append(1) or report) == report
     assert len(calls) == 2
     assert keeper.read(run) == report
+    (run / "polynomial.json.tmp").mkdir()  # as where the disk is full
+    assert keeper.measured(run, {"data": "c"}, lambda: report) == report
+    assert "report compare will not show these figures: " in capsys.readouterr().err
+    (run / "polynomial.json.tmp").rmdir()
 
 
 WRONG = {

@@ -92,7 +92,7 @@ def test_a_file_system_that_refuses_is_said_in_three_parts(tmp_path: Path) -> No
     ):
         pass
     with (
-        pytest.raises(DataError, match=r"found .* MiB free of 1,048,576,000,000 MiB needed"),
+        pytest.raises(DataError, match=r"found .* MiB free there of 1,048,576,000,000.0 MiB needed"),
         atomic_folder(tmp_path / "out", DataError, size_bytes=10**6 * 2**40),
     ):
         pass

@@ -205,7 +205,7 @@ def test_states_of_another_program_are_refused(tiny, tmp_path):
 def test_too_little_room_is_told_before_and_while_writing(tiny, small_disk):
     recipe, model, rows = tiny
     opened(small_disk, recipe, model, num_rows=10**9)
-    with pytest.raises(TrainingError, match="must be written to .* GiB free where .* may be needed. Make room"):
+    with pytest.raises(TrainingError, match="must be written to .* MiB free where .* MiB may be needed. Make room"):
         states_of(model, rows)
     opened(small_disk, recipe, model)
     states_of(model, rows)

@@ -21,7 +21,8 @@ from mtp_lightning.training.fit import train
 from mtp_lightning.training.logging import loggers as outage
 from mtp_lightning.training.logging.loggers import LoggedRun, LoggerQueue, build_loggers, hyperparameters
 from tests.support import warm
-from tests.support.runs import ROOT, figures, mtp_killed
+from tests.support.fatal import small_file_system
+from tests.support.runs import ROOT, figures, mtp, mtp_killed
 from tests.training.callbacks.tiny_run import TinyModule, fit, tiny_recipe
 
 QUICK = ("run.steps=6", "logging.every_steps=1", "run.validate_every_steps=3", "checkpoint.every_steps=2")
@@ -178,6 +179,21 @@ def test_a_killed_run_goes_on_in_the_same_runs(tmp_path, cache, monkeypatch):
     ]
     assert {step for step, _ in mlflow_history(folder)} == set(range(1, 61))
     assert mlflow_run(folder)[1].info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_store_of_ours_that_had_no_room_is_made_anew(tmp_path):
+    """MLflow makes its tables one by one, and opens a store that has some of them no more."""
+    with small_file_system(tmp_path / "disk", "700k") as disk:
+        words = ("train", str(ROOT / "recipes/debug/parallel.yaml"), "run.steps=1", "logging.loggers=[mlflow]")
+        words += (f"run.dir={disk}/run", f"run.cache={tmp_path}/cache", "run.validation_samples=4")
+        full = mtp(*words, cwd=tmp_path)
+        assert full.returncode == LoggingError.exit_code, full.stderr
+        assert "disk is full" in full.stderr
+        assert not list(disk.glob("run/mlflow.db*"))
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        assert mtp(*words, cwd=tmp_path).returncode == 0
+        assert (disk / "run/mlflow.db").exists()
 
 
 def test_a_row_that_is_trained_again_is_logged_again_at_its_step(tmp_path, monkeypatch):

@@ -146,6 +146,21 @@ def test_a_summary_of_all_phases_is_left(uninterrupted):
     assert (status.name, status.state, status.step, status.steps) == ("debug-sequential/again", "finished", 4, 4)
 
 
+def test_a_phase_that_could_not_write_its_end_does_so_later(uninterrupted):
+    """As where the disk was full, or a kill came, between the last checkpoint and the summary."""
+    phase = sorted(uninterrupted.glob("phases/*"))[1]
+    whole, best = json.loads((phase / "summary.json").read_text()), (phase / "checkpoints/best").read_text()
+    (phase / "summary.json").write_text(json.dumps(whole | {"is_finished": False, "steps": 3}))
+    for name in ("checkpoints/last", "checkpoints/best"):
+        (phase / name).unlink()
+    assert train(load_recipe(uninterrupted / "recipe.yaml")) == 0
+    written = json.loads((phase / "summary.json").read_text())
+    assert {**written, "wall_s": 0, "checkpoints_s": 0} == {**whole, "wall_s": 0, "checkpoints_s": 0}
+    assert written["wall_s"]["total"] > 0
+    last = f"step-{whole['steps']:08d}\n"
+    assert ((phase / "checkpoints/last").read_text(), (phase / "checkpoints/best").read_text()) == (last, best)
+
+
 def test_a_finished_run_in_phases_does_nothing_more(uninterrupted, capsys):
     assert train(load_recipe(uninterrupted / "recipe.yaml")) == 0
     assert "All 4 phases are finished" in capsys.readouterr().out

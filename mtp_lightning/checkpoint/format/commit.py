@@ -11,7 +11,7 @@ from pathlib import Path
 from mtp_lightning import __version__
 from mtp_lightning.checkpoint.format.folder import check_sizes, complete_checkpoints, name_of_step
 from mtp_lightning.checkpoint.format.manifest import MANIFEST_NAME, RECIPE_NAME, Manifest, RunMetadata, SavePoint
-from mtp_lightning.errors import CheckpointError
+from mtp_lightning.errors import CheckpointError, refusal_of
 from mtp_lightning.files.atomic_folder import make_empty, publish, remove_folder, removed_on_error
 from mtp_lightning.files.durable import FileRecord, describe_file, replace_durably, write_durably
 from mtp_lightning.ranks import Ranks
@@ -125,17 +125,32 @@ def _commit(partial: Path, point: SavePoint, metadata: RunMetadata, records: Map
 
 def _unwritable(folder: Path, step: int, error: OSError) -> CheckpointError:
     complete = complete_checkpoints(folder)
-    survivor = f"{complete[-1].path.name} is complete" if complete else "there is no earlier checkpoint"
+    survivor = "there is no earlier checkpoint"
+    if complete:
+        size_bytes = sum(record.size_bytes for record in complete[-1].manifest.files.values())
+        survivor = f"{complete[-1].path.name} is complete, and takes {size_bytes / 2**20:,.1f} MiB"
     return CheckpointError(
         f"the checkpoint of step {step} must be written to {folder}",
-        f"{error.strerror or error} ({_free_mib(folder):.0f} MiB free there)",
+        refusal_of(error, folder),
         f"Make room or repair access, then run the same command again: {survivor}",
     )
 
 
-def _free_mib(folder: Path) -> float:
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    return shutil.disk_usage(existing).free / 2**20
+@contextmanager
+def keeping_up(folder: Path, name: str) -> Iterator[None]:
+    """Tell of a refusal after a checkpoint was committed that it is complete.
+
+    Raises:
+        CheckpointError: the system refused a write; checkpoints are untouched.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"what is kept beside the checkpoints in {folder} must be writable",
+            refusal_of(error, folder),
+            f"Make room or repair access, then run the same command again: {name} is complete",
+        ) from error
 
 
 def retain(
@@ -161,14 +176,8 @@ def write_pointer(folder: Path, kind: str, name: str) -> None:
     Raises:
         CheckpointError: the system refused the write; checkpoints are untouched.
     """
-    try:
+    with keeping_up(folder, name):
         replace_durably(folder / kind, f"{name}\n".encode())
-    except OSError as error:
-        raise CheckpointError(
-            f"the pointer {kind} in {folder} must be writable",
-            f"{error.strerror or error} ({_free_mib(folder):.0f} MiB free there)",
-            f"Make room or repair access, then run the same command again: {name} is complete",
-        ) from error
 
 
 def read_pointer(folder: Path, kind: str) -> Path | None:

@@ -38,7 +38,7 @@ from mtp_lightning.data.shards.manifest import (
 from mtp_lightning.data.shards.staging import exclusive_build, say_others
 from mtp_lightning.data.shards.writer import MEMBER_TOKENS
 from mtp_lightning.data.tokenizers.open import open_tokenizer
-from mtp_lightning.errors import DataError
+from mtp_lightning.errors import DataError, refusal_of
 from mtp_lightning.files.atomic_folder import check_new_folder, publish
 from mtp_lightning.files.durable import describe_file, sync
 from mtp_lightning.files.untrusted import shown
@@ -345,4 +345,4 @@ def _said(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         hint = "See to space and rights, or name another folder with --out"
-        raise DataError(f"tokens must be readable and {out} writable", str(error), hint) from error
+        raise DataError(f"tokens must be readable and {out} writable", refusal_of(error, out), hint) from error

@@ -3,6 +3,7 @@
 A line carries its checksum. Whatever a killed process left behind the last whole line is cut off.
 """
 
+import contextlib
 import json
 import os
 import zlib
@@ -38,6 +39,18 @@ class TextLog:
         descriptor = os.open(folder / LOG_NAME, os.O_RDWR | os.O_CREAT, 0o666)
         self._file: BinaryIO = os.fdopen(descriptor, "r+b")
         self.num_texts = 0
+        try:
+            begin = self._take_up(request)
+            for path in (folder, folder.parent):
+                sync(path)
+            self._file.seek(begin)
+        except OSError:
+            with contextlib.suppress(OSError):  # of what it still holds
+                self._file.close()
+            raise
+
+    def _take_up(self, request: Mapping[str, Setting]) -> int:
+        """Count the texts that are there, behind the request, and return where they begin."""
         if self._next("request") is None:
             self._file.seek(0)
             self._file.write(_line("request", dict(request)))
@@ -46,9 +59,7 @@ class TextLog:
             self.num_texts += 1
             end = self._file.tell()
         self._cut_at(end)
-        for path in (folder, folder.parent):
-            sync(path)
-        self._file.seek(begin)
+        return begin
 
     def __enter__(self) -> Self:
         return self

@@ -22,7 +22,7 @@ from mtp_lightning.data.shards.staging import StagingFolder, commit, exclusive_b
 from mtp_lightning.data.shards.writer import MEMBER_TOKENS, SHARD_BYTES
 from mtp_lightning.data.text.blocks import DocumentBlock
 from mtp_lightning.data.tokenizers.base import Tokenizer, token_dtype
-from mtp_lightning.errors import DataError
+from mtp_lightning.errors import DataError, refusal_of
 from mtp_lightning.files.atomic_folder import check_staging, make_empty, staging_path
 
 IDENTITY = "texts"  # OUT.partial-texts
@@ -94,7 +94,7 @@ def write_token_shards(write: WriteTexts, out: Path, made: TokenShards) -> Manif
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         hint = "See to space and rights there; the same command goes on with the texts that are written"
-        raise DataError(f"{out} must be writable", str(error), hint) from error
+        raise DataError(f"{out} must be writable", refusal_of(error, out), hint) from error
     return manifest
 
 

@@ -1,7 +1,6 @@
 """Rows filled with whole documents by best fit [Ding et al. 2024], after a plan that is made once and stored."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from mtp_lightning.data.sampling.windows import RowArrays, SequenceSource
 from mtp_lightning.data.shards.arrays import arrays_of
 from mtp_lightning.data.shards.manifest import Manifest, Shard, Split, load_manifest
 from mtp_lightning.data.shards.mapped import Integers, ShardMaps
-from mtp_lightning.errors import DataError
-from mtp_lightning.files.durable import force
+from mtp_lightning.errors import DataError, refusal_of
+from mtp_lightning.files.durable import finished_file
 from mtp_lightning.files.untrusted import shown
 
 PLAN_VERSION = 1
@@ -189,17 +188,14 @@ def _best_fit(lengths: Integers, room_tokens: int) -> Integers:
 
 
 def _write(path: Path, plan: Plan) -> None:
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
+        with finished_file(path) as file:
             np.savez(file, allow_pickle=False, checksum=_checksum(plan), **vars(plan))
-            file.flush()
-            force(file.fileno())
-        unfinished.rename(path)
     except OSError as error:
         raise DataError(
-            f"the folder of the packing plan {path} must be writable", str(error), "See to space and rights"
+            f"the folder of the packing plan {path} must be writable",
+            refusal_of(error, path),
+            "See to space and rights, or set run.cache",
         ) from error
 
 

@@ -46,7 +46,7 @@ from mtp_lightning.data.text.records import AS_KNOWN, Reading
 from mtp_lightning.data.text.sources import SourceFile, find_files, spelled
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, token_dtype
 from mtp_lightning.data.tokenizers.open import open_chat_template, open_tokenizer
-from mtp_lightning.errors import DataError
+from mtp_lightning.errors import DataError, refusal_of
 
 BYTES_PER_PROCESS = 32 << 20
 
@@ -137,7 +137,7 @@ def _build(
             manifest = _run(build, files, out, processes=processes or _num_processes(files), show=tell is say)
     except OSError as error:
         hint = "See to space and rights there, or choose another folder; finished shards are kept"
-        raise DataError(f"documents must be readable and {out} writable", str(error), hint) from error
+        raise DataError(f"documents must be readable and {out} writable", refusal_of(error, out), hint) from error
     for line in remarks(build.notes, tokenizer.name, template):
         tell(line)
     tell(f"built {describe(manifest)} in {time.monotonic() - began_at:.1f} s: {out}")

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, final
 from mtp_lightning.console.progress import lines_now_and_then
 from mtp_lightning.data.shards.manifest import Shard
 from mtp_lightning.data.shards.remote import blocks_of, tried_again
-from mtp_lightning.errors import DataError, MtpError
+from mtp_lightning.errors import DataError, MtpError, refusal_of
 from mtp_lightning.files.durable import force
 from mtp_lightning.files.lock import is_file_at, try_lock, wait_for_lock
 
@@ -197,10 +197,8 @@ class ShardCache:
                 yield path.stat(), path
 
     def _full(self, shard: Shard, error: OSError) -> DataError:
-        existing = next(parent for parent in (self._folder, *self._folder.absolute().parents) if parent.exists())
-        status = os.statvfs(existing)
         return DataError(
             f"{self._folder} must have room for {shard.num_bytes:,} bytes of {self.url}/{shard.name}",
-            f"{error.strerror or error} ({status.f_bavail * status.f_frsize:,} bytes free there)",
+            refusal_of(error, self._folder),
             "Make room, lower data.cache_gib, or set run.cache to a larger disk",
         )

@@ -12,7 +12,7 @@ import fsspec
 
 from mtp_lightning.data.shards.index import INDEX_NAME, MOST_INDEX_BYTES
 from mtp_lightning.data.shards.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES
-from mtp_lightning.errors import DataError
+from mtp_lightning.errors import DataError, refusal_of
 from mtp_lightning.files.lock import wait_for_lock
 from mtp_lightning.files.untrusted import shown
 
@@ -89,7 +89,9 @@ def mirror(url: str, cache: Path) -> Path:
                 unfinished.replace(folder / name)
     except OSError as error:
         raise DataError(
-            f"the index of {url} must be kept in {folder}", str(error), "Make room there, or set run.cache"
+            f"the index of {url} must be kept in {folder}",
+            refusal_of(error, folder),
+            "Make room there, or set run.cache",
         ) from error
     return folder
 

@@ -104,7 +104,8 @@ class StagingFolder:
 
     def abandon(self, *, is_kept: bool) -> None:
         """Let go of the folder; unless its finished shards are to be kept for the next build, remove it."""
-        self._journal.close()
+        with contextlib.suppress(OSError):  # on a full disk it is not all written
+            self._journal.close()
         if not (is_kept and self.num_kept + self.num_written):
             shutil.rmtree(self.path, ignore_errors=True)
 

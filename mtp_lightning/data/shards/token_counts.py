@@ -1,6 +1,5 @@
 """How often every id may be a target in the training split of shards: counted once, kept in the run's cache."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,8 @@ from mtp_lightning.data.shards.arrays import arrays_of
 from mtp_lightning.data.shards.cache import ShardCache
 from mtp_lightning.data.shards.manifest import Manifest
 from mtp_lightning.data.shards.mapped import MappedShard, ShardMaps
+from mtp_lightning.errors import refusal_of
+from mtp_lightning.files.durable import finished_file
 
 MOST_TOKENS = 2**28  # that are counted: more would not change which ids are the frequent ones
 BLOCK_TOKENS = 2**20
@@ -73,11 +74,8 @@ def _read(path: Path, manifest: Manifest) -> Counts | None:
 
 
 def _write(path: Path, counts: Counts) -> None:
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
+        with finished_file(path) as file:
             np.savez(file, allow_pickle=False, counts=counts)
-        unfinished.rename(path)
     except OSError as error:
-        say(f"the counts of tokens could not be kept in {path.parent}: {error.strerror or error}", stderr=True)
+        say(f"the counts of tokens could not be kept: {refusal_of(error, path)}", stderr=True)

@@ -13,10 +13,10 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from mtp_lightning import __version__
-from mtp_lightning.errors import RunFolderError, visible
+from mtp_lightning.errors import RunFolderError, refusal_of, remedy_of, visible
 from mtp_lightning.evaluation.run_page.panels import data_of, sections_of
 from mtp_lightning.evaluation.run_page.runs import Run, as_text
-from mtp_lightning.files.durable import replace_durably
+from mtp_lightning.files.durable import write_whole
 
 SCRIPTS = ("d3.min.js", "plot.umd.min.js", "page.js")
 DECODE_COLUMNS = {
@@ -54,15 +54,10 @@ def write_page(runs: list[Run], path: Path, **parts: Any) -> None:
     """
     content = page_of(runs, **parts).encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        target = path.resolve()  # what a link points to is replaced, not the link
-        if target.exists() and not target.is_file():  # a device or FIFO
-            target.write_bytes(content)
-        else:
-            replace_durably(target, content)
+        write_whole(path, content)
     except OSError as error:
         raise RunFolderError(
-            "the file for the page must be writable", f"{path}: {error.strerror}", "Give another path to --html."
+            "the file for the page must be writable", refusal_of(error, path), remedy_of(error, "--html")
         ) from error
 
 

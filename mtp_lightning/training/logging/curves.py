@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.console.plots import picture_of
+from mtp_lightning.files.durable import write_whole
 from mtp_lightning.training.logging.metrics_files import Row, read_rows
 
 # Okabe and Ito's colours, which stay apart under every common kind of colour blindness.
@@ -21,8 +23,7 @@ def draw_training_curves(csv_path: Path, png_path: Path, *, title: str = "", uni
     Training is light, validation dark with a dot at each. A figure that was never measured is left out.
     """
     figure = build_figure(read_rows(csv_path), title=title, unit=unit)
-    png_path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png_path)
+    write_whole(png_path, picture_of(figure, png_path))
 
 
 def build_figure(rows: list[Row], *, title: str, unit: str) -> Any:

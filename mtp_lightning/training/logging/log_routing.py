@@ -2,9 +2,14 @@
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import final
+
+from mtp_lightning.console.progress import say
+from mtp_lightning.errors import refusal_of
 
 
 @contextlib.contextmanager
@@ -22,18 +27,36 @@ def ignore_known_warnings() -> Iterator[None]:
         yield
 
 
+@final
+class _LibraryLog(logging.FileHandler):
+    """A file of remarks, which a run does without where it cannot be written; that is said once."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say it, in place of a traceback for each remark."""
+        refusal = sys.exc_info()[1]
+        if not isinstance(refusal, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            self._has_failed = True
+            say(f"remarks of libraries are not kept: {refusal_of(refusal, Path(self.baseFilename))}", stderr=True)
+
+
 @contextlib.contextmanager
 def redirect_library_logs(path: Path) -> Iterator[None]:
     """Keep Lightning's remarks out of the live view: they go to the attempt's log."""
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
     former = [(logger.handlers, logger.propagate) for logger in loggers]
-    handler = logging.FileHandler(path)
+    handler, logging.raiseExceptions = _LibraryLog(path), False  # nor a traceback where another's log takes nothing
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
     with ignore_known_warnings():
         try:
             yield
         finally:
-            handler.close()
+            with contextlib.suppress(OSError):  # what it still holds has been said to be lost
+                handler.close()
+            logging.raiseExceptions = True
             for logger, (handlers, propagate) in zip(loggers, former, strict=True):
                 logger.handlers, logger.propagate = handlers, propagate

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, final
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from mtp_lightning.console.progress import say
-from mtp_lightning.errors import LoggingError, MtpError, RunFolderError
+from mtp_lightning.errors import LoggingError, MtpError, RunFolderError, refusal_of
 from mtp_lightning.files.durable import replace_durably
 from mtp_lightning.files.untrusted import read_json
 from mtp_lightning.recipe import Recipe
@@ -168,8 +168,9 @@ def _opened(name: str, open_it: Callable[[], Any]) -> Any:
             f"Install them: pip install 'mtp_lightning[{name}]', or leave {name} out of logging.loggers.",
         ) from error
     except Exception as error:  # each library has exceptions of its own, and of those below it
+        found = refusal_of(error) if isinstance(error, OSError) else str(error)
         raise LoggingError(
-            f"{name} must be ready to log to", f"{type(error).__name__}: {error}", REMEDIES[name]
+            f"{name} must be ready to log to", f"{type(error).__name__}: {found}", REMEDIES[name]
         ) from error
 
 
@@ -177,8 +178,8 @@ REMEDIES = {
     "tensorboard": "Make room or repair access, or leave tensorboard out of logging.loggers.",
     "wandb": "Log in (`wandb login`, or WANDB_API_KEY), log without a network by logging.wandb_mode=offline, or leave "
     "wandb out of logging.loggers.",
-    "mlflow": "Correct logging.tracking_uri or start its server; where the store has lost this run, remove the entry "
-    f"`mlflow` from {RECORDS} of the run folder; or leave mlflow out of logging.loggers.",
+    "mlflow": "Make room, correct logging.tracking_uri or start its server; where the store has lost this run, remove "
+    f"the entry `mlflow` from {RECORDS} of the run folder; or leave mlflow out of logging.loggers.",
 }
 
 
@@ -220,7 +221,7 @@ class _TensorBoard(TensorBoardLogger):
         except OSError as error:
             raise RunFolderError(
                 f"events must be written to {self.log_dir}",
-                str(error.strerror or error),
+                refusal_of(error, Path(self.log_dir)),
                 "Make room or repair access, then run the same command again",
             ) from error
 
@@ -329,13 +330,26 @@ class _MLflow(MLFlowLogger):
 
 
 def _open_mlflow(run: LoggedRun) -> Logger:
-    own = f"sqlite:///{run.folder.absolute() / 'mlflow.db'}"
-    uri = run.recipe.logging.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own
-    logger = _MLflow(run, uri, _read_records(run.folder).get("mlflow", {}).get("run_id"))
-    run_id = logger.run_id
-    logger.experiment.update_run(run_id, status="RUNNING")
+    store = run.folder.absolute() / "mlflow.db"
+    uri = run.recipe.logging.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store}"
+    with _removed_if_new(store):
+        logger = _MLflow(run, uri, _read_records(run.folder).get("mlflow", {}).get("run_id"))
+        run_id = logger.run_id
+        logger.experiment.update_run(run_id, status="RUNNING")
     _keep_record(run.folder, "mlflow", {"run_id": run_id})
     return logger
+
+
+@contextlib.contextmanager
+def _removed_if_new(store: Path) -> Iterator[None]:
+    """Remove a store that is half made when the body raises, as on a full disk: later starts could not open it."""
+    is_new = not store.exists()
+    try:
+        yield
+    except BaseException:
+        for path in store.parent.glob(f"{store.name}*") if is_new else ():
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _read_records(folder: Path) -> dict[str, dict[str, Any]]:

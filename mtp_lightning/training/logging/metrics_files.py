@@ -11,7 +11,7 @@ from typing import Any, TextIO, final
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from mtp_lightning.errors import RunFolderError
+from mtp_lightning.errors import RunFolderError, refusal_of
 from mtp_lightning.files.durable import force, replace_durably
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.root import Recipe
@@ -96,7 +96,7 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RunFolderError(
             f"metrics must be written to {path}",
-            str(error.strerror or error),
+            refusal_of(error, path),
             "Make room or repair access, then run the same command again: complete checkpoints are untouched",
         ) from error
 

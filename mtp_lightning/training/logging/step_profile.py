@@ -1,7 +1,8 @@
 """Where the time of some steps goes: a trace of torch's profiler for every rank, and its costliest operations."""
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast, final
 
@@ -11,6 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from torch.profiler import ProfilerActivity, profile
 
 from mtp_lightning.console.progress import say
+from mtp_lightning.errors import refusal_of
+from mtp_lightning.files.durable import finished_name, write_whole
 from mtp_lightning.training.strategies.base import RunStrategy
 
 FOLDER = "profile"
@@ -37,7 +40,6 @@ class StepProfile(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin before the first step; the rows are there."""
         if trainer.global_step + 1 == self._first:
-            self._folder.mkdir(parents=True, exist_ok=True)
             activities = [ProfilerActivity.CPU]
             if pl_module.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
@@ -74,16 +76,28 @@ class StepProfile(Callback):
 
     def _write(self, trainer: Trainer, device: torch.device) -> None:
         ranks = cast(RunStrategy, trainer.strategy).ranks
-        path = self._folder / f"rank-{ranks.rank}"
-        if device.type == "cuda":
-            torch.cuda.memory._dump_snapshot(f"{path}.memory.pickle")  # type: ignore[no-untyped-call]
+        with self._told():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if device.type == "cuda":
+                with finished_name(self._folder / f"rank-{ranks.rank}.memory.pickle") as path:
+                    torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
         ended = self._stop(device)
         assert ended is not None
-        ended.export_chrome_trace(f"{path}.json.gz")
         text = self._text(ended, trainer.global_step, by="cuda" if device.type == "cuda" else "cpu")
-        path.with_suffix(".txt").write_text(text)
+        with self._told():
+            with finished_name(self._folder / f"rank-{ranks.rank}.json.gz") as path:
+                ended.export_chrome_trace(str(path))
+            write_whole(self._folder / f"rank-{ranks.rank}.txt", text.encode())
         if ranks.is_first:
             say(f"{text}Traces of all ranks for chrome://tracing or Perfetto: {self._folder}")
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say what cannot be written of a profile; the run is worth more."""
+        try:
+            yield
+        except OSError as error:
+            say(f"this profile is not whole: {refusal_of(error, self._folder)}; training goes on", stderr=True)
 
     def _text(self, ended: profile, step: int, *, by: str) -> str:
         """Parts of a step, then the operations."""

@@ -14,10 +14,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mtp_lightning.checkpoint.format.folder import name_of_step
+from mtp_lightning.checkpoint.format.folder import CheckpointFolder, name_of_step
 from mtp_lightning.console.plots import label_of
 from mtp_lightning.console.screen import Screen
+from mtp_lightning.errors import RunFolderError, refusal_of
 from mtp_lightning.files.durable import replace_durably
+from mtp_lightning.files.untrusted import OddFileError, read_object
 from mtp_lightning.planner.flops import tokens_after
 from mtp_lightning.recipe.schema.root import Recipe
 from mtp_lightning.training.logging.curves import draw_training_curves
@@ -61,7 +63,7 @@ class Summary(Callback):
         """Summarise an interrupted run; after a failure leave the screen to its message."""
         if not self._is_training:
             return
-        with contextlib.suppress(OSError):  # a full disk may be what failed; its own error is on its way
+        with contextlib.suppress(OSError, RunFolderError):  # a full disk may be what failed; its error is on its way
             if isinstance(exception, KeyboardInterrupt):
                 self._summarise(trainer.global_step)
             else:
@@ -75,12 +77,39 @@ class Summary(Callback):
         """Take the time that earlier attempts spent."""
         self._earlier_s = state_dict["wall_s"]
 
+    def complete(self, checkpoint: CheckpointFolder) -> None:
+        """Write what a run that ended with a checkpoint had no room or no time to write: pointers, summary, curves.
+
+        Raises:
+            CheckpointError, RunFolderError: There is still no room.
+        """
+        checkpoints, path = self._checkpoints, self._run_folder / "summary.json"
+        checkpoints.look_for_best()
+        checkpoints.point_at(checkpoint.step)
+        is_drawn = not self._recipe.logging.curves or (self._run_folder / "curves.png").exists()
+        if is_drawn and _is_ending(path, checkpoint.step):
+            return
+        states = checkpoint.state()["callbacks"]
+        checkpoints.last_step = checkpoint.step
+        checkpoints.seconds_saving = states.get(Checkpoints.__qualname__, {}).get("seconds_saving", 0.0)
+        self._earlier_s = states.get(Summary.__qualname__, {}).get("wall_s", 0.0)
+        self._has_ended = True
+        self._summarise(checkpoint.step)
+
     def _summarise(self, step: int) -> None:
         content = self._content(step)
-        self._write(content)
         is_drawn = self._recipe.logging.curves
-        if is_drawn:
-            self._draw(content["tokens"])
+        try:
+            self._write(content)
+            if is_drawn:
+                self._draw(content["tokens"])
+        except OSError as error:
+            saved = self._checkpoints.last_step
+            raise RunFolderError(
+                "the summary of a run must be written into its folder",
+                refusal_of(error, self._run_folder),
+                f"Make room or repair access, then run the same command again: {name_of_step(saved or 0)} is complete",
+            ) from error
         console = self._console or Screen()
         console.print(summary_view(content))
         console.print(
@@ -125,6 +154,21 @@ class Summary(Callback):
     def _write(self, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2, allow_nan=False)
         replace_durably(self._run_folder / "summary.json", text.encode() + b"\n")
+
+
+def complete_ending(recipe: Recipe, run_folder: Path, checkpoint: CheckpointFolder) -> None:
+    """Write what a run, or a phase, that has ended with a checkpoint lacks (`Summary.complete`)."""
+    checkpoints = Checkpoints(recipe, run_folder / "checkpoints", layers={})
+    Summary(recipe, run_folder, checkpoints).complete(checkpoint)
+
+
+def _is_ending(path: Path, step: int) -> bool:
+    """Tell whether a summary is that of a run which ended with this step."""
+    try:
+        content = read_object(path)
+    except (OSError, OddFileError):
+        return False
+    return content.get("is_finished") is True and content.get("steps") == step
 
 
 def _figures(rows: list[Row], split: str, num_offsets: int, of: str = "") -> dict[str, Any] | None:

@@ -13,7 +13,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.checkpoint.format.commit import (
+    keeping_up,
     partial_path,
+    read_pointer,
     remove_leftovers,
     retain,
     save_collectively,
@@ -99,6 +101,10 @@ class Checkpoints(Callback):
         self._is_of_run = is_run(self.folder.parent)  # not of a Trainer of one's own
         if trainer.is_global_zero:
             remove_leftovers(self.folder)
+        self.look_for_best()
+
+    def look_for_best(self) -> None:
+        """Compare the scores of the checkpoints on disk."""
         for found in complete_checkpoints(self.folder):
             score = score_of(found.step, found.metrics)
             self.best = score if score and score.beats(self.best) else self.best
@@ -204,6 +210,13 @@ class Checkpoints(Callback):
             self._writer.wait()
             self._account(trainer, time.monotonic() - began_at)
 
+    def point_at(self, step: int) -> None:
+        """Let `last` and `best` name what they should after a run that ended with this step, if they do not."""
+        best = name_of_step(self.best.step) if self.best else None
+        for kind, name in (("last", name_of_step(step)), ("best", best)):
+            if name is not None and read_pointer(self.folder, kind) != self.folder / name:
+                write_pointer(self.folder, kind, name)
+
     def _is_due_by_clock(self) -> bool:
         minutes = self._recipe.checkpoint.every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
@@ -244,7 +257,7 @@ class Checkpoints(Callback):
             recipe_text=recipe_to_yaml(self._recipe),
         )
         save_collectively(ranks, self.folder, point, metadata, snapshot.write)
-        with ranks.raise_on_all_ranks():
+        with ranks.raise_on_all_ranks(), keeping_up(self.folder, name_of_step(point.step)):
             if ranks.is_first:
                 if self._is_of_run:
                     note_saved(self.folder.parent, point.step, metadata.recipe_text)

@@ -1,4 +1,6 @@
+import contextlib
 import csv
+import logging
 import math
 import shutil
 import time
@@ -10,6 +12,7 @@ import torch
 
 from mtp_lightning.errors import RunFolderError
 from mtp_lightning.training.logging.columns import metric_columns
+from mtp_lightning.training.logging.log_routing import redirect_library_logs
 from mtp_lightning.training.logging.loggers import _TensorBoard
 from mtp_lightning.training.logging.metrics_files import MetricsTable, read_rows
 from tests.support.covering import some_of
@@ -189,6 +192,22 @@ def test_a_full_disk_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="No space left on device"):
         table.append({"step": 1})
     table.close()
+
+
+def test_remarks_of_libraries_on_a_full_disk_are_given_up_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lightning.log").symlink_to("/dev/full")
+    other = logging.FileHandler("/dev/full")
+    with redirect_library_logs(tmp_path / "lightning.log"):
+        for remark in ("one", "two"):
+            logging.getLogger("lightning.pytorch").critical(remark)
+            other.handle(logging.makeLogRecord({"msg": "of W&B, say"}))
+    with contextlib.suppress(OSError):
+        other.close()
+    said = capsys.readouterr().err
+    assert said.startswith("remarks of libraries are not kept: ")
+    assert said.count("\n") == said.count("No space left on device") == 1
 
 
 def events_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
