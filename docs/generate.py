@@ -88,8 +88,10 @@ CODES = {
     1: "A check or comparison has failed, as the output says, or an unforeseen error has a traceback.",
     signals.REQUEUE: "Stopped by a signal with a checkpoint: the same command goes on. Schedulers requeue such a job.",
     signals.HANG: "No progress for longer than `health.hang_after_s`: stacks of the ranks are in the run's logs.",
-    signals.INTERRUPTED: "Interrupted with Ctrl-C.",
+    129: "Ended by SIGHUP, as when a terminal is closed, where nothing is gone on with; `mtp train` ends with 85.",
+    signals.INTERRUPTED: "Interrupted with Ctrl-C; a shell's loop ends with it.",
     141: "Nobody reads what a command prints any more; `mtp train` goes on instead.",
+    143: "Ended by SIGTERM, where nothing is gone on with; `mtp train` ends with 85.",
 }
 
 

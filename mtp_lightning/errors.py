@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Controls of terminals, of lines and of the direction of writing, and surrogates (bytes that are no text)."""
 
+_CHECKPOINT = re.compile(r".*/checkpoints/step-\d{8,}(?=/|$)", re.DOTALL)
 
 LONGEST = 1000
 """Most characters that one part of a fault shows."""
@@ -100,12 +101,26 @@ _REMEDIES = {
 }
 
 
-def file_system_error(error: OSError) -> FileSystemError:
+def removed_checkpoint(path: str | os.PathLike[str]) -> "CheckpointError | None":
+    """Say that a checkpoint, or one that a file was in, has been removed; None if it is there, or never was one."""
+    match = _CHECKPOINT.match(os.fspath(path))
+    if match is None or os.path.lexists(match[0]):
+        return None
+    return CheckpointError(
+        "a checkpoint must stay while it is read",
+        f"{match[0]} is gone: a run that goes on keeps its last ones only",
+        "Give the same command again, which takes the newest of the run; or raise checkpoint.keep",
+    )
+
+
+def file_system_error(error: OSError) -> MtpError:
     """Say what a refusal of the system means, wherever it came from.
 
     >>> file_system_error(OSError(errno.EDQUOT, "Disk quota exceeded", "runs/a")).hint
     'Make room within your quota, or name another place'
     """
+    if error.errno in (errno.ENOENT, errno.ESTALE) and (removed := removed_checkpoint(str(error.filename))):
+        return removed
     cure = _CURES.get(error.errno or 0, "Repair access to it")
     remedy = _REMEDIES.get(error.errno or 0, f"{cure}, or name another place")
     return FileSystemError("files must be readable and writable", refusal_of(error), remedy)

@@ -33,6 +33,7 @@ from mtp_lightning.decode import Settings, generate
 from mtp_lightning.diagnostics.parity import compare_strategies
 from mtp_lightning.diagnostics.parity_matrix import sample
 from mtp_lightning.errors import TrainingError
+from mtp_lightning.launch.local import run_to_end
 from mtp_lightning.model.mtp_model import MtpModel, build_model
 from mtp_lightning.planner.flops import flops_per_step, tokens_per_step
 from mtp_lightning.planner.hardware import hardware, known_hardware, peak_flops_per_s
@@ -117,7 +118,7 @@ def run_part(name: str, device: str, limit_s: float) -> dict[str, Any]:
     began_at = time.monotonic()
     command = [sys.executable, "-m", "mtp_lightning.bench.gpu", name, device]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
+        done = run_to_end(command, timeout=limit_s)
     except subprocess.TimeoutExpired:
         return {"failure": f"not done after {limit_s:g} s"}
     if done.returncode:

@@ -21,12 +21,12 @@ from mtp_lightning.console.errors import (
     screen,
 )
 from mtp_lightning.errors import LaunchError, MtpError, file_system_error
+from mtp_lightning.launch.ending import code_and_words
 from mtp_lightning.launch.rank_env import check_rank_variables
 
 if TYPE_CHECKING:
     from mtp_lightning.recipe import LoadedRecipe
 
-INTERRUPTED = 130
 EPILOG = "For example: mtp train recipes/quickstart.yaml run.steps=200 run.dir=runs/mine"
 
 
@@ -49,8 +49,9 @@ class MtpGroup(TyperGroup):
             print_error(told)
             raise typer.Exit(told.exit_code) from refusal
         except KeyboardInterrupt as interrupt:
-            screen(stderr=True).print("interrupted")
-            raise typer.Exit(INTERRUPTED) from interrupt
+            code, words = code_and_words(interrupt)
+            screen(stderr=True).print(words)
+            raise typer.Exit(code) from interrupt
 
 
 app = typer.Typer(

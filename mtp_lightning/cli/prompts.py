@@ -34,7 +34,16 @@ def texts_of(texts: Sequence[str], *, what: str = "prompt") -> list[bytes]:
     Raises:
         DecodingError: One is not UTF-8.
     """
-    return [_encoded(text, f"{what} {number} of {len(texts)}", what) for number, text in enumerate(texts, 1)]
+    given = [_typed(text) for text in texts]
+    return [_encoded(text, f"{what} {number} of {len(texts)}", what) for number, text in enumerate(given, 1)]
+
+
+def _typed(text: str) -> str:
+    """Return what was typed in UTF-8, where the locale's encoding has not been able to tell."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
+        return text
 
 
 def read_prompts(given: Path | Sequence[bytes]) -> list[bytes]:

@@ -20,6 +20,7 @@ from mtp_lightning.diagnostics.preflight_trial import (
     run_check,
     train_twice,
 )
+from mtp_lightning.files.atomic_folder import removed_on_error
 from mtp_lightning.files.durable import finished_file
 from mtp_lightning.launch.run_marker import claim
 from mtp_lightning.planner.counts import disk_use, kept_state_bytes
@@ -46,11 +47,14 @@ def preflight(recipe: Recipe) -> int:
         for name, check in CHECKS.items():
             lines.append(run_check(name, check, recipe, device))
         folder = Path(Ranks().broadcast(str(Path(recipe.run.dir).absolute() / f"logs/preflight-{time.time_ns()}")))
-    try:
+    with removed_on_error(folder):
         codes = train_twice(recipe, folder) if all(line.hint is None for line in lines) else None
-    except OSError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        _judge(recipe, folder, codes, lines, device)
+    return 0 if all(line.hint is None for line in lines) else 6
+
+
+def _judge(recipe: Recipe, folder: Path, codes: list[int] | None, lines: list[Line], device: torch.device) -> None:
+    """Add the lines about two trained steps, where there are any, and remove their folder."""
     with process_group(recipe):
         if codes is not None:
             gathered = Ranks().gather(codes)
@@ -60,7 +64,6 @@ def preflight(recipe: Recipe) -> int:
         Ranks().wait()
         if Ranks().is_first:
             shutil.rmtree(folder, ignore_errors=True)
-    return 0 if all(line.hint is None for line in lines) else 6
 
 
 def _versions(recipe: Recipe, device: torch.device) -> str:
@@ -111,9 +114,11 @@ def _folder(recipe: Recipe, device: torch.device) -> str:
     own = folder / f"{token}-{ranks.rank}"
     with ranks.raise_on_all_ranks():
         speed = _written_bytes_per_s(own)
-    missing = [rank for rank in range(ranks.size) if not (folder / f"{token}-{rank}").is_file()]
-    slowest = min(ranks.gather(speed))
-    own.unlink()
+    try:
+        missing = [rank for rank in range(ranks.size) if not (folder / f"{token}-{rank}").is_file()]
+        slowest = min(ranks.gather(speed))
+    finally:
+        own.unlink()
     if missing:
         raise Failure(f"{folder} without the files of ranks {missing}", "Give a run.dir that all nodes share")
     return f"{folder.parent} is shared; the slowest rank writes {slowest / 1e6:.0f} MB/s"

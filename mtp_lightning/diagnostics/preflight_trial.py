@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -18,6 +17,7 @@ from mtp_lightning.checkpoint.convert.load_model import load_model
 from mtp_lightning.checkpoint.format.folder import complete_checkpoints
 from mtp_lightning.decode import generate
 from mtp_lightning.errors import MtpError, file_system_error
+from mtp_lightning.launch.local import run_to_end
 from mtp_lightning.launch.rank_env import rank_from_env
 from mtp_lightning.planner.counts import parameter_counts
 from mtp_lightning.ranks import Ranks
@@ -99,7 +99,7 @@ def train_twice(recipe: Recipe, folder: Path) -> list[int]:
         environment = dict(os.environ)
         if rank_info is not None:
             environment |= rank_info.environment | {"MASTER_PORT": str(rank_info.main_port + 1 + is_again)}
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=TRIAL_S, check=False)
+        done = run_to_end(arguments, env=environment, timeout=TRIAL_S)
         codes.append(done.returncode)
         if done.returncode and is_first:
             print(done.stdout[-2000:], done.stderr[-2000:], file=sys.stderr)

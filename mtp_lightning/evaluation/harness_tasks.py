@@ -11,10 +11,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rouge_score.rouge_scorer import RougeScorer
-
 from mtp_lightning.errors import DataError, DecodingError, RunFolderError, refusal_of, remedy_of
 from mtp_lightning.evaluation.harness import HarnessModel, lm_eval
+
+try:
+    from rouge_score.rouge_scorer import RougeScorer
+except ValueError as error:  # of nltk, which it imports
+    raise DataError(
+        "tasks of lm-evaluation-harness need a folder for data of their libraries",
+        f"none: {error}; HOME is not set, and this user has no entry with a home",
+        "Set HOME to a folder that can be written to, e.g. HOME=/tmp",
+    ) from error
 
 TASKS_HINT = "See docs/howto/evaluate.md for task files and metrics that need no network"
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")

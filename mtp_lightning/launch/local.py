@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from mtp_lightning.errors import LaunchError, visible
 from mtp_lightning.launch.rank_env import RankInfo, free_port, local_rank_info, rank_from_env
@@ -39,6 +39,16 @@ def start_mtp(
         start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
         preexec_fn=die_with_parent,
     )
+
+
+def run_to_end(command: Sequence[str], **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run a command as `subprocess.run` does, and return what it said, whatever its code; it ends with this process."""
+    return subprocess.run(command, text=True, check=False, capture_output=True, preexec_fn=die_with_parent, **options)
+
+
+def shell_code(code: int) -> int:
+    """Return an exit code as a shell gives it: 128 + signal for a killed process."""
+    return code if code >= 0 else 128 - code
 
 
 def die_with_parent() -> None:
@@ -99,9 +109,9 @@ class _Rank:
 
     @property
     def exit_code(self) -> int | None:
-        """As a shell gives it: 128 + signal for a killed process."""
+        """As a shell gives it."""
         code = self.process.poll()
-        return code if code is None or code >= 0 else 128 - code
+        return None if code is None else shell_code(code)
 
 
 def run_ranks(recipe: Recipe, arguments: Sequence[str]) -> int:

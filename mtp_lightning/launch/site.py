@@ -144,7 +144,9 @@ def known_sites() -> list[str]:
 def site_folders() -> Iterator[Path]:
     """Yield the folders of sites: of this directory, of the source tree, of the user, of the installation."""
     own = Path(__file__).parents[2] / "cluster/sites"
-    yield from (Path("cluster/sites"), own, Path.home() / ".config/mtp_lightning/sites")
+    yield from (Path("cluster/sites"), own)
+    if (home := Path(expanded("~"))).is_absolute():  # a user without an entry may have none
+        yield home / ".config/mtp_lightning/sites"
     yield Path(sysconfig.get_path("data")) / "share/mtp_lightning/sites"
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from mtp_lightning.errors import TrainingError
-from mtp_lightning.launch.local import signals_passed_on, start_mtp
+from mtp_lightning.launch.local import shell_code, signals_passed_on, start_mtp
 from mtp_lightning.launch.signals import INTERRUPTED, REQUEUE
 from mtp_lightning.launch.status import statuses
 from mtp_lightning.launch.sweep import Member
@@ -69,7 +69,7 @@ def _train(member: Member, current: list["subprocess.Popen[bytes]"], heard: Sequ
                 said = text if text.startswith("error: ") else said
                 sys.stderr.write(text)
                 sys.stderr.flush()
-    code = current[0].returncode if current else 0
+    code = shell_code(current[0].returncode) if current else 0
     if heard or code in (INTERRUPTED, REQUEUE):
         print("Stopped; the same command goes on from here", flush=True)
         if signal.SIGINT in heard or code == INTERRUPTED:

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.format import folder as folder_module
 from mtp_lightning.checkpoint.format.folder import open_checkpoint
 from mtp_lightning.checkpoint.format.manifest import DamagedCheckpointError
-from mtp_lightning.errors import CheckpointError
+from mtp_lightning.errors import CheckpointError, file_system_error
+from mtp_lightning.files.atomic_folder import remove_folder
 from mtp_lightning.model.mtp_model import build_model
 from tests.checkpoint.runs import flip_a_byte, is_same_model, model_of_step, save_run
 from tests.checkpoint.savers import shards
@@ -33,6 +35,32 @@ def test_a_model_of_any_kind_comes_back_from_run_and_export(tmp_path: Path, kind
         assert is_same_model(model, model_of_step(recipe, 7))
         assert not model.training
         assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_run_that_removes_what_is_read_gives_its_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training goes on: two checkpoints later the one that is being read is removed."""
+    save_run(tmp_path, RECIPE, 1)
+    digest_of = folder_module._digest_of
+
+    def going_on(file: Path, advance: Callable[[int], None]) -> str:
+        if file.parent.name == "step-00000001" and file.parent.exists():
+            save_run(tmp_path, RECIPE, 2)
+            remove_folder(file.parent)
+        return digest_of(file, advance)
+
+    monkeypatch.setattr(folder_module, "_digest_of", going_on)
+    assert open_checkpoint(tmp_path).step == 2
+
+
+def test_a_checkpoint_that_is_gone_is_told_as_that(tmp_path: Path) -> None:
+    save_run(tmp_path, RECIPE, 1)
+    found = open_checkpoint(tmp_path, verify=False)
+    remove_folder(found.path)
+    with pytest.raises(CheckpointError, match=r"must stay while it is read; found .*step-00000001 is gone"):
+        found.verify()
+    with pytest.raises(FileNotFoundError) as missing:
+        _ = found.sha256
+    assert isinstance(file_system_error(missing.value), CheckpointError)
 
 
 def test_a_new_model_is_saved_as_it_was_built(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from mtp_lightning.data.shards.manifest import load_manifest
 from mtp_lightning.data.shards.staging import StagingFolder
 from mtp_lightning.data.shards.verify import verify_shards
 from mtp_lightning.data.text import blocks as units_module
-from mtp_lightning.errors import DataError
+from mtp_lightning.errors import DataError, LaunchError
 from tests.data.corpora import build_tiny, write_corpus
 from tests.data.test_build import contents
 from tests.data.text_tokenizers import SENTENCES, write_sentencepiece, write_tokenizer_json
@@ -196,6 +198,16 @@ def test_worker_that_is_ended_is_named(tmp_path: Path, lines: Path, monkeypatch:
     monkeypatch.setattr("mtp_lightning.data.shards.encode._begin_worker", end_at_once)
     with pytest.raises(DataError, match=r"every process of a build must live .*fewer \(--processes\)"):
         build_tiny([str(lines)], tmp_path / "shards", processes=2)
+
+
+def test_processes_that_cannot_start_are_told_from_documents(tmp_path: Path, lines: Path) -> None:
+    """Where a user has as many files, processes or semaphores as they may have: here files."""
+    former = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, former)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 8, former[1]))
+        with pytest.raises(LaunchError, match=r"must be able to start; found .*Too many open files.*--processes 1"):
+            build_tiny([str(lines)], tmp_path / "shards", processes=2)
 
 
 def end_at_once() -> None:

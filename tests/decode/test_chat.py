@@ -13,9 +13,10 @@ from mtp_lightning.checkpoint.export.write import export_model
 from mtp_lightning.checkpoint.format.carried_files import all_end_ids
 from mtp_lightning.checkpoint.huggingface.import_model import Wanted, import_folder
 from mtp_lightning.cli.app import app
-from mtp_lightning.cli.prompts import encode_prompts, read_chats
+from mtp_lightning.cli.prompts import encode_prompts, read_chats, texts_of
 from mtp_lightning.data.loading.corpus import recipe_tokenizer
 from mtp_lightning.decode import generate
+from mtp_lightning.errors import DecodingError
 from tests.data.text_tokenizers import write_tokenizer_json
 from tests.decode.test_own_text import all_documents
 
@@ -228,3 +229,11 @@ def test_own_text_from_shards_is_told_nothing_of_chats(tmp_path, ours, options):
     done = CliRunner().invoke(app, list(map(str, command)))
     assert done.exit_code == 2
     assert not (tmp_path / "own").exists()
+
+
+def test_prompts_are_utf8_also_where_the_locale_knows_ascii_only() -> None:
+    """Python has undecoded bytes as surrogates then."""
+    typed = "grüße"
+    assert texts_of([typed.encode().decode("ascii", "surrogateescape"), typed]) == [typed.encode()] * 2
+    with pytest.raises(DecodingError, match="must be text in UTF-8"):
+        texts_of([typed.encode("latin-1").decode("ascii", "surrogateescape")])

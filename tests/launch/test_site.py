@@ -28,6 +28,13 @@ def test_a_site_is_found_by_name_or_path(tmp_path: Path, monkeypatch: pytest.Mon
     assert load_site("local").partition == "mine"
 
 
+def test_sites_are_known_to_users_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers that run as any user, who has no entry, and where HOME is not set."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    assert "local" in known_sites()
+
+
 def test_values_are_read_as_meant(tmp_path: Path) -> None:
     site = load_site(written(tmp_path, "memory: 0\ntime: 1-02:03:04\ninterconnect: {NCCL_IB_TC: 106}\n"))
     assert (site.memory, site.time_s, site.interconnect) == ("0", 93_784, {"NCCL_IB_TC": "106"})

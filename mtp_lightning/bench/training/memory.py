@@ -8,7 +8,6 @@ once (`peak.py`). Weights, gradients and AdamW's state are part of the peak and 
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.table import Table
 from mtp_lightning.bench.training.cells import Cell, build_cells, describe_matching, describe_shape, impossible
 from mtp_lightning.bench.training.peak_memory import MALLOC_ENVIRONMENT
 from mtp_lightning.console.tables import add_rows, build_table, console, number, ratio, watched, write_json
+from mtp_lightning.launch.local import run_to_end
 from mtp_lightning.planner.counts import parameter_counts, trainable_parameters
 from mtp_lightning.recipe.schema.root import Recipe
 
@@ -83,13 +83,10 @@ def measure_peaks(cells: list[Cell]) -> dict[tuple[int, str], dict[str, Any]]:
 
 def run_probe(recipe: Recipe) -> dict[str, Any]:
     """Measure one recipe in a fresh process."""
-    process = subprocess.run(
+    process = run_to_end(
         [sys.executable, "-m", "mtp_lightning.bench.training.memory_probe"],
         input=recipe.model_dump_json(),
         env={**os.environ, **MALLOC_ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        check=False,
     )
     if process.returncode == 0:
         result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])

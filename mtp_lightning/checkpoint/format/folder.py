@@ -28,12 +28,13 @@ from mtp_lightning.checkpoint.format.manifest import (
 from mtp_lightning.checkpoint.format.read_shards import ShardReader
 from mtp_lightning.checkpoint.format.state_tree import STATE_NAME, read_state
 from mtp_lightning.console.progress import say, watched
-from mtp_lightning.errors import CheckpointError
+from mtp_lightning.errors import CheckpointError, removed_checkpoint
 from mtp_lightning.files.durable import FileRecord
 from mtp_lightning.recipe import Recipe, load_recipe
 from mtp_lightning.recipe.schema.phases import FOLDER as PHASES
 
 BLOCK_BYTES = 2**20
+MOST_TRIES = 20  # to read the newest checkpoint of a run that removes it meanwhile
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -121,7 +122,7 @@ class CheckpointFolder:
         Raises:
             DamagedCheckpointError: names the file and what differs, and the good checkpoint before it.
         """
-        with suggest_other_checkpoint(self.path):
+        with suggest_other_checkpoint(self.path), _told_if_removed(self.path):
             _check_model(self, verify=True)
 
     def state(self) -> dict[str, Any]:
@@ -144,11 +145,30 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> CheckpointFolde
         CheckpointError: there is nothing to open, or it is damaged (names the file, and the good checkpoint before it).
     """
     path = _last_phase(Path(path).resolve())
-    with suggest_other_checkpoint(path):
-        manifest = read_description(path)
-        found = _newest_of_run(path) if manifest is None else _with_all_files(CheckpointFolder(path, manifest))
-    with suggest_other_checkpoint(found.path):
-        return _check_model(found, verify=verify)
+    tries_left = MOST_TRIES
+    while True:
+        with suggest_other_checkpoint(path), _told_if_removed(path):
+            manifest = read_description(path)
+            found = _newest_of_run(path) if manifest is None else _with_all_files(CheckpointFolder(path, manifest))
+        try:
+            with suggest_other_checkpoint(found.path), _told_if_removed(found.path):
+                return _check_model(found, verify=verify)
+        except CheckpointError:
+            tries_left -= 1
+            if found.path == path or found.path.exists() or not tries_left:
+                raise
+            say(f"{found.path.name} was removed by its run while it was read: taking the newest anew", stderr=True)
+
+
+@contextlib.contextmanager
+def _told_if_removed(path: Path) -> Iterator[None]:
+    """Let what goes wrong with a checkpoint that its run has removed be told as that."""
+    try:
+        yield
+    except (CheckpointError, OSError):
+        if removed := removed_checkpoint(path):
+            raise removed from None
+        raise
 
 
 def _last_phase(path: Path) -> Path:

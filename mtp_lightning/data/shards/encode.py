@@ -9,6 +9,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,7 +26,7 @@ from mtp_lightning.data.text.records import AS_KNOWN, Chat, Document, LeftOut, R
 from mtp_lightning.data.tokenizers.base import TokenArray, Tokenizer, token_dtype
 from mtp_lightning.data.tokenizers.chat import ChatTemplate
 from mtp_lightning.data.tokenizers.open import open_chat_template, open_tokenizer
-from mtp_lightning.errors import DataError
+from mtp_lightning.errors import DataError, LaunchError
 
 FATES = ("kept", "empty", "not_utf8")
 DIGEST_BYTES = 16
@@ -77,6 +78,7 @@ def encode_blocks(
     Raises:
         DataError: A document is malformed.
         BrokenProcessPool: A process was ended.
+        LaunchError: None can be started.
     """
     tasks = ((block, settings, known(number)) for number, block in enumerate(blocks))
     if processes == 1:
@@ -85,7 +87,8 @@ def encode_blocks(
     waiting: deque[Future[Encoded]] = deque()
     with _pool(processes) as pool:
         for task in tasks:
-            waiting.append(pool.submit(_encode_block, *task))
+            with _told_if_none_starts():
+                waiting.append(pool.submit(_encode_block, *task))
             if len(waiting) > 2 * processes:
                 yield waiting.popleft().result()
         while waiting:
@@ -230,11 +233,27 @@ def _opened(settings: Settings) -> tuple[Tokenizer, ChatTemplate | None]:
 @contextmanager
 def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
     context: Any = multiprocessing.get_context("spawn")  # a fork would copy running threads
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker)
+    with _told_if_none_starts():
+        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _told_if_none_starts() -> Iterator[None]:
+    """Tell a refusal to start processes, or the semaphores and pipes between them, from one of the documents' files."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # "can't start new thread" is the second, and so is a pool that broke
+        if isinstance(error, BrokenProcessPool):
+            raise
+        raise LaunchError(
+            "processes that encode documents must be able to start",
+            str(error),
+            "Build with one (--processes 1), or see to what limits them: ulimit -u, ulimit -n, room in /dev/shm",
+        ) from error
 
 
 def _begin_worker() -> None:

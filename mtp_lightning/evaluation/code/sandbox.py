@@ -85,6 +85,8 @@ class Sandbox:
             SandboxError: The kernel refuses a part of it.
         """
         self.limits, self.is_weak = limits or Limits(), weak
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._is_over = False
         tried = self._run(TRIAL, Calls("assert f() == 1", ["f"]), seconds=START_S)
         if tried.outcome != "passed":
             raise _refused(tried.why, weak=weak)
@@ -96,6 +98,12 @@ class Sandbox:
             SandboxError: The kernel has come to refuse the sandbox.
         """
         return self._run(code, tests, seconds=seconds or self.limits.seconds)
+
+    def end_all(self) -> None:
+        """End what runs now, in whatever threads, and all that would come after it: verdicts of no use to anybody."""
+        self._is_over = True
+        for process in list(self._running):
+            process.terminate()
 
     def _run(self, code: str, tests: Calls | Programs, *, seconds: float) -> Verdict:
         nonce = secrets.token_hex(16)
@@ -114,12 +122,16 @@ class Sandbox:
             began_at = time.monotonic()
             clock = threading.Timer(START_S + seconds * max(1, len(cases)), process.kill)
             clock.start()
+            self._running.add(process)
             try:
+                if self._is_over:
+                    raise ClosedError
                 said = self._talk(process, job, tests, nonce)
             except ClosedError:
                 is_over = time.monotonic() - began_at > seconds
                 said = {"outcome": "timeout" if is_over else "failed", "why": "the sandbox has ended without a verdict"}
             finally:
+                self._running.discard(process)
                 clock.cancel()
                 process.terminate()  # kills what is left; nothing, if it has ended by itself
                 process.wait()

@@ -51,6 +51,9 @@ def judge(
         for lines, verdict in zip(waiting.values(), pool.map(run, waiting), strict=True):
             verdicts.append([_verdict_line(line, verdict) for line in lines])
             advance(len(lines))
+    except BaseException:  # Ctrl-C, above all: not to be kept waiting for programs that take their time
+        sandbox.end_all()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

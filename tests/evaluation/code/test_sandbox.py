@@ -3,8 +3,10 @@
 
 import os
 import secrets
+import signal
 import socket
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +15,10 @@ import pytest
 
 from mtp_lightning.errors import SandboxError
 from mtp_lightning.evaluation.code import sandbox as sandbox_of_code
+from mtp_lightning.evaluation.code.problems import Problem
+from mtp_lightning.evaluation.code.samples import VERDICT, Line, LineLog
 from mtp_lightning.evaluation.code.sandbox import Calls, Limits, Programs, Sandbox
+from mtp_lightning.evaluation.code.score import judge
 from tests.evaluation.code import escapes
 from tests.support.runs import ROOT
 
@@ -234,3 +239,23 @@ OBJECTS = {
 def test_objects_are_used_where_they_are(sandbox):
     for name, (code, tests, names) in OBJECTS.items():
         assert sandbox.run(code, Calls(tests, names), seconds=30) == ("passed", ""), name
+
+
+def test_an_interrupt_does_not_wait_for_programs_that_take_their_time(sandbox, tmp_path):
+    """Two run, in threads of their own, and more are to come."""
+    problem = Problem(name="p", prompt="", request="", stop_strings=(), before="", tests=Calls("pass", ["f"]))
+    code = "import time\ntime.sleep({})\ndef f(): pass\n"
+    lines: list[Line] = [
+        {"task_id": "p", "temperature": 0.0, "sample": number, "completion": code.format(600 + number)}
+        for number in range(6)
+    ]
+    waiting = threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT])
+    patient = Sandbox(Limits(seconds=20))
+    with LineLog(tmp_path / "verdicts.jsonl", VERDICT) as verdicts:
+        waiting.start()
+        began_at = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            judge({"p": problem}, lines, verdicts, patient, is_chat=False, workers=2, advance=lambda _: None)
+        assert time.monotonic() - began_at < 10
+        assert verdicts.lines == []
+    assert is_empty()
