@@ -27,7 +27,7 @@ def redirect_library_logs(path: Path) -> Iterator[None]:
     """Keep Lightning's remarks out of the live view: they go to the attempt's log."""
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
     former = [(logger.handlers, logger.propagate) for logger in loggers]
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
     with ignore_known_warnings():

@@ -81,7 +81,7 @@ class StepProfile(Callback):
         assert ended is not None
         ended.export_chrome_trace(f"{path}.json.gz")
         text = self._text(ended, trainer.global_step, by="cuda" if device.type == "cuda" else "cpu")
-        path.with_suffix(".txt").write_text(text)
+        path.with_suffix(".txt").write_text(text, encoding="utf-8", errors="backslashreplace")
         if ranks.is_first:
             say(f"{text}Traces of all ranks for chrome://tracing or Perfetto: {self._folder}")
 
