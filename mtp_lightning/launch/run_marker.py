@@ -28,6 +28,8 @@ def check_may_be_run(folder: Path, field: str = "run.dir") -> None:
     if is_run(folder) or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     what, hint = kind_of(folder)
+    if is_run(folder):  # another process has marked it since
+        return
     raise RunFolderError(
         f"{field} must be a new folder, an empty one, or one that a run has made ({MARKER} in it)",
         f"{folder}, which is {what}",

@@ -3,12 +3,15 @@
 import graphlib
 import hashlib
 import itertools
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtp_lightning.errors import Fault, LaunchError, RecipeError, RunFolderError
+from mtp_lightning.files.lock import wait_for_lock
 from mtp_lightning.files.paths import expanded, leads_to
 from mtp_lightning.launch.run_marker import check_may_be_run, claim, is_run, read_marker
 from mtp_lightning.recipe import Recipe, diff_recipes, load_recipe, recipe_to_yaml
@@ -161,6 +164,38 @@ def begin_sweep(out: Path, members: Sequence[Member]) -> None:
     Raises:
         RunFolderError: The folder is somebody else's, or holds a member with another recipe.
     """
+    if not out.is_dir():
+        check_may_be_run(out, "--out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _alone_in(out):  # another sweep that begins here has made none of its runs, or all
+            for member in _new_in(out, members):
+                claim(member.folder)
+                staged = member.folder / f".{RECIPE}"
+                staged.write_text(recipe_to_yaml(member.recipe), encoding="utf-8")
+                staged.replace(member.folder / RECIPE)
+    except OSError as error:
+        expected = "--out must be a folder that can be written to"
+        raise RunFolderError(expected, f"{error.filename}: {error.strerror}", "Give another") from None
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let one process at a time into the body."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        wait_for_lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _new_in(out: Path, members: Sequence[Member]) -> list[Member]:
+    """List the members that no earlier call has made.
+
+    Raises:
+        RunFolderError: As `begin_sweep`.
+    """
     if not members_of(out):
         check_may_be_run(out, "--out")
     new = [member for member in members if not (member.folder / RECIPE).is_file()]
@@ -177,15 +212,7 @@ def begin_sweep(out: Path, members: Sequence[Member]) -> None:
             f"{len(changes)} changed field{'s' if len(changes) > 1 else ''}:\n  " + "\n  ".join(changes) + "\n",
             "Take the changes back, or give another --out; recipes, values and seeds may be added.",
         )
-    try:
-        for member in new:
-            claim(member.folder)
-            staged = member.folder / f".{RECIPE}"
-            staged.write_text(recipe_to_yaml(member.recipe), encoding="utf-8")
-            staged.replace(member.folder / RECIPE)
-    except OSError as error:
-        expected = "--out must be a folder that can be written to"
-        raise RunFolderError(expected, f"{error.filename}: {error.strerror}", "Give another") from None
+    return new
 
 
 def members_of(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import copy
 import functools
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, cast
@@ -29,8 +30,9 @@ COMPARED = (*NEEDED, "num_attention_heads")
 """Fields that transformers reads as the recipe does; layers that carry a state need no heads."""
 SMALL_VOCABULARY = 16
 TOLERANCE = 1e-5
-RANDOM_ZEROS = ("dropout", "_pdrop", "layerdrop", "layer_drop")
-"""Ends of the settings that draw random numbers in training: 0 here, as the three backward orders must agree."""
+RANDOM = re.compile("dropout|pdrop|layer_?drop|drop_?path|drop_rate|jitter")
+"""In names of settings that draw random numbers in training: 0 here, as the three backward orders must agree."""
+NOT_RANDOM = {("phimoe", "router_jitter_noise")}  # how near experts must be to be chosen from
 NOT_SETTINGS = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "quantization_config")
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
 """Settings that say what scores are softly capped by."""
@@ -200,11 +202,18 @@ def _config_of(settings: Mapping[str, Any]) -> Any:
             f"{type(error).__name__}: {error}",
             "Write the model's config.json there as it is",
         ) from error
-    for name, value in vars(config).items():
-        if name.endswith(RANDOM_ZEROS) and isinstance(value, int | float):
-            setattr(config, name, 0.0)
+    _draw_nothing(config)
     config.use_cache = False
     return config
+
+
+def _draw_nothing(config: Any) -> None:
+    """Set what draws random numbers to 0, in settings of parts, too."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, library().PreTrainedConfig):
+            _draw_nothing(value)
+        elif RANDOM.search(name) and type(value) in (int, float) and (config.model_type, name) not in NOT_RANDOM:
+            setattr(config, name, type(value)(0))
 
 
 @contextmanager

@@ -25,6 +25,8 @@ from mtp_lightning.model.transformers_probe import probe
 from mtp_lightning.model.transformers_routers import router_loss_of
 from mtp_lightning.recipe.schema.model import ModelSection
 
+DRAWING = {"PhimoeTopKRouter"}  # experts, by their scores
+
 
 @dataclass(frozen=True)
 class LayerInputs:
@@ -119,6 +121,14 @@ class ForeignModules(nn.Module):
                 if value is None or value.isnan().any():
                     raise refused(architecture.name, f"a buffer {full} that no rule of its class sets")
                 buffer.copy_(value)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all modules, but of those that would draw in training whatever their settings say."""
+        super().train(mode)
+        for module in self.modules():
+            if type(module).__name__ in DRAWING:
+                module.training = False
+        return self
 
     def _has_meta_parameters(self) -> bool:
         return any(parameter.is_meta for parameter in self.parameters())

@@ -260,3 +260,15 @@ def test_what_only_slurm_can_do_is_refused_without_it(swept):
     assert done.exit_code == 6
     assert "chained/seed0 from first/seed0" in done.stderr
     assert not (here / "new").exists()
+
+
+def test_two_sweeps_at_once_share_the_runs(swept):
+    """Which of them trains a run is chance; neither calls it a failure that the other was first."""
+    here, _ = swept
+    (here / "both.yaml").write_text("extends: shared.yaml\nname: both\n")
+    command = ("sweep", "both.yaml", "--seeds", "0,1", "--out", "twice")
+    sweeps = [start(*command, cwd=here) for _ in range(2)]
+    said = [sweep.communicate()[0] for sweep in sweeps]
+    assert [sweep.returncode for sweep in sweeps] == [0, 0], said
+    assert any(": running" in text or ": finished" in text for text in said)
+    assert steps_in(here / "twice/both/seed0")[-1] == steps_in(here / "twice/both/seed1")[-1] == 24

@@ -1,10 +1,13 @@
 """Sweeps on paper: which runs there are, in which order, and what is refused before the first one starts."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from mtp_lightning.errors import LaunchError, RecipeError, RunFolderError
+from mtp_lightning.files.lock import try_lock
 from mtp_lightning.launch.run_marker import claim, is_run
 from mtp_lightning.launch.site import load_site
 from mtp_lightning.launch.submission import prepare
@@ -200,6 +203,22 @@ def test_a_claimed_folder_without_a_recipe_is_a_new_member(here: Path) -> None:
     claim(member.folder)
     begin_sweep(here / "out", [member])
     assert (member.folder / "recipe.yaml").read_text() == recipe_to_yaml(member.recipe) != recipe_to_yaml(Recipe())
+
+
+def test_a_sweep_that_another_begins_at_the_same_time_waits_for_it(here: Path) -> None:
+    """In between, a run's folder lies there which nothing says is a run's."""
+    (member,) = members = plan("plain")
+    member.folder.mkdir(parents=True)
+    first = os.open(here / "out", os.O_RDONLY)
+    assert try_lock(first)
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(begin_sweep, here / "out", members)
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.2)
+        claim(member.folder)
+        os.close(first)
+        second.result()
+    assert (member.folder / "recipe.yaml").is_file()
 
 
 def test_the_script_of_a_sweep(here: Path) -> None:

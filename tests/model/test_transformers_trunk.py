@@ -55,6 +55,35 @@ def test_documents_do_not_see_each_other(name: str) -> None:
     torch.testing.assert_close(packed, alone[:, : packed.shape[1]], **TOLERANCE)
 
 
+DRAWS = {
+    "biogpt": {"hidden_dropout_prob": 0.4, "attention_probs_dropout_prob": 0.4, "layerdrop": 0.4},
+    "gpt2": {"resid_pdrop": 0.4, "embd_pdrop": 0.4, "attn_pdrop": 0.4},
+    "opt": {"dropout": 0.4, "layerdrop": 0.4},
+    "starcoder2": {"residual_dropout": 0.4, "embedding_dropout": 0.4},
+    "mixtral": {"router_jitter_noise": 0.4},
+    "phimoe": {"input_jitter_noise": 0.4},  # and samples its experts
+    "dbrx": {
+        "resid_pdrop": 0.4,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4, "attn_pdrop": 0.4},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_jitter_eps": 0.4},
+    },
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_training_draws_no_random_numbers(name: str) -> None:
+    """The backward orders would not agree, nor a frozen trunk with the one that decodes."""
+    model = build_model(architecture_recipe(name, settings=DRAWS[name], data={"document_mask": False}))
+    tokens = tokens_of(model)
+    with torch.no_grad():
+        decoding, training, again = (
+            model.train(mode).hidden_states(tokens, torch.zeros_like(tokens), [1, 2, 3]) for mode in (False, True, True)
+        )
+    for offset in decoding:
+        assert torch.equal(training[offset], again[offset])
+        assert torch.equal(training[offset], decoding[offset])
+
+
 REFUSED = {
     "a part between the last norm and the unembedding": (
         "modernbert-decoder",

@@ -162,12 +162,22 @@ FURTHER = {
         "ssm_multipliers": [1.1, 0.9, 1.2, 0.8, 1.0],
     },
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},  # and no attention heads
+    "dbrx": {  # settings of parts
+        "vocab_size": 61,
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 3,
+        "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "biogpt": {"pad_token_id": 1},
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "head_dim": 8, "logits_soft_cap": 3.0},
 }
 """Settings of decoders whose layers keep more than keys and values."""
 NOT_IN = {"mamba2": ("num_attention_heads", "num_key_value_heads", "intermediate_size", "max_position_embeddings")}
 """Common settings that a decoder does not have."""
-WHOLE = ("gpt2", "gptj", "opt", "bloom", "mpt", "ctrl")
+WHOLE = ("gpt2", "gptj", "opt", "bloom", "mpt", "ctrl", "dbrx")
 """Those whose settings have names of their own."""
 
 

@@ -26,6 +26,8 @@ import socket
 import sys
 import threading
 import types
+import warnings
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,8 @@ MOST_BYTES = 2**20
 def serve(*channels: socket.socket) -> None:
     """Fork for every request until the tests have ended, and return in a child once its program has."""
     gc.freeze()  # else the first collection of every child copies all pages
+    for of_imports in weakref.finalize._registry:  # type: ignore[attr-defined]
+        of_imports.atexit = False  # torch would take its operators back one by one
     while True:
         ready, _, _ = select.select(channels, [], [])
         packet, descriptors, _, _ = socket.recv_fds(ready[0], MOST_BYTES, 4)
@@ -66,10 +70,13 @@ def serve(*channels: socket.socket) -> None:
 
 @cache
 def import_deepspeed() -> None:
-    """Import what ranks need besides, once there are any, without what it logs."""
+    """Import what ranks need besides, once there are any, without what it says; and do what every engine does once."""
     logging.disable(logging.WARNING)
-    import deepspeed  # noqa: F401
+    with warnings.catch_warnings(action="ignore"):
+        import deepspeed.ops
+        import deepspeed.runtime.zero.muon.muon_optimizer  # much of inductor comes with it
 
+        _ = deepspeed.ops.__compatible_ops__  # asked of the compiler, and remembered
     logging.disable(logging.NOTSET)
     gc.freeze()
 

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.engine  # noqa: F401, before a fork
+import deepspeed.runtime.engine
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, which engines import; before a fork
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtp_lightning.diagnostics import preflight as checks
