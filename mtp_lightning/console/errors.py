@@ -123,8 +123,8 @@ def _guarded(stream: TextIO | None, descriptor: int, answer: Callable[[OSError],
     return io.TextIOWrapper(
         output if stream.write_through else io.BufferedWriter(output),
         stream.encoding,
-        # what an encoding lacks, as ASCII does most, is written as escapes
-        "backslashreplace" if stream.errors == "strict" else stream.errors,
+        # what an encoding lacks, as ASCII does most, is written as escapes; the second is Python's own choice for ASCII
+        "backslashreplace" if stream.errors in ("strict", "surrogateescape") else stream.errors,
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from mtp_lightning.diagnostics.parity_matrix import RANKS, Cell
 from mtp_lightning.diagnostics.plain_loop import PlainStep, build_named_optimizer, random_batch, reference_loop
 from mtp_lightning.errors import TrainingError
+from mtp_lightning.launch.ending import end_with
 from mtp_lightning.launch.local import run_ranks
 from mtp_lightning.ranks import Ranks
 from mtp_lightning.recipe.schema.root import Recipe
@@ -84,6 +85,7 @@ def compare_strategies(cells: Sequence[Cell]) -> list[Outcome]:
             own.write_text("".join(json.dumps(asdict(cell)) + "\n" for cell in expected))
             recipe = Recipe.model_validate({"strategy": {"kind": "zero1", "ranks_per_node": num_ranks}})
             code = run_ranks(recipe, ["doctor", "--strategies", "--cells", str(own), "--results", str(results)])
+            end_with(code)
             found = read_outcomes(results)
             if code or len(found) != len(expected):
                 raise TrainingError(

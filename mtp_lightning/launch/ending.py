@@ -35,6 +35,16 @@ def code_and_words(interrupt: KeyboardInterrupt) -> tuple[int, str]:
     return 128 + signum, "interrupted" if signum == signal.SIGINT else f"ended by {signal.Signals(signum).name}"
 
 
+def end_with(code: int) -> None:
+    """End as processes have ended that were waited for, if they were ended by a signal that was for this one, too.
+
+    Raises:
+        Interrupt: The exit code, as shells count, is that of such a signal.
+    """
+    if code - 128 in ENDING_SIGNALS:
+        raise Interrupt(code - 128)
+
+
 @final
 class Ending:
     """Turns the first signal into an exception, and sees to it that the command comes to an end after it."""

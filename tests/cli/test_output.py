@@ -134,3 +134,11 @@ def is_whole(folder, code, err, reason):
     assert err.count(told) == (reason is not None)
     assert err.count("stdout does not") == (reason is not None)
     assert "Traceback" not in err
+
+
+def test_a_locale_without_letters_takes_any_text() -> None:
+    """Python's own choice for ASCII is to write what came as bytes, and to fail at all else."""
+    code = "from mtp_lightning.console.errors import guard_output; guard_output(print); print('tr\\xe4ume')"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=locale, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, rb"tr\xe4ume" + b"\n")

@@ -97,6 +97,17 @@ def test_ctrl_c_ends_the_loop_of_a_shell_too(tmp_path: Path) -> None:
     assert (process.returncode, output.splitlines()[-1]) == (-signal.SIGINT, "interrupted")
 
 
+@pytest.mark.slow
+def test_ctrl_c_ends_a_command_with_its_ranks() -> None:
+    process = start(sys.executable, "-m", "mtp_lightning", "doctor", "--strategies")
+    eventually(lambda: any("--cells" in command(pid) and heeds_signals(pid) for pid in children(process)))
+    [rank] = children(process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output.splitlines()[-1]) == (-signal.SIGINT, "interrupted")
+    eventually(lambda: not is_alive(rank))
+
+
 def test_a_process_that_is_run_to_its_end_ends_with_this_one() -> None:
     code = "from mtp_lightning.launch.local import run_to_end; print('begun', flush=True); run_to_end(['sleep', '60'])"
     process = begun(start(sys.executable, "-c", code))
@@ -116,6 +127,10 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 def children(process: "subprocess.Popen[str]") -> list[str]:
     return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+def command(pid: str) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def heeds_signals(pid: str) -> bool:

@@ -123,7 +123,7 @@ def _with_code(base: Contents, source: Source, heads: HeadsSection, what: str) -
     family, _ = settings_of(source.section)
     trunk = architecture_name(source.section, family)
     name = f"{trunk.removesuffix('ForCausalLM')}With{what}"
-    text = (Path(folder_code.__file__).parent / f"with_{what.lower()}.py").read_text()
+    text = (Path(folder_code.__file__).parent / f"with_{what.lower()}.py").read_text(encoding="utf-8")
     text = text.replace(f"LlamaWith{what}", name).replace("LlamaForCausalLM", trunk)
     settings = {
         **base.settings,

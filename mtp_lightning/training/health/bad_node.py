@@ -25,7 +25,7 @@ def as_hardware_error(error: BaseException, run_folder: Path) -> BadNodeError | 
     if symptom is None:
         return None
     node = os.environ.get("SLURMD_NODENAME") or platform.node()
-    with (run_folder / "logs/bad_nodes").open("a") as file:
+    with (run_folder / "logs/bad_nodes").open("a", encoding="utf-8") as file:
         file.write(f"{node}\n")
     return BadNodeError(
         "a node must have sound GPUs",

@@ -118,6 +118,6 @@ class Watchdog(Callback):
     def _write(self, what: str) -> None:
         attempts = (self._run_folder / "logs").glob("attempt_*")
         newest = max(attempts, key=lambda path: int(path.name.removeprefix("attempt_")), default=self._run_folder)
-        with (newest / f"hang_rank_{self._rank}.txt").open("w") as file:
+        with (newest / f"hang_rank_{self._rank}.txt").open("w", encoding="utf-8", errors="backslashreplace") as file:
             print(f"{what}\n", file=file, flush=True)
             faulthandler.dump_traceback(file=file, all_threads=True)

@@ -48,7 +48,8 @@ def redirect_library_logs(path: Path) -> Iterator[None]:
     """Keep Lightning's remarks out of the live view: they go to the attempt's log."""
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
     former = [(logger.handlers, logger.propagate) for logger in loggers]
-    handler, logging.raiseExceptions = _LibraryLog(path), False  # nor a traceback where another's log takes nothing
+    handler = _LibraryLog(path, encoding="utf-8", errors="backslashreplace")
+    logging.raiseExceptions = False  # nor a traceback where another's log takes nothing
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
     with ignore_known_warnings():

@@ -87,7 +87,7 @@ class StepProfile(Callback):
         with self._told():
             with finished_name(self._folder / f"rank-{ranks.rank}.json.gz") as path:
                 ended.export_chrome_trace(str(path))
-            write_whole(self._folder / f"rank-{ranks.rank}.txt", text.encode())
+            write_whole(self._folder / f"rank-{ranks.rank}.txt", text.encode("utf-8", "backslashreplace"))
         if ranks.is_first:
             say(f"{text}Traces of all ranks for chrome://tracing or Perfetto: {self._folder}")
 
