@@ -54,6 +54,7 @@ class Ending:
         self._asked_at = 0.0
         self._last_signum = 0
         self._is_over = False
+        self._pid = os.getpid()
 
     def begin(self) -> None:
         """Heed signals, but for those that this process was started to ignore; training has handlers of its own."""
@@ -73,7 +74,7 @@ class Ending:
         return code
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self._is_over:
+        if self._is_over or os.getpid() != self._pid:  # processes that were forked have nothing to put away
             _die_by(self._last_signum or signum)
         is_first = not self._signum
         if not is_first and time.monotonic() - self._asked_at < PATIENCE_S:

@@ -143,3 +143,23 @@ def is_alive(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_process_that_was_forked_has_nothing_to_put_away() -> None:
+    body = """
+import os, signal, time
+from mtp_lightning.launch.ending import Ending
+Ending().begin()
+read, write = os.pipe()
+child = os.fork()
+if not child:
+    try:
+        os.write(write, b"begun")
+        time.sleep(60)
+    finally:
+        print("put away", flush=True)
+os.read(read, 5)
+os.kill(child, signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert start(sys.executable, "-c", body).communicate()[0] == f"{-signal.SIGTERM}\n"
