@@ -46,6 +46,7 @@ def start(*arguments: str, cwd: Path | None = None) -> "subprocess.Popen[str]":
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # tests may be in the background
     )
 
 

@@ -182,8 +182,9 @@ def test_a_killed_run_goes_on_in_the_same_runs(tmp_path, cache, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_store_of_ours_that_had_no_room_is_made_anew(tmp_path):
+def test_a_store_of_ours_that_had_no_room_is_made_anew(tmp_path, monkeypatch):
     """MLflow makes its tables one by one, and opens a store that has some of them no more."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with small_file_system(tmp_path / "disk", "700k") as disk:
         words = ("train", str(ROOT / "recipes/debug/parallel.yaml"), "run.steps=1", "logging.loggers=[mlflow]")
         words += (f"run.dir={disk}/run", f"run.cache={tmp_path}/cache", "run.validation_samples=4")
