@@ -192,9 +192,16 @@ FILES = re.compile(r"(?:--(?:json|png|plot|picture|html)|bench tree .* --out) (N
 """What a command line of the table writes that is one file."""
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("turn", "limit"), [(0, "size=64k"), (1, "size=64k"), (0, "nr_inodes"), (1, "nr_inodes")])
+@pytest.mark.parametrize(
+    ("turn", "limit"),
+    [  # each verb at one of the two
+        pytest.param(0, "size=64k", marks=pytest.mark.slow),
+        pytest.param(1, "nr_inodes", marks=pytest.mark.slow),
+        pytest.param(1, "size=64k", marks=pytest.mark.matrix),
+        pytest.param(0, "nr_inodes", marks=pytest.mark.matrix),
+    ],
+)
 def test_every_verb_at_work_on_a_full_disk(turn: int, limit: str, places: dict[str, str], tmp_path: Path) -> None:
     """It says what is full, in three parts, leaves nothing of its own, and old files as they are."""
     wrong = {}
