@@ -28,7 +28,7 @@ def check_may_be_run(folder: Path, field: str = "run.dir") -> None:
     """
     if is_run(folder) or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    what, hint = kind_of(folder)
+    what, hint = kind_of(folder, field)
     if is_run(folder):  # another process has marked it since
         return
     raise RunFolderError(
@@ -70,12 +70,12 @@ def read_marker(folder: Path) -> dict[str, object]:
     return {}
 
 
-def kind_of(folder: Path) -> tuple[str, str]:
-    """Say what a folder is that no run has made, and what to do instead of training in it."""
+def kind_of(folder: Path, field: str = "run.dir") -> tuple[str, str]:
+    """Say what a folder is that no run has made, and what to do instead of training in it, where `field` names it."""
     if not folder.is_dir():
-        return "a file", "Give another run.dir."
+        return "a file", f"Give another {field}."
     names = {path.name for path in folder.iterdir()}
-    new = "Give a new run.dir"
+    new = f"Give a new {field}"
     own = shlex.quote(str(folder))
     start = f"Start a new run from its weights: mtp train {own}/recipe.yaml init.path={own} run.dir=runs/NEW."
     if names >= {"manifest.json", "state.json"} or folder.parent.name == "checkpoints":

@@ -181,8 +181,9 @@ def test_members_may_be_added_and_not_changed(here: Path) -> None:
 def test_a_folder_of_somebody_else_is_left_alone(here: Path) -> None:
     (here / "out").mkdir()
     (here / "out/thesis.tex").write_text("years of work")
-    with pytest.raises(RunFolderError, match="--out must be a new folder"):
+    with pytest.raises(RunFolderError, match="--out must be a new folder") as caught:
         begin_sweep(here / "out", plan("plain"))
+    assert caught.value.hint.startswith("Give a new --out.")
     assert [path.name for path in (here / "out").iterdir()] == ["thesis.tex"]
     assert members_of(here) == members_of(here / "nowhere") == []
 
